@@ -1,0 +1,47 @@
+.PHONY: help install repro test check ui preset lock clean
+.DEFAULT_GOAL := help
+PYTHON ?= python3.11
+VENV := .venv
+export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
+export MLFLOW_DISABLE_TELEMETRY := true
+PIP := python -m pip --disable-pip-version-check
+
+help:  ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+
+install: $(VENV)/installed  ## make .venv and install requirements.lock into it
+
+$(VENV)/installed: requirements.lock pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install --quiet --requirement requirements.lock
+	$(PIP) install --quiet --no-deps --editable .
+	touch $@
+
+repro: install  ## the pipeline, from download to promote; only what is not up to date
+	dvc repro
+
+test: install  ## all tests
+	python -m pytest
+
+check: install  ## format, lint, types, layers
+	ruff format --check .
+	ruff check .
+	mypy
+	lint-imports
+
+ui: install  ## MLflow on this project's runs and models, at http://127.0.0.1:5000
+	mkdir -p mlruns
+	mlflow server --host 127.0.0.1 --port $(or $(PORT),5000) --workers 1 \
+	  --backend-store-uri "sqlite:///mlruns/mlflow.db?timeout=60" --artifacts-destination mlruns/artifacts
+
+preset: install  ## write a recipe into params.yaml: make preset NAME=paper
+	python -m pipelines.preset $(NAME)
+
+lock:  ## renew requirements.lock from pyproject.toml, in an environment of its own
+	rm -rf .cache/lock && $(PYTHON) -m venv .cache/lock
+	.cache/lock/bin/python -m pip install --quiet ".[test,dev]"
+	.cache/lock/bin/python -m pip freeze --exclude fadeformer \
+	  | sed -E '/^(nvidia-|cuda-|triton)/ s/$$/ ; sys_platform == "linux"/' > requirements.lock
+
+clean:  ## remove what the stages made; mlruns/ and downloads stay
+	rm -rf data/raw data/manifest.parquet data/processed models reports/[!.]*

@@ -1,0 +1,1 @@
+"""FadeFormer: medical-image classifiers that can be trained again, checked and trusted."""

@@ -1,0 +1,65 @@
+"""What is known of a data set: the card that the download stage leaves beside the files it brought."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from fadeformer.errors import UserError
+from fadeformer.files import read_json, write_json
+from fadeformer.tasks import TASKS, Task
+
+SPLITS = ("train", "val", "test")
+CARD = "dataset.json"
+
+
+@dataclass(frozen=True)
+class Facts:
+    """One data set as it lies in `data/raw`.
+
+    Attributes:
+        name: as in `dataset.name`.
+        file: the archive's name.
+        sha256: its checksum.
+        task: a key of `fadeformer.tasks.TASKS`.
+        classes: name of each class or finding.
+        size: side of an image, pixels.
+        channels: 1 (grey) or 3 (colour).
+        counts: images that each split must have, where its authors say so.
+        licence: under which it may be used.
+        note: what a reader of a result must know, such as that the images are synthetic.
+    """
+
+    name: str
+    file: str
+    sha256: str
+    task: str
+    classes: tuple[str, ...]
+    size: int
+    channels: int
+    counts: dict[str, int] | None
+    licence: str
+    note: str
+
+    @property
+    def kind(self) -> Task:
+        """The task by its name."""
+        return TASKS[self.task]
+
+
+def write(facts: Facts, folder: Path) -> None:
+    """Leaves the card in `folder`."""
+    write_json(folder / CARD, asdict(facts))
+
+
+def read(folder: Path) -> Facts:
+    """Reads the card.
+
+    Raises:
+        UserError: there is none.
+    """
+    try:
+        values = read_json(folder / CARD)
+    except OSError as error:
+        raise UserError(f"{folder / CARD}: not found; run `dvc repro download` first") from error
+    return Facts(**{**values, "classes": tuple(values["classes"])})

@@ -1,0 +1,147 @@
+"""Archives in MedMNIST's layout: `{train,val,test}_{images,labels}` and, if the patient is known, `_groups`.
+
+Images are uint8 of shape (images, S, S) or (images, S, S, 3), labels integers of shape (images, L). An array is read
+as a stream of rows, so that the largest of MedMNIST's files (16 GB when unpacked) needs no more memory than the
+smallest. Nothing is ever unpickled.
+"""
+
+from __future__ import annotations
+
+import shutil
+import zipfile
+import zlib
+from collections.abc import Iterator
+from math import prod
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+from numpy.lib import format as npy
+from numpy.typing import NDArray
+
+from fadeformer.datasets.facts import SPLITS, Facts
+from fadeformer.errors import UserError
+from fadeformer.files import checksum
+
+ROWS_AT_ONCE = 64 * 2**20  # bytes
+
+
+def fetch(source: Path, classes: list[str] | None, folder: Path) -> Facts:
+    """Copies a user's own archive into `folder`.
+
+    Args:
+        source: the archive.
+        classes: names in the order of the labels, or None.
+        folder: where it goes.
+
+    Raises:
+        UserError: the archive is missing, damaged or not in MedMNIST's layout, or `classes` has the wrong length.
+    """
+    if not source.is_file():
+        raise UserError(f"{source}: no such file; dataset.root must name your .npz in MedMNIST's layout")
+    shapes = {key: header(source, key) for split in SPLITS for key in (f"{split}_images", f"{split}_labels")}
+    for key, (shape, dtype) in shapes.items():
+        if key.endswith("_images") and (dtype != np.uint8 or len(shape) not in (3, 4) or shape[3:] not in ((), (3,))):
+            raise UserError(f"{source}: {key} is {dtype} {shape}; expected uint8 of shape (N, S, S) or (N, S, S, 3)")
+        if key.endswith("_labels") and (dtype.kind not in "iu" or len(shape) not in (1, 2)):
+            raise UserError(f"{source}: {key} is {dtype} {shape}; expected integers of shape (N, L)")
+        if shape[0] != shapes[key.replace("_images", "_labels")][0][0]:
+            raise UserError(
+                f"{source}: {key} has {shape[0]} rows but its labels {shapes[key.replace('_images', '_labels')][0][0]}"
+            )
+    labels = {split: read(source, f"{split}_labels") for split in SPLITS}
+    multi_label = labels["train"].ndim == 2 and labels["train"].shape[1] > 1
+    number = (
+        labels["train"].shape[1] if multi_label else max(int(array.max(initial=1)) for array in labels.values()) + 1
+    )
+    if classes is not None and len(classes) != number:
+        raise UserError(f"dataset.classes names {len(classes)} classes, but the labels of {source} have {number}")
+    for split in SPLITS:
+        for _ in rows(source, f"{split}_images"):
+            pass  # reads every byte once, so that a damaged archive is found here
+    shutil.copyfile(source, folder / source.name)
+    image_shape = shapes["train_images"][0]
+    return Facts(
+        name="npz",
+        file=source.name,
+        sha256=checksum(folder / source.name, "sha256"),
+        task="multi-label, binary-class" if multi_label else "binary-class" if number == 2 else "multi-class",
+        classes=tuple(classes or (f"class {c}" for c in range(number))),
+        size=image_shape[1],
+        channels=3 if len(image_shape) == 4 else 1,
+        counts=None,
+        licence="the user's own",
+        note="",
+    )
+
+
+def header(archive: Path, key: str) -> tuple[tuple[int, ...], np.dtype[Any]]:
+    """Shape and dtype of one array, without reading it; raises UserError as `rows` does."""
+    with _member(archive, key) as file:
+        return _header(archive, key, file)
+
+
+def read(archive: Path, key: str) -> NDArray[np.generic]:
+    """One array whole; raises UserError as `rows` does."""
+    shape, dtype = header(archive, key)
+    return np.concatenate([np.empty((0, *shape[1:]), dtype), *rows(archive, key)])
+
+
+def has(archive: Path, key: str) -> bool:
+    """Whether the archive holds an array of that name."""
+    with zipfile.ZipFile(archive) as file:
+        return f"{key}.npy" in file.namelist()
+
+
+def images(archive: Path, split: str) -> Iterator[NDArray[np.uint8]]:
+    """The pixels of each image of a split, (height, width) or (height, width, 3); raises UserError as `rows` does."""
+    for block in rows(archive, f"{split}_images"):
+        yield from block.astype(np.uint8, copy=False)
+
+
+def rows(archive: Path, key: str) -> Iterator[NDArray[np.generic]]:
+    """Streams one array in pieces of some rows, (rows, ...).
+
+    Raises:
+        UserError: the archive is truncated or damaged, or has no such array, or it holds Python objects.
+    """
+    with _member(archive, key) as file:
+        shape, dtype = _header(archive, key, file)
+        row_bytes = prod(shape[1:]) * dtype.itemsize
+        at_once = max(1, ROWS_AT_ONCE // max(1, row_bytes))
+        for start in range(0, shape[0], at_once):
+            count = min(at_once, shape[0] - start)
+            try:
+                data = file.read(count * row_bytes)
+            except (zipfile.BadZipFile, zlib.error, EOFError, OSError) as error:
+                raise _damaged(archive, key, error) from error
+            if len(data) != count * row_bytes:
+                raise _damaged(archive, key, "it ends too early")
+            yield np.frombuffer(data, dtype).reshape(count, *shape[1:])
+
+
+def _member(archive: Path, key: str) -> IO[bytes]:
+    try:
+        return zipfile.ZipFile(archive).open(f"{key}.npy")
+    except KeyError as error:
+        raise UserError(
+            f"{archive}: has no array {key}; MedMNIST's layout needs images and labels of train, val and test"
+        ) from error
+    except (zipfile.BadZipFile, OSError) as error:
+        raise _damaged(archive, key, error) from error
+
+
+def _header(archive: Path, key: str, file: IO[bytes]) -> tuple[tuple[int, ...], np.dtype[Any]]:
+    try:
+        version = npy.read_magic(file)
+        read_header = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
+        shape, fortran, dtype = read_header(file)
+    except (ValueError, zipfile.BadZipFile, zlib.error, EOFError, OSError) as error:
+        raise _damaged(archive, key, error) from error
+    if dtype.hasobject or fortran or not shape:
+        raise UserError(f"{archive}: {key} must be a plain array in C order; save it with numpy.savez")
+    return shape, dtype
+
+
+def _damaged(archive: Path, key: str, reason: object) -> UserError:
+    return UserError(f"{archive}: truncated or damaged at {key} ({reason}); fetch the file again")

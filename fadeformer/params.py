@@ -1,0 +1,254 @@
+"""params.yaml as one frozen, strict object: an unknown key, a wrong type or a value out of range is an error.
+
+No key has a default here, so params.yaml says everything that decides a run, and a stage's entry in dvc.yaml
+(its sections of params.yaml) is the whole of what it is configured by.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, cast, get_args
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
+
+from fadeformer.errors import UserError
+
+DatasetName = Literal[
+    "phantom", "npz", "pathmnist", "chestmnist", "dermamnist", "octmnist", "pneumoniamnist", "retinamnist",
+    "breastmnist", "bloodmnist", "tissuemnist", "organamnist", "organcmnist", "organsmnist",
+]  # fmt: skip
+Number = Annotated[float, BeforeValidator(lambda value: float(value) if type(value) is int else value)]
+Fraction = Annotated[Number, Field(ge=0, le=1)]
+Rate = Annotated[Number, Field(ge=0, lt=1)]
+
+
+class Section(BaseModel):
+    """A part of params.yaml."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class DatasetParams(Section):
+    """Which images the download stage brings."""
+
+    name: DatasetName
+    size: Annotated[int, Field(ge=16, le=1024)]
+    mirror: str | None
+    root: str | None
+    classes: list[str] | None
+    images: Annotated[int, Field(ge=200)]
+    seed: Annotated[int, Field(ge=0)]
+
+    @model_validator(mode="after")
+    def _source_has_what_it_needs(self) -> DatasetParams:
+        if self.name == "npz" and self.root is None:
+            raise ValueError("dataset.root must name your .npz file when dataset.name is npz")
+        if self.name not in ("npz", "phantom") and self.size not in (28, 64, 128, 224):
+            raise ValueError(f"dataset.size is {self.size}; {self.name} is published at 28, 64, 128 and 224 pixels")
+        return self
+
+
+class ValidateParams(Section):
+    """What the data gate lets pass."""
+
+    max_cross_split_duplicates: Annotated[int, Field(ge=0)]
+
+
+class PreprocessParams(Section):
+    """The arrays that training reads."""
+
+    image_size: Annotated[int, Field(ge=16, le=1024)] | None
+    channels: Literal[1, 3]
+
+
+class FadeParams(Section):
+    """The FadeAttn layer, by the published argument names."""
+
+    num_heads: Annotated[int, Field(ge=1)]
+    K: Annotated[int, Field(ge=0)]
+    alpha: Number
+    dropout: Rate
+
+
+class ModelParams(Section):
+    """The network."""
+
+    backbone: str
+    pretrained: bool
+    dropout: Rate
+    drop_path: Rate
+    fade: FadeParams | None
+
+
+class AugmentParams(Section):
+    """Random changes to each training image."""
+
+    horizontal_flip: Fraction
+    rotation: Annotated[Number, Field(ge=0, le=180)]
+    scale: Rate
+    translate: Rate
+    brightness: Fraction
+    contrast: Fraction
+    saturation: Fraction
+    erasing: Fraction
+    erasing_scale: Annotated[list[Fraction], Field(min_length=2, max_length=2)]
+
+    @model_validator(mode="after")
+    def _erasing_scale_is_ordered(self) -> AugmentParams:
+        low, high = self.erasing_scale
+        if low > high:
+            raise ValueError(f"augment.erasing_scale is [{low}, {high}]; the smallest area comes first")
+        return self
+
+
+class TrainParams(Section):
+    """How the network is trained."""
+
+    epochs: Annotated[int, Field(ge=1)]
+    batch_size: Annotated[int, Field(ge=1)]
+    optimizer: str
+    learning_rate: Annotated[Number, Field(gt=0)]
+    weight_decay: Annotated[Number, Field(ge=0)]
+    schedule: Literal["cosine", "plateau", "constant"]
+    plateau_factor: Annotated[Number, Field(gt=0, lt=1)]
+    plateau_patience: Annotated[int, Field(ge=0)]
+    early_stopping_patience: Annotated[int, Field(ge=1)]
+    sampling: Literal["weighted", "uniform"]
+    precision: Literal["auto", "fp32", "bf16"]
+    device: Literal["auto", "cpu", "cuda"]
+
+
+class EvaluateParams(Section):
+    """Predictions, numbers and figures."""
+
+    batch_size: Annotated[int, Field(ge=1)]
+    figure_dpi: Annotated[int, Field(ge=50, le=600)]
+
+
+class PromoteParams(Section):
+    """The registry gate."""
+
+    model_name: Annotated[str, Field(min_length=1)]
+    min_auc: Fraction
+
+
+class Params(Section):
+    """The whole of params.yaml."""
+
+    seed: Annotated[int, Field(ge=0)]
+    dataset: DatasetParams
+    validate_: Annotated[ValidateParams, Field(alias="validate")]
+    preprocess: PreprocessParams
+    model: ModelParams
+    augment: AugmentParams
+    train: TrainParams
+    evaluate: EvaluateParams
+    promote: PromoteParams
+
+    def nested(self) -> dict[str, Any]:
+        """The same as plain dictionaries, under the keys of params.yaml."""
+        return self.model_dump(by_alias=True)
+
+    def flat(self) -> dict[str, Any]:
+        """The same as one dictionary with dotted keys such as `train.learning_rate`."""
+        return _flatten(self.nested(), "")
+
+
+def load(path: Path) -> Params:
+    """Reads and checks params.yaml.
+
+    Raises:
+        UserError: the file is missing, is not YAML, or has a key or value that is not allowed.
+    """
+    try:
+        values = YAML(typ="safe").load(path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); run from the project's folder") from error
+    except YAMLError as error:
+        raise UserError(f"{path}: is not valid YAML: {error}") from error
+    return parse(values, str(path))
+
+
+def parse(values: Any, source: str) -> Params:
+    """Checks plain values against the types.
+
+    Args:
+        values: nested dictionaries as read from YAML.
+        source: what to call them in a message.
+
+    Raises:
+        UserError: names every wrong key by its full path, with the nearest valid one.
+    """
+    if not isinstance(values, Mapping):
+        raise UserError(f"{source}: must hold sections such as dataset: and train:, but is empty or a list")
+    try:
+        return Params.model_validate(values)
+    except ValidationError as error:
+        problems = [_explain(cast(Mapping[str, Any], problem), values) for problem in error.errors()]
+        raise UserError("\n".join(f"{source}: {problem}" for problem in problems)) from error
+
+
+def _explain(problem: Mapping[str, Any], values: Mapping[str, Any]) -> str:
+    path = [str(part) for part in problem["loc"]]
+    key = ".".join(path)
+    if problem["type"] == "extra_forbidden":
+        siblings = _keys_beside(path)
+        near = difflib.get_close_matches(path[-1], siblings, n=1, cutoff=0.5)
+        prefix = ".".join([*path[:-1], ""])
+        hint = f"did you mean {prefix}{near[0]}?" if near else f"valid keys: {', '.join(sorted(siblings))}"
+        return f"unknown key {key}; {hint}"
+    if problem["type"] == "missing":
+        return f"key {key} is missing"
+    if problem["type"] == "value_error":
+        return str(problem["ctx"]["error"])
+    message = problem["msg"].removeprefix("Input should be ")
+    hint = ""
+    if problem["type"] == "model_type":
+        message = f"a section with the keys {', '.join(_keys_beside([*path, '']))}"
+    if isinstance(problem["input"], str) and _is_number(problem["input"]):
+        hint = " (it stands as text in the YAML: no quotes, and 1.0e-3 rather than 1e-3)"
+    elif problem["type"] == "literal_error" and isinstance(problem["input"], str):
+        near = difflib.get_close_matches(problem["input"], _choices(path), n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+    return f"{key} is {problem['input']!r}, but should be {message}{hint}"
+
+
+def _section(path: Iterable[str]) -> type[BaseModel]:
+    section: type[BaseModel] = Params
+    for part in path:
+        fields = {field.alias or name: field for name, field in section.model_fields.items()}
+        annotation = fields[part].annotation
+        section = next(
+            c for c in (annotation, *get_args(annotation)) if isinstance(c, type) and issubclass(c, BaseModel)
+        )
+    return section
+
+
+def _keys_beside(path: list[str]) -> list[str]:
+    return [field.alias or name for name, field in _section(path[:-1]).model_fields.items()]
+
+
+def _choices(path: list[str]) -> list[str]:
+    return [str(choice) for choice in get_args(_section(path[:-1]).model_fields[path[-1]].annotation)]
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _flatten(values: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            flat |= _flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat

@@ -1,0 +1,99 @@
+"""Stage evaluate: reads data/processed and models/, writes reports/ (predictions, numbers, figures); a Prefect flow."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+import torch
+from prefect import flow, task
+
+from fadeformer import arrays, metrics, params, plots, predictions
+from fadeformer.files import read_json, whole_file, whole_folder, write_json
+from fadeformer.inference import choose_device, choose_precision, logits_of
+from fadeformer.models import create_model, load_weights
+from pipelines import paths, stage, tracking
+from pipelines.orchestrator import orchestrated
+
+
+@task(name="predict", persist_result=False)
+def predict(batch_size: int) -> None:
+    """Scores of every image of val and test, as predictions.parquet."""
+    meta = arrays.read_meta(paths.PROCESSED)
+    described = read_json(paths.ARCHITECTURE)
+    device = choose_device("auto")
+    model = create_model(**{**described["model"], "pretrained": False})
+    load_weights(model, paths.WEIGHTS)
+    model.to(device)
+    torch.use_deterministic_algorithms(True, warn_only=device.type == "cuda")
+    splits = [arrays.read(paths.PROCESSED, split) for split in ("val", "test")]
+    precision = choose_precision(described["precision"], device)
+    logits = np.concatenate([logits_of(model, split.pixels, batch_size, device, precision) for split in splits])
+    table = predictions.table(
+        pd.concat([split.index for split in splits], ignore_index=True),
+        np.concatenate([split.labels for split in splits]),
+        meta.task.probabilities(logits),
+        meta.task,
+        meta.classes,
+    )
+    with whole_file(paths.PREDICTIONS) as path:
+        predictions.write(table, path)
+
+
+@task(name="measure", persist_result=False)
+def measure() -> dict[str, float]:
+    """Every number, from predictions.parquet: metrics.json, results.json and the curves that DVC plots."""
+    table = predictions.read(paths.PREDICTIONS)
+    described = read_json(paths.ARCHITECTURE)
+    summary = {split: metrics.summarise(table.of(split)) for split in ("val", "test")}
+    history = pd.read_csv(paths.HISTORY)
+    write_json(paths.METRICS, summary)
+    write_json(paths.RESULTS, metrics.published_results(summary["test"], history, described["params"]))
+    with whole_folder(paths.CURVES) as folder:
+        metrics.roc_points(table.of("test")).to_csv(folder / "roc.csv", index=False)
+        metrics.pr_points(table.of("test")).to_csv(folder / "pr.csv", index=False)
+    return dict(summary["test"]["overall"])
+
+
+@task(name="draw figures", persist_result=False)
+def draw(dpi: int) -> None:
+    """The four figures."""
+    test = predictions.read(paths.PREDICTIONS).of("test")
+    history = pd.read_csv(paths.HISTORY)
+    best_epoch = read_json(paths.ARCHITECTURE)["best_epoch"]
+    with whole_folder(paths.FIGURES) as folder:
+        plots.save(plots.training_curves(history, best_epoch), folder / "training_curves.png", dpi)
+        plots.save(plots.confusion_matrix(test), folder / "confusion_matrix.png", dpi)
+        plots.save(plots.roc_curves(test), folder / "roc_curves.png", dpi)
+        plots.save(plots.pr_curves(test), folder / "pr_curves.png", dpi)
+
+
+@task(name="log the evaluation to MLflow", persist_result=False)
+def log() -> None:
+    """Adds numbers, figures and predictions to the run in which the model was trained."""
+    for split, summary in read_json(paths.METRICS).items():
+        tracking.log_metrics(summary, split)
+    tracking.log_files(paths.PREDICTIONS, paths.METRICS, paths.RESULTS)
+    tracking.log_files(paths.FIGURES, under="figures")
+
+
+@flow(name="evaluate", persist_result=False, log_prints=True)
+def evaluate() -> str:
+    """Predicts, measures and draws."""
+    wanted = params.load(paths.PARAMS).evaluate
+    with tracking.run(read_json(paths.RUN)["mlflow_run_id"]):
+        predict(wanted.batch_size)
+        test = measure()
+        draw(wanted.figure_dpi)
+        log()
+    auc = "undefined" if test["auc"] is None else f"{test['auc']:.4f}"
+    return f"test AUC {auc}, accuracy {test['accuracy']:.4f}, F1 {test['f1']:.4f}; figures in {paths.FIGURES}"
+
+
+def main() -> str:
+    """Runs the flow."""
+    with orchestrated():
+        return evaluate()
+
+
+if __name__ == "__main__":
+    stage.run("evaluate", main)

@@ -1,0 +1,79 @@
+"""The whole pipeline as one Prefect flow, for deployments: `dvc repro` by stage, with overrides of params.yaml."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+from prefect import flow, task
+
+from fadeformer import params
+from pipelines import overrides, paths
+from pipelines.__main__ import STAGES
+
+DatasetOverrides: Any = overrides.partial(params.DatasetParams)
+ValidateOverrides: Any = overrides.partial(params.ValidateParams)
+PreprocessOverrides: Any = overrides.partial(params.PreprocessParams)
+ModelOverrides: Any = overrides.partial(params.ModelParams)
+AugmentOverrides: Any = overrides.partial(params.AugmentParams)
+TrainOverrides: Any = overrides.partial(params.TrainParams)
+EvaluateOverrides: Any = overrides.partial(params.EvaluateParams)
+PromoteOverrides: Any = overrides.partial(params.PromoteParams)
+
+
+@task(task_run_name="{stage}", persist_result=False)
+def reproduce(stage: str) -> None:
+    """Brings one stage up to date by DVC, its output going to the log."""
+    command = [sys.executable, "-m", "dvc", "repro", stage]
+    search = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env={**os.environ, "PATH": search}
+    )
+    last = ""
+    for line in process.stdout or ():
+        if line.strip():
+            print(line.rstrip())
+            last = line.strip()
+    if process.wait() != 0:
+        raise RuntimeError(f"stage {stage} failed: {last}")
+
+
+@flow(name="pipeline", persist_result=False, log_prints=True)
+def pipeline(
+    seed: int | None = None,
+    dataset: DatasetOverrides | None = None,
+    validate: ValidateOverrides | None = None,
+    preprocess: PreprocessOverrides | None = None,
+    model: ModelOverrides | None = None,
+    augment: AugmentOverrides | None = None,
+    train: TrainOverrides | None = None,
+    evaluate: EvaluateOverrides | None = None,
+    promote: PromoteOverrides | None = None,
+) -> None:
+    """From download to promote; each argument overrides keys of its section of params.yaml for this run.
+
+    Args:
+        seed: of training.
+        dataset: which images.
+        validate: what the data gate lets pass.
+        preprocess: arrays that training reads.
+        model: the network.
+        augment: random changes to each training image.
+        train: how to train.
+        evaluate: predictions, numbers, figures.
+        promote: the registry gate.
+    """
+    sections = {
+        "dataset": dataset, "validate": validate, "preprocess": preprocess, "model": model, "augment": augment,
+        "train": train, "evaluate": evaluate, "promote": promote,
+    }  # fmt: skip
+    changes: dict[str, Any] = {name: overrides.given(section) for name, section in sections.items() if section}
+    if seed is not None:
+        changes["seed"] = seed
+    with FileLock(".prefect/pipeline.lock"), overrides.applied(paths.PARAMS, changes):  # one run in a folder at a time
+        for stage in STAGES:
+            reproduce(stage)

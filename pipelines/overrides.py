@@ -1,0 +1,85 @@
+"""Changes to params.yaml that keep its comments: presets, and the parameters of a deployment run."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any, get_args
+
+from pydantic import BaseModel, ConfigDict, Field, create_model
+from ruamel.yaml import YAML
+
+from fadeformer import params
+from fadeformer.errors import UserError
+from fadeformer.files import whole_file
+
+
+def apply(path: Path, changes: Mapping[str, Any]) -> None:
+    """Writes changes into params.yaml, checked first, its comments kept.
+
+    Args:
+        path: params.yaml.
+        changes: nested by section, only what is to be changed.
+
+    Raises:
+        UserError: the result would not be valid; the file is then as it was.
+    """
+    yaml = YAML()
+    yaml.preserve_quotes = True
+    yaml.width = 1000
+    yaml.representer.add_representer(type(None), lambda r, _: r.represent_scalar("tag:yaml.org,2002:null", "null"))
+    document = yaml.load(path)
+    _merge(document, changes)
+    text = io.StringIO()
+    yaml.dump(document, text)
+    params.parse(YAML(typ="safe").load(text.getvalue()), str(path))
+    with whole_file(path) as temporary:
+        temporary.write_text(text.getvalue(), encoding="utf-8")
+
+
+@contextmanager
+def applied(path: Path, changes: Mapping[str, Any]) -> Iterator[None]:
+    """The same for the length of a block; then the file is again what it was."""
+    before = path.read_bytes()
+    try:
+        apply(path, changes)
+        yield
+    finally:
+        with whole_file(path) as temporary:
+            temporary.write_bytes(before)
+
+
+def partial(section: type[BaseModel]) -> type[BaseModel]:
+    """A section of params.yaml of which every key may be left out; Prefect makes a form of it."""
+    fields: dict[str, Any] = {}
+    for name, field in section.model_fields.items():
+        inner = next((c for c in (field.annotation, *get_args(field.annotation)) if _is_section(c)), None)
+        kind = field.annotation if inner is None else partial(inner)
+        if inner is None and field.metadata:
+            kind = Annotated[kind, *field.metadata]
+        fields[field.alias or name] = (kind | None, Field(default=None))
+    name = section.__name__.replace("Params", "Overrides")
+    return create_model(name, __config__=ConfigDict(extra="forbid"), **fields)
+
+
+def given(section: BaseModel | None) -> dict[str, Any]:
+    """The keys of a partial section that were given."""
+    return {} if section is None else section.model_dump(exclude_unset=True)
+
+
+def _merge(document: Any, changes: Mapping[str, Any]) -> None:
+    for key, value in changes.items():
+        if key not in document:
+            raise UserError(f"params.yaml has no key {key}")
+        if isinstance(value, Mapping) and isinstance(document[key], Mapping):
+            _merge(document[key], value)
+        elif isinstance(value, list) and isinstance(document[key], list):
+            document[key][:] = value
+        else:
+            document[key] = value
+
+
+def _is_section(kind: Any) -> bool:
+    return isinstance(kind, type) and issubclass(kind, BaseModel)

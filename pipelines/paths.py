@@ -1,0 +1,22 @@
+"""Where the stages leave what they make; dvc.yaml lists the same paths, and a test compares them."""
+
+from pathlib import Path
+
+PARAMS = Path("params.yaml")
+DOWNLOADS = Path("data/downloads")
+RAW = Path("data/raw")
+MANIFEST = Path("data/manifest.parquet")
+PROCESSED = Path("data/processed")
+MODELS = Path("models")
+WEIGHTS = MODELS / "best_model.pth"
+ARCHITECTURE = MODELS / "model.json"
+HISTORY = MODELS / "history.csv"
+RUN = MODELS / "run.json"
+REPORTS = Path("reports")
+VALIDATION = REPORTS / "validation"
+PREDICTIONS = REPORTS / "predictions.parquet"
+METRICS = REPORTS / "metrics.json"
+RESULTS = REPORTS / "results.json"
+FIGURES = REPORTS / "figures"
+CURVES = REPORTS / "curves"
+PROMOTION = REPORTS / "promotion.json"

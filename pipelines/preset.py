@@ -1,0 +1,27 @@
+"""`python -m pipelines.preset NAME`: writes a recipe of pipelines/presets into params.yaml, its comments kept."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from ruamel.yaml import YAML
+
+from fadeformer.errors import UserError
+from pipelines import overrides, paths, stage
+
+PRESETS = Path(__file__).resolve().parent / "presets"
+
+
+def main() -> str:
+    """Applies the preset that the first argument names."""
+    names = sorted(path.stem for path in PRESETS.glob("*.yaml"))
+    if len(sys.argv) != 2 or sys.argv[1] not in names:
+        raise UserError(f"usage: make preset NAME=...; there are: {', '.join(names)}")
+    changes = YAML(typ="safe").load(PRESETS / f"{sys.argv[1]}.yaml")
+    overrides.apply(paths.PARAMS, changes)
+    return f"params.yaml now holds the recipe {sys.argv[1]}; `git diff params.yaml` shows what changed"
+
+
+if __name__ == "__main__":
+    stage.run("preset", main)

@@ -1,0 +1,94 @@
+"""MLflow's model registry: versions and the aliases `champion` and `challenger`."""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import mlflow
+from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
+
+from fadeformer import predictions
+from fadeformer.errors import UserError
+from fadeformer.gate import Decision
+from fadeformer.predictions import Predictions
+from pipelines.tracking import MODEL
+
+CHAMPION = "champion"
+CHALLENGER = "challenger"
+
+
+@dataclass(frozen=True)
+class Version:
+    """A registered version and the run in which it was trained."""
+
+    name: str
+    number: str
+    run_id: str
+
+
+def champion(name: str) -> Version | None:
+    """The version under the alias `champion`, if there is one."""
+    try:
+        found = MlflowClient().get_model_version_by_alias(name, CHAMPION)
+    except MlflowException:
+        return None
+    return Version(name, str(found.version), found.run_id)
+
+
+def register(name: str, run_id: str) -> Version:
+    """Registers the model of a run as a new version, or finds the version that it already is.
+
+    Raises:
+        UserError: the run has no model.
+    """
+    client = MlflowClient()
+    if not client.search_registered_models(f"name = '{name}'"):
+        client.create_registered_model(name)
+    for known in client.search_model_versions(f"name = '{name}' and run_id = '{run_id}'"):
+        return Version(name, str(known.version), run_id)
+    experiment = mlflow.get_run(run_id).info.experiment_id
+    logged = client.search_logged_models([experiment], f"source_run_id = '{run_id}'")
+    models = [model for model in logged if model.name == MODEL]
+    if not models:
+        raise UserError(f"MLflow run {run_id} has no model; `dvc repro -f train` makes one")
+    made = client.create_model_version(name, models[0].artifact_location, run_id, model_id=models[0].model_id)
+    return Version(name, str(made.version), run_id)
+
+
+def test_predictions(version: Version) -> Predictions:
+    """What a version predicted on its test images.
+
+    Raises:
+        UserError: its run does not hold them.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            path = mlflow.artifacts.download_artifacts(
+                run_id=version.run_id, artifact_path="predictions.parquet", dst_path=folder
+            )
+        except (MlflowException, OSError) as error:
+            raise UserError(
+                f"champion {version.name} version {version.number}: MLflow run {version.run_id} has no"
+                f" predictions.parquet ({error}); remove the alias, or restore mlruns/"
+            ) from error
+        return predictions.read(Path(path)).of("test")
+
+
+def place(version: Version, decision: Decision) -> list[str]:
+    """Gives a version the alias it earned, and the decision as tags; returns all its aliases.
+
+    A champion that is judged again and refused keeps its alias until another one takes it: none is demoted silently.
+    """
+    client = MlflowClient()
+    for rule in decision.rules:
+        client.set_model_version_tag(version.name, version.number, rule.rule[:250], f"{rule.passed}: {rule.figures}")
+    if decision.promoted:
+        client.set_registered_model_alias(version.name, CHAMPION, version.number)
+        if CHALLENGER in client.get_model_version(version.name, version.number).aliases:
+            client.delete_registered_model_alias(version.name, CHALLENGER)
+    elif champion(version.name) != version:
+        client.set_registered_model_alias(version.name, CHALLENGER, version.number)
+    return list(client.get_model_version(version.name, version.number).aliases)

@@ -1,0 +1,172 @@
+"""MLflow runs: where they are kept, and what a run of the pipeline leaves in its one run."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import numpy as np
+import pandas as pd
+from filelock import FileLock
+from mlflow.data.meta_dataset import MetaDataset
+from mlflow.data.filesystem_dataset_source import FileSystemDatasetSource
+from mlflow.exceptions import MlflowException
+from mlflow.models import ModelSignature
+from mlflow.types import Schema, TensorSpec
+from ruamel.yaml import YAML
+
+from fadeformer.arrays import Meta
+from fadeformer.errors import UserError
+from fadeformer.files import checksum
+
+EXPERIMENT = "fadeformer"
+MODEL = "model"  # name of the logged model in its run
+
+
+def project() -> Path:
+    """The project's folder; an experiment that DVC runs in a temporary copy belongs to the real one."""
+    here = Path.cwd()
+    copies = [parent for parent in here.parents if parent.name == ".dvc"]
+    return copies[-1].parent if copies else here
+
+
+def connect() -> None:
+    """Points MLflow at `MLFLOW_TRACKING_URI`, or else at the project's own store, which is made if it is not there.
+
+    Raises:
+        UserError: the store cannot be reached.
+    """
+    store = project() / "mlruns"
+    server = os.environ.get("MLFLOW_TRACKING_URI")
+    mlflow.set_tracking_uri(server or f"sqlite:///{store / 'mlflow.db'}?timeout=60")
+    store.mkdir(exist_ok=True)
+    try:
+        with FileLock(store / ".lock"):  # two processes that create the database at once break its migration
+            if mlflow.get_experiment_by_name(EXPERIMENT) is None:
+                location = None if server else (store / "artifacts").as_uri()
+                mlflow.create_experiment(EXPERIMENT, artifact_location=location)
+    except MlflowException as error:
+        raise UserError(f"MLflow at {server or store}: cannot be reached ({error}); is it running?") from error
+    mlflow.set_experiment(EXPERIMENT)
+
+
+@contextmanager
+def run(run_id: str | None = None) -> Iterator[str]:
+    """A new MLflow run, or more of an old one; gives its id. It ends as finished, or as failed by an error.
+
+    Raises:
+        UserError: no run of that id is in the store.
+    """
+    connect()
+    if run_id is not None:
+        try:
+            mlflow.get_run(run_id)
+        except MlflowException as error:
+            raise UserError(
+                f"MLflow has no run {run_id}, in which this model was trained; `dvc repro -f train` makes one"
+            ) from error
+    with mlflow.start_run(run_id=run_id) as active:
+        yield active.info.run_id
+
+
+def log_start(params: Mapping[str, Any], meta: Meta) -> None:
+    """Leaves the parameters and the identity of data and code in the active run."""
+    mlflow.log_params(dict(params))
+    card = meta.dataset
+    source = FileSystemDatasetSource.from_dict({"uri": card["file"]})
+    mlflow.log_input(MetaDataset(source, name=card["name"], digest=card["sha256"][:32]), context="training")
+    mlflow.set_tags(
+        {
+            "dataset.name": card["name"],
+            "dataset.size": str(card["size"]),
+            "dataset.sha256": card["sha256"],
+            "dataset.note": card["note"],
+            **_code_identity(),
+            **_lock_identity(),
+        }
+    )
+
+
+def log_epoch(measured: Mapping[str, Any]) -> None:
+    """Logs what an epoch measured, at its number `epoch`."""
+    values = {name: value for name, value in measured.items() if name != "epoch" and value is not None}
+    mlflow.log_metrics(values, step=measured["epoch"])
+
+
+def log_metrics(metrics: Mapping[str, Any], prefix: str) -> None:
+    """Logs numbers of a nested dictionary under dotted names; what is not a number is left out."""
+    flat = pd.json_normalize(dict(metrics)).iloc[0].to_dict()
+    numbers = {
+        f"{prefix}.{_plain(name)}": float(value)
+        for name, value in flat.items()
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and np.isfinite(value)
+    }
+    mlflow.log_metrics(numbers)
+
+
+def log_files(*paths: Path, under: str | None = None) -> None:
+    """Logs files, and the files of folders, as artifacts."""
+    for path in paths:
+        if path.is_dir():
+            mlflow.log_artifacts(str(path), under)
+        else:
+            mlflow.log_artifact(str(path), under)
+
+
+def log_model(weights: Path, architecture: Path, meta: Meta) -> None:
+    """Logs the model with code, signature and example, so that it loads without this project.
+
+    Args:
+        weights: safetensors.
+        architecture: model.json.
+        meta: of the arrays it was trained on.
+    """
+    shape = (-1, meta.image_size, meta.image_size, meta.channels)
+    signature = ModelSignature(
+        inputs=Schema([TensorSpec(np.dtype(np.uint8), shape, "images")]),
+        outputs=Schema([TensorSpec(np.dtype(np.float64), (-1, len(meta.classes)), "scores")]),
+    )
+    example = {"images": np.zeros((1, *shape[1:]), np.uint8)}
+    here = Path(__file__).resolve().parent
+    mlflow.pyfunc.log_model(
+        name=MODEL,
+        python_model=str(here / "served.py"),
+        artifacts={"weights": str(weights), "architecture": str(architecture)},
+        code_paths=[str(here.parent / "fadeformer")],
+        signature=signature,
+        input_example=example,
+        pip_requirements=[
+            f"{name}=={version(name)}"
+            for name in ("mlflow", "numpy", "pandas", "safetensors", "timm", "torch", "torchvision", "tqdm")
+        ],
+    )
+
+
+def _code_identity() -> dict[str, str]:
+    try:
+        revision = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
+        changes = subprocess.run(["git", "status", "--porcelain"], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return {"git.revision": "not a git repository"}
+    return {"git.revision": revision.stdout.strip(), "git.changed": str(bool(changes.stdout.strip())).lower()}
+
+
+def _lock_identity() -> dict[str, str]:
+    lock = Path("dvc.lock")
+    if not lock.is_file():
+        return {"dvc.lock": "not run by DVC"}
+    stages = YAML(typ="safe").load(lock)["stages"]
+    outs = {out["path"]: out.get("md5", "") for stage in stages.values() for out in stage.get("outs", [])}
+    return {"dvc.lock": checksum(lock, "md5"), "dvc.data": json.dumps(outs.get("data/processed", ""))[1:-1]}
+
+
+def _plain(name: str) -> str:
+    """A metric's name in the characters that MLflow allows."""
+    return "".join(c if c.isalnum() or c in "_-./ " else " " for c in name)

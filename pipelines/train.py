@@ -1,0 +1,109 @@
+"""Stage train: reads data/processed, writes models/ (weights, architecture, history, MLflow run id); a Prefect flow."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from prefect import flow, task
+from safetensors.torch import save_file
+
+from fadeformer import arrays, params, training
+from fadeformer.augment import Augmentation
+from fadeformer.errors import UserError
+from fadeformer.files import whole_file, whole_folder, write_json
+from fadeformer.inference import choose_device, choose_precision
+from fadeformer.models import create_model
+from pipelines import paths, stage, tracking
+from pipelines.orchestrator import orchestrated
+
+
+@task(name="fit the network", persist_result=False)
+def fit(folder: Path) -> dict[str, Any]:
+    """Trains, each epoch going to MLflow as it ends, and leaves weights, architecture and history in `folder`."""
+    wanted = params.load(paths.PARAMS)
+    meta = arrays.read_meta(paths.PROCESSED)
+    device = choose_device(wanted.train.device)
+    precision = choose_precision(wanted.train.precision, device)
+    torch.manual_seed(wanted.seed)
+    torch.use_deterministic_algorithms(True, warn_only=device.type == "cuda")
+    described = {
+        "backbone": wanted.model.backbone,
+        "num_classes": len(meta.classes),
+        "image_size": meta.image_size,
+        "in_chans": meta.channels,
+        "pretrained": wanted.model.pretrained,
+        "dropout": wanted.model.dropout,
+        "drop_path": wanted.model.drop_path,
+        "fade": wanted.model.fade.model_dump() if wanted.model.fade else None,
+    }
+    try:
+        model = create_model(**described).to(device)
+    except (ValueError, RuntimeError) as error:
+        raise UserError(f"params.yaml: model: {error}") from error
+    recipe = training.Recipe(**wanted.train.model_dump(exclude={"precision", "device"}))
+    augmentation = Augmentation(**{**wanted.augment.model_dump(), "erasing_scale": tuple(wanted.augment.erasing_scale)})
+    state = training.start(model, recipe)
+    epochs = []
+    for epoch in training.fit(
+        state, arrays.read(paths.PROCESSED, "train"), arrays.read(paths.PROCESSED, "val"), task=meta.task,
+        recipe=recipe, augmentation=augmentation, seed=wanted.seed, device=device, precision=precision,
+    ):  # fmt: skip
+        tracking.log_epoch(asdict(epoch))
+        epochs.append(asdict(epoch))
+        auc = "undefined" if epoch.val_auc is None else f"{epoch.val_auc:.4f}"
+        print(
+            f"epoch {epoch.epoch:3d}/{recipe.epochs}: train loss {epoch.train_loss:.4f} accuracy"
+            f" {epoch.train_accuracy:.4f} | val loss {epoch.val_loss:.4f} accuracy {epoch.val_accuracy:.4f} AUC {auc}"
+        )
+
+    buffer = io.BytesIO()  # a file's own name would stand in the archive, and the bytes would differ
+    torch.save(state.best_weights, buffer)
+    (folder / paths.WEIGHTS.name).write_bytes(buffer.getvalue())
+    pd.DataFrame(epochs).to_csv(folder / paths.HISTORY.name, index=False)
+    names = {torch.float32: "fp32", torch.bfloat16: "bf16"}
+    write_json(
+        folder / paths.ARCHITECTURE.name,
+        {
+            "model": described, "task": meta.task.name, "classes": list(meta.classes), "precision": names[precision],
+            "best_epoch": state.best_epoch, "params": wanted.nested(),
+        },
+    )  # fmt: skip
+    return {"epochs": state.epoch, "best_epoch": state.best_epoch, "best_val_loss": state.best_loss}
+
+
+@task(name="log the model to MLflow", persist_result=False)
+def log_model(folder: Path) -> None:
+    """Logs the model as it can be loaded anywhere."""
+    weights = torch.load(folder / paths.WEIGHTS.name, weights_only=True)
+    with whole_file(folder / "weights.safetensors") as path:
+        save_file(weights, path)
+        tracking.log_model(path, folder / paths.ARCHITECTURE.name, arrays.read_meta(paths.PROCESSED))
+    tracking.log_files(folder / paths.HISTORY.name)
+
+
+@flow(name="train", persist_result=False, log_prints=True)
+def train() -> str:
+    """Trains on data/processed and leaves models/."""
+    with whole_folder(paths.MODELS) as folder, tracking.run() as run_id:
+        wanted = params.load(paths.PARAMS)
+        tracking.log_start(wanted.flat(), arrays.read_meta(paths.PROCESSED))
+        result = fit(folder)
+        log_model(folder)
+        write_json(folder / paths.RUN.name, {"mlflow_run_id": run_id})
+    best = f"epoch {result['best_epoch']} of {result['epochs']} is the best, val loss {result['best_val_loss']:.4f}"
+    return f"{best}; MLflow run {run_id}"
+
+
+def main() -> str:
+    """Runs the flow."""
+    with orchestrated():
+        return train()
+
+
+if __name__ == "__main__":
+    stage.run("train", main)

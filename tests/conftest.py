@@ -1,0 +1,110 @@
+"""Shared by all tests: the project's own params.yaml made small, copies of the project, and the real data beside it."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fadeformer import params
+from fadeformer.params import Params
+from pipelines import overrides
+
+ROOT = Path(__file__).parents[1]
+REAL_DATA = ROOT.parent / "shared" / "datasets"
+# The shipped params.yaml, made small: every key that is not here keeps its value.
+SMALL = {
+    "dataset": {"images": 200, "size": 16},
+    "train": {"epochs": 1, "batch_size": 32, "device": "cpu"},
+    "evaluate": {"figure_dpi": 50},
+    "promote": {"min_auc": 0.0},
+}
+
+
+@pytest.fixture
+def wanted() -> Params:
+    """params.yaml as it is shipped."""
+    return params.load(ROOT / "params.yaml")
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> Path:
+    """A copy of params.yaml that makes every stage quick."""
+    path = tmp_path / "params.yaml"
+    shutil.copy(ROOT / "params.yaml", path)
+    overrides.apply(path, SMALL)
+    return path
+
+
+@pytest.fixture
+def real_data(request: pytest.FixtureRequest) -> Path:
+    """The folder of real data sets; the test is skipped where there is none, and fails where CI says there must be."""
+    if not REAL_DATA.is_dir():
+        if os.environ.get("FADEFORMER_REAL_DATA") == "required":
+            pytest.fail(f"{REAL_DATA} is not there, but FADEFORMER_REAL_DATA requires it")
+        pytest.skip("the real data sets do not lie beside this project")
+    return REAL_DATA
+
+
+class Project:
+    """A copy of the project in its own git repository, whose commands run as a user's would."""
+
+    def __init__(self, folder: Path, home: Path) -> None:
+        self.folder = folder
+        search = os.pathsep.join([str(Path(sys.executable).parent), "/usr/local/bin", "/usr/bin", "/bin"])
+        self.environment = {"PATH": search, "HOME": str(home), "LANG": "C.UTF-8", "TERM": "dumb"}
+
+    def run(self, *command: str, check: bool = True, timeout: float = 500, **environment: str) -> str:
+        """Runs a command in the project's folder and returns all it printed; `code` keeps its exit status."""
+        done = subprocess.run(
+            command, cwd=self.folder, env={**self.environment, **environment}, text=True, timeout=timeout,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False,
+        )  # fmt: skip
+        self.code = done.returncode
+        assert not check or done.returncode == 0, f"{' '.join(command)} exited with {done.returncode}:\n{done.stdout}"
+        return done.stdout
+
+    def change(self, **sections: object) -> None:
+        """Changes keys of params.yaml."""
+        overrides.apply(self.folder / "params.yaml", sections)
+
+    def commit(self, message: str) -> None:
+        self.run("git", "add", "--all")
+        self.run("git", "-c", "user.name=Test", "-c", "user.email=test@example.org", "commit", "--quiet", "-m", message)
+
+
+def clone(folder: Path) -> Project:
+    """Copies what git knows of the project, as it lies in the working tree, into a repository of its own."""
+    known = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.split("\n")
+    target = folder / "project"
+    for name in filter(None, known):
+        if (ROOT / name).is_file():
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, target / name)
+    home = folder / "home"
+    home.mkdir()
+    project = Project(target, home)
+    project.run("git", "init", "--quiet", "--initial-branch=main")
+    project.commit("the project as it is")
+    return project
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Project:
+    """A copy of the project with small params.yaml."""
+    copy = clone(tmp_path)
+    overrides.apply(copy.folder / "params.yaml", SMALL)
+    return copy
+
+
+@pytest.fixture(scope="module")
+def reproduced(tmp_path_factory: pytest.TempPathFactory) -> Project:
+    """The same after one `dvc repro`; shared by the tests of a module, which leave it as they found it."""
+    copy = clone(tmp_path_factory.mktemp("reproduced"))
+    overrides.apply(copy.folder / "params.yaml", SMALL)
+    copy.first_output = copy.run("dvc", "repro")
+    return copy

@@ -1,0 +1,89 @@
+"""Presets and overrides change values of params.yaml and nothing else of it."""
+
+import re
+import shutil
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import ValidationError
+from ruamel.yaml import YAML
+
+from fadeformer import params
+from fadeformer.errors import UserError
+from pipelines import flows, overrides, preset
+from tests.conftest import ROOT
+
+
+def comments(text: str) -> list[str]:
+    return re.findall(r"#.*", text)
+
+
+def test_the_paper_preset_is_the_published_recipe(tmp_path, monkeypatch):
+    shutil.copy(ROOT / "params.yaml", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["preset", "paper"])
+    preset.main()
+    flat = params.load(tmp_path / "params.yaml").flat()
+    published = {
+        "seed": 42, "preprocess.image_size": 224, "model.backbone": "vit_base_patch16_224", "model.pretrained": True,
+        "model.dropout": 0.5, "model.fade.num_heads": 8, "model.fade.K": 3, "model.fade.alpha": 0.5,
+        "model.fade.dropout": 0.1, "augment.horizontal_flip": 0.5, "augment.rotation": 15.0, "augment.scale": 0.0,
+        "augment.translate": 0.0, "augment.brightness": 0.15, "augment.contrast": 0.15, "augment.saturation": 0.15,
+        "augment.erasing": 0.4, "augment.erasing_scale": [0.02, 0.12], "train.epochs": 25, "train.batch_size": 32,
+        "train.optimizer": "adam", "train.learning_rate": 1e-4, "train.weight_decay": 1e-4,
+        "train.schedule": "plateau", "train.plateau_factor": 0.5, "train.plateau_patience": 2,
+        "train.early_stopping_patience": 6, "train.sampling": "weighted",
+    }  # fmt: skip
+    assert {key: flat[key] for key in published} == published
+
+
+def test_a_preset_keeps_every_comment_and_null(tmp_path):
+    path = tmp_path / "params.yaml"
+    shutil.copy(ROOT / "params.yaml", path)
+    overrides.apply(path, YAML(typ="safe").load(ROOT / "pipelines/presets/paper.yaml"))
+    assert comments(path.read_text()) == comments((ROOT / "params.yaml").read_text())
+    assert "mirror: null" in path.read_text()
+
+
+def test_an_unknown_preset_lists_those_there_are(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["preset", "papper"])
+    with pytest.raises(UserError, match="there are: paper"):
+        preset.main()
+
+
+def test_no_change_leaves_the_file_as_it_is(tmp_path):
+    path = tmp_path / "params.yaml"
+    shutil.copy(ROOT / "params.yaml", path)
+    overrides.apply(path, {})
+    assert path.read_bytes() == (ROOT / "params.yaml").read_bytes()
+
+
+def test_a_wrong_change_leaves_the_file_as_it_was(tmp_path):
+    path = tmp_path / "params.yaml"
+    shutil.copy(ROOT / "params.yaml", path)
+    for changes in ({"train": {"epochs": 0}}, {"train": {"epoch": 1}}):
+        with pytest.raises(UserError):
+            overrides.apply(path, changes)
+        assert path.read_bytes() == (ROOT / "params.yaml").read_bytes()
+
+
+def test_applied_changes_end_with_the_block_also_after_an_error(tmp_path):
+    path = tmp_path / "params.yaml"
+    shutil.copy(ROOT / "params.yaml", path)
+    with pytest.raises(ZeroDivisionError), overrides.applied(path, {"train": {"epochs": 3}}):
+        assert params.load(path).train.epochs == 3
+        raise ZeroDivisionError
+    assert path.read_bytes() == (ROOT / "params.yaml").read_bytes()
+
+
+@given(epochs=st.integers(1, 1000), dropout=st.floats(0, 0.99))
+def test_a_deployment_form_gives_only_what_was_filled_in(epochs, dropout):
+    assert overrides.given(flows.TrainOverrides(epochs=epochs)) == {"epochs": epochs}
+    assert overrides.given(flows.ModelOverrides(fade={"dropout": dropout})) == {"fade": {"dropout": dropout}}
+
+
+@pytest.mark.parametrize("wrong", [{"epochs": 0}, {"epoch": 1}, {"schedule": "linear"}])
+def test_a_deployment_form_refuses_what_params_yaml_would(wrong):
+    with pytest.raises(ValidationError):
+        flows.TrainOverrides(**wrong)

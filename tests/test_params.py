@@ -1,0 +1,100 @@
+"""params.yaml: what is wrong in it is told by key, with the nearest valid one."""
+
+import copy
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fadeformer import params
+from fadeformer.errors import UserError
+from tests.conftest import ROOT
+
+SHIPPED = params.load(ROOT / "params.yaml").nested()
+
+
+def changed(path: str, value: object) -> dict:
+    values = copy.deepcopy(SHIPPED)
+    section = values
+    *parents, last = path.split(".")
+    for parent in parents:
+        section = section[parent]
+    section[last] = value
+    return values
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        ("train.lerning_rate", 1e-3, "unknown key train.lerning_rate; did you mean train.learning_rate?"),
+        ("trian", {}, "unknown key trian; did you mean train?"),
+        ("model.fade.k", 3, "unknown key model.fade.k; valid keys: K, alpha, dropout, num_heads"),
+        ("train.epochs", "12", "train.epochs is '12', but should be a valid integer (it stands as text"),
+        ("train.epochs", True, "train.epochs is True, but should be a valid integer"),
+        ("train.epochs", 0, "train.epochs is 0, but should be greater than or equal to 1"),
+        ("train.learning_rate", "1e-3", "train.learning_rate is '1e-3', but should be a valid number (it stands as text"),
+        ("dataset.name", "retinamist", "did you mean retinamnist?"),
+        ("dataset.name", "npz", "dataset.root must name your .npz file"),
+        ("promote.min_auc", 2, "promote.min_auc is 2, but should be less than or equal to 1"),
+        ("augment.erasing_scale", [0.3, 0.1], "the smallest area comes first"),
+        ("model", 3, "model is 3, but should be a section with the keys backbone, pretrained"),
+    ],
+)
+def test_a_wrong_value_is_named(path, value, message):
+    with pytest.raises(UserError) as error:
+        params.parse(changed(path, value), "params.yaml")
+    assert message in str(error.value)
+    assert str(error.value).startswith("params.yaml: ")
+
+
+def test_a_size_that_medmnist_does_not_publish_is_named():
+    values = changed("dataset.name", "bloodmnist")
+    values["dataset"]["size"] = 32
+    with pytest.raises(UserError, match="published at 28, 64, 128 and 224"):
+        params.parse(values, "params.yaml")
+
+
+def test_every_wrong_key_is_told_at_once():
+    values = changed("train.epochs", 0)
+    del values["seed"]
+    with pytest.raises(UserError) as error:
+        params.parse(values, "params.yaml")
+    assert "key seed is missing" in str(error.value)
+    assert "train.epochs is 0" in str(error.value)
+
+
+@given(st.sampled_from(sorted(params.load(ROOT / "params.yaml").flat())))
+def test_no_key_has_a_default(path):
+    values = copy.deepcopy(SHIPPED)
+    section = values
+    *parents, last = path.split(".")
+    for parent in parents:
+        section = section[parent]
+    del section[last]
+    with pytest.raises(UserError, match=f"key {path} is missing"):
+        params.parse(values, "params.yaml")
+
+
+def test_whole_numbers_are_taken_for_fractions():
+    assert params.parse(changed("promote.min_auc", 1), "params.yaml").promote.min_auc == 1.0
+
+
+def test_every_key_is_commented(wanted):
+    lines = (ROOT / "params.yaml").read_text().splitlines()
+    for path in wanted.flat():
+        last = path.split(".")[-1]
+        assert any(line.strip().startswith(f"{last}:") and "#" in line for line in lines), f"{path} has no comment"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"), [("a: [1", "is not valid YAML"), ("", "must hold sections"), ("- 1", "must hold sections")]
+)
+def test_a_file_that_is_no_mapping_is_told(tmp_path, text, message):
+    (tmp_path / "params.yaml").write_text(text)
+    with pytest.raises(UserError, match=message):
+        params.load(tmp_path / "params.yaml")
+
+
+def test_a_missing_file_is_told(tmp_path):
+    with pytest.raises(UserError, match="run from the project's folder"):
+        params.load(tmp_path / "params.yaml")

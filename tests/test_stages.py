@@ -1,0 +1,102 @@
+"""dvc.yaml lists for each stage exactly the sources, parameters and outputs that its module has."""
+
+import ast
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+from ruamel.yaml import YAML
+
+from pipelines import paths
+from pipelines.__main__ import STAGES
+
+ROOT = Path(__file__).parents[1]
+DVC = YAML(typ="safe").load(ROOT / "dvc.yaml")
+LOCAL = ("fadeformer", "pipelines")
+# Sources that stages import and that cannot change what they make.
+NO_INFLUENCE = {
+    "fadeformer/__init__.py": "a docstring",
+    "fadeformer/datasets/__init__.py": "a docstring",
+    "fadeformer/errors.py": "the type of error that stops a stage",
+    "fadeformer/params.py": "holds no default: what it lets through stands in params.yaml, whose sections are listed",
+    "pipelines/__init__.py": "where the tools keep their caches",
+    "pipelines/orchestrator.py": "which Prefect server sees the stage",
+    "pipelines/paths.py": "the outputs that dvc.yaml lists itself",
+    "pipelines/stage.py": "how errors are printed",
+}
+
+
+def sources_of(module: str) -> set[str]:
+    """Files of this project that a module imports, however indirectly."""
+    found: set[str] = set()
+    todo = [module]
+    while todo:
+        name = todo.pop()
+        spec = find_spec(name)
+        if spec is None or spec.origin is None:
+            continue
+        path = Path(spec.origin).resolve().relative_to(ROOT).as_posix()
+        if path in found:
+            continue
+        found.add(path)
+        for node in ast.walk(ast.parse((ROOT / path).read_text())):
+            names = []
+            if isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom) and node.module:
+                names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+            todo += [imported for imported in names if imported.split(".")[0] in LOCAL and is_module(imported)]
+    return found
+
+
+def is_module(name: str) -> bool:
+    try:
+        return find_spec(name) is not None
+    except ModuleNotFoundError:
+        return False
+
+
+def sections_of(module: str) -> set[str]:
+    """Sections of params.yaml that a stage's module reads: attributes of what `params.load` returned."""
+    known = {"seed", "dataset", "validate_", "preprocess", "model", "augment", "train", "evaluate", "promote"}
+    tree = ast.parse((ROOT / "pipelines" / f"{module}.py").read_text())
+    read = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and node.attr in known:
+            value = node.value
+            loaded = isinstance(value, ast.Call) and ast.unparse(value.func) == "params.load"
+            if loaded or (isinstance(value, ast.Name) and value.id == "wanted"):
+                read.add(node.attr.removesuffix("_"))
+    return read
+
+
+def test_there_are_the_six_stages_of_the_design():
+    assert tuple(DVC["stages"]) == STAGES
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_command_runs_the_stage_of_that_name(stage):
+    assert DVC["stages"][stage]["cmd"] == f"python -m pipelines {stage}"
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_sources_are_those_that_the_stage_imports(stage):
+    listed = {dep for dep in DVC["stages"][stage]["deps"] if dep.endswith(".py")}
+    assert listed == sources_of(f"pipelines.{stage}") - NO_INFLUENCE.keys()
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_parameters_are_the_sections_that_the_stage_reads(stage):
+    assert set(DVC["stages"][stage].get("params", [])) == sections_of(stage)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_outputs_and_data_dependencies_are_known_paths(stage):
+    entry = DVC["stages"][stage]
+    outs = [
+        next(iter(out)) if isinstance(out, dict) else out for out in [*entry.get("outs", []), *entry.get("metrics", [])]
+    ]
+    data = [dep for dep in entry["deps"] if not dep.endswith(".py")]
+    known = {value.as_posix() for name, value in vars(paths).items() if name.isupper()}
+    assert {*outs, *data} <= known
+    assert outs
