@@ -1,0 +1,146 @@
+"""MedMNIST's archives: from a folder or over HTTP, always verified, never left in part."""
+
+import functools
+import hashlib
+import http.server
+import socket
+import threading
+
+import pytest
+
+from fadeformer.datasets import medmnist
+from fadeformer.errors import UserError
+
+
+@pytest.fixture
+def published(archive, monkeypatch):
+    """A folder with breastmnist at two sizes, whose MD5 the table is made to expect."""
+    folder = archive("breastmnist.npz", classes=2, channels=1, size=28).parent
+    archive("breastmnist_64.npz", classes=2, channels=1, size=64)
+    sums = {
+        size: hashlib.md5((folder / name).read_bytes(), usedforsecurity=False).hexdigest()
+        for size, name in ((28, "breastmnist.npz"), (64, "breastmnist_64.npz"))
+    }
+    facts = medmnist.SETS["breastmnist"]._replace(md5={**medmnist.SETS["breastmnist"].md5, **sums})
+    monkeypatch.setitem(medmnist.SETS, "breastmnist", facts)
+    return folder
+
+
+@pytest.fixture
+def server(published):
+    """The same folder over HTTP; yields its address and the paths that were asked for."""
+    asked = []
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def do_GET(self):
+            asked.append(self.path)
+            self.path = self.path.split("?")[0]
+            super().do_GET()
+
+        def log_message(self, *args):
+            """Says nothing."""
+
+    handler = functools.partial(Handler, directory=published)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as running:
+        threading.Thread(target=running.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{running.server_address[1]}", asked
+        running.shutdown()
+
+
+@pytest.fixture
+def fetch(tmp_path):
+    (tmp_path / "out").mkdir()
+    return lambda size, mirror: medmnist.fetch("breastmnist", size, mirror, tmp_path / "downloads", tmp_path / "out")
+
+
+def test_from_a_folder(published, fetch, tmp_path):
+    facts = fetch(64, str(published))
+    assert (tmp_path / "out" / "breastmnist_64.npz").read_bytes() == (published / "breastmnist_64.npz").read_bytes()
+    assert facts.counts == {"train": 546, "val": 78, "test": 156}
+    assert facts.classes == ("malignant", "normal, benign")
+
+
+def test_over_http_and_only_once(server, fetch, tmp_path):
+    address, asked = server
+    fetch(28, address + "/")
+    fetch(28, address)
+    assert asked == ["/breastmnist.npz"]
+    assert (tmp_path / "out" / "breastmnist.npz").is_file()
+
+
+def test_from_the_published_address(server, fetch, monkeypatch):
+    address, asked = server
+    monkeypatch.setattr(medmnist, "PUBLISHED_AT", address)
+    fetch(64, None)
+    assert asked == ["/breastmnist_64.npz?download=1"]
+
+
+def test_a_wrong_checksum_stops_with_both_sums(server, fetch, published, tmp_path):
+    address, _ = server
+    expected = medmnist.SETS["breastmnist"].md5[28]
+    (published / "breastmnist.npz").write_bytes(b"something else")
+    found = hashlib.md5(b"something else", usedforsecurity=False).hexdigest()
+    for mirror in (address, str(published)):
+        with pytest.raises(UserError) as error:
+            fetch(28, mirror)
+        assert found in str(error.value)
+        assert expected in str(error.value)
+    assert not list((tmp_path / "downloads").iterdir())
+    assert (published / "breastmnist.npz").is_file()
+
+
+def test_no_network_is_told_with_a_remedy(fetch, tmp_path):
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        address = f"http://127.0.0.1:{unused.getsockname()[1]}"
+    with pytest.raises(UserError, match=r"cannot be downloaded \(no connection\).*dataset\.mirror"):
+        fetch(28, address)
+    assert not list((tmp_path / "downloads").iterdir())
+
+
+def test_a_missing_file_on_the_server_is_told(server, fetch, published):
+    (published / "breastmnist.npz").unlink()
+    with pytest.raises(UserError, match=r"cannot be downloaded \(404"):
+        fetch(28, server[0])
+
+
+def test_a_mirror_without_the_file_is_told(fetch, tmp_path):
+    with pytest.raises(UserError, match=r"no such file; dataset\.mirror must be a folder or URL"):
+        fetch(28, str(tmp_path))
+
+
+def test_a_connection_that_breaks_off_leaves_nothing(fetch, tmp_path):
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(200)
+            self.send_header("Content-Length", "1000000")
+            self.end_headers()
+            self.wfile.write(b"x" * 1000)
+
+        def log_message(self, *args):
+            """Says nothing."""
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as running:
+        threading.Thread(target=running.serve_forever, daemon=True).start()
+        with pytest.raises(UserError, match="cannot be downloaded"):
+            fetch(28, f"http://127.0.0.1:{running.server_address[1]}")
+        running.shutdown()
+    assert not list((tmp_path / "downloads").iterdir())
+
+
+def test_the_table_is_complete():
+    assert len(medmnist.SETS) == 12
+    images = sum(sum(facts.counts) for facts in medmnist.SETS.values())
+    assert images == 707_962  # MedMNIST 3.0.2, two-dimensional sets
+    sums = [md5 for facts in medmnist.SETS.values() for md5 in facts.md5.values()]
+    assert len(set(sums)) == 48
+    assert all(len(md5) == 32 for md5 in sums)
+
+
+@pytest.mark.real_data
+def test_the_official_retinamnist_is_taken_and_a_rebuilt_file_is_not(real_data, tmp_path):
+    (tmp_path / "out").mkdir()
+    facts = medmnist.fetch("retinamnist", 28, str(real_data / "medmnist"), tmp_path, tmp_path / "out")
+    assert facts.task == "ordinal-regression"
+    with pytest.raises(UserError, match="28209eda62fecd6e6a2d98b1501bb15f"):
+        medmnist.fetch("pneumoniamnist", 28, str(real_data / "npz"), tmp_path, tmp_path / "out")

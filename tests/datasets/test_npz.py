@@ -1,0 +1,85 @@
+"""A user's own archive: read as a stream, never unpickled, and told what is wrong with it."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as arrays
+
+from fadeformer.datasets import npz
+from fadeformer.errors import UserError
+
+
+@pytest.fixture
+def out(tmp_path):
+    (tmp_path / "out").mkdir()
+    return tmp_path / "out"
+
+
+def test_the_card_says_what_the_archive_holds(archive, out):
+    facts = npz.fetch(archive(channels=1, classes=2), ["normal", "pneumonia"], out)
+    assert (facts.task, facts.classes, facts.size, facts.channels) == ("binary-class", ("normal", "pneumonia"), 16, 1)
+    assert (out / "own.npz").is_file()
+    assert npz.fetch(archive(classes=4), None, out).classes == ("class 0", "class 1", "class 2", "class 3")
+
+
+def test_several_label_columns_are_findings(archive, out):
+    labels = {f"{split}_labels": np.eye(3, dtype=int)[np.arange(n) % 3] for split, n in (("train", 60), ("val", 20), ("test", 30))}
+    assert npz.fetch(archive(**labels), None, out).task == "multi-label, binary-class"
+
+
+@pytest.mark.parametrize(
+    ("arrays", "message"),
+    [
+        ({"val_images": None}, "has no array val_images"),
+        ({"val_images": np.zeros((20, 16, 16), np.float32)}, "val_images is float32"),
+        ({"val_images": np.zeros((20, 16, 16, 4), np.uint8)}, r"expected uint8 of shape \(N, S, S\)"),
+        ({"val_images": np.zeros((19, 16, 16, 3), np.uint8)}, "val_images has 19 rows but its labels 20"),
+        ({"test_labels": np.zeros((30, 1))}, "test_labels is float64"),
+        ({"test_labels": np.array([{}] * 30, dtype=object)}, "must be a plain array"),
+    ],
+)
+def test_a_wrong_layout_is_told(archive, out, arrays, message):
+    with pytest.raises(UserError, match=message):
+        npz.fetch(archive(**arrays), None, out)
+
+
+def test_a_wrong_number_of_names_is_told(archive, out):
+    with pytest.raises(UserError, match=r"dataset\.classes names 2 classes, but the labels of .* have 3"):
+        npz.fetch(archive(), ["a", "b"], out)
+
+
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.9, 0.999])
+def test_a_truncated_archive_is_told(archive, out, share):
+    path = archive()
+    path.write_bytes(path.read_bytes()[: int(path.stat().st_size * share)])
+    with pytest.raises(UserError, match="truncated or damaged"):
+        npz.fetch(path, None, out)
+
+
+def test_a_flipped_bit_is_told(archive, out):
+    path = archive()
+    data = bytearray(path.read_bytes())
+    data[len(data) // 4] ^= 0xFF
+    path.write_bytes(data)
+    with pytest.raises(UserError, match="truncated or damaged"):
+        npz.fetch(path, None, out)
+
+
+def test_a_missing_file_is_told(tmp_path, out):
+    with pytest.raises(UserError, match=r"no such file; dataset\.root must name"):
+        npz.fetch(tmp_path / "none.npz", None, out)
+
+
+@given(
+    array=arrays.arrays(
+        st.sampled_from([np.uint8, np.int64]), arrays.array_shapes(min_dims=1, max_dims=4, min_side=0, max_side=5)
+    ),
+    at_once=st.integers(1, 100),
+)
+def test_streaming_gives_what_numpy_gives(tmp_path_factory, array, at_once):
+    path = tmp_path_factory.mktemp("npz") / "a.npz"
+    np.savez(path, images=array)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(npz, "ROWS_AT_ONCE", at_once)
+        np.testing.assert_array_equal(npz.read(path, "images"), array)
