@@ -36,8 +36,8 @@ def diffusion_operator(height: int, width: int, power: int) -> Tensor:
     largest = torch.linalg.eigvalsh(lap)[-1]
     identity = torch.eye(len(lap), dtype=lap.dtype)
     if largest == 0:  # one patch has no neighbours; L^ is then -I, as it is on every constant map
-        return (-identity).matrix_power(power)
-    return (2 / largest * lap - identity).matrix_power(power)
+        return torch.linalg.matrix_power(-identity, power)  # type: ignore[no-any-return]
+    return torch.linalg.matrix_power(2 / largest * lap - identity, power)  # type: ignore[no-any-return]
 
 
 class FadeAttn(nn.Module):
@@ -100,7 +100,7 @@ class FadeAttn(nn.Module):
         return self._operators[key]
 
     def _heads(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        split = qkv.flatten(2).unflatten(1, (3, self.num_heads, self.head_dim))  # B, 3, heads, d, N
+        split = qkv.reshape(len(qkv), 3, self.num_heads, self.head_dim, -1)  # B, 3, heads, d, N
         q, k, v = split.transpose(-2, -1).unbind(1)  # each B, heads, N, d
         return q, k, v
 

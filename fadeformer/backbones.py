@@ -38,7 +38,7 @@ class ConvStem(nn.Module):
         return self.layers(x)  # type: ignore[no-any-return]
 
 
-@register_model  # type: ignore[untyped-decorator]
+@register_model
 def fadevit_nano(
     pretrained: bool = False, img_size: int | tuple[int, int] = 28, in_chans: int = 3, **kwargs: Any
 ) -> VisionTransformer:

@@ -63,6 +63,6 @@ def logits_of(
     starts = range(0, len(pixels), batch_size)
     with torch.inference_mode(), autocast(device, precision):
         for start in tqdm(starts, desc="predict", unit="batch", leave=False, disable=None):
-            images = torch.from_numpy(np.ascontiguousarray(pixels[start : start + batch_size])).to(device)
+            images = torch.from_numpy(np.array(pixels[start : start + batch_size])).to(device)
             parts.append(model(normalise(to_unit(images))).double().cpu().numpy())
     return np.concatenate(parts)

@@ -44,15 +44,20 @@ class FadeNet(nn.Module):
     ) -> None:
         super().__init__()
         vit = _timm_model(backbone, pretrained=pretrained, num_classes=0, **backbone_kwargs)
-        if not isinstance(vit, VisionTransformer) or vit.cls_token is None or vit.num_prefix_tokens != 1:
+        if (
+            not isinstance(vit, VisionTransformer)
+            or vit.cls_token is None
+            or vit.pos_embed is None
+            or vit.num_prefix_tokens != 1
+        ):
             raise ValueError(
                 f"{backbone} is not a timm VisionTransformer with a class token, which FadeNet needs (such as"
                 " vit_base_patch16_224, deit_small_patch16_224 or fadevit_nano); set model.fade to null for a plain"
                 f" {backbone}"
             )
         self.patch_embed = vit.patch_embed
-        self.cls_token = vit.cls_token
-        self.pos_embed = vit.pos_embed
+        self.cls_token: nn.Parameter = vit.cls_token
+        self.pos_embed: nn.Parameter = vit.pos_embed
         self.pos_drop = vit.pos_drop
         self.norm_pre = vit.norm_pre
         self.blocks = vit.blocks
@@ -74,7 +79,7 @@ class FadeNet(nn.Module):
             x = torch.cat([tokens, x + self.pos_embed], dim=1)
         x = self.norm(self.blocks(self.norm_pre(self.pos_drop(x))))
         height, width = self.patch_embed.grid_size
-        return x[:, 1:].transpose(1, 2).unflatten(2, (height, width))  # B, width, H, W
+        return x[:, 1:].transpose(1, 2).reshape(len(x), -1, height, width)  # B, width, H, W
 
     def forward_head(self, x: Tensor) -> Tensor:
         """The map of `forward_features` to logits, (B, classes)."""
@@ -127,7 +132,10 @@ def load_weights(model: nn.Module, path: Path) -> None:
     Raises:
         ValueError: names what is missing, left over or of another shape.
     """
-    state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
+    if path.suffix == ".safetensors":
+        state = load_file(path)
+    else:
+        state = torch.load(path, map_location="cpu", weights_only=True)
     own = model.state_dict()
     problems = {
         "missing": sorted(own.keys() - state.keys()),
@@ -144,4 +152,4 @@ def _timm_model(name: str, **options: Any) -> nn.Module:
     if not timm.is_model(name):
         near = timm.list_models(f"*{name.split('_')[0]}*")[:5]
         raise ValueError(f"timm has no model {name}" + (f"; near it: {', '.join(near)}" if near else ""))
-    return timm.create_model(name, **options)  # type: ignore[no-any-return]
+    return timm.create_model(name, **options)

@@ -15,8 +15,8 @@ import mlflow
 import numpy as np
 import pandas as pd
 from filelock import FileLock
-from mlflow.data.meta_dataset import MetaDataset
 from mlflow.data.filesystem_dataset_source import FileSystemDatasetSource
+from mlflow.data.meta_dataset import MetaDataset
 from mlflow.exceptions import MlflowException
 from mlflow.models import ModelSignature
 from mlflow.types import Schema, TensorSpec

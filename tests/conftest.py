@@ -77,9 +77,8 @@ class Project:
 
 def clone(folder: Path) -> Project:
     """Copies what git knows of the project, as it lies in the working tree, into a repository of its own."""
-    known = subprocess.run(
-        ["git", "ls-files", "--cached", "--others", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=True
-    ).stdout.split("\n")
+    listing = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
+    known = subprocess.run(listing, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\n")
     target = folder / "project"
     for name in filter(None, known):
         if (ROOT / name).is_file():

@@ -71,9 +71,14 @@ def test_a_wrong_change_leaves_the_file_as_it_was(tmp_path):
 def test_applied_changes_end_with_the_block_also_after_an_error(tmp_path):
     path = tmp_path / "params.yaml"
     shutil.copy(ROOT / "params.yaml", path)
-    with pytest.raises(ZeroDivisionError), overrides.applied(path, {"train": {"epochs": 3}}):
-        assert params.load(path).train.epochs == 3
-        raise ZeroDivisionError
+
+    def fail() -> None:
+        with overrides.applied(path, {"train": {"epochs": 3}}):
+            assert params.load(path).train.epochs == 3
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
     assert path.read_bytes() == (ROOT / "params.yaml").read_bytes()
 
 

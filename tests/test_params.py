@@ -32,7 +32,7 @@ def changed(path: str, value: object) -> dict:
         ("train.epochs", "12", "train.epochs is '12', but should be a valid integer (it stands as text"),
         ("train.epochs", True, "train.epochs is True, but should be a valid integer"),
         ("train.epochs", 0, "train.epochs is 0, but should be greater than or equal to 1"),
-        ("train.learning_rate", "1e-3", "train.learning_rate is '1e-3', but should be a valid number (it stands as text"),
+        ("train.learning_rate", "1e-3", "is '1e-3', but should be a valid number (it stands as text"),
         ("dataset.name", "retinamist", "did you mean retinamnist?"),
         ("dataset.name", "npz", "dataset.root must name your .npz file"),
         ("promote.min_auc", 2, "promote.min_auc is 2, but should be less than or equal to 1"),

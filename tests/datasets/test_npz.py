@@ -8,6 +8,7 @@ from hypothesis.extra import numpy as arrays
 
 from fadeformer.datasets import npz
 from fadeformer.errors import UserError
+from tests.datasets.conftest import COUNTS
 
 
 @pytest.fixture
@@ -24,7 +25,8 @@ def test_the_card_says_what_the_archive_holds(archive, out):
 
 
 def test_several_label_columns_are_findings(archive, out):
-    labels = {f"{split}_labels": np.eye(3, dtype=int)[np.arange(n) % 3] for split, n in (("train", 60), ("val", 20), ("test", 30))}
+    findings = np.eye(3, dtype=int)
+    labels = {f"{split}_labels": findings[np.arange(count) % 3] for split, count in COUNTS.items()}
     assert npz.fetch(archive(**labels), None, out).task == "multi-label, binary-class"
 
 

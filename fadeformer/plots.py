@@ -1,0 +1,187 @@
+"""Predictions or history to figures; each function returns a matplotlib figure and touches no global state."""
+
+from __future__ import annotations
+
+import math
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from numpy.typing import NDArray
+
+from fadeformer.files import whole_file
+from fadeformer.metrics import one_versus_rest, pr_points, roc_points, summarise
+from fadeformer.predictions import Predictions
+
+# Okabe and Ito's colours, told apart with every kind of colour vision; line styles tell apart what repeats a colour.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+STYLES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)))
+NAME_WIDTH = 26  # characters of a class name in one line
+LEGEND_ROWS = 16  # classes in one column of a legend
+
+
+def training_curves(history: pd.DataFrame, best_epoch: int) -> Figure:
+    """Loss, accuracy and validation AUC by epoch.
+
+    Args:
+        history: one row per epoch: epoch, train_loss, val_loss, train_accuracy, val_accuracy, val_auc.
+        best_epoch: the epoch whose weights were kept.
+    """
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    marker = {"marker": "o", "markersize": 3}
+    epochs = history["epoch"]
+    left.plot(epochs, history["train_loss"], color=COLOURS[0], label="train", **marker)
+    left.plot(epochs, history["val_loss"], color=COLOURS[1], linestyle="--", label="validation", **marker)
+    left.set(xlabel="Epoch", ylabel="Loss (cross-entropy, nats)", title="Loss")
+    right.plot(epochs, history["train_accuracy"], color=COLOURS[0], label="train accuracy", **marker)
+    right.plot(epochs, history["val_accuracy"], color=COLOURS[1], linestyle="--", label="validation accuracy", **marker)
+    if history["val_auc"].notna().any():
+        right.plot(epochs, history["val_auc"], color=COLOURS[2], linestyle="-.", label="validation AUC", **marker)
+    right.set(xlabel="Epoch", ylabel="Accuracy, AUC", title="Accuracy and AUC")
+    for axes in (left, right):
+        axes.axvline(best_epoch, color="0.4", linestyle=":", label=f"kept: epoch {best_epoch}")
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=9)
+    return figure
+
+
+def confusion_matrix(predictions: Predictions) -> Figure:
+    """Counts, and their share of each row: true against predicted class, or the four outcomes of each finding."""
+    count = len(predictions.classes)
+    truth = one_versus_rest(predictions.labels, count, predictions.task)
+    decided = one_versus_rest(predictions.task.decide(predictions.scores), count, predictions.task)
+    names = [_short(name) for name in predictions.classes]
+    title = f"Confusion matrix, {len(truth)} images"
+    if predictions.task.multi_label:
+        outcomes = {
+            "true\npositive": truth & decided, "false\nnegative": truth & ~decided,
+            "false\npositive": ~truth & decided, "true\nnegative": ~truth & ~decided,
+        }  # fmt: skip
+        counts = np.stack([outcome.sum(axis=0) for outcome in outcomes.values()], axis=1)
+        wholes = np.repeat([counts[:, :2].sum(axis=1), counts[:, 2:].sum(axis=1)], 2, axis=0).T
+        labels, legend = ("Finding", "Outcome at a score above 0.5"), "share of the positives or negatives"
+        return _heat_table(counts, _shares(counts, wholes), (names, list(outcomes)), labels, title, legend)
+    counts = truth.T.astype(np.int64) @ decided.astype(np.int64)
+    wholes = counts.sum(axis=1, keepdims=True).repeat(count, axis=1)
+    labels, legend = ("True class", "Predicted class"), "share of the true class"
+    return _heat_table(counts, _shares(counts, wholes), (names, names), labels, title, legend)
+
+
+def roc_curves(predictions: Predictions) -> Figure:
+    """Sensitivity against 1 - specificity of every class, with its AUC."""
+    points, summary = roc_points(predictions), summarise(predictions)
+    figure, axes = _square(len(points["class"].unique()))
+    handles = _lines(axes, points, "fpr", "tpr", {name: f"AUC {v['auc']:.3f}" for name, v in _judged(summary)})
+    axes.plot([0, 1], [0, 1], color="0.6", linestyle=(0, (1, 2)))
+    handles.append(Line2D([], [], color="0.6", linestyle=(0, (1, 2)), label="chance"))
+    axes.set(xlabel="1 - specificity (false positive rate)", ylabel="Sensitivity (true positive rate)")
+    _finish(axes, handles, "ROC", summary["overall"]["auc"], "AUC", summary["not_judged"])
+    return figure
+
+
+def pr_curves(predictions: Predictions) -> Figure:
+    """Precision against sensitivity of every class, with its average precision; dotted: its prevalence."""
+    points, summary = pr_points(predictions), summarise(predictions)
+    figure, axes = _square(len(points["class"].unique()))
+    labels = {name: f"AP {v['average_precision']:.3f}" for name, v in _judged(summary)}
+    handles = _lines(axes, points, "recall", "precision", labels)
+    for handle, name in zip(handles, points["class"].unique(), strict=True):
+        prevalence = summary["per_class"][name]["prevalence"]
+        axes.axhline(prevalence, color=handle.get_color(), linestyle=(0, (1, 2)), linewidth=0.8)
+    handles.append(Line2D([], [], color="0.4", linestyle=(0, (1, 2)), linewidth=0.8, label="prevalence (chance)"))
+    axes.set(xlabel="Recall (sensitivity)", ylabel="Precision (positive predictive value)")
+    shown = [v["average_precision"] for name, v in _judged(summary) if name in set(points["class"])]
+    mean = float(np.mean(shown)) if shown else None
+    _finish(axes, handles, "Precision-recall", mean, "AP", summary["not_judged"])
+    return figure
+
+
+def save(figure: Figure, path: Path, dpi: int) -> None:
+    """Writes a PNG, the same bytes for the same figure."""
+    with whole_file(path) as temporary:
+        figure.savefig(temporary, dpi=dpi, format="png", metadata={"Software": None})
+
+
+def _judged(summary: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    return [(name, values) for name, values in summary["per_class"].items() if values["auc"] is not None]
+
+
+def _square(classes: int) -> tuple[Figure, Axes]:
+    columns = math.ceil((classes + 1) / LEGEND_ROWS)
+    figure = Figure(figsize=(5.6 + 2.9 * columns, 5.4), layout="constrained")
+    return figure, figure.add_subplot()
+
+
+def _lines(axes: Axes, points: pd.DataFrame, x: str, y: str, values: dict[str, str]) -> list[Line2D]:
+    handles = []
+    for i, name in enumerate(points["class"].unique()):
+        rows = points[points["class"] == name]
+        style = STYLES[i // len(COLOURS) % len(STYLES)]
+        label = f"{_short(name)}\n{values[name]}" if len(name) > NAME_WIDTH - 8 else f"{name}: {values[name]}"
+        handles += axes.plot(rows[x], rows[y], color=COLOURS[i % len(COLOURS)], linestyle=style, label=label)
+    return handles
+
+
+def _finish(
+    axes: Axes, handles: list[Line2D], title: str, mean: float | None, what: str, not_judged: list[str]
+) -> None:
+    curves = len(handles) - 1
+    if mean is None:
+        title += ": no class can be judged"
+    else:
+        title += f", {'mean ' if curves > 1 else ''}{what} {mean:.3f}"
+    handles += [Line2D([], [], linestyle="none", label=f"{_short(name)}\nnot judged") for name in not_judged]
+    axes.set(title=title, xlim=(-0.01, 1.01), ylim=(-0.01, 1.01), aspect="equal")
+    axes.grid(alpha=0.3)
+    axes.legend(
+        handles=handles, loc="upper left", bbox_to_anchor=(1.02, 1), borderaxespad=0, frameon=False,
+        ncols=math.ceil(len(handles) / LEGEND_ROWS), fontsize=9,
+    )  # fmt: skip
+
+
+def _heat_table(
+    counts: NDArray[np.int64],
+    shares: NDArray[np.float64],
+    names: tuple[list[str], list[str]],
+    labels: tuple[str, str],
+    title: str,
+    legend: str,
+) -> Figure:
+    """Draws counts coloured by share; names and labels are those of the rows, then of the columns."""
+    height, width = counts.shape
+    cell = max(0.42, min(1.0, 9 / max(height, width)))  # inches
+    figure = Figure(figsize=(3.2 + cell * max(width, 4), 2.6 + cell * max(height, 4)), layout="constrained")
+    axes = figure.add_subplot()
+    image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1, aspect="equal")
+    figure.colorbar(image, ax=axes, label=legend, shrink=0.8)
+    roomy = cell > 0.6
+    for (i, j), count in np.ndenumerate(counts):
+        if count == 0 and not roomy:
+            continue  # in a large table the zeros would hide the rest
+        axes.text(
+            j, i, f"{count}\n{100 * shares[i, j]:.0f}%" if roomy else f"{count}", ha="center", va="center",
+            fontsize=min(11.0, 18 * cell) * (0.9 if count < 1000 else 0.75),
+            color="white" if shares[i, j] > 0.55 else "black",
+        )  # fmt: skip
+    crowded = max(len(line) for name in names[1] for line in name.split("\n")) > 12 * cell
+    axes.set_xticks(range(width), names[1], rotation=90 if crowded else 0, fontsize=9)
+    axes.set_yticks(range(height), names[0], fontsize=9)
+    axes.set(ylabel=labels[0], xlabel=labels[1], title=title)
+    return figure
+
+
+def _shares(counts: NDArray[np.int64], wholes: NDArray[np.int64]) -> NDArray[np.float64]:
+    return np.divide(counts, wholes, out=np.zeros(counts.shape), where=wholes > 0)
+
+
+def _short(name: str) -> str:
+    """A class name in at most two lines."""
+    lines = textwrap.wrap(name.replace("(", " ("), NAME_WIDTH, max_lines=2, placeholder=" ...")
+    return "\n".join(lines)
