@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -28,6 +29,7 @@ class Augmentation:
         rotation: largest angle either way, degrees.
         scale: largest change of size either way, fraction.
         translate: largest shift either way, fraction of the side.
+        border: what comes in from outside: zeros (black), border (the edge goes on) or reflection.
         brightness: largest change of the factor either way, fraction; contrast and saturation likewise.
         contrast: see brightness.
         saturation: see brightness.
@@ -39,6 +41,7 @@ class Augmentation:
     rotation: float
     scale: float
     translate: float
+    border: Literal["zeros", "border", "reflection"]
     brightness: float
     contrast: float
     saturation: float
@@ -71,7 +74,7 @@ class Augmentation:
         row_x = torch.stack([cos * flip, -sin, shift[:, 0]], dim=1)
         row_y = torch.stack([sin * flip, cos, shift[:, 1]], dim=1)
         grid = functional.affine_grid(torch.stack([row_x, row_y], dim=1), list(batch.shape), align_corners=False)
-        return functional.grid_sample(batch, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
+        return functional.grid_sample(batch, grid, mode="bilinear", padding_mode=self.border, align_corners=False)
 
     def _jitter(self, batch: Tensor, generator: torch.Generator) -> Tensor:
         n, channels = batch.shape[:2]

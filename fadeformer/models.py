@@ -43,7 +43,10 @@ class FadeNet(nn.Module):
         **backbone_kwargs: Any,
     ) -> None:
         super().__init__()
-        vit = _timm_model(backbone, pretrained=pretrained, num_classes=0, **backbone_kwargs)
+        try:
+            vit = _timm_model(backbone, pretrained=pretrained, num_classes=0, **backbone_kwargs)
+        except TypeError:  # such as a network that knows no img_size
+            vit = None
         if (
             not isinstance(vit, VisionTransformer)
             or vit.cls_token is None
@@ -121,9 +124,10 @@ def create_model(
         return FadeNet(num_classes, dropout, fade, backbone, pretrained, img_size=image_size, **options)
     options |= {"pretrained": pretrained, "num_classes": num_classes, "drop_rate": dropout}
     try:
-        return _timm_model(backbone, img_size=image_size, **options)
+        model: nn.Module = _timm_model(backbone, img_size=image_size, **options)
     except TypeError:  # a network that takes any size has no such argument
-        return _timm_model(backbone, **options)
+        model = _timm_model(backbone, **options)
+    return model
 
 
 def load_weights(model: nn.Module, path: Path) -> None:
@@ -148,7 +152,7 @@ def load_weights(model: nn.Module, path: Path) -> None:
     model.load_state_dict(state)
 
 
-def _timm_model(name: str, **options: Any) -> nn.Module:
+def _timm_model(name: str, **options: Any) -> Any:
     if not timm.is_model(name):
         near = timm.list_models(f"*{name.split('_')[0]}*")[:5]
         raise ValueError(f"timm has no model {name}" + (f"; near it: {', '.join(near)}" if near else ""))

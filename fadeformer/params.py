@@ -91,6 +91,7 @@ class AugmentParams(Section):
     rotation: Annotated[Number, Field(ge=0, le=180)]
     scale: Rate
     translate: Rate
+    border: Literal["zeros", "border", "reflection"]
     brightness: Fraction
     contrast: Fraction
     saturation: Fraction

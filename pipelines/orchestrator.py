@@ -56,6 +56,7 @@ def orchestrated() -> Iterator[None]:
     Raises:
         UserError: the server of `PREFECT_API_URL` does not answer, or the temporary one does not start.
     """
+    from prefect.logging.handlers import APILogWorker
     from prefect.settings import PREFECT_API_URL, temporary_settings
 
     given = os.environ.get("PREFECT_API_URL")
@@ -73,7 +74,10 @@ def orchestrated() -> Iterator[None]:
                 raise UserError("Prefect's temporary server did not start; `prefect server start` tells why")
             time.sleep(0.1)
         with temporary_settings({PREFECT_API_URL: server.url}):
-            yield
+            try:
+                yield
+            finally:
+                APILogWorker.drain_all(timeout=5)  # what was logged goes to the server while it is there
     finally:
         _started.clear()
         server.process.communicate()  # closes the pipe, and waits

@@ -15,7 +15,7 @@ import mlflow
 import numpy as np
 import pandas as pd
 from filelock import FileLock
-from mlflow.data.filesystem_dataset_source import FileSystemDatasetSource
+from mlflow.data.dataset_source_registry import resolve_dataset_source
 from mlflow.data.meta_dataset import MetaDataset
 from mlflow.exceptions import MlflowException
 from mlflow.models import ModelSignature
@@ -80,7 +80,7 @@ def log_start(params: Mapping[str, Any], meta: Meta) -> None:
     """Leaves the parameters and the identity of data and code in the active run."""
     mlflow.log_params(dict(params))
     card = meta.dataset
-    source = FileSystemDatasetSource.from_dict({"uri": card["file"]})
+    source = resolve_dataset_source(f"data/raw/{card['file']}")
     mlflow.log_input(MetaDataset(source, name=card["name"], digest=card["sha256"][:32]), context="training")
     mlflow.set_tags(
         {

@@ -29,7 +29,7 @@ def test_the_paper_preset_is_the_published_recipe(tmp_path, monkeypatch):
         "seed": 42, "preprocess.image_size": 224, "model.backbone": "vit_base_patch16_224", "model.pretrained": True,
         "model.dropout": 0.5, "model.fade.num_heads": 8, "model.fade.K": 3, "model.fade.alpha": 0.5,
         "model.fade.dropout": 0.1, "augment.horizontal_flip": 0.5, "augment.rotation": 15.0, "augment.scale": 0.0,
-        "augment.translate": 0.0, "augment.brightness": 0.15, "augment.contrast": 0.15, "augment.saturation": 0.15,
+        "augment.translate": 0.0, "augment.border": "zeros", "augment.brightness": 0.15, "augment.contrast": 0.15, "augment.saturation": 0.15,
         "augment.erasing": 0.4, "augment.erasing_scale": [0.02, 0.12], "train.epochs": 25, "train.batch_size": 32,
         "train.optimizer": "adam", "train.learning_rate": 1e-4, "train.weight_decay": 1e-4,
         "train.schedule": "plateau", "train.plateau_factor": 0.5, "train.plateau_patience": 2,

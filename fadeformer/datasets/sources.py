@@ -51,7 +51,7 @@ def fetch(
 
 def _draw_phantom(images: int, size: int, seed: int, folder: Path) -> Facts:
     archive = folder / "phantom.npz"
-    np.savez(archive, **phantom.draw(images, size, seed))
+    np.savez(archive, **phantom.draw(images, size, seed))  # type: ignore[arg-type]
     return Facts(
         name="phantom",
         file=archive.name,

@@ -1,0 +1,136 @@
+"""FadeAttn against the published layer's numbers, and against the formula written plainly."""
+
+import copy
+import math
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fadeformer import attention
+from fadeformer.attention import FadeAttn
+
+REFERENCE = Path(__file__).parent / "reference"
+# file, heads, K; the numbers were computed with the published code in float32
+CASES = [("c64_h8_k3_14x14", 8, 3), ("c48_h4_k1_7x5", 4, 1), ("c32_h8_k5_4x16", 8, 5)]
+
+
+def relative(found: torch.Tensor, expected: np.ndarray) -> float:
+    """Largest error as a fraction of the largest value."""
+    return float((found.detach().double() - torch.from_numpy(expected).double()).abs().max() / np.abs(expected).max())
+
+
+@pytest.mark.parametrize(("name", "heads", "power"), CASES)
+def test_output_and_gradients_are_the_published_ones(name, heads, power):
+    numbers = np.load(REFERENCE / f"fadeattn_{name}.npz")
+    layer = FadeAttn(numbers["x"].shape[1], heads, power).eval()
+    layer.load_state_dict({key: torch.from_numpy(numbers[key]) for key in layer.state_dict()})
+    x = torch.from_numpy(numbers["x"]).requires_grad_()
+    y = layer(x)
+    assert relative(y, numbers["y"]) < 1e-5
+    (y * torch.linspace(-1, 1, y.numel()).reshape(y.shape)).sum().backward()
+    assert relative(x.grad, numbers["grad_x"]) < 1e-5
+    for key, parameter in layer.named_parameters():
+        assert relative(parameter.grad, numbers[f"grad_{key}"]) < 1e-5, key
+
+
+def plain(layer: FadeAttn, x: torch.Tensor) -> torch.Tensor:
+    """The formula of the module's docstring, one head and one patch at a time."""
+    batch, channels, height, width = x.shape
+    places = [(i, j) for i in range(height) for j in range(width)]
+    near = [[math.exp(-((i - k) ** 2 + (j - m) ** 2) / 2) for k, m in places] for i, j in places]
+    a = torch.tensor(near, dtype=torch.float64)
+    lap = torch.diag(a.sum(1)) - a
+    top = torch.linalg.eigvalsh(lap)[-1]
+    rescaled = -torch.eye(len(lap)).double() + (2 * lap / top if top > 0 else 0)
+    qkv = torch.einsum("oc,bchw->bohw", layer.qkv.weight[:, :, 0, 0], x) + layer.qkv.bias[:, None, None]
+    q, k, v = (part.flatten(2) for part in qkv.chunk(3, dim=1))
+    out = torch.empty(batch, channels, height * width, dtype=x.dtype)
+    for b in range(batch):
+        for h in range(layer.num_heads):
+            of = slice(h * layer.head_dim, (h + 1) * layer.head_dim)
+            weights = torch.softmax(q[b, of].T @ k[b, of] / math.sqrt(layer.head_dim), dim=1)
+            diffused = v[b, of].T
+            for _ in range(layer.K):
+                diffused = rescaled @ diffused
+            out[b, of] = (layer.alpha * (weights @ v[b, of].T) + (1 - layer.alpha) * diffused).T
+    mixed = out.reshape(x.shape)
+    return torch.einsum("oc,bchw->bohw", layer.proj.weight[:, :, 0, 0], mixed) + layer.proj.bias[:, None, None]
+
+
+layers = st.fixed_dictionaries(
+    {
+        "heads": st.sampled_from([1, 2, 4]), "K": st.integers(0, 4), "alpha": st.floats(-1, 2),
+        "grid": st.tuples(st.integers(1, 6), st.integers(1, 6)), "seed": st.integers(0, 1000),
+    }
+)  # fmt: skip
+
+
+def make(case: dict) -> tuple[FadeAttn, torch.Tensor]:
+    torch.manual_seed(case["seed"])
+    layer = FadeAttn(8, case["heads"], case["K"], case["alpha"]).double().eval()
+    return layer, torch.randn(2, 8, *case["grid"]).double()
+
+
+@given(layers)
+def test_map_is_the_formula(case):
+    layer, x = make(case)
+    torch.testing.assert_close(layer(x), plain(layer, x), rtol=1e-9, atol=1e-9)
+
+
+@given(layers)
+def test_pooled_is_the_mean_of_the_map(case):
+    layer, x = make(case)
+    torch.testing.assert_close(layer.forward_pooled(x), layer(x).mean(dim=(2, 3)), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("path", ["forward", "forward_pooled"])
+def test_gradients_are_right(path):
+    torch.manual_seed(0)
+    layer = FadeAttn(4, 2, 3).double().eval()
+    x = torch.randn(2, 4, 2, 3).double().requires_grad_()
+    assert torch.autograd.gradcheck(lambda *inputs: getattr(layer, path)(inputs[0]), (x, *layer.parameters()))
+
+
+def test_pooled_has_the_gradients_of_the_mean():
+    layer, x = make({"heads": 2, "K": 3, "alpha": 0.3, "grid": (4, 5), "seed": 1})
+    x.requires_grad_()
+    of_map = torch.autograd.grad(layer(x).mean(dim=(2, 3)).square().sum(), [x, *layer.parameters()])
+    of_pooled = torch.autograd.grad(layer.forward_pooled(x).square().sum(), [x, *layer.parameters()])
+    for one, other in zip(of_map, of_pooled, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
+
+
+def test_state_dict_holds_only_the_published_names():
+    layer = FadeAttn(16)
+    layer(torch.randn(1, 16, 3, 3))
+    assert list(layer.state_dict()) == ["alpha", "qkv.weight", "qkv.bias", "proj.weight", "proj.bias"]
+
+
+def test_the_operator_is_computed_once_for_each_grid(monkeypatch):
+    asked = []
+    original = attention.diffusion_operator
+    monkeypatch.setattr(attention, "diffusion_operator", lambda *args: asked.append(args) or original(*args))
+    layer = FadeAttn(8, 2)
+    for grid in ((3, 4), (3, 4), (2, 2), (3, 4)):
+        layer(torch.randn(1, 8, *grid))
+    assert asked == [(3, 4, 3), (2, 2, 3)]
+
+
+def test_copies_and_conversions_give_the_same():
+    layer = FadeAttn(8, 2).eval()
+    x = torch.randn(1, 8, 3, 4)
+    expected = layer(x)
+    torch.testing.assert_close(copy.deepcopy(layer)(x), expected)
+    torch.testing.assert_close(pickle.loads(pickle.dumps(layer))(x), expected)  # noqa: S301  our own bytes
+    torch.testing.assert_close(layer.double()(x.double()).float(), expected)
+
+
+@pytest.mark.parametrize(("arguments", "message"), [((10, 3), "does not divide"), ((8, 2, -1), "K is -1")])
+def test_arguments_that_do_not_fit_are_told(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        FadeAttn(*arguments)
