@@ -9,6 +9,7 @@ _CACHE = Path(__file__).resolve().parents[1] / ".cache"
 for _name, _value in {
     "DO_NOT_TRACK": "1",
     "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "MPLCONFIGDIR": str(_CACHE / "matplotlib"),
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",

@@ -41,12 +41,13 @@ def predict(batch_size: int) -> None:
 
 @task(name="measure", persist_result=False)
 def measure() -> dict[str, float]:
-    """Every number, from predictions.parquet: metrics.json, results.json and the curves that DVC plots."""
+    """Every number, from predictions.parquet: metrics, those of each class, published results, curves to plot."""
     table = predictions.read(paths.PREDICTIONS)
     described = read_json(paths.ARCHITECTURE)
     summary = {split: metrics.summarise(table.of(split)) for split in ("val", "test")}
     history = pd.read_csv(paths.HISTORY)
-    write_json(paths.METRICS, summary)
+    write_json(paths.METRICS, {split: values["overall"] for split, values in summary.items()})
+    write_json(paths.CLASSES, {split: values["per_class"] for split, values in summary.items()})
     write_json(paths.RESULTS, metrics.published_results(summary["test"], history, described["params"]))
     with whole_folder(paths.CURVES) as folder:
         metrics.roc_points(table.of("test")).to_csv(folder / "roc.csv", index=False)
@@ -70,9 +71,9 @@ def draw(dpi: int) -> None:
 @task(name="log the evaluation to MLflow", persist_result=False)
 def log() -> None:
     """Adds numbers, figures and predictions to the run in which the model was trained."""
-    for split, summary in read_json(paths.METRICS).items():
-        tracking.log_metrics(summary, split)
-    tracking.log_files(paths.PREDICTIONS, paths.METRICS, paths.RESULTS)
+    tracking.log_metrics(read_json(paths.METRICS))
+    tracking.log_metrics({"classes": read_json(paths.CLASSES)})
+    tracking.log_files(paths.PREDICTIONS, paths.METRICS, paths.CLASSES, paths.RESULTS)
     tracking.log_files(paths.FIGURES, under="figures")
 
 

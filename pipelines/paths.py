@@ -16,6 +16,7 @@ REPORTS = Path("reports")
 VALIDATION = REPORTS / "validation"
 PREDICTIONS = REPORTS / "predictions.parquet"
 METRICS = REPORTS / "metrics.json"
+CLASSES = REPORTS / "classes.json"
 RESULTS = REPORTS / "results.json"
 FIGURES = REPORTS / "figures"
 CURVES = REPORTS / "curves"

@@ -26,7 +26,7 @@ class FadeFormer(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
         self.model = create_model(**{**described["model"], "pretrained": False})
         load_weights(self.model, Path(context.artifacts["weights"]))
 
-    def predict(self, context: Any, model_input: Any, params: dict[str, Any] | None = None) -> dict[str, Any]:
+    def predict(self, context, model_input, params=None):  # type: ignore[no-untyped-def]  # MLflow reads hints its own way
         """Scores of images.
 
         Args:

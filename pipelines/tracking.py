@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import subprocess
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import version
@@ -15,7 +17,7 @@ import mlflow
 import numpy as np
 import pandas as pd
 from filelock import FileLock
-from mlflow.data.dataset_source_registry import resolve_dataset_source
+from mlflow.data.code_dataset_source import CodeDatasetSource
 from mlflow.data.meta_dataset import MetaDataset
 from mlflow.exceptions import MlflowException
 from mlflow.models import ModelSignature
@@ -44,6 +46,7 @@ def connect() -> None:
         UserError: the store cannot be reached.
     """
     store = project() / "mlruns"
+    logging.getLogger("mlflow").setLevel(logging.WARNING)
     server = os.environ.get("MLFLOW_TRACKING_URI")
     mlflow.set_tracking_uri(server or f"sqlite:///{store / 'mlflow.db'}?timeout=60")
     store.mkdir(exist_ok=True)
@@ -80,7 +83,7 @@ def log_start(params: Mapping[str, Any], meta: Meta) -> None:
     """Leaves the parameters and the identity of data and code in the active run."""
     mlflow.log_params(dict(params))
     card = meta.dataset
-    source = resolve_dataset_source(f"data/raw/{card['file']}")
+    source = CodeDatasetSource(tags={"stage": "download", "file": card["file"], "sha256": card["sha256"]})
     mlflow.log_input(MetaDataset(source, name=card["name"], digest=card["sha256"][:32]), context="training")
     mlflow.set_tags(
         {
@@ -100,11 +103,11 @@ def log_epoch(measured: Mapping[str, Any]) -> None:
     mlflow.log_metrics(values, step=measured["epoch"])
 
 
-def log_metrics(metrics: Mapping[str, Any], prefix: str) -> None:
+def log_metrics(metrics: Mapping[str, Any]) -> None:
     """Logs numbers of a nested dictionary under dotted names; what is not a number is left out."""
     flat = pd.json_normalize(dict(metrics)).iloc[0].to_dict()
     numbers = {
-        f"{prefix}.{_plain(name)}": float(value)
+        _plain(name): float(value)
         for name, value in flat.items()
         if isinstance(value, (int, float)) and not isinstance(value, bool) and np.isfinite(value)
     }
@@ -135,6 +138,7 @@ def log_model(weights: Path, architecture: Path, meta: Meta) -> None:
     )
     example = {"images": np.zeros((1, *shape[1:]), np.uint8)}
     here = Path(__file__).resolve().parent
+    warnings.filterwarnings("ignore", message=".*type hints to the `predict` method.*")  # the signature says it all
     mlflow.pyfunc.log_model(
         name=MODEL,
         python_model=str(here / "served.py"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import tempfile
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from safetensors.torch import save_file
 from fadeformer import arrays, params, training
 from fadeformer.augment import Augmentation
 from fadeformer.errors import UserError
-from fadeformer.files import whole_file, whole_folder, write_json
+from fadeformer.files import whole_folder, write_json
 from fadeformer.inference import choose_device, choose_precision
 from fadeformer.models import create_model
 from pipelines import paths, stage, tracking
@@ -80,7 +81,8 @@ def fit(folder: Path) -> dict[str, Any]:
 def log_model(folder: Path) -> None:
     """Logs the model as it can be loaded anywhere."""
     weights = torch.load(folder / paths.WEIGHTS.name, weights_only=True)
-    with whole_file(folder / "weights.safetensors") as path:
+    with tempfile.TemporaryDirectory() as temporary:
+        path = Path(temporary) / "weights.safetensors"
         save_file(weights, path)
         tracking.log_model(path, folder / paths.ARCHITECTURE.name, arrays.read_meta(paths.PROCESSED))
     tracking.log_files(folder / paths.HISTORY.name)

@@ -6,11 +6,16 @@ import subprocess
 import sys
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 from fadeformer import params
 from fadeformer.params import Params
 from pipelines import overrides
+
+# No deadline: how fast a machine is says nothing about the code. Always the same examples: a test fails, or it does not.
+hypothesis.settings.register_profile("project", deadline=None, derandomize=True)
+hypothesis.settings.load_profile("project")
 
 ROOT = Path(__file__).parents[1]
 REAL_DATA = ROOT.parent / "shared" / "datasets"
