@@ -51,13 +51,15 @@ class FadeAttn(nn.Module):
         dropout: of whole channels of the output.
 
     Raises:
-        ValueError: the heads do not divide the channels, or K is negative.
+        ValueError: there are no heads, they do not divide the channels, or K is negative.
     """
 
     def __init__(
         self, in_channels: int, num_heads: int = 8, K: int = 3, alpha: float = 0.5, dropout: float = 0.1
     ) -> None:
         super().__init__()
+        if num_heads < 1:
+            raise ValueError(f"num_heads is {num_heads}; a layer has 1 or more")
         if in_channels % num_heads:
             raise ValueError(f"num_heads is {num_heads}, which does not divide the {in_channels} channels")
         if K < 0:
@@ -96,7 +98,8 @@ class FadeAttn(nn.Module):
         """L^^K of a grid, (height width, height width), computed once for each grid."""
         key = (height, width, device, dtype)
         if key not in self._operators:
-            self._operators[key] = diffusion_operator(height, width, self.K).to(device, dtype)
+            with torch.inference_mode(False):  # a tensor made in inference mode could never be trained with
+                self._operators[key] = diffusion_operator(height, width, self.K).to(device, dtype)
         return self._operators[key]
 
     def _heads(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -31,6 +31,7 @@ class FadeNet(nn.Module):
 
     Raises:
         ValueError: the backbone is not a timm VisionTransformer with learned positions, or FadeAttn does not fit it.
+        TypeError: an argument that timm's VisionTransformer does not have.
     """
 
     def __init__(
@@ -45,8 +46,10 @@ class FadeNet(nn.Module):
         super().__init__()
         try:
             vit = _timm_model(backbone, pretrained=pretrained, num_classes=0, **backbone_kwargs)
-        except TypeError:  # such as a network that knows no img_size
-            vit = None
+        except TypeError:  # an argument that this network lacks, such as img_size, or that no network has
+            vit = _timm_model(backbone)
+            if isinstance(vit, VisionTransformer):
+                raise
         if (
             not isinstance(vit, VisionTransformer)
             or vit.cls_token is None
@@ -119,27 +122,37 @@ def create_model(
     Raises:
         ValueError: timm has no such model, or it cannot be what is asked for.
     """
-    options: dict[str, Any] = {"in_chans": in_chans, "drop_path_rate": drop_path}
+    size, depth = {"img_size": image_size}, {"drop_path_rate": drop_path}
     if fade is not None:
-        return FadeNet(num_classes, dropout, fade, backbone, pretrained, img_size=image_size, **options)
-    options |= {"pretrained": pretrained, "num_classes": num_classes, "drop_rate": dropout}
-    try:
-        model: nn.Module = _timm_model(backbone, img_size=image_size, **options)
-    except TypeError:  # a network that takes any size has no such argument
-        model = _timm_model(backbone, **options)
-    return model
+        return FadeNet(num_classes, dropout, fade, backbone, pretrained, in_chans=in_chans, **size, **depth)
+    options = {"pretrained": pretrained, "num_classes": num_classes, "in_chans": in_chans, "drop_rate": dropout}
+    # a network that takes any size has no img_size; one without stochastic depth has no drop_path_rate
+    attempts: list[dict[str, Any]] = [size | depth, depth]
+    if drop_path == 0:
+        attempts += [size, {}]
+    for extra in attempts:
+        try:
+            model: nn.Module = _timm_model(backbone, **options, **extra)
+        except TypeError as error:
+            reason = error
+        else:
+            return model
+    hint = "; set model.drop_path to 0" if "drop_path_rate" in str(reason) else ""
+    raise ValueError(f"{backbone} cannot be built as asked: {reason}{hint}") from reason
 
 
 def load_weights(model: nn.Module, path: Path) -> None:
     """Reads weights from a .pth of tensors or a .safetensors into a model.
 
     Raises:
-        ValueError: names what is missing, left over or of another shape.
+        ValueError: the file is not a state dict; or names what is missing, left over or of another shape.
     """
     if path.suffix == ".safetensors":
         state = load_file(path)
     else:
         state = torch.load(path, map_location="cpu", weights_only=True)
+    if not isinstance(state, Mapping):
+        raise ValueError(f"{path}: holds no named tensors but a {type(state).__name__}")
     own = model.state_dict()
     problems = {
         "missing": sorted(own.keys() - state.keys()),

@@ -140,7 +140,7 @@ def fit(
         precision: float32, or bfloat16 for automatic mixed precision.
 
     Raises:
-        UserError: the loss is not a number.
+        UserError: the loss or an output is not finite.
     """
     weights = sampling_weights(train.labels, task)
     while state.epoch < recipe.epochs and state.epoch - state.best_epoch < recipe.early_stopping_patience:
@@ -164,10 +164,7 @@ def fit(
                 logits = state.model(augmentation(images, generator))
             loss = task.loss(logits.float(), labels)
             if not torch.isfinite(loss):
-                raise UserError(
-                    f"training: the loss is {loss.item()} at epoch {epoch}, batch {number + 1}; lower"
-                    f" train.learning_rate (now {learning_rate:g}) or set train.precision to fp32"
-                )
+                raise _diverged(f"the loss is {loss.item()} at epoch {epoch}, batch {number + 1}", learning_rate)
             state.optimizer.zero_grad(set_to_none=True)
             loss.backward()  # type: ignore[no-untyped-call]
             state.optimizer.step()
@@ -178,7 +175,10 @@ def fit(
             seen += len(chosen)
             progress.set_postfix(loss=f"{total / seen:.3f}", accuracy=f"{right / seen:.3f}")
 
-        scores = task.probabilities(logits_of(state.model, val.pixels, recipe.batch_size, device, precision))
+        val_logits = logits_of(state.model, val.pixels, recipe.batch_size, device, precision)
+        if not np.isfinite(val_logits).all():
+            raise _diverged(f"the outputs are not finite after epoch {epoch}", learning_rate)
+        scores = task.probabilities(val_logits)
         val_loss = log_loss(val.labels, scores, task)
         state.epoch = epoch
         if val_loss < state.best_loss:
@@ -213,6 +213,11 @@ def sampling_weights(labels: NDArray[np.int64], task: Task) -> NDArray[np.float6
     present = labels.astype(bool)
     rarity = np.where(present, 1.0 / np.maximum(present.sum(axis=0), 1), 0.0).max(axis=1)
     return np.where(present.any(axis=1), rarity, 1.0 / max(1, int((~present.any(axis=1)).sum())))
+
+
+def _diverged(what: str, learning_rate: float) -> UserError:
+    remedy = f"lower train.learning_rate (now {learning_rate:g}) or set train.precision to fp32"
+    return UserError(f"training has diverged: {what}; {remedy}")
 
 
 def _order(weights: NDArray[np.float64] | None, count: int, seed: int) -> NDArray[np.int64]:

@@ -13,7 +13,7 @@ from fadeformer import params
 from fadeformer.params import Params
 from pipelines import overrides
 
-# No deadline: how fast a machine is says nothing about the code. Always the same examples: a test fails, or it does not.
+# No deadline: how fast a machine is says nothing about the code. Always the same examples, so that a test fails or not.
 hypothesis.settings.register_profile("project", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("project")
 

@@ -121,6 +121,26 @@ def test_the_operator_is_computed_once_for_each_grid(monkeypatch):
     assert asked == [(3, 4, 3), (2, 2, 3)]
 
 
+def test_a_layer_first_used_for_inference_still_trains():
+    layer = FadeAttn(8, 2)
+    x = torch.randn(1, 8, 3, 4)
+    with torch.inference_mode():
+        layer(x)
+    layer(x).sum().backward()
+    assert layer.qkv.weight.grad is not None
+
+
+def test_pooled_drops_the_channels_that_the_map_drops():
+    layer = FadeAttn(8, 2, dropout=0.5).train()
+    x = torch.randn(4, 8, 3, 5)
+    torch.manual_seed(0)
+    of_map = layer(x).mean(dim=(2, 3))
+    torch.manual_seed(0)
+    pooled = layer.forward_pooled(x)
+    assert (pooled == 0).any()
+    torch.testing.assert_close(pooled, of_map)
+
+
 def test_copies_and_conversions_give_the_same():
     layer = FadeAttn(8, 2).eval()
     x = torch.randn(1, 8, 3, 4)
@@ -130,7 +150,9 @@ def test_copies_and_conversions_give_the_same():
     torch.testing.assert_close(layer.double()(x.double()).float(), expected)
 
 
-@pytest.mark.parametrize(("arguments", "message"), [((10, 3), "does not divide"), ((8, 2, -1), "K is -1")])
+@pytest.mark.parametrize(
+    ("arguments", "message"), [((10, 3), "does not divide"), ((8, 0), "num_heads is 0"), ((8, 2, -1), "K is -1")]
+)
 def test_arguments_that_do_not_fit_are_told(arguments, message):
     with pytest.raises(ValueError, match=message):
         FadeAttn(*arguments)

@@ -1,5 +1,6 @@
 """FadeNet against the published model, and what else the factory builds."""
 
+import hashlib
 import json
 
 import numpy as np
@@ -63,7 +64,13 @@ def test_weights_that_do_not_fit_are_listed(tmp_path):
 
 def test_a_file_that_would_run_code_is_refused(tmp_path):
     torch.save({"classifier.bias": print}, tmp_path / "w.pth")
-    with pytest.raises(Exception, match="(?i)weights.only"):
+    with pytest.raises(Exception, match=r"(?i)weights.only"):
+        load_weights(create_model(backbone="fadevit_nano", fade=None, **SMALL), tmp_path / "w.pth")
+
+
+def test_a_file_that_holds_no_named_tensors_is_told(tmp_path):
+    torch.save(torch.zeros(3), tmp_path / "w.pth")
+    with pytest.raises(ValueError, match="holds no named tensors"):
         load_weights(create_model(backbone="fadevit_nano", fade=None, **SMALL), tmp_path / "w.pth")
 
 
@@ -81,6 +88,25 @@ def test_every_kind_of_network_gives_logits_and_learns(backbone, fade):
     logits.sum().backward()
     without = [name for name, parameter in model.named_parameters() if parameter.grad is None]
     assert without == []
+
+
+def test_a_network_without_stochastic_depth_needs_drop_path_0():
+    with pytest.raises(ValueError, match=r"drop_path_rate.*model\.drop_path to 0"):
+        create_model(backbone="densenet121", fade=None, **SMALL)
+    model = create_model(backbone="densenet121", fade=None, **{**SMALL, "drop_path": 0.0}).eval()
+    assert model(torch.randn(1, 3, 32, 32)).shape == (1, 3)
+
+
+def test_a_misspelt_option_is_not_blamed_on_the_backbone():
+    with pytest.raises(TypeError, match="img_sz"):
+        FadeNet(2, backbone="vit_tiny_patch16_224", pretrained=False, img_sz=32)
+
+
+def test_fadevit_nano_keeps_its_names_and_shapes():
+    """Weights that were saved must load: a change here makes them unreadable."""
+    state = create_model(backbone="fadevit_nano", fade={"num_heads": 4}, **SMALL).state_dict()
+    told = json.dumps({name: list(value.shape) for name, value in state.items()}, sort_keys=True)
+    assert hashlib.md5(told.encode(), usedforsecurity=False).hexdigest() == "81813939b9f400e12c44dd1e0e3437e1"
 
 
 def test_fadevit_nano_is_small_and_sees_rectangles():

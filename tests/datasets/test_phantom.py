@@ -1,0 +1,84 @@
+"""The drawn blood smears: the same bytes everywhere, no slide in two splits, hard but not wrong."""
+
+import ast
+import hashlib
+import inspect
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fadeformer.datasets import phantom
+from fadeformer.datasets.facts import SPLITS
+
+# Anything else might differ in the last bit from one processor to another.
+EXACT = {
+    "abs", "arange", "argsort", "array", "broadcast_to", "clip", "empty", "flatnonzero", "float64", "floor", "full",
+    "int64", "maximum", "meshgrid", "pad", "random", "repeat", "sqrt", "stack", "uint8", "where", "zeros_like",
+}  # fmt: skip
+
+
+def digest(made: dict) -> str:
+    found = hashlib.sha256()
+    for key in sorted(made):
+        found.update(made[key].tobytes())
+    return found.hexdigest()
+
+
+@pytest.mark.parametrize(
+    ("size", "expected"),
+    [
+        (28, "349dea6cd22ccc0fc6290e1aacb931cc02229e136f9c59244840001f8cc75e8b"),
+        (64, "e253645c1204c8fdfd38e5981d7a0072338d5b6ee3778b32d46b6d247d4e0247"),
+    ],
+)
+def test_the_bytes_are_these_on_every_machine(size, expected):
+    assert digest(phantom.draw(200, size, 7)) == expected
+
+
+def test_only_operations_are_used_that_are_exact():
+    tree = ast.parse(inspect.getsource(phantom))
+    used = {
+        node.attr
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "np"
+    }
+    assert used <= EXACT
+    reductions = {"sum", "mean", "dot", "prod", "std", "var", "normal", "standard_normal", "choice", "shuffle"}
+    assert not reductions & {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+    assert not [node for node in ast.walk(tree) if isinstance(node, (ast.Pow, ast.MatMult))]
+
+
+@settings(max_examples=5)
+@given(images=st.integers(200, 320), size=st.integers(16, 40), seed=st.integers(0, 2**40))
+def test_every_split_has_every_class_and_its_own_slides(images, size, seed):
+    made = phantom.draw(images, size, seed)
+    assert sum(len(made[f"{split}_labels"]) for split in SPLITS) == images
+    seen: set[int] = set()
+    hashes = []
+    for split in SPLITS:
+        pixels, labels, groups = (made[f"{split}_{what}"] for what in ("images", "labels", "groups"))
+        assert pixels.shape == (len(labels), size, size, 3)
+        assert pixels.dtype == np.uint8
+        assert set(labels[:, 0]) == set(range(len(phantom.CLASSES)))
+        assert not seen & set(groups)
+        seen |= set(groups)
+        hashes += [image.tobytes() for image in pixels]
+    assert len(set(hashes)) == images
+
+
+def test_classes_are_as_imbalanced_as_their_shares():
+    labels = phantom.draw(1000, 16, 0)["train_labels"][:, 0]
+    found = np.bincount(labels) / len(labels)
+    np.testing.assert_allclose(found, [kind.share for kind in phantom.KINDS.values()], atol=0.01)
+
+
+def test_another_seed_draws_other_images():
+    assert digest(phantom.draw(200, 16, 1)) != digest(phantom.draw(200, 16, 2))
+
+
+@pytest.mark.parametrize(("images", "size"), [(199, 28), (200, 15)])
+def test_too_little_is_refused(images, size):
+    with pytest.raises(ValueError, match="200 images or more, of 16 pixels or more"):
+        phantom.draw(images, size, 0)

@@ -1,0 +1,59 @@
+"""Files and folders appear whole, or what was there before stays."""
+
+import pytest
+
+from fadeformer.files import checksum, read_json, whole_file, whole_folder, write_json
+
+
+def test_a_file_appears_when_the_block_ends(tmp_path):
+    path = tmp_path / "new" / "a.txt"
+    with whole_file(path) as temporary:
+        temporary.write_text("one")
+        assert not path.exists()
+    assert path.read_text() == "one"
+    assert [entry.name for entry in path.parent.iterdir()] == ["a.txt"]
+
+
+def fail_in(manager):
+    with manager as temporary:
+        (temporary / "part" if temporary.is_dir() else temporary).write_text("part")
+        raise ZeroDivisionError
+
+
+def test_an_error_leaves_what_was_there(tmp_path):
+    path, folder = tmp_path / "a.txt", tmp_path / "folder"
+    path.write_text("old")
+    folder.mkdir()
+    (folder / "old").write_text("old")
+    with pytest.raises(ZeroDivisionError):
+        fail_in(whole_file(path))
+    with pytest.raises(ZeroDivisionError):
+        fail_in(whole_folder(folder))
+    assert path.read_text() == "old"
+    assert sorted(entry.relative_to(tmp_path).as_posix() for entry in tmp_path.rglob("*")) == [
+        "a.txt",
+        "folder",
+        "folder/old",
+    ]
+
+
+def test_a_folder_takes_the_place_of_the_old_one(tmp_path):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "old").write_text("old")
+    with whole_folder(tmp_path / "folder") as temporary:
+        (temporary / "new").write_text("new")
+    assert [entry.name for entry in (tmp_path / "folder").iterdir()] == ["new"]
+
+
+def test_json_has_the_same_bytes_and_no_nan(tmp_path):
+    write_json(tmp_path / "a.json", {"b": 0.1, "a": [None, "é"]})
+    assert (tmp_path / "a.json").read_bytes() == '{\n  "b": 0.1,\n  "a": [\n    null,\n    "é"\n  ]\n}\n'.encode()
+    assert read_json(tmp_path / "a.json") == {"b": 0.1, "a": [None, "é"]}
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        write_json(tmp_path / "b.json", float("nan"))
+    assert not (tmp_path / "b.json").exists()
+
+
+def test_a_checksum_is_the_known_one(tmp_path):
+    (tmp_path / "a").write_bytes(b"abc")
+    assert checksum(tmp_path / "a", "md5") == "900150983cd24fb0d6963f7d28e17f72"
