@@ -18,6 +18,7 @@ $(VENV)/installed: requirements.lock pyproject.toml
 	touch $@
 
 repro: install  ## the pipeline, from download to promote; only what is not up to date
+	python -m pipelines.check
 	dvc repro
 
 test: install  ## all tests

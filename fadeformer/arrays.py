@@ -85,12 +85,12 @@ def write(
     """
     counts = {split: int((index["split"] == split).sum()) for split in images}
     for split, count in counts.items():
-        shape = (count, image_size, image_size, channels)
-        target = np.lib.format.open_memmap(folder / f"{split}.npy", mode="w+", dtype=np.uint8, shape=shape)
+        header = {"descr": "|u1", "fortran_order": False, "shape": (count, image_size, image_size, channels)}
         progress = tqdm(images[split], total=count, desc=f"arrays {split}", unit="image", disable=None)
-        for row, pixels in enumerate(progress):
-            target[row] = _fit(pixels, image_size, channels)
-        target.flush()
+        with (folder / f"{split}.npy").open("wb") as file:  # a memory map would die of a full disk without a message
+            np.lib.format.write_array_header_1_0(file, header)
+            for _, pixels in zip(range(count), progress, strict=True):
+                file.write(_fit(pixels, image_size, channels).tobytes())
     index.to_parquet(folder / "index.parquet", index=False)
     meta = Meta(dict(dataset), image_size, channels, counts)
     write_json(folder / "meta.json", asdict(meta))

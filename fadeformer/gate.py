@@ -52,5 +52,5 @@ def decide(challenger: Predictions, champion: Predictions | None, *, min_auc: fl
             best = auc(champion.labels, champion.scores, champion.task)
             passed = best is None or (found is not None and found >= best)
             compared = "undefined" if best is None else f"{best:.4f}"
-            rules.append(Rule("test AUC not below the champion's", passed, f"{shown} against {compared}"))
+            rules.append(Rule("test AUC not below that of the champion", passed, f"{shown} against {compared}"))
     return Decision(all(rule.passed for rule in rules), tuple(rules), found, best)

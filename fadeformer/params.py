@@ -133,7 +133,7 @@ class EvaluateParams(Section):
 class PromoteParams(Section):
     """The registry gate."""
 
-    model_name: Annotated[str, Field(min_length=1)]
+    model_name: Annotated[str, Field(pattern=r"^[\w .{}-]+$")]  # what MLflow takes, and no quotes
     min_auc: Fraction
 
 

@@ -3,12 +3,15 @@
 import os
 from pathlib import Path
 
-# Read by the tools when they are imported, so set before any of them is: nothing is reported to anybody, and nothing
-# is written outside the project's folder.
+# Read by the tools when they are imported, so set before any of them is: nothing is reported to anybody, nothing is
+# written outside the project's folder, and a server that is gone is told in seconds rather than four minutes.
 _CACHE = Path(__file__).resolve().parents[1] / ".cache"
 for _name, _value in {
     "DO_NOT_TRACK": "1",
     "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "MPLCONFIGDIR": str(_CACHE / "matplotlib"),

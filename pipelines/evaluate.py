@@ -8,6 +8,7 @@ import torch
 from prefect import flow, task
 
 from fadeformer import arrays, metrics, params, plots, predictions
+from fadeformer.card import model_card
 from fadeformer.files import read_json, whole_file, whole_folder, write_json
 from fadeformer.inference import choose_device, choose_precision, logits_of
 from fadeformer.models import create_model, load_weights
@@ -41,7 +42,7 @@ def predict(batch_size: int) -> None:
 
 @task(name="measure", persist_result=False)
 def measure() -> dict[str, float]:
-    """Every number, from predictions.parquet: metrics, those of each class, published results, curves to plot."""
+    """Every number, from predictions.parquet: metrics, those of each class, published results, curves, model card."""
     table = predictions.read(paths.PREDICTIONS)
     described = read_json(paths.ARCHITECTURE)
     summary = {split: metrics.summarise(table.of(split)) for split in ("val", "test")}
@@ -49,6 +50,8 @@ def measure() -> dict[str, float]:
     write_json(paths.METRICS, {split: values["overall"] for split, values in summary.items()})
     write_json(paths.CLASSES, {split: values["per_class"] for split, values in summary.items()})
     write_json(paths.RESULTS, metrics.published_results(summary["test"], history, described["params"]))
+    with whole_file(paths.CARD) as path:
+        path.write_text(model_card(arrays.read_meta(paths.PROCESSED), described, summary), encoding="utf-8")
     with whole_folder(paths.CURVES) as folder:
         metrics.roc_points(table.of("test")).to_csv(folder / "roc.csv", index=False)
         metrics.pr_points(table.of("test")).to_csv(folder / "pr.csv", index=False)
@@ -73,7 +76,7 @@ def log() -> None:
     """Adds numbers, figures and predictions to the run in which the model was trained."""
     tracking.log_metrics(read_json(paths.METRICS))
     tracking.log_metrics({"classes": read_json(paths.CLASSES)})
-    tracking.log_files(paths.PREDICTIONS, paths.METRICS, paths.CLASSES, paths.RESULTS)
+    tracking.log_files(paths.PREDICTIONS, paths.METRICS, paths.CLASSES, paths.RESULTS, paths.CARD)
     tracking.log_files(paths.FIGURES, under="figures")
 
 

@@ -7,6 +7,7 @@ flow's process, and leaves it behind if that process is killed. Here it comes up
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import socket
@@ -73,6 +74,7 @@ def orchestrated() -> Iterator[None]:
             if server.process.poll() is not None or time.monotonic() > deadline:
                 raise UserError("Prefect's temporary server did not start; `prefect server start` tells why")
             time.sleep(0.1)
+        logging.getLogger("prefect.flow_runs").addFilter(_not_a_link)
         with temporary_settings({PREFECT_API_URL: server.url}):
             try:
                 yield
@@ -81,6 +83,11 @@ def orchestrated() -> Iterator[None]:
     finally:
         _started.clear()
         server.process.communicate()  # closes the pipe, and waits
+
+
+def _not_a_link(record: logging.LogRecord) -> bool:
+    """Leaves out Prefect's link to the run's page: a temporary server shows no pages."""
+    return not record.getMessage().startswith("View at ")
 
 
 def _answers(url: str) -> bool:

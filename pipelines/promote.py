@@ -19,7 +19,7 @@ def main() -> str:
         champion = registry.champion(name)
         rival = None if champion is None or champion == version else registry.test_predictions(champion)
         decision = gate.decide(predictions.read(paths.PREDICTIONS).of("test"), rival, min_auc=wanted.min_auc)
-        aliases = registry.place(version, decision)
+        aliases = registry.place(version, decision, paths.CARD.read_text(encoding="utf-8"))
         write_json(
             paths.PROMOTION,
             {
@@ -27,6 +27,7 @@ def main() -> str:
                 "decision": "promoted" if decision.promoted else "refused",
                 "aliases": aliases,
                 "previous_champion": champion.number if champion else None,
+                "reason": decision.reason,
                 "auc": decision.auc, "champion_auc": decision.champion_auc,
                 "rules": [asdict(rule) for rule in decision.rules],
             },

@@ -30,12 +30,10 @@ class Version:
 
 
 def champion(name: str) -> Version | None:
-    """The version under the alias `champion`, if there is one."""
-    try:
-        found = MlflowClient().get_model_version_by_alias(name, CHAMPION)
-    except MlflowException:
-        return None
-    return Version(name, str(found.version), found.run_id)
+    """The version of a registered model under the alias `champion`, if there is one."""
+    client = MlflowClient()
+    number = client.get_registered_model(name).aliases.get(CHAMPION)
+    return None if number is None else Version(name, str(number), client.get_model_version(name, str(number)).run_id)
 
 
 def register(name: str, run_id: str) -> Version:
@@ -77,12 +75,13 @@ def test_predictions(version: Version) -> Predictions:
         return predictions.read(Path(path)).of("test")
 
 
-def place(version: Version, decision: Decision) -> list[str]:
-    """Gives a version the alias it earned, and the decision as tags; returns all its aliases.
+def place(version: Version, decision: Decision, card: str) -> list[str]:
+    """Gives a version the alias it earned, the decision as tags, the card as description; returns all its aliases.
 
     A champion that is judged again and refused keeps its alias until another one takes it: none is demoted silently.
     """
     client = MlflowClient()
+    client.update_model_version(version.name, version.number, card)
     for rule in decision.rules:
         client.set_model_version_tag(version.name, version.number, rule.rule[:250], f"{rule.passed}: {rule.figures}")
     if decision.promoted:

@@ -26,20 +26,19 @@ class FadeFormer(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
         self.model = create_model(**{**described["model"], "pretrained": False})
         load_weights(self.model, Path(context.artifacts["weights"]))
 
-    def predict(self, context, model_input, params=None):  # type: ignore[no-untyped-def]  # MLflow reads hints its own way
+    def predict(self, context: Any, model_input: np.ndarray, params: Any = None) -> np.ndarray:
         """Scores of images.
 
         Args:
             context: not used.
-            model_input: `images`, uint8, (images, side, side, channels).
+            model_input: uint8, (images, side, side, channels).
             params: not used.
 
         Returns:
-            `scores`, (images, classes), each in [0, 1].
+            (images, classes), each in [0, 1].
         """
-        images = np.asarray(model_input["images"], dtype=np.uint8)
-        logits = logits_of(self.model, images, 256, torch.device("cpu"), torch.float32)
-        return {"scores": self.task.probabilities(logits)}
+        images = np.asarray(model_input, dtype=np.uint8)
+        return self.task.probabilities(logits_of(self.model, images, 256, torch.device("cpu"), torch.float32))
 
 
 set_model(FadeFormer())

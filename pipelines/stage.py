@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import sys
 from collections.abc import Callable
 
 from fadeformer.errors import UserError
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # the disk, the user's share of it, or the largest file allowed
 
 
 class _OneLine(logging.Filter):
@@ -27,10 +30,11 @@ def run(name: str, main: Callable[[], str]) -> None:
     except UserError as error:
         sys.exit(f"\n{name}: {error}")
     except OSError as error:
-        if error.errno is None or error.filename is None:
+        if error.errno in FULL:
+            where = f"{error.filename}: " if error.filename else ""
+            sys.exit(f"\n{name}: {where}{error.strerror}; free some space, then run again: finished stages are kept")
+        if error.filename is None:
             raise
-        sys.exit(
-            f"\n{name}: {error.filename}: {error.strerror}; free some space or mend its permissions, then run again"
-        )
+        sys.exit(f"\n{name}: {error.filename}: {error.strerror}; mend the path or its permissions, then run again")
     except KeyboardInterrupt:
         sys.exit(f"\n{name}: interrupted")

@@ -6,7 +6,6 @@ import json
 import logging
 import os
 import subprocess
-import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import version
@@ -24,6 +23,7 @@ from mlflow.models import ModelSignature
 from mlflow.types import Schema, TensorSpec
 from ruamel.yaml import YAML
 
+import fadeformer
 from fadeformer.arrays import Meta
 from fadeformer.errors import UserError
 from fadeformer.files import checksum
@@ -56,7 +56,8 @@ def connect() -> None:
                 location = None if server else (store / "artifacts").as_uri()
                 mlflow.create_experiment(EXPERIMENT, artifact_location=location)
     except MlflowException as error:
-        raise UserError(f"MLflow at {server or store}: cannot be reached ({error}); is it running?") from error
+        remedy = "start it, or unset MLFLOW_TRACKING_URI to use this project's mlruns/" if server else "restore mlruns/"
+        raise UserError(f"MLflow at {server or store} cannot be used; {remedy} ({str(error)[:200]})") from error
     mlflow.set_experiment(EXPERIMENT)
 
 
@@ -123,29 +124,27 @@ def log_files(*paths: Path, under: str | None = None) -> None:
             mlflow.log_artifact(str(path), under)
 
 
-def log_model(weights: Path, architecture: Path, meta: Meta) -> None:
+def log_model(served: Path, weights: Path, architecture: Path, meta: Meta) -> None:
     """Logs the model with code, signature and example, so that it loads without this project.
 
     Args:
+        served: the file that MLflow runs to load it.
         weights: safetensors.
         architecture: model.json.
         meta: of the arrays it was trained on.
     """
     shape = (-1, meta.image_size, meta.image_size, meta.channels)
     signature = ModelSignature(
-        inputs=Schema([TensorSpec(np.dtype(np.uint8), shape, "images")]),
-        outputs=Schema([TensorSpec(np.dtype(np.float64), (-1, len(meta.classes)), "scores")]),
+        inputs=Schema([TensorSpec(np.dtype(np.uint8), shape)]),
+        outputs=Schema([TensorSpec(np.dtype(np.float64), (-1, len(meta.classes)))]),
     )
-    example = {"images": np.zeros((1, *shape[1:]), np.uint8)}
-    here = Path(__file__).resolve().parent
-    warnings.filterwarnings("ignore", message=".*type hints to the `predict` method.*")  # the signature says it all
     mlflow.pyfunc.log_model(
         name=MODEL,
-        python_model=str(here / "served.py"),
+        python_model=str(served),
         artifacts={"weights": str(weights), "architecture": str(architecture)},
-        code_paths=[str(here.parent / "fadeformer")],
+        code_paths=[str(Path(fadeformer.__file__).parent)],
         signature=signature,
-        input_example=example,
+        input_example=np.zeros((1, *shape[1:]), np.uint8),
         pip_requirements=[
             f"{name}=={version(name)}"
             for name in ("mlflow", "numpy", "pandas", "safetensors", "timm", "torch", "torchvision", "tqdm")

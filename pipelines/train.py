@@ -22,6 +22,8 @@ from fadeformer.models import create_model
 from pipelines import paths, stage, tracking
 from pipelines.orchestrator import orchestrated
 
+SERVED = Path(__file__).with_name("served.py")
+
 
 @task(name="fit the network", persist_result=False)
 def fit(folder: Path) -> dict[str, Any]:
@@ -84,7 +86,7 @@ def log_model(folder: Path) -> None:
     with tempfile.TemporaryDirectory() as temporary:
         path = Path(temporary) / "weights.safetensors"
         save_file(weights, path)
-        tracking.log_model(path, folder / paths.ARCHITECTURE.name, arrays.read_meta(paths.PROCESSED))
+        tracking.log_model(SERVED, path, folder / paths.ARCHITECTURE.name, arrays.read_meta(paths.PROCESSED))
     tracking.log_files(folder / paths.HISTORY.name)
 
 

@@ -26,10 +26,10 @@ GOOD, BETTER, BAD = judged(2.0), judged(3.0), judged(0.2)
     ("challenger", "champion", "min_auc", "promoted", "reason"),
     [
         (GOOD, None, 0.8, True, "test AUC at least 0.8: 0.9"),
-        (BAD, None, 0.8, False, "test AUC at least 0.8: 0.5"),
-        (BETTER, GOOD, 0.8, True, "test AUC not below the champion's"),
-        (GOOD, BETTER, 0.8, False, "test AUC not below the champion's"),
-        (GOOD, GOOD, 0.8, True, "test AUC not below the champion's"),
+        (BAD, None, 0.8, False, "test AUC at least 0.8: 0.6"),
+        (BETTER, GOOD, 0.8, True, "test AUC not below that of the champion"),
+        (GOOD, BETTER, 0.8, False, "test AUC not below that of the champion"),
+        (GOOD, GOOD, 0.8, True, "test AUC not below that of the champion"),
         (BETTER, GOOD, 1.0, False, "test AUC at least 1"),
         (
             BETTER,

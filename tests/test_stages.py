@@ -45,6 +45,8 @@ def sources_of(module: str) -> set[str]:
                 names = [alias.name for alias in node.names]
             elif isinstance(node, ast.ImportFrom) and node.module:
                 names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+            elif isinstance(node, ast.Constant) and str(node.value).endswith(".py"):  # a file handed to MLflow by name
+                names = [f"pipelines.{str(node.value).removesuffix('.py')}"]
             todo += [imported for imported in names if imported.split(".")[0] in LOCAL and is_module(imported)]
     return found
 

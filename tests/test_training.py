@@ -57,7 +57,7 @@ def run(train: Images, val: Images, task: str, seed: int = 0, **changes: object)
 @pytest.mark.parametrize("task", list(TASKS))
 def test_it_learns_eight_images_by_heart(task):
     train = some_images(8, 2 if task == "binary-class" else 3, multi_label=TASKS[task].multi_label)
-    state, epochs = run(train, train, task, epochs=40, schedule="constant", early_stopping_patience=100)
+    state, epochs = run(train, train, task, epochs=80, schedule="constant", early_stopping_patience=100)
     assert epochs[-1].train_loss < 0.2 * epochs[0].train_loss
     assert max(epoch.val_accuracy for epoch in epochs) == 1.0
     assert state.best_loss == min(epoch.val_loss for epoch in epochs)

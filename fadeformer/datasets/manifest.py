@@ -33,7 +33,7 @@ def build(facts: Facts, folder: Path) -> pd.DataFrame:
     for split in SPLITS:
         labels = npz.read(archive, f"{split}_labels").astype("int64")
         columns = facts.kind.label_columns(len(facts.classes))
-        part = pd.DataFrame(labels.reshape(len(labels), -1), columns=columns)
+        part = pd.DataFrame(labels.reshape(len(labels), len(columns)), columns=columns)
         part.insert(0, "split", split)
         part.insert(1, "index", range(len(part)))
         part.insert(2, "id", [f"{prefix}/{split}/{i}" for i in range(len(part))])
@@ -63,6 +63,7 @@ def across_splits(manifest: pd.DataFrame) -> pd.DataFrame:
     return manifest[splits > 1].sort_values(["sha256", "id"], kind="stable")
 
 
-def within_splits(manifest: pd.DataFrame) -> int:
-    """Images that have an earlier copy in their own split."""
-    return int(manifest.duplicated(["split", "sha256"]).sum())
+def within_splits(manifest: pd.DataFrame) -> dict[str, int]:
+    """How many images of each split have an earlier copy in it."""
+    copies = manifest.duplicated(["split", "sha256"]).groupby(manifest["split"]).sum()
+    return {split: int(copies.get(split, 0)) for split in SPLITS}

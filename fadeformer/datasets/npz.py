@@ -7,6 +7,7 @@ smallest. Nothing is ever unpickled.
 
 from __future__ import annotations
 
+import re
 import shutil
 import zipfile
 import zlib
@@ -62,7 +63,7 @@ def fetch(source: Path, classes: list[str] | None, folder: Path) -> Facts:
     shutil.copyfile(source, folder / source.name)
     image_shape = shapes["train_images"][0]
     return Facts(
-        name="npz",
+        name=re.sub(r"[^\w.-]+", "-", source.stem),
         file=source.name,
         sha256=checksum(folder / source.name, "sha256"),
         task="multi-label, binary-class" if multi_label else "binary-class" if number == 2 else "multi-class",
@@ -71,7 +72,7 @@ def fetch(source: Path, classes: list[str] | None, folder: Path) -> Facts:
         channels=3 if len(image_shape) == 4 else 1,
         counts=None,
         licence="the user's own",
-        note="",
+        note="The user's own archive, not a published file.",
     )
 
 

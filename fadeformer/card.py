@@ -1,0 +1,103 @@
+"""The model card (Mitchell et al. 2019, arXiv:1810.03993): what a model is, of which data, how good, and for what."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from fadeformer.arrays import Meta
+
+NUMBERS = {
+    "auc": "AUC", "accuracy": "Accuracy", "balanced_accuracy": "Balanced accuracy", "precision": "Precision (macro)",
+    "recall": "Sensitivity (macro)", "f1": "F1 (macro)", "average_precision": "Average precision", "loss": "Loss, nats",
+}  # fmt: skip
+OF_CLASS = {
+    "support": "Images", "auc": "AUC", "recall": "Sensitivity", "specificity": "Specificity", "precision": "Precision",
+    "f1": "F1",
+}  # fmt: skip
+
+
+def model_card(meta: Meta, described: Mapping[str, Any], summary: Mapping[str, Any]) -> str:
+    """Writes the card in Markdown.
+
+    Args:
+        meta: of the arrays the model was trained and judged on.
+        described: what `models/model.json` holds.
+        summary: of `fadeformer.metrics.summarise`, by split.
+    """
+    data, model, settings = meta.dataset, described["model"], described["params"]
+    fade = model["fade"]
+    network = "the plain backbone" if fade is None else ", ".join(f"{key} {value}" for key, value in fade.items())
+    names = {"classes" if not meta.task.multi_label else "findings": ", ".join(meta.classes)}
+    test = summary["test"]
+    lines = [
+        f"# {model['backbone']} on {data['name']}",
+        "",
+        *([f"> **{data['note']}**", ""] if data["note"] else []),
+        "For research. Not a medical device: no decision about a patient may rest on it.",
+        "",
+        "## Data",
+        "",
+        *_table(
+            ("", ""),
+            [
+                ("Data set", f"{data['name']} ({data['file']})"),
+                ("SHA-256", f"`{data['sha256']}`"),
+                ("Licence", data["licence"]),
+                ("Task", data["task"]),
+                *((key.capitalize(), value) for key, value in names.items()),
+                ("Images", ", ".join(f"{split} {count:,}" for split, count in meta.counts.items())),
+                ("Input", f"{meta.image_size} x {meta.image_size} pixels, {meta.channels} channel(s), uint8"),
+            ],
+        ),
+        "",
+        "## Model",
+        "",
+        *_table(
+            ("", ""),
+            [
+                ("Backbone", f"{model['backbone']}, {'pretrained' if model['pretrained'] else 'from random weights'}"),
+                ("FadeAttn", network),
+                ("Training", ", ".join(f"{key} {value}" for key, value in settings["train"].items())),
+                ("Seed", settings["seed"]),
+                ("Weights kept", f"epoch {described['best_epoch']}, of the lowest validation loss"),
+            ],
+        ),
+        "",
+        f"## Results on {test['images']:,} test images",
+        "",
+        *_table(
+            ("", "Test", "Validation"),
+            [(label, *(_shown(summary[s]["overall"][key]) for s in ("test", "val"))) for key, label in NUMBERS.items()],
+        ),
+        "",
+        *_table(
+            ("Class" if not meta.task.multi_label else "Finding", *OF_CLASS.values()),
+            [(name, *(_shown(values[key]) for key in OF_CLASS)) for name, values in test["per_class"].items()],
+        ),
+        "",
+        *_limits(test),
+    ]
+    return "\n".join(lines)
+
+
+def _limits(test: Mapping[str, Any]) -> list[str]:
+    told = ["The validation images chose the epoch, so their numbers flatter; the numbers carry no interval yet."]
+    if test["not_judged"]:
+        told.append(f"Not judged, for want of positives or negatives: {', '.join(test['not_judged'])}.")
+    return [" ".join(told), ""]
+
+
+def _table(head: tuple[str, ...], rows: list[tuple[Any, ...]]) -> list[str]:
+    cells = [[str(value).replace("|", "\\|") for value in row] for row in rows]
+    return [
+        f"| {' | '.join(head)} |",
+        f"|{' --- |' * len(head)}",
+        *(f"| {' | '.join(row)} |" for row in cells),
+    ]
+
+
+def _shown(value: float | None) -> str:
+    if value is None:
+        return "undefined"
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4f}"
