@@ -16,5 +16,6 @@ for _name, _value in {
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "MPLCONFIGDIR": str(_CACHE / "matplotlib"),
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+    "TORCHINDUCTOR_CACHE_DIR": str(_CACHE / "torchinductor"),
 }.items():
     os.environ.setdefault(_name, _value)

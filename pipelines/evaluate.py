@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pandas as pd
 import torch
@@ -41,7 +43,7 @@ def predict(batch_size: int) -> None:
 
 
 @task(name="measure", persist_result=False)
-def measure() -> dict[str, float]:
+def measure(settings: dict[str, Any]) -> dict[str, float]:
     """Every number, from predictions.parquet: metrics, those of each class, published results, curves, model card."""
     table = predictions.read(paths.PREDICTIONS)
     described = read_json(paths.ARCHITECTURE)
@@ -49,7 +51,8 @@ def measure() -> dict[str, float]:
     history = pd.read_csv(paths.HISTORY)
     write_json(paths.METRICS, {split: values["overall"] for split, values in summary.items()})
     write_json(paths.CLASSES, {split: values["per_class"] for split, values in summary.items()})
-    write_json(paths.RESULTS, metrics.published_results(summary["test"], history, described["params"]))
+    config = {**described["params"], "evaluate": settings}
+    write_json(paths.RESULTS, metrics.published_results(summary["test"], history, config))
     with whole_file(paths.CARD) as path:
         path.write_text(model_card(arrays.read_meta(paths.PROCESSED), described, summary), encoding="utf-8")
     with whole_folder(paths.CURVES) as folder:
@@ -86,7 +89,7 @@ def evaluate() -> str:
     wanted = params.load(paths.PARAMS).evaluate
     with tracking.run(read_json(paths.RUN)["mlflow_run_id"]):
         predict(wanted.batch_size)
-        test = measure()
+        test = measure(wanted.model_dump())
         draw(wanted.figure_dpi)
         log()
     auc = "undefined" if test["auc"] is None else f"{test['auc']:.4f}"

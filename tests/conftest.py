@@ -22,7 +22,7 @@ REAL_DATA = ROOT.parent / "shared" / "datasets"
 # The shipped params.yaml, made small: every key that is not here keeps its value.
 SMALL = {
     "dataset": {"images": 200, "size": 16},
-    "train": {"epochs": 1, "batch_size": 32, "device": "cpu"},
+    "train": {"epochs": 6, "batch_size": 32, "device": "cpu"},
     "evaluate": {"figure_dpi": 50},
     "promote": {"min_auc": 0.0},
 }
@@ -56,10 +56,16 @@ def real_data(request: pytest.FixtureRequest) -> Path:
 class Project:
     """A copy of the project in its own git repository, whose commands run as a user's would."""
 
-    def __init__(self, folder: Path, home: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder / "project"
+        self.home = folder / "home"
+        self.temporary = folder / "tmp"
+        self.home.mkdir()
+        self.temporary.mkdir()
         search = os.pathsep.join([str(Path(sys.executable).parent), "/usr/local/bin", "/usr/bin", "/bin"])
-        self.environment = {"PATH": search, "HOME": str(home), "LANG": "C.UTF-8", "TERM": "dumb"}
+        self.environment = {
+            "PATH": search, "HOME": str(self.home), "TMPDIR": str(self.temporary), "LANG": "C.UTF-8", "TERM": "dumb",
+        }  # fmt: skip
 
     def run(self, *command: str, check: bool = True, timeout: float = 500, **environment: str) -> str:
         """Runs a command in the project's folder and returns all it printed; `code` keeps its exit status."""
@@ -77,38 +83,36 @@ class Project:
 
     def commit(self, message: str) -> None:
         self.run("git", "add", "--all")
-        self.run("git", "-c", "user.name=Test", "-c", "user.email=test@example.org", "commit", "--quiet", "-m", message)
+        self.run("git", "commit", "--quiet", "-m", message)
 
 
 def clone(folder: Path) -> Project:
     """Copies what git knows of the project, as it lies in the working tree, into a repository of its own."""
     listing = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
     known = subprocess.run(listing, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\n")
-    target = folder / "project"
+    project = Project(folder)
     for name in filter(None, known):
         if (ROOT / name).is_file():
-            (target / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(ROOT / name, target / name)
-    home = folder / "home"
-    home.mkdir()
-    project = Project(target, home)
+            (project.folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, project.folder / name)
     project.run("git", "init", "--quiet", "--initial-branch=main")
+    project.run("git", "config", "user.name", "Test")
+    project.run("git", "config", "user.email", "test@example.org")
     project.commit("the project as it is")
     return project
 
 
-@pytest.fixture
-def project(tmp_path: Path) -> Project:
-    """A copy of the project with small params.yaml."""
-    copy = clone(tmp_path)
-    overrides.apply(copy.folder / "params.yaml", SMALL)
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Project:
+    """A copy of the project with small params.yaml, committed; shared by the tests of a module."""
+    copy = clone(tmp_path_factory.mktemp("project"))
+    copy.change(**SMALL)
+    copy.commit("small")
     return copy
 
 
 @pytest.fixture(scope="module")
-def reproduced(tmp_path_factory: pytest.TempPathFactory) -> Project:
-    """The same after one `dvc repro`; shared by the tests of a module, which leave it as they found it."""
-    copy = clone(tmp_path_factory.mktemp("reproduced"))
-    overrides.apply(copy.folder / "params.yaml", SMALL)
-    copy.first_output = copy.run("dvc", "repro")
-    return copy
+def reproduced(project: Project) -> Project:
+    """The same after one `dvc repro`; its tests run in their order, each from where the one before left it."""
+    project.first_output = project.run("dvc", "repro")
+    return project

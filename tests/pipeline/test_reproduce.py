@@ -1,0 +1,186 @@
+"""One `dvc repro` from nothing to a champion, what it leaves, and what a second one does after each kind of edit."""
+
+import json
+import re
+import sqlite3
+
+import pandas as pd
+import pytest
+from mlflow import MlflowClient
+
+from pipelines.__main__ import STAGES
+from tests.conftest import ROOT, Project
+
+pytestmark = pytest.mark.pipeline
+FIGURES = ("training_curves", "confusion_matrix", "roc_curves", "pr_curves")
+
+
+def ran(output: str) -> list[str]:
+    return re.findall(r"Running stage '(\w+)'", output)
+
+
+def read(project: Project, name: str) -> dict:
+    return json.loads((project.folder / name).read_text())
+
+
+@pytest.fixture
+def mlflow(reproduced: Project) -> MlflowClient:
+    return MlflowClient(f"sqlite:///{reproduced.folder}/mlruns/mlflow.db")
+
+
+def the_run(mlflow: MlflowClient):
+    experiment = mlflow.get_experiment_by_name("fadeformer")
+    (run,) = mlflow.search_runs([experiment.experiment_id])
+    return run
+
+
+def test_every_stage_runs_once_and_says_one_line(reproduced):
+    assert tuple(ran(reproduced.first_output)) == STAGES
+    for stage in STAGES:
+        assert len(re.findall(rf"^{stage}: ", reproduced.first_output, flags=re.MULTILINE)) == 1
+    assert "Warning" not in reproduced.first_output
+    assert "View at" not in reproduced.first_output
+
+
+def test_nothing_is_written_outside_the_project(reproduced):
+    assert list(reproduced.home.iterdir()) == []
+    assert list(reproduced.temporary.iterdir()) == []
+    assert reproduced.run("git", "status", "--short").split() == ["A", "dvc.lock"]
+
+
+def test_one_finished_run_holds_parameters_history_figures_and_data(reproduced, mlflow):
+    run = the_run(mlflow)
+    assert run.info.status == "FINISHED"
+    assert run.data.params["train.epochs"] == "6"
+    assert run.data.params["dataset.name"] == "phantom"
+    assert len(run.data.params) >= 40
+    assert [point.step for point in mlflow.get_metric_history(run.info.run_id, "val_loss")] == [1, 2, 3, 4, 5, 6]
+    artifacts = {file.path for file in mlflow.list_artifacts(run.info.run_id)}
+    assert {"predictions.parquet", "metrics.json", "results.json", "model_card.md", "promotion.json"} <= artifacts
+    figures = {file.path for file in mlflow.list_artifacts(run.info.run_id, "figures")}
+    assert figures == {f"figures/{name}.png" for name in FIGURES}
+    (data,) = run.inputs.dataset_inputs
+    card = read(reproduced, "data/raw/dataset.json")
+    assert (data.dataset.name, run.data.tags["dataset.sha256"]) == ("phantom", card["sha256"])
+    assert run.data.tags["git.revision"] == reproduced.run("git", "rev-parse", "HEAD").strip()
+    assert len(run.data.tags["dvc.lock"]) == 32
+    assert run.data.tags["dvc.data"].endswith(".dir")
+
+
+def test_numbers_are_the_same_everywhere(reproduced, mlflow):
+    metrics = read(reproduced, "reports/metrics.json")
+    logged = the_run(mlflow).data.metrics
+    shown = json.loads(reproduced.run("dvc", "metrics", "show", "--json"))
+    results = read(reproduced, "reports/results.json")
+    assert shown[""]["data"]["reports/metrics.json"]["data"] == metrics
+    for name, value in metrics["test"].items():
+        assert logged[f"test.{name}"] == pytest.approx(value)
+    for name in ("loss", "accuracy", "precision", "recall", "f1", "auc"):
+        assert results[f"test_{name}"] == metrics["test"][name]
+    assert set(results) == {
+        *(f"test_{name}" for name in ("loss", "accuracy", "precision", "recall", "f1", "auc")),
+        "train_losses", "val_losses", "train_accuracies", "val_accuracies", "config",
+    }  # fmt: skip
+    assert read(reproduced, "reports/promotion.json")["auc"] == metrics["test"]["auc"]
+
+
+def test_dvc_shows_the_figures(reproduced):
+    reproduced.run("dvc", "plots", "show", "-o", "plots")
+    page = (reproduced.folder / "plots" / "index.html").read_text()
+    for name in FIGURES:
+        assert f"{name}.png" in page
+    for name in ("train_loss", "val_accuracy", "ROC on test"):
+        assert name in page
+    reproduced.run("rm", "-r", "plots")
+
+
+def test_the_card_says_that_the_images_are_synthetic(reproduced, mlflow):
+    card = (reproduced.folder / "reports" / "model_card.md").read_text()
+    assert "Synthetic: every image is drawn by a program" in card
+    assert mlflow.get_model_version("fadenet-phantom", "1").description == card
+    assert f"| AUC | {read(reproduced, 'reports/metrics.json')['test']['auc']:.4f} |" in card
+
+
+LOAD = """
+import sys, mlflow, numpy as np, fadeformer
+mlflow.set_tracking_uri(sys.argv[1])
+model = mlflow.pyfunc.load_model("models:/fadenet-phantom@champion")
+scores = model.predict(np.load(sys.argv[2]))
+assert model.metadata.get_input_schema() and model.input_example is not None
+np.save(sys.argv[3], scores)
+"""
+
+
+def test_the_champion_loads_in_a_fresh_process_and_scores_the_same(reproduced, mlflow, tmp_path):
+    assert mlflow.get_registered_model("fadenet-phantom").aliases == {"champion": 1}
+    store, images = f"sqlite:///{reproduced.folder}/mlruns/mlflow.db", reproduced.folder / "data/processed/test.npy"
+    script = tmp_path / "load.py"
+    script.write_text(LOAD)
+    reproduced.run("python", str(script), store, str(images), str(tmp_path / "scores.npy"))
+    predicted = pd.read_parquet(reproduced.folder / "reports/predictions.parquet").query("split == 'test'")
+    import numpy as np
+
+    expected = predicted.filter(like="score_").to_numpy()
+    # the served model computes in float32, evaluate in bfloat16 where the machine has it
+    np.testing.assert_allclose(np.load(tmp_path / "scores.npy"), expected, atol=0.02)
+
+
+def test_a_second_run_has_nothing_to_do(reproduced):
+    assert ran(reproduced.run("dvc", "repro")) == []
+
+
+def test_a_forced_run_gives_the_same_bytes(reproduced):
+    names = ("reports/metrics.json", "models/best_model.pth")
+    before = [(reproduced.folder / name).read_bytes() for name in names]
+    output = reproduced.run("dvc", "repro", "--force")
+    assert tuple(ran(output)) == STAGES
+    assert [(reproduced.folder / name).read_bytes() for name in names] == before
+    assert read(reproduced, "reports/promotion.json")["version"] == "2"  # the same AUC is not below the champion's
+
+
+def test_an_edit_of_promote_promotes_alone_and_a_refusal_is_a_decision(reproduced, mlflow):
+    reproduced.change(promote={"min_auc": 1.0})
+    output = reproduced.run("dvc", "repro")
+    assert ran(output) == ["promote"]
+    assert "promote: REFUSED fadenet-phantom version 2" in output
+    decision = read(reproduced, "reports/promotion.json")
+    assert decision["decision"] == "refused"
+    assert decision["reason"].startswith("test AUC at least 1: 0.")
+    assert mlflow.get_registered_model("fadenet-phantom").aliases == {"champion": 2}  # none is demoted silently
+
+
+def test_an_edit_of_evaluate_does_not_train(reproduced):
+    reproduced.change(evaluate={"figure_dpi": 60})
+    assert ran(reproduced.run("dvc", "repro")) == ["evaluate", "promote"]
+
+
+def test_an_edit_of_train_does_not_download_and_a_worse_model_stays_a_challenger(reproduced, mlflow):
+    before = read(reproduced, "reports/metrics.json")["test"]["auc"]
+    reproduced.change(train={"learning_rate": 1e-9}, promote={"min_auc": 0.0})
+    output = reproduced.run("dvc", "repro")
+    assert ran(output) == ["train", "evaluate", "promote"]
+    decision = read(reproduced, "reports/promotion.json")
+    assert decision["auc"] < before == decision["champion_auc"]
+    assert mlflow.get_registered_model("fadenet-phantom").aliases == {"champion": 2, "challenger": 3}
+    assert "test AUC not below that of the champion" in decision["reason"]
+    assert len(mlflow.search_model_versions("name = 'fadenet-phantom'")) == 3
+
+
+def test_what_was_trained_before_comes_back_without_training(reproduced):
+    reproduced.run("git", "checkout", "params.yaml")
+    assert "train" not in ran(reproduced.run("dvc", "repro"))
+    assert read(reproduced, "reports/promotion.json")["version"] == "2"
+
+
+def test_no_file_store_appears(reproduced):
+    assert list((reproduced.folder / "mlruns").rglob("meta.yaml")) == []
+    with sqlite3.connect(reproduced.folder / "mlruns" / "mlflow.db") as store:
+        (uri,) = store.execute("select artifact_location from experiments where name = 'fadeformer'").fetchone()
+    assert uri == (reproduced.folder / "mlruns" / "artifacts").as_uri()
+
+
+def test_the_shipped_lock_of_requirements_is_what_is_tested():
+    locked = dict(
+        line.split(" ")[0].split("==") for line in (ROOT / "requirements.lock").read_text().splitlines() if line
+    )
+    assert (locked["torch"], locked["torchvision"]) == ("2.14.1", "0.29.1")
