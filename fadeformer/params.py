@@ -38,15 +38,13 @@ class DatasetParams(Section):
     name: DatasetName
     size: Annotated[int, Field(ge=16, le=1024)]
     mirror: str | None
-    root: str | None
+    root: Annotated[str, Field(min_length=1)]
     classes: list[str] | None
     images: Annotated[int, Field(ge=200)]
     seed: Annotated[int, Field(ge=0)]
 
     @model_validator(mode="after")
-    def _source_has_what_it_needs(self) -> DatasetParams:
-        if self.name == "npz" and self.root is None:
-            raise ValueError("dataset.root must name your .npz file when dataset.name is npz")
+    def _size_is_published(self) -> DatasetParams:
         if self.name not in ("npz", "phantom") and self.size not in (28, 64, 128, 224):
             raise ValueError(f"dataset.size is {self.size}; {self.name} is published at 28, 64, 128 and 224 pixels")
         return self

@@ -64,7 +64,8 @@ class Project:
         self.temporary.mkdir()
         search = os.pathsep.join([str(Path(sys.executable).parent), "/usr/local/bin", "/usr/bin", "/bin"])
         self.environment = {
-            "PATH": search, "HOME": str(self.home), "TMPDIR": str(self.temporary), "LANG": "C.UTF-8", "TERM": "dumb",
+            "PATH": search, "HOME": str(self.home), "TMPDIR": str(self.temporary), "PWD": str(self.folder),
+            "LANG": "C.UTF-8", "TERM": "dumb",
         }  # fmt: skip
 
     def run(self, *command: str, check: bool = True, timeout: float = 500, **environment: str) -> str:

@@ -16,7 +16,7 @@ def fetch(
     name: str,
     size: int,
     mirror: str | None,
-    root: str | None,
+    root: str,
     classes: list[str] | None,
     images: int,
     seed: int,
@@ -42,7 +42,7 @@ def fetch(
     if name == "phantom":
         found = _draw_phantom(images, size, seed, folder)
     elif name == "npz":
-        found = npz.fetch(Path(root or "").expanduser(), classes, folder)
+        found = npz.fetch(Path(root), classes, folder)
     else:
         found = medmnist.fetch(name, size, mirror, downloads, folder)
     facts.write(found, folder)

@@ -1,0 +1,104 @@
+"""The whole pipeline as a deployment: a Prefect server and a process worker run it with an override."""
+
+import json
+import socket
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from urllib.error import URLError
+from urllib.request import Request, urlopen
+
+import pytest
+
+from tests.conftest import Project
+
+pytestmark = pytest.mark.pipeline
+PATIENCE = 120  # seconds until the server must answer
+
+
+@pytest.fixture(scope="module")
+def address() -> str:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return f"http://127.0.0.1:{free.getsockname()[1]}/api"
+
+
+@pytest.fixture(scope="module")
+def started(project: Project, address: str) -> Iterator[Callable[..., Path]]:
+    """Starts a program of the project in the background and gives its log; all end with the module."""
+    running = []
+
+    def start(*command: str) -> Path:
+        log = project.folder.parent / f"{command[1]}.log"
+        environment = {**project.environment, "PREFECT_API_URL": address}
+        with log.open("w") as file:
+            process = subprocess.Popen(command, cwd=project.folder, env=environment, stdout=file, stderr=file)
+        running.append(process)
+        return log
+
+    yield start
+    for process in reversed(running):
+        process.terminate()
+    for process in running:
+        process.wait(30)
+
+
+@pytest.fixture(scope="module")
+def finished(project: Project, address: str, started) -> str:
+    """What the deployment run printed, on a server and a worker started for it."""
+    log = started("prefect", "server", "start", "--host", "127.0.0.1", "--port", address.split(":")[2].split("/")[0])
+    deadline = time.monotonic() + PATIENCE
+    while not answers(f"{address}/health"):
+        assert time.monotonic() < deadline, log.read_text()
+        time.sleep(0.3)
+    prefect = ("prefect", "--no-prompt")
+    project.run(*prefect, "work-pool", "create", "local", "--type", "process", PREFECT_API_URL=address)
+    project.run(*prefect, "deploy", "--all", PREFECT_API_URL=address)
+    started("prefect", "worker", "start", "--pool", "local")
+    command = ("deployment", "run", "pipeline/local", "--param", 'train={"epochs": 1}', "--watch")
+    return project.run("prefect", *command, PREFECT_API_URL=address)
+
+
+def answers(url: str) -> bool:
+    try:
+        with urlopen(url, timeout=5) as response:
+            return response.status == 200
+    except (URLError, OSError):
+        return False
+
+
+def ask(address: str, what: str) -> list[dict]:
+    request = Request(f"{address}/{what}/filter", data=b"{}", headers={"Content-Type": "application/json"})
+    with urlopen(request, timeout=30) as response:
+        return json.load(response)
+
+
+def test_the_run_ends_completed(finished):
+    assert "Completed" in finished
+
+
+def test_the_override_was_used_and_params_yaml_is_as_it_was(project, finished):
+    settings = json.loads((project.folder / "models/model.json").read_text())["params"]
+    assert settings["train"]["epochs"] == 1
+    assert project.run("git", "status", "--short", "params.yaml") == ""
+    assert json.loads((project.folder / "reports/promotion.json").read_text())["decision"] == "promoted"
+
+
+def test_the_server_saw_every_flow_and_task_by_its_name(finished, address):
+    flows = {flow["id"]: flow["name"] for flow in ask(address, "flows")}
+    runs = ask(address, "flow_runs")
+    assert {flows[run["flow_id"]] for run in runs} == {"pipeline", "train", "evaluate"}
+    assert {run["state_type"] for run in runs} == {"COMPLETED"}
+    tasks = {task["name"].rsplit("-", 1)[0] for task in ask(address, "task_runs")}
+    assert tasks == {
+        "download", "validate", "preprocess", "train", "evaluate", "promote", "fit the network",
+        "log the model to MLflow", "predict", "measure", "draw figures", "log the evaluation to MLflow",
+    }  # fmt: skip
+
+
+def test_a_value_that_params_yaml_would_refuse_is_refused_at_submission(project, finished, address):
+    command = ("deployment", "run", "pipeline/local", "--param", 'train={"epochs": 0}')
+    output = project.run("prefect", *command, check=False, PREFECT_API_URL=address)
+    assert project.code != 0
+    assert "minimum" in output

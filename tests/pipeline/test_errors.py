@@ -1,0 +1,151 @@
+"""Each thing that goes wrong ends in one message, a non-zero exit, and nothing finished lost."""
+
+import re
+import shutil
+import socket
+
+import numpy as np
+import pytest
+
+from tests.conftest import Project
+from tests.pipeline.test_reproduce import ran
+
+pytestmark = pytest.mark.pipeline
+
+
+@pytest.fixture(scope="module")
+def weights(reproduced: Project) -> bytes:
+    """The model that was trained before anything went wrong."""
+    return (reproduced.folder / "models" / "best_model.pth").read_bytes()
+
+
+@pytest.fixture
+def stops(reproduced: Project, weights: bytes):
+    """Runs a command that must fail at a stage, and gives that stage's message."""
+
+    def run(stage: str, *command: str, **environment: str) -> str:
+        output = reproduced.run(*(command or ("dvc", "repro")), check=False, timeout=120, **environment)
+        assert reproduced.code != 0, output
+        assert "Traceback" not in output
+        messages = re.findall(rf"^{stage}: .*", output, flags=re.MULTILINE | re.DOTALL)
+        assert len(messages) == 1, output
+        return messages[0].split("\nERROR: failed to reproduce")[0]
+
+    yield run
+    reproduced.run("git", "checkout", "--quiet", "params.yaml")
+
+
+@pytest.fixture
+def archive(reproduced: Project):
+    """Makes dataset.root an archive; arrays given by name replace those it would have."""
+
+    def make(**arrays: np.ndarray):
+        random = np.random.default_rng(0)
+        made = {}
+        for split, count in {"train": 60, "val": 20, "test": 30}.items():
+            made[f"{split}_images"] = random.integers(0, 256, (count, 16, 16, 3), dtype=np.uint8)
+            made[f"{split}_labels"] = (np.arange(count) % 3)[:, None]
+        path = reproduced.folder.parent / "own.npz"
+        np.savez(path, **{**made, **arrays})
+        reproduced.change(dataset={"name": "npz", "root": str(path)})
+        return path, made
+
+    return make
+
+
+@pytest.fixture
+def nobody() -> str:
+    """An address at which nobody answers."""
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        return f"http://127.0.0.1:{unused.getsockname()[1]}"
+
+
+def misspell(project: Project) -> None:
+    path = project.folder / "params.yaml"
+    path.write_text(path.read_text().replace("learning_rate:", "lerning_rate:"))
+
+
+def test_a_typo_in_params_yaml(reproduced, stops):
+    misspell(reproduced)
+    message = stops("train")
+    assert "params.yaml: unknown key train.lerning_rate; did you mean train.learning_rate?" in message
+    assert "params.yaml: key train.learning_rate is missing" in message
+
+
+def test_a_typo_is_told_before_anything_runs(reproduced, stops, weights):
+    reproduced.run("dvc", "repro")
+    misspell(reproduced)
+    assert "did you mean train.learning_rate?" in stops("check", "python", "-m", "pipelines.check")
+    assert (reproduced.folder / "models" / "best_model.pth").read_bytes() == weights
+
+
+def test_a_wrong_md5(reproduced, stops, archive):
+    path, _ = archive()
+    shutil.copy(path, path.with_name("breastmnist.npz"))
+    reproduced.change(dataset={"name": "breastmnist", "mirror": str(path.parent), "size": 28})
+    message = stops("download")
+    assert "MD5 is " in message
+    assert "750601b1f35ba3300ea97c75c52ff8f6" in message
+
+
+def test_a_truncated_archive(stops, archive):
+    path, _ = archive()
+    path.write_bytes(path.read_bytes()[:40_000])
+    assert f"{path}: truncated or damaged" in stops("download")
+
+
+def test_an_archive_that_is_not_there(reproduced, stops, archive):
+    path, _ = archive()
+    path.unlink()
+    output = reproduced.run("dvc", "repro", check=False)
+    assert reproduced.code != 0
+    assert f"failed to reproduce 'download': [Errno 2] No such file or directory: '{path}'" in output
+
+
+def test_a_class_that_is_missing_from_val(stops, archive):
+    archive(val_labels=np.zeros((20, 1), np.int64))
+    assert "every class is in val: it has no class 1, class 2" in stops("validate")
+
+
+def test_an_image_in_two_splits(stops, archive):
+    _, made = archive()
+    copied = made["test_images"].copy()
+    copied[7] = made["train_images"][41]
+    archive(test_images=copied)
+    message = stops("validate")
+    assert re.search(r"own-\w{8}/train/41 ", message)
+    assert re.search(r"own-\w{8}/test/7 ", message)
+    assert "validate.max_cross_split_duplicates: 1" in message
+
+
+def test_no_network(reproduced, stops, nobody):
+    reproduced.change(dataset={"name": "bloodmnist", "size": 28, "mirror": nobody})
+    message = stops("download")
+    assert f"{nobody}/bloodmnist.npz: cannot be downloaded (no connection)" in message
+    assert "set dataset.mirror to a folder" in message
+
+
+def test_a_dead_mlflow_server(stops, nobody):
+    message = stops("train", "python", "-m", "pipelines", "train", MLFLOW_TRACKING_URI=nobody)
+    assert f"MLflow at {nobody} cannot be used; start it, or unset MLFLOW_TRACKING_URI" in message
+
+
+def test_a_dead_prefect_server(stops, nobody):
+    message = stops("evaluate", "python", "-m", "pipelines", "evaluate", PREFECT_API_URL=f"{nobody}/api")
+    assert f"PREFECT_API_URL is {nobody}/api, but no Prefect server answers there" in message
+
+
+def test_a_full_disk(reproduced, stops):
+    reproduced.run("dvc", "repro")
+    before = (reproduced.folder / "data" / "processed" / "train.npy").read_bytes()
+    message = stops("preprocess", "bash", "-c", "ulimit -f 50; python -m pipelines preprocess")
+    assert "File too large; free some space, then run again" in message
+    assert (reproduced.folder / "data" / "processed" / "train.npy").read_bytes() == before
+    assert [path.name for path in (reproduced.folder / "data").iterdir() if path.name.startswith(".processed")] == []
+
+
+def test_nothing_finished_was_lost(reproduced, weights):
+    output = reproduced.run("dvc", "repro")
+    assert not {"download", "validate", "preprocess", "train", "evaluate"} & set(ran(output))
+    assert (reproduced.folder / "models" / "best_model.pth").read_bytes() == weights
