@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import numpy as np
@@ -30,7 +31,9 @@ def predict(batch_size: int) -> None:
     torch.use_deterministic_algorithms(True, warn_only=device.type == "cuda")
     splits = [arrays.read(paths.PROCESSED, split) for split in ("val", "test")]
     precision = choose_precision(described["precision"], device)
+    began = time.perf_counter()
     logits = np.concatenate([logits_of(model, split.pixels, batch_size, device, precision) for split in splits])
+    tracking.log_metrics({"seconds": {"predict": time.perf_counter() - began}})
     table = predictions.table(
         pd.concat([split.index for split in splits], ignore_index=True),
         np.concatenate([split.labels for split in splits]),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import tempfile
+import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -51,7 +52,7 @@ def fit(folder: Path) -> dict[str, Any]:
     recipe = training.Recipe(**wanted.train.model_dump(exclude={"precision", "device"}))
     augmentation = Augmentation(**{**wanted.augment.model_dump(), "erasing_scale": tuple(wanted.augment.erasing_scale)})
     state = training.start(model, recipe)
-    epochs = []
+    epochs, began = [], time.perf_counter()
     for epoch in training.fit(
         state, arrays.read(paths.PROCESSED, "train"), arrays.read(paths.PROCESSED, "val"), task=meta.task,
         recipe=recipe, augmentation=augmentation, seed=wanted.seed, device=device, precision=precision,
@@ -63,6 +64,7 @@ def fit(folder: Path) -> dict[str, Any]:
             f"epoch {epoch.epoch:3d}/{recipe.epochs}: train loss {epoch.train_loss:.4f} accuracy"
             f" {epoch.train_accuracy:.4f} | val loss {epoch.val_loss:.4f} accuracy {epoch.val_accuracy:.4f} AUC {auc}"
         )
+    tracking.log_metrics({"seconds": {"fit": time.perf_counter() - began}})
 
     buffer = io.BytesIO()  # a file's own name would stand in the archive, and the bytes would differ
     torch.save(state.best_weights, buffer)

@@ -1,0 +1,60 @@
+"""The model card says what a reader must know, and is Markdown that holds together."""
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from fadeformer import metrics, predictions
+from fadeformer.arrays import Meta
+from fadeformer.card import model_card
+from fadeformer.tasks import TASKS
+
+
+def card(task: str, note: str = "", labels: np.ndarray | None = None) -> str:
+    multi_label = TASKS[task].multi_label
+    classes = ("mass", "nodule | small") if multi_label else ("normal", "pneumonia")
+    if labels is None:
+        labels = np.array([[1, 0], [0, 1], [1, 1]]) if multi_label else np.array([[0], [1], [1]])
+    scores = np.array([[0.9, 0.1], [0.4, 0.6], [0.7, 0.3]])
+    index = pd.DataFrame({"split": "test", "id": ["a", "b", "c"], "group": None})
+    summary = metrics.summarise(predictions.table(index, labels, scores, TASKS[task], classes))
+    dataset = {
+        "name": "own", "file": "own.npz", "sha256": "5e1f", "task": task, "classes": list(classes),
+        "licence": "CC BY 4.0", "note": note,
+    }  # fmt: skip
+    described = {
+        "model": {"backbone": "fadevit_nano", "pretrained": False, "fade": {"K": 3}},
+        "best_epoch": 4,
+        "params": {"seed": 42, "train": {"epochs": 20}},
+    }
+    meta = Meta(dataset, 28, 1, {"train": 1234, "val": 3, "test": 3})
+    return model_card(meta, described, {"val": summary, "test": summary})
+
+
+@pytest.mark.parametrize("task", ["binary-class", "multi-label, binary-class"])
+def test_it_names_data_model_and_numbers(task):
+    text = card(task)
+    assert "# fadevit_nano on own" in text
+    assert "train 1,234, val 3, test 3" in text
+    assert "| Seed | 42 |" in text
+    assert "epoch 4" in text
+    assert "## Results on 3 test images" in text
+    assert ("| Finding |" in text) == TASKS[task].multi_label
+
+
+def test_every_row_of_a_table_has_as_many_cells_as_its_head():
+    tables = [block for block in card("multi-label, binary-class").split("\n\n") if block.startswith("|")]
+    assert len(tables) == 4
+    for table in tables:
+        assert len({line.replace("\\|", "").count("|") for line in table.splitlines()}) == 1
+
+
+def test_a_note_stands_before_everything_else():
+    assert card("binary-class", note="Synthetic.").splitlines()[2] == "> **Synthetic.**"
+    assert ">" not in card("binary-class")
+
+
+def test_what_cannot_be_judged_is_named():
+    text = card("binary-class", labels=np.ones((3, 1), int))
+    assert "Not judged, for want of positives or negatives: normal, pneumonia." in text
+    assert "| AUC | undefined | undefined |" in text

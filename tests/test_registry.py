@@ -1,0 +1,112 @@
+"""Versions and their aliases in a real store, with models that are only a row of it."""
+
+import numpy as np
+import pandas as pd
+import pytest
+from mlflow import MlflowClient
+
+from fadeformer import gate, predictions
+from fadeformer.errors import UserError
+from fadeformer.tasks import TASKS
+from pipelines import registry, tracking
+
+TASK = TASKS["binary-class"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def store(tmp_path_factory):
+    """An MLflow store of its own; every test uses another model name."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path_factory.mktemp("store"))
+        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        tracking.connect()
+        yield
+
+
+def some_predictions(quality: float):
+    labels = (np.arange(40) % 2)[:, None]
+    logits = np.random.default_rng(0).normal(size=(40, 2)) + quality * np.eye(2)[labels[:, 0]]
+    index = pd.DataFrame({"split": "test", "id": [str(i) for i in range(40)], "group": None})
+    return predictions.table(index, labels, TASK.probabilities(logits), TASK, ("no", "yes"))
+
+
+def version(name: str, quality: float, tmp_path) -> registry.Version:
+    with tracking.run() as run_id:
+        predictions.write(some_predictions(quality), tmp_path / "predictions.parquet")
+        tracking.log_files(tmp_path / "predictions.parquet")
+        client = MlflowClient()
+        experiment = client.get_run(run_id).info.experiment_id
+        made = client.create_logged_model(experiment, name=tracking.MODEL, source_run_id=run_id)
+        client.finalize_logged_model(made.model_id, "READY")
+    return registry.register(name, run_id)
+
+
+def judge(name: str, quality: float, tmp_path) -> list[str]:
+    challenger = version(name, quality, tmp_path)
+    champion = registry.champion(name)
+    rival = registry.test_predictions(champion) if champion else None
+    return registry.place(challenger, gate.decide(some_predictions(quality), rival, min_auc=0.6), "card")
+
+
+def test_champion_and_challenger_change_places_by_merit(tmp_path):
+    assert judge("a", 1.0, tmp_path) == ["champion"]
+    assert judge("a", 0.5, tmp_path) == ["challenger"]
+    assert judge("a", 2.0, tmp_path) == ["champion"]
+    assert MlflowClient().get_registered_model("a").aliases == {"champion": 3, "challenger": 2}
+
+
+def test_below_the_floor_there_is_no_champion(tmp_path):
+    assert judge("b", 0.0, tmp_path) == ["challenger"]
+    assert registry.champion("b") is None
+
+
+def test_a_run_is_registered_once(tmp_path):
+    first = version("c", 1.0, tmp_path)
+    assert registry.register("c", first.run_id) == first
+
+
+def test_the_decision_is_kept_as_tags(tmp_path):
+    judge("d", 1.0, tmp_path)
+    judge("d", 0.5, tmp_path)
+    tags = MlflowClient().get_model_version("d", "2").tags
+    assert tags["test AUC not below that of the champion"].startswith("False: 0.")
+    assert tags["same test images as the champion"].startswith("True")
+
+
+def test_a_run_without_a_model_is_told():
+    with tracking.run() as run_id:
+        pass
+    with pytest.raises(UserError, match=f"MLflow run {run_id} has no model; `dvc repro -f train` makes one"):
+        registry.register("e", run_id)
+
+
+def test_a_champion_whose_predictions_are_gone_is_told():
+    with tracking.run() as run_id:
+        pass
+    with pytest.raises(UserError, match=r"champion f version 1: MLflow run \w+ has no predictions.parquet"):
+        registry.test_predictions(registry.Version("f", "1", run_id))
+
+
+def test_a_run_that_is_not_in_the_store_is_told():
+    with pytest.raises(UserError, match="MLflow has no run 0123"), tracking.run("0123"):
+        pass
+
+
+def test_a_run_ends_as_failed_by_an_error():
+    failed = []
+
+    def fail() -> None:
+        with tracking.run() as run_id:
+            failed.append(run_id)
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
+    assert MlflowClient().get_run(failed[0]).info.status == "FAILED"
+
+
+def test_an_experiment_in_a_copy_of_dvc_belongs_to_the_real_store(tmp_path, monkeypatch):
+    copy = tmp_path / ".dvc" / "tmp" / "exps" / "one"
+    copy.mkdir(parents=True)
+    monkeypatch.chdir(copy)
+    assert tracking.project() == tmp_path
