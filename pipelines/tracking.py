@@ -155,7 +155,9 @@ def log_model(served: Path, weights: Path, architecture: Path, meta: Meta) -> No
 def _code_identity() -> dict[str, str]:
     try:
         revision = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
-        changes = subprocess.run(["git", "status", "--porcelain"], capture_output=True, text=True, check=True)
+        changes = subprocess.run(
+            ["git", "status", "--porcelain", "--", ".", ":!dvc.lock"], capture_output=True, text=True, check=True
+        )
     except (OSError, subprocess.CalledProcessError):
         return {"git.revision": "not a git repository"}
     return {"git.revision": revision.stdout.strip(), "git.changed": str(bool(changes.stdout.strip())).lower()}

@@ -9,7 +9,7 @@ from fadeformer.datasets import facts as cards
 from fadeformer.datasets import manifest
 from fadeformer.errors import UserError
 from fadeformer.files import whole_file, whole_folder, write_json
-from pipelines import expectations, paths, stage
+from pipelines import expectations, page, paths, stage
 
 SHOWN = 20  # offending rows in the message; all of them stand in offending_rows.csv
 
@@ -22,13 +22,16 @@ def main() -> str:
     crossing = manifest.across_splits(rows)
     found = crossing["sha256"].nunique()
     with whole_folder(paths.VALIDATION) as folder:
-        checks = expectations.check(rows, facts, allowed, folder)
+        checks = expectations.check(rows, facts, allowed, folder / "data_docs")
+        text = page.page(facts, rows, checks, "data_docs/index.html")
+        (folder / "index.html").write_text(text, encoding="utf-8")
         offending = pd.concat([check.rows for check in checks], ignore_index=True)
         offending.to_csv(folder / "offending_rows.csv", index=False)
         summary = {
             "passed": all(check.passed for check in checks),
             "images": len(rows),
             "cross_split_duplicates": {"found": found, "allowed": allowed},
+            "images_without_group": int(rows["group"].isna().sum()),
             "duplicates_within_a_split": manifest.within_splits(rows),
             "expectations": [{"sentence": c.sentence, "passed": c.passed, "rows": len(c.rows)} for c in checks],
         }
@@ -38,6 +41,8 @@ def main() -> str:
         raise UserError(_message(failed, found, allowed))
     with whole_file(paths.MANIFEST) as path:
         rows.to_parquet(path, index=False)
+    if rows["group"].isna().any():
+        print(f"validate: {manifest.without_group(rows)}")
     if found:
         print(
             f"validate: RELAXED by validate.max_cross_split_duplicates: {allowed}: {found} images stand in two splits"

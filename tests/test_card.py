@@ -28,7 +28,8 @@ def card(task: str, note: str = "", labels: np.ndarray | None = None) -> str:
         "params": {"seed": 42, "train": {"epochs": 20}},
     }
     meta = Meta(dataset, 28, 1, {"train": 1234, "val": 3, "test": 3})
-    return model_card(meta, described, {"val": summary, "test": summary})
+    text = model_card(meta, described, {"val": summary, "test": summary})
+    return text.replace("\u2003", "")
 
 
 @pytest.mark.parametrize("task", ["binary-class", "multi-label, binary-class"])

@@ -63,6 +63,13 @@ def across_splits(manifest: pd.DataFrame) -> pd.DataFrame:
     return manifest[splits > 1].sort_values(["sha256", "id"], kind="stable")
 
 
+def without_group(manifest: pd.DataFrame) -> str:
+    """A sentence that says of how many images no group is known; empty where all have one."""
+    count = int(manifest["group"].isna().sum())
+    who = "no image has a" if count == len(manifest) else f"{count:,} of {len(manifest):,} images have no"
+    return f"{who} known group (patient, lesion): one that stands in two splits is not seen" if count else ""
+
+
 def within_splits(manifest: pd.DataFrame) -> dict[str, int]:
     """How many images of each split have an earlier copy in it."""
     copies = manifest.duplicated(["split", "sha256"]).groupby(manifest["split"]).sum()

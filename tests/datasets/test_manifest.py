@@ -1,5 +1,8 @@
 """The manifest and the expectations it must pass."""
 
+import dataclasses
+import re
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -9,7 +12,7 @@ from fadeformer.datasets import facts as cards
 from fadeformer.datasets import manifest, npz
 from fadeformer.errors import UserError
 from fadeformer.files import read_json
-from pipelines import overrides, paths, validate
+from pipelines import expectations, overrides, page, paths, validate
 from tests.datasets.conftest import COUNTS
 
 
@@ -32,6 +35,10 @@ def arrays_of(archive) -> dict:
         return dict(held)
 
 
+def rows_of(html: str) -> list[list[str]]:
+    return [re.findall(r"<td[^>]*>(.*?)</td>", row) for row in re.findall(r"<tr>(<td.*?)</tr>", html)]
+
+
 def test_a_row_says_all_of_an_image(raw):
     facts = raw(
         train_groups=np.array(["p1", "p2"] * 30), val_groups=np.array(["p3"] * 20), test_groups=np.array(["p4"] * 30)
@@ -52,6 +59,32 @@ def test_good_data_pass_and_leave_a_page(raw):
     assert "hold for 110 images" in validate.main()
     assert (paths.VALIDATION / "index.html").is_file()
     assert len(pd.read_parquet(paths.MANIFEST)) == 110
+
+
+def test_the_page_needs_no_network_and_counts_every_class(raw):
+    facts = raw()
+    validate.main()
+    text = (paths.VALIDATION / "index.html").read_text()
+    assert "own: all 9 expectations hold" in text
+    assert not re.findall(r"(?:src|href)=['\"]?(?:https?:)?//", text)
+    for label, name in enumerate(facts.classes):
+        counts = [str(sum(i % 3 == label for i in range(count))) for count in COUNTS.values()]
+        assert [name, *counts] in rows_of(text)
+    assert (paths.VALIDATION / "data_docs" / "index.html").is_file()
+
+
+def test_the_page_names_what_fails_and_escapes_what_it_shows(raw, archive):
+    held = arrays_of(archive)
+    held["val_images"][3] = held["train_images"][41]
+    facts = raw(**held)
+    rows = manifest.build(facts, paths.RAW)
+    strange = dataclasses.replace(facts, classes=("<script>", "b & c", "c"))
+    text = page.page(strange, rows, expectations.check(rows, strange, 0, paths.VALIDATION), "docs.html")
+    assert "1 of 9 expectations do not hold" in text
+    assert text.count("<span class=fails>FAILS</span>") == 1
+    named = {row[0].split("/", 1)[1] for row in rows_of(text) if row[0].startswith("own-")}
+    assert named == {"train/41", "val/3"}
+    assert "<script>" not in text
 
 
 def test_an_image_in_two_splits_stops_with_both_its_places(raw, archive):
@@ -107,6 +140,21 @@ def test_a_patient_in_two_splits_is_named(raw):
     assert "no group (patient, lesion, slide) stands in two splits" in str(error.value)
     assert "/train/5 " in str(error.value)
     assert "/val/0 " in str(error.value)
+
+
+def test_groups_that_are_not_known_are_told(raw, capsys):
+    raw(train_groups=np.arange(60))
+    assert "all 10" in page_text()
+    assert "validate: 50 of 110 images have no known group (patient, lesion)" in capsys.readouterr().out
+    raw()
+    assert "no image has a known group" in page_text()
+    assert "no image has a known group" in capsys.readouterr().out
+    assert read_json(paths.VALIDATION / "validation.json")["images_without_group"] == 110
+
+
+def page_text() -> str:
+    validate.main()
+    return (paths.VALIDATION / "index.html").read_text()
 
 
 def test_a_label_out_of_range_is_named(raw, monkeypatch):
