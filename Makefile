@@ -22,7 +22,7 @@ repro: install  ## the pipeline, from download to promote; only what is not up t
 	dvc repro
 
 test: install  ## all tests
-	python -m pytest
+	python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 check: install  ## format, lint, types, layers
 	ruff format --check .

@@ -115,7 +115,7 @@ def _judged(summary: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
 
 def _square(classes: int) -> tuple[Figure, Axes]:
     columns = math.ceil((classes + 1) / LEGEND_ROWS)
-    figure = Figure(figsize=(5.6 + 2.9 * columns, 5.4), layout="constrained")
+    figure = Figure(figsize=(4.6 + 2.7 * columns, 4.6), layout="constrained")
     return figure, figure.add_subplot()
 
 
@@ -157,7 +157,7 @@ def _heat_table(
     """Draws counts coloured by share; names and labels are those of the rows, then of the columns."""
     height, width = counts.shape
     cell = max(0.42, min(1.0, 9 / max(height, width)))  # inches
-    figure = Figure(figsize=(3.2 + cell * max(width, 4), 2.6 + cell * max(height, 4)), layout="constrained")
+    figure = Figure(figsize=(3.2 + cell * max(width, 4), 1.7 + cell * max(height, 4)), layout="constrained")
     axes = figure.add_subplot()
     image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1, aspect="equal")
     figure.colorbar(image, ax=axes, label=legend, shrink=0.8)
