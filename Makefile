@@ -45,4 +45,4 @@ lock:  ## renew requirements.lock from pyproject.toml, in an environment of its 
 	  | sed -E '/^(nvidia-|cuda-|triton)/ s/$$/ ; sys_platform == "linux"/' > requirements.lock
 
 clean:  ## remove what the stages made; mlruns/ and downloads stay
-	rm -rf data/raw data/manifest.parquet data/processed models reports/[!.]*
+	rm -rf data/raw data/manifest.parquet data/processed models reports/[!.]* .models.* data/.[!g]* reports/.[!g]*

@@ -31,12 +31,14 @@ class Meta:
         image_size: side of an image, pixels.
         channels: 1 (grey) or 3 (colour).
         counts: images of each split.
+        cross_split_duplicates: images that stand in two splits by content, as the data gate was told to allow.
     """
 
     dataset: dict[str, Any]
     image_size: int
     channels: int
     counts: dict[str, int]
+    cross_split_duplicates: int
 
     @property
     def task(self) -> Task:
@@ -71,6 +73,7 @@ def write(
     *,
     image_size: int,
     channels: int,
+    cross_split_duplicates: int,
     folder: Path,
 ) -> Meta:
     """Writes a folder of arrays.
@@ -81,6 +84,7 @@ def write(
         images: the pixels of each split, in the index's order, (height, width) or (height, width, 3).
         image_size: side of the arrays, pixels.
         channels: 1 (grey) or 3 (colour) of the arrays.
+        cross_split_duplicates: goes into `meta.json`, so that every result can tell it.
         folder: where they go.
     """
     counts = {split: int((index["split"] == split).sum()) for split in images}
@@ -92,7 +96,7 @@ def write(
             for _, pixels in zip(range(count), progress, strict=True):
                 file.write(_fit(pixels, image_size, channels).tobytes())
     index.to_parquet(folder / "index.parquet", index=False)
-    meta = Meta(dict(dataset), image_size, channels, counts)
+    meta = Meta(dict(dataset), image_size, channels, counts, cross_split_duplicates)
     write_json(folder / "meta.json", asdict(meta))
     return meta
 

@@ -77,15 +77,20 @@ def model_card(meta: Meta, described: Mapping[str, Any], summary: Mapping[str, A
             [(name, *(_shown(values[key]) for key in OF_CLASS)) for name, values in test["per_class"].items()],
         ),
         "",
-        *_limits(test),
+        *_limits(meta, test),
     ]
     return "\n".join(lines)
 
 
-def _limits(test: Mapping[str, Any]) -> list[str]:
+def _limits(meta: Meta, test: Mapping[str, Any]) -> list[str]:
     told = ["The validation images chose the epoch, so their numbers flatter; the numbers carry no interval yet."]
     if test["not_judged"]:
         told.append(f"Not judged, for want of positives or negatives: {', '.join(test['not_judged'])}.")
+    if meta.cross_split_duplicates:
+        told.append(
+            f"**{meta.cross_split_duplicates} images stand in two splits**, as validate.max_cross_split_duplicates"
+            " allowed: the numbers may flatter."
+        )
     return [" ".join(told), ""]
 
 

@@ -10,8 +10,9 @@ from fadeformer.predictions import Predictions
 
 @dataclass(frozen=True)
 class Rule:
-    """One rule's verdict and the figures it rests on."""
+    """One rule's short name, the rule in words, its verdict and the figures it rests on."""
 
+    name: str
     rule: str
     passed: bool
     figures: str
@@ -42,15 +43,29 @@ def decide(challenger: Predictions, champion: Predictions | None, *, min_auc: fl
     """
     found = auc(challenger.labels, challenger.scores, challenger.task)
     shown = "undefined: no class has both positives and negatives" if found is None else f"{found:.4f}"
-    rules = [Rule(f"test AUC at least {min_auc:g}", found is not None and found >= min_auc, shown)]
+    rules = [Rule("min_auc", f"test AUC at least {min_auc:g}", found is not None and found >= min_auc, shown)]
     best = None
     if champion is not None:
         same = challenger.identity() == champion.identity()
         figures = "the champion was judged on other test images; give this model its own promote.model_name"
-        rules.append(Rule("same test images as the champion", same, "equal ids and labels" if same else figures))
+        rules.append(
+            Rule(
+                "same_test_images",
+                "same test images as the champion",
+                same,
+                "equal ids and labels" if same else figures,
+            )
+        )
         if same:
             best = auc(champion.labels, champion.scores, champion.task)
             passed = best is None or (found is not None and found >= best)
             compared = "undefined" if best is None else f"{best:.4f}"
-            rules.append(Rule("test AUC not below that of the champion", passed, f"{shown} against {compared}"))
+            rules.append(
+                Rule(
+                    "not_below_champion",
+                    "test AUC not below that of the champion",
+                    passed,
+                    f"{shown} against {compared}",
+                )
+            )
     return Decision(all(rule.passed for rule in rules), tuple(rules), found, best)

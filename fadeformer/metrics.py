@@ -70,7 +70,7 @@ def summarise(predictions: Predictions) -> dict[str, Any]:
     overall = {
         "loss": log_loss(labels, scores, task),
         "accuracy": accuracy(labels, scores, task),
-        "balanced_accuracy": _mean([v["recall"] for v in per_class.values() if v["recall"] is not None]),
+        "balanced_accuracy": _balanced_accuracy(list(per_class.values()), task),
         **{name: _mean([v[name] or 0.0 for v in seen]) for name in ("precision", "recall", "f1")},
         "auc": auc(labels, scores, task),
         "average_precision": _mean([values["average_precision"] for values in judged]),
@@ -154,6 +154,13 @@ def _aucs(labels: Labels, scores: Scores, task: Task) -> list[float | None]:
         float(roc_auc_score(truth[:, c], scores[:, c])) if truth[:, c].any() and not truth[:, c].all() else None
         for c in range(scores.shape[1])
     ]
+
+
+def _balanced_accuracy(per_class: list[dict[str, Any]], task: Task) -> float | None:
+    """Mean recall of the classes, or mean over the findings of (sensitivity + specificity) / 2."""
+    if not task.multi_label:
+        return _mean([v["recall"] for v in per_class if v["recall"] is not None])
+    return _mean([(v["recall"] + v["specificity"]) / 2 for v in per_class if v["auc"] is not None])
 
 
 def _share(part: int, whole: int) -> float | None:

@@ -44,7 +44,9 @@ class DatasetParams(Section):
     seed: Annotated[int, Field(ge=0)]
 
     @model_validator(mode="after")
-    def _size_is_published(self) -> DatasetParams:
+    def _size_is_published_and_names_differ(self) -> DatasetParams:
+        if self.classes is not None and len(set(self.classes)) < len(self.classes):
+            raise ValueError("dataset.classes names a class twice")
         if self.name not in ("npz", "phantom") and self.size not in (28, 64, 128, 224):
             raise ValueError(f"dataset.size is {self.size}; {self.name} is published at 28, 64, 128 and 224 pixels")
         return self
@@ -131,7 +133,7 @@ class EvaluateParams(Section):
 class PromoteParams(Section):
     """The registry gate."""
 
-    model_name: Annotated[str, Field(pattern=r"^[\w .{}-]+$")]  # what MLflow takes, and no quotes
+    model_name: Annotated[str, Field(pattern=r"^([\w .-]|\{dataset\})+$")]  # what MLflow takes, and no quotes
     min_auc: Fraction
 
 

@@ -7,7 +7,9 @@ from pathlib import Path
 # written outside the project's folder, and a server that is gone is told in seconds rather than four minutes.
 _CACHE = Path(__file__).resolve().parents[1] / ".cache"
 for _name, _value in {
+    "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # what cuBLAS needs to repeat itself
     "DO_NOT_TRACK": "1",
+    "HF_HOME": str(_CACHE / "huggingface"),
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
@@ -16,6 +18,9 @@ for _name, _value in {
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "MPLCONFIGDIR": str(_CACHE / "matplotlib"),
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+    "TORCH_HOME": str(_CACHE / "torch"),
     "TORCHINDUCTOR_CACHE_DIR": str(_CACHE / "torchinductor"),
 }.items():
     os.environ.setdefault(_name, _value)
+for _name in ("NO_PROXY", "no_proxy"):  # the servers that stages start for themselves are on this machine
+    os.environ[_name] = ",".join(filter(None, [os.environ.get(_name), "127.0.0.1", "localhost"]))

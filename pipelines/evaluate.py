@@ -24,7 +24,7 @@ def predict(batch_size: int) -> None:
     """Scores of every image of val and test, as predictions.parquet."""
     meta = arrays.read_meta(paths.PROCESSED)
     described = read_json(paths.ARCHITECTURE)
-    device = choose_device("auto")
+    device = choose_device("cpu" if described["params"]["train"]["device"] == "cpu" else "auto")
     model = create_model(**{**described["model"], "pretrained": False})
     load_weights(model, paths.WEIGHTS)
     model.to(device)
@@ -78,8 +78,9 @@ def draw(dpi: int) -> None:
 
 
 @task(name="log the evaluation to MLflow", persist_result=False)
-def log() -> None:
+def log(settings: dict[str, Any]) -> None:
     """Adds numbers, figures and predictions to the run in which the model was trained."""
+    tracking.log_settings("evaluate", settings)
     tracking.log_metrics(read_json(paths.METRICS))
     tracking.log_metrics({"classes": read_json(paths.CLASSES)})
     tracking.log_files(paths.PREDICTIONS, paths.METRICS, paths.CLASSES, paths.RESULTS, paths.CARD)
@@ -94,7 +95,7 @@ def evaluate() -> str:
         predict(wanted.batch_size)
         test = measure(wanted.model_dump())
         draw(wanted.figure_dpi)
-        log()
+        log(wanted.model_dump())
     auc = "undefined" if test["auc"] is None else f"{test['auc']:.4f}"
     return f"test AUC {auc}, accuracy {test['accuracy']:.4f}, F1 {test['f1']:.4f}; figures in {paths.FIGURES}"
 

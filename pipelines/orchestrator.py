@@ -18,7 +18,6 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from urllib.error import URLError
 from urllib.request import urlopen
 
 from fadeformer.errors import UserError
@@ -94,7 +93,7 @@ def _answers(url: str) -> bool:
     try:
         with urlopen(f"{url.rstrip('/')}/health", timeout=5) as response:  # noqa: S310  an address of the user's own
             return bool(response.status == 200)
-    except (URLError, OSError):
+    except (OSError, ValueError):  # nobody there, or no address
         return False
 
 

@@ -30,6 +30,7 @@ def apply(path: Path, changes: Mapping[str, Any]) -> None:
     yaml.preserve_quotes = True
     yaml.width = 1000
     yaml.representer.add_representer(type(None), lambda r, _: r.represent_scalar("tag:yaml.org,2002:null", "null"))
+    params.load(path)  # whatever is wrong with it is told by key
     document = yaml.load(path)
     _merge(document, changes)
     text = io.StringIO()
@@ -41,14 +42,21 @@ def apply(path: Path, changes: Mapping[str, Any]) -> None:
 
 @contextmanager
 def applied(path: Path, changes: Mapping[str, Any]) -> Iterator[None]:
-    """The same for the length of a block; then the file is again what it was."""
+    """The same for the length of a block; then the file is again what it was, unless it was edited in between."""
+    if not changes:
+        yield
+        return
     before = path.read_bytes()
+    apply(path, changes)
+    during = path.read_bytes()
     try:
-        apply(path, changes)
         yield
     finally:
-        with whole_file(path) as temporary:
-            temporary.write_bytes(before)
+        if path.read_bytes() == during:
+            with whole_file(path) as temporary:
+                temporary.write_bytes(before)
+        else:
+            print(f"{path} was edited during the run: it keeps that edit, and the run's overrides {dict(changes)}")
 
 
 def partial(section: type[BaseModel]) -> type[BaseModel]:

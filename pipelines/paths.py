@@ -3,6 +3,7 @@
 from pathlib import Path
 
 PARAMS = Path("params.yaml")
+LOCK = Path("dvc.lock")
 DOWNLOADS = Path("data/downloads")
 RAW = Path("data/raw")
 MANIFEST = Path("data/manifest.parquet")

@@ -5,7 +5,7 @@ from dataclasses import asdict
 import pandas as pd
 
 from fadeformer import arrays, params
-from fadeformer.datasets import facts, npz
+from fadeformer.datasets import facts, manifest, npz
 from fadeformer.files import whole_folder
 from pipelines import paths, stage
 
@@ -22,6 +22,7 @@ def main() -> str:
             {split: npz.images(paths.RAW / found.file, split) for split in facts.SPLITS},
             image_size=wanted.image_size or found.size,
             channels=wanted.channels,
+            cross_split_duplicates=manifest.across_splits(rows)["sha256"].nunique(),
             folder=folder,
         )
     counts = ", ".join(f"{split} {count}" for split, count in meta.counts.items())

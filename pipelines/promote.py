@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from pathlib import Path
 
 from fadeformer import arrays, gate, params, predictions
 from fadeformer.files import read_json, write_json
@@ -13,7 +14,8 @@ def main() -> str:
     """Registers the version and decides about the alias; a refusal is a decision, not an error."""
     wanted = params.load(paths.PARAMS).promote
     run_id = read_json(paths.RUN)["mlflow_run_id"]
-    name = wanted.model_name.replace("{dataset}", arrays.read_meta(paths.PROCESSED).dataset["name"])
+    meta = arrays.read_meta(paths.PROCESSED)
+    name = wanted.model_name.replace("{dataset}", meta.dataset["name"])
     with tracking.run(run_id):
         version = registry.register(name, run_id)
         champion = registry.champion(name)
@@ -29,10 +31,12 @@ def main() -> str:
                 "previous_champion": champion.number if champion else None,
                 "reason": decision.reason,
                 "auc": decision.auc, "champion_auc": decision.champion_auc,
+                "cross_split_duplicates": meta.cross_split_duplicates,
                 "rules": [asdict(rule) for rule in decision.rules],
             },
         )  # fmt: skip
-        tracking.log_files(paths.PROMOTION)
+        tracking.log_settings("promote", wanted.model_dump())
+        tracking.log_files(paths.PROMOTION, *filter(Path.is_file, [paths.LOCK]))
     if decision.promoted:
         return f"PROMOTED {name} version {version.number} is champion ({decision.reason})"
     return f"REFUSED {name} version {version.number} stays {' and '.join(aliases)} ({decision.reason})"

@@ -82,8 +82,12 @@ def place(version: Version, decision: Decision, card: str) -> list[str]:
     """
     client = MlflowClient()
     client.update_model_version(version.name, version.number, card)
-    for rule in decision.rules:
-        client.set_model_version_tag(version.name, version.number, rule.rule[:250], f"{rule.passed}: {rule.figures}")
+    tags = {f"gate.{r.name}": f"{'passed' if r.passed else 'failed'}: {r.rule}: {r.figures}" for r in decision.rules}
+    for stale in client.get_model_version(version.name, version.number).tags.keys() - tags.keys():
+        if stale.startswith("gate."):
+            client.delete_model_version_tag(version.name, version.number, stale)
+    for name, value in tags.items():
+        client.set_model_version_tag(version.name, version.number, name, value)
     if decision.promoted:
         client.set_registered_model_alias(version.name, CHAMPION, version.number)
         if CHALLENGER in client.get_model_version(version.name, version.number).aliases:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import logging
 import os
+import sqlite3
 import subprocess
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -47,18 +48,45 @@ def connect() -> None:
     """
     store = project() / "mlruns"
     logging.getLogger("mlflow").setLevel(logging.WARNING)
-    server = os.environ.get("MLFLOW_TRACKING_URI")
-    mlflow.set_tracking_uri(server or f"sqlite:///{store / 'mlflow.db'}?timeout=60")
+    own = f"sqlite:///{store / 'mlflow.db'}?timeout=60"
+    server = os.environ.get("MLFLOW_TRACKING_URI", own)
+    server = None if server == own else server  # MLflow itself sets the variable to what was connected before
+    mlflow.set_tracking_uri(server or own)
     store.mkdir(exist_ok=True)
     try:
         with FileLock(store / ".lock"):  # two processes that create the database at once break its migration
-            if mlflow.get_experiment_by_name(EXPERIMENT) is None:
-                location = None if server else (store / "artifacts").as_uri()
+            location = None if server else (store / "artifacts").as_uri()
+            experiment = mlflow.get_experiment_by_name(EXPERIMENT)
+            if experiment is None:
                 mlflow.create_experiment(EXPERIMENT, artifact_location=location)
+            elif location and experiment.artifact_location.startswith("file:"):
+                _follow(store / "mlflow.db", experiment.artifact_location, location)
     except MlflowException as error:
         remedy = "start it, or unset MLFLOW_TRACKING_URI to use this project's mlruns/" if server else "restore mlruns/"
         raise UserError(f"MLflow at {server or store} cannot be used; {remedy} ({str(error)[:200]})") from error
+    if experiment is not None and experiment.lifecycle_stage != "active":
+        raise UserError(
+            f"MLflow's experiment {EXPERIMENT} was deleted; restore it with `mlflow experiments restore"
+            f" --experiment-id {experiment.experiment_id}`, or remove mlruns/mlflow.db to begin anew"
+        )
     mlflow.set_experiment(EXPERIMENT)
+
+
+def _follow(database: Path, before: str, now: str) -> None:
+    """Lets a store that was moved or copied with its project find its artifacts: MLflow keeps absolute addresses."""
+    if before == now:
+        return
+    places = {
+        "experiments": ["artifact_location"], "runs": ["artifact_uri"], "logged_models": ["artifact_location"],
+        "model_versions": ["source", "storage_location"],
+    }  # fmt: skip
+    with closing(sqlite3.connect(database, timeout=60)) as connection, connection:
+        for table, columns in places.items():
+            for column in columns:
+                connection.execute(
+                    f"update {table} set {column} = ? || substr({column}, ?) where substr({column}, 1, ?) = ?",  # noqa: S608  names of ours
+                    (now, len(before) + 1, len(before), before),
+                )
 
 
 @contextmanager
@@ -71,11 +99,14 @@ def run(run_id: str | None = None) -> Iterator[str]:
     connect()
     if run_id is not None:
         try:
-            mlflow.get_run(run_id)
-        except MlflowException as error:
+            known = mlflow.get_run(run_id).info.lifecycle_stage == "active"
+        except MlflowException:
+            known = False
+        if not known:
             raise UserError(
-                f"MLflow has no run {run_id}, in which this model was trained; `dvc repro -f train` makes one"
-            ) from error
+                f"MLflow has no run {run_id}, in which this model was trained, or it was deleted; `dvc repro -f train`"
+                " makes one"
+            )
     with mlflow.start_run(run_id=run_id) as active:
         yield active.info.run_id
 
@@ -96,6 +127,11 @@ def log_start(params: Mapping[str, Any], meta: Meta) -> None:
             **_lock_identity(),
         }
     )
+
+
+def log_settings(section: str, settings: Mapping[str, Any]) -> None:
+    """Tags the run with a section of params.yaml as it is now, which may differ from when the model was trained."""
+    mlflow.set_tags({f"{section}.{name}": str(value) for name, value in settings.items()})
 
 
 def log_epoch(measured: Mapping[str, Any]) -> None:

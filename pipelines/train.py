@@ -23,6 +23,8 @@ from fadeformer.models import create_model
 from pipelines import paths, stage, tracking
 from pipelines.orchestrator import orchestrated
 
+# What a model is made of; the other sections may change without training it again.
+SECTIONS = ("seed", "dataset", "preprocess", "model", "augment", "train")
 SERVED = Path(__file__).with_name("served.py")
 
 
@@ -49,6 +51,13 @@ def fit(folder: Path) -> dict[str, Any]:
         model = create_model(**described).to(device)
     except (ValueError, RuntimeError) as error:
         raise UserError(f"params.yaml: model: {error}") from error
+    except OSError as error:
+        if not wanted.model.pretrained:
+            raise
+        raise UserError(
+            f"the pretrained weights of {wanted.model.backbone} cannot be had ({type(error).__name__}); check the"
+            " network, or set model.pretrained to false"
+        ) from error
     recipe = training.Recipe(**wanted.train.model_dump(exclude={"precision", "device"}))
     augmentation = Augmentation(**{**wanted.augment.model_dump(), "erasing_scale": tuple(wanted.augment.erasing_scale)})
     state = training.start(model, recipe)
@@ -70,12 +79,13 @@ def fit(folder: Path) -> dict[str, Any]:
     torch.save(state.best_weights, buffer)
     (folder / paths.WEIGHTS.name).write_bytes(buffer.getvalue())
     pd.DataFrame(epochs).to_csv(folder / paths.HISTORY.name, index=False)
+    made_with = {name: value for name, value in wanted.nested().items() if name in SECTIONS}
     names = {torch.float32: "fp32", torch.bfloat16: "bf16"}
     write_json(
         folder / paths.ARCHITECTURE.name,
         {
             "model": described, "task": meta.task.name, "classes": list(meta.classes), "precision": names[precision],
-            "best_epoch": state.best_epoch, "params": wanted.nested(),
+            "best_epoch": state.best_epoch, "params": made_with,
         },
     )  # fmt: skip
     return {"epochs": state.epoch, "best_epoch": state.best_epoch, "best_val_loss": state.best_loss}

@@ -92,7 +92,7 @@ def clone(folder: Path) -> Project:
     listing = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
     known = subprocess.run(listing, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\n")
     project = Project(folder)
-    for name in filter(None, known):
+    for name in set(known) - {"", "dvc.lock"}:  # the lock tells of a run in the working tree
         if (ROOT / name).is_file():
             (project.folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, project.folder / name)

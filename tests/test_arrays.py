@@ -15,7 +15,9 @@ def write(folder, pixels, *, size=10, channels=3):
     folder.mkdir()
     rows = [(split, f"{split}/{i}", None, i % 3) for split, images in pixels.items() for i in range(len(images))]
     index = pd.DataFrame(rows, columns=["split", "id", "group", "label"])
-    return arrays.write(CARD, index, pixels, image_size=size, channels=channels, folder=folder)
+    return arrays.write(
+        CARD, index, pixels, image_size=size, channels=channels, cross_split_duplicates=2, folder=folder
+    )
 
 
 def pixels(channels, side=10):

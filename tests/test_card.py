@@ -10,7 +10,7 @@ from fadeformer.card import model_card
 from fadeformer.tasks import TASKS
 
 
-def card(task: str, note: str = "", labels: np.ndarray | None = None) -> str:
+def card(task: str, note: str = "", labels: np.ndarray | None = None, leaks: int = 0) -> str:
     multi_label = TASKS[task].multi_label
     classes = ("mass", "nodule | small") if multi_label else ("normal", "pneumonia")
     if labels is None:
@@ -27,7 +27,7 @@ def card(task: str, note: str = "", labels: np.ndarray | None = None) -> str:
         "best_epoch": 4,
         "params": {"seed": 42, "train": {"epochs": 20}},
     }
-    meta = Meta(dataset, 28, 1, {"train": 1234, "val": 3, "test": 3})
+    meta = Meta(dataset, 28, 1, {"train": 1234, "val": 3, "test": 3}, leaks)
     text = model_card(meta, described, {"val": summary, "test": summary})
     return text.replace("\u2003", "")
 
@@ -53,6 +53,11 @@ def test_every_row_of_a_table_has_as_many_cells_as_its_head():
 def test_a_note_stands_before_everything_else():
     assert card("binary-class", note="Synthetic.").splitlines()[2] == "> **Synthetic.**"
     assert ">" not in card("binary-class")
+
+
+def test_leaks_that_were_allowed_are_told():
+    assert "**8 images stand in two splits**" in card("binary-class", leaks=8)
+    assert "two splits" not in card("binary-class")
 
 
 def test_what_cannot_be_judged_is_named():

@@ -90,6 +90,8 @@ def test_numbers_of_findings_are_scikit_learns(seed):
     assert overall["accuracy"] == pytest.approx((decided == p.labels).mean())
     for name, function in (("precision", sk.precision_score), ("recall", sk.recall_score), ("f1", sk.f1_score)):
         assert overall[name] == pytest.approx(function(p.labels, decided, average="macro", zero_division=0))
+    balanced = [sk.balanced_accuracy_score(p.labels[:, c], decided[:, c]) for c in range(4)]
+    assert overall["balanced_accuracy"] == pytest.approx(np.mean(balanced))
     losses = [sk.log_loss(p.labels[:, c], p.scores[:, c], labels=[0, 1]) for c in range(4)]
     assert overall["loss"] == pytest.approx(np.mean(losses))
 

@@ -83,6 +83,21 @@ def test_applied_changes_end_with_the_block_also_after_an_error(tmp_path):
     assert path.read_bytes() == (ROOT / "params.yaml").read_bytes()
 
 
+def test_an_edit_during_the_run_is_kept(tmp_path, capsys):
+    path = tmp_path / "params.yaml"
+    shutil.copy(ROOT / "params.yaml", path)
+    with overrides.applied(path, {"train": {"epochs": 3}}):
+        overrides.apply(path, {"promote": {"min_auc": 0.5}})
+    assert params.load(path).promote.min_auc == 0.5
+    assert "was edited during the run" in capsys.readouterr().out
+
+
+def test_a_broken_file_is_told_before_a_preset_touches_it(tmp_path):
+    (tmp_path / "params.yaml").write_text("a: [1")
+    with pytest.raises(UserError, match="is not valid YAML"):
+        overrides.apply(tmp_path / "params.yaml", {})
+
+
 @given(epochs=st.integers(1, 1000), dropout=st.floats(0, 0.99))
 def test_a_deployment_form_gives_only_what_was_filled_in(epochs, dropout):
     assert overrides.given(flows.TrainOverrides(epochs=epochs)) == {"epochs": epochs}

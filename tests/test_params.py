@@ -35,6 +35,8 @@ def changed(path: str, value: object) -> dict:
         ("train.learning_rate", "1e-3", "is '1e-3', but should be a valid number (it stands as text"),
         ("dataset.name", "retinamist", "did you mean retinamnist?"),
         ("dataset.root", "", "dataset.root is '', but should"),
+        ("dataset.classes", ["a", "b", "a"], "dataset.classes names a class twice"),
+        ("promote.model_name", "fadenet-{datset}", "promote.model_name is 'fadenet-{datset}', but should"),
         ("promote.min_auc", 2, "promote.min_auc is 2, but should be less than or equal to 1"),
         ("augment.erasing_scale", [0.3, 0.1], "the smallest area comes first"),
         ("model", 3, "model is 3, but should be a section with the keys backbone, pretrained"),

@@ -1,5 +1,6 @@
 """Versions and their aliases in a real store, with models that are only a row of it."""
 
+import mlflow
 import numpy as np
 import pandas as pd
 import pytest
@@ -69,8 +70,11 @@ def test_the_decision_is_kept_as_tags(tmp_path):
     judge("d", 1.0, tmp_path)
     judge("d", 0.5, tmp_path)
     tags = MlflowClient().get_model_version("d", "2").tags
-    assert tags["test AUC not below that of the champion"].startswith("False: 0.")
-    assert tags["same test images as the champion"].startswith("True")
+    assert tags["gate.not_below_champion"].startswith("failed: test AUC not below that of the champion: 0.")
+    assert tags["gate.same_test_images"].startswith("passed")
+    alone = gate.decide(some_predictions(0.5), None, min_auc=0.99)
+    registry.place(registry.Version("d", "2", ""), alone, "card")
+    assert set(MlflowClient().get_model_version("d", "2").tags) == {"gate.min_auc"}  # no verdict of before stays
 
 
 def test_a_run_without_a_model_is_told():
@@ -90,6 +94,25 @@ def test_a_champion_whose_predictions_are_gone_is_told():
 def test_a_run_that_is_not_in_the_store_is_told():
     with pytest.raises(UserError, match="MLflow has no run 0123"), tracking.run("0123"):
         pass
+
+
+def test_a_run_that_was_deleted_is_told():
+    with tracking.run() as run_id:
+        pass
+    MlflowClient().delete_run(run_id)
+    with pytest.raises(UserError, match=f"MLflow has no run {run_id}.* or it was deleted"), tracking.run(run_id):
+        pass
+
+
+def test_a_deleted_experiment_is_told(tmp_path, monkeypatch):
+    before = mlflow.get_tracking_uri()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    tracking.connect()
+    MlflowClient().delete_experiment(MlflowClient().get_experiment_by_name("fadeformer").experiment_id)
+    with pytest.raises(UserError, match="experiment fadeformer was deleted; restore it"):
+        tracking.connect()
+    mlflow.set_tracking_uri(before)
 
 
 def test_a_run_ends_as_failed_by_an_error():

@@ -18,7 +18,7 @@ class Facts:
     """One data set as it lies in `data/raw`.
 
     Attributes:
-        name: as in `dataset.name`; of a user's own archive its file name without .npz.
+        name: as in `dataset.name`; of a user's own archive own- and its file name.
         file: the archive's name.
         sha256: its checksum.
         task: a key of `fadeformer.tasks.TASKS`.

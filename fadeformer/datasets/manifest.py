@@ -37,7 +37,7 @@ def build(facts: Facts, folder: Path) -> pd.DataFrame:
         part.insert(0, "split", split)
         part.insert(1, "index", range(len(part)))
         part.insert(2, "id", [f"{prefix}/{split}/{i}" for i in range(len(part))])
-        part.insert(3, "group", _groups(archive, split, len(part)))
+        part.insert(3, "group", npz.groups(archive, split, len(part)))
         (count, height, width, *channels), _ = npz.header(archive, f"{split}_images")
         progress = tqdm(total=count, desc=f"{facts.name} {split}", unit="image", disable=None)
         hashes: list[str] = []
@@ -49,12 +49,6 @@ def build(facts: Facts, folder: Path) -> pd.DataFrame:
     rows = pd.concat(parts, ignore_index=True)
     rows.insert(0, "path", facts.file)
     return rows
-
-
-def _groups(archive: Path, split: str, count: int) -> pd.Series:
-    if not npz.has(archive, f"{split}_groups"):
-        return pd.Series([None] * count, dtype="string")
-    return pd.Series([str(group) for group in npz.read(archive, f"{split}_groups")], dtype="string")
 
 
 def across_splits(manifest: pd.DataFrame) -> pd.DataFrame:

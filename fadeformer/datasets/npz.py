@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
+import pandas as pd
 from numpy.lib import format as npy
 from numpy.typing import NDArray
 
@@ -50,6 +51,10 @@ def fetch(source: Path, classes: list[str] | None, folder: Path) -> Facts:
             raise UserError(
                 f"{source}: {key} has {shape[0]} rows but its labels {shapes[key.replace('_images', '_labels')][0][0]}"
             )
+    if len({shapes[f"{split}_labels"][0][1:] for split in SPLITS}) > 1:
+        raise UserError(f"{source}: the labels of train, val and test have different numbers of columns")
+    for split in SPLITS:
+        groups(source, split, shapes[f"{split}_images"][0][0])
     labels = {split: read(source, f"{split}_labels") for split in SPLITS}
     multi_label = labels["train"].ndim == 2 and labels["train"].shape[1] > 1
     number = (
@@ -63,7 +68,7 @@ def fetch(source: Path, classes: list[str] | None, folder: Path) -> Facts:
     shutil.copyfile(source, folder / source.name)
     image_shape = shapes["train_images"][0]
     return Facts(
-        name=re.sub(r"[^\w.-]+", "-", source.stem),
+        name="own-" + re.sub(r"[^\w.-]+", "-", source.stem),
         file=source.name,
         sha256=checksum(folder / source.name, "sha256"),
         task="multi-label, binary-class" if multi_label else "binary-class" if number == 2 else "multi-class",
@@ -92,6 +97,29 @@ def has(archive: Path, key: str) -> bool:
     """Whether the archive holds an array of that name."""
     with zipfile.ZipFile(archive) as file:
         return f"{key}.npy" in file.namelist()
+
+
+def groups(archive: Path, split: str, count: int) -> pd.Series:
+    """The group (patient, lesion) of each of `count` images of a split, as text; null where it is not known.
+
+    Raises:
+        UserError: they are not one name or whole number for each image.
+    """
+    key = f"{split}_groups"
+    if not has(archive, key):
+        return pd.Series([None] * count, dtype="string")
+    values = read(archive, key)
+    if values.shape != (count,) or values.dtype.kind not in "iufUS":
+        raise UserError(
+            f"{archive}: {key} is {values.dtype} {values.shape}; expected one name or number for each of {count} images"
+        )
+    if values.dtype.kind == "f":  # whole numbers that were stored as fractions, with NaN where there is none
+        numbers = values.astype(np.float64)
+        if (numbers[~np.isnan(numbers)] % 1 != 0).any():
+            raise UserError(f"{archive}: {key} holds fractions; a group is a name or a whole number")
+        return pd.Series(numbers).astype("Int64").astype("string")
+    names = pd.Series(values.astype(str), dtype="string")
+    return names.mask(names == "")
 
 
 def images(archive: Path, split: str) -> Iterator[NDArray[np.uint8]]:
@@ -140,7 +168,7 @@ def _header(archive: Path, key: str, file: IO[bytes]) -> tuple[tuple[int, ...], 
     except (ValueError, zipfile.BadZipFile, zlib.error, EOFError, OSError) as error:
         raise _damaged(archive, key, error) from error
     if dtype.hasobject or fortran or not shape:
-        raise UserError(f"{archive}: {key} must be a plain array in C order; save it with numpy.savez")
+        raise UserError(f"{archive}: {key} must hold numbers or text in C order; save numpy.ascontiguousarray of it")
     return shape, dtype
 
 

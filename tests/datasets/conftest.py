@@ -13,7 +13,7 @@ COUNTS = {"train": 60, "val": 20, "test": 30}
 def archive(tmp_path: Path) -> Callable[..., Path]:
     """Writes an archive of random images; arrays given by name replace those it would have."""
 
-    def make(name: str = "own.npz", *, classes: int = 3, channels: int = 3, size: int = 16, **arrays: object) -> Path:
+    def make(name: str = "scans.npz", *, classes: int = 3, channels: int = 3, size: int = 16, **arrays: object) -> Path:
         random = np.random.default_rng(0)
         shape = (size, size, 3) if channels == 3 else (size, size)
         made: dict[str, object] = {}

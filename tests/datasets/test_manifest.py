@@ -48,10 +48,10 @@ def test_a_row_says_all_of_an_image(raw):
     assert rows["id"].is_unique
     first = rows.iloc[0].to_dict()
     assert {key: first[key] for key in ("path", "split", "index", "group", "label", "height", "width", "mode")} == {
-        "path": "own.npz", "split": "train", "index": 0, "group": "p1", "label": 0, "height": 16, "width": 16,
+        "path": "scans.npz", "split": "train", "index": 0, "group": "p1", "label": 0, "height": 16, "width": 16,
         "mode": "RGB",
     }  # fmt: skip
-    assert first["id"] == f"own-{facts.sha256[:8]}/train/0"
+    assert first["id"] == f"own-scans-{facts.sha256[:8]}/train/0"
 
 
 def test_good_data_pass_and_leave_a_page(raw):
@@ -65,7 +65,7 @@ def test_the_page_needs_no_network_and_counts_every_class(raw):
     facts = raw()
     validate.main()
     text = (paths.VALIDATION / "index.html").read_text()
-    assert "own: all 9 expectations hold" in text
+    assert "own-scans: all 9 expectations hold" in text
     assert not re.findall(r"(?:src|href)=['\"]?(?:https?:)?//", text)
     for label, name in enumerate(facts.classes):
         counts = [str(sum(i % 3 == label for i in range(count))) for count in COUNTS.values()]
@@ -94,7 +94,7 @@ def test_an_image_in_two_splits_stops_with_both_its_places(raw, archive):
     facts = raw(**held)
     with pytest.raises(UserError) as error:
         validate.main()
-    prefix = f"own-{facts.sha256[:8]}"
+    prefix = f"own-scans-{facts.sha256[:8]}"
     for place in ("train/41", "val/3", "test/7"):
         assert f"{prefix}/{place} " in str(error.value)
     assert "1 images stand in two splits" in str(error.value)

@@ -1,6 +1,7 @@
 """A user's own archive: read as a stream, never unpickled, and told what is wrong with it."""
 
 import numpy as np
+import pandas as pd
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -20,7 +21,7 @@ def out(tmp_path):
 def test_the_card_says_what_the_archive_holds(archive, out):
     facts = npz.fetch(archive(channels=1, classes=2), ["normal", "pneumonia"], out)
     assert (facts.task, facts.classes, facts.size, facts.channels) == ("binary-class", ("normal", "pneumonia"), 16, 1)
-    assert (out / "own.npz").is_file()
+    assert (out / "scans.npz").is_file()
     assert npz.fetch(archive(classes=4), None, out).classes == ("class 0", "class 1", "class 2", "class 3")
 
 
@@ -38,7 +39,7 @@ def test_several_label_columns_are_findings(archive, out):
         ({"val_images": np.zeros((20, 16, 16, 4), np.uint8)}, r"expected uint8 of shape \(N, S, S\)"),
         ({"val_images": np.zeros((19, 16, 16, 3), np.uint8)}, "val_images has 19 rows but its labels 20"),
         ({"test_labels": np.zeros((30, 1))}, "test_labels is float64"),
-        ({"test_labels": np.array([{}] * 30, dtype=object)}, "must be a plain array"),
+        ({"test_labels": np.array([{}] * 30, dtype=object)}, "must hold numbers or text"),
     ],
 )
 def test_a_wrong_layout_is_told(archive, out, arrays, message):
@@ -49,6 +50,36 @@ def test_a_wrong_layout_is_told(archive, out, arrays, message):
 def test_a_wrong_number_of_names_is_told(archive, out):
     with pytest.raises(UserError, match=r"dataset\.classes names 2 classes, but the labels of .* have 3"):
         npz.fetch(archive(), ["a", "b"], out)
+
+
+@pytest.mark.parametrize(
+    ("groups", "message"),
+    [
+        (np.arange(10), "train_groups is int64 \\(10,\\); expected one name or number for each of 60 images"),
+        (np.zeros((60, 1), int), "expected one name or number"),
+        (np.arange(60) + 0.5, "train_groups holds fractions"),
+    ],
+)
+def test_groups_that_are_not_one_for_each_image_are_told(archive, out, groups, message):
+    with pytest.raises(UserError, match=message):
+        npz.fetch(archive(train_groups=groups), None, out)
+
+
+def test_a_patient_is_the_same_however_the_number_is_stored(archive):
+    whole, fractions = np.arange(60), np.arange(60, dtype=float)
+    fractions[3] = np.nan
+    names = np.array([str(i) if i != 3 else "" for i in range(60)])
+    expected = [str(i) if i != 3 else None for i in range(60)]
+    for groups in (fractions, names, names.astype("S")):
+        found = npz.groups(archive(train_groups=groups), "train", 60)
+        assert [None if pd.isna(group) else group for group in found] == expected
+    assert npz.groups(archive(train_groups=whole), "train", 60).tolist() == [str(i) for i in range(60)]
+    assert npz.groups(archive(), "train", 60).isna().all()
+
+
+def test_labels_of_different_width_are_told(archive, out):
+    with pytest.raises(UserError, match="different numbers of columns"):
+        npz.fetch(archive(train_labels=np.zeros((60, 3), int)), None, out)
 
 
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.9, 0.999])

@@ -38,10 +38,9 @@ def started(project: Project, address: str) -> Iterator[Callable[..., Path]]:
         return log
 
     yield start
-    for process in reversed(running):
+    for process in reversed(running):  # the worker while it can still tell the server
         process.terminate()
-    for process in running:
-        process.wait(30)
+        process.wait(120)
 
 
 @pytest.fixture(scope="module")

@@ -45,7 +45,7 @@ def archive(reproduced: Project):
         for split, count in {"train": 60, "val": 20, "test": 30}.items():
             made[f"{split}_images"] = random.integers(0, 256, (count, 16, 16, 3), dtype=np.uint8)
             made[f"{split}_labels"] = (np.arange(count) % 3)[:, None]
-        path = reproduced.folder.parent / "own.npz"
+        path = reproduced.folder.parent / "scans.npz"
         np.savez(path, **{**made, **arrays})
         reproduced.change(dataset={"name": "npz", "root": str(path)})
         return path, made
@@ -114,8 +114,8 @@ def test_an_image_in_two_splits(stops, archive):
     copied[7] = made["train_images"][41]
     archive(test_images=copied)
     message = stops("validate")
-    assert re.search(r"own-\w{8}/train/41 ", message)
-    assert re.search(r"own-\w{8}/test/7 ", message)
+    assert re.search(r"own-scans-\w{8}/train/41 ", message)
+    assert re.search(r"own-scans-\w{8}/test/7 ", message)
     assert "validate.max_cross_split_duplicates: 1" in message
 
 
@@ -124,6 +124,13 @@ def test_no_network(reproduced, stops, nobody):
     message = stops("download")
     assert f"{nobody}/bloodmnist.npz: cannot be downloaded (no connection)" in message
     assert "set dataset.mirror to a folder" in message
+
+
+def test_no_network_for_pretrained_weights(reproduced, stops):
+    reproduced.change(model={"backbone": "vit_tiny_patch16_224", "pretrained": True, "fade": None})
+    message = stops("train", "python", "-m", "pipelines", "train", HF_HUB_OFFLINE="1")
+    assert "the pretrained weights of vit_tiny_patch16_224 cannot be had" in message
+    assert "set model.pretrained to false" in message
 
 
 def test_a_dead_mlflow_server(stops, nobody):

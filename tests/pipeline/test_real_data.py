@@ -34,5 +34,7 @@ def test_the_leaks_of_pneumoniamnist_stop_it_until_they_are_allowed(project: Pro
     output = project.run("dvc", "exp", "run", *QUICK, *archive, "-S", "validate.max_cross_split_duplicates=8")
     assert "RELAXED by validate.max_cross_split_duplicates: 8: 8 images stand in two splits" in output
     decision = json.loads((project.folder / "reports/promotion.json").read_text())
-    assert decision["model"] == "fadenet-pneumoniamnist"
+    assert decision["model"] == "fadenet-own-pneumoniamnist"
     assert decision["aliases"]
+    assert decision["cross_split_duplicates"] == 8
+    assert "**8 images stand in two splits**" in (project.folder / "reports/model_card.md").read_text()

@@ -2,8 +2,10 @@
 
 import json
 import re
+import shutil
 import sqlite3
 
+import numpy as np
 import pandas as pd
 import pytest
 from mlflow import MlflowClient
@@ -56,7 +58,14 @@ def test_one_finished_run_holds_parameters_history_figures_and_data(reproduced, 
     assert len(run.data.params) >= 40
     assert [point.step for point in mlflow.get_metric_history(run.info.run_id, "val_loss")] == [1, 2, 3, 4, 5, 6]
     artifacts = {file.path for file in mlflow.list_artifacts(run.info.run_id)}
-    assert {"predictions.parquet", "metrics.json", "results.json", "model_card.md", "promotion.json"} <= artifacts
+    assert {
+        "predictions.parquet",
+        "metrics.json",
+        "results.json",
+        "model_card.md",
+        "promotion.json",
+        "dvc.lock",
+    } <= artifacts
     figures = {file.path for file in mlflow.list_artifacts(run.info.run_id, "figures")}
     assert figures == {f"figures/{name}.png" for name in FIGURES}
     (data,) = run.inputs.dataset_inputs
@@ -65,6 +74,7 @@ def test_one_finished_run_holds_parameters_history_figures_and_data(reproduced, 
     assert run.data.tags["git.revision"] == reproduced.run("git", "rev-parse", "HEAD").strip()
     assert len(run.data.tags["dvc.lock"]) == 32
     assert run.data.tags["dvc.data"].endswith(".dir")
+    assert run.data.tags["git.changed"] == "false"
 
 
 def test_numbers_are_the_same_everywhere(reproduced, mlflow):
@@ -89,7 +99,7 @@ def test_dvc_shows_the_figures(reproduced):
     page = (reproduced.folder / "plots" / "index.html").read_text()
     for name in FIGURES:
         assert f"{name}.png" in page
-    for name in ("train_loss", "val_accuracy", "ROC on test"):
+    for name in ("train_loss", "val_accuracy", "ROC on test", '"class": "basophil"', '"field": "class"'):
         assert name in page
     reproduced.run("rm", "-r", "plots")
 
@@ -118,8 +128,6 @@ def test_the_champion_loads_in_a_fresh_process_and_scores_the_same(reproduced, m
     script.write_text(LOAD)
     reproduced.run("python", str(script), store, str(images), str(tmp_path / "scores.npy"))
     predicted = pd.read_parquet(reproduced.folder / "reports/predictions.parquet").query("split == 'test'")
-    import numpy as np
-
     expected = predicted.filter(like="score_").to_numpy()
     # the served model computes in float32, evaluate in bfloat16 where the machine has it
     np.testing.assert_allclose(np.load(tmp_path / "scores.npy"), expected, atol=0.02)
@@ -170,6 +178,19 @@ def test_what_was_trained_before_comes_back_without_training(reproduced):
     reproduced.run("git", "checkout", "params.yaml")
     assert "train" not in ran(reproduced.run("dvc", "repro"))
     assert read(reproduced, "reports/promotion.json")["version"] == "2"
+
+
+def test_a_moved_project_keeps_its_models(reproduced, tmp_path):
+    (reproduced.folder / "mlruns" / ".lock").unlink()
+    moved = Project(tmp_path)
+    shutil.copytree(reproduced.folder, moved.folder, symlinks=True)
+    shutil.move(reproduced.folder / "mlruns" / "artifacts", tmp_path / "away")
+    moved.run("dvc", "repro", "--force", "--single-item", "promote")
+    script = tmp_path / "load.py"
+    script.write_text(LOAD)
+    store, images = f"sqlite:///{moved.folder}/mlruns/mlflow.db", moved.folder / "data/processed/test.npy"
+    moved.run("python", str(script), store, str(images), str(tmp_path / "scores.npy"))
+    shutil.move(tmp_path / "away", reproduced.folder / "mlruns" / "artifacts")
 
 
 def test_no_file_store_appears(reproduced):
