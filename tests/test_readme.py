@@ -86,7 +86,7 @@ def test_what_a_run_leaves_is_there(project):
 @pytest.mark.pipeline
 def test_python_of_the_readme_runs_in_that_folder(project):
     for block in re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL):
-        project.run("python", "-c", block)
+        assert "the block ends" in project.run("python", "-c", f"{block}\nprint('the block ends')")
 
 
 @pytest.mark.pipeline

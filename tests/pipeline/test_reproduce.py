@@ -190,6 +190,7 @@ def test_a_moved_project_keeps_its_models(reproduced, tmp_path):
     script.write_text(LOAD)
     store, images = f"sqlite:///{moved.folder}/mlruns/mlflow.db", moved.folder / "data/processed/test.npy"
     moved.run("python", str(script), store, str(images), str(tmp_path / "scores.npy"))
+    assert np.load(tmp_path / "scores.npy").sum(axis=1) == pytest.approx(1)
     shutil.move(tmp_path / "away", reproduced.folder / "mlruns" / "artifacts")
 
 
