@@ -95,8 +95,7 @@ def _limits(meta: Meta, test: Mapping[str, Any]) -> list[str]:
 
 
 def _table(head: tuple[str, ...], rows: list[tuple[Any, ...]]) -> list[str]:
-    border = " | \u2003"  # with an em space, since MLflow's page sets cells edge to edge
-    lines = [f"| {border.join(str(value).replace('|', BAR) for value in row)} |" for row in (head, *rows)]
+    lines = [f"| {' | '.join(str(value).replace('|', BAR) for value in row)} |" for row in (head, *rows)]
     return [lines[0], f"|{' --- |' * len(head)}", *lines[1:]]
 
 

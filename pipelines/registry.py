@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from pipelines.tracking import MODEL
 
 CHAMPION = "champion"
 CHALLENGER = "challenger"
+CELL = " | &emsp;"  # between cells of a table: MLflow's page sets them edge to edge
 
 
 @dataclass(frozen=True)
@@ -81,7 +83,7 @@ def place(version: Version, decision: Decision, card: str) -> list[str]:
     A champion that is judged again and refused keeps its alias until another one takes it: none is demoted silently.
     """
     client = MlflowClient()
-    client.update_model_version(version.name, version.number, card)
+    client.update_model_version(version.name, version.number, re.sub(r" \| (?!---)", CELL, card))
     tags = {f"gate.{r.name}": f"{'passed' if r.passed else 'failed'}: {r.rule}: {r.figures}" for r in decision.rules}
     for stale in client.get_model_version(version.name, version.number).tags.keys() - tags.keys():
         if stale.startswith("gate."):
