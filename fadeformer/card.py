@@ -28,7 +28,7 @@ def model_card(meta: Meta, described: Mapping[str, Any], summary: Mapping[str, A
     """
     data, model, settings = meta.dataset, described["model"], described["params"]
     fade = model["fade"]
-    network = "the plain backbone" if fade is None else ", ".join(f"{key} {value}" for key, value in fade.items())
+    network = "none: the plain backbone" if fade is None else _fade(fade)
     names = {"classes" if not meta.task.multi_label else "findings": ", ".join(meta.classes)}
     test = summary["test"]
     lines = [
@@ -57,8 +57,8 @@ def model_card(meta: Meta, described: Mapping[str, Any], summary: Mapping[str, A
         *_table(
             ("", ""),
             [
-                ("Backbone", f"{model['backbone']}, {'pretrained' if model['pretrained'] else 'from random weights'}"),
-                ("FadeAttn", network),
+                ("Backbone", f"{model['backbone']}, {_origin(described)}"),
+                ("Fade layers", network),
                 ("Training", ", ".join(f"{key} {value}" for key, value in settings["train"].items())),
                 ("Seed", settings["seed"]),
                 ("Weights kept", f"epoch {described['best_epoch']}, of the lowest validation loss"),
@@ -80,6 +80,22 @@ def model_card(meta: Meta, described: Mapping[str, Any], summary: Mapping[str, A
         *_limits(meta, test),
     ]
     return "\n".join(lines)
+
+
+def _fade(fade: Mapping[str, Any]) -> str:
+    """What decides the layers: `K` and `alpha` are the published variant's alone, `after_blocks` the other's."""
+    unused = ("after_blocks",) if fade["variant"] == "published" else ("K", "alpha")
+    told = {key: value for key, value in fade.items() if key not in unused}
+    return ", ".join(
+        f"{key} {', '.join(map(str, value)) if isinstance(value, list) else value}" for key, value in told.items()
+    )
+
+
+def _origin(described: Mapping[str, Any]) -> str:
+    weights = described["weights"]
+    if weights is not None:
+        return f"from the weights of {weights['file']} (SHA-256 `{weights['sha256']}`)"
+    return "pretrained" if described["model"]["pretrained"] else "from random weights"
 
 
 def _limits(meta: Meta, test: Mapping[str, Any]) -> list[str]:

@@ -1,99 +1,22 @@
-"""FadeNet, a timm ViT whose patch tokens pass through one FadeAttn layer, and every baseline by its timm name."""
+"""Every network by name, FadeNet or baseline, and the weights it starts from."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
-import timm
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
-from timm.models.vision_transformer import VisionTransformer
-from torch import Tensor, nn
+from torch import nn
 
-from fadeformer import backbones  # noqa: F401  makes its names known to timm
-from fadeformer.attention import FadeAttn
+from fadeformer.fadenet import FadeNet, timm_model
 
+__all__ = ["FadeNet", "create_model", "load_weights"]
 
-class FadeNet(nn.Module):
-    """The published model: ViT, FadeAttn on the grid of patch tokens, mean over the grid, dropout, linear classifier.
-
-    The modules have the published names, so a published `best_model.pth` loads.
-
-    Args:
-        num_classes: classes or findings.
-        dropout: before the classifier.
-        fade_attn_params: arguments of FadeAttn; None for the published ones, which are its defaults.
-        backbone: name of a timm VisionTransformer.
-        pretrained: whether it starts from timm's published weights.
-        **backbone_kwargs: passed on to timm, such as img_size, in_chans, drop_path_rate.
-
-    Raises:
-        ValueError: the backbone is not a timm VisionTransformer with learned positions, or FadeAttn does not fit it.
-        TypeError: an argument that timm's VisionTransformer does not have.
-    """
-
-    def __init__(
-        self,
-        num_classes: int,
-        dropout: float = 0.5,
-        fade_attn_params: Mapping[str, Any] | None = None,
-        backbone: str = "vit_base_patch16_224",
-        pretrained: bool = True,
-        **backbone_kwargs: Any,
-    ) -> None:
-        super().__init__()
-        try:
-            vit = _timm_model(backbone, pretrained=pretrained, num_classes=0, **backbone_kwargs)
-        except TypeError:  # an argument that this network lacks, such as img_size, or that no network has
-            vit = _timm_model(backbone)
-            if isinstance(vit, VisionTransformer):
-                raise
-        if (
-            not isinstance(vit, VisionTransformer)
-            or vit.cls_token is None
-            or vit.pos_embed is None
-            or vit.num_prefix_tokens != 1
-        ):
-            raise ValueError(
-                f"{backbone} is not a timm VisionTransformer with a class token, which FadeNet needs (such as"
-                " vit_base_patch16_224, deit_small_patch16_224 or fadevit_nano); set model.fade to null for a plain"
-                f" {backbone}"
-            )
-        self.patch_embed = vit.patch_embed
-        self.cls_token: nn.Parameter = vit.cls_token
-        self.pos_embed: nn.Parameter = vit.pos_embed
-        self.pos_drop = vit.pos_drop
-        self.norm_pre = vit.norm_pre
-        self.blocks = vit.blocks
-        self.norm = vit.norm
-        self.attn = FadeAttn(vit.embed_dim, **(fade_attn_params or {}))
-        self.dropout = nn.Dropout(dropout)
-        self.classifier = nn.Linear(vit.embed_dim, num_classes)
-        self.num_classes = num_classes
-        self.num_features = vit.embed_dim
-        self._embeds_class = not vit.no_embed_class
-
-    def forward_features(self, x: Tensor) -> Tensor:
-        """Images (B, C, H, W) to the map that FadeAttn reads, (B, width, grid height, grid width)."""
-        x = self.patch_embed(x)  # B, N, width
-        tokens = self.cls_token.expand(len(x), -1, -1)
-        if self._embeds_class:
-            x = torch.cat([tokens, x], dim=1) + self.pos_embed  # B, 1 + N, width
-        else:
-            x = torch.cat([tokens, x + self.pos_embed], dim=1)
-        x = self.norm(self.blocks(self.norm_pre(self.pos_drop(x))))
-        height, width = self.patch_embed.grid_size
-        return x[:, 1:].transpose(1, 2).reshape(len(x), -1, height, width)  # B, width, H, W
-
-    def forward_head(self, x: Tensor) -> Tensor:
-        """The map of `forward_features` to logits, (B, classes)."""
-        return self.classifier(self.dropout(self.attn.forward_pooled(x)))  # type: ignore[no-any-return]
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Images (B, C, H, W), normalised, to logits (B, classes)."""
-        return self.forward_head(self.forward_features(x))
+CONTAINERS = ("model", "state_dict", "model_state_dict")
 
 
 def create_model(
@@ -117,22 +40,28 @@ def create_model(
         pretrained: whether it starts from timm's published weights.
         dropout: before the classifier.
         drop_path: stochastic depth.
-        fade: arguments of FadeAttn; None for the plain backbone.
+        fade: of FadeNet: `variant` and `after_blocks`, `num_heads` and `dropout` of its layers, and `K` and `alpha`,
+            which only the published variant has; None for the plain backbone.
 
     Raises:
         ValueError: timm has no such model, or it cannot be what is asked for.
     """
     size, depth = {"img_size": image_size}, {"drop_path_rate": drop_path}
     if fade is not None:
-        return FadeNet(num_classes, dropout, fade, backbone, pretrained, in_chans=in_chans, **size, **depth)
-    options = {"pretrained": pretrained, "num_classes": num_classes, "in_chans": in_chans, "drop_rate": dropout}
+        layer = dict(fade)
+        places: dict[str, Any] = {name: layer.pop(name) for name in ("variant", "after_blocks") if name in layer}
+        if places.get("variant") == "diffusion":
+            layer = {name: value for name, value in layer.items() if name not in ("K", "alpha")}
+        options = {"in_chans": in_chans, **places, **size, **depth}
+        return FadeNet(num_classes, dropout, layer, backbone, pretrained, **options)
+    plain = {"pretrained": pretrained, "num_classes": num_classes, "in_chans": in_chans, "drop_rate": dropout}
     # a network that takes any size has no img_size; one without stochastic depth has no drop_path_rate
     attempts: list[dict[str, Any]] = [size | depth, depth]
     if drop_path == 0:
         attempts += [size, {}]
     for extra in attempts:
         try:
-            model: nn.Module = _timm_model(backbone, **options, **extra)
+            model: nn.Module = timm_model(backbone, **plain, **extra)
         except TypeError as error:
             reason = error
         else:
@@ -142,17 +71,24 @@ def create_model(
 
 
 def load_weights(model: nn.Module, path: Path) -> None:
-    """Reads weights from a .pth of tensors or a .safetensors into a model.
+    """Reads weights from a .safetensors, or from a .pth of tensors (a published `best_model.pth` too), into a model.
+
+    Where the names stand one level down (under `model`, `state_dict` or `model_state_dict`, as training scripts leave
+    them), or behind the `module.` of data-parallel training, they are found there.
 
     Raises:
-        ValueError: the file is not a state dict; or names what is missing, left over or of another shape.
+        ValueError: the file cannot be read, holds anything but tensors by name, or does not fit; says what is missing,
+            left over or of another shape.
+        OSError: there is no such file.
     """
-    if path.suffix == ".safetensors":
-        state = load_file(path)
-    else:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    if not isinstance(state, Mapping):
-        raise ValueError(f"{path}: holds no named tensors but a {type(state).__name__}")
+    state = _read(path)
+    for key in CONTAINERS:
+        if isinstance(state, Mapping) and isinstance(state.get(key), Mapping):
+            state = state[key]
+    if not isinstance(state, Mapping) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+        raise ValueError(f"{path}: holds no tensors by name but a {type(state).__name__}")
+    if state and all(name.startswith("module.") for name in state):
+        state = {name.removeprefix("module."): value for name, value in state.items()}
     own = model.state_dict()
     problems = {
         "missing": sorted(own.keys() - state.keys()),
@@ -165,8 +101,15 @@ def load_weights(model: nn.Module, path: Path) -> None:
     model.load_state_dict(state)
 
 
-def _timm_model(name: str, **options: Any) -> Any:
-    if not timm.is_model(name):
-        near = timm.list_models(f"*{name.split('_')[0]}*")[:5]
-        raise ValueError(f"timm has no model {name}" + (f"; near it: {', '.join(near)}" if near else ""))
-    return timm.create_model(name, **options)
+def _read(path: Path) -> Any:
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (SafetensorError, RuntimeError, EOFError, KeyError) as error:
+        raise ValueError(f"{path}: is damaged, or no file of weights ({type(error).__name__})") from error
+    except UnpicklingError as error:
+        raise ValueError(
+            f"{path}: is refused, since it holds more than tensors (or no weights at all), and reading it could run any"
+            " program; save the state dict alone, best as .safetensors"
+        ) from error

@@ -66,12 +66,23 @@ class PreprocessParams(Section):
 
 
 class FadeParams(Section):
-    """The FadeAttn layer, by the published argument names."""
+    """The Fade layers; those of the published one by its argument names."""
 
+    variant: Literal["published", "diffusion"]
+    after_blocks: Annotated[list[Annotated[int, Field(ge=1)] | Literal["last"]], Field(min_length=1)]
     num_heads: Annotated[int, Field(ge=1)]
+    dropout: Rate
     K: Annotated[int, Field(ge=0)]
     alpha: Number
-    dropout: Rate
+
+    @model_validator(mode="after")
+    def _published_is_last(self) -> FadeParams:
+        if self.variant == "published" and self.after_blocks != ["last"]:
+            told = ", ".join(map(str, self.after_blocks))
+            raise ValueError(
+                f"model.fade.after_blocks is [{told}]; the published variant stands last: set it to [last]"
+            )
+        return self
 
 
 class ModelParams(Section):
@@ -79,6 +90,7 @@ class ModelParams(Section):
 
     backbone: str
     pretrained: bool
+    weights: Annotated[str, Field(min_length=1)]
     dropout: Rate
     drop_path: Rate
     fade: FadeParams | None
@@ -196,6 +208,8 @@ def parse(values: Any, source: str) -> Params:
 def _explain(problem: Mapping[str, Any], values: Mapping[str, Any]) -> str:
     path = [str(part) for part in problem["loc"]]
     key = ".".join(path)
+    if any(isinstance(part, int) for part in problem["loc"]):
+        return f"{key} is {problem['input']!r}, but should be {problem['msg'].removeprefix('Input should be ')}"
     if problem["type"] == "extra_forbidden":
         siblings = _keys_beside(path)
         near = difflib.get_close_matches(path[-1], siblings, n=1, cutoff=0.5)

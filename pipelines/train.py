@@ -17,9 +17,9 @@ from safetensors.torch import save_file
 from fadeformer import arrays, params, training
 from fadeformer.augment import Augmentation
 from fadeformer.errors import UserError
-from fadeformer.files import whole_folder, write_json
+from fadeformer.files import checksum, whole_folder, write_json
 from fadeformer.inference import choose_device, choose_precision
-from fadeformer.models import create_model
+from fadeformer.models import create_model, load_weights
 from pipelines import paths, stage, tracking
 from pipelines.orchestrator import orchestrated
 
@@ -49,6 +49,7 @@ def fit(folder: Path) -> dict[str, Any]:
     }
     try:
         model = create_model(**described).to(device)
+        start = load_start(model, Path(wanted.model.weights))
     except (ValueError, RuntimeError) as error:
         raise UserError(f"params.yaml: model: {error}") from error
     except OSError as error:
@@ -85,10 +86,27 @@ def fit(folder: Path) -> dict[str, Any]:
         folder / paths.ARCHITECTURE.name,
         {
             "model": described, "task": meta.task.name, "classes": list(meta.classes), "precision": names[precision],
-            "best_epoch": state.best_epoch, "params": made_with,
+            "best_epoch": state.best_epoch, "weights": start, "params": made_with,
         },
     )  # fmt: skip
     return {"epochs": state.epoch, "best_epoch": state.best_epoch, "best_val_loss": state.best_loss}
+
+
+def load_start(model: torch.nn.Module, weights: Path) -> dict[str, str] | None:
+    """Puts the weights of a file into the model, and tells which they were; None where `weights` is a folder.
+
+    Raises:
+        UserError: the file is not there, or is none of weights for this model.
+    """
+    if weights.is_dir():
+        return None
+    try:
+        load_weights(model, weights)
+    except OSError as error:
+        raise UserError(f"params.yaml: model.weights is {weights}, which cannot be read ({error.strerror})") from error
+    except ValueError as error:
+        raise UserError(f"params.yaml: model.weights: {error}") from error
+    return {"file": weights.name, "sha256": checksum(weights, "sha256")}
 
 
 @task(name="log the model to MLflow", persist_result=False)

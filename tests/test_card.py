@@ -9,8 +9,17 @@ from fadeformer.arrays import Meta
 from fadeformer.card import model_card
 from fadeformer.tasks import TASKS
 
+FADE = {"variant": "published", "after_blocks": ["last"], "num_heads": 4, "dropout": 0.1, "K": 3, "alpha": 0.5}
 
-def card(task: str, note: str = "", labels: np.ndarray | None = None, leaks: int = 0) -> str:
+
+def card(
+    task: str,
+    note: str = "",
+    labels: np.ndarray | None = None,
+    leaks: int = 0,
+    fade: dict | None = FADE,
+    weights: dict | None = None,
+) -> str:
     multi_label = TASKS[task].multi_label
     classes = ("mass", "nodule | small") if multi_label else ("normal", "pneumonia")
     if labels is None:
@@ -23,8 +32,9 @@ def card(task: str, note: str = "", labels: np.ndarray | None = None, leaks: int
         "licence": "CC BY 4.0", "note": note,
     }  # fmt: skip
     described = {
-        "model": {"backbone": "fadevit_nano", "pretrained": False, "fade": {"K": 3}},
+        "model": {"backbone": "fadevit_nano", "pretrained": False, "fade": fade},
         "best_epoch": 4,
+        "weights": weights,
         "params": {"seed": 42, "train": {"epochs": 20}},
     }
     meta = Meta(dataset, 28, 1, {"train": 1234, "val": 3, "test": 3}, leaks)
@@ -52,6 +62,16 @@ def test_every_row_of_a_table_has_as_many_cells_as_its_head():
 def test_a_note_stands_before_everything_else():
     assert card("binary-class", note="Synthetic.").splitlines()[2] == "> **Synthetic.**"
     assert ">" not in card("binary-class")
+
+
+def test_it_tells_the_layers_and_where_the_weights_came_from():
+    assert "| Backbone | fadevit_nano, from random weights |" in card("binary-class")
+    assert "| Fade layers | variant published, num_heads 4, dropout 0.1, K 3, alpha 0.5 |" in card("binary-class")
+    diffusion = {**FADE, "variant": "diffusion", "after_blocks": [1, "last"]}
+    text = card("binary-class", fade=diffusion, weights={"file": "start.pth", "sha256": "ab12"})
+    assert "| Fade layers | variant diffusion, after_blocks 1, last, num_heads 4, dropout 0.1 |" in text
+    assert "from the weights of start.pth (SHA-256 `ab12`)" in text
+    assert "| Fade layers | none: the plain backbone |" in card("binary-class", fade=None)
 
 
 def test_leaks_that_were_allowed_are_told():

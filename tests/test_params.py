@@ -28,7 +28,16 @@ def changed(path: str, value: object) -> dict:
     [
         ("train.lerning_rate", 1e-3, "unknown key train.lerning_rate; did you mean train.learning_rate?"),
         ("trian", {}, "unknown key trian; did you mean train?"),
-        ("model.fade.k", 3, "unknown key model.fade.k; valid keys: K, alpha, dropout, num_heads"),
+        (
+            "model.fade.k",
+            3,
+            "unknown key model.fade.k; valid keys: K, after_blocks, alpha, dropout, num_heads, variant",
+        ),
+        ("model.fade.variant", "difusion", "model.fade.variant is 'difusion', but should be"),
+        ("model.fade.variant", "difusion", "did you mean diffusion?"),
+        ("model.fade.after_blocks", [1], "after_blocks is [1]; the published variant stands last: set it to [last]"),
+        ("model.fade.after_blocks", ["first"], "model.fade.after_blocks.0"),
+        ("model.fade.after_blocks", [], "model.fade.after_blocks is [], but should"),
         ("train.epochs", "12", "train.epochs is '12', but should be a valid integer (it stands as text"),
         ("train.epochs", True, "train.epochs is True, but should be a valid integer"),
         ("train.epochs", 0, "train.epochs is 0, but should be greater than or equal to 1"),

@@ -98,7 +98,7 @@ def test_outputs_and_data_dependencies_are_known_paths(stage):
     outs = [
         next(iter(out)) if isinstance(out, dict) else out for out in [*entry.get("outs", []), *entry.get("metrics", [])]
     ]
-    data = [dep for dep in entry["deps"] if not dep.endswith(".py") and dep != "${dataset.root}"]
+    data = [dep for dep in entry["deps"] if not dep.endswith(".py") and not dep.startswith("${")]
     known = {value.as_posix() for name, value in vars(paths).items() if name.isupper()}
     assert {*outs, *data} <= known
     assert outs

@@ -133,6 +133,21 @@ def test_no_network_for_pretrained_weights(reproduced, stops):
     assert "set model.pretrained to false" in message
 
 
+def test_weights_that_do_not_fit(reproduced, stops):
+    shutil.copy(reproduced.folder / "models" / "best_model.pth", reproduced.folder / "start.pth")
+    diffusion = {"variant": "diffusion", "after_blocks": [1, "last"]}
+    reproduced.change(model={"weights": "start.pth", "fade": diffusion})
+    message = stops("train")
+    assert "params.yaml: model.weights: start.pth: does not fit the model; missing: blocks.0.block.attn.proj" in message
+    assert "left over: attn.alpha, " in message
+
+
+def test_weights_that_are_not_there(reproduced, stops):
+    reproduced.change(model={"weights": "nowhere.pth"})
+    message = stops("train", "python", "-m", "pipelines", "train")
+    assert "params.yaml: model.weights is nowhere.pth, which cannot be read (No such file" in message
+
+
 def test_a_dead_mlflow_server(stops, nobody):
     message = stops("train", "python", "-m", "pipelines", "train", MLFLOW_TRACKING_URI=nobody)
     assert f"MLflow at {nobody} cannot be used; start it, or unset MLFLOW_TRACKING_URI" in message

@@ -8,6 +8,7 @@ import sqlite3
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from mlflow import MlflowClient
 
 from pipelines.__main__ import STAGES
@@ -183,6 +184,35 @@ def test_what_was_trained_before_comes_back_without_training(reproduced):
     reproduced.run("git", "checkout", "params.yaml")
     assert "train" not in ran(reproduced.run("dvc", "repro"))
     assert read(reproduced, "reports/promotion.json")["version"] == "2"
+
+
+def test_training_starts_from_weights_and_again_when_they_change(reproduced):
+    start = reproduced.folder / "start.pth"
+    shutil.copy(reproduced.folder / "models" / "best_model.pth", start)
+    reproduced.change(model={"weights": "start.pth"}, train={"epochs": 1, "learning_rate": 1e-9})
+    before = read(reproduced, "reports/metrics.json")["test"]
+    assert ran(reproduced.run("dvc", "repro")) == ["train", "evaluate", "promote"]
+    assert read(reproduced, "reports/metrics.json")["test"]["auc"] == pytest.approx(before["auc"], abs=0.02)
+    assert "from the weights of start.pth" in (reproduced.folder / "reports/model_card.md").read_text()
+    weights = torch.load(start, weights_only=True)
+    torch.save({name: value * 0.9 if value.is_floating_point() else value for name, value in weights.items()}, start)
+    assert ran(reproduced.run("dvc", "repro"))[0] == "train"
+    start.unlink()
+    reproduced.run("git", "checkout", "params.yaml")
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        {"fade": {"variant": "diffusion", "after_blocks": [1, "last"]}},
+        {"backbone": "resnet18", "fade": None},
+    ],
+)
+def test_other_networks_go_the_same_way(reproduced, model):
+    reproduced.change(model=model, train={"epochs": 1})
+    assert ran(reproduced.run("dvc", "repro")) == ["train", "evaluate", "promote"]
+    assert read(reproduced, "reports/promotion.json")["decision"] in ("promoted", "refused")
+    reproduced.run("git", "checkout", "params.yaml")
 
 
 def test_a_moved_project_keeps_its_models(reproduced, tmp_path):

@@ -1,0 +1,405 @@
+"""What FadeNet costs: its layers beside the published algorithm and plain attention, and the whole beside timm's ViT.
+
+    python benchmarks/fadenet.py                    every table, on the CPU or, where there is one, on CUDA (10 minutes)
+    python benchmarks/fadenet.py layer memory       some: layer, rules, memory, growth, network, flops
+
+Times are medians of interleaved rounds in one process, ratios medians of each round's ratio. Memory is the peak of a
+process of its own, less that of one which holds the layer and its input and computes nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from statistics import median
+
+import numpy as np
+import timm
+import torch
+from timm.layers.config import set_fused_attn
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from fadeformer import attention
+from fadeformer.attention import FadeAttn
+from fadeformer.diffusion import DiffusionAttn
+from fadeformer.models import FadeNet
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+CHANNELS, HEADS, POWER = 768, 8, 3
+GRIDS = {(14, 14): 8, (24, 24): 8, (32, 32): 2, (64, 64): 1, (10, 40): 4}  # and the batch of each
+MIB = 2**20
+
+
+class Published(nn.Module):
+    """The published layer as its algorithm stands: the graph as whole matrices, its spectrum in each forward."""
+
+    def __init__(self, like: FadeAttn) -> None:
+        super().__init__()
+        self.qkv, self.proj, self.alpha = like.qkv, like.proj, like.alpha
+        self.heads, self.power = like.num_heads, like.K
+        self.laplacians: dict[tuple[int, int], Tensor] = {}
+
+    def laplacian(self, height: int, width: int, device: torch.device) -> Tensor:
+        if (height, width) not in self.laplacians:
+            rows, columns = (torch.arange(n, dtype=torch.float32, device=device) for n in (height, width))
+            places = torch.cartesian_prod(rows, columns).reshape(-1, 2)
+            near = torch.exp(torch.cdist(places, places).square() / -2)
+            self.laplacians[height, width] = torch.diag(near.sum(dim=1)) - near
+        return self.laplacians[height, width]
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, channels, height, width = x.shape
+        q, k, v = (
+            part.reshape(batch * self.heads, channels // self.heads, height * width).transpose(1, 2).contiguous()
+            for part in self.qkv(x).chunk(3, dim=1)
+        )  # each B heads, N, d
+        attended = torch.softmax(q @ k.transpose(1, 2) / math.sqrt(channels // self.heads), dim=-1) @ v
+        laplacian = self.laplacian(height, width, x.device)
+        largest = torch.linalg.eigvalsh(laplacian)[-1]
+        rescaled = 2 / largest * laplacian - torch.eye(len(laplacian), device=x.device)
+        diffused = v
+        for _ in range(self.power):
+            diffused = rescaled @ diffused
+        mixed = self.alpha * attended + (1 - self.alpha) * diffused
+        mixed = mixed.reshape(batch, self.heads, height * width, -1).permute(0, 1, 3, 2).reshape(x.shape)
+        return self.proj(mixed)
+
+
+class PlainAttention(nn.Module):
+    """Self-attention by the same projections, and nothing else."""
+
+    def __init__(self, like: FadeAttn) -> None:
+        super().__init__()
+        self.qkv, self.proj, self.heads = like.qkv, like.proj, like.num_heads
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = attention.split_heads(attention.project(self.qkv, x), 3, self.heads)
+        attended = nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2)  # B, N, heads, d
+        return self.proj(attended.reshape(len(x), *x.shape[2:], -1).permute(0, 3, 1, 2))
+
+
+class Residual(nn.Module):
+    """Plain attention with the normalisation and the residual of `DiffusionAttn`: that layer without its diffusion."""
+
+    def __init__(self, like: FadeAttn) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(like.in_channels)
+        self.attention = PlainAttention(like)
+
+    def forward(self, x: Tensor) -> Tensor:
+        normal = self.norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        return x + self.attention(normal)
+
+
+class TimmAttention(nn.Module):
+    """timm's attention of a ViT."""
+
+    def __init__(self, like: FadeAttn) -> None:
+        super().__init__()
+        self.layer = timm.layers.Attention(like.in_channels, like.num_heads, qkv_bias=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x.flatten(2).transpose(1, 2))
+
+
+class Diffusion(nn.Module):
+    """`DiffusionAttn` on a map of (B, C, H, W), as the others have it."""
+
+    def __init__(self, like: FadeAttn) -> None:
+        super().__init__()
+        self.layer = DiffusionAttn(like.in_channels, like.num_heads, dropout=0.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x.permute(0, 2, 3, 1))
+
+
+class Pooled(nn.Module):
+    """FadeAttn's pooled path."""
+
+    def __init__(self, like: FadeAttn) -> None:
+        super().__init__()
+        self.layer = like
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer.forward_pooled(x)
+
+
+LAYERS: dict[str, Callable[[FadeAttn], nn.Module]] = {
+    "published code": Published, "FadeAttn, map": lambda layer: layer, "FadeAttn, pooled": Pooled,
+    "plain attention": PlainAttention, "plain, norm + residual": Residual, "diffusion": Diffusion,
+    "timm's Attention": TimmAttention,
+}  # fmt: skip
+
+
+def layers() -> dict[str, nn.Module]:
+    torch.manual_seed(0)
+    like = FadeAttn(CHANNELS, HEADS, POWER, dropout=0.0)
+    return {name: make(like).to(DEVICE) for name, make in LAYERS.items()}
+
+
+def tokens(grid: tuple[int, int], batch: int) -> Tensor:
+    """A map as a ViT leaves it: the channels of a patch beside each other."""
+    torch.manual_seed(1)
+    return torch.randn(batch, *grid, CHANNELS, device=DEVICE).permute(0, 3, 1, 2)
+
+
+def seconds(step: Callable[[], object]) -> float:
+    if DEVICE.type == "cuda":
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        step()
+        end.record()
+        torch.cuda.synchronize()
+        return begin.elapsed_time(end) / 1e3
+    start = time.perf_counter()
+    step()
+    return time.perf_counter() - start
+
+
+def interleaved(steps: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each step in each round, after one round to warm up."""
+    found: dict[str, list[float]] = {name: [] for name in steps}
+    for i in range(rounds + 1):
+        for name, step in steps.items():
+            took = seconds(step)
+            if i:
+                found[name].append(took)
+    return found
+
+
+def ratio(times: dict[str, list[float]], slow: str, fast: str) -> float:
+    return median(a / b for a, b in zip(times[slow], times[fast], strict=True))
+
+
+def forward(model: nn.Module, x: Tensor, precision: torch.dtype = torch.float32) -> Callable[[], object]:
+    def step() -> None:
+        with torch.inference_mode(), cast(precision):
+            model(x)
+
+    return step
+
+
+def both(model: nn.Module, x: Tensor, precision: torch.dtype = torch.float32) -> Callable[[], object]:
+    """Forward and backward, the gradients of weights and input included."""
+    x = x.detach().requires_grad_()
+
+    def step() -> None:
+        with cast(precision):
+            y = model(x)
+        y.float().square().mean().backward()
+        model.zero_grad(set_to_none=True)
+        x.grad = None
+
+    return step
+
+
+def cast(precision: torch.dtype) -> AbstractContextManager[None]:
+    return torch.autocast(DEVICE.type, precision, enabled=precision != torch.float32)
+
+
+def rounds_for(grid: tuple[int, int], wanted: int) -> int:
+    return max(3, round(wanted * min(1.0, 576 / (grid[0] * grid[1]))))
+
+
+def layer_table(rounds: int) -> None:
+    heading("One layer, 768 channels, 8 heads, float32: ms, and how often as fast as the published algorithm")
+    print(f"{'grid':>8}{'batch':>6}  {'':24}{'forward':>10}{'ratio':>8}{'fwd + bwd':>12}{'ratio':>8}")
+    for grid, batch in GRIDS.items():
+        models, x = layers(), tokens(grid, batch)
+        count = rounds_for(grid, rounds)
+        ahead = interleaved({name: forward(model, x) for name, model in models.items()}, count)
+        around = {} if grid == (64, 64) and DEVICE.type == "cpu" else interleaved(
+            {name: both(model, x) for name, model in models.items()}, count
+        )  # fmt: skip
+        for name in models:
+            told = f"{median(ahead[name]) * 1e3:10.1f}{ratio(ahead, 'published code', name):8.2f}"
+            if around:
+                told += f"{median(around[name]) * 1e3:12.1f}{ratio(around, 'published code', name):8.2f}"
+            print(f"{grid[0]}x{grid[1]:<5}{batch:6}  {name:24}{told}")
+        if around:
+            for rival in ("plain attention", "plain, norm + residual", "timm's Attention"):
+                print(f"{'':16}diffusion / {rival}: {ratio(around, 'diffusion', rival):.3f} forward + backward")
+        sys.stdout.flush()
+
+
+def rules_table(rounds: int) -> None:
+    heading("Settings of FadeAttn, forward + backward, batch 4, ms: how L^^K is applied; how many weights make a chunk")
+    chunks = {f"2^{power}": 2**power for power in (18, 20, 22, 24)}
+    print(f"{'grid':>8}{'patches':>9}{'one matrix':>14}{'separable':>14}" + "".join(f"{name:>10}" for name in chunks))
+    layer = FadeAttn(CHANNELS, HEADS, POWER, dropout=0.0).to(DEVICE)
+    for side in (7, 10, 14, 16, 20, 24, 32, 40):
+        x = tokens((side, side), 4)
+        steps = {
+            "one matrix": ruled(both(layer, x), "PRECOMPUTED_UP_TO", 10**9),
+            "separable": ruled(both(layer, x), "PRECOMPUTED_UP_TO", 0),
+            **{name: ruled(both(Pooled(layer), x), "CHUNK", count) for name, count in chunks.items()},
+        }
+        found = [median(times) * 1e3 for times in interleaved(steps, rounds_for((side, side), rounds)).values()]
+        told = f"{found[0]:14.1f}{found[1]:14.1f}" + "".join(f"{value:10.1f}" for value in found[2:])
+        print(f"{side:>5}x{side:<2}{side * side:9}{told}", flush=True)
+
+
+def ruled(step: Callable[[], object], rule: str, value: int) -> Callable[[], object]:
+    def ruled_step() -> None:
+        kept = getattr(attention, rule)
+        setattr(attention, rule, value)
+        step()
+        setattr(attention, rule, kept)
+
+    return ruled_step
+
+
+def peak(name: str, grid: tuple[int, int], batch: int) -> float | None:
+    """MiB that the forward of a layer takes beyond the layer and its input; None if it could not run."""
+    command = [sys.executable, __file__, "--peak", name, *map(str, (*grid, batch))]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    return float(done.stdout) if done.returncode == 0 else None
+
+
+def peak_here(name: str, grid: tuple[int, int], batch: int) -> float:
+    model, x = layers()[name], tokens(grid, batch)
+    if DEVICE.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        forward(model, x)()
+        return (torch.cuda.max_memory_allocated() - before) / MIB
+    forward(model, tokens((2, 2), 1))()  # what the libraries take at their first use
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    forward(model, x)()
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+
+
+def memory_table() -> None:
+    heading("Peak memory of the forward, MiB, and as a part of the published algorithm's")
+    shown = ("published code", "FadeAttn, map", "FadeAttn, pooled", "plain attention", "diffusion")
+    print(f"{'grid':>8}{'batch':>6}" + "".join(f"{name:>22}" for name in shown))
+    for grid, batch in {**GRIDS, (128, 128): 1}.items():
+        published = None if grid == (128, 128) else peak(shown[0], grid, batch)
+        cells = [f"{'not tried' if published is None else f'{published:.0f}':>22}"]
+        for name in shown[1:]:
+            found = peak(name, grid, batch)
+            part = f" ({found / published:.2f})" if published and found is not None else ""
+            cells.append(f"{'failed' if found is None else f'{found:.0f}{part}':>22}")
+        print(f"{grid[0]}x{grid[1]:<5}{batch:6}" + "".join(cells), flush=True)
+
+
+def growth_table(rounds: int) -> None:
+    heading("Growth of the forward with the number of patches N: exponent of N, fitted over the grids, batch 1")
+    sides = {"published code": (16, 24, 32, 48)}
+    print(f"{'':24}{'grids':>16}{'time':>8}{'memory':>8}")
+    models = layers()
+    for name in ("published code", "FadeAttn, map", "FadeAttn, pooled", "plain attention", "diffusion"):
+        of = sides.get(name, (32, 48, 64, 96))
+        times = {
+            side: interleaved({name: forward(models[name], tokens((side, side), 1))}, max(3, rounds // 4))
+            for side in of
+        }
+        memory = {side: peak(name, (side, side), 1) for side in of}
+        patches = np.log([side * side for side in of])
+        exponents = [
+            np.polyfit(patches, np.log(values), 1)[0]
+            for values in ([median(times[side][name]) for side in of], [max(1.0, memory[side] or 1.0) for side in of])
+        ]
+        print(f"{name:24}{f'{of[0]} to {of[-1]}':>16}{exponents[0]:8.2f}{exponents[1]:8.2f}", flush=True)
+
+
+class PublishedNet(nn.Module):
+    """FadeNet with the published algorithm in place of FadeAttn."""
+
+    def __init__(self, like: FadeNet) -> None:
+        super().__init__()
+        self.net, self.attn = like, Published(like.attn)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net.classifier(self.attn(self.net.forward_features(x)).mean(dim=(2, 3)))
+
+
+def network_table(rounds: int) -> None:
+    batch = 8
+    heading(f"The network on ViT-B/16, 224 pixels, batch {batch}: ms, and how often as fast as the published in fp32")
+    torch.manual_seed(0)
+    fadenet = FadeNet(11, dropout=0.0, fade_attn_params={"dropout": 0.0}, pretrained=False)
+    models = {
+        "published code": PublishedNet(fadenet), "FadeNet, published": fadenet,
+        "FadeNet, diffusion": FadeNet(11, 0.0, {"dropout": 0.0}, pretrained=False, variant="diffusion"),
+        "timm's ViT-B/16": timm.create_model("vit_base_patch16_224", num_classes=11),
+    }  # fmt: skip
+    x = torch.randn(batch, 3, 224, 224, device=DEVICE)
+    kinds = {f"{name}, {label}": (model.to(DEVICE), dtype) for name, model in models.items()
+             for label, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16))}  # fmt: skip
+    ahead = interleaved({name: forward(model, x, dtype) for name, (model, dtype) in kinds.items()}, max(3, rounds // 3))
+    around = interleaved({name: both(model, x, dtype) for name, (model, dtype) in kinds.items()}, max(3, rounds // 3))
+    print(f"{'':28}{'forward':>10}{'ratio':>8}{'fwd + bwd':>12}{'ratio':>8}")
+    for name in kinds:
+        told = "".join(
+            f"{median(times[name]) * 1e3:{width}.0f}{ratio(times, 'published code, fp32', name):8.2f}"
+            for times, width in ((ahead, 10), (around, 12))
+        )
+        print(f"{name:28}{told}", flush=True)
+
+
+def flops_table() -> None:
+    heading("Multiply-accumulates of one image at 224 pixels, by torch's counter, attention not fused")
+    set_fused_attn(False)
+    vit = timm.create_model("vit_base_patch16_224", num_classes=1000)
+    fadenet = FadeNet(1000, pretrained=False)
+    rows = {
+        "timm's ViT-B/16": vit, "published code": PublishedNet(fadenet), "FadeNet, published": fadenet,
+        "FadeNet, diffusion": FadeNet(1000, pretrained=False, variant="diffusion"),
+        **{name: timm.create_model(name, num_classes=1000) for name in
+           ("resnet18", "resnet50", "efficientnet_b0", "efficientnet_b4", "medvit_small")},
+    }  # fmt: skip
+    base = macs(vit)
+    print(f"{'':24}{'G MAC':>9}{'of ViT-B':>10}{'M weights':>12}")
+    for name, model in rows.items():
+        weights = sum(parameter.numel() for parameter in model.parameters()) / 1e6
+        print(f"{name:24}{macs(model) / 1e9:9.2f}{macs(model) / base:10.3f}{weights:12.2f}")
+
+
+def macs(model: nn.Module) -> float:
+    model.eval()
+    with (
+        torch.inference_mode(),
+        FlopCounterMode(display=False) as counter,
+        torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH),
+    ):
+        model(torch.zeros(1, 3, 224, 224))
+    return counter.get_total_flops() / 2
+
+
+def heading(text: str) -> None:
+    print(f"\n{text}\n", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    tables = {
+        "layer": lambda rounds: layer_table(rounds), "rules": rules_table, "memory": lambda _: memory_table(),
+        "growth": growth_table, "network": network_table, "flops": lambda _: flops_table(),
+    }  # fmt: skip
+    parser.add_argument(
+        "tables", nargs="*", choices=[*tables, []], default=[], help="which tables; all if none is named"
+    )
+    parser.add_argument("--rounds", type=int, default=15, help="interleaved rounds at the small grids")
+    parser.add_argument("--peak", nargs=4, help=argparse.SUPPRESS)
+    wanted = parser.parse_args()
+    if wanted.peak:
+        name, *numbers = wanted.peak
+        height, width, batch = map(int, numbers)
+        print(peak_here(name, (height, width), batch))
+        return
+    machine = torch.cuda.get_device_name() if DEVICE.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    print(f"torch {torch.__version__}, {machine}")
+    for name in wanted.tables or tables:
+        tables[name](wanted.rounds)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,113 @@
+"""A layer of fractional heat diffusion and attention that the read-out can see.
+
+    y = x + proj(concat over heads of g softmax(Q K^T / sqrt(d)) V + (1 - g) exp(-t Lambda^s) V),  Q, K, V of norm(x)
+
+Each head learns its own time t, exponent s and gate g. Lambda is the Laplacian of the grid of patches with its four
+neighbours and reflecting borders (`fadeformer.grid.heat`, exact). The residual, the normalisation and a read-out that
+weighs patches (`AttentionPool`) are what the published layer lacks: there a linear map and a mean follow the diffusion,
+and all that they leave of it is a constant (docs/fadeattn.md).
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from fadeformer.attention import at_least_float32, channels_of_a_head, project, split_heads
+from fadeformer.grid import heat
+
+TIMES = (0.02, 20.0)  # range of t; a kernel of standard deviation sqrt(2 t) patches where s is 1
+EXPONENTS = (0.25, 1.0)  # range of s; in (0, 1] the kernel is nowhere negative
+# Adam moves a weight by about the learning rate in a step, whatever its gradient; a head's three numbers, whose natural
+# unit is 1 and not 0.02, would stay where they began.
+PACE = 10.0
+
+
+class DiffusionAttn(nn.Module):
+    """Attention and heat diffusion mixed by a gate for each head, with residual and normalisation.
+
+    Heads begin with times spread evenly over the logarithm of 0.1 to 2, so that near and far context are both there.
+
+    Args:
+        channels: of the map, before and after.
+        num_heads: heads.
+        dropout: of whole channels of what is added to the map.
+
+    Raises:
+        ValueError: there are no heads, or they do not divide the channels.
+    """
+
+    def __init__(self, channels: int, num_heads: int = 8, dropout: float = 0.1) -> None:
+        super().__init__()
+        channels_of_a_head(channels, num_heads)
+        self.num_heads = num_heads
+        self.norm = nn.LayerNorm(channels)
+        self.qkv = nn.Conv2d(channels, 3 * channels, kernel_size=1)
+        self.proj = nn.Conv2d(channels, channels, kernel_size=1)
+        self.dropout = nn.Dropout2d(dropout)
+        self.log_time = nn.Parameter(torch.linspace(math.log(0.1), math.log(2.0), num_heads) / PACE)
+        self.exponent_logit = nn.Parameter(torch.full((num_heads,), 1.0 / PACE))
+        self.gate_logit = nn.Parameter(torch.zeros(num_heads))
+
+    @property
+    def time(self) -> Tensor:
+        """T of each head, (heads,), in `TIMES`."""
+        return torch.exp((PACE * self.log_time).clamp(math.log(TIMES[0]), math.log(TIMES[1])))
+
+    @property
+    def exponent(self) -> Tensor:
+        """S of each head, (heads,), in `EXPONENTS`."""
+        low, high = EXPONENTS
+        return low + (high - low) * torch.sigmoid(PACE * self.exponent_logit)
+
+    @property
+    def gate(self) -> Tensor:
+        """G of each head, (heads,), in (0, 1): the share of attention."""
+        return torch.sigmoid(PACE * self.gate_logit)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps (B, H, W, C) to (B, H, W, C)."""
+        batch, height, width, channels = x.shape
+        qkv = project(self.qkv, self.norm(x).permute(0, 3, 1, 2))  # B, H, W, 3 C
+        q, k, v = split_heads(qkv, 3, self.num_heads)  # each B, heads, N, d
+        attended = functional.scaled_dot_product_attention(q, k, v).transpose(1, 2)  # B, N, heads, d
+        values = at_least_float32(qkv[..., 2 * channels :])
+        values = values.reshape(batch, height, width, self.num_heads, -1)  # B, H, W, heads, d
+        with torch.autocast(x.device.type, enabled=False):
+            diffused = heat(values, self.time, self.exponent)
+            attended = attended.reshape(values.shape).to(values.dtype)
+            mixed = torch.lerp(diffused, attended, self.gate.to(values.dtype)[:, None])
+        mixed = mixed.reshape(batch, height, width, channels)
+        return x + self.dropout(self.proj(mixed.permute(0, 3, 1, 2))).permute(0, 2, 3, 1)  # type: ignore[no-any-return]
+
+
+class AttentionPool(nn.Module):
+    """A mean over patches with learned weights: each head scores every patch and pools its own channels.
+
+    The scores begin at zero, so it begins as the plain mean.
+
+    Args:
+        channels: of a token.
+        num_heads: heads.
+
+    Raises:
+        ValueError: there are no heads, or they do not divide the channels.
+    """
+
+    def __init__(self, channels: int, num_heads: int) -> None:
+        super().__init__()
+        channels_of_a_head(channels, num_heads)
+        self.num_heads = num_heads
+        self.score = nn.Linear(channels, num_heads)
+        nn.init.zeros_(self.score.weight)
+        nn.init.zeros_(self.score.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Tokens (B, N, C) to (B, C)."""
+        batch, tokens, _ = x.shape
+        weights = torch.softmax(at_least_float32(self.score(x)), dim=1)  # B, N, heads
+        values = x.reshape(batch, tokens, self.num_heads, -1)  # B, N, heads, d
+        return (weights.to(x.dtype).unsqueeze(-1) * values).sum(dim=1).flatten(1)  # B, C

@@ -1,0 +1,134 @@
+"""The two graphs of a patch grid and what diffuses on them, never as matrices of all patches by all patches.
+
+The published graph joins every two patches by a Gaussian of their distance; its adjacency is the Kronecker product of
+one small matrix along the columns of the grid and one along the rows, so it is applied by two small matrix products:
+
+    A_ij = exp(-|p_i - p_j|^2 / 2),  L = diag(A 1) - A,  L^ = 2 L / lambda_max(L) - I
+
+The heat graph joins the four neighbours. The discrete cosine transform diagonalises its Laplacian, reflecting borders
+included (Strang 1999, The discrete cosine transform, SIAM Review 41), with eigenvalues 4 sin^2(pi k / 2 H) along the
+rows plus the same along the columns; exp(-t Lambda^s) is then exact by two products in, a multiplication, two out.
+
+All that is held of a grid is lambda_max, one number; the small matrices are made where and when they are used, which
+costs microseconds and lets a network change its device, precision and image size, and be compiled or exported.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy.sparse.linalg import LinearOperator, eigsh
+from torch import Tensor
+
+DENSE = 64  # patches; up to here lambda_max comes from the whole matrix
+
+
+def rescaled_laplacian_power(v: Tensor, power: int) -> Tensor:
+    """L^^power v on the published graph.
+
+    Args:
+        v: (B, H, W, C).
+        power: 0 or more.
+
+    Returns:
+        (B, H, W, C).
+    """
+    if power == 0:
+        return v
+    batch, height, width, channels = v.shape
+    largest = largest_eigenvalue(height, width)
+    factor = 2 / largest if largest > 0 else 0.0  # one patch has no neighbours; L^ is then -I, as on constant maps
+    rows, columns = (factor * gaussian(height, v)), gaussian(width, v)
+    own = (torch.outer(rows.sum(dim=1), columns.sum(dim=1)) - 1).unsqueeze(-1)  # H, W, 1
+    for _ in range(power):
+        mixed = (rows @ (columns @ v).reshape(batch, height, width * channels)).reshape(v.shape)
+        v = torch.addcmul(-mixed, own, v)
+    return v
+
+
+def rescaled_laplacian_operator(height: int, width: int, power: int) -> Tensor:
+    """L^^power on the published graph as a matrix, float64, (H W, H W)."""
+    unit = torch.eye(height * width, dtype=torch.float64).reshape(1, height, width, height * width)
+    return rescaled_laplacian_power(unit, power).reshape(height * width, height * width)
+
+
+def heat(v: Tensor, time: Tensor, exponent: Tensor) -> Tensor:
+    """exp(-t Lambda^s) v on the four-neighbour grid: the identity at t = 0, the mean as t grows.
+
+    For s in (0, 1] it spreads without ever overshooting: no value leaves the range of the map (the kernel is that of a
+    random walk whose steps are, for s < 1, long-tailed).
+
+    Args:
+        v: (B, H, W, heads, d).
+        time: (heads,), 0 or more; in steps of the grid squared where s is 1.
+        exponent: (heads,), above 0.
+
+    Returns:
+        (B, H, W, heads, d).
+    """
+    batch, height, width, _, _ = v.shape
+    rows, columns = cosines(height, v), cosines(width, v)
+    spectrum = rows @ v.reshape(batch, height, -1)  # B, H, W heads d
+    spectrum = columns @ spectrum.reshape(batch, height, width, -1)  # B, H, W, heads d
+    decay = heat_decay(height, width, time.to(v.dtype), exponent.to(v.dtype))
+    spectrum = spectrum.reshape(v.shape) * decay.unsqueeze(-1)
+    back = columns.T @ spectrum.reshape(batch, height, width, -1)
+    return (rows.T @ back.reshape(batch, height, -1)).reshape(v.shape)
+
+
+def heat_decay(height: int, width: int, time: Tensor, exponent: Tensor) -> Tensor:
+    """exp(-t Lambda^s) for each cosine of the grid, (H, W, heads); times and exponents as in `heat`."""
+    down, across = (
+        2 - 2 * torch.cos(torch.arange(n, device=time.device) * (math.pi / n)).to(time) for n in (height, width)
+    )
+    eigenvalues = (down[:, None] + across)[..., None]  # H, W, 1
+    constant = eigenvalues == 0  # 0^s is 0, but its derivative by s would be a NaN
+    powers = torch.where(constant, 1.0, eigenvalues) ** exponent
+    return torch.exp(-time * torch.where(constant, 0.0, powers))
+
+
+def cosines(size: int, like: Tensor) -> Tensor:
+    """The orthonormal discrete cosine transform (DCT-II), (size, size), of the type and on the device of `like`."""
+    n = torch.arange(size, device=like.device)
+    turns = n[:, None] * (2 * n + 1) % (4 * size)  # exact in integers, so that float32 loses nothing at large sizes
+    matrix = torch.cos(turns.to(like.dtype) * (math.pi / (2 * size))) * math.sqrt(2 / size)
+    return torch.where(n[:, None] == 0, math.sqrt(1 / size), matrix)
+
+
+def gaussian(size: int, like: Tensor) -> Tensor:
+    """exp(-(i - j)^2 / 2), (size, size), of the type and on the device of `like`."""
+    n = torch.arange(size, device=like.device, dtype=like.dtype)
+    return torch.exp((n[:, None] - n).square() / -2)
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def largest_eigenvalue(height: int, width: int) -> float:
+    """lambda_max of the published graph's Laplacian, to the last bits of float64; 0 for a single patch."""
+    return _largest_eigenvalue(height, width)
+
+
+@lru_cache(maxsize=256)
+def _largest_eigenvalue(height: int, width: int) -> float:
+    rows, columns = (np.exp(-(np.subtract.outer(n, n) ** 2) / 2) for n in (np.arange(height), np.arange(width)))
+    degree = np.outer(rows.sum(1), columns.sum(1))
+
+    def apply(v: NDArray[np.float64]) -> NDArray[np.float64]:
+        grid = v.reshape(height, width)
+        applied: NDArray[np.float64] = degree * grid - rows @ grid @ columns
+        return applied.ravel()
+
+    count = height * width
+    if count <= DENSE:
+        matrix = np.stack([apply(unit) for unit in np.eye(count)])
+        return max(0.0, float(np.linalg.eigvalsh(matrix)[-1])) if count > 1 else 0.0
+    # The largest wave is a checkerboard under an arch; a start near it, of the same symmetries, converges where a
+    # random one would spend its steps on the many waves that are almost as large.
+    checkerboard = np.where(np.add.outer(np.arange(height), np.arange(width)) % 2, -1.0, 1.0)
+    arches = (np.sin(np.pi * (np.arange(n) + 0.5) / n) for n in (height, width))
+    start = (checkerboard * np.outer(*arches)).ravel()
+    operator = LinearOperator((count, count), matvec=apply, dtype=np.float64)
+    return float(eigsh(operator, k=1, which="LA", v0=start, tol=1e-13, return_eigenvectors=False)[0])

@@ -1,0 +1,157 @@
+"""The diffusion layer against its formula, and the pooling that reads it."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.nn import functional
+
+from fadeformer import diffusion, grid
+from fadeformer.diffusion import AttentionPool, DiffusionAttn
+
+cases = st.fixed_dictionaries(
+    {
+        "heads": st.sampled_from([1, 2, 4]), "grid": st.tuples(st.integers(1, 6), st.integers(1, 6)),
+        "seed": st.integers(0, 1000), "dtype": st.sampled_from([torch.float32, torch.float64]),
+    }
+)  # fmt: skip
+
+
+def make(case: dict) -> tuple[DiffusionAttn, torch.Tensor]:
+    torch.manual_seed(case["seed"])
+    layer = DiffusionAttn(8, case["heads"]).to(case["dtype"]).eval()
+    with torch.no_grad():
+        for parameter in (layer.log_time, layer.exponent_logit, layer.gate_logit):
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return layer, torch.randn(2, *case["grid"], 8, dtype=case["dtype"])
+
+
+def plain(layer: DiffusionAttn, x: torch.Tensor) -> torch.Tensor:
+    """The formula of the module's docstring, one head at a time."""
+    batch, height, width, channels = x.shape
+    normal = functional.layer_norm(x, (channels,), layer.norm.weight, layer.norm.bias)
+    qkv = normal.reshape(batch, -1, channels) @ layer.qkv.weight[:, :, 0, 0].T + layer.qkv.bias
+    outs = []
+    for head, depth in enumerate([channels // layer.num_heads] * layer.num_heads):
+        q, k, v = (part[..., head * depth : (head + 1) * depth] for part in qkv.chunk(3, dim=-1))
+        attended = torch.softmax(q @ k.transpose(1, 2) / math.sqrt(depth), dim=-1) @ v
+        of_head = v.reshape(batch, height, width, 1, depth)
+        diffused = grid.heat(of_head, layer.time[head : head + 1], layer.exponent[head : head + 1])
+        outs.append(layer.gate[head] * attended + (1 - layer.gate[head]) * diffused.reshape(v.shape))
+    added = torch.cat(outs, dim=-1) @ layer.proj.weight[:, :, 0, 0].T + layer.proj.bias
+    return x + added.reshape(x.shape)
+
+
+@given(cases)
+def test_layer_is_the_formula(case):
+    layer, x = make(case)
+    tolerance = 1e-9 if case["dtype"] == torch.float64 else 1e-5
+    torch.testing.assert_close(layer(x), plain(layer, x), rtol=tolerance, atol=tolerance)
+
+
+@given(cases)
+def test_images_do_not_see_each_other(case):
+    layer, x = make(case)
+    torch.testing.assert_close(layer(x)[:1], layer(x[:1]), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(layer(x.flip(0)), layer(x).flip(0), rtol=1e-5, atol=1e-6)
+
+
+@given(cases)
+def test_memory_layout_does_not_matter(case):
+    layer, x = make(case)
+    elsewhere = x.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1)
+    torch.testing.assert_close(layer(elsewhere), layer(x), rtol=1e-5, atol=1e-6)
+
+
+def test_gradients_are_right():
+    layer, x = make({"heads": 2, "grid": (2, 3), "seed": 0, "dtype": torch.float64})
+    x.requires_grad_()
+    assert torch.autograd.gradcheck(lambda *inputs: layer(inputs[0]), (x, *layer.parameters()))
+
+
+def test_times_begin_apart_and_all_numbers_stay_in_range():
+    layer = DiffusionAttn(8, 4)
+    torch.testing.assert_close(layer.time, torch.tensor([0.1, 0.1 * 20 ** (1 / 3), 0.1 * 20 ** (2 / 3), 2.0]))
+    for value in (-1e3, 1e3):
+        with torch.no_grad():
+            for parameter in (layer.log_time, layer.exponent_logit, layer.gate_logit):
+                parameter.fill_(value)
+        for numbers, (low, high) in (
+            (layer.time, diffusion.TIMES), (layer.exponent, diffusion.EXPONENTS), (layer.gate, (0.0, 1.0)),
+        ):  # fmt: skip
+            assert (numbers >= low * (1 - 1e-6)).all()
+            assert (numbers <= high * (1 + 1e-6)).all()
+        assert layer(torch.randn(1, 3, 3, 8)).isfinite().all()
+
+
+def test_the_numbers_of_a_head_learn():
+    """With a target that is a heated map, time, exponent and gate go where it was made."""
+    torch.manual_seed(0)
+    layer = DiffusionAttn(4, 2, dropout=0.0)
+    optimizer = torch.optim.Adam([layer.log_time, layer.exponent_logit, layer.gate_logit], lr=1e-2)
+    teacher = DiffusionAttn(4, 2, dropout=0.0)
+    teacher.load_state_dict(layer.state_dict())
+    with torch.no_grad():
+        teacher.log_time.copy_(torch.tensor([0.5, 4.0]).log() / diffusion.PACE)
+        teacher.gate_logit.copy_(torch.tensor([2.0, -2.0]) / diffusion.PACE)
+    for _ in range(150):
+        x = torch.randn(8, 6, 6, 4)
+        loss = (layer(x) - teacher(x)).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    torch.testing.assert_close(layer.time, torch.tensor([0.5, 4.0]), rtol=0.3, atol=0)
+    torch.testing.assert_close(layer.gate, torch.sigmoid(torch.tensor([2.0, -2.0])), rtol=0, atol=0.1)
+
+
+def test_the_read_out_sees_what_diffusion_does():
+    """Unlike behind the published layer, the pooled feature changes with the time of diffusion beyond a constant."""
+    torch.manual_seed(0)
+    layer, pool = DiffusionAttn(8, 2, dropout=0.0), AttentionPool(8, 2)
+    with torch.no_grad():
+        pool.score.weight.normal_()
+    x = torch.randn(3, 5, 5, 8)
+    before = pool(layer(x).flatten(1, 2))
+    with torch.no_grad():
+        layer.log_time.add_(1.0 / diffusion.PACE)
+    difference = pool(layer(x).flatten(1, 2)) - before
+    assert (difference.std(dim=0) > 1e-3).all()
+
+
+def test_pooling_begins_as_the_mean_and_learns_weights():
+    pool = AttentionPool(8, 2)
+    x = torch.randn(3, 5, 8)
+    torch.testing.assert_close(pool(x), x.mean(dim=1))
+    pool(x).square().sum().backward()
+    assert pool.score.weight.grad.abs().max() > 0
+
+
+def test_pooling_weighs_each_heads_own_channels():
+    pool = AttentionPool(4, 2)
+    with torch.no_grad():
+        pool.score.weight[0, 0] = 100.0  # the first head looks for the first channel
+    x = torch.randn(1, 6, 4)
+    x[0, 4, 0] = x[0, :, 0].max() + 1
+    torch.testing.assert_close(pool(x)[0, :2], x[0, 4, :2])
+    torch.testing.assert_close(pool(x)[0, 2:], x[0, :, 2:].mean(dim=0))
+
+
+def test_bfloat16_keeps_the_diffusion_in_float32():
+    layer, x = make({"heads": 2, "grid": (5, 6), "seed": 1, "dtype": torch.float32})
+    seen = []
+    original = diffusion.heat
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(diffusion, "heat", lambda v, *rest: seen.append(v.dtype) or original(v, *rest))
+        with torch.autocast("cpu", torch.bfloat16):
+            found = layer(x)
+    assert seen == [torch.float32]
+    torch.testing.assert_close(found, layer(x), rtol=0.02, atol=0.02)
+
+
+@pytest.mark.parametrize(("heads", "message"), [(3, "does not divide"), (0, "num_heads is 0")])
+def test_heads_that_do_not_fit_are_told(heads, message):
+    for make_layer in (DiffusionAttn, AttentionPool):
+        with pytest.raises(ValueError, match=message):
+            make_layer(8, heads)

@@ -1,0 +1,283 @@
+"""FadeNet against the published model, on every kind of ViT, and with what timm's users expect of a model."""
+
+import copy
+import hashlib
+import json
+import pickle
+
+import numpy as np
+import pytest
+import timm
+import torch
+from timm.optim._param_groups import param_groups_layer_decay
+
+from fadeformer.fadenet import FadedBlock, FadeNet
+from fadeformer.models import create_model
+from tests.test_attention import REFERENCE, relative
+
+PUBLISHED = json.loads((REFERENCE / "fadenet_vit_base.json").read_text())
+VARIANTS = ("published", "diffusion")
+# A ViT of each kind that timm has, small: name, further arguments, height and width.
+VITS = [
+    ("vit_tiny_patch16_224", {"depth": 2}, (32, 48)),  # class token
+    ("vit_small_patch14_reg4_dinov2", {"depth": 2}, (28, 42)),  # class token and registers
+    ("test_vit3", {}, (32, 48)),  # registers alone, attention pooling
+    ("deit_tiny_distilled_patch16_224", {"depth": 2}, (32, 48)),  # class and distillation tokens
+    ("vit_relpos_small_patch16_224", {"depth": 2}, (32, 48)),  # no prefix, relative positions
+    ("eva02_tiny_patch14_224", {"depth": 2}, (28, 42)),  # rotary positions, norm behind the pooling
+    ("beit_base_patch16_224", {"depth": 2, "embed_dim": 96, "num_heads": 4}, (32, 48)),
+    ("vit_small_patch16_dinov3", {"depth": 2}, (32, 48)),
+    ("deit3_small_patch16_224", {"depth": 2}, (32, 48)),  # class token without a position
+    ("vit_tiny_r_s16_p8_224", {"depth": 2}, (64, 96)),  # a ResNet as stem
+    ("fadevit_nano", {}, (28, 36)),
+]
+
+
+def small(variant: str = "published", **changes) -> FadeNet:
+    arguments = {
+        "num_classes": 3, "dropout": 0.0, "fade_attn_params": {"num_heads": 4, "dropout": 0.0},
+        "backbone": "fadevit_nano", "pretrained": False, "variant": variant, "img_size": 28,
+    }  # fmt: skip
+    return FadeNet(**{**arguments, **changes})
+
+
+@pytest.fixture(scope="module")
+def fadenet() -> FadeNet:
+    """The published model with 11 classes and the reference's weights."""
+    model = FadeNet(PUBLISHED["num_classes"], pretrained=False).eval()
+    with torch.no_grad():
+        for i, (name, parameter) in enumerate(sorted(model.named_parameters())):
+            values = 0.05 * np.random.RandomState(i).standard_normal(tuple(parameter.shape))
+            parameter.copy_(torch.from_numpy(np.asarray(values, dtype=np.float32)))
+            if name.split(".")[-2:] in (["norm", "weight"], ["norm1", "weight"], ["norm2", "weight"]):
+                parameter += 1
+        model.attn.alpha.fill_(0.5)
+    return model
+
+
+def test_names_shapes_and_number_of_weights_are_the_published_ones(fadenet):
+    assert {name: list(value.shape) for name, value in fadenet.state_dict().items()} == PUBLISHED["state_dict"]
+    assert sum(parameter.numel() for parameter in fadenet.parameters()) == PUBLISHED["parameters"]
+
+
+def test_logits_are_the_published_ones_by_both_paths(fadenet):
+    images = np.random.RandomState(999).standard_normal((2, 3, 224, 224)).astype(np.float32)
+    with torch.inference_mode():
+        features = fadenet.forward_features(torch.from_numpy(images))
+        of_map = fadenet.classifier(fadenet.attn(features).mean(dim=(2, 3)))
+        logits = fadenet.forward_head(features)
+    assert relative(logits, np.array(PUBLISHED["logits"])) < 1e-5
+    assert relative(of_map, np.array(PUBLISHED["logits"])) < 1e-5
+
+
+def test_fadevit_nano_keeps_its_names_and_shapes():
+    """Weights that were saved must load: a change here makes them unreadable."""
+    for variant, expected in (
+        ("published", "81813939b9f400e12c44dd1e0e3437e1"), ("diffusion", "7982ea529c3fb9f35877b181ca8d8d23"),
+    ):  # fmt: skip
+        shapes = {name: list(value.shape) for name, value in small(variant).state_dict().items()}
+        told = json.dumps(shapes, sort_keys=True)
+        assert hashlib.md5(told.encode(), usedforsecurity=False).hexdigest() == expected, variant
+
+
+def test_fadevit_nano_is_small():
+    assert sum(parameter.numel() for parameter in small().parameters()) < 1_000_000
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(("backbone", "options", "size"), VITS)
+def test_every_kind_of_vit(backbone, options, size, variant):
+    places = ("last",) if variant == "published" else (1, "last")
+    width = timm.create_model(backbone, **options).embed_dim
+    heads = {"num_heads": 4 if width % 4 == 0 else 3}
+    model = FadeNet(3, 0.0, heads, backbone, False, variant, places, img_size=size, **options).eval()
+    assert isinstance(model, type(timm.create_model(backbone, **options)))
+    images = torch.randn(2, 3, *size)
+    features, logits = model.forward_features(images), model(images)
+    patch = size[0] // features.shape[2]
+    assert features.shape == (2, width, size[0] // patch, size[1] // patch)
+    torch.testing.assert_close(logits, model.forward_head(features))
+    torch.testing.assert_close(model(images.flip(0)), logits.flip(0), rtol=1e-4, atol=1e-5)
+    assert torch.equal(copy.deepcopy(model)(images), logits)
+    assert torch.equal(pickle.loads(pickle.dumps(model))(images), logits)  # noqa: S301  our own bytes
+    model.train()(images).sum().backward()
+    assert [name for name, parameter in model.named_parameters() if parameter.grad is None] == []
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_images_of_any_size_where_the_backbone_takes_them(variant):
+    model = FadeNet(
+        3, 0.0, {"num_heads": 3}, "vit_tiny_patch16_224", False, variant, depth=2, img_size=64, dynamic_img_size=True
+    ).eval()
+    for height, width in ((64, 64), (48, 96), (64, 64), (32, 32)):
+        images = torch.randn(1, 3, height, width)
+        assert model.forward_features(images).shape[2:] == (height // 16, width // 16)
+        assert model(images).isfinite().all()
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_another_size_can_be_set_afterwards(variant):
+    model = FadeNet(3, 0.0, {"num_heads": 3}, "vit_tiny_patch16_224", False, variant, depth=1, img_size=64).eval()
+    model.set_input_size((32, 80))
+    assert model.forward_features(torch.randn(1, 3, 32, 80)).shape[2:] == (2, 5)
+
+
+def test_layers_stand_behind_the_blocks_that_are_named():
+    model = small("diffusion", after_blocks=(1, 3, "last"))
+    assert [isinstance(block, FadedBlock) for block in model.blocks] == [True, False, True, True]
+
+
+def test_prefix_tokens_go_round_the_layer():
+    block, fade = torch.nn.Identity(), torch.nn.Flatten(0, -1)
+    fade.forward = lambda x: x + 1
+    faded = FadedBlock(block, fade, prefix=2)
+    faded.grid = (2, 3)
+    tokens = torch.zeros(1, 8, 4)
+    assert torch.equal(faded(tokens), torch.cat([torch.zeros(1, 2, 4), torch.ones(1, 6, 4)], dim=1))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_classifier_is_replaced(variant):
+    model = small(variant).double().eval()
+    images = torch.randn(2, 3, 28, 28).double()
+    before = model.forward_head(model.forward_features(images), pre_logits=True)
+    assert model.get_classifier() is model.classifier
+    model.reset_classifier(7)
+    assert model(images).shape == (2, 7)
+    model.reset_classifier(0)
+    torch.testing.assert_close(model(images), before)
+    with pytest.raises(ValueError, match="global_pool"):
+        model.reset_classifier(3, "avg")
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_weights_are_ordered_from_stem_to_head(variant):
+    model = small(variant, after_blocks=("last",) if variant == "published" else (1, "last"))
+    groups = param_groups_layer_decay(model, 0.05, layer_decay=0.5, no_weight_decay_list=model.no_weight_decay())
+    scale = {id(parameter): group["lr_scale"] for group in groups for parameter in group["params"]}
+    scales = {name: scale[id(parameter)] for name, parameter in model.named_parameters()}
+    assert scales["classifier.weight"] == 1.0
+    assert scales["patch_embed.proj.weight"] == min(scales.values())
+    if variant == "published":
+        assert scales["attn.qkv.weight"] == 1.0
+    else:
+        first = {value for name, value in scales.items() if name.startswith("blocks.0.")}
+        assert len(first) == 1
+        assert next(iter(first)) < scales["blocks.3.fade.qkv.weight"]
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_what_says_how_to_mix_does_not_decay(variant):
+    exempt = small(variant).no_weight_decay()
+    mixing = {
+        "published": {"attn.alpha"},
+        "diffusion": {f"blocks.3.fade.{name}" for name in ("log_time", "exponent_logit", "gate_logit")},
+    }
+    assert exempt == {"pos_embed", "cls_token", "reg_token", "dist_token"} | mixing[variant]
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_checkpointing_changes_nothing_but_memory(variant):
+    torch.manual_seed(0)
+    model = small(variant).train()
+    images = torch.randn(4, 3, 28, 28)
+    gradients = []
+    for enable in (False, True):
+        model.set_grad_checkpointing(enable)
+        model.zero_grad()
+        model(images).square().sum().backward()
+        gradients.append([parameter.grad.clone() for parameter in model.parameters()])
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_bfloat16_is_close_to_float32(variant):
+    torch.manual_seed(0)
+    model = small(variant).eval()
+    images = torch.randn(4, 3, 28, 28)
+    with torch.inference_mode():
+        expected = model(images)
+        with torch.autocast("cpu", torch.bfloat16):
+            found = model(images)
+    assert (found - expected).abs().max() < 0.03 * expected.abs().max()
+
+
+def test_a_misspelt_option_is_not_blamed_on_the_backbone():
+    with pytest.raises(TypeError, match="img_sz"):
+        FadeNet(2, backbone="vit_tiny_patch16_224", pretrained=False, img_sz=32)
+
+
+@pytest.mark.parametrize("backbone", ["resnet18", "swin_tiny_patch4_window7_224", "cait_xxs24_224", "convit_tiny"])
+def test_what_is_no_vit_is_told(backbone):
+    with pytest.raises(ValueError, match=f"{backbone} is not a ViT, which FadeNet needs"):
+        FadeNet(2, backbone=backbone, pretrained=False)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"after_blocks": (5,)}, r"after_blocks is \[5\]; it lists blocks by number, 1 to 4, or last, each once"),
+        ({"after_blocks": (0, 1)}, "1 to 4"),
+        ({"after_blocks": ("first",)}, r"\[first\]"),
+        ({"after_blocks": (4, "last")}, "each once"),
+        ({"after_blocks": ()}, r"\[\]"),
+        ({"variant": "published", "after_blocks": (1,)}, "behind the last block only"),
+        ({"variant": "difusion"}, "variant is 'difusion'"),
+        ({"patch_drop_rate": 0.5}, "patch_drop_rate"),
+    ],
+)
+def test_layers_that_cannot_stand_there_are_told(changes, message):
+    with pytest.raises(ValueError, match=message):
+        small(**{"variant": "diffusion", **changes})
+
+
+def exportable(variant: str) -> FadeNet:
+    torch.manual_seed(0)
+    places = ("last",) if variant == "published" else (1, "last")
+    return small(variant, depth=2, after_blocks=places).eval()
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_export_takes_any_batch(variant):
+    model, images = exportable(variant), torch.randn(3, 3, 28, 28)
+    batch = ({0: torch.export.Dim("batch")},)
+    exported = torch.export.export(model, (images,), dynamic_shapes=batch).module()
+    for count in (3, 1, 8):
+        other = torch.randn(count, 3, 28, 28)
+        assert relative(exported(other), model(other).detach().numpy()) < 1e-5
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_onnx_takes_any_batch(variant, tmp_path):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    model, images = exportable(variant), torch.randn(3, 3, 28, 28)
+    batch = ({0: torch.export.Dim("batch")},)
+    program = torch.onnx.export(model, (images,), dynamo=True, dynamic_shapes=batch, verbose=False)
+    program.save(tmp_path / "model.onnx")
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
+    for count in (3, 1, 8):
+        other = torch.randn(count, 3, 28, 28)
+        (found,) = session.run(None, {session.get_inputs()[0].name: other.numpy()})
+        assert relative(torch.from_numpy(found), model(other).detach().numpy()) < 1e-5
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_compile_takes_any_batch(variant):
+    model = exportable(variant)
+    compiled = torch.compile(model, dynamic=True, fullgraph=True)
+    with torch.no_grad():
+        for count in (3, 8):
+            other = torch.randn(count, 3, 28, 28)
+            assert relative(compiled(other), model(other).numpy()) < 1e-5
+
+
+def test_the_factory_tells_variants_apart():
+    fade = {"variant": "diffusion", "after_blocks": [2, "last"], "num_heads": 4, "K": 3, "alpha": 0.5, "dropout": 0.1}
+    described = {"backbone": "fadevit_nano", "num_classes": 3, "image_size": 28, "in_chans": 1, "pretrained": False}
+    diffusion = create_model(**described, dropout=0.1, drop_path=0.1, fade=fade)
+    published = create_model(
+        **described, dropout=0.1, drop_path=0.1, fade={**fade, "variant": "published", "after_blocks": ["last"]}
+    )
+    assert [isinstance(block, FadedBlock) for block in diffusion.blocks] == [False, True, False, True]
+    assert published.attn.K == 3

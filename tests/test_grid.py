@@ -1,0 +1,121 @@
+"""The patch grid's two graphs against whole matrices, linear algebra and scipy."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy.fft import dctn, idctn
+from scipy.linalg import eigh, expm
+
+from fadeformer import grid
+
+sides = st.tuples(st.integers(1, 6), st.integers(1, 6))
+times, exponents = st.floats(0, 50), st.floats(0.25, 1)
+
+
+def gaussian_laplacian(height: int, width: int) -> np.ndarray:
+    """L of the published graph, patch by patch."""
+    places = np.array([(i, j) for i in range(height) for j in range(width)], dtype=float)
+    near = np.exp(-((places[:, None] - places) ** 2).sum(-1) / 2)
+    return np.diag(near.sum(1)) - near
+
+
+def neighbour_laplacian(height: int, width: int) -> np.ndarray:
+    """The Laplacian of the grid in which a patch is joined to those above, below, left and right of it."""
+    places = np.array([(i, j) for i in range(height) for j in range(width)])
+    joined = (np.abs(places[:, None] - places).sum(-1) == 1).astype(float)
+    return np.diag(joined.sum(1)) - joined
+
+
+def heated(v: torch.Tensor, time: float, exponent: float) -> torch.Tensor:
+    """`heat` of (B, H, W, C) with one head."""
+    numbers = (torch.tensor([value], dtype=v.dtype) for value in (time, exponent))
+    return grid.heat(v.unsqueeze(3), *numbers).squeeze(3)
+
+
+@pytest.mark.parametrize(
+    "sides", [(1, 1), (1, 2), (2, 2), (1, 40), (7, 7), (8, 9), (14, 14), (13, 18), (24, 24), (32, 32), (3, 200)]
+)
+def test_lambda_max_is_that_of_the_whole_matrix(sides):
+    exact = np.linalg.eigvalsh(gaussian_laplacian(*sides))[-1]
+    assert grid.largest_eigenvalue(*sides) == pytest.approx(exact, rel=2e-14, abs=1e-15)
+
+
+@given(sides, st.integers(0, 5))
+def test_powers_are_those_of_the_whole_matrix(sides, power):
+    lap = gaussian_laplacian(*sides)
+    top = np.linalg.eigvalsh(lap)[-1]
+    rescaled = (2 / top * lap if top > 1e-12 else 0) - np.eye(len(lap))
+    whole = np.linalg.matrix_power(rescaled, power)
+    np.testing.assert_allclose(grid.rescaled_laplacian_operator(*sides, power), whole, rtol=0, atol=1e-12)
+    v = torch.randn(2, *sides, 3, dtype=torch.float64)
+    found = grid.rescaled_laplacian_power(v, power).reshape(2, -1, 3)
+    np.testing.assert_allclose(found, whole @ v.reshape(2, -1, 3).numpy(), rtol=0, atol=1e-11)
+
+
+@given(sides, times, exponents)
+def test_heat_is_the_exponential_of_the_whole_matrix(sides, time, exponent):
+    v = torch.randn(2, *sides, 3, dtype=torch.float64)
+    values, waves = eigh(neighbour_laplacian(*sides))
+    values[0] = 0  # of a connected graph; eigh leaves 1e-17, whose root is not small
+    whole = expm(-time * (waves * values**exponent) @ waves.T) @ v.reshape(2, -1, 3).numpy()
+    np.testing.assert_allclose(heated(v, time, exponent).reshape(2, -1, 3), whole, rtol=0, atol=1e-6)
+
+
+@given(sides, times)
+def test_heat_is_the_exponential_of_the_whole_matrix_in_float32(sides, time):
+    v = torch.randn(1, *sides, 2)
+    whole = expm(-time * neighbour_laplacian(*sides)) @ v.reshape(-1, 2).double().numpy()
+    np.testing.assert_allclose(heated(v, time, 1.0).reshape(-1, 2), whole, rtol=0, atol=1e-6 * float(v.abs().max() + 1))
+
+
+def test_no_time_is_the_identity_and_endless_time_the_mean():
+    v = torch.randn(2, 5, 7, 3, dtype=torch.float64)
+    for exponent in (0.25, 0.6, 1.0):
+        torch.testing.assert_close(heated(v, 0.0, exponent), v, rtol=0, atol=1e-13)
+        mean = v.mean(dim=(1, 2), keepdim=True).expand_as(v)
+        torch.testing.assert_close(heated(v, 1e6, exponent), mean, rtol=0, atol=1e-13)
+
+
+@given(sides, times, exponents)
+def test_heat_keeps_the_mean_and_the_range(sides, time, exponent):
+    v = torch.randn(1, *sides, 4, dtype=torch.float64)
+    found = heated(v, time, exponent)
+    torch.testing.assert_close(found.mean(dim=(1, 2)), v.mean(dim=(1, 2)), rtol=0, atol=1e-12)
+    assert found.max() <= v.max() + 1e-12
+    assert found.min() >= v.min() - 1e-12
+
+
+@given(sides, times, times, exponents)
+def test_heat_for_two_times_is_heat_for_their_sum(sides, first, second, exponent):
+    v = torch.randn(1, *sides, 2, dtype=torch.float64)
+    one_after_the_other = heated(heated(v, first, exponent), second, exponent)
+    torch.testing.assert_close(one_after_the_other, heated(v, first + second, exponent), rtol=0, atol=1e-11)
+
+
+def test_each_head_has_its_own_time_and_exponent():
+    v = torch.randn(2, 4, 5, 3, 2, dtype=torch.float64)
+    time, exponent = torch.tensor([0.0, 0.5, 4.0]).double(), torch.tensor([1.0, 0.3, 0.7]).double()
+    found = grid.heat(v, time, exponent)
+    for head in range(3):
+        alone = heated(v[:, :, :, head], float(time[head]), float(exponent[head]))
+        torch.testing.assert_close(found[:, :, :, head], alone, rtol=0, atol=1e-13)
+
+
+def test_gradients_of_heat_are_right():
+    v = torch.randn(1, 2, 3, 2, 2, dtype=torch.float64, requires_grad=True)
+    time = torch.tensor([0.3, 2.0], dtype=torch.float64, requires_grad=True)
+    exponent = torch.tensor([0.5, 0.9], dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(grid.heat, (v, time, exponent))
+
+
+@pytest.mark.parametrize("size", [1, 2, 7, 64, 200])
+def test_cosines_are_the_orthonormal_transform(size):
+    signal = np.random.default_rng(0).standard_normal((size, 3))
+    like = torch.empty(0, dtype=torch.float64)
+    matrix = grid.cosines(size, like)
+    np.testing.assert_allclose(matrix.numpy() @ signal, dctn(signal, axes=[0], norm="ortho"), atol=1e-12)
+    np.testing.assert_allclose(matrix.T.numpy() @ signal, idctn(signal, axes=[0], norm="ortho"), atol=1e-12)
+    single = grid.cosines(size, like.float())
+    torch.testing.assert_close(single.double(), matrix, rtol=0, atol=2e-7)
