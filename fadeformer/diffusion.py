@@ -11,13 +11,15 @@ and all that they leave of it is a constant (docs/fadeattn.md).
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from fadeformer.attention import at_least_float32, channels_of_a_head, project, split_heads
-from fadeformer.grid import heat
+from fadeformer.grid import from_waves, heat_decay, to_waves
 
 TIMES = (0.02, 20.0)  # range of t; a kernel of standard deviation sqrt(2 t) patches where s is 1
 EXPONENTS = (0.25, 1.0)  # range of s; in (0, 1] the kernel is nowhere negative
@@ -77,11 +79,50 @@ class DiffusionAttn(nn.Module):
         values = at_least_float32(qkv[..., 2 * channels :])
         values = values.reshape(batch, height, width, self.num_heads, -1)  # B, H, W, heads, d
         with torch.autocast(x.device.type, enabled=False):
-            diffused = heat(values, self.time, self.exponent)
             attended = attended.reshape(values.shape).to(values.dtype)
-            mixed = torch.lerp(diffused, attended, self.gate.to(values.dtype)[:, None])
+            mixed = gated_heat(values, attended, self.time, self.exponent, self.gate)
         mixed = mixed.reshape(batch, height, width, channels)
         return x + self.dropout(self.proj(mixed.permute(0, 3, 1, 2))).permute(0, 2, 3, 1)  # type: ignore[no-any-return]
+
+
+def gated_heat(values: Tensor, attended: Tensor, time: Tensor, exponent: Tensor, gate: Tensor) -> Tensor:
+    """The mixture of the module's formula, g attended + (1 - g) exp(-t Lambda^s) values.
+
+    Args:
+        values: (B, H, W, heads, d).
+        attended: the same shape.
+        time: (heads,), as in `fadeformer.grid.heat`; exponent and gate likewise.
+        exponent: (heads,).
+        gate: (heads,), in [0, 1].
+
+    Returns:
+        (B, H, W, heads, d).
+    """
+    height, width = values.shape[1:3]
+    time, exponent, gate = (numbers.to(values.dtype) for numbers in (time, exponent, gate))
+    decay = (1 - gate) * heat_decay(height, width, time, exponent)  # H, W, heads
+    if torch.compiler.is_compiling():
+        return torch.addcmul(from_waves(to_waves(values) * decay.unsqueeze(-1)), attended, gate[:, None])
+    return _GatedHeat.apply(values, attended, decay, gate)  # type: ignore[no-any-return]
+
+
+class _GatedHeat(torch.autograd.Function):
+    """The same with a backward pass that sums over d before all else, where autograd's would sum over it last."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, attended: Tensor, decay: Tensor, gate: Tensor) -> Tensor:
+        waves = to_waves(values)
+        ctx.save_for_backward(waves, attended, decay, gate)
+        return from_waves(waves * decay.unsqueeze(-1)).addcmul_(attended, gate[:, None])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        waves, attended, decay, gate = ctx.saved_tensors
+        grad_waves = to_waves(grad)
+        grad_decay = torch.linalg.vecdot(grad_waves, waves).sum(dim=0)  # H, W, heads
+        grad_gate = torch.linalg.vecdot(grad, attended).sum(dim=(0, 1, 2))  # heads
+        return from_waves(grad_waves.mul_(decay.unsqueeze(-1))), grad * gate[:, None], grad_decay, grad_gate
 
 
 class AttentionPool(nn.Module):

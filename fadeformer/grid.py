@@ -70,14 +70,25 @@ def heat(v: Tensor, time: Tensor, exponent: Tensor) -> Tensor:
     Returns:
         (B, H, W, heads, d).
     """
-    batch, height, width, _, _ = v.shape
-    rows, columns = cosines(height, v), cosines(width, v)
-    spectrum = rows @ v.reshape(batch, height, -1)  # B, H, W heads d
-    spectrum = columns @ spectrum.reshape(batch, height, width, -1)  # B, H, W, heads d
+    height, width = v.shape[1:3]
     decay = heat_decay(height, width, time.to(v.dtype), exponent.to(v.dtype))
-    spectrum = spectrum.reshape(v.shape) * decay.unsqueeze(-1)
-    back = columns.T @ spectrum.reshape(batch, height, width, -1)
-    return (rows.T @ back.reshape(batch, height, -1)).reshape(v.shape)
+    return from_waves(to_waves(v) * decay.unsqueeze(-1))
+
+
+def to_waves(v: Tensor) -> Tensor:
+    """The cosine transform of the grid of (B, H, W, heads, d)."""
+    return _along_both_sides(v, cosines(v.shape[1], v), cosines(v.shape[2], v))
+
+
+def from_waves(v: Tensor) -> Tensor:
+    """The inverse, which is the transpose, of `to_waves`."""
+    return _along_both_sides(v, cosines(v.shape[1], v).T, cosines(v.shape[2], v).T)
+
+
+def _along_both_sides(v: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    batch, height, width, heads, depth = v.shape
+    v = columns @ v.reshape(batch, height, width, heads * depth)
+    return (rows @ v.reshape(batch, height, width * heads * depth)).reshape(batch, height, width, heads, depth)
 
 
 def heat_decay(height: int, width: int, time: Tensor, exponent: Tensor) -> Tensor:

@@ -71,6 +71,19 @@ def test_gradients_are_right():
     assert torch.autograd.gradcheck(lambda *inputs: layer(inputs[0]), (x, *layer.parameters()))
 
 
+@pytest.mark.parametrize("compiling", [False, True])
+def test_gradients_of_the_mixture_are_right(compiling, monkeypatch):
+    """Both ways: by our own backward pass, and as a tracer sees it."""
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: compiling)
+    torch.manual_seed(0)
+    values, attended = torch.randn(2, 2, 2, 3, 2, 2).double().requires_grad_().unbind(0)
+    numbers = [torch.tensor(pair).double().requires_grad_() for pair in ([0.3, 2.0], [0.5, 0.9], [0.2, 0.7])]
+    assert torch.autograd.gradcheck(diffusion.gated_heat, (values, attended, *numbers))
+    time, exponent, gate = numbers
+    expected = gate[:, None] * attended + (1 - gate[:, None]) * grid.heat(values, time, exponent)
+    torch.testing.assert_close(diffusion.gated_heat(values, attended, *numbers), expected)
+
+
 def test_times_begin_apart_and_all_numbers_stay_in_range():
     layer = DiffusionAttn(8, 4)
     torch.testing.assert_close(layer.time, torch.tensor([0.1, 0.1 * 20 ** (1 / 3), 0.1 * 20 ** (2 / 3), 2.0]))
@@ -141,9 +154,9 @@ def test_pooling_weighs_each_heads_own_channels():
 def test_bfloat16_keeps_the_diffusion_in_float32():
     layer, x = make({"heads": 2, "grid": (5, 6), "seed": 1, "dtype": torch.float32})
     seen = []
-    original = diffusion.heat
+    original = diffusion.to_waves
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(diffusion, "heat", lambda v, *rest: seen.append(v.dtype) or original(v, *rest))
+        patch.setattr(diffusion, "to_waves", lambda v: seen.append(v.dtype) or original(v))
         with torch.autocast("cpu", torch.bfloat16):
             found = layer(x)
     assert seen == [torch.float32]
