@@ -4,19 +4,20 @@
     python benchmarks/fadenet.py layer memory       some: layer, rules, memory, growth, network, flops
 
 Times are medians of interleaved rounds in one process, ratios medians of each round's ratio. Memory is the peak of a
-process of its own, less that of one which holds the layer and its input and computes nothing.
+process of its own, less what it held before the forward.
 """
 
 from __future__ import annotations
 
 import argparse
 import math
-import resource
+import re
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from pathlib import Path
 from statistics import median
 
 import numpy as np
@@ -34,6 +35,7 @@ from fadeformer.models import FadeNet
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 CHANNELS, HEADS, POWER = 768, 8, 3
 GRIDS = {(14, 14): 8, (24, 24): 8, (32, 32): 2, (64, 64): 1, (10, 40): 4}  # and the batch of each
+SIDES = (7, 10, 14, 16, 20, 24, 32, 40)  # of the grids at which FadeAttn's settings are compared
 MIB = 2**20
 
 
@@ -234,7 +236,7 @@ def rules_table(rounds: int) -> None:
     chunks = {f"2^{power}": 2**power for power in (18, 20, 22, 24)}
     print(f"{'grid':>8}{'patches':>9}{'one matrix':>14}{'separable':>14}" + "".join(f"{name:>10}" for name in chunks))
     layer = FadeAttn(CHANNELS, HEADS, POWER, dropout=0.0).to(DEVICE)
-    for side in (7, 10, 14, 16, 20, 24, 32, 40):
+    for side in SIDES:
         x = tokens((side, side), 4)
         steps = {
             "one matrix": ruled(both(layer, x), "PRECOMPUTED_UP_TO", 10**9),
@@ -259,7 +261,7 @@ def ruled(step: Callable[[], object], rule: str, value: int) -> Callable[[], obj
 def peak(name: str, grid: tuple[int, int], batch: int) -> float | None:
     """MiB that the forward of a layer takes beyond the layer and its input; None if it could not run."""
     command = [sys.executable, __file__, "--peak", name, *map(str, (*grid, batch))]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
     return float(done.stdout) if done.returncode == 0 else None
 
 
@@ -271,9 +273,15 @@ def peak_here(name: str, grid: tuple[int, int], batch: int) -> float:
         forward(model, x)()
         return (torch.cuda.max_memory_allocated() - before) / MIB
     forward(model, tokens((2, 2), 1))()  # what the libraries take at their first use
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here on (Linux, man 5 proc)
+    before = resident("VmRSS")
     forward(model, x)()
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    return (resident("VmHWM") - before) / 1024
+
+
+def resident(line: str) -> int:
+    """KiB of this process in memory: VmRSS now, VmHWM at most."""
+    return int(re.search(rf"{line}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1])
 
 
 def memory_table() -> None:
@@ -305,7 +313,7 @@ def growth_table(rounds: int) -> None:
         patches = np.log([side * side for side in of])
         exponents = [
             np.polyfit(patches, np.log(values), 1)[0]
-            for values in ([median(times[side][name]) for side in of], [max(1.0, memory[side] or 1.0) for side in of])
+            for values in ([median(times[side][name]) for side in of], [memory[side] for side in of])
         ]
         print(f"{name:24}{f'{of[0]} to {of[-1]}':>16}{exponents[0]:8.2f}{exponents[1]:8.2f}", flush=True)
 

@@ -9,8 +9,13 @@ lesion. The epoch is chosen on val; test is looked at once, after training.
 
 from __future__ import annotations
 
+import argparse
+import csv
 import io
+import itertools
+import os
 import zipfile
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +23,7 @@ import numpy as np
 import pandas as pd
 import torch
 from PIL import Image
+from scipy import stats
 from sklearn.model_selection import StratifiedGroupKFold
 
 from fadeformer import training
@@ -28,20 +34,26 @@ from fadeformer.metrics import auc, log_loss
 from fadeformer.models import create_model
 from fadeformer.tasks import TASKS
 
-SIDE = 28
+Splits = dict[str, tuple[np.ndarray, np.ndarray]]  # pixels (images, 28, 28, 3) and labels (images, 1) of each split
+
+SIDE = 28  # pixels
 CPU = torch.device("cpu")
+TASK = TASKS["multi-class"]
 EPOCHS = {"retinamnist": 15, "pneumoniamnist": 5, "isic2019": 5}
-FADE = {"num_heads": 4, "dropout": 0.1}
+LAYER = {"num_heads": 4, "dropout": 0.1}
+DIFFUSION = {**LAYER, "variant": "diffusion", "after_blocks": ["last"]}
+# The last arm is the layer with its read-out, every gate shut to diffusion: what it gains over the plain network is not
+# diffusion's merit.
 ARMS: dict[str, dict[str, Any] | None] = {
     "plain": None,
-    "published": {**FADE, "variant": "published", "K": 3, "alpha": 0.5},
-    "diffusion": {**FADE, "variant": "diffusion"},
+    "published": {**LAYER, "variant": "published", "K": 3, "alpha": 0.5},
+    "diffusion": DIFFUSION,
+    "attention alone": DIFFUSION,
 }
 FIELDS = ("dataset", "arm", "seed", "epoch", "val_auc", "val_loss", "test_auc", "test_balanced_accuracy", "test_loss")
 
 
-def load(data: Path, dataset: str) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Pixels (images, 28, 28, 3) and labels (images, 1) of each split."""
+def load(data: Path, dataset: str) -> Splits:
     if dataset == "isic2019":
         return load_isic(data / "isic2019")
     archive = np.load(next(data.glob(f"*/{dataset}.npz")))
@@ -54,7 +66,7 @@ def load(data: Path, dataset: str) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     return splits
 
 
-def load_isic(folder: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+def load_isic(folder: Path) -> Splits:
     truth = pd.read_csv(folder / "ISIC_2019_Training_GroundTruth.csv", index_col="image")
     lesions = pd.read_csv(folder / "ISIC_2019_Training_Metadata.csv", index_col="image").loc[truth.index, "lesion_id"]
     groups = lesions.fillna(pd.Series(truth.index, truth.index)).to_numpy()
@@ -79,54 +91,102 @@ def _decode(jpeg: bytes) -> np.ndarray:
     return np.asarray(image.resize((SIDE, SIDE), Image.Resampling.BOX, (left, top, left + edge, top + edge)))
 
 
-def run(
-    splits: dict[str, tuple[np.ndarray, np.ndarray]], dataset: str, arm: str, seed: int, look: bool
-) -> dict[str, Any]:
-    """Trains one network and measures it."""
-    classes = int(splits["train"][1].max()) + 1
-    task = TASKS["multi-class"]
+def train_and_test(data: Path, dataset: str, arm: str, seed: int) -> dict[str, Any]:
+    """Trains one network, keeps the epoch of the lowest validation loss, and looks at test once."""
+    torch.set_num_threads(1)
+    splits = load(data, dataset)
     torch.manual_seed(seed)
     model = create_model(
-        backbone="fadevit_nano", num_classes=classes, image_size=SIDE, in_chans=3, pretrained=False, dropout=0.1,
-        drop_path=0.1, fade=ARMS[arm],
+        backbone="fadevit_nano", num_classes=int(splits["train"][1].max()) + 1, image_size=SIDE, in_chans=3,
+        pretrained=False, dropout=0.1, drop_path=0.1, fade=ARMS[arm],
     )  # fmt: skip
+    if arm == "attention alone":
+        shut_diffusion(model)
     recipe = training.Recipe(
         epochs=EPOCHS[dataset], batch_size=64, optimizer="adamw", learning_rate=1e-3, weight_decay=0.05,
-        schedule="cosine", plateau_factor=0.5, plateau_patience=2, early_stopping_patience=100, sampling="weighted",
+        schedule="cosine", plateau_factor=0.5, plateau_patience=2, early_stopping_patience=100, sampling="uniform",
     )  # fmt: skip
     augmentation = Augmentation(
         horizontal_flip=0.5, rotation=10.0, scale=0.1, translate=0.08, border="reflection", brightness=0.15,
         contrast=0.15, saturation=0.15, erasing=0.0, erasing_scale=(0.02, 0.12),
     )  # fmt: skip
-    state = training.start(model, recipe)
-    precision = choose_precision("auto", CPU)
-    images = {split: Images(pixels, labels, pd.DataFrame()) for split, (pixels, labels) in splits.items()}
+    state, precision = training.start(model, recipe), choose_precision("auto", CPU)
+    train, val = (Images(*splits[split], pd.DataFrame()) for split in ("train", "val"))
     epochs = list(
         training.fit(
-            state, images["train"], images["val"], task=task, recipe=recipe, augmentation=augmentation, seed=seed,
-            device=CPU, precision=precision,
+            state, train, val, task=TASK, recipe=recipe, augmentation=augmentation, seed=seed, device=CPU,
+            precision=precision,
         )
     )  # fmt: skip
     model.load_state_dict(state.best_weights)
+    pixels, labels = splits["test"]
+    scores = TASK.probabilities(logits_of(model, pixels, 256, CPU, precision))
+    right = scores.argmax(axis=1) == labels[:, 0]
     best = epochs[state.best_epoch - 1]
-    row = {
-        "dataset": dataset,
-        "arm": arm,
-        "seed": seed,
-        "epoch": best.epoch,
-        "val_auc": best.val_auc,
-        "val_loss": best.val_loss,
-    }
-    if look:
-        pixels, labels = splits["test"]
-        scores = task.probabilities(logits_of(model, pixels, 256, CPU, precision))
-        row |= {
-            "test_auc": auc(labels, scores, task),
-            "test_balanced_accuracy": float(
-                np.mean([(scores.argmax(1) == c)[labels[:, 0] == c].mean() for c in np.unique(labels)])
-            ),
-            "test_loss": log_loss(labels, scores, task),
-        }
-    fades = [m for m in model.modules() if hasattr(m, "gate_logit")]
-    row["learned"] = " | ".join(f"t {m.time.tolist()} s {m.exponent.tolist()} g {m.gate.tolist()}" for m in fades)
-    return row
+    return {
+        "dataset": dataset, "arm": arm, "seed": seed,
+        "epoch": best.epoch, "val_auc": best.val_auc, "val_loss": best.val_loss,
+        "test_auc": auc(labels, scores, TASK), "test_loss": log_loss(labels, scores, TASK),
+        "test_balanced_accuracy": float(np.mean([right[labels[:, 0] == c].mean() for c in np.unique(labels)])),
+    }  # fmt: skip
+
+
+def shut_diffusion(model: torch.nn.Module) -> None:
+    """Sets every gate to attention and leaves it there."""
+    for name, parameter in model.named_parameters():
+        if name.endswith("gate_logit"):
+            torch.nn.init.constant_(parameter, 10.0)  # a share of attention of 1, to the last bit of float32
+            parameter.requires_grad_(False)
+
+
+def run(data: Path, runs: Path, seeds: int) -> None:
+    done = set()
+    if runs.exists():
+        done = {(row.dataset, row.arm, row.seed) for row in pd.read_csv(runs).itertuples()}
+    else:
+        runs.write_text(",".join(FIELDS) + "\n", encoding="utf-8")
+    wanted = [case for case in itertools.product(EPOCHS, ARMS, range(seeds)) if case not in done]
+    wanted.sort(key=lambda case: case[2])
+    with ProcessPoolExecutor(os.cpu_count()) as workers:
+        for future in as_completed([workers.submit(train_and_test, data, *case) for case in wanted]):
+            with runs.open("a", encoding="utf-8", newline="") as file:
+                csv.DictWriter(file, FIELDS, lineterminator="\n").writerow(future.result())
+
+
+def table(runs: Path) -> None:
+    """Test AUC of each arm, and its difference from the plain network and from attention alone, paired by seed."""
+    found = pd.read_csv(runs)
+    print("| data set | arm | seeds | test AUC | - plain | p | - attention alone | p |")
+    print("| --- | --- | --- | --- | --- | --- | --- | --- |")
+    for dataset, arm in itertools.product(EPOCHS, ARMS):
+        of = {name: rows.set_index("seed")["test_auc"] for name, rows in found[found.dataset == dataset].groupby("arm")}
+        if arm not in of:
+            continue
+        cells = [dataset, arm, str(len(of[arm])), f"{of[arm].mean():.4f} +- {of[arm].std():.4f}"]
+        for rival in ("plain", "attention alone"):
+            if rival == arm or rival not in of:
+                cells += ["", ""]
+                continue
+            difference = (of[arm] - of[rival]).dropna()
+            chance = stats.ttest_1samp(difference, 0).pvalue if len(difference) > 1 else np.nan
+            cells += [f"{difference.mean():+.4f}", f"{chance:.3f}"]
+        print(f"| {' | '.join(cells)} |")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    running = commands.add_parser("run")
+    running.add_argument("data", type=Path)
+    running.add_argument("runs", type=Path)
+    running.add_argument("--seeds", type=int, default=5)
+    commands.add_parser("table").add_argument("runs", type=Path)
+    wanted = parser.parse_args()
+    if wanted.command == "run":
+        run(wanted.data, wanted.runs, wanted.seeds)
+    else:
+        table(wanted.runs)
+
+
+if __name__ == "__main__":
+    main()

@@ -12,6 +12,7 @@ the graph. `forward_pooled` uses that, and is exact. The proof, and what follows
 from __future__ import annotations
 
 import math
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from fadeformer.grid import rescaled_laplacian_operator, rescaled_laplacian_powe
 
 # Measured by `python benchmarks/fadenet.py rules`.
 PRECOMPUTED_UP_TO = 256  # patches; L^^K is one matrix on grids up to here, and separable beyond
+KEPT = 8  # grids whose matrix a layer keeps
 CHUNK = 2**22  # attention weights at once, 16 MiB of them in float32: what a processor's cache holds
 
 
@@ -61,16 +63,15 @@ class FadeAttn(nn.Module):
 
         Under autocast the projections and the attention are computed in its type, diffusion and mixture in float32.
         """
-        channels = x.shape[1]
-        qkv = project(self.qkv, x)  # B, H, W, 3 C
-        q, k, v = split_heads(qkv, 3, self.num_heads)  # each B, heads, N, d
-        attended = functional.scaled_dot_product_attention(q, k, v).transpose(1, 2)  # B, N, heads, d
-        values = at_least_float32(qkv[..., 2 * channels :])
-        with torch.autocast(x.device.type, enabled=False):
-            diffused = self._diffuse(values)  # B, H, W, C
-            attended = attended.reshape(values.shape).to(values.dtype)
-            mixed = self.alpha * attended + (1 - self.alpha) * diffused
-        return self.dropout(self.proj(mixed.permute(0, 3, 1, 2)))  # type: ignore[no-any-return]
+        batch, channels, height, width = x.shape
+        q, k, v = split_heads(project(self.qkv, x), 3, self.num_heads)  # each B, heads, N, d
+        attended = functional.scaled_dot_product_attention(q, k, v)
+        values, attended = (
+            at_least_float32(part.transpose(1, 2).reshape(batch, height, width, channels)) for part in (v, attended)
+        )
+        with as_they_are(x.device):
+            mixed = self.alpha * attended + (1 - self.alpha) * self._diffuse(values)  # B, H, W, C
+        return self.dropout(self.proj(mixed.permute(0, 3, 1, 2).to(x.dtype)))  # type: ignore[no-any-return]
 
     def forward_pooled(self, x: Tensor) -> Tensor:
         """The mean of `forward` over the grid, (B, C, H, W) to (B, C), without the map.
@@ -83,12 +84,12 @@ class FadeAttn(nn.Module):
         qk = functional.conv2d(channels_last(x), weight_qk, bias_qk).permute(0, 2, 3, 1)  # B, H, W, 2 C
         tokens = at_least_float32(x.flatten(2).transpose(1, 2))  # B, N, C
         diffusion = (-1) ** self.K * (1 - self.alpha)
-        with torch.autocast(x.device.type, enabled=False):
+        with as_they_are(x.device):
             weights = mean_attention_weights(*split_heads(qk, 2, self.num_heads)).to(tokens.dtype)  # B, heads, N
             pooled = self.alpha * (weights @ tokens) + diffusion * tokens.mean(dim=1, keepdim=True)  # B, heads, C
             of_heads = weight_v.reshape(self.num_heads, self.head_dim, channels).to(tokens.dtype)
             mixed = torch.einsum("bhc,hdc->bhd", pooled, of_heads).flatten(1) + (self.alpha + diffusion) * bias_v
-        return self.dropout(self.proj(mixed.reshape(batch, channels, 1, 1))).flatten(1)  # type: ignore[no-any-return]
+        return self.dropout(self.proj(mixed.reshape(batch, channels, 1, 1).to(x.dtype))).flatten(1)  # type: ignore[no-any-return]
 
     def _diffuse(self, values: Tensor) -> Tensor:
         """L^^K of (B, H, W, C): small grids by a matrix kept for each of them, large ones separably.
@@ -100,6 +101,8 @@ class FadeAttn(nn.Module):
             return rescaled_laplacian_power(values, self.K)
         key = (height, width, values.device, values.dtype)
         if key not in self._operators:
+            if len(self._operators) == KEPT:
+                self._operators.clear()
             with torch.inference_mode(False):  # a tensor made in inference mode could never be trained with
                 operator = rescaled_laplacian_operator(height, width, self.K)
                 self._operators[key] = operator.to(values.device, values.dtype)
@@ -113,6 +116,7 @@ def mean_attention_weights(q: Tensor, k: Tensor) -> Tensor:
     """softmax(Q K^T / sqrt(d)) averaged over queries: how much each patch is looked at.
 
     Weights are computed by chunks and, where there is more than one, again in the backward pass: memory grows with N.
+    (A tracer sees all of them at once.)
 
     Args:
         q: (B, heads, N, d).
@@ -148,15 +152,17 @@ class _MeanAttentionWeights(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
         q, k, *kept = ctx.saved_tensors
-        grad = grad.reshape(len(q), -1) / ctx.shape[2]
-        grad_q, grad_k = torch.empty_like(q), torch.zeros_like(k)
+        batch, heads, patches, depth = ctx.shape
+        grad = grad.reshape(batch * heads, patches)
+        grad_q, grad_k = (torch.zeros_like(part, dtype=grad.dtype) for part in (q, k))  # sums of many terms
         for images, rows in _chunks(*grad.shape):
             weights = kept[0] if kept else _weights(q[images, rows], k[images])  # chunk, rows, N
             of_keys = grad[images].unsqueeze(-2)  # chunk, 1, N
             of_products = (of_keys - weights @ of_keys.mT).mul_(weights).to(q.dtype)  # chunk, rows, N
-            grad_q[images, rows] = of_products @ k[images]
+            grad_q[images, rows] = (of_products @ k[images]).to(grad_q.dtype)
             grad_k[images] += of_products.mT @ q[images, rows]
-        return (grad_q / math.sqrt(ctx.shape[3])).reshape(ctx.shape), grad_k.reshape(ctx.shape)
+        grad_q, grad_k = grad_q / (patches * math.sqrt(depth)), grad_k / patches
+        return grad_q.reshape(ctx.shape).to(q.dtype), grad_k.reshape(ctx.shape).to(k.dtype)
 
 
 def _weights(q: Tensor, k: Tensor) -> Tensor:
@@ -204,6 +210,13 @@ def split_heads(x: Tensor, parts: int, num_heads: int) -> tuple[Tensor, ...]:
     batch, height, width, channels = x.shape
     split = x.reshape(batch, height * width, parts, num_heads, channels // (parts * num_heads))  # B, N, parts, heads, d
     return split.permute(2, 0, 3, 1, 4).unbind(0)
+
+
+def as_they_are(device: torch.device) -> AbstractContextManager[None]:
+    """No autocast: types stay as they are."""
+    if torch.amp.is_autocast_available(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()  # such as the meta device
 
 
 def at_least_float32(x: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
     y = x + proj(concat over heads of g softmax(Q K^T / sqrt(d)) V + (1 - g) exp(-t Lambda^s) V),  Q, K, V of norm(x)
 
 Each head learns its own time t, exponent s and gate g. Lambda is the Laplacian of the grid of patches with its four
-neighbours and reflecting borders (`fadeformer.grid.heat`, exact). The residual, the normalisation and a read-out that
+neighbours and reflecting borders (`fadeformer.grid`, exact). The residual, the normalisation and a read-out that
 weighs patches (`AttentionPool`) are what the published layer lacks: there a linear map and a mean follow the diffusion,
 and all that they leave of it is a constant (docs/fadeattn.md).
 """
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from fadeformer.attention import at_least_float32, channels_of_a_head, project, split_heads
+from fadeformer.attention import as_they_are, at_least_float32, channels_of_a_head, project, split_heads
 from fadeformer.grid import from_waves, heat_decay, to_waves
 
 TIMES = (0.02, 20.0)  # range of t; a kernel of standard deviation sqrt(2 t) patches where s is 1
@@ -44,20 +44,23 @@ class DiffusionAttn(nn.Module):
 
     def __init__(self, channels: int, num_heads: int = 8, dropout: float = 0.1) -> None:
         super().__init__()
-        channels_of_a_head(channels, num_heads)
+        self.head_dim = channels_of_a_head(channels, num_heads)
         self.num_heads = num_heads
         self.norm = nn.LayerNorm(channels)
         self.qkv = nn.Conv2d(channels, 3 * channels, kernel_size=1)
         self.proj = nn.Conv2d(channels, channels, kernel_size=1)
         self.dropout = nn.Dropout2d(dropout)
-        self.log_time = nn.Parameter(torch.linspace(math.log(0.1), math.log(2.0), num_heads) / PACE)
+        times = torch.linspace(math.log(0.1), math.log(2.0), num_heads)
+        shortest, longest = map(math.log, TIMES)
+        self.time_logit = nn.Parameter(torch.logit((times - shortest) / (longest - shortest)) / PACE)
         self.exponent_logit = nn.Parameter(torch.full((num_heads,), 1.0 / PACE))
         self.gate_logit = nn.Parameter(torch.zeros(num_heads))
 
     @property
     def time(self) -> Tensor:
         """T of each head, (heads,), in `TIMES`."""
-        return torch.exp((PACE * self.log_time).clamp(math.log(TIMES[0]), math.log(TIMES[1])))
+        shortest, longest = map(math.log, TIMES)
+        return torch.exp(shortest + (longest - shortest) * torch.sigmoid(PACE * self.time_logit))
 
     @property
     def exponent(self) -> Tensor:
@@ -73,16 +76,16 @@ class DiffusionAttn(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Maps (B, H, W, C) to (B, H, W, C)."""
         batch, height, width, channels = x.shape
-        qkv = project(self.qkv, self.norm(x).permute(0, 3, 1, 2))  # B, H, W, 3 C
-        q, k, v = split_heads(qkv, 3, self.num_heads)  # each B, heads, N, d
-        attended = functional.scaled_dot_product_attention(q, k, v).transpose(1, 2)  # B, N, heads, d
-        values = at_least_float32(qkv[..., 2 * channels :])
-        values = values.reshape(batch, height, width, self.num_heads, -1)  # B, H, W, heads, d
-        with torch.autocast(x.device.type, enabled=False):
-            attended = attended.reshape(values.shape).to(values.dtype)
-            mixed = gated_heat(values, attended, self.time, self.exponent, self.gate)
+        q, k, v = split_heads(project(self.qkv, self.norm(x).permute(0, 3, 1, 2)), 3, self.num_heads)
+        attended = functional.scaled_dot_product_attention(q, k, v)  # B, heads, N, d, as q, k and v
+        values, attended = (
+            at_least_float32(part.transpose(1, 2).reshape(batch, height, width, self.num_heads, self.head_dim))
+            for part in (v, attended)
+        )
+        with as_they_are(x.device):
+            mixed = gated_heat(values, attended, self.time, self.exponent, self.gate)  # B, H, W, heads, d
         mixed = mixed.reshape(batch, height, width, channels)
-        return x + self.dropout(self.proj(mixed.permute(0, 3, 1, 2))).permute(0, 2, 3, 1)  # type: ignore[no-any-return]
+        return x + self.dropout(self.proj(mixed.permute(0, 3, 1, 2).to(x.dtype))).permute(0, 2, 3, 1)  # type: ignore[no-any-return]
 
 
 def gated_heat(values: Tensor, attended: Tensor, time: Tensor, exponent: Tensor, gate: Tensor) -> Tensor:
@@ -91,8 +94,8 @@ def gated_heat(values: Tensor, attended: Tensor, time: Tensor, exponent: Tensor,
     Args:
         values: (B, H, W, heads, d).
         attended: the same shape.
-        time: (heads,), as in `fadeformer.grid.heat`; exponent and gate likewise.
-        exponent: (heads,).
+        time: (heads,), as in `fadeformer.grid.heat_decay`.
+        exponent: (heads,), as there.
         gate: (heads,), in [0, 1].
 
     Returns:
@@ -140,15 +143,14 @@ class AttentionPool(nn.Module):
 
     def __init__(self, channels: int, num_heads: int) -> None:
         super().__init__()
-        channels_of_a_head(channels, num_heads)
+        self.head_dim = channels_of_a_head(channels, num_heads)
         self.num_heads = num_heads
-        self.score = nn.Linear(channels, num_heads)
+        self.score = nn.Linear(channels, num_heads, bias=False)
         nn.init.zeros_(self.score.weight)
-        nn.init.zeros_(self.score.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """Tokens (B, N, C) to (B, C)."""
         batch, tokens, _ = x.shape
         weights = torch.softmax(at_least_float32(self.score(x)), dim=1)  # B, N, heads
-        values = x.reshape(batch, tokens, self.num_heads, -1)  # B, N, heads, d
+        values = x.reshape(batch, tokens, self.num_heads, self.head_dim)  # B, N, heads, d
         return (weights.to(x.dtype).unsqueeze(-1) * values).sum(dim=1).flatten(1)  # B, C

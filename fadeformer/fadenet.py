@@ -5,7 +5,8 @@ dropout, classifier; all weights have the published names. `diffusion` puts a `D
 blocks, and reads the last tokens by attention pooling.
 
 A FadeNet *is* the timm model that it is built on, of the same class, with layers of its own added: what timm offers for
-a ViT works on it (`forward_intermediates`, `group_matcher`, `no_weight_decay`, `set_input_size`, ...).
+a ViT works on it (`forward_intermediates`, `group_matcher`, `no_weight_decay`, `set_input_size`, ...). But its features
+are a map, and its pooling is its own.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from fadeformer.diffusion import AttentionPool, DiffusionAttn
 Vit: Any = nn.Module  # stands for the class of timm's that a FadeNet gets, whichever it is
 
 PARTS = ("patch_embed", "blocks", "norm", "fc_norm", "num_prefix_tokens", "embed_dim")  # of timm's ViT, EVA, BEiT, ...
-MIXING = ("alpha", "log_time", "exponent_logit", "gate_logit")  # weights that say how a Fade layer mixes
+MIXING = ("alpha", "time_logit", "exponent_logit", "gate_logit")  # weights that say how a Fade layer mixes
 
 
 class FadedBlock(nn.Module):
@@ -42,13 +43,13 @@ class FadedBlock(nn.Module):
         self.block = block
         self.fade = fade
         self.prefix = prefix
-        self.grid = (0, 0)  # height and width in patches, set by FadeNet before each use
+        self.grid = (0, 0)  # height and width in patches, set by FadeNet when it embeds an image
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Maps (B, prefix + H W, C) to the same shape; further arguments are the block's."""
         x = self.block(x, *args, **kwargs)
         prefix, patches = x[:, : self.prefix], x[:, self.prefix :]
-        faded = self.fade(patches.reshape(len(x), *self.grid, -1)).flatten(1, 2)  # B, H W, C
+        faded = self.fade(patches.reshape(x.shape[0], *self.grid, x.shape[2])).flatten(1, 2)  # B, H W, C
         return torch.cat([prefix, faded], dim=1) if self.prefix else faded
 
 
@@ -83,7 +84,7 @@ class FadeNet(Vit):  # type: ignore[misc]
     ) -> None:
         vit = _vit(backbone, pretrained, backbone_kwargs)
         self.__dict__.update(vit.__dict__)  # its parameters, modules and settings are this model's from here on
-        self.__class__ = _joined(type(vit))  # type: ignore[arg-type]
+        self.__class__ = _joined(type(self), type(vit))  # type: ignore[arg-type]
         for unused in ("attn_pool", "head_drop", "head", "head_dist"):
             if isinstance(getattr(self, unused, None), nn.Module):
                 setattr(self, unused, nn.Identity() if unused != "attn_pool" else None)
@@ -99,6 +100,7 @@ class FadeNet(Vit):  # type: ignore[misc]
             for place in _places(after_blocks, len(self.blocks)):
                 layer = DiffusionAttn(self.embed_dim, **options)
                 self.blocks[place] = FadedBlock(self.blocks[place], layer, self.num_prefix_tokens)
+            self.patch_embed.register_forward_pre_hook(self._note_grid)  # whichever of timm's methods embeds
             self.readout = AttentionPool(self.embed_dim, options.get("num_heads", 8))
         else:
             raise ValueError(f"variant is {variant!r}; it is published or diffusion")
@@ -110,10 +112,7 @@ class FadeNet(Vit):  # type: ignore[misc]
         Raises:
             ValueError: the tokens are not one for each patch of the grid.
         """
-        grid = tuple(self.patch_embed.dynamic_feat_size(tuple(x.shape[-2:])))
-        for block in self.blocks:
-            if isinstance(block, FadedBlock):
-                block.grid = grid
+        grid = self.patch_embed.dynamic_feat_size(tuple(x.shape[-2:]))
         tokens = self.fc_norm(super().forward_features(x)[:, self.num_prefix_tokens :])  # B, N, width
         return tokens.transpose(1, 2).unflatten(2, grid)  # type: ignore[no-any-return]
 
@@ -130,6 +129,11 @@ class FadeNet(Vit):  # type: ignore[misc]
         """Images (B, C, H, W), normalised, to logits (B, classes)."""
         return self.forward_head(self.forward_features(x))
 
+    def _note_grid(self, embed: nn.Module, images: tuple[Tensor]) -> None:
+        for block in self.blocks:
+            if isinstance(block, FadedBlock):
+                block.grid = tuple(self.patch_embed.dynamic_feat_size(tuple(images[0].shape[-2:])))
+
     def get_classifier(self) -> nn.Module:
         """The last layer."""
         return self.classifier
@@ -140,7 +144,7 @@ class FadeNet(Vit):  # type: ignore[misc]
         Raises:
             ValueError: another pooling than FadeNet's own is asked for.
         """
-        if global_pool is not None:
+        if global_pool:
             raise ValueError(f"global_pool is {global_pool!r}, but FadeNet pools in its own way")
         weight = next(self.blocks.parameters())
         self.num_classes = num_classes
@@ -152,18 +156,18 @@ class FadeNet(Vit):  # type: ignore[misc]
         return own | set(super().no_weight_decay())
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _restore, (type(self).__mro__[2],), self.__getstate__()
+        return _restore, type(self).__bases__, self.__getstate__()
 
 
 @cache
-def _joined(base: type) -> type:
-    """The class of a FadeNet on a backbone of a class of timm's."""
-    return type("FadeNet", (FadeNet, base), {"__module__": __name__, "__doc__": FadeNet.__doc__})
+def _joined(kind: Any, base: Any) -> Any:
+    """The class of a FadeNet, or of a subclass of it, on a backbone of a class of timm's."""
+    return type(kind.__name__, (kind, base), {"__module__": kind.__module__, "__doc__": kind.__doc__})
 
 
-def _restore(base: type) -> FadeNet:
-    joined = _joined(base)
-    return joined.__new__(joined)  # type: ignore[no-any-return, call-overload]
+def _restore(kind: type, base: type) -> FadeNet:
+    joined = _joined(kind, base)
+    return joined.__new__(joined)  # type: ignore[no-any-return]
 
 
 def _classifier(width: int, num_classes: int) -> nn.Module:

@@ -1,4 +1,4 @@
-"""The two graphs of a patch grid and what diffuses on them, never as matrices of all patches by all patches.
+"""The two graphs of a patch grid, and what diffuses on them, by matrices no larger than a side of the grid.
 
 The published graph joins every two patches by a Gaussian of their distance; its adjacency is the Kronecker product of
 one small matrix along the columns of the grid and one along the rows, so it is applied by two small matrix products:
@@ -40,7 +40,7 @@ def rescaled_laplacian_power(v: Tensor, power: int) -> Tensor:
     if power == 0:
         return v
     batch, height, width, channels = v.shape
-    largest = largest_eigenvalue(height, width)
+    largest = largest_eigenvalue(len(range(height)), len(range(width)))  # for a tracer the grid is a constant from here
     factor = 2 / largest if largest > 0 else 0.0  # one patch has no neighbours; L^ is then -I, as on constant maps
     rows, columns = (factor * gaussian(height, v)), gaussian(width, v)
     own = (torch.outer(rows.sum(dim=1), columns.sum(dim=1)) - 1).unsqueeze(-1)  # H, W, 1
@@ -56,32 +56,13 @@ def rescaled_laplacian_operator(height: int, width: int, power: int) -> Tensor:
     return rescaled_laplacian_power(unit, power).reshape(height * width, height * width)
 
 
-def heat(v: Tensor, time: Tensor, exponent: Tensor) -> Tensor:
-    """exp(-t Lambda^s) v on the four-neighbour grid: the identity at t = 0, the mean as t grows.
-
-    For s in (0, 1] it spreads without ever overshooting: no value leaves the range of the map (the kernel is that of a
-    random walk whose steps are, for s < 1, long-tailed).
-
-    Args:
-        v: (B, H, W, heads, d).
-        time: (heads,), 0 or more; in steps of the grid squared where s is 1.
-        exponent: (heads,), above 0.
-
-    Returns:
-        (B, H, W, heads, d).
-    """
-    height, width = v.shape[1:3]
-    decay = heat_decay(height, width, time.to(v.dtype), exponent.to(v.dtype))
-    return from_waves(to_waves(v) * decay.unsqueeze(-1))
-
-
 def to_waves(v: Tensor) -> Tensor:
-    """The cosine transform of the grid of (B, H, W, heads, d)."""
+    """The cosine transform of a map, (B, H, W, heads, d) to the same shape: how much of each wave is in it."""
     return _along_both_sides(v, cosines(v.shape[1], v), cosines(v.shape[2], v))
 
 
 def from_waves(v: Tensor) -> Tensor:
-    """The inverse, which is the transpose, of `to_waves`."""
+    """The inverse of `to_waves`, which is its transpose."""
     return _along_both_sides(v, cosines(v.shape[1], v).T, cosines(v.shape[2], v).T)
 
 
@@ -92,9 +73,23 @@ def _along_both_sides(v: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
 
 
 def heat_decay(height: int, width: int, time: Tensor, exponent: Tensor) -> Tensor:
-    """exp(-t Lambda^s) for each cosine of the grid, (H, W, heads); times and exponents as in `heat`."""
+    """What exp(-t Lambda^s) leaves of each wave of the grid: all at t = 0, only the constant one as t grows.
+
+    For s in (0, 1] heat spreads without ever overshooting: no value leaves the range of the map (the kernel is that of
+    a random walk whose steps are, for s < 1, long-tailed).
+
+    Args:
+        height: of the grid, patches; width likewise.
+        width: of the grid.
+        time: (heads,), 0 or more; patches squared where s is 1.
+        exponent: (heads,), above 0.
+
+    Returns:
+        (H, W, heads), each in [0, 1].
+    """
     down, across = (
-        2 - 2 * torch.cos(torch.arange(n, device=time.device) * (math.pi / n)).to(time) for n in (height, width)
+        4 * torch.sin(torch.arange(n, device=time.device, dtype=time.dtype) * (math.pi / (2 * n))).square()
+        for n in (height, width)
     )
     eigenvalues = (down[:, None] + across)[..., None]  # H, W, 1
     constant = eigenvalues == 0  # 0^s is 0, but its derivative by s would be a NaN

@@ -348,8 +348,14 @@ class MedViT(nn.Module):
         """The linear classifier; an identity where there is none."""
         return self.proj_head[0]
 
-    def reset_classifier(self, num_classes: int) -> None:
-        """Puts a new classifier in the old one's place; none for 0 classes."""
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Puts a new classifier in the old one's place; none for 0 classes.
+
+        Raises:
+            ValueError: another pooling than the mean is asked for.
+        """
+        if global_pool not in (None, "avg"):
+            raise ValueError(f"global_pool is {global_pool!r}; MedViT pools by the mean, avg")
         self.num_classes = num_classes
         weight = self.norm.weight
         classifier: nn.Module = nn.Identity()

@@ -85,7 +85,7 @@ def load_weights(model: nn.Module, path: Path) -> None:
     for key in CONTAINERS:
         if isinstance(state, Mapping) and isinstance(state.get(key), Mapping):
             state = state[key]
-    if not isinstance(state, Mapping) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+    if not isinstance(state, Mapping) or not all(map(_is_named_tensor, state.items())):
         raise ValueError(f"{path}: holds no tensors by name but a {type(state).__name__}")
     if state and all(name.startswith("module.") for name in state):
         state = {name.removeprefix("module."): value for name, value in state.items()}
@@ -98,7 +98,14 @@ def load_weights(model: nn.Module, path: Path) -> None:
     if any(problems.values()):
         told = "; ".join(f"{kind}: {', '.join(names)}" for kind, names in problems.items() if names)
         raise ValueError(f"{path}: does not fit the model; {told}")
-    model.load_state_dict(state)
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:  # sparse tensors, or tensors without content
+        raise ValueError(f"{path}: cannot be taken over by the model: {error}") from error
+
+
+def _is_named_tensor(item: tuple[Any, Any]) -> bool:
+    return isinstance(item[0], str) and isinstance(item[1], torch.Tensor)
 
 
 def _read(path: Path) -> Any:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Mapping
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal, cast, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
@@ -69,16 +69,19 @@ class FadeParams(Section):
     """The Fade layers; those of the published one by its argument names."""
 
     variant: Literal["published", "diffusion"]
-    after_blocks: Annotated[list[Annotated[int, Field(ge=1)] | Literal["last"]], Field(min_length=1)]
+    after_blocks: list[int | str]
     num_heads: Annotated[int, Field(ge=1)]
     dropout: Rate
     K: Annotated[int, Field(ge=0)]
     alpha: Number
 
     @model_validator(mode="after")
-    def _published_is_last(self) -> FadeParams:
+    def _blocks_are_named(self) -> FadeParams:
+        told = ", ".join(map(str, self.after_blocks))
+        places = [place == "last" or (isinstance(place, int) and place >= 1) for place in self.after_blocks]
+        if not places or not all(places):
+            raise ValueError(f"model.fade.after_blocks is [{told}]; it lists blocks by number, from 1, or last")
         if self.variant == "published" and self.after_blocks != ["last"]:
-            told = ", ".join(map(str, self.after_blocks))
             raise ValueError(
                 f"model.fade.after_blocks is [{told}]; the published variant stands last: set it to [last]"
             )
@@ -94,6 +97,15 @@ class ModelParams(Section):
     dropout: Rate
     drop_path: Rate
     fade: FadeParams | None
+
+    @model_validator(mode="after")
+    def _weights_are_not_its_own(self) -> ModelParams:
+        if PurePosixPath(self.weights).parts[:1] == ("models",):
+            raise ValueError(
+                f"model.weights is {self.weights}, but training makes models/ anew; copy the file elsewhere, such as to"
+                " data/weights/"
+            )
+        return self
 
 
 class AugmentParams(Section):
@@ -208,8 +220,6 @@ def parse(values: Any, source: str) -> Params:
 def _explain(problem: Mapping[str, Any], values: Mapping[str, Any]) -> str:
     path = [str(part) for part in problem["loc"]]
     key = ".".join(path)
-    if any(isinstance(part, int) for part in problem["loc"]):
-        return f"{key} is {problem['input']!r}, but should be {problem['msg'].removeprefix('Input should be ')}"
     if problem["type"] == "extra_forbidden":
         siblings = _keys_beside(path)
         near = difflib.get_close_matches(path[-1], siblings, n=1, cutoff=0.5)

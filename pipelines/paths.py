@@ -4,6 +4,7 @@ from pathlib import Path
 
 PARAMS = Path("params.yaml")
 LOCK = Path("dvc.lock")
+NO_WEIGHTS = Path("data/weights/none")  # empty, so that there is a file for DVC to watch
 DOWNLOADS = Path("data/downloads")
 RAW = Path("data/raw")
 MANIFEST = Path("data/manifest.parquet")

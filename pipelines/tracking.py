@@ -183,7 +183,7 @@ def log_model(served: Path, weights: Path, architecture: Path, meta: Meta) -> No
         input_example=np.zeros((1, *shape[1:]), np.uint8),
         pip_requirements=[
             f"{name}=={version(name)}"
-            for name in ("mlflow", "numpy", "pandas", "safetensors", "timm", "torch", "torchvision", "tqdm")
+            for name in ("mlflow", "numpy", "pandas", "safetensors", "scipy", "timm", "torch", "torchvision", "tqdm")
         ],
     )
 

@@ -48,8 +48,9 @@ def fit(folder: Path) -> dict[str, Any]:
         "fade": wanted.model.fade.model_dump() if wanted.model.fade else None,
     }
     try:
-        model = create_model(**described).to(device)
-        start = load_start(model, Path(wanted.model.weights))
+        start = Path(wanted.model.weights) if Path(wanted.model.weights) != paths.NO_WEIGHTS else None
+        model = create_model(**{**described, "pretrained": wanted.model.pretrained and start is None}).to(device)
+        origin = None if start is None else load_start(model, start)
     except (ValueError, RuntimeError) as error:
         raise UserError(f"params.yaml: model: {error}") from error
     except OSError as error:
@@ -86,20 +87,18 @@ def fit(folder: Path) -> dict[str, Any]:
         folder / paths.ARCHITECTURE.name,
         {
             "model": described, "task": meta.task.name, "classes": list(meta.classes), "precision": names[precision],
-            "best_epoch": state.best_epoch, "weights": start, "params": made_with,
+            "best_epoch": state.best_epoch, "weights": origin, "params": made_with,
         },
     )  # fmt: skip
     return {"epochs": state.epoch, "best_epoch": state.best_epoch, "best_val_loss": state.best_loss}
 
 
-def load_start(model: torch.nn.Module, weights: Path) -> dict[str, str] | None:
-    """Puts the weights of a file into the model, and tells which they were; None where `weights` is a folder.
+def load_start(model: torch.nn.Module, weights: Path) -> dict[str, str]:
+    """Puts the weights of a file into the model, and tells which they were.
 
     Raises:
         UserError: the file is not there, or is none of weights for this model.
     """
-    if weights.is_dir():
-        return None
     try:
         load_weights(model, weights)
     except OSError as error:

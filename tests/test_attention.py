@@ -213,15 +213,50 @@ def test_no_spatial_information_passes_the_published_diffusion():
 
 
 @pytest.mark.parametrize("path", PATHS)
-def test_bfloat16_keeps_the_diffusion_in_float32(path):
+def test_bfloat16_keeps_the_diffusion_in_float32(path, monkeypatch):
     """The error that remains is that of the projections: below 1 % of the largest value."""
     torch.manual_seed(0)
     layer = FadeAttn(64, 8, K=5).eval()
     x = torch.randn(2, 64, 9, 9)
+    types = []
+    original = layer._diffuse
+    monkeypatch.setattr(layer, "_diffuse", lambda values: types.append(values.dtype) or original(values))
     with torch.autocast("cpu", torch.bfloat16):
         found = getattr(layer, path)(x)
+    assert types == ([torch.float32] if path == "forward" else [])
     expected = getattr(layer, path)(x)
     assert (found - expected).abs().max() < 0.01 * layer(x).abs().max()
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_all_of_it_in_half_the_bits(path, dtype):
+    torch.manual_seed(0)
+    layer = FadeAttn(64, 8).eval()
+    x = torch.randn(2, 64, 9, 9, requires_grad=True)
+    expected = getattr(layer, path)(x)
+    (of_x,) = torch.autograd.grad(expected.sum(), x)
+    with settings(precomputed=False, chunk=200):
+        found = getattr(layer.to(dtype), path)(x.to(dtype))
+        (of_half,) = torch.autograd.grad(found.sum(), x)
+    assert found.dtype == dtype
+    assert (found.float() - expected).abs().max() < 0.02 * layer(x.to(dtype)).abs().max()
+    assert (of_half - of_x).abs().max() < 0.02 * of_x.abs().max()
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_no_image_and_no_content(path):
+    shape = (0, 8, 3, 4) if path == "forward" else (0, 8)
+    assert getattr(FadeAttn(8, 2), path)(torch.empty(0, 8, 3, 4)).shape == shape
+    with torch.device("meta"):
+        assert getattr(FadeAttn(8, 2), path)(torch.empty(2, 8, 3, 4)).shape == (2, *shape[1:])
+
+
+def test_few_matrices_are_kept():
+    layer = FadeAttn(8, 2)
+    for width in range(1, 30):
+        layer(torch.randn(1, 8, 2, width))
+        assert 1 <= len(layer._operators) <= attention.KEPT
 
 
 def test_copies_and_conversions_give_the_same():

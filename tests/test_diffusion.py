@@ -23,9 +23,14 @@ def make(case: dict) -> tuple[DiffusionAttn, torch.Tensor]:
     torch.manual_seed(case["seed"])
     layer = DiffusionAttn(8, case["heads"]).to(case["dtype"]).eval()
     with torch.no_grad():
-        for parameter in (layer.log_time, layer.exponent_logit, layer.gate_logit):
+        for parameter in (layer.time_logit, layer.exponent_logit, layer.gate_logit):
             parameter.add_(0.1 * torch.randn_like(parameter))
     return layer, torch.randn(2, *case["grid"], 8, dtype=case["dtype"])
+
+
+def heat(values: torch.Tensor, time: torch.Tensor, exponent: torch.Tensor) -> torch.Tensor:
+    decay = grid.heat_decay(*values.shape[1:3], time, exponent)
+    return grid.from_waves(grid.to_waves(values) * decay.unsqueeze(-1))
 
 
 def plain(layer: DiffusionAttn, x: torch.Tensor) -> torch.Tensor:
@@ -38,7 +43,7 @@ def plain(layer: DiffusionAttn, x: torch.Tensor) -> torch.Tensor:
         q, k, v = (part[..., head * depth : (head + 1) * depth] for part in qkv.chunk(3, dim=-1))
         attended = torch.softmax(q @ k.transpose(1, 2) / math.sqrt(depth), dim=-1) @ v
         of_head = v.reshape(batch, height, width, 1, depth)
-        diffused = grid.heat(of_head, layer.time[head : head + 1], layer.exponent[head : head + 1])
+        diffused = heat(of_head, layer.time[head : head + 1], layer.exponent[head : head + 1])
         outs.append(layer.gate[head] * attended + (1 - layer.gate[head]) * diffused.reshape(v.shape))
     added = torch.cat(outs, dim=-1) @ layer.proj.weight[:, :, 0, 0].T + layer.proj.bias
     return x + added.reshape(x.shape)
@@ -80,7 +85,7 @@ def test_gradients_of_the_mixture_are_right(compiling, monkeypatch):
     numbers = [torch.tensor(pair).double().requires_grad_() for pair in ([0.3, 2.0], [0.5, 0.9], [0.2, 0.7])]
     assert torch.autograd.gradcheck(diffusion.gated_heat, (values, attended, *numbers))
     time, exponent, gate = numbers
-    expected = gate[:, None] * attended + (1 - gate[:, None]) * grid.heat(values, time, exponent)
+    expected = gate[:, None] * attended + (1 - gate[:, None]) * heat(values, time, exponent)
     torch.testing.assert_close(diffusion.gated_heat(values, attended, *numbers), expected)
 
 
@@ -89,7 +94,7 @@ def test_times_begin_apart_and_all_numbers_stay_in_range():
     torch.testing.assert_close(layer.time, torch.tensor([0.1, 0.1 * 20 ** (1 / 3), 0.1 * 20 ** (2 / 3), 2.0]))
     for value in (-1e3, 1e3):
         with torch.no_grad():
-            for parameter in (layer.log_time, layer.exponent_logit, layer.gate_logit):
+            for parameter in (layer.time_logit, layer.exponent_logit, layer.gate_logit):
                 parameter.fill_(value)
         for numbers, (low, high) in (
             (layer.time, diffusion.TIMES), (layer.exponent, diffusion.EXPONENTS), (layer.gate, (0.0, 1.0)),
@@ -103,11 +108,11 @@ def test_the_numbers_of_a_head_learn():
     """With a target that is a heated map, time, exponent and gate go where it was made."""
     torch.manual_seed(0)
     layer = DiffusionAttn(4, 2, dropout=0.0)
-    optimizer = torch.optim.Adam([layer.log_time, layer.exponent_logit, layer.gate_logit], lr=1e-2)
+    optimizer = torch.optim.Adam([layer.time_logit, layer.exponent_logit, layer.gate_logit], lr=1e-2)
     teacher = DiffusionAttn(4, 2, dropout=0.0)
     teacher.load_state_dict(layer.state_dict())
     with torch.no_grad():
-        teacher.log_time.copy_(torch.tensor([0.5, 4.0]).log() / diffusion.PACE)
+        teacher.time_logit.copy_(layer.time_logit + torch.tensor([2.0, 1.0]) / diffusion.PACE)
         teacher.gate_logit.copy_(torch.tensor([2.0, -2.0]) / diffusion.PACE)
     for _ in range(150):
         x = torch.randn(8, 6, 6, 4)
@@ -115,7 +120,7 @@ def test_the_numbers_of_a_head_learn():
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    torch.testing.assert_close(layer.time, torch.tensor([0.5, 4.0]), rtol=0.3, atol=0)
+    torch.testing.assert_close(layer.time, teacher.time, rtol=0.3, atol=0)
     torch.testing.assert_close(layer.gate, torch.sigmoid(torch.tensor([2.0, -2.0])), rtol=0, atol=0.1)
 
 
@@ -128,7 +133,7 @@ def test_the_read_out_sees_what_diffusion_does():
     x = torch.randn(3, 5, 5, 8)
     before = pool(layer(x).flatten(1, 2))
     with torch.no_grad():
-        layer.log_time.add_(1.0 / diffusion.PACE)
+        layer.time_logit.add_(1.0 / diffusion.PACE)
     difference = pool(layer(x).flatten(1, 2)) - before
     assert (difference.std(dim=0) > 1e-3).all()
 
@@ -149,6 +154,30 @@ def test_pooling_weighs_each_heads_own_channels():
     x[0, 4, 0] = x[0, :, 0].max() + 1
     torch.testing.assert_close(pool(x)[0, :2], x[0, 4, :2])
     torch.testing.assert_close(pool(x)[0, 2:], x[0, :, 2:].mean(dim=0))
+
+
+def test_a_time_at_the_edge_of_its_range_still_learns():
+    layer, x = make({"heads": 2, "grid": (3, 4), "seed": 0, "dtype": torch.float32})
+    with torch.no_grad():
+        layer.time_logit.fill_(5.0 / diffusion.PACE)
+    layer(x).square().sum().backward()
+    assert (layer.time_logit.grad != 0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_all_of_it_in_half_the_bits(dtype):
+    layer, x = make({"heads": 2, "grid": (5, 6), "seed": 1, "dtype": torch.float32})
+    expected = layer(x)
+    found = layer.to(dtype)(x.to(dtype))
+    assert found.dtype == dtype
+    torch.testing.assert_close(found.float(), expected, rtol=0.03, atol=0.03)
+
+
+def test_no_image_and_no_content():
+    layer = DiffusionAttn(8, 2)
+    assert layer(torch.empty(0, 3, 4, 8)).shape == (0, 3, 4, 8)
+    with torch.device("meta"):
+        assert DiffusionAttn(8, 2)(torch.empty(2, 3, 4, 8)).shape == (2, 3, 4, 8)
 
 
 def test_bfloat16_keeps_the_diffusion_in_float32():

@@ -11,6 +11,7 @@ import timm
 import torch
 from timm.optim._param_groups import param_groups_layer_decay
 
+from fadeformer.attention import FadeAttn
 from fadeformer.fadenet import FadedBlock, FadeNet
 from fadeformer.models import create_model
 from tests.test_attention import REFERENCE, relative
@@ -73,7 +74,7 @@ def test_logits_are_the_published_ones_by_both_paths(fadenet):
 def test_fadevit_nano_keeps_its_names_and_shapes():
     """Weights that were saved must load: a change here makes them unreadable."""
     for variant, expected in (
-        ("published", "81813939b9f400e12c44dd1e0e3437e1"), ("diffusion", "7982ea529c3fb9f35877b181ca8d8d23"),
+        ("published", "81813939b9f400e12c44dd1e0e3437e1"), ("diffusion", "9a7ca65ac0457a7a5dff4ae246a3497d"),
     ):  # fmt: skip
         shapes = {name: list(value.shape) for name, value in small(variant).state_dict().items()}
         told = json.dumps(shapes, sort_keys=True)
@@ -136,6 +137,33 @@ def test_prefix_tokens_go_round_the_layer():
     assert torch.equal(faded(tokens), torch.cat([torch.zeros(1, 2, 4), torch.ones(1, 6, 4)], dim=1))
 
 
+def test_features_between_the_blocks_are_to_be_had():
+    model = FadeNet(
+        3, 0.0, {"num_heads": 3}, "vit_tiny_patch16_224", False, "diffusion", (1,), depth=2, dynamic_img_size=True
+    ).eval()
+    for height, width in ((32, 64), (64, 32)):  # as many patches in another shape
+        images = torch.randn(2, 3, height, width)
+        _, features = model.forward_intermediates(images, norm=True)
+        assert [tuple(each.shape[2:]) for each in features] == [(height // 16, width // 16)] * 2
+        torch.testing.assert_close(features[-1], model.forward_features(images))
+    assert model.prune_intermediate_layers(1) == [1]
+
+
+def test_a_subclass_stays_one():
+    class Louder(FadeNet):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return 2 * super().forward(x)
+
+    arguments = (3, 0.0, {"num_heads": 4}, "fadevit_nano", False)
+    torch.manual_seed(0)
+    plain = FadeNet(*arguments).eval()
+    torch.manual_seed(0)
+    louder = Louder(*arguments).eval()
+    images = torch.randn(1, 3, 28, 28)
+    assert isinstance(louder, Louder)
+    torch.testing.assert_close(copy.deepcopy(louder)(images), 2 * plain(images))
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_classifier_is_replaced(variant):
     model = small(variant).double().eval()
@@ -171,7 +199,7 @@ def test_what_says_how_to_mix_does_not_decay(variant):
     exempt = small(variant).no_weight_decay()
     mixing = {
         "published": {"attn.alpha"},
-        "diffusion": {f"blocks.3.fade.{name}" for name in ("log_time", "exponent_logit", "gate_logit")},
+        "diffusion": {f"blocks.3.fade.{name}" for name in ("time_logit", "exponent_logit", "gate_logit")},
     }
     assert exempt == {"pos_embed", "cls_token", "reg_token", "dist_token"} | mixing[variant]
 
@@ -181,12 +209,14 @@ def test_checkpointing_changes_nothing_but_memory(variant):
     torch.manual_seed(0)
     model = small(variant).train()
     images = torch.randn(4, 3, 28, 28)
-    gradients = []
+    gradients, passes = [], []
+    model.blocks[-1].register_forward_pre_hook(lambda *_: passes.append(model.grad_checkpointing))
     for enable in (False, True):
         model.set_grad_checkpointing(enable)
         model.zero_grad()
         model(images).square().sum().backward()
         gradients.append([parameter.grad.clone() for parameter in model.parameters()])
+    assert passes == [False, True, True]  # a pass more, in the backward
     for one, other in zip(*gradients, strict=True):
         torch.testing.assert_close(one, other)
 
@@ -270,6 +300,15 @@ def test_compile_takes_any_batch(variant):
         for count in (3, 8):
             other = torch.randn(count, 3, 28, 28)
             assert relative(compiled(other), model(other).numpy()) < 1e-5
+
+
+def test_the_map_compiles_for_any_grid():
+    layer = FadeAttn(16, 4).eval()
+    compiled = torch.compile(layer, dynamic=True, fullgraph=True)
+    with torch.no_grad():
+        for sides in ((5, 6), (9, 4)):
+            x = torch.randn(2, 16, *sides)
+            torch.testing.assert_close(compiled(x), layer(x), rtol=1e-5, atol=1e-5)
 
 
 def test_the_factory_tells_variants_apart():

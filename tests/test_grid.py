@@ -29,9 +29,10 @@ def neighbour_laplacian(height: int, width: int) -> np.ndarray:
 
 
 def heated(v: torch.Tensor, time: float, exponent: float) -> torch.Tensor:
-    """`heat` of (B, H, W, C) with one head."""
+    """exp(-t Lambda^s) of (B, H, W, C)."""
     numbers = (torch.tensor([value], dtype=v.dtype) for value in (time, exponent))
-    return grid.heat(v.unsqueeze(3), *numbers).squeeze(3)
+    decay = grid.heat_decay(v.shape[1], v.shape[2], *numbers)
+    return grid.from_waves(grid.to_waves(v.unsqueeze(3)) * decay.unsqueeze(-1)).squeeze(3)
 
 
 @pytest.mark.parametrize(
@@ -95,19 +96,27 @@ def test_heat_for_two_times_is_heat_for_their_sum(sides, first, second, exponent
 
 
 def test_each_head_has_its_own_time_and_exponent():
-    v = torch.randn(2, 4, 5, 3, 2, dtype=torch.float64)
     time, exponent = torch.tensor([0.0, 0.5, 4.0]).double(), torch.tensor([1.0, 0.3, 0.7]).double()
-    found = grid.heat(v, time, exponent)
+    found = grid.heat_decay(4, 5, time, exponent)
     for head in range(3):
-        alone = heated(v[:, :, :, head], float(time[head]), float(exponent[head]))
-        torch.testing.assert_close(found[:, :, :, head], alone, rtol=0, atol=1e-13)
+        torch.testing.assert_close(found[..., head : head + 1], grid.heat_decay(4, 5, time[head], exponent[head]))
 
 
-def test_gradients_of_heat_are_right():
-    v = torch.randn(1, 2, 3, 2, 2, dtype=torch.float64, requires_grad=True)
+@pytest.mark.parametrize("sides", [(64, 64), (128, 96)])
+def test_large_grids_are_as_exact(sides):
+    v = np.random.default_rng(0).standard_normal(sides)
+    eigenvalues = np.add.outer(*(4 * np.sin(np.pi * np.arange(n) / (2 * n)) ** 2 for n in sides))
+    expected = idctn(dctn(v, norm="ortho") * np.exp(-3.0 * eigenvalues**0.7), norm="ortho")
+    found = heated(torch.from_numpy(v)[None, :, :, None], 3.0, 0.7)
+    np.testing.assert_allclose(found[0, :, :, 0], expected, rtol=0, atol=1e-12)
+    single = heated(torch.from_numpy(v)[None, :, :, None].float(), 3.0, 0.7)
+    np.testing.assert_allclose(single[0, :, :, 0], expected, rtol=0, atol=1e-5)
+
+
+def test_gradients_of_the_decay_are_right():
     time = torch.tensor([0.3, 2.0], dtype=torch.float64, requires_grad=True)
     exponent = torch.tensor([0.5, 0.9], dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(grid.heat, (v, time, exponent))
+    assert torch.autograd.gradcheck(lambda *numbers: grid.heat_decay(2, 3, *numbers), (time, exponent))
 
 
 @pytest.mark.parametrize("size", [1, 2, 7, 64, 200])

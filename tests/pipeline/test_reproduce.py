@@ -202,15 +202,15 @@ def test_training_starts_from_weights_and_again_when_they_change(reproduced):
 
 
 @pytest.mark.parametrize(
-    "model",
+    "changes",
     [
-        {"fade": {"variant": "diffusion", "after_blocks": [1, "last"]}},
-        {"backbone": "resnet18", "fade": None},
+        ["model.fade.variant=diffusion", "model.fade.after_blocks=[1,last]"],
+        ["model.backbone=resnet18", "model.fade=null"],
     ],
 )
-def test_other_networks_go_the_same_way(reproduced, model):
-    reproduced.change(model=model, train={"epochs": 1})
-    assert ran(reproduced.run("dvc", "repro")) == ["train", "evaluate", "promote"]
+def test_other_networks_go_the_same_way(reproduced, changes):
+    options = [option for change in (*changes, "train.epochs=1") for option in ("-S", change)]
+    assert ran(reproduced.run("dvc", "exp", "run", *options)) == ["train", "evaluate", "promote"]
     assert read(reproduced, "reports/promotion.json")["decision"] in ("promoted", "refused")
     reproduced.run("git", "checkout", "params.yaml")
 
