@@ -1,10 +1,11 @@
-"""Does diffusion help? Networks that differ in nothing but their Fade layer, trained alike on real images.
+"""Does diffusion help? Networks that differ in their Fade layer and its read-out, trained alike on real images.
 
     python benchmarks/science.py run FOLDER runs.csv     trains what is not in runs.csv yet
     python benchmarks/science.py table runs.csv          mean, spread and paired tests
 
 FOLDER holds `medmnist/retinamnist.npz`, `npz/pneumoniamnist.npz` and, in ISIC's layout, `isic2019/`, which is split by
-lesion. The epoch is chosen on val; test is looked at once, after training.
+lesion. All arms begin with the same backbone and see the same batches; all read the patches, none the class token. The
+epoch is chosen on val; test is looked at once, after training.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import timm
 import torch
 from PIL import Image
 from scipy import stats
@@ -29,9 +31,9 @@ from sklearn.model_selection import StratifiedGroupKFold
 from fadeformer import training
 from fadeformer.arrays import Images
 from fadeformer.augment import Augmentation
-from fadeformer.inference import choose_precision, logits_of
+from fadeformer.inference import logits_of
 from fadeformer.metrics import auc, log_loss
-from fadeformer.models import create_model
+from fadeformer.models import FadeNet
 from fadeformer.tasks import TASKS
 
 Splits = dict[str, tuple[np.ndarray, np.ndarray]]  # pixels (images, 28, 28, 3) and labels (images, 1) of each split
@@ -41,12 +43,12 @@ CPU = torch.device("cpu")
 TASK = TASKS["multi-class"]
 EPOCHS = {"retinamnist": 15, "pneumoniamnist": 5, "isic2019": 5}
 LAYER = {"num_heads": 4, "dropout": 0.1}
-DIFFUSION = {**LAYER, "variant": "diffusion", "after_blocks": ["last"]}
+DIFFUSION = {"variant": "diffusion", "after_blocks": ["last"], "fade_attn_params": LAYER}
 # The last arm is the layer with its read-out, every gate shut to diffusion: what it gains over the plain network is not
 # diffusion's merit.
-ARMS: dict[str, dict[str, Any] | None] = {
-    "plain": None,
-    "published": {**LAYER, "variant": "published", "K": 3, "alpha": 0.5},
+ARMS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "published": {"variant": "published", "fade_attn_params": {**LAYER, "K": 3, "alpha": 0.5}},
     "diffusion": DIFFUSION,
     "attention alone": DIFFUSION,
 }
@@ -95,13 +97,7 @@ def train_and_test(data: Path, dataset: str, arm: str, seed: int) -> dict[str, A
     """Trains one network, keeps the epoch of the lowest validation loss, and looks at test once."""
     torch.set_num_threads(1)
     splits = load(data, dataset)
-    torch.manual_seed(seed)
-    model = create_model(
-        backbone="fadevit_nano", num_classes=int(splits["train"][1].max()) + 1, image_size=SIDE, in_chans=3,
-        pretrained=False, dropout=0.1, drop_path=0.1, fade=ARMS[arm],
-    )  # fmt: skip
-    if arm == "attention alone":
-        shut_diffusion(model)
+    model = network(arm, classes=int(splits["train"][1].max()) + 1, seed=seed)
     recipe = training.Recipe(
         epochs=EPOCHS[dataset], batch_size=64, optimizer="adamw", learning_rate=1e-3, weight_decay=0.05,
         schedule="cosine", plateau_factor=0.5, plateau_patience=2, early_stopping_patience=100, sampling="uniform",
@@ -110,17 +106,17 @@ def train_and_test(data: Path, dataset: str, arm: str, seed: int) -> dict[str, A
         horizontal_flip=0.5, rotation=10.0, scale=0.1, translate=0.08, border="reflection", brightness=0.15,
         contrast=0.15, saturation=0.15, erasing=0.0, erasing_scale=(0.02, 0.12),
     )  # fmt: skip
-    state, precision = training.start(model, recipe), choose_precision("auto", CPU)
+    state = training.start(model, recipe)
     train, val = (Images(*splits[split], pd.DataFrame()) for split in ("train", "val"))
     epochs = list(
         training.fit(
             state, train, val, task=TASK, recipe=recipe, augmentation=augmentation, seed=seed, device=CPU,
-            precision=precision,
+            precision=torch.float32,
         )
     )  # fmt: skip
     model.load_state_dict(state.best_weights)
     pixels, labels = splits["test"]
-    scores = TASK.probabilities(logits_of(model, pixels, 256, CPU, precision))
+    scores = TASK.probabilities(logits_of(model, pixels, 256, CPU, torch.float32))
     right = scores.argmax(axis=1) == labels[:, 0]
     best = epochs[state.best_epoch - 1]
     return {
@@ -129,6 +125,25 @@ def train_and_test(data: Path, dataset: str, arm: str, seed: int) -> dict[str, A
         "test_auc": auc(labels, scores, TASK), "test_loss": log_loss(labels, scores, TASK),
         "test_balanced_accuracy": float(np.mean([right[labels[:, 0] == c].mean() for c in np.unique(labels)])),
     }  # fmt: skip
+
+
+def network(arm: str, classes: int, seed: int) -> torch.nn.Module:
+    """An arm's network; the backbone's weights depend on the seed alone."""
+    torch.manual_seed(seed)
+    options = {"num_classes": classes, "img_size": SIDE, "drop_path_rate": 0.1}
+    plain = timm.create_model("fadevit_nano", global_pool="avg", drop_rate=0.1, **options)
+    if arm == "plain":
+        return plain
+    model = FadeNet(dropout=0.1, backbone="fadevit_nano", pretrained=False, **ARMS[arm], **options)
+    with torch.no_grad():
+        start = plain.state_dict()
+        for name, value in model.state_dict().items():
+            shared = name.replace(".block.", ".")  # behind which a Fade layer stands
+            if shared.startswith(("patch_embed.", "pos_embed", "cls_token", "blocks.")) and shared in start:
+                value.copy_(start[shared])
+    if arm == "attention alone":
+        shut_diffusion(model)
+    return model
 
 
 def shut_diffusion(model: torch.nn.Module) -> None:

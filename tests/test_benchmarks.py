@@ -11,7 +11,6 @@ import pytest
 import torch
 
 from fadeformer.attention import FadeAttn
-from fadeformer.models import create_model
 from tests.conftest import ROOT
 from tests.test_attention import CASES, REFERENCE, relative
 
@@ -59,12 +58,7 @@ def test_peaks_are_measured_in_a_process_of_their_own(bench):
 
 
 def test_shut_gates_leave_attention_alone():
-    science = load("science")
-    model = create_model(
-        backbone="fadevit_nano", num_classes=3, image_size=28, in_chans=3, pretrained=False, dropout=0.0, drop_path=0.0,
-        fade=science.ARMS["attention alone"],
-    ).eval()  # fmt: skip
-    science.shut_diffusion(model)
+    model = load("science").network("attention alone", classes=3, seed=0).eval()
     (layer,) = (module for module in model.modules() if hasattr(module, "gate_logit"))
     images = torch.randn(2, 3, 28, 28)
     before = model(images)
@@ -72,6 +66,19 @@ def test_shut_gates_leave_attention_alone():
         layer.time_logit.add_(1.0)
     assert torch.equal(model(images), before)
     assert not layer.gate_logit.requires_grad
+
+
+def test_all_arms_begin_with_the_same_backbone():
+    science = load("science")
+    models = {arm: science.network(arm, classes=3, seed=1) for arm in science.ARMS}
+    images = torch.randn(2, 3, 28, 28)
+    for arm, model in models.items():
+        model.eval()
+        tokens = model.patch_embed(images)
+        block = getattr(model.blocks[3], "block", model.blocks[3])
+        torch.testing.assert_close(tokens, models["plain"].patch_embed(images), msg=arm)
+        assert torch.equal(block.mlp.fc1.weight, models["plain"].blocks[3].mlp.fc1.weight), arm
+        assert torch.equal(model.pos_embed, models["plain"].pos_embed), arm
 
 
 def test_the_comparison_is_paired_by_seed(tmp_path, capsys):
