@@ -4,6 +4,7 @@ import copy
 import hashlib
 import json
 import pickle
+import shutil
 
 import numpy as np
 import pytest
@@ -32,6 +33,9 @@ VITS = [
     ("vit_tiny_r_s16_p8_224", {"depth": 2}, (64, 96)),  # a ResNet as stem
     ("fadevit_nano", {}, (28, 36)),
 ]
+
+
+compiles = pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler, g++")
 
 
 def small(variant: str = "published", **changes) -> FadeNet:
@@ -292,6 +296,7 @@ def test_onnx_takes_any_batch(variant, tmp_path):
         assert relative(torch.from_numpy(found), model(other).detach().numpy()) < 1e-5
 
 
+@compiles
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_compile_takes_any_batch(variant):
     model = exportable(variant)
@@ -302,6 +307,7 @@ def test_compile_takes_any_batch(variant):
             assert relative(compiled(other), model(other).numpy()) < 1e-5
 
 
+@compiles
 def test_the_map_compiles_for_any_grid():
     layer = FadeAttn(16, 4).eval()
     compiled = torch.compile(layer, dynamic=True, fullgraph=True)

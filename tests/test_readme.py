@@ -28,7 +28,7 @@ ELSEWHERE = {
     "dvc exp run -S dataset.name=npz -S dataset.root=data/own/scans.npz": "tests/pipeline/test_real_data.py",
     "dvc exp run -S model.fade.variant=diffusion": "tests/pipeline/test_reproduce.py",
     "dvc exp run -S model.backbone=resnet18 -S model.fade=null": "tests/pipeline/test_reproduce.py",
-    "python benchmarks/fadenet.py": "tests/test_benchmarks.py",
+    "python benchmarks/fadenet.py layer": "tests/test_benchmarks.py",
     "prefect server start": DEPLOYMENT,
     "export PREFECT_API_URL=http://127.0.0.1:4200/api": DEPLOYMENT,
     "prefect work-pool create local --type process": DEPLOYMENT,
