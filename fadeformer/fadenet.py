@@ -107,11 +107,7 @@ class FadeNet(Vit):  # type: ignore[misc]
         self.classifier = _classifier(self.embed_dim, num_classes)
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """Images (B, C, H, W) to the map of the last tokens, (B, width, grid height, grid width).
-
-        Raises:
-            ValueError: the tokens are not one for each patch of the grid.
-        """
+        """Images (B, C, H, W) to the map of the last tokens, (B, width, grid height, grid width)."""
         grid = self.patch_embed.dynamic_feat_size(tuple(x.shape[-2:]))
         tokens = self.fc_norm(super().forward_features(x)[:, self.num_prefix_tokens :])  # B, N, width
         return tokens.transpose(1, 2).unflatten(2, grid)  # type: ignore[no-any-return]
@@ -130,9 +126,10 @@ class FadeNet(Vit):  # type: ignore[misc]
         return self.forward_head(self.forward_features(x))
 
     def _note_grid(self, embed: nn.Module, images: tuple[Tensor]) -> None:
+        grid = tuple(self.patch_embed.dynamic_feat_size(tuple(images[0].shape[-2:])))
         for block in self.blocks:
             if isinstance(block, FadedBlock):
-                block.grid = tuple(self.patch_embed.dynamic_feat_size(tuple(images[0].shape[-2:])))
+                block.grid = grid
 
     def get_classifier(self) -> nn.Module:
         """The last layer."""

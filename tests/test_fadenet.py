@@ -283,7 +283,8 @@ def test_export_takes_any_batch(variant):
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_onnx_takes_any_batch(variant, tmp_path):
+def test_onnx_takes_any_batch(variant, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))  # where onnxruntime keeps an identity of this machine
     onnxruntime = pytest.importorskip("onnxruntime")
     model, images = exportable(variant), torch.randn(3, 3, 28, 28)
     batch = ({0: torch.export.Dim("batch")},)
