@@ -38,6 +38,12 @@ class ConvStem(nn.Module):
         return self.layers(x)  # type: ignore[no-any-return]
 
 
+def without_timms_own(options: dict[str, Any]) -> dict[str, Any]:
+    """Arguments without those that timm's factory adds for weights of its own."""
+    added = ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir")
+    return {name: value for name, value in options.items() if name not in added}
+
+
 @register_model
 def fadevit_nano(
     pretrained: bool = False, img_size: int | tuple[int, int] = 28, in_chans: int = 3, **kwargs: Any
@@ -52,8 +58,7 @@ def fadevit_nano(
     height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
     if height % STRIDE or width % STRIDE:
         raise ValueError(f"fadevit_nano needs image sides that are multiples of {STRIDE} pixels, not {height}x{width}")
-    for unused in ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir"):
-        kwargs.pop(unused, None)
+    kwargs = without_timms_own(kwargs)
     embed = partial(
         HybridEmbed,
         backbone=ConvStem(in_chans, (64, 64, 128)),

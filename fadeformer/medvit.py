@@ -38,6 +38,8 @@ from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
+from fadeformer.backbones import without_timms_own
+
 GROUP = 5  # blocks of the third stage come in groups of four ECB and one LTB
 REDUCTIONS = (8, 4, 2, 1)  # r of each stage; the first has no attention
 ECB_EXPANSION = 3  # hidden channels of LFFN per channel
@@ -430,9 +432,7 @@ def medvit_large(pretrained: bool = False, **kwargs: Any) -> MedViT:
 def _create(name: str, depths: tuple[int, int, int, int], pretrained: bool, options: dict[str, Any]) -> MedViT:
     if pretrained:
         raise ValueError(f"{name} has no pretrained weights that timm could fetch; set model.pretrained to false")
-    for unused in ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir"):
-        options.pop(unused, None)
-    return MedViT(depths=depths, **options)
+    return MedViT(depths=depths, **without_timms_own(options))
 
 
 def _init_weights(module: nn.Module) -> None:

@@ -102,7 +102,7 @@ def make(case: dict) -> tuple[FadeAttn, torch.Tensor]:
     return layer, torch.randn(2, 8, *case["grid"], dtype=case["dtype"])
 
 
-def close(found: torch.Tensor, expected: torch.Tensor) -> None:
+def assert_close(found: torch.Tensor, expected: torch.Tensor) -> None:
     tolerance = 1e-9 if found.dtype == torch.float64 else 2e-5
     torch.testing.assert_close(found, expected.to(found.dtype), rtol=tolerance, atol=tolerance)
 
@@ -111,14 +111,14 @@ def close(found: torch.Tensor, expected: torch.Tensor) -> None:
 def test_map_is_the_formula(case):
     layer, x = make(case)
     with settings(case["precomputed"], case["chunk"]):
-        close(layer(x), plain(layer, x))
+        assert_close(layer(x), plain(layer, x))
 
 
 @given(layers)
 def test_pooled_is_the_mean_of_the_map(case):
     layer, x = make(case)
     with settings(case["precomputed"], case["chunk"]):
-        close(layer.forward_pooled(x), layer(x).mean(dim=(2, 3)))
+        assert_close(layer.forward_pooled(x), layer(x).mean(dim=(2, 3)))
 
 
 @given(layers, st.sampled_from(PATHS))
@@ -126,8 +126,8 @@ def test_images_do_not_see_each_other(case, path):
     layer, x = make(case)
     with settings(case["precomputed"], case["chunk"]):
         both = getattr(layer, path)(x)
-        close(getattr(layer, path)(x[1:]), both[1:])
-        close(getattr(layer, path)(x.flip(0)), both.flip(0))
+        assert_close(getattr(layer, path)(x[1:]), both[1:])
+        assert_close(getattr(layer, path)(x.flip(0)), both.flip(0))
 
 
 @given(layers, st.sampled_from(PATHS))
@@ -136,9 +136,9 @@ def test_memory_layout_does_not_matter(case, path):
     expected = getattr(layer, path)(x)
     for axes, back in (((0, 2, 3, 1), (0, 3, 1, 2)), ((3, 2, 1, 0), (3, 2, 1, 0))):
         elsewhere = x.permute(axes).contiguous().permute(back)
-        close(getattr(layer, path)(elsewhere), expected)
+        assert_close(getattr(layer, path)(elsewhere), expected)
     spaced = torch.stack([x, x], dim=-1)[..., 0]
-    close(getattr(layer, path)(spaced), expected)
+    assert_close(getattr(layer, path)(spaced), expected)
 
 
 @pytest.mark.parametrize("path", PATHS)
