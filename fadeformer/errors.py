@@ -6,3 +6,20 @@ class UserError(Exception):
 
     A stage prints it alone, without a traceback, and exits with status 1.
     """
+
+
+class UnreadableError(UserError):
+    """One image that cannot be used. A data set may hold some of them: who reads it says how many are too many.
+
+    Attributes:
+        name: the file, as it was called when it was read.
+        reason: what is wrong with it and what to do, in plain words.
+    """
+
+    def __init__(self, name: str, reason: str) -> None:
+        super().__init__(name, reason)  # both, so that a process pool can hand it on
+        self.name = name
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.reason}"

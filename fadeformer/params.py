@@ -18,12 +18,15 @@ from ruamel.yaml.error import YAMLError
 from fadeformer.errors import UserError
 
 DatasetName = Literal[
-    "phantom", "npz", "pathmnist", "chestmnist", "dermamnist", "octmnist", "pneumoniamnist", "retinamnist",
+    "phantom", "folder", "npz", "isic2019", "chestxray14",
+    "pathmnist", "chestmnist", "dermamnist", "octmnist", "pneumoniamnist", "retinamnist",
     "breastmnist", "bloodmnist", "tissuemnist", "organamnist", "organcmnist", "organsmnist",
 ]  # fmt: skip
 Number = Annotated[float, BeforeValidator(lambda value: float(value) if type(value) is int else value)]
 Fraction = Annotated[Number, Field(ge=0, le=1)]
 Rate = Annotated[Number, Field(ge=0, lt=1)]
+# YAML 1.1, which some editors write, has off as a false
+Severity = Annotated[Literal["stop", "warn", "off"], BeforeValidator(lambda value: "off" if value is False else value)]
 
 
 class Section(BaseModel):
@@ -38,24 +41,67 @@ class DatasetParams(Section):
     name: DatasetName
     size: Annotated[int, Field(ge=16, le=1024)]
     mirror: str | None
+    edition: Literal["published", "other"]
+    archives: Annotated[list[Annotated[int, Field(ge=1, le=12)]], Field(min_length=1)]
     root: Annotated[str, Field(min_length=1)]
     classes: list[str] | None
     images: Annotated[int, Field(ge=200)]
+    task: Literal["multi-class", "ordinal-regression", "multi-label, binary-class"]
     seed: Annotated[int, Field(ge=0)]
 
     @model_validator(mode="after")
     def _size_is_published_and_names_differ(self) -> DatasetParams:
         if self.classes is not None and len(set(self.classes)) < len(self.classes):
             raise ValueError("dataset.classes names a class twice")
-        if self.name not in ("npz", "phantom") and self.size not in (28, 64, 128, 224):
+        if self.name.endswith("mnist") and self.size not in (28, 64, 128, 224):
             raise ValueError(f"dataset.size is {self.size}; {self.name} is published at 28, 64, 128 and 224 pixels")
         return self
+
+
+class SplitParams(Section):
+    """Which images train, choose and judge."""
+
+    adopted: Annotated[str, Field(min_length=1)]
+    anew: bool
+    shares: Annotated[list[Annotated[Number, Field(gt=0, lt=1)]], Field(min_length=3, max_length=3)]
+    seed: Annotated[int, Field(ge=0)]
+
+    @model_validator(mode="after")
+    def _shares_are_all(self) -> SplitParams:
+        if abs(sum(self.shares) - 1) > 1e-6:
+            raise ValueError(f"split.shares is {self.shares}; train, val and test have to sum to 1")
+        return self
+
+
+class SeverityParams(Section):
+    """What each check of the data gate does where it does not hold."""
+
+    split_missing: Severity
+    published_counts: Severity
+    unreadable_image: Severity
+    blank_image: Severity
+    unexpected_mode: Severity
+    unexpected_size: Severity
+    colliding_names: Severity
+    image_in_two_splits: Severity
+    near_duplicate_in_two_splits: Severity
+    group_in_two_splits: Severity
+    same_image_two_labels: Severity
+    label_out_of_range: Severity
+    class_missing: Severity
+    class_too_small: Severity
+    finding_without_images: Severity
+    label_shift: Severity
 
 
 class ValidateParams(Section):
     """What the data gate lets pass."""
 
     max_cross_split_duplicates: Annotated[int, Field(ge=0)]
+    near_duplicate_similarity: Annotated[Number, Field(gt=0, le=1)]
+    min_per_class: Annotated[int, Field(ge=1)]
+    max_label_shift: Fraction
+    severity: SeverityParams
 
 
 class PreprocessParams(Section):
@@ -63,6 +109,8 @@ class PreprocessParams(Section):
 
     image_size: Annotated[int, Field(ge=16, le=1024)] | None
     channels: Literal[1, 3]
+    aspect: Literal["squash", "crop", "pad"]
+    threads: Annotated[int, Field(ge=1)] | None
 
 
 class FadeParams(Section):
@@ -111,7 +159,7 @@ class ModelParams(Section):
 class AugmentParams(Section):
     """Random changes to each training image."""
 
-    horizontal_flip: Fraction
+    horizontal_flip: Fraction | Literal["auto"]
     rotation: Annotated[Number, Field(ge=0, le=180)]
     scale: Rate
     translate: Rate
@@ -166,6 +214,7 @@ class Params(Section):
 
     seed: Annotated[int, Field(ge=0)]
     dataset: DatasetParams
+    split: SplitParams
     validate_: Annotated[ValidateParams, Field(alias="validate")]
     preprocess: PreprocessParams
     model: ModelParams

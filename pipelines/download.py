@@ -10,7 +10,9 @@ def main() -> str:
     """Brings the data set."""
     wanted = params.load(paths.PARAMS).dataset
     with whole_folder(paths.RAW) as folder:
-        facts = sources.fetch(**wanted.model_dump(), downloads=paths.DOWNLOADS, folder=folder)
+        facts = sources.fetch(
+            **wanted.model_dump(), downloads=paths.DOWNLOADS, lock=paths.PINS, salt=paths.SALT, into=folder
+        )
     return f"{facts.file}, {facts.task}, {len(facts.classes)} classes, sha256 {facts.sha256[:16]}. {facts.note}".strip()
 
 

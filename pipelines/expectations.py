@@ -2,35 +2,69 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import great_expectations as gx
 import great_expectations.expectations as gxe
+import numpy as np
 import pandas as pd
+from scipy.spatial.distance import jensenshannon
 
 from fadeformer.datasets import manifest
 from fadeformer.datasets.facts import SPLITS, Facts
+from fadeformer.datasets.manifest import Manifest
+from fadeformer.datasets.splits import presence
+
+SEVERITIES = {"stop": "critical", "warn": "warning"}  # ours, and great-expectations' names for them
+OF_SPLIT = {"images_in_split", "label_shift"}  # columns that are the same for a whole split: its rows are not at fault
 
 
 @dataclass(frozen=True)
 class Check:
-    """One expectation's outcome: its sentence, whether it holds, and the rows of the manifest that offend it."""
+    """One expectation's outcome.
 
+    Attributes:
+        name: of the check, as in `validate.severity`.
+        severity: stop or warn.
+        sentence: what is expected.
+        passed: whether it holds.
+        rows: of the manifest, that offend it.
+    """
+
+    name: str
+    severity: str
     sentence: str
     passed: bool
     rows: pd.DataFrame
 
+    @property
+    def stops(self) -> bool:
+        """Whether it shuts the gate."""
+        return not self.passed and self.severity == "stop"
 
-def check(rows: pd.DataFrame, facts: Facts, allowed_duplicates: int, folder: Path) -> list[Check]:
+
+def check(
+    found: Manifest,
+    facts: Facts,
+    *,
+    severity: Mapping[str, str],
+    allowed_duplicates: int,
+    min_per_class: int,
+    max_label_shift: float,
+    folder: Path,
+) -> list[Check]:
     """Holds a manifest against the suite and writes Data Docs to `folder`, its start page being index.html.
 
     Args:
-        rows: the manifest.
+        found: the manifest.
         facts: what is known of the data set.
+        severity: stop, warn or off for each check by name.
         allowed_duplicates: images that may stand in two splits.
+        min_per_class: images of each class, or positives and negatives of each finding, that every split needs.
+        max_label_shift: Jensen-Shannon divergence of the labels of val and of test from those of train, bits.
         folder: where the pages go.
     """
     context = gx.get_context(mode="ephemeral")
@@ -39,9 +73,10 @@ def check(rows: pd.DataFrame, facts: Facts, allowed_duplicates: int, folder: Pat
     asset = context.data_sources.add_pandas(facts.name).add_dataframe_asset("manifest")
     batch = asset.add_batch_definition_whole_dataframe("every image")
     suite = context.suites.add(gx.ExpectationSuite("manifest"))
-    table = _with_derived_columns(rows)
-    for expectation in _expectations(table, facts, allowed_duplicates):
-        suite.add_expectation(expectation)
+    table = _with_derived_columns(found, facts)
+    for name, kind, settings in _expectations(table, facts, allowed_duplicates, min_per_class, max_label_shift):
+        if severity[name] != "off":
+            suite.add_expectation(kind(**settings, severity=SEVERITIES[severity[name]], meta={"check": name}))
     definition = context.validation_definitions.add(gx.ValidationDefinition(name="manifest", data=batch, suite=suite))
     checkpoint = context.checkpoints.add(
         gx.Checkpoint(
@@ -54,68 +89,200 @@ def check(rows: pd.DataFrame, facts: Facts, allowed_duplicates: int, folder: Pat
     identity = gx.RunIdentifier(run_name=facts.name)
     result = checkpoint.run(batch_parameters={"dataframe": table}, run_id=identity)
     (outcome,) = result.run_results.values()
-    return [_outcome(one, rows, facts) for one in outcome.results]
+    return [_outcome(one, found, facts, severity) for one in outcome.results]
 
 
-def _expectations(table: pd.DataFrame, facts: Facts, allowed_duplicates: int) -> Iterator[Any]:
+Expectation = tuple[str, Any, dict[str, Any]]  # name of the check, class and arguments
+
+
+def _expectations(
+    table: pd.DataFrame, facts: Facts, allowed_duplicates: int, min_per_class: int, max_label_shift: float
+) -> Iterator[Expectation]:
+    yield (
+        "split_missing",
+        gxe.ExpectColumnDistinctValuesToEqualSet,
+        {"column": "split", "value_set": list(SPLITS), "description": "train, val and test each have images"},
+    )
+    yield from _of_files(table, facts)
+    yield from _of_leaks(table, allowed_duplicates)
+    yield from _of_labels(table, facts, min_per_class, max_label_shift)
+
+
+def _of_files(table: pd.DataFrame, facts: Facts) -> Iterator[Expectation]:
+    of = {"train_val": "train and val together", "all": "the data set"}
+    for part, count in (facts.counts or {}).items():
+        where = {} if part == "all" else _where("split", SPLITS[:2] if part == "train_val" else [part])
+        column = "images_in_split" if part in SPLITS else f"images_in_{part}"
+        told = f"{of.get(part, part)} has the published {count:,} images"
+        yield (
+            "published_counts",
+            gxe.ExpectColumnValuesToBeInSet,
+            {"column": column, "value_set": [count], "description": told, **where},
+        )
+    yield (
+        "unreadable_image",
+        gxe.ExpectColumnValuesToBeNull,
+        {"column": "problem", "description": "every image can be read"},
+    )
+    yield (
+        "blank_image",
+        gxe.ExpectColumnValuesToBeBetween,
+        {"column": "contrast", "min_value": 0, "strict_min": True, "description": "no image is of one value all over"},
+    )
+    yield (
+        "colliding_names",
+        gxe.ExpectColumnValuesToBeInSet,
+        {
+            "column": "collides", "value_set": [False],
+            "description": "no two file names differ in upper and lower case alone",
+        },
+    )  # fmt: skip
+    if facts.channels is not None:
+        mode = "RGB" if facts.channels == 3 else "L"
+        told = {"column": "mode", "value_set": [mode], "description": f"every image is {mode}"}
+        yield "unexpected_mode", gxe.ExpectColumnValuesToBeInSet, told
+    if facts.size is not None:
+        for side in ("height", "width"):
+            text = f"every image has a {side} of {facts.size} pixels"
+            told = {"column": side, "value_set": [facts.size], "description": text}
+            yield "unexpected_size", gxe.ExpectColumnValuesToBeInSet, told
+
+
+def _of_leaks(table: pd.DataFrame, allowed_duplicates: int) -> Iterator[Expectation]:
     leaks = int(table["leaked"].sum())
     # great-expectations counts in shares: all that were found may stay if they are as few as allowed, else none.
     share = (len(table) - leaks) / len(table) if leaks <= allowed_duplicates else 1.0
     relaxed = f" (up to {allowed_duplicates} may: validate.max_cross_split_duplicates)" if allowed_duplicates else ""
-    yield gxe.ExpectColumnDistinctValuesToEqualSet(
-        column="split", value_set=list(SPLITS), description="train, val and test each have images"
-    )
-    if facts.counts:
-        for split, count in facts.counts.items():
-            yield gxe.ExpectColumnValuesToBeInSet(
-                column="images_in_split", value_set=[count], description=f"{split} has the published {count} images",
-                row_condition=f'split=="{split}"', condition_parser="pandas",
-            )  # fmt: skip
-    yield gxe.ExpectColumnValuesToBeInSet(
-        column="leaked", value_set=[False], mostly=share, description=f"no image stands in two splits{relaxed}"
-    )
+    yield (
+        "image_in_two_splits",
+        gxe.ExpectColumnValuesToBeInSet,
+        {
+            "column": "leaked", "value_set": [False], "mostly": share,
+            "description": f"no image stands in two splits{relaxed}",
+        },
+    )  # fmt: skip
+    yield (
+        "near_duplicate_in_two_splits",
+        gxe.ExpectColumnValuesToBeInSet,
+        {
+            "column": "near_leaked", "value_set": [False],
+            "description": "no image stands in one split and a near duplicate of it in another",
+        },
+    )  # fmt: skip
     if table["group"].notna().any():  # of images whose group is not known it would hold without saying anything
-        yield gxe.ExpectColumnValuesToBeBetween(
-            column="splits_of_group", max_value=1, description="no group (patient, lesion, slide) stands in two splits"
+        yield (
+            "group_in_two_splits",
+            gxe.ExpectColumnValuesToBeBetween,
+            {
+                "column": "splits_of_group", "max_value": 1,
+                "description": "no group (patient, lesion, slide) stands in two splits",
+            },
+        )  # fmt: skip
+    yield (
+        "same_image_two_labels",
+        gxe.ExpectColumnValuesToBeBetween,
+        {"column": "labels_of_image", "max_value": 1, "description": "copies of an image have the same label"},
+    )
+
+
+def _of_labels(table: pd.DataFrame, facts: Facts, min_per_class: int, max_label_shift: float) -> Iterator[Expectation]:
+    many = facts.kind.multi_label
+    values = [0, 1] if many else list(range(len(facts.classes)))
+    for column, finding in zip(facts.kind.label_columns(len(facts.classes)), facts.classes, strict=False):
+        what = f"label {finding}" if many else "label"
+        yield (
+            "label_out_of_range",
+            gxe.ExpectColumnValuesToNotBeNull,
+            {"column": column, "description": f"every image has a {what}"},
         )
-    mode = "RGB" if facts.channels == 3 else "L"
-    yield gxe.ExpectColumnValuesToBeInSet(column="mode", value_set=[mode], description=f"every image is {mode}")
-    for side in ("height", "width"):
-        yield gxe.ExpectColumnValuesToBeInSet(
-            column=side, value_set=[facts.size], description=f"every image has a {side} of {facts.size} pixels"
-        )
-    values = [0, 1] if facts.kind.multi_label else list(range(len(facts.classes)))
-    for column in facts.kind.label_columns(len(facts.classes)):
-        yield gxe.ExpectColumnValuesToBeInSet(
-            column=column, value_set=values, description=f"every {column} is from 0 to {values[-1]}"
+        yield (
+            "label_out_of_range",
+            gxe.ExpectColumnValuesToBeInSet,
+            {"column": column, "value_set": values, "description": f"every {what} is from 0 to {values[-1]}"},
         )
         for split in SPLITS:
-            what = f"{column} is both 0 and 1 in {split}" if facts.kind.multi_label else f"every class is in {split}"
-            yield gxe.ExpectColumnDistinctValuesToContainSet(
-                column=column, value_set=values, description=what,
-                row_condition=f'split=="{split}"', condition_parser="pandas",
-            )  # fmt: skip
+            if many:
+                images = int((table["split"] == split).sum())
+                told = f"{split} has {min_per_class} or more with and without {finding}"
+                limits = {"min_value": min_per_class, "max_value": max(images - min_per_class, min_per_class)}
+                yield (
+                    "finding_without_images",
+                    gxe.ExpectColumnSumToBeBetween,
+                    {"column": column, **limits, "description": told, **_where("split", [split])},
+                )
+            else:
+                yield (
+                    "class_missing",
+                    gxe.ExpectColumnDistinctValuesToContainSet,
+                    {
+                        "column": column, "value_set": values, "description": f"every class is in {split}",
+                        **_where("split", [split]),
+                    },
+                )  # fmt: skip
+    if not many and min_per_class > 1:
+        yield (
+            "class_too_small",
+            gxe.ExpectColumnValuesToBeBetween,
+            {
+                "column": "images_of_class", "min_value": min_per_class,
+                "description": f"every class has {min_per_class} or more images in each split",
+            },
+        )  # fmt: skip
+    for split in SPLITS[1:]:
+        told = f"the labels of {split} diverge by no more than {max_label_shift} bits from those of train"
+        yield (
+            "label_shift",
+            gxe.ExpectColumnValuesToBeBetween,
+            {"column": "label_shift", "max_value": max_label_shift, "description": told, **_where("split", [split])},
+        )
 
 
-def _with_derived_columns(rows: pd.DataFrame) -> pd.DataFrame:
+def _where(column: str, values: Any) -> dict[str, str]:
+    return {"row_condition": f"{column} in {list(values)}", "condition_parser": "pandas"}
+
+
+def _with_derived_columns(found: Manifest, facts: Facts) -> pd.DataFrame:
     """Adds what an expectation on single rows can see.
 
     `leaked` marks one copy of each image that stands in several splits (the last, train before val before test), so
     that marks count images. `splits_of_group` counts the splits a group stands in; null where no group is known.
     """
+    rows = found.rows
     crossing = manifest.across_splits(rows)
     place = crossing["split"].map({split: i for i, split in enumerate(SPLITS)})
     last = crossing.assign(place=place).sort_values("place", kind="stable").drop_duplicates("sha256", keep="last")
+    near = manifest.near_across_splits(rows, found.near)
+    columns = facts.kind.label_columns(len(facts.classes))
+    label = rows[columns].astype("string").fillna("").agg(",".join, axis=1)
+    names = (rows["path"] + "/" + rows["member"]).str.casefold()
     return rows.assign(
         leaked=rows.index.isin(last.index),
+        near_leaked=rows["id"].isin({*near["first"], *near["second"]}),
         splits_of_group=rows.groupby("group")["split"].transform("nunique"),
+        labels_of_image=label.groupby(rows["sha256"]).transform("nunique"),
+        images_of_class=rows.groupby(["split", columns[0]])["id"].transform("size"),
         images_in_split=rows.groupby("split")["id"].transform("size"),
+        images_in_train_val=int(rows["split"].isin(SPLITS[:2]).sum()),
+        images_in_all=len(rows),
+        collides=names.duplicated(keep=False),
+        label_shift=rows["split"].map(label_shift(rows, facts)).astype(float),
     )
 
 
-def _outcome(one: Any, rows: pd.DataFrame, facts: Facts) -> Check:
+def label_shift(rows: pd.DataFrame, facts: Facts) -> dict[str, float]:
+    """Jensen-Shannon divergence of each split's labels from those of train, bits (0 to 1)."""
+    present = presence(rows[facts.kind.label_columns(len(facts.classes))], len(facts.classes))
+    totals = {split: present[(rows["split"] == split).to_numpy()].sum(axis=0) for split in SPLITS}
+    if not all(total.any() for total in totals.values()):
+        return {}
+    return {
+        split: float(np.nan_to_num(jensenshannon(totals["train"], total, 2)) ** 2) for split, total in totals.items()
+    }
+
+
+def _outcome(one: Any, found: Manifest, facts: Facts, severity: Mapping[str, str]) -> Check:
     config = one.expectation_config
-    sentence = config.description
+    name, sentence, rows = config.meta["check"], config.description, found.rows
     if one.exception_info.get("raised_exception"):
         raise RuntimeError(f"great-expectations failed at {sentence!r}: {one.exception_info['exception_message']}")
     missing = one.result.get("partial_missing_list")
@@ -125,13 +292,17 @@ def _outcome(one: Any, rows: pd.DataFrame, facts: Facts) -> Check:
         sentence += f": missing {', '.join(str(value) for value in missing)}"
     offending = {entry["id"] for entry in one.result.get("unexpected_index_list") or []}
     chosen = rows[rows["id"].isin(offending)]
-    if config.kwargs["column"] == "leaked":  # all copies, not only the one that was counted
+    column = config.kwargs["column"]
+    if column == "leaked":  # all copies, not only the one that was counted
         chosen = manifest.across_splits(rows)
-    elif config.kwargs["column"] == "images_in_split":
-        chosen = rows.head(0)  # the split is at fault, not its rows
+    elif column in OF_SPLIT or column.startswith("images_in_"):
+        chosen = rows.head(0)
         if not one.success:
-            sentence += f", but the file has {one.result['partial_unexpected_list'][0]}"
-    return Check(sentence, bool(one.success), chosen.assign(expectation=sentence))
+            value = one.result["partial_unexpected_list"][0]
+            sentence += f", but by {value:.3f}" if column == "label_shift" else f", but there are {value:,}"
+    elif name == "finding_without_images" and not one.success:
+        sentence += f", but it has {int(one.result['observed_value'] or 0):,}"
+    return Check(name, severity[name], sentence, bool(one.success), chosen.assign(expectation=sentence))
 
 
 def _site(folder: Path) -> dict[str, Any]:

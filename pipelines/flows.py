@@ -16,6 +16,7 @@ from pipelines import overrides, paths
 from pipelines.__main__ import STAGES
 
 DatasetOverrides: Any = overrides.partial(params.DatasetParams)
+SplitOverrides: Any = overrides.partial(params.SplitParams)
 ValidateOverrides: Any = overrides.partial(params.ValidateParams)
 PreprocessOverrides: Any = overrides.partial(params.PreprocessParams)
 ModelOverrides: Any = overrides.partial(params.ModelParams)
@@ -46,6 +47,7 @@ def reproduce(stage: str) -> None:
 def pipeline(
     seed: int | None = None,
     dataset: DatasetOverrides | None = None,
+    split: SplitOverrides | None = None,
     validate: ValidateOverrides | None = None,
     preprocess: PreprocessOverrides | None = None,
     model: ModelOverrides | None = None,
@@ -59,6 +61,7 @@ def pipeline(
     Args:
         seed: of training.
         dataset: which images.
+        split: which of them train, choose and judge.
         validate: what the data gate lets pass.
         preprocess: arrays that training reads.
         model: the network.
@@ -68,8 +71,8 @@ def pipeline(
         promote: the registry gate.
     """
     sections = {
-        "dataset": dataset, "validate": validate, "preprocess": preprocess, "model": model, "augment": augment,
-        "train": train, "evaluate": evaluate, "promote": promote,
+        "dataset": dataset, "split": split, "validate": validate, "preprocess": preprocess, "model": model,
+        "augment": augment, "train": train, "evaluate": evaluate, "promote": promote,
     }  # fmt: skip
     changes: dict[str, Any] = {name: overrides.given(section) for name, section in sections.items() if section}
     if seed is not None:

@@ -5,6 +5,11 @@ from pathlib import Path
 PARAMS = Path("params.yaml")
 LOCK = Path("dvc.lock")
 NO_WEIGHTS = Path("data/weights/none")  # empty, so that there is a file for DVC to watch
+NO_SPLIT = Path("data/adopted/none")  # likewise
+PROPOSED = Path("data/adopted/proposed.csv")
+SPLITS = Path("data/splits")
+PINS = Path("dataset.lock")
+SALT = Path("data/salt")
 DOWNLOADS = Path("data/downloads")
 RAW = Path("data/raw")
 MANIFEST = Path("data/manifest.parquet")

@@ -1,12 +1,19 @@
 """Stage preprocess: reads data/raw and data/manifest.parquet, writes data/processed (arrays, index, meta)."""
 
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
 from dataclasses import asdict
+from pathlib import Path
 
 import pandas as pd
 
-from fadeformer import arrays, params
-from fadeformer.datasets import facts, manifest, npz
-from fadeformer.files import whole_folder
+from fadeformer import params, preprocess
+from fadeformer.datasets import facts, manifest
+from fadeformer.errors import UserError
+from fadeformer.files import checksum
 from pipelines import paths, stage
 
 
@@ -14,19 +21,36 @@ def main() -> str:
     """Writes the arrays that training maps into memory."""
     wanted = params.load(paths.PARAMS).preprocess
     found = facts.read(paths.RAW)
+    side = wanted.image_size or found.size
+    if side is None:
+        raise UserError(f"{paths.PARAMS}: the images of {found.name} differ in size; set preprocess.image_size, pixels")
     rows = pd.read_parquet(paths.MANIFEST)
-    with whole_folder(paths.PROCESSED) as folder:
-        meta = arrays.write(
-            asdict(found),
-            rows[["split", "id", "group", *found.kind.label_columns(len(found.classes))]],
-            {split: npz.images(paths.RAW / found.file, split) for split in facts.SPLITS},
-            image_size=wanted.image_size or found.size,
-            channels=wanted.channels,
-            cross_split_duplicates=manifest.across_splits(rows)["sha256"].nunique(),
-            folder=folder,
-        )
+    settings = {"image_size": side, "channels": wanted.channels, "aspect": wanted.aspect}
+    begun = _begun(json.dumps([settings, asdict(found), checksum(paths.MANIFEST, "sha256")]))
+    meta = preprocess.write(
+        asdict(found),
+        rows,
+        paths.RAW,
+        **settings,
+        threads=wanted.threads,
+        cross_split_duplicates=manifest.across_splits(rows)["sha256"].nunique(),
+        folder=begun,
+    )
+    shutil.rmtree(paths.PROCESSED, ignore_errors=True)
+    begun.rename(paths.PROCESSED)
     counts = ", ".join(f"{split} {count}" for split, count in meta.counts.items())
     return f"{counts} images of {meta.image_size}x{meta.image_size}x{meta.channels}"
+
+
+def _begun(told: str) -> Path:
+    """The folder where these arrays are made; what was begun of others is removed."""
+    key = hashlib.sha256(told.encode()).hexdigest()[:12]
+    folder = paths.PROCESSED.with_name(f".{paths.PROCESSED.name}-{key}")
+    for other in folder.parent.glob(f".{paths.PROCESSED.name}-*"):
+        if other != folder:
+            shutil.rmtree(other)
+    folder.mkdir(exist_ok=True)
+    return folder
 
 
 if __name__ == "__main__":

@@ -24,7 +24,8 @@ from pipelines import paths, stage, tracking
 from pipelines.orchestrator import orchestrated
 
 # What a model is made of; the other sections may change without training it again.
-SECTIONS = ("seed", "dataset", "preprocess", "model", "augment", "train")
+SECTIONS = ("seed", "dataset", "split", "preprocess", "model", "augment", "train")
+FLIPPED = 0.5  # of images that mean the same when mirrored
 SERVED = Path(__file__).with_name("served.py")
 
 
@@ -61,7 +62,10 @@ def fit(folder: Path) -> dict[str, Any]:
             " network, or set model.pretrained to false"
         ) from error
     recipe = training.Recipe(**wanted.train.model_dump(exclude={"precision", "device"}))
-    augmentation = Augmentation(**{**wanted.augment.model_dump(), "erasing_scale": tuple(wanted.augment.erasing_scale)})
+    chosen = wanted.augment.model_dump() | {"erasing_scale": tuple(wanted.augment.erasing_scale)}
+    if wanted.augment.horizontal_flip == "auto":
+        chosen["horizontal_flip"] = FLIPPED if meta.dataset["mirrors"] else 0.0
+    augmentation = Augmentation(**chosen)
     state = training.start(model, recipe)
     epochs, began = [], time.perf_counter()
     for epoch in training.fit(

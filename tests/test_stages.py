@@ -60,7 +60,7 @@ def is_module(name: str) -> bool:
 
 def sections_of(module: str) -> set[str]:
     """Sections of params.yaml that a stage's module reads: attributes of what `params.load` returned."""
-    known = {"seed", "dataset", "validate_", "preprocess", "model", "augment", "train", "evaluate", "promote"}
+    known = {"seed", "dataset", "split", "validate_", "preprocess", "model", "augment", "train", "evaluate", "promote"}
     tree = ast.parse((ROOT / "pipelines" / f"{module}.py").read_text())
     read = set()
     for node in ast.walk(tree):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from fadeformer.errors import UserError
@@ -18,16 +18,19 @@ class Facts:
     """One data set as it lies in `data/raw`.
 
     Attributes:
-        name: as in `dataset.name`; of a user's own archive own- and its file name.
-        file: the archive's name.
-        sha256: its checksum.
+        name: as in `dataset.name`; of a user's own files own- and their name.
+        file: the archive or folder of images, or the first of several.
+        sha256: checksum of what was brought; of several files, of all of them.
         task: a key of `fadeformer.tasks.TASKS`.
         classes: name of each class or finding.
-        size: side of an image, pixels.
-        channels: 1 (grey) or 3 (colour).
-        counts: images that each split must have, where its authors say so.
+        size: side of an image, pixels; None where sizes differ.
+        channels: 1 (grey) or 3 (colour); None where that differs.
+        counts: images that there must be, where its authors say so: by split, of train_val together, or of all.
         licence: under which it may be used.
         note: what a reader of a result must know, such as that the images are synthetic.
+        layout: in which the images and labels lie: a key of `fadeformer.datasets.manifest.TABLES`.
+        files: name and SHA-256 of each file, where there are several.
+        mirrors: whether a mirrored image keeps its label; not where left and right are classes.
     """
 
     name: str
@@ -35,11 +38,14 @@ class Facts:
     sha256: str
     task: str
     classes: tuple[str, ...]
-    size: int
-    channels: int
+    size: int | None
+    channels: int | None
     counts: dict[str, int] | None
     licence: str
     note: str
+    layout: str = "npz"
+    files: dict[str, str] = field(default_factory=dict)
+    mirrors: bool = True
 
     @property
     def kind(self) -> Task:

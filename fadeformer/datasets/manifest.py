@@ -1,70 +1,213 @@
 """The manifest: one row per image of a data set, with all that can be known before training.
 
-Columns: `path` (archive), `split`, `index` (row in the split), `id`, `group` (patient, lesion or slide; null if not
-known), the label columns of the task, `sha256` (of the pixels), `height`, `width` (pixels), `mode` (L or RGB).
+Columns: `path` (archive or folder in data/raw) and `member` (in it), `split`, `index` (row in the split), `id`, `group`
+(patient, lesion or slide; null if not known), the label columns of the task, whatever else a source knows of an image
+(age, sex, view), and what was seen in its pixels: `sha256` (of the content), `height`, `width` (pixels), `mode` (L or
+RGB), `brightness` (mean, 0 to 255), `contrast` (standard deviation), or, where it cannot be read, `problem`.
 """
 
 from __future__ import annotations
 
-import hashlib
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
+import numpy as np
 import pandas as pd
-from tqdm import tqdm
+from numpy.typing import NDArray
+from PIL import Image
 
-from fadeformer.datasets import npz
+from fadeformer import similarity
+from fadeformer.datasets import chestxray14, images, isic2019, npz, packed, splits
 from fadeformer.datasets.facts import SPLITS, Facts
+from fadeformer.decode import resize, to_channels
+
+TABLES: dict[str, Callable[[Facts, Path], pd.DataFrame]] = {
+    "npz": npz.table, "packed": packed.table, "isic2019": isic2019.table, "chestxray14": chestxray14.table,
+}  # fmt: skip
+SEEN = ("sha256", "height", "width", "mode", "brightness", "contrast")
+EXAMPLES = 8  # of each class
+EXAMPLE_SIDE = 96  # pixels
 
 
-def build(facts: Facts, folder: Path) -> pd.DataFrame:
+@dataclass(frozen=True)
+class Manifest:
+    """A data set, read.
+
+    Attributes:
+        rows: one per image, as the module says, train before val before test.
+        near: pairs of near duplicates: `first` and `second` (ids) and `similarity`.
+        cluster: number of the images of each row that must stay together: a group, its copies, and their groups.
+        thumbnails: of each row, grey, small; None where it cannot be read or shows nothing.
+        examples: a few images of each class or finding, (side, side, 3), by id.
+        made: where the split is written down that was made here; None where there was none to make.
+    """
+
+    rows: pd.DataFrame
+    near: pd.DataFrame
+    cluster: NDArray[np.int64]
+    thumbnails: Sequence[NDArray[np.uint8] | None]
+    examples: dict[str, NDArray[np.uint8]]
+    made: Path | None
+
+
+class _Seen(NamedTuple):
+    sha256: str
+    height: int
+    width: int
+    mode: str
+    brightness: float
+    contrast: float
+    sketch: similarity.Sketch | None
+    example: NDArray[np.uint8] | None
+
+
+def build(
+    facts: Facts,
+    folder: Path,
+    *,
+    near_duplicate_similarity: float,
+    anew: bool,
+    shares: Sequence[float],
+    seed: int,
+    adopted: Path | None,
+    kept: Path,
+) -> Manifest:
     """Reads every image once.
 
     Args:
         facts: what is known of the data set.
-        folder: where its archive lies.
+        folder: where its files lie.
+        near_duplicate_similarity: from which two images count as near duplicates, 0 to 1.
+        anew: whether to make a split even where the authors gave one.
+        shares: of train, val and test in a split that is made.
+        seed: of that split.
+        adopted: a split that was written down; it is the one then. None for none.
+        kept: folder where splits are written down that were made, and from which they are taken again.
 
     Raises:
-        UserError: the archive is damaged.
+        UserError: an archive or a table is damaged, or the adopted split does not fit.
     """
-    archive = folder / facts.file
-    # A published set has the same images in the same order at every size; anything else is told by its content.
-    prefix = facts.name if facts.counts else f"{facts.name}-{facts.sha256[:8]}"
-    parts = []
-    for split in SPLITS:
-        labels = npz.read(archive, f"{split}_labels").astype("int64")
-        columns = facts.kind.label_columns(len(facts.classes))
-        part = pd.DataFrame(labels.reshape(len(labels), len(columns)), columns=columns)
-        part.insert(0, "split", split)
-        part.insert(1, "index", range(len(part)))
-        part.insert(2, "id", [f"{prefix}/{split}/{i}" for i in range(len(part))])
-        part.insert(3, "group", npz.groups(archive, split, len(part)))
-        (count, height, width, *channels), _ = npz.header(archive, f"{split}_images")
-        progress = tqdm(total=count, desc=f"{facts.name} {split}", unit="image", disable=None)
-        hashes: list[str] = []
-        for images in npz.rows(archive, f"{split}_images"):
-            hashes += [hashlib.sha256(image.tobytes()).hexdigest() for image in images]
-            progress.update(len(images))
-        progress.close()
-        parts.append(part.assign(sha256=hashes, height=height, width=width, mode="RGB" if channels else "L"))
-    rows = pd.concat(parts, ignore_index=True)
-    rows.insert(0, "path", facts.file)
-    return rows
+    table = TABLES[facts.layout](facts, folder)
+    columns = facts.kind.label_columns(len(facts.classes))
+    present = splits.presence(table[columns], len(facts.classes))
+    shown = {int(row) for label in present.T for row in _spread(np.flatnonzero(label))}
+    found: list[_Seen | None] = [None] * len(table)
+    problems: list[str | None] = ["no such file in the archive"] * len(table)
+    for row, seen in images.each(table, folder, lambda row, image: _see(image, row in shown), what=facts.name):
+        found[row], problems[row] = (seen, None) if isinstance(seen, _Seen) else (None, str(seen))
+    seen_of = {name: [None if one is None else getattr(one, name) for one in found] for name in SEEN}
+    rows = pd.concat([table, pd.DataFrame({**seen_of, "problem": problems}, index=table.index)], axis=1)
+    near, pairs = _near_duplicates(rows, found, near_duplicate_similarity)
+    cluster = splits.clusters(len(rows), rows["group"], np.concatenate([_copies(rows), pairs]))
+    made = None
+    if adopted is not None:
+        rows["split"] = splits.read(adopted, rows["id"])
+    else:
+        if anew:
+            rows["split"] = None
+        if not rows["split"].isin(SPLITS).all():
+            made = kept / f"{facts.name}-{splits.key(rows, cluster, shares, seed)}.csv"
+            if not made.exists():
+                splits.write(made, rows["id"], splits.made(rows, present, cluster, shares, seed))
+            rows["split"] = splits.read(made, rows["id"])
+    order = np.argsort(pd.Categorical(rows["split"], categories=list(SPLITS)).codes, kind="stable").tolist()
+    rows = rows.iloc[order].reset_index(drop=True)
+    rows.insert(rows.columns.get_loc("split") + 1, "index", rows.groupby("split").cumcount())
+    thumbnails = [None if (one := found[i]) is None or one.sketch is None else one.sketch.thumbnail for i in order]
+    examples = {
+        str(name): one.example for name, one in zip(table["id"], found, strict=True) if one and one.example is not None
+    }
+    return Manifest(rows, near, cluster[order], thumbnails, examples, made)
 
 
-def across_splits(manifest: pd.DataFrame) -> pd.DataFrame:
+def _spread(positions: NDArray[np.int64]) -> NDArray[np.int64]:
+    """A few of them, from the first to the last."""
+    chosen = np.linspace(0, len(positions) - 1, min(EXAMPLES, len(positions))).round().astype(int)
+    return np.asarray(positions[chosen])
+
+
+def _see(image: Image.Image, shown: bool) -> _Seen:
+    pixels = np.asarray(image)
+    # an even surface has no features that could be compared, and an image of few pixels too few
+    alike = min(pixels.shape[:2]) >= similarity.LEAST_SIDE and pixels.std() > 1
+    return _Seen(
+        sha256=similarity.content_hash(pixels),
+        height=pixels.shape[0],
+        width=pixels.shape[1],
+        mode=image.mode,
+        brightness=float(pixels.mean()),
+        contrast=float(pixels.std()),
+        sketch=similarity.sketch(image) if alike else None,
+        example=np.asarray(resize(to_channels(image, 3), EXAMPLE_SIDE, "pad")) if shown else None,
+    )
+
+
+def _near_duplicates(
+    rows: pd.DataFrame, found: Sequence[_Seen | None], least: float
+) -> tuple[pd.DataFrame, NDArray[np.int64]]:
+    """Pairs by their ids, and by their positions; of images with the same content the first stands for all."""
+    first = np.flatnonzero(~rows["sha256"].duplicated() & rows["sha256"].notna()).tolist()
+    kept = [(i, one.sketch) for i in first if (one := found[i]) is not None and one.sketch is not None]
+    pairs = similarity.near_pairs([sketch for _, sketch in kept], least)
+    at = np.array([i for i, _ in kept], np.int64)
+    positions = np.stack([at[pairs["first"]], at[pairs["second"]]], axis=1)
+    ids = rows["id"].to_numpy()
+    named = pd.DataFrame(
+        {"first": ids[positions[:, 0]], "second": ids[positions[:, 1]], "similarity": pairs["similarity"]}
+    )
+    return named, positions
+
+
+def _copies(rows: pd.DataFrame) -> NDArray[np.int64]:
+    """Each later copy of an image with the first, by position, (copies, 2)."""
+    first: dict[str, int] = {}
+    pairs = [
+        (before, row)
+        for row, content in enumerate(rows["sha256"])
+        if content is not None and (before := first.setdefault(content, row)) != row
+    ]
+    return np.array(pairs, np.int64).reshape(-1, 2)
+
+
+def across_splits(rows: pd.DataFrame) -> pd.DataFrame:
     """Images that stand in more than one split by content: one row per copy, copies of an image together."""
-    splits = manifest.groupby("sha256")["split"].transform("nunique")
-    return manifest[splits > 1].sort_values(["sha256", "id"], kind="stable")
+    counts = rows.groupby("sha256")["split"].transform("nunique")
+    return rows[counts > 1].sort_values(["sha256", "id"], kind="stable")
 
 
-def without_group(manifest: pd.DataFrame) -> str:
+def near_across_splits(rows: pd.DataFrame, near: pd.DataFrame) -> pd.DataFrame:
+    """Pairs of near duplicates that stand in different splits, the most alike first.
+
+    The ids are those of images that stand in different splits: where an image has exact copies, one of them.
+    """
+    content = dict(zip(rows["id"], rows["sha256"], strict=True))
+    places: dict[str, list[tuple[str, str]]] = {}  # of each content: id and split of every copy
+    for one in {*near["first"], *near["second"]}:
+        places[content[one]] = []
+    for name, split, sha256 in zip(rows["id"], rows["split"], rows["sha256"], strict=True):
+        if sha256 in places:
+            places[sha256].append((name, split))
+    found = []
+    for first, second, alike in zip(near["first"], near["second"], near["similarity"], strict=True):
+        both = itertools.product(places[content[first]], places[content[second]])
+        apart = next(((a, b) for (a, split), (b, other) in both if split != other), None)
+        if apart is not None:
+            found.append((*apart, alike))
+    return pd.DataFrame(found, columns=["first", "second", "similarity"]).sort_values("similarity", ascending=False)
+
+
+def without_group(rows: pd.DataFrame) -> str:
     """A sentence that says of how many images no group is known; empty where all have one."""
-    count = int(manifest["group"].isna().sum())
-    who = "no image has a" if count == len(manifest) else f"{count:,} of {len(manifest):,} images have no"
+    count = int(rows["group"].isna().sum())
+    who = "no image has a" if count == len(rows) else f"{count:,} of {len(rows):,} images have no"
     return f"{who} known group (patient, lesion): one that stands in two splits is not seen" if count else ""
 
 
-def within_splits(manifest: pd.DataFrame) -> dict[str, int]:
+def within_splits(rows: pd.DataFrame) -> dict[str, int]:
     """How many images of each split have an earlier copy in it."""
-    copies = manifest.duplicated(["split", "sha256"]).groupby(manifest["split"]).sum()
+    known = rows[rows["sha256"].notna()]
+    copies = known.duplicated(["split", "sha256"]).groupby(known["split"]).sum()
     return {split: int(copies.get(split, 0)) for split in SPLITS}

@@ -9,15 +9,14 @@ import shutil
 from pathlib import Path
 from typing import NamedTuple
 
-import pooch
-import requests
-
+from fadeformer.datasets import download
 from fadeformer.datasets.facts import SPLITS, Facts
 from fadeformer.errors import UserError
-from fadeformer.files import checksum, whole_file
+from fadeformer.files import checksum
 
 PUBLISHED_AT = "https://zenodo.org/records/10519652/files"
-TIMEOUT = 30  # seconds without an answer
+PATIENCE = download.PATIENCE
+SIDED = ("organamnist", "organcmnist")  # axial and coronal: left and right organs are classes of their own
 
 
 class Set(NamedTuple):
@@ -50,18 +49,17 @@ def fetch(name: str, size: int, mirror: str | None, downloads: Path, folder: Pat
         source = Path(mirror).expanduser() / file
         if not source.is_file():
             raise UserError(f"{source}: no such file; dataset.mirror must be a folder or URL that holds {file}")
+        found = checksum(source, "md5")
+        if found != facts.md5[size]:
+            raise UserError(
+                f"{source}: MD5 is {found}, but {name} at {size} pixels is published with {facts.md5[size]};"
+                " the file is damaged or another one: fetch it again, or use it as your own with dataset.name: npz"
+            )
     else:
-        source = downloads / file
-        if not source.is_file():
-            _download(f"{mirror.rstrip('/')}/{file}" if mirror else f"{PUBLISHED_AT}/{file}?download=1", source)
-    found = checksum(source, "md5")
-    if found != facts.md5[size]:
-        if source.parent == downloads:
-            source.unlink()
-        raise UserError(
-            f"{source}: MD5 is {found}, but {name} at {size} pixels is published with {facts.md5[size]};"
-            " the file is damaged or another one: fetch it again, or use it as your own with dataset.name: npz"
-        )
+        url = f"{mirror.rstrip('/')}/{file}" if mirror else f"{PUBLISHED_AT}/{file}?download=1"
+        remote = download.Remote(url, file, ("md5", facts.md5[size]))
+        remedy = f"check the network, or set dataset.mirror to a folder that holds {file}"
+        source = download.bring([remote], downloads, remedy=remedy, patience=PATIENCE)[file].path
     shutil.copyfile(source, folder / file)
     return Facts(
         name=name,
@@ -74,28 +72,8 @@ def fetch(name: str, size: int, mirror: str | None, downloads: Path, folder: Pat
         counts=dict(zip(SPLITS, facts.counts, strict=True)),
         licence=facts.licence,
         note="",
+        mirrors=name not in SIDED,
     )
-
-
-def _download(url: str, path: Path) -> None:
-    """Fetches one file with a progress bar; it appears at `path` only when it is whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with whole_file(path) as temporary:
-        try:
-            pooch.HTTPDownloader(progressbar=True, timeout=TIMEOUT)(url, str(temporary), None)
-        except (requests.RequestException, OSError) as error:
-            raise UserError(
-                f"{url}: cannot be downloaded ({_cause(error)}); check the network, or set dataset.mirror to a folder"
-                f" that holds {path.name}"
-            ) from error
-
-
-def _cause(error: Exception) -> str:
-    if isinstance(error, requests.HTTPError):
-        return str(error).split(" for url")[0]
-    if isinstance(error, requests.ConnectionError):
-        return "no connection"
-    return type(error).__name__ if isinstance(error, requests.RequestException) else str(error)
 
 
 # fmt: off

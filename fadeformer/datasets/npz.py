@@ -81,6 +81,26 @@ def fetch(source: Path, classes: list[str] | None, folder: Path) -> Facts:
     )
 
 
+def table(facts: Facts, folder: Path) -> pd.DataFrame:
+    """One row per image: path, member, id, group, split and labels; raises UserError as `rows` does."""
+    archive = folder / facts.file
+    # A published set has the same images in the same order at every size; anything else is told by its content.
+    prefix = facts.name if facts.counts else f"{facts.name}-{facts.sha256[:8]}"
+    columns = facts.kind.label_columns(len(facts.classes))
+    parts = []
+    for split in SPLITS:
+        labels = read(archive, f"{split}_labels").astype("int64")
+        part = pd.DataFrame(labels.reshape(len(labels), len(columns)), columns=columns)
+        part.insert(0, "member", [f"{split}_images/{i}" for i in range(len(part))])
+        part.insert(1, "split", split)
+        part.insert(2, "id", [f"{prefix}/{split}/{i}" for i in range(len(part))])
+        part.insert(3, "group", groups(archive, split, len(part)))
+        parts.append(part)
+    rows = pd.concat(parts, ignore_index=True)
+    rows.insert(0, "path", facts.file)
+    return rows
+
+
 def header(archive: Path, key: str) -> tuple[tuple[int, ...], np.dtype[Any]]:
     """Shape and dtype of one array, without reading it; raises UserError as `rows` does."""
     with _member(archive, key) as file:
@@ -120,12 +140,6 @@ def groups(archive: Path, split: str, count: int) -> pd.Series:
         return pd.Series(numbers).astype("Int64").astype("string")
     names = pd.Series(values.astype(str), dtype="string")
     return names.mask(names == "")
-
-
-def images(archive: Path, split: str) -> Iterator[NDArray[np.uint8]]:
-    """The pixels of each image of a split, (height, width) or (height, width, 3); raises UserError as `rows` does."""
-    for block in rows(archive, f"{split}_images"):
-        yield from block.astype(np.uint8, copy=False)
 
 
 def rows(archive: Path, key: str) -> Iterator[NDArray[np.generic]]:

@@ -5,6 +5,9 @@ of the nucleus, granules, colour of the cytoplasm. Slides differ in stain and ti
 well they took the stain; that, and overlapping sizes and shapes, is what makes the set hard. No label is ever wrong.
 Every image is synthetic: results say nothing about patients.
 
+Besides the kinds of cell (multi-class) there are two other tasks, of the same drawing: the class of neutrophils after
+Arneth (1904), one to five lobes (ordinal), and up to three cells in a field, each kind of them a finding (multi-label).
+
 The same arguments give the same bytes on every machine. So only operations are used that IEEE 754 defines to the last
 bit, on single elements: + - * / sqrt, comparisons and floor, and of the generator only uniform draws. exp, sin or a sum
 over an axis would differ with the processor's vector units.
@@ -12,7 +15,7 @@ over an axis would differ with the processor's vector units.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -87,6 +90,15 @@ KINDS: dict[str, Kind] = {
     ),
 }  # fmt: skip
 CLASSES: tuple[str, ...] = tuple(KINDS)
+ARNETH = {
+    "one lobe": 0.10,
+    "two lobes": 0.30,
+    "three lobes": 0.38,
+    "four lobes": 0.16,
+    "five lobes": 0.06,
+}  # and shares
+PLACES = ((-0.45, -0.45), (0.45, -0.45), (-0.45, 0.45), (0.45, 0.45))  # of cells in a field
+IN_FIELD = 0.6  # size of a cell in a field, of one that is alone
 
 
 class Chance:
@@ -149,17 +161,23 @@ class Canvas:
                 plane += amount * 0.25 * ((low + high) - 2.0 * plane)
 
 
-def draw(images: int, size: int, seed: int) -> dict[str, NDArray[np.uint8 | np.int64]]:
+def classes_of(task: str) -> tuple[str, ...]:
+    """Names of the classes or findings of a task by its name, or KeyError."""
+    return {"multi-class": CLASSES, "ordinal-regression": tuple(ARNETH), "multi-label, binary-class": CLASSES}[task]
+
+
+def draw(images: int, size: int, seed: int, task: str = "multi-class") -> dict[str, NDArray[np.uint8 | np.int64]]:
     """Draws the set.
 
     Args:
         images: how many; about 70 % are train, 10 % val, 20 % test, whole slides each.
         size: side of an image, pixels.
         seed: of everything that is drawn.
+        task: what the labels say: multi-class, ordinal-regression or multi-label, binary-class.
 
     Returns:
-        For each split `{split}_images` (uint8, N x size x size x 3), `{split}_labels` (uint8, N x 1) and
-        `{split}_groups` (int64, N: the slide).
+        For each split `{split}_images` (uint8, N x size x size x 3), `{split}_labels` (uint8, N x 1, or N x 5 where
+        multi-label) and `{split}_groups` (int64, N: the slide).
 
     Raises:
         ValueError: fewer than 200 images, or smaller than 16 pixels.
@@ -174,46 +192,56 @@ def draw(images: int, size: int, seed: int) -> dict[str, NDArray[np.uint8 | np.i
     progress = tqdm(total=images, desc="phantom", unit="image", disable=None)
     for number, split in enumerate(SPLITS):
         members = np.flatnonzero(split_of == number)
-        labels = _labels(len(members), Chance(seed, 1, number))
+        labels = _labels(task, len(members), Chance(seed, 1, number))
         pixels = np.empty((len(members), size, size, 3), np.uint8)
         for row, (image, label) in enumerate(zip(members, labels, strict=True)):
-            pixels[row] = _cell(
-                KINDS[CLASSES[label]], size, Chance(seed, 2, int(groups[image])), Chance(seed, 3, int(image))
-            )
+            slide, chance = Chance(seed, 2, int(groups[image])), Chance(seed, 3, int(image))
+            pixels[row] = _field(_cells(task, label), size, slide, chance)
             progress.update()
         made[f"{split}_images"] = pixels
-        made[f"{split}_labels"] = labels[:, None]
+        made[f"{split}_labels"] = labels
         made[f"{split}_groups"] = groups[members]
     progress.close()
     return made
 
 
-def _labels(count: int, chance: Chance) -> NDArray[np.uint8]:
-    """Every class by its share, at least one of each, in random order."""
-    shares = [max(1, int(kind.share * count + 0.5)) for kind in KINDS.values()]
-    shares[0] += count - sum(shares)
-    labels = np.repeat(np.arange(len(KINDS), dtype=np.uint8), shares)
-    return labels[np.argsort(chance.generator.random(count), kind="stable")]
+def _labels(task: str, count: int, chance: Chance) -> NDArray[np.uint8]:
+    """(count, labels): every class by its share, at least one of each, in random order; or one to three findings."""
+    if task == "multi-label, binary-class":
+        shares = np.array([kind.share for kind in KINDS.values()])
+        present = np.zeros((count, len(KINDS)), np.uint8)
+        for row in present:
+            weights = np.array([chance.within((0.0, 1.0)) for _ in shares]) * np.sqrt(shares)
+            row[np.argsort(-weights, kind="stable")[: chance.count((1, 3))]] = 1
+        return present
+    parts = list(ARNETH.values()) if task == "ordinal-regression" else [kind.share for kind in KINDS.values()]
+    counts = [max(1, int(share * count + 0.5)) for share in parts]
+    counts[0] += count - sum(counts)
+    labels = np.repeat(np.arange(len(parts), dtype=np.uint8), counts)
+    return labels[np.argsort(chance.generator.random(count), kind="stable"), None]
 
 
-def _cell(kind: Kind, size: int, slide: Chance, chance: Chance) -> NDArray[np.uint8]:
+def _cells(task: str, label: NDArray[np.uint8]) -> list[Kind]:
+    """The white cells that an image of that label shows."""
+    if task == "ordinal-regression":
+        return [replace(KINDS["neutrophil"], lobes=(int(label[0]) + 1,) * 2)]
+    if task == "multi-label, binary-class":
+        return [kind for kind, present in zip(KINDS.values(), label, strict=True) if present]
+    return [KINDS[CLASSES[label[0]]]]
+
+
+def _field(kinds: list[Kind], size: int, slide: Chance, chance: Chance) -> NDArray[np.uint8]:
     tint = tuple(slide.within((0.92, 1.06)) for _ in range(3))
     strength = slide.within((0.75, 1.05))
     canvas = Canvas(size, BACKGROUND)
     for _ in range(chance.count((3, 8))):
         _red_cell(canvas, chance)
-    vivid = chance.within((0.15, 1.0))  # how far the cell took its own stain rather than any cell's
-    at = chance.within((-0.16, 0.16)), chance.within((-0.16, 0.16))
-    radius = chance.within(kind.radius)
-    along = chance.direction()
-    stretch = chance.within((0.85, 1.0))
-    canvas.paint(
-        0.95 * canvas.ellipse(at, (radius, radius * stretch), along), _mix(TYPICAL["cytoplasm"], kind.cytoplasm, vivid)
-    )
-    _nucleus(canvas, kind, at, radius, _mix(TYPICAL["nucleus"], kind.nucleus_colour, vivid), chance)
-    _granules(canvas, kind, at, radius, vivid, chance)
-    for _ in range(int(chance.within((0.0, 1.6)))):  # a neighbour that touches the cell
-        _red_cell(canvas, chance, beside=(at, radius))
+    if len(kinds) == 1:
+        _white_cell(canvas, kinds[0], (0.0, 0.0), 1.0, chance)
+    else:
+        free = list(PLACES)
+        for kind in kinds:
+            _white_cell(canvas, kind, free.pop(chance.count((0, len(free) - 1))), IN_FIELD, chance)
     blur = chance.within((0.0, 1.0))
     for _ in range(max(1, size // 28)):
         canvas.blur(blur)
@@ -224,6 +252,21 @@ def _cell(kind: Kind, size: int, slide: Chance, chance: Chance) -> NDArray[np.ui
         stained = clear + strength * (plane - clear)
         planes.append(stained * factor * exposure + noise * chance.bell((size, size)))
     return np.floor(np.clip(np.stack(planes, axis=-1), 0.0, 1.0) * 255.0 + 0.5).astype(np.uint8)
+
+
+def _white_cell(canvas: Canvas, kind: Kind, middle: tuple[float, float], scale: float, chance: Chance) -> None:
+    vivid = chance.within((0.15, 1.0))  # how far the cell took its own stain rather than any cell's
+    at = middle[0] + chance.within((-0.16, 0.16)), middle[1] + chance.within((-0.16, 0.16))
+    radius = scale * chance.within(kind.radius)
+    along = chance.direction()
+    stretch = chance.within((0.85, 1.0))
+    canvas.paint(
+        0.95 * canvas.ellipse(at, (radius, radius * stretch), along), _mix(TYPICAL["cytoplasm"], kind.cytoplasm, vivid)
+    )
+    _nucleus(canvas, kind, at, radius, _mix(TYPICAL["nucleus"], kind.nucleus_colour, vivid), chance)
+    _granules(canvas, kind, at, radius, vivid, chance)
+    for _ in range(int(chance.within((0.0, 1.6)))):  # a neighbour that touches the cell
+        _red_cell(canvas, chance, beside=(at, radius))
 
 
 def _red_cell(canvas: Canvas, chance: Chance, beside: tuple[tuple[float, float], float] | None = None) -> None:

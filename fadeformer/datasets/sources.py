@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
+import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
-from fadeformer.datasets import facts, medmnist, npz, phantom
+from fadeformer.datasets import chestxray14, download, facts, folder, isic2019, medmnist, npz, phantom, pins
+from fadeformer.datasets.download import Remote
 from fadeformer.datasets.facts import Facts
+from fadeformer.errors import UserError
 from fadeformer.files import checksum
 
 
@@ -16,48 +21,116 @@ def fetch(
     name: str,
     size: int,
     mirror: str | None,
+    edition: str,
+    archives: Sequence[int],
     root: str,
     classes: list[str] | None,
     images: int,
+    task: str,
     seed: int,
     downloads: Path,
-    folder: Path,
+    lock: Path,
+    salt: Path,
+    into: Path,
 ) -> Facts:
-    """Brings a data set into `folder`, with its card.
+    """Brings a data set into a folder, with its card.
 
     Args:
-        name: phantom, npz, or a MedMNIST flag.
+        name: phantom, npz, folder, isic2019, chestxray14, or a MedMNIST flag.
         size: MedMNIST, phantom: side of an image, pixels.
-        mirror: MedMNIST: folder or URL that holds the archives; None for the published address.
-        root: npz: the user's own archive.
-        classes: npz: names of the classes, if any.
+        mirror: folder or URL that holds the files by their published names; None for the published addresses.
+        edition: published, or other: a sample or another edition under the published names, which is held against the
+            pins alone.
+        archives: chestxray14: which of the twelve.
+        root: npz, folder: the user's own files.
+        classes: npz, folder: names of the classes, if any.
         images: phantom: how many.
+        task: phantom: a key of `fadeformer.tasks.TASKS`.
         seed: phantom: of the drawing.
         downloads: where verified downloads stay.
-        folder: an empty folder.
+        lock: file of pins, of files without a published checksum.
+        salt: folder: file of the secret that patients' ids are hashed with.
+        into: an empty folder.
 
     Raises:
         UserError: the data cannot be had, or are not what they should be.
     """
     if name == "phantom":
-        found = _draw_phantom(images, size, seed, folder)
+        found = _draw_phantom(images, size, task, seed, into)
     elif name == "npz":
-        found = npz.fetch(Path(root), classes, folder)
+        found = npz.fetch(Path(root), classes, into)
+    elif name == "folder":
+        found = folder.fetch(Path(root), classes, salt, into)
+    elif name == "isic2019":
+        remote = [Remote(f"{isic2019.PUBLISHED_AT}/{file}", file) for file in isic2019.FILES]
+        files = _bring(remote, edition, mirror, downloads, lock, into)
+        found = isic2019.facts(files, _digest(files), edition == "published")
+    elif name == "chestxray14":
+        numbers = sorted(set(archives))
+        remote = [_radiographs(number) for number in numbers]
+        remote += [Remote(f"{chestxray14.TABLES_AT}/{file}", file) for file in chestxray14.TABLES]
+        files = _bring(remote, edition, mirror, downloads, lock, into)
+        found = chestxray14.facts(files, _digest(files), numbers, edition == "published")
     else:
-        found = medmnist.fetch(name, size, mirror, downloads, folder)
-    facts.write(found, folder)
+        found = medmnist.fetch(name, size, mirror, downloads, into)
+    facts.write(found, into)
     return found
 
 
-def _draw_phantom(images: int, size: int, seed: int, folder: Path) -> Facts:
-    archive = folder / "phantom.npz"
-    np.savez(archive, **phantom.draw(images, size, seed))  # type: ignore[arg-type]
+def _radiographs(number: int) -> Remote:
+    link, md5 = chestxray14.ARCHIVES[number]
+    return Remote(f"{chestxray14.ARCHIVES_AT}/{link}.gz", chestxray14.archive_name(number), ("md5", md5))
+
+
+def _bring(
+    remote: Sequence[Remote], edition: str, mirror: str | None, downloads: Path, lock: Path, into: Path
+) -> dict[str, str]:
+    """Brings files and compares those without a published checksum with their pins; SHA-256 of each by name."""
+    names = ", ".join(file.name for file in remote)
+    if edition != "published":
+        remote = [file._replace(checksum=None) for file in remote]
+    if mirror is None or mirror.startswith(("http://", "https://")):
+        if mirror:
+            remote = [file._replace(url=f"{mirror.rstrip('/')}/{file.name}") for file in remote]
+        remedy = f"check the network, or set dataset.mirror to a folder that holds {names}"
+        brought = {
+            name: (file.path, file.sha256, file.size)
+            for name, file in download.bring(remote, downloads, remedy=remedy).items()
+        }
+    else:
+        brought = {}
+        for file in remote:
+            path = Path(mirror).expanduser() / file.name
+            if not path.is_file():
+                raise UserError(f"{path}: no such file; dataset.mirror must be a folder or URL that holds {names}")
+            if file.checksum is not None and (digest := checksum(path, file.checksum[0])) != file.checksum[1]:
+                raise UserError(
+                    f"{path}: {file.checksum[0].upper()} is {digest}, but {file.checksum[1]} is published; the file is"
+                    " damaged: fetch it again; or it is a sample or another edition: set dataset.edition: other"
+                )
+            brought[file.name] = (path, checksum(path, "sha256"), path.stat().st_size)
+    unpublished = {file.name for file in remote if file.checksum is None}
+    pins.pin(
+        lock, {name: pins.Pin(sha256=sha, size=size) for name, (_, sha, size) in brought.items() if name in unpublished}
+    )
+    for name, (path, _, _) in brought.items():
+        shutil.copyfile(path, into / name)
+    return {name: sha for name, (_, sha, _) in brought.items()}
+
+
+def _digest(files: dict[str, str]) -> str:
+    return hashlib.sha256("".join(f"{sha}  {name}\n" for name, sha in files.items()).encode()).hexdigest()
+
+
+def _draw_phantom(images: int, size: int, task: str, seed: int, into: Path) -> Facts:
+    archive = into / "phantom.npz"
+    np.savez(archive, **phantom.draw(images, size, seed, task))  # type: ignore[arg-type]
     return Facts(
         name="phantom",
         file=archive.name,
         sha256=checksum(archive, "sha256"),
-        task="multi-class",
-        classes=phantom.CLASSES,
+        task=task,
+        classes=phantom.classes_of(task),
         size=size,
         channels=3,
         counts=None,

@@ -1,10 +1,15 @@
-"""Archives in MedMNIST's layout, made for tests."""
+"""Archives in MedMNIST's layout, made for tests, and data sets as the stages bring and read them."""
 
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+
+from fadeformer.datasets import manifest, sources
+from fadeformer.datasets.facts import Facts
+from fadeformer.datasets.manifest import Manifest
+from fadeformer.params import Params
 
 COUNTS = {"train": 60, "val": 20, "test": 30}
 
@@ -26,3 +31,25 @@ def archive(tmp_path: Path) -> Callable[..., Path]:
         return path
 
     return make
+
+
+@pytest.fixture
+def fetched(tmp_path: Path, wanted: Params) -> Callable[..., tuple[Facts, Path]]:
+    """Brings the data set that params.yaml would with some keys changed, into an empty folder."""
+
+    def fetch(**changes: object) -> tuple[Facts, Path]:
+        folder = tmp_path / "raw"
+        folder.mkdir(exist_ok=True)
+        beside = {"downloads": tmp_path / "downloads", "lock": tmp_path / "dataset.lock", "salt": tmp_path / "salt"}
+        return sources.fetch(**{**wanted.dataset.model_dump(), **changes}, **beside, into=folder), folder
+
+    return fetch
+
+
+def built(facts: Facts, folder: Path, kept: Path, **changes: object) -> Manifest:
+    """The manifest as params.yaml would have it made."""
+    settings = {
+        "near_duplicate_similarity": 0.975, "anew": False, "shares": [0.7, 0.1, 0.2], "seed": 0, "adopted": None,
+        "kept": kept,
+    }  # fmt: skip
+    return manifest.build(facts, folder, **{**settings, **changes})

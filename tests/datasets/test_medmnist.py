@@ -8,7 +8,7 @@ import threading
 
 import pytest
 
-from fadeformer.datasets import medmnist
+from fadeformer.datasets import download, medmnist
 from fadeformer.errors import UserError
 
 
@@ -109,7 +109,9 @@ def test_a_mirror_without_the_file_is_told(fetch, tmp_path):
         fetch(28, str(tmp_path))
 
 
-def test_a_connection_that_breaks_off_leaves_nothing(fetch, tmp_path):
+def test_a_connection_that_breaks_off_leaves_no_archive(fetch, tmp_path, monkeypatch):
+    monkeypatch.setattr(medmnist, "PATIENCE", download.Patience(retries=1, first_wait=0))
+
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
             self.send_response(200)
@@ -125,7 +127,8 @@ def test_a_connection_that_breaks_off_leaves_nothing(fetch, tmp_path):
         with pytest.raises(UserError, match="cannot be downloaded"):
             fetch(28, f"http://127.0.0.1:{running.server_address[1]}")
         running.shutdown()
-    assert not list((tmp_path / "downloads").iterdir())
+    left = sorted(path.name for path in (tmp_path / "downloads").iterdir())
+    assert left == ["breastmnist.npz.part", "breastmnist.npz.part.json"]
 
 
 def test_the_table_is_complete():

@@ -1,0 +1,286 @@
+"""Archives of images (zip, tar, tar.gz) and plain folders, read without ever being unpacked.
+
+Nothing is written, so no member can leave its folder; still, an archive that tries to (or that lies about a size, or
+holds a link, or blows up when it is inflated) is refused as a whole, by the member's name. The kind is told by the
+content, never by the extension. One member is in memory at a time.
+
+Names come in one form: parts joined by "/", without "." and doubled slashes. What an operating system left behind
+(`__MACOSX/`, `._x`, `.DS_Store`, `Thumbs.db`) is passed over.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+import struct
+import unicodedata
+import zipfile
+import zlib
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from functools import lru_cache, partial
+from pathlib import Path, PurePosixPath
+from typing import NamedTuple
+
+from fadeformer.datasets import tarballs, zips
+from fadeformer.errors import UserError
+
+LARGEST = 512 * 2**20  # bytes of one member
+RATIO = 1000  # a bomb's; what deflate can do at most is 1,032, what an image needs is below 100
+DAMAGE = (
+    OSError,
+    EOFError,
+    ValueError,
+    OverflowError,
+    NotImplementedError,
+    struct.error,
+    zlib.error,
+    zipfile.BadZipFile,
+)
+OTHERS = {b"BZh": "bzip2", b"\xfd7zXZ\0": "xz", b"7z\xbc\xaf": "7-Zip", b"Rar!": "RAR", b"\x28\xb5\x2f\xfd": "zstd"}
+
+
+class Member(NamedTuple):
+    """A regular file in an archive.
+
+    Attributes:
+        name: its path in the archive.
+        size: bytes, inflated.
+    """
+
+    name: str
+    size: int
+
+
+Walk = Iterator[tuple[Member, Callable[[], bytes]]]
+
+
+def listing(path: Path) -> list[Member]:
+    """Every regular file of an archive, in its order; a folder's sorted by name.
+
+    A tar.gz has no directory: all of it is inflated to find the names.
+
+    Args:
+        path: the archive or folder.
+
+    Raises:
+        UserError: it is damaged, or refused for one of its members.
+    """
+    return [member for member, _ in _walk(path)]
+
+
+def members(
+    path: Path, wanted: Callable[[str], bool] = lambda name: True, *, largest: int = LARGEST
+) -> Iterator[tuple[str, bytes]]:
+    """Streams name and content of the wanted files, in the archive's order; a folder's sorted by name.
+
+    A zip is judged before its first member is given out; a tar only as it is read, so that what came out of one that
+    ends in an error must not be kept.
+
+    Args:
+        path: the archive or folder.
+        wanted: says of a name whether to read the file; the `__contains__` of a set will do.
+        largest: bytes that one member may have.
+
+    Raises:
+        UserError: it is damaged, or refused for one of its members.
+    """
+    for member, content in _walk(path):
+        if wanted(member.name):
+            yield member.name, _taken(path, member, content, largest)
+
+
+def read(path: Path, name: str, *, largest: int = LARGEST) -> bytes:
+    """One file of a zip or a folder, in any order and from any thread.
+
+    Args:
+        path: the zip or folder.
+        name: as `listing` gives it.
+        largest: bytes that it may have.
+
+    Raises:
+        UserError: there is no such file, it is refused or damaged, or the archive is a tar.
+    """
+    with _explained(path):
+        if path.is_dir():
+            name = _safe(path, name)
+            member, content = _file(path, path.resolve(), path.resolve() / name)
+        elif _walker(path) is _zip:
+            entry = _directory_of(path).get(name)
+            if entry is None:
+                raise UserError(f"{path}: has no file {name!r}")
+            member, content = Member(name, entry.size), partial(_content_of, path, entry)
+        else:
+            raise UserError(f"{path}: a tar is read from front to back only; unpack it, and name the folder instead")
+    return _taken(path, member, content, largest)
+
+
+def collisions(names: Iterable[str]) -> list[tuple[str, ...]]:
+    """Names that are one file where case, or how an accent is composed, makes no difference (Windows, macOS)."""
+    same = defaultdict(set)
+    for name in names:
+        same[unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())].add(name)
+    return sorted(tuple(sorted(group)) for group in same.values() if len(group) > 1)
+
+
+def _walk(path: Path) -> Walk:
+    """Each file with a function that gives its content, to be called before the next is asked for."""
+    seen: set[str] = set()
+    with _explained(path):
+        for member, content in _walker(path)(path):
+            if member.name in seen:
+                raise _refusal(path, member.name, "stands in it twice")
+            seen.add(member.name)
+            if not _is_rubbish(member.name):
+                yield member, content
+
+
+def _walker(path: Path) -> Callable[[Path], Walk]:
+    if path.is_dir():
+        return _folder
+    with path.open("rb") as file:
+        start = file.read(tarballs.BLOCK)
+    if not start:
+        raise UserError(f"{path}: is empty; fetch the file again")
+    if start.startswith((b"PK\x03\x04", b"PK\x05\x06")):
+        return _zip
+    if start.startswith(tarballs.GZIP) or tarballs.is_header(start):
+        return _tar
+    kind = next((f"is a {kind} file" for magic, kind in OTHERS.items() if start.startswith(magic)), "is no archive")
+    raise UserError(f"{path}: {kind}; a zip, a tar, a tar.gz or a folder is read")
+
+
+def _folder(path: Path) -> Walk:
+    root = path.resolve()
+
+    def stop(error: OSError) -> None:
+        raise error  # os.walk would pass over a folder that it may not read
+
+    for folder, folders, files in os.walk(root, onerror=stop):
+        folders.sort()
+        for name in folders:
+            if (Path(folder) / name).is_symlink():
+                raise _refusal(path, str(Path(folder, name).relative_to(root)), "is a link to a folder")
+        for name in sorted(files):
+            yield _file(path, root, Path(folder) / name)
+
+
+def _file(path: Path, root: Path, file: Path) -> tuple[Member, Callable[[], bytes]]:
+    name = _safe(path, file.relative_to(root).as_posix())
+    try:
+        target = file.resolve(strict=True)
+    except (OSError, RuntimeError) as error:  # RuntimeError: a loop of links
+        problem = "is a link that leads nowhere" if file.is_symlink() else "is not there"
+        raise _refusal(path, name, problem) from error
+    if not target.is_relative_to(root):
+        raise _refusal(path, name, "is a symbolic link that leaves the folder")
+    status = target.stat()
+    if not stat.S_ISREG(status.st_mode):
+        raise _refusal(path, name, zips.NOT_FILES.get(stat.S_IFMT(status.st_mode), "is a folder"))
+
+    def content() -> bytes:
+        with target.open("rb") as opened:
+            data = opened.read(status.st_size + 1)
+        if len(data) != status.st_size:
+            raise _refusal(path, name, "changed while it was read")
+        return data
+
+    return Member(name, status.st_size), content
+
+
+def _zip(path: Path) -> Walk:
+    with path.open("rb") as file:
+        for name, entry in _directory_of(path).items():
+            yield Member(name, entry.size), partial(zips.content, file, entry)
+
+
+def _directory_of(path: Path) -> dict[str, zips.Entry]:
+    status = path.stat()
+    return _directory(path, status.st_size, status.st_mtime_ns)
+
+
+@lru_cache(maxsize=4)  # random access would read the directory anew for every image
+def _directory(path: Path, size: int, changed: int) -> dict[str, zips.Entry]:
+    """The files of a zip in its order, with every claim checked that needs no inflating."""
+    files: dict[str, zips.Entry] = {}
+    for entry in zips.entries(path, RATIO):
+        name = _safe(path, entry.name, is_folder=entry.is_folder)
+        if entry.problem:
+            raise _refusal(path, name, entry.problem)
+        if entry.is_folder:
+            continue
+        if name in files:
+            raise _refusal(path, name, "stands in it twice")
+        files[name] = entry
+    total = sum(entry.size for entry in files.values())
+    if total > RATIO * size:  # members that share their bytes: each is harmless alone
+        raise UserError(f"{path}: {size:,} bytes would grow to {total:,}, as a zip bomb does; it is refused")
+    return files
+
+
+def _content_of(path: Path, entry: zips.Entry) -> bytes:
+    with path.open("rb") as file:
+        return zips.content(file, entry)
+
+
+def _tar(path: Path) -> Walk:
+    with path.open("rb") as file:
+        for entry in tarballs.entries(file, RATIO):
+            name = _safe(path, entry.name, is_folder=entry.is_folder)
+            if entry.problem:
+                raise _refusal(path, name, entry.problem)
+            if not entry.is_folder:
+                yield Member(name, entry.size), entry.content
+
+
+def _safe(path: Path, raw: str, *, is_folder: bool = False) -> str:
+    """The name in its one form; raises UserError for one that could name a file elsewhere, or none."""
+    name = str(PurePosixPath(raw))
+    if "\\" in raw:
+        raise _refusal(path, raw, "has a backslash in its name")
+    if raw.startswith("/") or re.match(r"[A-Za-z]:", raw):
+        raise _refusal(path, raw, "has an absolute name")
+    if ".." in PurePosixPath(raw).parts:
+        raise _refusal(path, raw, "leaves its folder by ..")
+    if any(unicodedata.category(letter) in ("Cc", "Cs") for letter in raw):
+        raise _refusal(path, raw, "has a name that cannot be decoded, or a control character in it")
+    if not is_folder and (name == "." or raw.endswith("/")):
+        raise _refusal(path, raw, "has no name of a file")
+    return name
+
+
+def _is_rubbish(name: str) -> bool:
+    parts = name.split("/")
+    return "__MACOSX" in parts or parts[-1].startswith("._") or parts[-1].lower() in (".ds_store", "thumbs.db")
+
+
+def _taken(path: Path, member: Member, content: Callable[[], bytes], largest: int) -> bytes:
+    if member.size > largest:
+        raise _refusal(path, member.name, f"has {member.size:,} bytes; an image may have {largest:,}")
+    with _explained(path):
+        return content()
+
+
+def _refusal(path: Path, name: str, problem: str) -> UserError:
+    return UserError(f"{path}: {name!r} {problem}; all of it is refused: take that out, or pack it anew")
+
+
+@contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    """Says of whatever a damaged file makes zipfile, tarfile and zlib raise which file it is and what to do."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: no such file or folder") from error
+    except tarballs.BombError as error:
+        raise UserError(f"{path}: grows more than {RATIO:,}:1, as a bomb does; it is refused") from error
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{path}: holds a name that cannot be decoded; pack the archive anew with UTF-8 names"
+        ) from error
+    except PermissionError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); change its permissions") from error
+    except DAMAGE as error:
+        raise UserError(f"{path}: truncated or damaged ({error}); fetch the file again") from error

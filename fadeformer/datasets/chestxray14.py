@@ -1,0 +1,162 @@
+"""NIH ChestX-ray14 (Wang et al. 2017, arXiv:1705.02315): frontal chest radiographs, fourteen findings of reports.
+
+The group is the patient. The authors' lists part train and val from test; val is taken from the former by patient. That
+is not the split of ChestMNIST, which goes back to CheXNet's 70 / 10 / 20, so the two are not comparable. Addresses are
+those of NIH's own batch_download_zips.py, checksums those of its checksum file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path, PurePosixPath
+
+import pandas as pd
+
+from fadeformer.datasets import archives
+from fadeformer.datasets.facts import Facts
+from fadeformer.datasets.splits import TRAIN_VAL
+from fadeformer.errors import UserError
+
+ENTRIES = "Data_Entry_2017_v2020.csv"
+TRAIN_VAL_LIST = "train_val_list.txt"
+TEST_LIST = "test_list.txt"
+TABLES = (ENTRIES, TRAIN_VAL_LIST, TEST_LIST)  # no checksum of them is published
+TABLES_AT = "https://huggingface.co/datasets/alkzar90/NIH-Chest-X-ray-dataset/resolve/main/data"
+FINDINGS = (
+    "Atelectasis", "Cardiomegaly", "Effusion", "Infiltration", "Mass", "Nodule", "Pneumonia", "Pneumothorax",
+    "Consolidation", "Edema", "Emphysema", "Fibrosis", "Pleural_Thickening", "Hernia",
+)  # fmt: skip
+NO_FINDING = "No Finding"
+COUNTS = {"all": 112_120, "train_val": 86_524, "test": 25_596}
+OLDEST = 120  # years; the file has a few patients of several hundred
+ARCHIVES_AT = "https://nihcc.box.com/shared/static"
+ARCHIVES = {  # number: link and MD5 of images_NUMBER.tar.gz
+    1: ("vfk49d74nhbxq3nqjg0900w5nvkorp5c", "fe8ed0a6961412fddcbb3603c11b3698"),
+    2: ("i28rlmbvmfjbl8p2n3ril0pptcmcu9d1", "ab07a2d7cbe6f65ddd97b4ed7bde10bf"),
+    3: ("f1t00wrtdk94satdfb9olcolqx20z2jp", "2301d03bde4c246388bad3876965d574"),
+    4: ("0aowwzs5lhjrceb3qp67ahp0rd1l1etg", "9f1b7f5aae01b13f4bc8e2c44a4b8ef6"),
+    5: ("v5e3goj22zr6h8tzualxfsqlqaygfbsn", "1861f3cd0ef7734df8104f2b0309023b"),
+    6: ("asi7ikud9jwnkrnkj99jnpfkjdes7l6l", "456b53a8b351afd92a35bc41444c58c8"),
+    7: ("jn1b4mw4n6lnh74ovmcjb8y48h8xj07n", "1075121ea20a137b87f290d6a4a5965e"),
+    8: ("tvpxmn7qyrgl0w8wfh9kqfjskv6nmm1j", "b61f34cec3aa69f295fbb593cbd9d443"),
+    9: ("upyy3ml7qdumlgk2rfcvlb9k6gvqq2pj", "442a3caa61ae9b64e61c561294d1e183"),
+    10: ("l6nilvfa9cg3s28tqv1qc1olm3gnz54p", "09ec81c4c31e32858ad8cf965c494b74"),
+    11: ("hhq8fkdgvcari67vfhs7ppg2w6ni4jze", "499aefc67207a5a97692424cf5dbeed5"),
+    12: ("ioqwiy20ihqwyr8pf4c24eazhh281pbu", "dc9fda1757c2de0032b63347a7d2895c"),
+}
+
+
+def archive_name(number: int) -> str:
+    """File name of one of the twelve archives."""
+    return f"images_{number:03}.tar.gz"
+
+
+def facts(files: dict[str, str], sha256: str, numbers: Sequence[int], published: bool) -> Facts:
+    """The card of the data set.
+
+    Args:
+        files: SHA-256 of each file, archives first.
+        sha256: of all of them.
+        numbers: of the archives.
+        published: whether these are the published files, and no sample of them.
+    """
+    whole = published and set(numbers) == set(ARCHIVES)
+    told = f" A part: archives {', '.join(map(str, numbers))} of 12." if set(numbers) != set(ARCHIVES) else ""
+    if not published:
+        told = " A sample or another edition of it."
+    return Facts(
+        name="chestxray14",
+        file=archive_name(numbers[0]),
+        sha256=sha256,
+        task="multi-label, binary-class",
+        classes=FINDINGS,
+        size=None,
+        channels=None,
+        counts=COUNTS if whole else None,
+        licence="NIH: free to use, with a citation and a link to the download site",
+        note=f"Findings were read from reports by a program. Not the split of ChestMNIST.{told}",
+        layout="chestxray14",
+        files=files,
+    )
+
+
+def table(facts: Facts, folder: Path) -> pd.DataFrame:
+    """One row per image of the archives: path, member, id, group (patient), split, labels, age, sex and view.
+
+    Raises:
+        UserError: a table is damaged, tables and images do not speak of the same images, or a file's name and the table
+            name different patients.
+    """
+    entries = _entries(folder / ENTRIES)
+    of_split: dict[str, str] = {}
+    for name, split in ((TRAIN_VAL_LIST, TRAIN_VAL), (TEST_LIST, "test")):
+        for image in _lines(folder / name):
+            if of_split.setdefault(image, split) != split:
+                raise UserError(f"{folder / name}: {image} stands in both lists; fetch them again")
+    places = [
+        (path, member.name, PurePosixPath(member.name).name)
+        for path in facts.files
+        if path.endswith(".tar.gz")
+        for member in archives.listing(folder / path)
+    ]
+    rows = pd.DataFrame(places, columns=["path", "member", "id"])
+    for source, known in ((ENTRIES, entries.index), (f"{TRAIN_VAL_LIST} or {TEST_LIST}", of_split)):
+        strange = rows.loc[~rows["id"].isin(known), "id"]
+        if len(strange):
+            raise UserError(
+                f"{folder}: {len(strange):,} images of the archives are not in {source}, such as {strange.iloc[0]}"
+            )
+    twice = rows.loc[rows["id"].duplicated(), "id"]
+    if len(twice):
+        raise UserError(f"{folder}: {twice.iloc[0]} is in the archives twice; fetch them again")
+    of = entries.loc[rows["id"]]
+    found = of["Finding Labels"].str.split("|")
+    rows["split"] = rows["id"].map(of_split)
+    rows["group"] = of["Patient ID"].astype(int).astype("string").to_numpy()
+    for label, finding in enumerate(FINDINGS):
+        rows[f"label_{label}"] = pd.array([finding in names for names in found], dtype="Int64")
+    # the 2017 edition writes 058Y
+    age = pd.to_numeric(of["Patient Age"].str.extract(r"^0*(\d+)", expand=False), errors="coerce").to_numpy()
+    rows["age"] = pd.Series(age).where(age <= OLDEST)
+    rows["sex"] = of["sex"].to_numpy()
+    rows["view"] = of["View Position"].to_numpy()
+    return rows
+
+
+def _entries(path: Path) -> pd.DataFrame:
+    """NIH's table by image; the commas in its bracketed headings part columns as those of its rows do."""
+    try:
+        # index_col: some editions end every row with a comma, which pandas would take for one more column in front
+        rows = pd.read_csv(path, dtype=str, index_col=False)
+    except (OSError, UnicodeDecodeError, pd.errors.ParserError, pd.errors.EmptyDataError) as error:
+        raise UserError(f"{path}: cannot be read as a table ({error}); fetch it again") from error
+    rows = rows.rename(columns={"Patient Gender": "sex", "Patient Sex": "sex"})
+    needed = ("Image Index", "Finding Labels", "Patient ID", "Patient Age", "sex", "View Position")
+    missing = [name for name in needed if name not in rows]
+    if missing:
+        raise UserError(f"{path}: has no column {', '.join(missing)}; it is not NIH's file")
+    empty = rows[rows[["Image Index", "Finding Labels", "Patient ID"]].isna().any(axis=1)]
+    if len(empty):
+        raise UserError(f"{path}: line {empty.index[0] + 2} lacks an image, a finding or a patient; fetch it again")
+    labels = set(rows["Finding Labels"].str.split("|").explode())
+    strange = sorted(labels - {*FINDINGS, NO_FINDING})
+    if strange:
+        raise UserError(f"{path}: has the finding {strange[0]!r}, which is none of the fourteen")
+    patient = pd.to_numeric(rows["Patient ID"], errors="coerce")
+    by_name = pd.to_numeric(rows["Image Index"].str.extract(r"^(\d{8})_\d{3}\.png$", expand=False), errors="coerce")
+    other = rows[~(patient == by_name)]
+    if len(other):
+        raise UserError(
+            f"{path}: line {other.index[0] + 2} gives {other['Image Index'].iloc[0]} to another patient than its name"
+            " does; fetch it again"
+        )
+    if rows["Image Index"].duplicated().any():
+        raise UserError(f"{path}: names {rows.loc[rows['Image Index'].duplicated(), 'Image Index'].iloc[0]} twice")
+    return rows.set_index("Image Index")
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read as a list of images ({error}); fetch it again") from error

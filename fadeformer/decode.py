@@ -1,0 +1,284 @@
+"""Bytes of a picture to an image of 8 bits: grey (Pillow's mode L) where the file stores grey, RGB where colour.
+
+Read are JPEG, PNG, BMP, TIFF, GIF and WebP, told by their content. Each of Pillow's readers is called directly, since
+`Image.open` tries every format that any library has registered, and warns of large images by a filter that all threads
+share. Colour profiles are not applied: data sets are published, and models trained, without.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from io import BytesIO
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageChops, ImageFile
+from PIL.BmpImagePlugin import BmpImageFile
+from PIL.GifImagePlugin import GifImageFile
+from PIL.JpegImagePlugin import JpegImageFile
+from PIL.PngImagePlugin import PngImageFile
+from PIL.TiffImagePlugin import BITSPERSAMPLE, PHOTOMETRIC_INTERPRETATION, TiffImageFile
+from PIL.WebPImagePlugin import WebPImageFile
+
+from fadeformer.errors import UnreadableError, UserError
+
+PIXELS = 89_478_485  # of one image at most: Pillow's own limit, 256 MiB of RGB
+READERS: dict[bytes, type[ImageFile.ImageFile]] = {
+    b"\xff\xd8\xff": JpegImageFile,  # the first picture too of the several that a phone may put into one file
+    b"\x89PNG\r\n\x1a\n": PngImageFile,
+    b"BM": BmpImageFile,
+    b"II*\0": TiffImageFile,
+    b"MM\0*": TiffImageFile,
+    b"II+\0": TiffImageFile,
+    b"MM\0+": TiffImageFile,
+    b"GIF87a": GifImageFile,
+    b"GIF89a": GifImageFile,
+    b"RIFF": WebPImageFile,
+}
+# What a file may be instead: where the mark stands, the mark, and what to say.
+OTHERS = (
+    (0, b"<", "is a web page or another text, no image: the download may have wanted a login"),
+    (0, b"version https://git-lfs", "is a pointer of git-lfs, no image; run `git lfs pull`"),
+    (0, b"%PDF", "is a PDF, no image; export its pictures as PNG"),
+    (0, b"\xff\x4f\xff\x51", "is a JPEG 2000; convert it to PNG"),
+    (4, b"jP  ", "is a JPEG 2000; convert it to PNG"),
+    (4, b"ftyp", "is a HEIC or AVIF picture, or a video; convert it to PNG"),
+    (128, b"DICM", "is a DICOM file, no picture"),
+)
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+ORIENTATION = 0x0112  # EXIF's tag
+MODES = ("1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr")
+Aspect = Literal["squash", "crop", "pad"]
+
+
+@dataclass(frozen=True, eq=False)
+class Picture:
+    """One image.
+
+    Attributes:
+        image: of Pillow's mode L or RGB, in memory. Copying its pixels out of Pillow and in again costs as much as to
+            resize it, so that is left to who needs them.
+        format: of the file, as Pillow calls it.
+        mode: of the file, as Pillow calls it: 1, L, LA, P, RGB, RGBA, CMYK, I;16 and the like.
+        notes: what was done to the pixels that a reader of the data set might not expect.
+    """
+
+    image: Image.Image
+    format: str
+    mode: str
+    notes: tuple[str, ...]
+
+    @property
+    def pixels(self) -> NDArray[np.uint8]:
+        """A copy, uint8, (height, width) or (height, width, 3)."""
+        return np.array(self.image)
+
+
+def decode(data: bytes, name: str, *, white: int | None = None, limit: int = PIXELS) -> Picture:
+    """Reads a file of one image.
+
+    EXIF's orientation is applied. A palette counts as colour. An alpha that hides nothing is dropped, one that does is
+    laid on black. Grey of more than 8 bits is scaled linearly, rounded to the nearest, so that 0 stays 0 and `white`
+    and all above it become 255; of 16-bit colour the high byte is kept.
+
+    Args:
+        data: the file's bytes.
+        name: what errors call it.
+        white: the value, 1 or more, of white in grey of more than 8 bits; by default the largest that its bits hold
+            (65,535).
+        limit: pixels that it may have.
+
+    Raises:
+        UnreadableError: it is empty, cut off, damaged, too large, no image or of a kind that is not read, or it holds
+            several frames.
+    """
+    with _opened(data, name) as image:
+        count = getattr(image, "n_frames", 1)
+        if count > 1:
+            raise UnreadableError(name, f"holds {count} frames or pages, where one is expected; save the one wanted")
+        return _picture(image, data, name, white, limit)
+
+
+def frames(data: bytes, name: str, *, white: int | None = None, limit: int = PIXELS) -> Iterator[Picture]:
+    """Reads each frame or page of a file in turn, as `decode` reads its only one; the limit holds for each."""
+    with _opened(data, name) as image:
+        for frame in range(getattr(image, "n_frames", 1)):
+            image.seek(frame)
+            picture = _picture(image, data, name, white, limit)
+            yield replace(picture, image=picture.image.copy())  # the reader goes on with its own
+
+
+def is_grey(pixels: NDArray[np.uint8], tolerance: int = 0) -> bool:
+    """Whether an image is grey in content: its channels differ by no more than `tolerance` (JPEG may round them)."""
+    return pixels.ndim == 2 or int(np.ptp(pixels, axis=2).max()) <= tolerance
+
+
+def to_channels(image: Image.Image, channels: int) -> Image.Image:
+    """Grey, by the luma of ITU-R BT.601, for 1, or colour for 3."""
+    if channels not in (1, 3):
+        raise ValueError(f"channels is {channels}; it must be 1 or 3")
+    mode = "L" if channels == 1 else "RGB"
+    return image if image.mode == mode else image.convert(mode)
+
+
+def resize(image: Image.Image, side: int, aspect: Aspect = "squash") -> Image.Image:
+    """Makes an image a square; the same image gives the same bytes.
+
+    The filter is Pillow's bilinear, whose support grows as the image shrinks, so that fine detail is averaged and does
+    not alias; it makes no halos at sharp edges (Lanczos and bicubic do, and a marker on a radiograph is a sharp edge)
+    and is smooth where the image grows (box is not). What the published sets at 28-224 pixels look like, it keeps.
+
+    Args:
+        image: of mode L or RGB.
+        side: of the square, pixels.
+        aspect: `squash` changes the proportions, `crop` keeps the middle of the longer side, `pad` puts the whole
+            image into the middle of a black square.
+    """
+    width, height = image.size
+    if aspect == "squash":
+        return _scaled(image, side, side)
+    if aspect == "crop":
+        short = min(height, width)
+        left, top = (width - short) // 2, (height - short) // 2
+        return _scaled(image.crop((left, top, left + short, top + short)), side, side)
+    if aspect == "pad":
+        long = max(height, width)
+        inner_width, inner_height = (max(1, (2 * length * side + long) // (2 * long)) for length in image.size)
+        square = Image.new(image.mode, (side, side))
+        inner = _scaled(image, inner_height, inner_width)
+        square.paste(inner, ((side - inner_width) // 2, (side - inner_height) // 2))
+        return square
+    raise ValueError(f"aspect is {aspect!r}; it must be 'squash', 'crop' or 'pad'")
+
+
+def _scaled(image: Image.Image, height: int, width: int) -> Image.Image:
+    return image if image.size == (width, height) else image.resize((width, height), Image.Resampling.BILINEAR)
+
+
+@contextmanager
+def _opened(data: bytes, name: str) -> Iterator[ImageFile.ImageFile]:
+    if ImageFile.LOAD_TRUNCATED_IMAGES:
+        raise UserError(
+            "Pillow's LOAD_TRUNCATED_IMAGES is on, which fills up images that are cut off; remove what sets it"
+        )
+    if not data:
+        raise UnreadableError(name, "the file is empty; fetch it again")
+    reader = next((reader for magic, reader in READERS.items() if data.startswith(magic)), None)
+    if reader is None:
+        text = data.lstrip()
+        found = (words for at, mark, words in OTHERS if (text if at == 0 else data)[at:].startswith(mark))
+        raise UnreadableError(name, next(found, "is no JPEG, PNG, BMP, TIFF, GIF or WebP; only these are read"))
+    try:
+        if reader is PngImageFile:
+            PngImageFile(BytesIO(data)).verify()  # the checksums, which are not looked at when pixels are read
+        with reader(BytesIO(data)) as image:
+            yield image
+    except UnreadableError:
+        raise
+    except Exception as error:  # a damaged file makes a reader stumble in any way
+        raise UnreadableError(name, _reason(error)) from error
+
+
+def _reason(error: Exception) -> str:
+    text = str(error)
+    if "not identified by this driver" in text:  # said of a header that could be read
+        return "its header gives no width, no height or no colours; fetch it again"
+    cut = ("truncated", "Truncated", "cannot load this image")
+    if isinstance(error.__cause__ or error, (EOFError, struct.error)) or any(word in text for word in cut):
+        return "is cut off; fetch it again"
+    if "checksum" in text:
+        return "is damaged: a checksum in it is wrong; fetch it again"
+    return f"is damaged, or of a kind that is not read ({text}); fetch it again, or convert it to PNG"
+
+
+def _picture(image: ImageFile.ImageFile, data: bytes, name: str, white: int | None, limit: int) -> Picture:
+    """The current frame as it is stored, but for what `decode` says."""
+    if image.width * image.height > limit:
+        raise UnreadableError(
+            name, f"has {image.width:,} x {image.height:,} pixels, more than the limit of {limit:,}; make it smaller"
+        )
+    mode = image.mode
+    image.load()
+    notes = []
+    bits = _bits(image, data)
+    key = image.info.get("transparency")
+    turned: Image.Image = image
+    orientation = image.getexif().get(ORIENTATION)  # after loading: a TIFF is turned by Pillow then
+    if orientation in TURNS:
+        turned = image.transpose(TURNS[orientation])
+        notes.append(f"turned as EXIF says (orientation {orientation})")
+    if mode.startswith("I;16"):
+        values = np.asarray(turned)
+        pixels = _eight_bits(values, 2**bits - 1, white, is_inverted=_zero_is_white(image))
+        hidden = values == key if key is not None else np.False_
+        pixels[hidden] = 0
+        flat, is_transparent = Image.fromarray(pixels), bool(hidden.any())
+    elif mode in MODES:
+        if bits > 8:
+            notes.append(f"{bits}-bit colour: the high byte of each channel")
+            if key is not None:  # compared with the high byte alone it would hide too much
+                raise UnreadableError(name, "has a transparent colour of 16 bits; save it with 8 bits a channel")
+        flat, is_transparent = _flat(_plain(image, turned, data, bits))
+    else:
+        raise UnreadableError(name, f"has pixels of the kind {mode!r}; convert it to 8 or 16 bits, grey or RGB")
+    if is_transparent:
+        notes.append("transparent in part: laid on black")
+    return Picture(flat, str(image.format), mode, tuple(notes))
+
+
+def _bits(image: ImageFile.ImageFile, data: bytes) -> int:
+    """Bits of a sample in the file, which Pillow's mode does not tell."""
+    if isinstance(image, PngImageFile):
+        return data[24]
+    if isinstance(image, TiffImageFile):
+        return int(max(image.tag_v2.get(BITSPERSAMPLE, (1,))))
+    return 8
+
+
+def _zero_is_white(image: ImageFile.ImageFile) -> bool:
+    """Whether a TIFF says so of itself; Pillow inverts such grey of 8 bits, but not of 16."""
+    return isinstance(image, TiffImageFile) and image.tag_v2.get(PHOTOMETRIC_INTERPRETATION) == 0
+
+
+def _eight_bits(values: NDArray[np.uint16], largest: int, white: int | None, *, is_inverted: bool) -> NDArray[np.uint8]:
+    """Grey of 9 to 16 bits by the rule of `decode`."""
+    white = largest if white is None else white
+    wide = values.astype(np.int64)
+    wide = np.minimum(largest - wide if is_inverted else wide, white)
+    return ((2 * 255 * wide + white) // (2 * white)).astype(np.uint8)
+
+
+def _plain(image: ImageFile.ImageFile, turned: Image.Image, data: bytes, bits: int) -> Image.Image:
+    """What Pillow read, with three of its readings put right."""
+    if isinstance(image, JpegImageFile) and image.mode == "CMYK" and "adobe" not in image.info:
+        return ImageChops.invert(turned)  # only Adobe stores ink the other way round, but Pillow takes all so
+    if isinstance(image, PngImageFile) and image.mode == "RGBA" and data[25] == 4:
+        return turned.convert("LA")  # grey and alpha of 16 bits, which Pillow reads as colour
+    if isinstance(image, PngImageFile) and image.mode == "L" and "transparency" in image.info:
+        turned.info["transparency"] = image.info["transparency"] * 255 // (2**bits - 1)  # as the pixels were scaled
+    return turned
+
+
+def _flat(image: Image.Image) -> tuple[Image.Image, bool]:
+    """Grey or RGB without alpha, and whether there was one that hid something."""
+    is_grey = image.mode in ("1", "L", "LA", "La")
+    if "transparency" not in image.info and image.mode not in ("LA", "La", "PA", "RGBA", "RGBa"):
+        return to_channels(image, 1 if is_grey else 3), False
+    samples = np.array(image.convert("LA" if is_grey else "RGBA"))
+    colour, alpha = samples[..., :-1], samples[..., -1:]
+    is_transparent = bool((alpha != 255).any())
+    if is_transparent:
+        colour = ((colour.astype(np.uint16) * alpha + 127) // 255).astype(np.uint8)
+    return Image.fromarray(colour[..., 0] if is_grey else colour), is_transparent

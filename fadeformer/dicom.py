@@ -1,0 +1,296 @@
+"""DICOM files to uint8 frames, and the little about the patient that may leave the file.
+
+Only the elements of `TAGS` are parsed, so that a name, a birth date or an address is never in memory as such. Of the
+patient there is a keyed hash to group images by, and subgroup fields that identify nobody. No error quotes a value of
+the file: pydicom's own messages do, so they are neither passed on nor chained to.
+
+The pixels go the way that DICOM describes (PS3.3 C.7.6.3, C.11.1, C.11.2): decompress, stored values, modality values
+(rescaled or by table), the first window or table for display, 8 bits. Overlays, presentation states and colour profiles
+are not applied.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import struct
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from io import BytesIO
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL.JpegImagePlugin import JpegImageFile
+from pydicom import Dataset, dcmread, uid
+from pydicom.encaps import generate_frames
+from pydicom.filereader import read_dataset
+from pydicom.pixels.decoders.base import get_decoder
+from pydicom.pixels.processing import apply_color_lut
+from pydicom.tag import Tag
+
+from fadeformer import windowing
+from fadeformer.errors import UnreadableError, UserError
+
+PIXELS = 2**29  # of all frames of a file at most; while it is read each takes some 3 to 5 bytes
+INFLATED = 2**30  # bytes of a deflated data set
+SALT = range(16, 65)  # bytes; blake2b takes no longer key, and a shorter one can be guessed
+OLDEST = 90  # years; above, an age identifies (45 CFR 164.514)
+JP2 = b"\0\0\0\x0cjP  "
+PIXEL_DATA = ("PixelData", "FloatPixelData", "DoubleFloatPixelData")
+COLOURS = ("Red", "Green", "Blue")
+TAGS = (
+    *("PatientID", "StudyInstanceUID", "PatientSex", "PatientAge", "Modality", "ViewPosition", "Manufacturer"),
+    *("SamplesPerPixel", "PhotometricInterpretation", "PlanarConfiguration", "NumberOfFrames", "Rows", "Columns"),
+    *("BitsAllocated", "BitsStored", "HighBit", "PixelRepresentation", *PIXEL_DATA),
+    *("ExtendedOffsetTable", "ExtendedOffsetTableLengths", "PixelPaddingValue", "PixelPaddingRangeLimit"),
+    *("RescaleSlope", "RescaleIntercept", "ModalityLUTSequence"),
+    *("WindowCenter", "WindowWidth", "VOILUTFunction", "VOILUTSequence"),
+    *("SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence"),
+    *(f"{colour}PaletteColorLookupTableDescriptor" for colour in COLOURS),
+    *(f"{colour}PaletteColorLookupTableData" for colour in COLOURS),
+    *(f"Segmented{colour}PaletteColorLookupTableData" for colour in COLOURS),
+)  # fmt: skip
+# Which of pydicom's decoders reads what: one each, since another one may round a lossy image otherwise.
+DECODERS = {
+    uid.JPEGBaseline8Bit: "pillow",
+    uid.JPEGExtended12Bit: "pillow",
+    uid.JPEG2000Lossless: "pylibjpeg",
+    uid.JPEG2000: "pylibjpeg",
+    uid.HTJ2KLossless: "pylibjpeg",
+    uid.HTJ2KLosslessRPCL: "pylibjpeg",
+    uid.HTJ2K: "pylibjpeg",
+    uid.RLELossless: "pydicom",
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Scan:
+    """One file.
+
+    Attributes:
+        frames: uint8, (frames, height, width) or (frames, height, width, 3).
+        scale: how they became 8 bits: `window`, `table` (a VOI LUT), `range` (smallest to largest value of the file)
+            or `bits` (colour, by the bits it is stored with).
+        group: hash of the patient (or of the study, if the patient is not named); None if neither is.
+        sex: M, F or O; None if it is not told.
+        age: in whole years, 90 for more; None if it is not told.
+        modality: as CR, DX, CT, MR, US.
+        view: as PA, AP, LL, CC, MLO.
+        manufacturer: of the device.
+    """
+
+    frames: NDArray[np.uint8]
+    scale: str
+    group: str | None
+    sex: str | None
+    age: int | None
+    modality: str | None
+    view: str | None
+    manufacturer: str | None
+
+
+def read(data: bytes, name: str, *, salt: bytes, limit: int = PIXELS) -> Scan:
+    """Reads one file.
+
+    The group is made of Patient ID alone: its issuer is left out, since a patient whose files name it only now and then
+    would become two. Files whose IDs were all replaced by one placeholder are one group. Padding pixels become black.
+
+    Args:
+        data: the file's bytes.
+        name: what errors call it.
+        salt: the key of the hash, 16 to 64 random bytes that are kept secret and the same for the whole data set.
+        limit: pixels of all frames together.
+
+    Raises:
+        UnreadableError: it is empty, cut off, damaged, too large, no DICOM, has no image or one of a kind that is not
+            read.
+        UserError: the salt is too short or too long.
+    """
+    if len(salt) not in SALT:
+        raise UserError(f"the salt has {len(salt)} bytes; it must be {SALT.start} to {SALT.stop - 1} random ones")
+    try:
+        return _read(data, salt, limit)
+    except (_RefusalError, windowing.WindowError) as refusal:
+        reason = str(refusal)
+    except Exception as error:  # a damaged file makes pydicom and its decoders stumble in any way
+        reason = f"is damaged, or not built as DICOM wants it ({type(error).__name__}); fetch or export it again"
+    raise UnreadableError(name, reason)  # here, so that no message of pydicom's hangs on it
+
+
+class _RefusalError(Exception):
+    """Why a file is not read."""
+
+
+def _read(data: bytes, salt: bytes, limit: int) -> Scan:
+    dataset = _parsed(data)
+    keyword = next((keyword for keyword in PIXEL_DATA if keyword in dataset), None)
+    if keyword is None:
+        raise _RefusalError("holds no image, or is cut off before it; leave it out, or fetch it again")
+    count = int(dataset.get("NumberOfFrames") or 1)
+    pixels = dataset.Rows * dataset.Columns * count
+    if not 0 < pixels <= limit:
+        size = f"{dataset.Columns:,} x {dataset.Rows:,} pixels in {count:,} frames"
+        raise _RefusalError(f"has {size}; at least 1 and at most {limit:,} in all are read")
+    stored = list(_stored(dataset, keyword, count))
+    if len(stored) != count:
+        raise _RefusalError(f"says that it has {count} frames, but holds {len(stored)}; export it again")
+    if dataset.SamplesPerPixel == 1 and dataset.PhotometricInterpretation != "PALETTE COLOR":
+        frames, scale = windowing.to_8_bits(stored, dataset)
+    else:
+        frames, scale = np.stack([_colour(frame, dataset) for frame in stored]), "bits"
+    return Scan(
+        frames,
+        scale,
+        _group(dataset, salt),
+        _code(dataset, "PatientSex", r"[MFO]"),
+        _age(_raw(dataset, "PatientAge")),
+        _code(dataset, "Modality", r"[A-Z0-9_]{1,16}"),
+        _code(dataset, "ViewPosition", r"[A-Z0-9_ ]{1,16}"),
+        _code(dataset, "Manufacturer", r"[^\x00-\x1f]{1,64}"),
+    )
+
+
+def _parsed(data: bytes) -> Dataset:
+    """The elements of `TAGS`, none of them decoded yet."""
+    if not data:
+        raise _RefusalError("the file is empty; fetch it again")
+    # Old files begin with their first element: of group 2 or 8, in either byte order.
+    if data[128:132] != b"DICM" and data[:2] not in (b"\x02\0", b"\x08\0", b"\0\x02", b"\0\x08"):
+        raise _RefusalError("is no DICOM file; leave it out")
+    file = BytesIO(data)
+    file.seek(132 if data[128:132] == b"DICM" else 0)
+    meta = read_dataset(file, False, True, stop_when=lambda tag, vr, length: tag >> 16 != 2)
+    if meta.get("TransferSyntaxUID") == uid.DeflatedExplicitVRLittleEndian:
+        inflater = zlib.decompressobj(-zlib.MAX_WBITS)
+        size, rest = 0, data[file.tell() :]
+        while rest and size <= INFLATED:
+            size += len(inflater.decompress(rest, 2**20))
+            rest = inflater.unconsumed_tail
+        if size > INFLATED:
+            raise _RefusalError(f"grows to more than {INFLATED:,} bytes when it is inflated; it is refused as a bomb")
+    dataset = dcmread(BytesIO(data), force=True, specific_tags=list(TAGS))
+    if "TransferSyntaxUID" not in dataset.file_meta:
+        is_implicit, is_little = dataset.original_encoding
+        plain = uid.ExplicitVRLittleEndian if is_little else uid.ExplicitVRBigEndian
+        dataset.file_meta.TransferSyntaxUID = uid.ImplicitVRLittleEndian if is_implicit else plain
+    return dataset
+
+
+def _stored(dataset: Dataset, keyword: str, count: int) -> Iterator[NDArray[Any]]:
+    """Each frame as it is stored, decompressed, colour as RGB."""
+    syntax = dataset.file_meta.TransferSyntaxUID
+    plugin = ""
+    if syntax not in uid.UncompressedTransferSyntaxes:
+        plugin = _decoder(syntax, dataset.BitsStored)
+        _sizes_agree(dataset, syntax, count)
+    elif (found := len(dataset[keyword].value)) < (expected := _native_size(dataset, count)):
+        raise _RefusalError(f"is cut off: it has {found:,} of {expected:,} bytes of pixels; fetch it again")
+    for frame, properties in get_decoder(syntax).iter_array(dataset, decoding_plugin=plugin):
+        colours = str(properties["photometric_interpretation"])
+        if dataset.SamplesPerPixel == 3 and colours != "RGB":
+            raise _RefusalError(
+                "has colours that are neither RGB nor YBR_FULL, YBR_ICT, YBR_RCT; convert it with dcmconv"
+            )
+        yield frame
+
+
+def _native_size(dataset: Dataset, count: int) -> int:
+    """Bytes of pixels that are not compressed."""
+    bits = dataset.Rows * dataset.Columns * dataset.SamplesPerPixel * dataset.BitsAllocated * count
+    if dataset.PhotometricInterpretation == "YBR_FULL_422":
+        bits = bits * 2 // 3  # two pixels share their colour
+    return int(bits + 7) // 8
+
+
+def _decoder(syntax: uid.UID, bits: int) -> str:
+    """The name of the decoder for a compressed image."""
+    try:
+        available = get_decoder(syntax).available_plugins
+    except NotImplementedError:
+        available = ()
+    if syntax == uid.JPEGExtended12Bit and bits != 8:  # Pillow and GDCM read no 12-bit JPEG
+        available = tuple(plugin for plugin in available if plugin == "pylibjpeg")
+    preferred = DECODERS.get(syntax)
+    if preferred in available:
+        return str(preferred)
+    if available:
+        return available[0]
+    remedy = "convert it with `gdcmconv --raw`"
+    if syntax in uid.JPEGLSTransferSyntaxes:
+        remedy = "install python-gdcm, or convert it with dcmdjpls"
+    elif syntax == uid.JPEGExtended12Bit:
+        remedy = "convert it with dcmdjpeg"
+    elif syntax in uid.JPEGTransferSyntaxes:
+        remedy = "install python-gdcm, or convert it with dcmdjpeg"
+    elif syntax in uid.MPEGTransferSyntaxes:
+        remedy = "it is a video; export its frames"
+    known = f"{syntax.name} ({syntax})" if syntax in uid.AllTransferSyntaxes else "of an unknown kind"
+    raise _RefusalError(f"its transfer syntax {known} cannot be decoded here; {remedy}")
+
+
+def _sizes_agree(dataset: Dataset, syntax: uid.UID, count: int) -> None:
+    """Stops a compressed frame that would unpack to another size than the file's, perhaps a huge one."""
+    if syntax not in (*uid.JPEG2000TransferSyntaxes, uid.JPEGBaseline8Bit):
+        return
+    for frame in generate_frames(dataset.PixelData, number_of_frames=count):
+        size = JpegImageFile(BytesIO(frame)).size if syntax == uid.JPEGBaseline8Bit else _jpeg_2000_size(frame)
+        if size != (dataset.Columns, dataset.Rows):
+            raise _RefusalError("has a compressed frame of another size than its header says; export it again")
+
+
+def _jpeg_2000_size(frame: bytes) -> tuple[int, int]:
+    """Width and height as the codestream tells them (ISO/IEC 15444-1, A.5.1), behind the boxes of a JP2 if any."""
+    start = 0
+    if frame.startswith(JP2):
+        start = 12
+        while frame[start + 4 : start + 8] != b"jp2c":
+            length = int.from_bytes(frame[start : start + 4], "big")
+            if length < 8:  # pydicom would wait at such a box for ever
+                raise _RefusalError("has a compressed frame that is damaged; fetch or export it again")
+            start += length
+        start += 8
+    width, height, left, top = struct.unpack_from(">4I", frame, start + 8)
+    return width - left, height - top
+
+
+def _colour(frame: NDArray[Any], dataset: Dataset) -> NDArray[np.uint8]:
+    """RGB of 8 bits, by the bits it is stored with."""
+    bits = int(dataset.BitsStored)
+    if dataset.PhotometricInterpretation == "PALETTE COLOR":
+        frame = apply_color_lut(frame, dataset)[..., :3]
+        bits = dataset.RedPaletteColorLookupTableDescriptor[2]
+    if bits == 8:
+        return np.asarray(np.minimum(frame, 255), np.uint8)
+    white = 2**bits - 1
+    return np.asarray(np.floor(np.minimum(frame, white) / white * 255 + 0.5), np.uint8)
+
+
+def _group(dataset: Dataset, salt: bytes) -> str | None:
+    for keyword in ("PatientID", "StudyInstanceUID"):
+        value = _raw(dataset, keyword)
+        if value:
+            return hashlib.blake2b(keyword.encode() + b"\0" + value, key=salt, digest_size=16).hexdigest()
+    return None
+
+
+def _raw(dataset: Dataset, keyword: str) -> bytes:
+    """An element as its bytes, without padding: pydicom quotes a value that it finds wrong in a warning."""
+    element = dataset.get_item(Tag(keyword))
+    value = element.value if element is not None else None
+    return value.strip(b" \0") if isinstance(value, bytes) else b""
+
+
+def _code(dataset: Dataset, keyword: str, pattern: str) -> str | None:
+    """An element that must look like this: anything else may be a name that stands in the wrong place."""
+    value = _raw(dataset, keyword).decode("utf-8", errors="replace").strip()
+    return value if re.fullmatch(pattern, value) else None
+
+
+def _age(value: bytes) -> int | None:
+    found = re.fullmatch(rb"(\d{1,3})([DWMY])", value)
+    if found is None:
+        return None
+    years = int(found[1]) // {b"D": 365, b"W": 52, b"M": 12, b"Y": 1}[found[2]]
+    return min(years, OLDEST)

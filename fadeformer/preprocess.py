@@ -1,0 +1,141 @@
+"""Every image of a manifest decoded and resized once, into the arrays of `fadeformer.arrays`."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+from math import prod
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+from PIL import Image
+
+from fadeformer.arrays import Meta
+from fadeformer.datasets import images
+from fadeformer.decode import Aspect, resize, to_channels
+from fadeformer.errors import UnreadableError, UserError
+from fadeformer.files import whole_file, write_json
+
+NOTED_EVERY = 1000  # images
+ROWS_AT_ONCE = 64
+
+
+def write(
+    dataset: Mapping[str, Any],
+    manifest: pd.DataFrame,
+    source: Path,
+    *,
+    image_size: int,
+    channels: int,
+    aspect: Aspect,
+    threads: int | None,
+    cross_split_duplicates: int,
+    folder: Path,
+) -> Meta:
+    """Writes a folder of arrays; one that was begun before is gone on with.
+
+    An image has its place from the start, so the arrays are the same for any number of threads, and after any number of
+    interruptions. What is done is noted every `NOTED_EVERY` images, after it has reached the disk.
+
+    Args:
+        dataset: the data set's card, as plain values.
+        manifest: one row per image, each split's in the order of its array.
+        source: where the manifest's archives lie.
+        image_size: side of the arrays, pixels.
+        channels: 1 (grey) or 3 (colour) of the arrays.
+        aspect: what becomes of an image that is not square.
+        threads: that decode; None for one on each core. Memory grows with them, not with the data set.
+        cross_split_duplicates: goes into `meta.json`, so that every result can tell it.
+        folder: where they go: empty, or left by an earlier call with the same arguments.
+
+    Raises:
+        UserError: an image cannot be read.
+    """
+    shape = (image_size, image_size, channels)
+    places = manifest.groupby("split").cumcount().to_numpy()
+    counts = {str(split): int(count) for split, count in manifest["split"].value_counts(sort=False).items()}
+    with contextlib.ExitStack() as stack:
+        files = {
+            split: stack.enter_context(_opened(folder / f"{split}.npy", (n, *shape))) for split, n in counts.items()
+        }
+        starts = {split: file.tell() for split, file in files.items()}
+        noted = folder / "done.npy"
+        done = np.load(noted, allow_pickle=False) if noted.exists() else np.zeros(len(manifest), bool)
+        left = np.flatnonzero(~done)
+        splits = manifest["split"].to_numpy()
+
+        def work(_: int, image: Image.Image) -> NDArray[np.uint8]:
+            return fit(image, image_size, channels, aspect)
+
+        found = images.each(manifest.iloc[left], source, work, what="arrays", threads=threads)
+        for number, (position, pixels) in enumerate(found, start=1):
+            row = left[position]
+            if isinstance(pixels, UnreadableError):
+                raise UserError(f"{pixels}; run `dvc repro validate`: the data have changed since they were checked")
+            file = files[splits[row]]
+            file.seek(starts[splits[row]] + int(places[row]) * pixels.nbytes)
+            file.write(pixels.data)
+            done[row] = True
+            if number % NOTED_EVERY == 0:
+                _note(noted, done, files.values())
+        _note(noted, done, files.values())
+    if not done.all():
+        raise UserError(f"{source}: {int((~done).sum()):,} images of the manifest are gone; run `dvc repro validate`")
+    columns = [name for name in manifest.columns if name in ("split", "id", "group") or name.startswith("label")]
+    manifest[columns].to_parquet(folder / "index.parquet", index=False)
+    mean, std = channel_statistics(folder / "train.npy", threads)
+    meta = Meta(dict(dataset), image_size, channels, counts, cross_split_duplicates, mean, std)
+    write_json(folder / "meta.json", asdict(meta))
+    noted.unlink()
+    return meta
+
+
+def _opened(path: Path, shape: tuple[int, ...]) -> BinaryIO:
+    """An array's file, at the place of its first element; a new one has its whole length at once."""
+    exists = path.exists()
+    file = path.open("r+b" if exists else "w+b")
+    np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
+    if not exists:
+        file.truncate(file.tell() + prod(shape))
+    return file
+
+
+def _note(path: Path, done: NDArray[np.bool_], files: Iterable[BinaryIO]) -> None:
+    for file in files:
+        file.flush()
+        os.fsync(file.fileno())
+    with whole_file(path) as temporary:
+        np.save(temporary, done)
+
+
+def channel_statistics(path: Path, threads: int | None = None) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation of each channel, in [0, 1], of an array of images; exact, and block by block."""
+    with path.open("rb") as file, ThreadPoolExecutor(threads or os.cpu_count()) as pool:
+        np.lib.format.read_magic(file)
+        (count, height, width, channels), _, _ = np.lib.format.read_array_header_1_0(file)
+        image, begin = height * width * channels, file.tell()
+
+        def histogram(first: int) -> list[int]:
+            rows = min(ROWS_AT_ONCE, count - first) * height  # of the images one below the other
+            # not mapped: what is read of a map counts as the process's memory
+            data = os.pread(file.fileno(), rows * width * channels, begin + first * image)
+            return Image.frombytes("L" if channels == 1 else "RGB", (width, rows), data).histogram()
+
+        counts = np.zeros((channels, 256), np.int64)
+        for found in pool.map(histogram, range(0, count, ROWS_AT_ONCE)):
+            counts += np.array(found).reshape(counts.shape)
+    values = np.arange(256) / 255
+    shares = counts / max(1, counts[0].sum())
+    mean = shares @ values
+    return mean.tolist(), np.sqrt(np.maximum(shares @ values**2 - mean**2, 0)).tolist()
+
+
+def fit(image: Image.Image, side: int, channels: int, aspect: Aspect) -> NDArray[np.uint8]:
+    """An image as it stands in the arrays, (side, side, channels); one that fits already stays as it is."""
+    return np.asarray(resize(to_channels(image, channels), side, aspect)).reshape(side, side, channels)

@@ -1,0 +1,185 @@
+"""Which images show the same: exact copies by their content, near copies by a perceptual hash and a comparison.
+
+The hash is that of Zauner (2010, "Implementation and benchmarking of perceptual image hash functions", section 3.2.1),
+64 low frequencies of the cosine transform against their median, of a grey thumbnail. It is taken at nine positions a
+pixel apart, so that a copy that was shifted or cropped by a pixel has the same hash at one of them. Hashes that differ
+in a few bits only bring a pair together; whether it is the same image is told by how much of one thumbnail the other
+explains.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from functools import cache
+from itertools import pairwise
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+from PIL import Image
+
+Pixels = NDArray[np.uint8]
+Hashes = NDArray[np.uint64]
+
+SIDE = 64  # pixels of a thumbnail at most
+MARGIN = 2  # pixels of a thumbnail that the hash and the comparison leave out, so that there is room to shift
+FREQUENCIES = 8  # in each direction
+LEAST_SIDE = 16  # pixels of an image that can be hashed
+SHIFTS = [(0, 0), *((y, x) for y in (-1, 0, 1) for x in (-1, 0, 1) if (y, x) != (0, 0))]
+RADIUS = 4  # bits of 64 in which hashes of a pair may differ
+PAIRS_AT_ONCE = 2**21
+COMPARED_AT_ONCE = 256
+
+
+class Sketch(NamedTuple):
+    """What is kept of an image to find its copies.
+
+    Attributes:
+        thumbnail: grey, (side, side), `SIDE` pixels or as small as the image.
+        hashes: of the thumbnail at each of `SHIFTS`, the unshifted one first.
+    """
+
+    thumbnail: Pixels
+    hashes: Hashes
+
+
+def grey_content(pixels: Pixels) -> Pixels:
+    """The image with one channel where its three are the same, else as it is."""
+    if pixels.ndim == 3 and (pixels == pixels[..., :1]).all():
+        return pixels[..., 0]
+    return pixels
+
+
+def content_hash(pixels: Pixels) -> str:
+    """SHA-256 of what an image shows, whatever file format or number of equal channels it was stored in."""
+    pixels = grey_content(pixels)
+    return hashlib.sha256(repr(pixels.shape).encode() + np.ascontiguousarray(pixels).tobytes()).hexdigest()
+
+
+def sketch(image: Image.Image) -> Sketch:
+    """Thumbnail and hashes of an image.
+
+    Raises:
+        ValueError: it is smaller than `LEAST_SIDE`.
+    """
+    side = min(SIDE, *image.size)
+    if side < LEAST_SIDE:
+        raise ValueError(f"an image of {image.height} x {image.width} pixels is too small for a perceptual hash")
+    grey = image.convert("L")
+    if grey.size != (side, side):
+        grey = grey.resize((side, side), Image.Resampling.BOX)
+    thumbnail = np.asarray(grey)
+    waves = _waves(side)  # three shifts and eight frequencies in a row, side
+    spectrum = waves @ thumbnail.astype(np.float32) @ waves.T
+    cells = spectrum.reshape(3, FREQUENCIES, 3, FREQUENCIES).swapaxes(1, 2)  # y shift, x shift, frequencies
+    shifted = np.stack([cells[1 + y, 1 + x].ravel() for y, x in SHIFTS])
+    bits = shifted > np.median(shifted, axis=1, keepdims=True)
+    return Sketch(thumbnail, np.packbits(bits, axis=1).view(">u8")[:, 0].astype(np.uint64))
+
+
+@cache
+def _waves(side: int) -> NDArray[np.float32]:
+    """Cosines over the thumbnail's inner part, at the three shifts."""
+    inner = side - 2 * MARGIN
+    angle = np.pi / inner * np.outer(np.arange(1, FREQUENCIES + 1), np.arange(inner) + 0.5)
+    waves = np.zeros((3, FREQUENCIES, side), np.float32)
+    for place, shift in enumerate((-1, 0, 1)):
+        waves[place, :, MARGIN + shift : MARGIN + shift + inner] = np.cos(angle)
+    return waves.reshape(3 * FREQUENCIES, side)
+
+
+def near_pairs(sketches: Sequence[Sketch], least: float) -> pd.DataFrame:
+    """Pairs of images that show nearly the same: re-encoded, brightened, shifted or cropped by a pixel.
+
+    Args:
+        sketches: one of each image; without exact copies, all pairs of which would be named.
+        least: similarity from which a pair counts, 0 to 1.
+
+    Returns:
+        One row per pair, in order: `first` and `second` (positions in `sketches`, first < second) and `similarity`, the
+        share of one thumbnail's variance that the other explains.
+    """
+    pairs = _candidates(np.array([one.hashes for one in sketches], np.uint64).reshape(-1, len(SHIFTS)))
+    found = [
+        _explained([sketches[i].thumbnail for i in part[:, 0]], [sketches[i].thumbnail for i in part[:, 1]])
+        for part in (pairs[start : start + COMPARED_AT_ONCE] for start in range(0, len(pairs), COMPARED_AT_ONCE))
+    ]
+    table = pd.DataFrame({"first": pairs[:, 0], "second": pairs[:, 1], "similarity": np.concatenate([[], *found])})
+    return table[table["similarity"] >= least].reset_index(drop=True)
+
+
+def _candidates(hashes: Hashes) -> NDArray[np.int64]:
+    """Pairs with hashes within `RADIUS` bits at one of the shifts, (pairs, 2), each once and in order.
+
+    Of RADIUS + 1 pieces of a hash at least one is the same in such a pair, so only images that share a piece are
+    compared (multi-index hashing; Norouzi, Punjani and Fleet 2012).
+    """
+    images = len(hashes)
+    codes = np.zeros(0, np.int64)  # first * images + second
+    ends = np.linspace(0, 64, RADIUS + 2).round().astype(np.uint64)
+    for low, high in pairwise(ends):
+        mask = np.uint64((1 << int(high - low)) - 1)
+        pieces = (hashes >> low) & mask
+        order = np.argsort(pieces[:, 0], kind="stable")
+        ordered = pieces[order, 0]
+        for shift in range(len(SHIFTS)):
+            left = np.searchsorted(ordered, pieces[:, shift], "left")
+            counts = np.searchsorted(ordered, pieces[:, shift], "right") - left
+            found = [codes]
+            for some in _blocks(counts):
+                mine = np.repeat(np.arange(some.start, some.stop), counts[some])
+                before = np.cumsum(counts[some]) - counts[some]
+                rank = np.arange(len(mine)) - np.repeat(before, counts[some])
+                other = order[np.repeat(left[some], counts[some]) + rank]
+                near = np.bitwise_count(hashes[mine, shift] ^ hashes[other, 0]) <= RADIUS
+                one, two = mine[near & (mine != other)], other[near & (mine != other)]
+                found.append(np.minimum(one, two) * images + np.maximum(one, two))
+            codes = np.unique(np.concatenate(found))
+    return np.stack([codes // images, codes % images], axis=1) if images else np.empty((0, 2), np.int64)
+
+
+def _blocks(counts: NDArray[np.int64]) -> Iterator[slice]:
+    """Cuts a list of counts into runs of about `PAIRS_AT_ONCE` in sum."""
+    totals = np.cumsum(counts)
+    start = 0
+    while start < len(counts):
+        before = totals[start - 1] if start else 0
+        stop = max(start + 1, int(np.searchsorted(totals, before + PAIRS_AT_ONCE, "right")))
+        yield slice(start, stop)
+        start = stop
+
+
+def _explained(one: Sequence[Pixels], other: Sequence[Pixels]) -> NDArray[np.float64]:
+    """How much of each thumbnail in `other` the one in `one` explains, (pairs,).
+
+    The largest R^2, over shifts of a pixel, of a regression on the thumbnail and its two derivatives: derivatives stand
+    for the part of a pixel by which it may be shifted besides. 0 where the thumbnail would have to be inverted.
+    """
+    result = np.zeros(len(one))
+    sides = np.array([min(len(a), len(b)) for a, b in zip(one, other, strict=True)])
+    for side in np.unique(sides):
+        of = np.flatnonzero(sides == side).tolist()
+        a, b = (np.stack([_shrunk(images[i], int(side)) for i in of]) for images in (one, other))
+        bases = np.stack([a, *np.gradient(a, axis=(1, 2))], axis=1)  # pairs, 3, side, side
+        inner = slice(MARGIN, -MARGIN)
+        target = b[:, inner, inner].reshape(len(of), 1, -1)
+        target = target - target.mean(axis=-1, keepdims=True)
+        for y, x in SHIFTS:
+            moved = bases[:, :, MARGIN + y : side - MARGIN + y, MARGIN + x : side - MARGIN + x]
+            moved = moved.reshape(len(of), 3, -1)
+            moved = moved - moved.mean(axis=-1, keepdims=True)
+            gram = moved @ moved.swapaxes(1, 2) + 1e-6 * np.eye(3)
+            weights = np.linalg.solve(gram, moved @ target.swapaxes(1, 2))[..., 0]  # pairs, 3
+            residual = target[:, 0] - np.einsum("pk,pkn->pn", weights, moved)
+            share = 1 - (residual**2).sum(axis=-1) / ((target[:, 0] ** 2).sum(axis=-1) + 1e-9)
+            near = (weights[:, 0] > 0) & (np.abs(weights[:, 1:]).max(axis=1) <= weights[:, 0])
+            result[of] = np.maximum(result[of], np.where(near, share, 0.0))
+    return result
+
+
+def _shrunk(thumbnail: Pixels, side: int) -> NDArray[np.float32]:
+    if len(thumbnail) != side:
+        thumbnail = np.asarray(Image.fromarray(thumbnail).resize((side, side), Image.Resampling.BOX))
+    return thumbnail.astype(np.float32)

@@ -1,0 +1,178 @@
+"""NIH ChestX-ray14's files, a few images of them."""
+
+import io
+import tarfile
+
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+
+from fadeformer.datasets import chestxray14
+from fadeformer.errors import UserError
+from tests.datasets.conftest import built
+
+PATIENTS = 60
+HEAD = (
+    "Image Index,Finding Labels,Follow-up #,Patient ID,Patient Age,Patient {sex},View Position,"
+    "OriginalImage[Width,Height],OriginalImagePixelSpacing[x,y]{end}"
+)
+
+
+def png(seed: int, mode: str) -> bytes:
+    random = np.random.default_rng(seed)
+    grey = Image.fromarray(random.integers(0, 256, (6, 6), dtype=np.uint8)).resize((32, 32), Image.Resampling.BICUBIC)
+    held = io.BytesIO()
+    grey.convert(mode).save(held, "PNG")
+    return held.getvalue()
+
+
+def names() -> list[str]:
+    return [f"{patient:08}_{follow_up:03}.png" for patient in range(1, PATIENTS + 1) for follow_up in range(2)]
+
+
+def write_table(mirror, *, sex="Gender", age="0{}Y", end=",", change=lambda rows: rows):
+    rows = [
+        [name, ("Hernia|Effusion", "No Finding", "Mass")[i % 3], str(i % 2), str(int(name[:8])),
+         age.format(40 + i % 50), "F" if i % 2 else "M", "PA", "2682", "2749", "0.143", "0.143"]
+        for i, name in enumerate(names())
+    ]  # fmt: skip
+    text = "\n".join([HEAD.format(sex=sex, end=end), *(",".join(row) + end for row in change(rows))])
+    (mirror / chestxray14.ENTRIES).write_text(text + "\n")
+
+
+@pytest.fixture
+def mirror(tmp_path):
+    folder = tmp_path / "mirror"
+    folder.mkdir()
+    for number, part in ((1, names()[:80]), (2, names()[80:])):
+        with tarfile.open(folder / chestxray14.archive_name(number), "w:gz") as archive:
+            for i, name in enumerate(part):
+                data = png(number * 1000 + i, "RGBA" if i % 7 == 0 else "RGB" if i % 2 else "L")
+                member = tarfile.TarInfo(f"images/{name}")
+                member.size = len(data)
+                archive.addfile(member, io.BytesIO(data))
+    write_table(folder)
+    (folder / chestxray14.TRAIN_VAL_LIST).write_text("\n".join(names()[:90]) + "\n")
+    (folder / chestxray14.TEST_LIST).write_text("\n".join(names()[90:]))
+    return folder
+
+
+@pytest.fixture
+def fetch(fetched, mirror):
+    return lambda **changes: fetched(
+        **{"name": "chestxray14", "mirror": str(mirror), "edition": "other", "archives": [2, 1], **changes}
+    )
+
+
+@pytest.mark.parametrize(
+    "edition",
+    [
+        {"sex": "Gender", "age": "0{}Y", "end": ","},  # 2017: a comma at the end of every row
+        {"sex": "Gender", "age": "{}", "end": ""},
+        {"sex": "Sex", "age": "{}", "end": ","},
+    ],
+)
+def test_a_row_says_what_the_tables_know_in_every_edition(fetch, mirror, edition):
+    write_table(mirror, **edition)
+    facts, folder = fetch()
+    rows = chestxray14.table(facts, folder)
+    assert len(rows) == 2 * PATIENTS
+    first = rows.iloc[3].to_dict()
+    labels = {first.pop(f"label_{i}"): finding for i, finding in enumerate(chestxray14.FINDINGS)}
+    assert first == {
+        "path": "images_001.tar.gz", "member": "images/00000002_001.png", "id": "00000002_001.png", "group": "2",
+        "split": "train_val", "age": 43, "sex": "F", "view": "PA",
+    }  # fmt: skip
+    assert set(labels) == {0, 1}
+    positive = [f for i, f in enumerate(chestxray14.FINDINGS) if rows[f"label_{i}"].iloc[3]]
+    assert positive == ["Effusion", "Hernia"]
+    assert not rows.filter(like="label_").iloc[4].any()
+
+
+def test_val_is_taken_from_train_val_by_patient_and_test_stays(fetch, tmp_path):
+    facts, folder = fetch()
+    rows = built(facts, folder, tmp_path / "splits").rows
+    assert set(rows.loc[rows["split"] == "test", "id"]) == set(names()[90:])
+    assert rows.groupby("group")["split"].nunique().max() == 1
+    # 0.7 : 0.1 of the 90
+    assert rows["split"].value_counts().to_dict() == {"train": 78, "test": 30, "val": 12}
+    assert rows["problem"].isna().all()
+    assert set(rows["mode"]) == {"L", "RGB"}
+
+
+def test_the_authors_split_gives_way_to_one_made_anew(fetch, tmp_path):
+    facts, folder = fetch()
+    rows = built(facts, folder, tmp_path / "splits", anew=True).rows
+    assert rows["split"].value_counts().to_dict() == {"train": 84, "test": 24, "val": 12}
+    assert rows.groupby("group")["split"].nunique().max() == 1
+    assert set(rows.loc[rows["split"] == "test", "id"]) != set(names()[90:])
+
+
+def test_a_part_of_the_archives_is_a_part_of_the_images(fetch):
+    facts, folder = fetch(archives=[1])
+    assert set(chestxray14.table(facts, folder)["id"]) == set(names()[:80])
+    assert facts.file == "images_001.tar.gz"
+
+
+def test_ages_of_several_hundred_are_not_known(fetch, mirror):
+    write_table(mirror, age="4{}", end="")
+    facts, folder = fetch()
+    assert chestxray14.table(facts, folder)["age"].isna().all()
+
+
+def test_a_published_archive_has_the_published_md5(fetch):
+    with pytest.raises(UserError, match=r"images_001\.tar\.gz: MD5 is .* set dataset\.edition: other"):
+        fetch(edition="published")
+
+
+def edit(row, column, value):
+    def change(rows):
+        rows[row][column] = value
+        return rows
+
+    return lambda mirror: write_table(mirror, change=change)
+
+
+def write_list(name, lines):
+    return lambda mirror: (mirror / name).write_text("\n".join(lines))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (edit(3, 1, "Measles"), "has the finding 'Measles', which is none of the fourteen"),
+        (edit(3, 3, "77"), "line 5 gives 00000002_001.png to another patient than its name does"),
+        (edit(3, 3, ""), "line 5 lacks an image, a finding or a patient"),
+        (edit(3, 0, "00000002_000.png"), "names 00000002_000.png twice"),
+        (lambda mirror: write_table(mirror, sex="Height"), "has no column sex; it is not NIH's file"),
+        (
+            lambda mirror: write_table(mirror, change=lambda rows: rows[:-1]),
+            "1 images of the archives are not in Data_Entry",
+        ),
+        (write_list(chestxray14.TEST_LIST, names()[91:]), "1 images of the archives are not in train_val_list.txt or"),
+        (write_list(chestxray14.TEST_LIST, names()[89:]), "00000045_001.png stands in both lists"),
+        (lambda mirror: (mirror / chestxray14.ENTRIES).write_bytes(b""), "cannot be read as a table"),
+        (
+            lambda mirror: (mirror / chestxray14.TEST_LIST).write_bytes(b"\xff\xfe"),
+            "cannot be read as a list of images",
+        ),
+    ],
+)
+def test_tables_that_do_not_fit_are_told(fetch, mirror, spoil, message):
+    spoil(mirror)
+    facts, folder = fetch()
+    with pytest.raises(UserError, match=message):
+        chestxray14.table(facts, folder)
+
+
+@pytest.mark.real_data
+def test_the_real_sample(fetched, real_data, tmp_path):
+    facts, folder = fetched(name="chestxray14", mirror=str(real_data / "chestxray14"), edition="other", archives=[1])
+    rows = built(facts, folder, tmp_path / "splits").rows
+    assert (len(rows), rows["group"].nunique()) == (1000, 264)
+    assert rows["split"].value_counts()["test"] == 251
+    assert rows.groupby("group")["split"].nunique().max() == 1
+    positives = rows[[f"label_{i}" for i in range(14)]].sum()
+    assert (positives.iloc[chestxray14.FINDINGS.index("Hernia")], positives.iloc[6]) == (9, 11)
+    assert pd.Series(rows["height"]).eq(64).all()

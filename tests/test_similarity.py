@@ -1,0 +1,106 @@
+"""Copies and near copies among images."""
+
+import io
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image, ImageEnhance
+
+from fadeformer import similarity
+
+
+def scene(seed: int, height: int = 80, width: int = 96) -> np.ndarray:
+    """A smooth colour image with some detail, unlike that of any other seed."""
+    random = np.random.default_rng(seed)
+    coarse = random.integers(0, 256, (7, 7, 3), dtype=np.uint8)
+    image = Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
+    noise = random.normal(0, 4, (height, width, 3))
+    return np.clip(np.asarray(image) + noise, 0, 255).astype(np.uint8)
+
+
+def encoded(pixels: np.ndarray, kind: str, **options: object) -> np.ndarray:
+    held = io.BytesIO()
+    Image.fromarray(pixels).save(held, kind, **options)
+    return np.asarray(Image.open(held))
+
+
+COPIES = {
+    "JPEG of quality 60": lambda x: encoded(x, "JPEG", quality=60),
+    "one pixel to the right": lambda x: np.roll(x, 1, axis=1),
+    "one pixel up and left": lambda x: np.roll(x, (-1, -1), axis=(0, 1)),
+    "cropped by a pixel": lambda x: x[1:, 1:],
+    "brighter": lambda x: np.asarray(ImageEnhance.Brightness(Image.fromarray(x)).enhance(1.15)),
+    "less contrast": lambda x: np.asarray(ImageEnhance.Contrast(Image.fromarray(x)).enhance(0.8)),
+    "half the size": lambda x: np.asarray(Image.fromarray(x).reduce(2)),
+    "grey": lambda x: np.asarray(Image.fromarray(x).convert("L")),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "side"),
+    # a pixel's crop of 28 changes an image more than two images of one kind differ, and half of 28 is too small
+    [
+        (name, side)
+        for name in COPIES
+        for side in (28, 80, 200)
+        if side > 28 or name not in ("cropped by a pixel", "half the size")
+    ],
+)
+def test_a_copy_is_found_among_others_and_no_other(name, side):
+    copy = COPIES[name]
+    originals = [scene(seed, side, side + side // 5) for seed in range(20)]
+    images = [*originals, copy(originals[7])]
+    pairs = similarity.near_pairs([similarity.sketch(Image.fromarray(image)) for image in images], least=0.9)
+    assert pairs[["first", "second"]].to_numpy().tolist() == [[7, 20]]
+
+
+def test_the_same_content_has_the_same_hash_in_any_file_and_another_has_another():
+    pixels = scene(0)
+    assert similarity.content_hash(encoded(pixels, "PNG")) == similarity.content_hash(encoded(pixels, "BMP"))
+    grey = np.asarray(Image.fromarray(pixels).convert("L"))
+    assert similarity.content_hash(grey) == similarity.content_hash(np.repeat(grey[..., None], 3, axis=2))
+    assert similarity.content_hash(pixels) != similarity.content_hash(grey)
+    assert similarity.content_hash(np.zeros((2, 8), np.uint8)) != similarity.content_hash(np.zeros((4, 4), np.uint8))
+    changed = pixels.copy()
+    changed[3, 4, 1] ^= 1
+    assert similarity.content_hash(changed) != similarity.content_hash(pixels)
+
+
+@given(st.lists(st.integers(0, 2**64 - 1), min_size=2, max_size=12), st.data())
+def test_candidates_are_all_pairs_within_the_radius(base, data):
+    """The search by pieces against the comparison of all pairs."""
+    near = []
+    for value in base:
+        bits = data.draw(st.lists(st.integers(0, 63), max_size=7, unique=True))
+        near.append(value ^ sum(1 << bit for bit in bits))
+    hashes = np.array([base + near] * len(similarity.SHIFTS), np.uint64).T.copy()
+    expected = [
+        [i, j]
+        for i in range(len(hashes))
+        for j in range(i + 1, len(hashes))
+        if int(hashes[i, 0] ^ hashes[j, 0]).bit_count() <= similarity.RADIUS
+    ]
+    assert similarity._candidates(hashes).tolist() == expected
+
+
+def test_many_pairs_are_cut_into_blocks_without_losing_any(monkeypatch):
+    sketches = [similarity.sketch(Image.fromarray(encoded(scene(1), "JPEG", quality=95 - i))) for i in range(9)]
+    whole = similarity.near_pairs(sketches, least=0.9)
+    assert len(whole) == 36
+    monkeypatch.setattr(similarity, "PAIRS_AT_ONCE", 5)
+    monkeypatch.setattr(similarity, "COMPARED_AT_ONCE", 7)
+    pd.testing.assert_frame_equal(similarity.near_pairs(sketches, least=0.9), whole)
+
+
+def test_no_images_and_one_have_no_pairs():
+    for sketches in ([], [similarity.sketch(Image.fromarray(scene(0)))]):
+        pairs = similarity.near_pairs(sketches, least=0.5)
+        assert (len(pairs), list(pairs)) == (0, ["first", "second", "similarity"])
+
+
+def test_an_image_of_few_pixels_is_refused():
+    with pytest.raises(ValueError, match="12 x 40 pixels is too small"):
+        similarity.sketch(Image.new("L", (40, 12)))
