@@ -59,7 +59,7 @@ def ours(archive: Path, side: int, folder: Path, threads: int | None = None) -> 
     folder.mkdir(exist_ok=True)
     preprocess.write(
         CARD, manifest(archive).reset_index(drop=True), archive.parent, image_size=side, channels=3, aspect="squash",
-        threads=threads, cross_split_duplicates=0, folder=folder,
+        threads=threads, split="published", cross_split_duplicates=0, folder=folder,
     )  # fmt: skip
 
 

@@ -28,6 +28,7 @@ class Meta:
         image_size: side of an image, pixels.
         channels: 1 (grey) or 3 (colour).
         counts: images of each split.
+        split: name of the split: published, or that of the file in which it is written down.
         cross_split_duplicates: images that stand in two splits by content, as the data gate was told to allow.
         channel_mean: of the pixels of train, by channel, in [0, 1].
         channel_std: their standard deviation, likewise.
@@ -37,6 +38,7 @@ class Meta:
     image_size: int
     channels: int
     counts: dict[str, int]
+    split: str
     cross_split_duplicates: int
     channel_mean: list[float]
     channel_std: list[float]

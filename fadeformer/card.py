@@ -48,6 +48,7 @@ def model_card(meta: Meta, described: Mapping[str, Any], summary: Mapping[str, A
                 ("Task", data["task"]),
                 *((key.capitalize(), value) for key, value in names.items()),
                 ("Images", ", ".join(f"{split} {count:,}" for split, count in meta.counts.items())),
+                ("Split", meta.split),
                 ("Input", f"{meta.image_size} x {meta.image_size} pixels, {meta.channels} channel(s), uint8"),
             ],
         ),
@@ -65,7 +66,7 @@ def model_card(meta: Meta, described: Mapping[str, Any], summary: Mapping[str, A
             ],
         ),
         "",
-        f"## Results on {test['images']:,} test images",
+        f"## Results on {test['images']:,} test images of the split {meta.split}",
         "",
         *_table(
             ("", "Test", "Validation"),

@@ -35,6 +35,7 @@ def write(
     channels: int,
     aspect: Aspect,
     threads: int | None,
+    split: str,
     cross_split_duplicates: int,
     folder: Path,
 ) -> Meta:
@@ -51,7 +52,8 @@ def write(
         channels: 1 (grey) or 3 (colour) of the arrays.
         aspect: what becomes of an image that is not square.
         threads: that decode; None for one on each core. Memory grows with them, not with the data set.
-        cross_split_duplicates: goes into `meta.json`, so that every result can tell it.
+        split: its name goes into `meta.json`, so that every result can tell it.
+        cross_split_duplicates: likewise.
         folder: where they go: empty, or left by an earlier call with the same arguments.
 
     Raises:
@@ -90,7 +92,7 @@ def write(
     columns = [name for name in manifest.columns if name in ("split", "id", "group") or name.startswith("label")]
     manifest[columns].to_parquet(folder / "index.parquet", index=False)
     mean, std = channel_statistics(folder / "train.npy", threads)
-    meta = Meta(dict(dataset), image_size, channels, counts, cross_split_duplicates, mean, std)
+    meta = Meta(dict(dataset), image_size, channels, counts, split, cross_split_duplicates, mean, std)
     write_json(folder / "meta.json", asdict(meta))
     noted.unlink()
     return meta

@@ -56,8 +56,7 @@ def page(facts: Facts, found: Manifest, checks: Sequence[Check], data_docs: str)
         _table(("", "Expectation", "Rows named"), [_row(check) for check in checks]),
         "<h2>Images of each split</h2>",
         _counts(facts, rows),
-        f"<p>Split: {escape(f'made here, written down in {found.made}' if found.made else 'as published or adopted')}."
-        f" {without_group(rows)}",
+        f"<p>Split: {escape(found.split)}. {without_group(rows)}",
         "<h2>Sizes</h2>",
         _sizes(rows),
         "<h2>Brightness</h2>",

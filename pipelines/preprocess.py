@@ -33,6 +33,7 @@ def main() -> str:
         paths.RAW,
         **settings,
         threads=wanted.threads,
+        split=rows.attrs["split"],
         cross_split_duplicates=manifest.across_splits(rows)["sha256"].nunique(),
         folder=begun,
     )

@@ -123,6 +123,7 @@ def log_start(params: Mapping[str, Any], meta: Meta) -> None:
             "dataset.size": str(card["size"]),
             "dataset.sha256": card["sha256"],
             "dataset.note": card["note"],
+            "dataset.split": meta.split,
             **_code_identity(),
             **_lock_identity(),
         }

@@ -56,7 +56,9 @@ def main() -> str:
     if not usable.all():
         print(f"validate: {int((~usable).sum())} images that cannot be read or have no label are left out")
     with whole_file(paths.MANIFEST) as path:
-        found.rows[usable].to_parquet(path, index=False)
+        rows = found.rows[usable]
+        rows.attrs["split"] = found.split  # pandas writes it into the file
+        rows.to_parquet(path, index=False)
     if found.rows["group"].isna().any():
         print(f"validate: {manifest.without_group(found.rows)}")
     if leaks:
@@ -109,7 +111,7 @@ def _summary(
         "passed": not any(check.stops for check in checks),
         "images": len(found.rows),
         "images_of_split": {split: int((found.rows["split"] == split).sum()) for split in SPLITS},
-        "split": str(found.made) if found.made else "as published or adopted",
+        "split": found.split,
         "cross_split_duplicates": {"found": leaks, "allowed": allowed},
         "near_duplicates": {"pairs": len(found.near), "in_two_splits": near},
         "images_without_group": int(found.rows["group"].isna().sum()),

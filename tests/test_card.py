@@ -37,7 +37,7 @@ def card(
         "weights": weights,
         "params": {"seed": 42, "train": {"epochs": 20}},
     }
-    meta = Meta(dataset, 28, 1, {"train": 1234, "val": 3, "test": 3}, leaks, [0.5], [0.2])
+    meta = Meta(dataset, 28, 1, {"train": 1234, "val": 3, "test": 3}, "published", leaks, [0.5], [0.2])
     return model_card(meta, described, {"val": summary, "test": summary})
 
 

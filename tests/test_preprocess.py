@@ -37,7 +37,7 @@ def write(folder, made, *, size=10, channels=3, aspect="squash", threads=None):
     )
     return preprocess.write(
         CARD, rows, folder.parent, image_size=size, channels=channels, aspect=aspect, threads=threads,
-        cross_split_duplicates=2, folder=folder,
+        split="published", cross_split_duplicates=2, folder=folder,
     )  # fmt: skip
 
 
@@ -86,7 +86,8 @@ def photographs(archive, count=40):
 def render(rows, source, folder, threads=None):
     folder.mkdir(exist_ok=True)
     preprocess.write(
-        CARD, rows, source, image_size=32, channels=3, aspect="crop", threads=threads, cross_split_duplicates=0,
+        CARD, rows, source, image_size=32, channels=3, aspect="crop", threads=threads, split="published",
+        cross_split_duplicates=0,
         folder=folder,
     )  # fmt: skip
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
@@ -137,7 +138,7 @@ folder = Path(sys.argv[1])
 (folder / "begun").mkdir()
 preprocess.write(
     {}, pd.read_parquet(folder / "rows.parquet"), folder, image_size=32, channels=3, aspect="crop", threads=1,
-    cross_split_duplicates=0, folder=folder / "begun",
+    split="published", cross_split_duplicates=0, folder=folder / "begun",
 )
 """
 

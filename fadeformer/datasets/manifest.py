@@ -23,6 +23,7 @@ from fadeformer import similarity
 from fadeformer.datasets import chestxray14, images, isic2019, npz, packed, splits
 from fadeformer.datasets.facts import SPLITS, Facts
 from fadeformer.decode import resize, to_channels
+from fadeformer.files import checksum
 
 TABLES: dict[str, Callable[[Facts, Path], pd.DataFrame]] = {
     "npz": npz.table, "packed": packed.table, "isic2019": isic2019.table, "chestxray14": chestxray14.table,
@@ -42,7 +43,7 @@ class Manifest:
         cluster: number of the images of each row that must stay together: a group, its copies, and their groups.
         thumbnails: of each row, grey, small; None where it cannot be read or shows nothing.
         examples: a few images of each class or finding, (side, side, 3), by id.
-        made: where the split is written down that was made here; None where there was none to make.
+        split: name of the split: published, or that of the file in which it is written down.
     """
 
     rows: pd.DataFrame
@@ -50,7 +51,7 @@ class Manifest:
     cluster: NDArray[np.int64]
     thumbnails: Sequence[NDArray[np.uint8] | None]
     examples: dict[str, NDArray[np.uint8]]
-    made: Path | None
+    split: str
 
 
 class _Seen(NamedTuple):
@@ -102,17 +103,18 @@ def build(
     rows = pd.concat([table, pd.DataFrame({**seen_of, "problem": problems}, index=table.index)], axis=1)
     near, pairs = _near_duplicates(rows, found, near_duplicate_similarity)
     cluster = splits.clusters(len(rows), rows["group"], np.concatenate([_copies(rows), pairs]))
-    made = None
+    name = "published"
     if adopted is not None:
         rows["split"] = splits.read(adopted, rows["id"])
+        name = f"{adopted.name} (SHA-256 {checksum(adopted, 'sha256')[:8]})"
     else:
         if anew:
             rows["split"] = None
         if not rows["split"].isin(SPLITS).all():
-            made = kept / f"{facts.name}-{splits.key(rows, cluster, shares, seed)}.csv"
-            if not made.exists():
-                splits.write(made, rows["id"], splits.made(rows, present, cluster, shares, seed))
-            rows["split"] = splits.read(made, rows["id"])
+            name = f"{facts.name}-{splits.key(rows, cluster, shares, seed)}.csv"
+            if not (kept / name).exists():
+                splits.write(kept / name, rows["id"], splits.made(rows, present, cluster, shares, seed))
+            rows["split"] = splits.read(kept / name, rows["id"])
     order = np.argsort(pd.Categorical(rows["split"], categories=list(SPLITS)).codes, kind="stable").tolist()
     rows = rows.iloc[order].reset_index(drop=True)
     rows.insert(rows.columns.get_loc("split") + 1, "index", rows.groupby("split").cumcount())
@@ -120,7 +122,7 @@ def build(
     examples = {
         str(name): one.example for name, one in zip(table["id"], found, strict=True) if one and one.example is not None
     }
-    return Manifest(rows, near, cluster[order], thumbnails, examples, made)
+    return Manifest(rows, near, cluster[order], thumbnails, examples, name)
 
 
 def _spread(positions: NDArray[np.int64]) -> NDArray[np.int64]:

@@ -80,10 +80,10 @@ def test_the_split_keeps_lesions_whole_and_is_written_down_and_used_again(fetch,
     assert rows.groupby("group")["split"].nunique().max() == 1
     counts = rows["split"].value_counts()  # of 8 classes of 7 or 8 lesions, which cannot be parted evenly
     assert all(abs(counts[split] - wanted) <= 4 for split, wanted in (("train", 84), ("val", 12), ("test", 24)))
-    kept = pd.read_csv(found.made)
+    kept = pd.read_csv(tmp_path / "splits" / found.split)
     assert dict(zip(kept["id"], kept["split"], strict=True)) == dict(zip(rows["id"], rows["split"], strict=True))
     kept["split"] = kept["split"].to_numpy()[::-1]  # a hand has changed it: it is data, and not made again
-    kept.to_csv(found.made, index=False)
+    kept.to_csv(tmp_path / "splits" / found.split, index=False)
     again = built(facts, folder, tmp_path / "splits").rows
     assert dict(zip(again["id"], again["split"], strict=True)) == dict(zip(kept["id"], kept["split"], strict=True))
 

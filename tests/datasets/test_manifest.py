@@ -336,7 +336,7 @@ def test_a_hundred_thousand_rows_are_judged_with_all_their_groups_and_copies():
         np.arange(100_000),
         [None] * 100_000,
         {},
-        None,
+        "published",
     )
     facts = cards.Facts("many", "a.zip", "0", "multi-class", tuple("abcde"), None, None, None, "", "")
     failed = {c.name: c for c in check(found, facts) if not c.passed}
