@@ -1,17 +1,17 @@
 """Does diffusion help? Networks that differ in their Fade layer and its read-out, trained alike on real images.
 
-    python benchmarks/science.py run FOLDER runs.csv     trains what is not in runs.csv yet
-    python benchmarks/science.py table runs.csv          mean, spread and paired tests
+    python benchmarks/science.py run FOLDER RUNS       trains what is not in the folder RUNS yet
+    python benchmarks/science.py table FOLDER RUNS     mean, spread and paired tests
 
 FOLDER holds `medmnist/retinamnist.npz`, `npz/pneumoniamnist.npz` and, in ISIC's layout, `isic2019/`, which is split by
-lesion. All arms begin with the same backbone and see the same batches; all read the patches, none the class token. The
-epoch is chosen on val; test is looked at once, after training.
+lesion. The backbone is a small ViT of 14 x 14 patches, the grid of the published model. All arms begin with the same
+backbone and see the same batches; all read the patches, none the class token. The epoch is chosen on val; test is
+looked at once, after training.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
 import io
 import itertools
 import os
@@ -27,10 +27,14 @@ import torch
 from PIL import Image
 from scipy import stats
 from sklearn.model_selection import StratifiedGroupKFold
+from timm.models._registry import register_model
+from timm.models.vision_transformer import VisionTransformer
 
 from fadeformer import training
 from fadeformer.arrays import Images
 from fadeformer.augment import Augmentation
+from fadeformer.backbones import without_timms_own
+from fadeformer.files import read_json, whole_file, write_json
 from fadeformer.inference import logits_of
 from fadeformer.metrics import auc, log_loss
 from fadeformer.models import FadeNet
@@ -41,9 +45,9 @@ Splits = dict[str, tuple[np.ndarray, np.ndarray]]  # pixels (images, 28, 28, 3) 
 SIDE = 28  # pixels
 CPU = torch.device("cpu")
 TASK = TASKS["multi-class"]
-EPOCHS = {"retinamnist": 15, "pneumoniamnist": 5, "isic2019": 5}
+EPOCHS = {"retinamnist": 12, "pneumoniamnist": 4, "isic2019": 4}
 LAYER = {"num_heads": 4, "dropout": 0.1}
-DIFFUSION = {"variant": "diffusion", "after_blocks": ["last"], "fade_attn_params": LAYER}
+DIFFUSION = {"variant": "diffusion", "after_blocks": [1], "fade_attn_params": LAYER}
 # The last arm is the layer with its read-out, every gate shut to diffusion: what it gains over the plain network is not
 # diffusion's merit.
 ARMS: dict[str, dict[str, Any]] = {
@@ -52,7 +56,20 @@ ARMS: dict[str, dict[str, Any]] = {
     "diffusion": DIFFUSION,
     "attention alone": DIFFUSION,
 }
-FIELDS = ("dataset", "arm", "seed", "epoch", "val_auc", "val_loss", "test_auc", "test_balanced_accuracy", "test_loss")
+QUESTIONS = [
+    ("published", "plain"),
+    ("diffusion", "plain"),
+    ("attention alone", "plain"),
+    ("diffusion", "attention alone"),
+]
+RESAMPLES = 2000
+
+
+@register_model
+def science_vit(pretrained: bool = False, **options: Any) -> VisionTransformer:
+    """A ViT whose patches of 2 pixels make a grid of 14 x 14 of an image of 28 pixels, 0.2 M parameters."""
+    sizes = {"patch_size": 2, "embed_dim": 64, "depth": 3, "num_heads": 4}
+    return VisionTransformer(**{**sizes, **without_timms_own(options)})
 
 
 def load(data: Path, dataset: str) -> Splits:
@@ -93,8 +110,11 @@ def _decode(jpeg: bytes) -> np.ndarray:
     return np.asarray(image.resize((SIDE, SIDE), Image.Resampling.BOX, (left, top, left + edge, top + edge)))
 
 
-def train_and_test(data: Path, dataset: str, arm: str, seed: int) -> dict[str, Any]:
-    """Trains one network, keeps the epoch of the lowest validation loss, and looks at test once."""
+def train_and_test(data: Path, runs: Path, dataset: str, arm: str, seed: int) -> None:
+    """Trains one network, keeps the epoch of the lowest validation loss, and looks at test once.
+
+    What came of it is written into `runs`: a row as JSON, and the test scores.
+    """
     torch.set_num_threads(1)
     splits = load(data, dataset)
     model = network(arm, classes=int(splits["train"][1].max()) + 1, seed=seed)
@@ -117,24 +137,26 @@ def train_and_test(data: Path, dataset: str, arm: str, seed: int) -> dict[str, A
     model.load_state_dict(state.best_weights)
     pixels, labels = splits["test"]
     scores = TASK.probabilities(logits_of(model, pixels, 256, CPU, torch.float32))
-    right = scores.argmax(axis=1) == labels[:, 0]
     best = epochs[state.best_epoch - 1]
-    return {
+    row = {
         "dataset": dataset, "arm": arm, "seed": seed,
         "epoch": best.epoch, "val_auc": best.val_auc, "val_loss": best.val_loss,
         "test_auc": auc(labels, scores, TASK), "test_loss": log_loss(labels, scores, TASK),
-        "test_balanced_accuracy": float(np.mean([right[labels[:, 0] == c].mean() for c in np.unique(labels)])),
     }  # fmt: skip
+    name = f"{dataset}.{arm.replace(' ', '_')}.{seed}"
+    with whole_file(runs / f"{name}.npy") as path:
+        np.save(path, scores)
+    write_json(runs / f"{name}.json", row)
 
 
 def network(arm: str, classes: int, seed: int) -> torch.nn.Module:
     """An arm's network; the backbone's weights depend on the seed alone."""
     torch.manual_seed(seed)
     options = {"num_classes": classes, "img_size": SIDE, "drop_path_rate": 0.1}
-    plain = timm.create_model("fadevit_nano", global_pool="avg", drop_rate=0.1, **options)
+    plain = timm.create_model("science_vit", global_pool="avg", drop_rate=0.1, **options)
     if arm == "plain":
         return plain
-    model = FadeNet(dropout=0.1, backbone="fadevit_nano", pretrained=False, **ARMS[arm], **options)
+    model = FadeNet(dropout=0.1, backbone="science_vit", pretrained=False, **ARMS[arm], **options)
     with torch.no_grad():
         start = plain.state_dict()
         for name, value in model.state_dict().items():
@@ -155,52 +177,82 @@ def shut_diffusion(model: torch.nn.Module) -> None:
 
 
 def run(data: Path, runs: Path, seeds: int) -> None:
-    done = set()
-    if runs.exists():
-        done = {(row.dataset, row.arm, row.seed) for row in pd.read_csv(runs).itertuples()}
-    else:
-        runs.write_text(",".join(FIELDS) + "\n", encoding="utf-8")
+    done = {(row["dataset"], row["arm"], row["seed"]) for row in map(read_json, runs.glob("*.json"))}
     wanted = [case for case in itertools.product(EPOCHS, ARMS, range(seeds)) if case not in done]
     wanted.sort(key=lambda case: case[2])
     with ProcessPoolExecutor(os.cpu_count()) as workers:
-        for future in as_completed([workers.submit(train_and_test, data, *case) for case in wanted]):
-            with runs.open("a", encoding="utf-8", newline="") as file:
-                csv.DictWriter(file, FIELDS, lineterminator="\n").writerow(future.result())
+        for future in as_completed([workers.submit(train_and_test, data, runs, *case) for case in wanted]):
+            future.result()
 
 
-def table(runs: Path) -> None:
-    """Test AUC of each arm, and its difference from the plain network and from attention alone, paired by seed."""
-    found = pd.read_csv(runs)
-    print("| data set | arm | seeds | test AUC | - plain | p | - attention alone | p |")
-    print("| --- | --- | --- | --- | --- | --- | --- | --- |")
+def table(data: Path, runs: Path) -> None:
+    """Test AUC of each arm, and the questions: paired over seeds (t test, Holm) and over test images (bootstrap)."""
+    found = pd.DataFrame([read_json(path) for path in sorted(runs.glob("*.json"))])
+    print("| data set | arm | seeds | val AUC | test AUC |\n| --- | --- | --- | --- | --- |")
     for dataset, arm in itertools.product(EPOCHS, ARMS):
-        of = {name: rows.set_index("seed")["test_auc"] for name, rows in found[found.dataset == dataset].groupby("arm")}
-        if arm not in of:
-            continue
-        cells = [dataset, arm, str(len(of[arm])), f"{of[arm].mean():.4f} +- {of[arm].std():.4f}"]
-        for rival in ("plain", "attention alone"):
-            if rival == arm or rival not in of:
-                cells += ["", ""]
-                continue
-            difference = (of[arm] - of[rival]).dropna()
-            chance = stats.ttest_1samp(difference, 0).pvalue if len(difference) > 1 else np.nan
-            cells += [f"{difference.mean():+.4f}", f"{chance:.3f}"]
-        print(f"| {' | '.join(cells)} |")
+        of = found[(found.dataset == dataset) & (found.arm == arm)]
+        told = [f"{of[name].mean():.4f} +- {of[name].std():.4f}" for name in ("val_auc", "test_auc")]
+        print(f"| {dataset} | {arm} | {len(of)} | {' | '.join(told)} |")
+    answers = []
+    for dataset in EPOCHS:
+        labels = load(data, dataset)["test"][1][:, 0]
+        weights = np.random.default_rng(0).multinomial(len(labels), np.full(len(labels), 1 / len(labels)), RESAMPLES)
+        rows = found[found.dataset == dataset].pivot_table(index="seed", columns="arm", values="test_auc")
+        resampled = {
+            (arm, seed): bootstrap_aucs(
+                labels, np.load(runs / f"{dataset}.{arm.replace(' ', '_')}.{seed}.npy"), weights
+            )
+            for arm, seed in itertools.product(ARMS, rows.index)
+        }
+        for arm, rival in QUESTIONS:
+            difference = (rows[arm] - rows[rival]).dropna()
+            of_images = np.mean([resampled[arm, seed] - resampled[rival, seed] for seed in difference.index], axis=0)
+            low, high = np.percentile(of_images, [2.5, 97.5])
+            p = stats.ttest_1samp(difference, 0).pvalue
+            answers.append((dataset, f"{arm} - {rival}", difference.mean(), p, (difference > 0).sum(), low, high))
+    holm = adjusted(np.array([answer[3] for answer in answers]))
+    print("\n| data set | difference of test AUC | mean | seeds above 0 | p | p (Holm) | 95 % over test images |")
+    print("| --- | --- | --- | --- | --- | --- | --- |")
+    for (dataset, what, mean, p, above, low, high), corrected in zip(answers, holm, strict=True):
+        print(f"| {dataset} | {what} | {mean:+.4f} | {above} | {p:.4f} | {corrected:.4f} | {low:+.4f} to {high:+.4f} |")
+
+
+def adjusted(p: np.ndarray) -> np.ndarray:
+    """P values corrected for their number after Holm (1979)."""
+    order = np.argsort(p)
+    stepped = np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1))
+    result = np.empty_like(p)
+    result[order] = np.minimum(stepped, 1)
+    return result
+
+
+def bootstrap_aucs(labels: np.ndarray, scores: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Mean one-versus-rest AUC of each resample, which counts image i `weights[:, i]` times; no scores are equal."""
+    total = np.zeros(len(weights))
+    classes = np.unique(labels)
+    for label in classes:
+        order = np.argsort(scores[:, label], kind="stable")
+        ordered = weights[:, order].astype(float)
+        positive = np.where(labels[order] == label, ordered, 0)
+        below = np.cumsum(ordered - positive, axis=1)
+        total += (positive * below).sum(axis=1) / np.maximum(positive.sum(axis=1) * below[:, -1], 1)
+    return total / len(classes)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    running = commands.add_parser("run")
-    running.add_argument("data", type=Path)
-    running.add_argument("runs", type=Path)
-    running.add_argument("--seeds", type=int, default=5)
-    commands.add_parser("table").add_argument("runs", type=Path)
+    for name in ("run", "table"):
+        command = commands.add_parser(name)
+        command.add_argument("data", type=Path)
+        command.add_argument("runs", type=Path)
+        if name == "run":
+            command.add_argument("--seeds", type=int, default=5)
     wanted = parser.parse_args()
     if wanted.command == "run":
         run(wanted.data, wanted.runs, wanted.seeds)
     else:
-        table(wanted.runs)
+        table(wanted.data, wanted.runs)
 
 
 if __name__ == "__main__":

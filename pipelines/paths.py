@@ -4,7 +4,7 @@ from pathlib import Path
 
 PARAMS = Path("params.yaml")
 LOCK = Path("dvc.lock")
-NO_WEIGHTS = Path("data/weights/none")  # empty, so that there is a file for DVC to watch
+NO_WEIGHTS = Path("data/weights/none")  # says so, and is there so that DVC has a file to watch
 NO_SPLIT = Path("data/adopted/none")  # likewise
 PROPOSED = Path("data/adopted/proposed.csv")
 SPLITS = Path("data/splits")

@@ -1,14 +1,17 @@
 """The benchmarks' rivals are what they are said to be, and the tables hold a row for each."""
 
 import importlib.util
+import itertools
+import json
 import re
+import subprocess
 import sys
 from types import ModuleType
 
 import numpy as np
-import pandas as pd
 import pytest
 import torch
+from sklearn.metrics import roc_auc_score
 
 from fadeformer.attention import FadeAttn
 from tests.conftest import ROOT
@@ -75,19 +78,55 @@ def test_all_arms_begin_with_the_same_backbone():
     for arm, model in models.items():
         model.eval()
         tokens = model.patch_embed(images)
-        block = getattr(model.blocks[3], "block", model.blocks[3])
+        block = getattr(model.blocks[2], "block", model.blocks[2])
         torch.testing.assert_close(tokens, models["plain"].patch_embed(images), msg=arm)
-        assert torch.equal(block.mlp.fc1.weight, models["plain"].blocks[3].mlp.fc1.weight), arm
+        assert torch.equal(block.mlp.fc1.weight, models["plain"].blocks[2].mlp.fc1.weight), arm
         assert torch.equal(model.pos_embed, models["plain"].pos_embed), arm
 
 
-def test_the_comparison_is_paired_by_seed(tmp_path, capsys):
+def test_the_comparison_is_paired_by_seed_and_by_image(tmp_path, capsys, monkeypatch):
     science = load("science")
-    rows = [
-        {"dataset": "retinamnist", "arm": arm, "seed": seed, "test_auc": 0.7 + 0.01 * seed + gain}
-        for arm, gain in (("plain", 0.0), ("diffusion", 0.02)) for seed in range(3)
-    ]  # fmt: skip
-    rows[-1]["test_auc"] += 0.003
-    pd.DataFrame(rows).to_csv(tmp_path / "runs.csv")
-    science.table(tmp_path / "runs.csv")
-    assert "| retinamnist | diffusion | 3 | 0.7310 +- 0.0115 | +0.0210 | 0.002 |  |  |" in capsys.readouterr().out
+    random = np.random.default_rng(0)
+    labels = random.integers(0, 3, 90)
+    monkeypatch.setattr(science, "EPOCHS", {"retinamnist": 1})
+    monkeypatch.setattr(science, "load", lambda data, dataset: {"test": (None, labels[:, None])})
+    sharp = {"plain": 0.5, "published": 0.5, "attention alone": 1.5, "diffusion": 3.0}
+    for (arm, signal), seed in itertools.product(sharp.items(), range(4)):
+        scores = signal * np.eye(3)[labels] + random.normal(size=(90, 3))
+        name = f"retinamnist.{arm.replace(' ', '_')}.{seed}"
+        np.save(tmp_path / f"{name}.npy", scores)
+        auc = roc_auc_score(np.eye(3)[labels], scores)
+        row = {"dataset": "retinamnist", "arm": arm, "seed": seed, "val_auc": auc, "test_auc": auc}
+        (tmp_path / f"{name}.json").write_text(json.dumps(row))
+    science.table(tmp_path, tmp_path)
+    printed = capsys.readouterr().out
+    assert "| retinamnist | diffusion | 4 | 0.9" in printed
+    row = next(line for line in printed.splitlines() if "diffusion - plain" in line).split("|")
+    mean, above, p, holm, interval = (cell.strip() for cell in row[3:8])
+    assert float(mean) > 0.2
+    assert above == "4"
+    assert float(p) < float(holm) < 0.05
+    low, high = map(float, interval.split(" to "))
+    assert 0 < low < float(mean) < high
+
+
+def test_resampled_aucs_are_those_of_the_images_repeated():
+    science = load("science")
+    random = np.random.default_rng(1)
+    labels, scores = random.integers(0, 3, 60), random.normal(size=(60, 3))
+    weights = random.multinomial(60, np.full(60, 1 / 60), 5)
+    for found, counts in zip(science.bootstrap_aucs(labels, scores, weights), weights, strict=True):
+        rows = np.repeat(np.arange(60), counts)
+        assert found == pytest.approx(roc_auc_score(np.eye(3)[labels[rows]], scores[rows]))
+
+
+def test_p_values_are_corrected_after_holm():
+    corrected = load("science").adjusted(np.array([0.04, 0.01, 0.03, 0.9]))
+    assert corrected == pytest.approx([0.09, 0.04, 0.09, 0.9])
+
+
+def test_the_benchmark_of_preprocess_compares_speed_and_bytes():
+    command = ["benchmarks/preprocess.py", "--images", "40", "--side", "64", "--to", "32", "--repeats", "1"]
+    printed = subprocess.run([sys.executable, *command], cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    assert re.search(r"ours \d+ images/s, Pillow in a loop \d+: \d+\.\d\d\npeak memory \d+ MiB\n", printed)
+    assert "taken up: the same bytes" in printed

@@ -26,6 +26,11 @@ ELSEWHERE = {
     ". .venv/bin/activate": "commands of tests run with that folder in PATH",
     "dvc exp run -S dataset.name=bloodmnist -S dataset.mirror=/data/medmnist": "tests/pipeline/test_real_data.py",
     "dvc exp run -S dataset.name=npz -S dataset.root=data/own/scans.npz": "tests/pipeline/test_real_data.py",
+    "dvc exp run -S dataset.name=folder -S dataset.root=data/own/scans.zip -S preprocess.image_size=64": (
+        "tests/pipeline/test_real_data.py"
+    ),
+    "python -m pipelines.validate --fix": "tests/pipeline/test_errors.py",
+    "python benchmarks/preprocess.py": "tests/test_benchmarks.py",
     "dvc exp run -S model.fade.variant=diffusion": "tests/pipeline/test_reproduce.py",
     "dvc exp run -S model.backbone=resnet18 -S model.fade=null": "tests/pipeline/test_reproduce.py",
     "python benchmarks/fadenet.py layer": "tests/test_benchmarks.py",

@@ -117,6 +117,33 @@ def test_an_image_in_two_splits(stops, archive):
     assert re.search(r"own-scans-\w{8}/train/41 ", message)
     assert re.search(r"own-scans-\w{8}/test/7 ", message)
     assert "validate.max_cross_split_duplicates: 1" in message
+    assert "`python -m pipelines.validate --fix` proposes a split without leaks" in message
+
+
+def test_a_split_without_leaks_is_proposed_and_adopted(reproduced, stops, archive):
+    _, made = archive()
+    copied = made["test_images"].copy()
+    copied[7] = made["train_images"][41]
+    archive(test_images=copied)
+    stops("validate")
+    output = reproduced.run("python", "-m", "pipelines.validate", "--fix")
+    assert "data/adopted/proposed.csv moves 1 of 110 images" in output
+    assert not (reproduced.folder / "data/manifest.parquet").exists()
+    reproduced.change(
+        split={"adopted": "data/adopted/proposed.csv"}, validate={"severity": {"same_image_two_labels": "warn"}}
+    )
+    assert "expectations hold for 110 images" in reproduced.run("dvc", "repro", "validate")
+    with (reproduced.folder / "data/adopted/proposed.csv").open("a") as file:
+        file.write("nobody,train\n")
+    assert "Running stage 'validate'" in reproduced.run("dvc", "repro", "validate")  # the split is watched
+
+
+def test_a_split_that_is_not_there(reproduced, stops):
+    reproduced.change(split={"adopted": "data/adopted/mine.csv"})
+    output = reproduced.run("dvc", "repro", check=False)
+    assert reproduced.code != 0
+    assert "data/adopted/mine.csv" in output
+    assert "Traceback" not in output
 
 
 def test_no_network(reproduced, stops, nobody):

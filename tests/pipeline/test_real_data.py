@@ -38,3 +38,54 @@ def test_the_leaks_of_pneumoniamnist_stop_it_until_they_are_allowed(project: Pro
     assert decision["aliases"]
     assert decision["cross_split_duplicates"] == 8
     assert "**8 images stand in two splits**" in (project.folder / "reports/model_card.md").read_text()
+
+
+def run(project: Project, **dataset: str) -> dict:
+    """A run on a real set at 28 pixels, one epoch; what came of it."""
+    settings = {"preprocess.image_size": "28", "train.epochs": "1", **{f"dataset.{k}": v for k, v in dataset.items()}}
+    options = [part for key, value in settings.items() for part in ("-S", f"{key}={value}")]
+    output = project.run("dvc", "exp", "run", *options)
+    read = {
+        name: json.loads((project.folder / path).read_text())
+        for name, path in {
+            "meta": "data/processed/meta.json", "validation": "reports/validation/validation.json",
+            "decision": "reports/promotion.json", "metrics": "reports/metrics.json", "classes": "reports/classes.json",
+            "results": "reports/results.json",
+        }.items()
+    }  # fmt: skip
+    return {**read, "output": output, "card": (project.folder / "reports/model_card.md").read_text()}
+
+
+def test_the_radiographs_of_nih_by_finding(project: Project, real_data):
+    made = run(project, name="chestxray14", mirror=f"{real_data}/chestxray14", edition="other", archives="[1]")
+    assert made["meta"]["counts"]["test"] == 251
+    assert made["meta"]["split"].startswith("chestxray14-")
+    assert made["decision"]["model"] == "fadenet-chestxray14"
+    judged = {name: values["auc"] for name, values in made["classes"]["test"].items()}
+    without = [name for name, auc in judged.items() if auc is None]
+    assert len(judged) == 14
+    assert without  # in so small a sample
+    assert made["metrics"]["test"]["auc"] == pytest.approx(sum(a for a in judged.values() if a) / (14 - len(without)))
+    assert f"Not judged, for want of positives or negatives: {', '.join(without)}." in made["card"]
+    warned = [e["sentence"] for e in made["validation"]["expectations"] if not e["passed"]]
+    assert all(any(f"without {name}," in sentence for sentence in warned) for name in without)
+    assert "NaN" not in json.dumps(made["metrics"])
+
+
+def test_the_lesions_of_isic_and_the_split_that_their_balanced_accuracy_is_of(project: Project, real_data):
+    made = run(project, name="isic2019", mirror=f"{real_data}/isic2019", edition="other")
+    split = made["meta"]["split"]
+    assert (project.folder / "data/splits" / split).is_file()
+    assert made["results"]["test_balanced_accuracy"]["split"] == split
+    assert f"on the split {split}; figures" in made["output"]
+    assert f"| Split | {split} |" in made["card"]
+    assert made["meta"]["counts"] == {"train": 7011, "val": 1001, "test": 2003}
+    assert made["validation"]["passed"]
+    assert (project.folder / "dataset.lock").is_file()
+
+
+def test_mednist_in_folders_of_classes(project: Project, real_data):
+    made = run(project, name="folder", root=f"{real_data}/mednist/mednist.zip")
+    assert sum(made["meta"]["counts"].values()) == 1800
+    assert made["decision"]["model"] == "fadenet-own-mednist"
+    assert made["metrics"]["test"]["auc"] > 0.5
