@@ -130,3 +130,11 @@ def test_the_benchmark_of_preprocess_compares_speed_and_bytes():
     printed = subprocess.run([sys.executable, *command], cwd=ROOT, check=True, capture_output=True, text=True).stdout
     assert re.search(r"ours \d+ images/s, Pillow in a loop \d+: \d+\.\d\d\npeak memory \d+ MiB\n", printed)
     assert "taken up: the same bytes" in printed
+
+
+def test_the_benchmark_of_the_gate_finds_what_it_planted():
+    command = ["benchmarks/gate.py", "--rows", "3000"]
+    printed = subprocess.run([sys.executable, *command], cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    assert printed.splitlines()[-1].startswith("3 near duplicates, ")
+    assert "peak" in printed
+    assert "group_in_two_splits" in printed

@@ -31,6 +31,7 @@ ELSEWHERE = {
     ),
     "python -m pipelines.validate --fix": "tests/pipeline/test_errors.py",
     "python benchmarks/preprocess.py": "tests/test_benchmarks.py",
+    "python benchmarks/gate.py": "tests/test_benchmarks.py",
     "dvc exp run -S model.fade.variant=diffusion": "tests/pipeline/test_reproduce.py",
     "dvc exp run -S model.backbone=resnet18 -S model.fade=null": "tests/pipeline/test_reproduce.py",
     "python benchmarks/fadenet.py layer": "tests/test_benchmarks.py",

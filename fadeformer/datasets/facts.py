@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -51,6 +53,11 @@ class Facts:
     def kind(self) -> Task:
         """The task by its name."""
         return TASKS[self.task]
+
+
+def digest(files: Mapping[str, str]) -> str:
+    """SHA-256 of several files, from that of each by name."""
+    return hashlib.sha256("".join(f"{sha}  {name}\n" for name, sha in files.items()).encode()).hexdigest()
 
 
 def write(facts: Facts, folder: Path) -> None:

@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from fadeformer import dicom
 from fadeformer.datasets import archives
-from fadeformer.datasets.facts import Facts
+from fadeformer.datasets.facts import Facts, digest
 from fadeformer.datasets.packed import IMAGES, LABELS
 from fadeformer.datasets.splits import TRAIN_VAL
 from fadeformer.errors import UnreadableError, UserError
@@ -59,7 +59,8 @@ def fetch(root: Path, classes: list[str] | None, salt: Path, folder: Path) -> Fa
     left_out = [
         name for name in names if PurePosixPath(name).suffix.lower() not in {*SUFFIXES, ""} and name not in tables
     ]
-    rows = _pack(root, top, {*left_out, *tables}, salt, folder / IMAGES)
+    rows, no_images = _pack(root, top, {*left_out, *tables}, salt, folder / IMAGES)
+    left_out += no_images
     if rows.empty:
         raise UserError(f"{root}: holds no image ({', '.join(sorted(SUFFIXES))})")
     if tables:
@@ -73,7 +74,7 @@ def fetch(root: Path, classes: list[str] | None, salt: Path, folder: Path) -> Fa
     return Facts(
         name="own-" + re.sub(r"[^\w.-]+", "-", root.resolve().name.split(".")[0]),
         file=IMAGES,
-        sha256=files[IMAGES],
+        sha256=digest(files),
         task="multi-label, binary-class" if multi_label else "binary-class" if len(classes) == 2 else "multi-class",
         classes=tuple(classes),
         size=None,
@@ -98,16 +99,25 @@ def _common(names: list[str]) -> str:
         top += f"{head}/"
 
 
-def _pack(root: Path, top: str, without: set[str], salt: Path, path: Path) -> pd.DataFrame:
-    """Writes the images into one zip, the same bytes for the same images; returns a row for each."""
+def _pack(root: Path, top: str, without: set[str], salt: Path, path: Path) -> tuple[pd.DataFrame, list[str]]:
+    """Writes the images into one zip, the same bytes for the same images.
+
+    Returns:
+        A row for each, and the names of files that nothing says are images: no suffix, and not DICOM's mark.
+    """
     rows: list[dict[str, Any]] = []
+    no_images: list[str] = []
     problems = []
     with whole_file(path) as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as packed:
         for name, data in tqdm(
             archives.members(root, lambda n: n not in without), desc=root.name, unit="file", disable=None
         ):
             short = name.removeprefix(top)
-            if data[128:132] != b"DICM" and PurePosixPath(name).suffix.lower() not in DICOM:
+            suffix = PurePosixPath(name).suffix.lower()
+            if data[128:132] != b"DICM" and not suffix:
+                no_images.append(name)
+                continue
+            if data[128:132] != b"DICM" and suffix not in DICOM:
                 packed.writestr(zipfile.ZipInfo(short), data)
                 rows.append({"member": short, "origin": short})
                 continue
@@ -119,7 +129,7 @@ def _pack(root: Path, top: str, without: set[str], salt: Path, path: Path) -> pd
                 problems.append(str(error))
     if problems:
         raise UserError("\n".join([f"{root}: {len(problems):,} DICOM files cannot be read", *problems[:20]]))
-    return pd.DataFrame(rows)
+    return pd.DataFrame(rows), no_images
 
 
 def _frames(data: bytes, name: str, salt: bytes) -> Iterator[tuple[str, bytes, dict[str, Any]]]:

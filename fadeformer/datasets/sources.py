@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +12,7 @@ from fadeformer.datasets import chestxray14, download, facts, folder, isic2019, 
 from fadeformer.datasets.download import Remote
 from fadeformer.datasets.facts import Facts
 from fadeformer.errors import UserError
-from fadeformer.files import checksum
+from fadeformer.files import checksum, place
 
 
 def fetch(
@@ -64,13 +63,13 @@ def fetch(
     elif name == "isic2019":
         remote = [Remote(f"{isic2019.PUBLISHED_AT}/{file}", file) for file in isic2019.FILES]
         files = _bring(remote, edition, mirror, downloads, lock, into)
-        found = isic2019.facts(files, _digest(files), edition == "published")
+        found = isic2019.facts(files, facts.digest(files), edition == "published")
     elif name == "chestxray14":
         numbers = sorted(set(archives))
         remote = [_radiographs(number) for number in numbers]
         remote += [Remote(f"{chestxray14.TABLES_AT}/{file}", file) for file in chestxray14.TABLES]
         files = _bring(remote, edition, mirror, downloads, lock, into)
-        found = chestxray14.facts(files, _digest(files), numbers, edition == "published")
+        found = chestxray14.facts(files, facts.digest(files), numbers, edition == "published")
     else:
         found = medmnist.fetch(name, size, mirror, downloads, into)
     facts.write(found, into)
@@ -114,12 +113,11 @@ def _bring(
         lock, {name: pins.Pin(sha256=sha, size=size) for name, (_, sha, size) in brought.items() if name in unpublished}
     )
     for name, (path, _, _) in brought.items():
-        shutil.copyfile(path, into / name)
+        if path.parent == downloads:
+            place(path, into / name)
+        else:
+            shutil.copyfile(path, into / name)  # a link could let what happens here change the user's file
     return {name: sha for name, (_, sha, _) in brought.items()}
-
-
-def _digest(files: dict[str, str]) -> str:
-    return hashlib.sha256("".join(f"{sha}  {name}\n" for name, sha in files.items()).encode()).hexdigest()
 
 
 def _draw_phantom(images: int, size: int, task: str, seed: int, into: Path) -> Facts:

@@ -154,9 +154,9 @@ def test_a_layout_that_cannot_be_read_is_told(scans, fetch, names, table, messag
 
 
 def test_what_is_no_image_is_left_out_and_told(scans, fetch):
-    facts, folder = fetch(scans([*IN_CLASSES, "benign/readme.md"]))
+    facts, folder = fetch(scans([*IN_CLASSES, "benign/readme.md", "LICENSE"]))
     assert len(packed.table(facts, folder)) == len(IN_CLASSES)
-    assert "1 files are no images and are left out, such as benign/readme.md" in facts.note
+    assert "2 files are no images and are left out, such as benign/readme.md" in facts.note
 
 
 def test_a_class_that_is_not_named_is_told(scans, fetch):

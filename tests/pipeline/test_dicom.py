@@ -1,0 +1,53 @@
+"""DICOM files run through the whole pipeline, and no patient's name or number is found in anything it leaves."""
+
+import numpy as np
+import pandas as pd
+import pydicom
+import pytest
+from pydicom.data import get_testdata_file
+
+from tests.conftest import Project
+
+pytestmark = pytest.mark.pipeline
+# Drawn, so that this file, which the project holds a copy of, does not hold them.
+LETTERS = "".join(np.random.default_rng(774).permutation(list("ABCDEFGHIKLMNOPRSTUVWXYZ")))
+NAME, BORN, NUMBER = f"{LETTERS[:10]}^{LETTERS[10:20]}", "1933" + "11" * 2, LETTERS[:8] + "-{:03}-" + LETTERS[8:12]
+
+
+@pytest.fixture
+def scans(tmp_path):
+    """Forty patients, two files each, bright or dark: one class or the other."""
+    dataset = pydicom.dcmread(get_testdata_file("CT_small.dcm", download=False))
+    random = np.random.default_rng(0)
+    for patient in range(40):
+        for number in range(2):
+            values = random.integers(0, 2000, (dataset.Rows, dataset.Columns)) + 2000 * (patient % 2)
+            dataset.PixelData = values.astype("<i2").tobytes()
+            dataset.PatientName, dataset.PatientBirthDate = NAME, BORN
+            dataset.PatientID = NUMBER.format(patient)
+            dataset.WindowCenter, dataset.WindowWidth = 2000, 4000
+            path = tmp_path / "scans" / ("bright" if patient % 2 else "dark") / f"{patient}-{number}.dcm"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            dataset.save_as(path)
+    return tmp_path / "scans"
+
+
+def test_no_name_and_no_number_of_a_patient_is_in_anything_that_is_left(project: Project, scans):
+    project.change(dataset={"name": "folder", "root": str(scans)}, preprocess={"image_size": 32}, train={"epochs": 1})
+    output = project.run("dvc", "repro")
+    rows = pd.read_parquet(project.folder / "data/manifest.parquet")
+    assert rows["group"].nunique() == 40
+    assert rows.groupby("group")["split"].nunique().max() == 1
+    assert rows.groupby("label")["brightness"].mean().diff().abs().max() > 50
+    secrets = [word.encode() for word in (*NAME.split("^"), BORN, NUMBER[:8])]
+    assert any(secrets[0] in path.read_bytes() for path in scans.rglob("*.dcm"))
+    looked = 0
+    for path in (*project.folder.rglob("*"), *project.home.rglob("*"), *project.temporary.rglob("*")):
+        if path.is_file():
+            looked += 1
+            data = path.read_bytes()
+            assert not [word for word in secrets if word in data], path
+    assert looked > 100
+    assert not [word for word in secrets if word in output.encode()]
+    assert (project.folder / "data/salt").stat().st_size == 32
+    assert "data/salt" not in project.run("git", "ls-files", "--others", "--exclude-standard")
