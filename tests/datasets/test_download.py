@@ -541,9 +541,10 @@ def test_the_bar_tells_how_far_it_is(server, tmp_path, monkeypatch):
 
 
 PROGRAM = """
-import sys, threading
+import signal, sys
 from pathlib import Path
 from fadeformer.datasets.download import Patience, Remote, bring
+signal.signal(signal.SIGINT, signal.default_int_handler)  # what a shell starts in the background ignores Ctrl-C
 urls, folder = sys.argv[2:], Path(sys.argv[1])
 try:
     bring([Remote(url, f"{n}.zip") for n, url in enumerate(urls)], folder, remedy="", patience=Patience(silence=300))

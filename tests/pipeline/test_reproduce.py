@@ -90,8 +90,10 @@ def test_numbers_are_the_same_everywhere(reproduced, mlflow):
         assert results[f"test_{name}"] == metrics["test"][name]
     assert set(results) == {
         *(f"test_{name}" for name in ("loss", "accuracy", "precision", "recall", "f1", "auc")),
-        "train_losses", "val_losses", "train_accuracies", "val_accuracies", "config",
+        "train_losses", "val_losses", "train_accuracies", "val_accuracies", "config", "test_balanced_accuracy",
     }  # fmt: skip
+    balanced = {"value": metrics["test"]["balanced_accuracy"], "split": "published"}
+    assert results["test_balanced_accuracy"] == balanced
     assert read(reproduced, "reports/promotion.json")["auc"] == metrics["test"]["auc"]
 
 
