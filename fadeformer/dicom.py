@@ -22,7 +22,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL.JpegImagePlugin import JpegImageFile
 from pydicom import Dataset, dcmread, uid
 from pydicom.encaps import generate_frames
 from pydicom.filereader import read_dataset
@@ -30,7 +29,7 @@ from pydicom.pixels.decoders.base import get_decoder
 from pydicom.pixels.processing import apply_color_lut
 from pydicom.tag import Tag
 
-from fadeformer import windowing
+from fadeformer import jpegs, windowing
 from fadeformer.errors import UnreadableError, UserError
 
 PIXELS = 2**29  # of all frames of a file at most; while it is read each takes some 3 to 5 bytes
@@ -52,10 +51,11 @@ TAGS = (
     *(f"{colour}PaletteColorLookupTableData" for colour in COLOURS),
     *(f"Segmented{colour}PaletteColorLookupTableData" for colour in COLOURS),
 )  # fmt: skip
-# Which of pydicom's decoders reads what: one each, since another one may round a lossy image otherwise.
+jpegs.register()
+# Which decoder reads what: one each, since another one may round a lossy image otherwise.
 DECODERS = {
     uid.JPEGBaseline8Bit: "pillow",
-    uid.JPEGExtended12Bit: "pillow",
+    **dict.fromkeys(jpegs.SYNTAXES, jpegs.PLUGIN),
     uid.JPEG2000Lossless: "pylibjpeg",
     uid.JPEG2000: "pylibjpeg",
     uid.HTJ2KLossless: "pylibjpeg",
@@ -112,7 +112,7 @@ def read(data: bytes, name: str, *, salt: bytes, limit: int = PIXELS) -> Scan:
         raise UserError(f"the salt has {len(salt)} bytes; it must be {SALT.start} to {SALT.stop - 1} random ones")
     try:
         return _read(data, salt, limit)
-    except (_RefusalError, windowing.WindowError) as refusal:
+    except (_RefusalError, windowing.WindowError, jpegs.JpegError) as refusal:
         reason = str(refusal)
     except Exception as error:  # a damaged file makes pydicom and its decoders stumble in any way
         reason = f"is damaged, or not built as DICOM wants it ({type(error).__name__}); fetch or export it again"
@@ -183,7 +183,7 @@ def _stored(dataset: Dataset, keyword: str, count: int) -> Iterator[NDArray[Any]
     syntax = dataset.file_meta.TransferSyntaxUID
     plugin = ""
     if syntax not in uid.UncompressedTransferSyntaxes:
-        plugin = _decoder(syntax, dataset.BitsStored)
+        plugin = _decoder(syntax)
         _sizes_agree(dataset, syntax, count)
     elif (found := len(dataset[keyword].value)) < (expected := _native_size(dataset, count)):
         raise _RefusalError(f"is cut off: it has {found:,} of {expected:,} bytes of pixels; fetch it again")
@@ -204,38 +204,23 @@ def _native_size(dataset: Dataset, count: int) -> int:
     return int(bits + 7) // 8
 
 
-def _decoder(syntax: uid.UID, bits: int) -> str:
+def _decoder(syntax: uid.UID) -> str:
     """The name of the decoder for a compressed image."""
-    try:
-        available = get_decoder(syntax).available_plugins
-    except NotImplementedError:
-        available = ()
-    if syntax == uid.JPEGExtended12Bit and bits != 8:  # Pillow and GDCM read no 12-bit JPEG
-        available = tuple(plugin for plugin in available if plugin == "pylibjpeg")
-    preferred = DECODERS.get(syntax)
-    if preferred in available:
-        return str(preferred)
-    if available:
-        return available[0]
-    remedy = "convert it with `gdcmconv --raw`"
-    if syntax in uid.JPEGLSTransferSyntaxes:
-        remedy = "install python-gdcm, or convert it with dcmdjpls"
-    elif syntax == uid.JPEGExtended12Bit:
-        remedy = "convert it with dcmdjpeg"
-    elif syntax in uid.JPEGTransferSyntaxes:
-        remedy = "install python-gdcm, or convert it with dcmdjpeg"
-    elif syntax in uid.MPEGTransferSyntaxes:
-        remedy = "it is a video; export its frames"
+    if syntax in DECODERS:
+        return DECODERS[syntax]
+    remedy = (
+        "it is a video; export its frames" if syntax in uid.MPEGTransferSyntaxes else "convert it with gdcmconv --raw"
+    )
     known = f"{syntax.name} ({syntax})" if syntax in uid.AllTransferSyntaxes else "of an unknown kind"
     raise _RefusalError(f"its transfer syntax {known} cannot be decoded here; {remedy}")
 
 
 def _sizes_agree(dataset: Dataset, syntax: uid.UID, count: int) -> None:
     """Stops a compressed frame that would unpack to another size than the file's, perhaps a huge one."""
-    if syntax not in (*uid.JPEG2000TransferSyntaxes, uid.JPEGBaseline8Bit):
+    if syntax == uid.RLELossless:  # has no size of its own
         return
     for frame in generate_frames(dataset.PixelData, number_of_frames=count):
-        size = JpegImageFile(BytesIO(frame)).size if syntax == uid.JPEGBaseline8Bit else _jpeg_2000_size(frame)
+        size = _jpeg_2000_size(frame) if syntax in uid.JPEG2000TransferSyntaxes else jpegs.size(frame)
         if size != (dataset.Columns, dataset.Rows):
             raise _RefusalError("has a compressed frame of another size than its header says; export it again")
 

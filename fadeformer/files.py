@@ -12,6 +12,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from tqdm import tqdm
+
+from fadeformer.errors import UserError
+
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
@@ -45,10 +49,35 @@ def whole_folder(path: Path) -> Iterator[Path]:
 
 def place(source: Path, target: Path) -> None:
     """Makes one file of this project appear under a second name, without a second copy where the disk can do that."""
+    target.unlink(missing_ok=True)
     try:
         os.link(source, target)
     except OSError:
         shutil.copyfile(source, target)
+
+
+def check_room(folder: Path, needed: int, purpose: str) -> None:
+    """Makes sure that a disk has room before anything is written.
+
+    Args:
+        folder: on that disk.
+        needed: bytes.
+        purpose: what they are for, for the message.
+
+    Raises:
+        UserError: there is too little.
+    """
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise UserError(
+            f"{folder}: too little room for {purpose}: it needs {told(needed)} more, and {told(free)} are free;"
+            " free some space, then run again"
+        )
+
+
+def told(count: int) -> str:
+    """A number of bytes for people."""
+    return f"{tqdm.format_sizeof(count)}B"
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -46,7 +46,7 @@ class DatasetParams(Section):
     root: Annotated[str, Field(min_length=1)]
     classes: list[str] | None
     images: Annotated[int, Field(ge=200)]
-    task: Literal["multi-class", "ordinal-regression", "multi-label, binary-class"]
+    task: Literal["multi-class", "ordinal-regression", "multi-label, binary-class"] | None
     seed: Annotated[int, Field(ge=0)]
 
     @model_validator(mode="after")

@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 from scipy.spatial.distance import jensenshannon
 
-from fadeformer.datasets import manifest
+from fadeformer.datasets import archives, manifest
 from fadeformer.datasets.facts import SPLITS, Facts
 from fadeformer.datasets.manifest import Manifest
 from fadeformer.datasets.splits import presence
@@ -134,7 +134,7 @@ def _of_files(table: pd.DataFrame, facts: Facts) -> Iterator[Expectation]:
         gxe.ExpectColumnValuesToBeInSet,
         {
             "column": "collides", "value_set": [False],
-            "description": "no two file names differ in upper and lower case alone",
+            "description": "no two file names differ in case, or in how an accent is written, alone",
         },
     )  # fmt: skip
     if facts.channels is not None:
@@ -254,7 +254,8 @@ def _with_derived_columns(found: Manifest, facts: Facts) -> pd.DataFrame:
     near = manifest.near_across_splits(rows, found.near)
     columns = facts.kind.label_columns(len(facts.classes))
     label = rows[columns].astype("string").fillna("").agg(",".join, axis=1)
-    names = (rows["path"] + "/" + rows["member"]).str.casefold()
+    names = rows["path"] + "/" + rows["member"]
+    colliding = {name for same in archives.collisions(names) for name in same}
     return rows.assign(
         leaked=rows.index.isin(last.index),
         near_leaked=rows["id"].isin({*near["first"], *near["second"]}),
@@ -264,7 +265,7 @@ def _with_derived_columns(found: Manifest, facts: Facts) -> pd.DataFrame:
         images_in_split=rows.groupby("split")["id"].transform("size"),
         images_in_train_val=int(rows["split"].isin(SPLITS[:2]).sum()),
         images_in_all=len(rows),
-        collides=names.duplicated(keep=False),
+        collides=names.isin(colliding),
         label_shift=rows["split"].map(label_shift(rows, facts)).astype(float),
     )
 

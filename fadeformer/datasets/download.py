@@ -11,9 +11,9 @@ from typing import TypeVar
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
-from fadeformer.datasets.part import check_room
 from fadeformer.datasets.transfer import Brought, Patience, Remote, Stopped, Transfer
 from fadeformer.errors import UserError
+from fadeformer.files import check_room
 
 __all__ = ["Brought", "Patience", "Remote", "bring"]
 
@@ -61,7 +61,8 @@ def _bring(transfers: Sequence[Transfer], folder: Path, parallel: int) -> dict[s
     missing = [transfer for transfer in transfers if transfer.file.name not in here]
     if len(missing) > 1:  # there must be room for all of them; one alone is measured when its answer comes
         _side_by_side(missing, Transfer.ask_length, parallel)
-    check_room(folder, sum(max(0, transfer.length - transfer.part.size) for transfer in missing if transfer.length))
+    needed = sum(max(0, transfer.length - transfer.part.size) for transfer in missing if transfer.length)
+    check_room(folder, needed, "the download")
     if missing:
         here |= {file.path.name: file for file in _fetch(missing, parallel)}
     return {transfer.file.name: here[transfer.file.name] for transfer in transfers}

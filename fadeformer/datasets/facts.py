@@ -55,6 +55,25 @@ class Facts:
         return TASKS[self.task]
 
 
+def task_of(multi_label: bool, classes: int, wanted: str | None, source: Path) -> str:
+    """The task that a user's own labels ask for: a key of `fadeformer.tasks.TASKS`.
+
+    Args:
+        multi_label: whether there is one column of 0 and 1 for each finding.
+        classes: how many classes or findings.
+        wanted: `dataset.task`: grades in an order cannot be told from other classes; None for what is found.
+        source: of the labels, for the message.
+
+    Raises:
+        UserError: the labels are not of that task.
+    """
+    found = "multi-label, binary-class" if multi_label else "binary-class" if classes == 2 else "multi-class"
+    single = ("ordinal-regression", "multi-class")
+    if wanted in (None, found) or (wanted in single and not multi_label):
+        return "ordinal-regression" if wanted == "ordinal-regression" else found
+    raise UserError(f"dataset.task is {wanted}, but the labels of {source} are {found}; set it to null")
+
+
 def digest(files: Mapping[str, str]) -> str:
     """SHA-256 of several files, from that of each by name."""
     return hashlib.sha256("".join(f"{sha}  {name}\n" for name, sha in files.items()).encode()).hexdigest()

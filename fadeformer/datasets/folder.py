@@ -24,11 +24,11 @@ from tqdm import tqdm
 
 from fadeformer import dicom
 from fadeformer.datasets import archives
-from fadeformer.datasets.facts import Facts, digest
+from fadeformer.datasets.facts import Facts, digest, task_of
 from fadeformer.datasets.packed import IMAGES, LABELS
 from fadeformer.datasets.splits import TRAIN_VAL
 from fadeformer.errors import UnreadableError, UserError
-from fadeformer.files import checksum, whole_file
+from fadeformer.files import check_room, checksum, whole_file
 
 DICOM = {".dcm", ".dicom"}  # and any other file that has DICOM's mark
 SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".gif", ".webp", *DICOM}
@@ -39,12 +39,13 @@ SPLIT_NAMES = {
 SALT_BYTES = 32
 
 
-def fetch(root: Path, classes: list[str] | None, salt: Path, folder: Path) -> Facts:
+def fetch(root: Path, classes: list[str] | None, task: str | None, salt: Path, folder: Path) -> Facts:
     """Brings a user's images into `folder`.
 
     Args:
         root: the folder, zip or tar.
         classes: names in the order of the labels, or of the finding columns of `labels.csv`; None to find them.
+        task: ordinal-regression where classes are grades in an order; None for what the labels say.
         salt: file of the secret that patients' ids are hashed with; it is made where there is none.
         folder: where they go.
 
@@ -53,7 +54,9 @@ def fetch(root: Path, classes: list[str] | None, salt: Path, folder: Path) -> Fa
     """
     if not root.exists():
         raise UserError(f"{root}: no such file or folder; dataset.root must name your images")
-    names = [member.name for member in archives.listing(root)]
+    found = archives.listing(root)
+    check_room(folder, sum(member.size for member in found), "the copy of the images")
+    names = [member.name for member in found]
     top = _common(names)
     tables = [name for name in names if name.removeprefix(top) == LABELS]
     left_out = [
@@ -75,7 +78,7 @@ def fetch(root: Path, classes: list[str] | None, salt: Path, folder: Path) -> Fa
         name="own-" + re.sub(r"[^\w.-]+", "-", root.resolve().name.split(".")[0]),
         file=IMAGES,
         sha256=digest(files),
-        task="multi-label, binary-class" if multi_label else "binary-class" if len(classes) == 2 else "multi-class",
+        task=task_of(multi_label, len(classes), task, root),
         classes=tuple(classes),
         size=None,
         channels=None,
@@ -153,6 +156,11 @@ def _salt(path: Path) -> bytes:
     return path.read_bytes()
 
 
+def _in_order(name: str) -> tuple[int, str]:
+    """Numbers by their value, whatever their length."""
+    return (len(name), name) if name.isdigit() else (0, name)
+
+
 def _by_folders(root: Path, rows: pd.DataFrame, classes: list[str] | None) -> tuple[pd.DataFrame, list[str]]:
     """Labels, and splits if any, from the folders that the images lie in."""
     parts = rows["origin"].map(lambda name: PurePosixPath(name).parts)
@@ -168,7 +176,7 @@ def _by_folders(root: Path, rows: pd.DataFrame, classes: list[str] | None) -> tu
             f"{root}: {stray} lies in no class; put images in CLASS/ or train|val|test/CLASS/, or write a {LABELS} with"
             " the columns path and label"
         )
-    names = classes or sorted(label.unique())
+    names = classes or sorted(label.unique(), key=_in_order)
     strange = sorted(set(label) - set(names))
     if strange:
         raise UserError(f"{root}: there is a folder {strange[0]}, but dataset.classes names {', '.join(names)}")
@@ -199,9 +207,7 @@ def _by_table(
         names = findings
         labels = {f"label_{i}": _numbers(of[name], 2) for i, name in enumerate(findings)}
     else:
-        names = classes or sorted(
-            of["label"].dropna().unique(), key=lambda name: (len(name), name) if name.isdigit() else (0, name)
-        )
+        names = classes or sorted(of["label"].dropna().unique(), key=_in_order)
         by_name = {name: i for i, name in enumerate(names)}
         labels = {"label": of["label"].map(by_name).astype("Int64").fillna(_numbers(of["label"], len(names)))}
     group = of["group"] if "group" in of else rows.get("group")

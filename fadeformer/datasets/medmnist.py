@@ -12,7 +12,7 @@ from typing import NamedTuple
 from fadeformer.datasets import download
 from fadeformer.datasets.facts import SPLITS, Facts
 from fadeformer.errors import UserError
-from fadeformer.files import checksum
+from fadeformer.files import check_room, checksum, place
 
 PUBLISHED_AT = "https://zenodo.org/records/10519652/files"
 PATIENCE = download.PATIENCE
@@ -55,16 +55,19 @@ def fetch(name: str, size: int, mirror: str | None, downloads: Path, folder: Pat
                 f"{source}: MD5 is {found}, but {name} at {size} pixels is published with {facts.md5[size]};"
                 " the file is damaged or another one: fetch it again, or use it as your own with dataset.name: npz"
             )
+        check_room(folder, source.stat().st_size, "the copy of the data")
+        sha256 = checksum(shutil.copyfile(source, folder / file), "sha256")
     else:
         url = f"{mirror.rstrip('/')}/{file}" if mirror else f"{PUBLISHED_AT}/{file}?download=1"
         remote = download.Remote(url, file, ("md5", facts.md5[size]))
         remedy = f"check the network, or set dataset.mirror to a folder that holds {file}"
-        source = download.bring([remote], downloads, remedy=remedy, patience=PATIENCE)[file].path
-    shutil.copyfile(source, folder / file)
+        brought = download.bring([remote], downloads, remedy=remedy, patience=PATIENCE)[file]
+        sha256 = brought.sha256
+        place(brought.path, folder / file)
     return Facts(
         name=name,
         file=file,
-        sha256=checksum(folder / file, "sha256"),
+        sha256=sha256,
         task=facts.task,
         classes=facts.classes,
         size=size,

@@ -21,19 +21,20 @@ import pandas as pd
 from numpy.lib import format as npy
 from numpy.typing import NDArray
 
-from fadeformer.datasets.facts import SPLITS, Facts
+from fadeformer.datasets.facts import SPLITS, Facts, task_of
 from fadeformer.errors import UserError
-from fadeformer.files import checksum
+from fadeformer.files import check_room, checksum
 
 ROWS_AT_ONCE = 64 * 2**20  # bytes
 
 
-def fetch(source: Path, classes: list[str] | None, folder: Path) -> Facts:
+def fetch(source: Path, classes: list[str] | None, task: str | None, folder: Path) -> Facts:
     """Copies a user's own archive into `folder`.
 
     Args:
         source: the archive.
         classes: names in the order of the labels, or None.
+        task: ordinal-regression where they are grades in an order; None for what the labels say.
         folder: where it goes.
 
     Raises:
@@ -65,13 +66,14 @@ def fetch(source: Path, classes: list[str] | None, folder: Path) -> Facts:
     for split in SPLITS:
         for _ in rows(source, f"{split}_images"):
             pass  # reads every byte once, so that a damaged archive is found here
+    check_room(folder, source.stat().st_size, "the copy of the data")
     shutil.copyfile(source, folder / source.name)
     image_shape = shapes["train_images"][0]
     return Facts(
         name="own-" + re.sub(r"[^\w.-]+", "-", source.stem),
         file=source.name,
         sha256=checksum(folder / source.name, "sha256"),
-        task="multi-label, binary-class" if multi_label else "binary-class" if number == 2 else "multi-class",
+        task=task_of(multi_label, number, task, source),
         classes=tuple(classes or (f"class {c}" for c in range(number))),
         size=image_shape[1],
         channels=3 if len(image_shape) == 4 else 1,

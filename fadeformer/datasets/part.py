@@ -8,15 +8,11 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
-import shutil
 from collections.abc import Iterable
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
-from tqdm import tqdm
-
-from fadeformer.errors import UserError
-from fadeformer.files import read_json, write_json
+from fadeformer.files import check_room, read_json, write_json
 
 AT_ONCE = 2**20  # bytes
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # the disk, the user's share of it, or the largest file allowed
@@ -71,7 +67,7 @@ class Part:
     def begin(self, origin: Origin) -> None:
         """Starts anew. The card is written first: bytes without their card are never taken up."""
         self.discard()
-        check_room(self.path.parent, origin.length or 0)
+        check_room(self.path.parent, origin.length or 0, "the download")
         write_json(self.card, origin._asdict())
         self.origin = origin
 
@@ -109,18 +105,3 @@ def digests(path: Path, algorithms: Iterable[str]) -> dict[str, Any]:
 
 def _digests(algorithms: Iterable[str]) -> dict[str, Any]:
     return {name: hashlib.new(name, usedforsecurity=False) for name in algorithms}
-
-
-def check_room(folder: Path, needed: int) -> None:
-    """Raises UserError if a folder has no room for so many bytes."""
-    free = shutil.disk_usage(folder).free
-    if needed > free:
-        raise UserError(
-            f"{folder}: too little room for the download: it needs {told(needed)} more, and {told(free)} are free;"
-            " free some space, then run again"
-        )
-
-
-def told(count: int) -> str:
-    """A number of bytes for people."""
-    return f"{tqdm.format_sizeof(count)}B"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,10 +10,11 @@ from pathlib import Path
 import numpy as np
 
 from fadeformer.datasets import chestxray14, download, facts, folder, isic2019, medmnist, npz, phantom, pins
+from fadeformer.datasets.archives import listing
 from fadeformer.datasets.download import Remote
 from fadeformer.datasets.facts import Facts
 from fadeformer.errors import UserError
-from fadeformer.files import checksum, place
+from fadeformer.files import check_room, checksum, place
 
 
 def fetch(
@@ -25,7 +27,7 @@ def fetch(
     root: str,
     classes: list[str] | None,
     images: int,
-    task: str,
+    task: str | None,
     seed: int,
     downloads: Path,
     lock: Path,
@@ -44,7 +46,8 @@ def fetch(
         root: npz, folder: the user's own files.
         classes: npz, folder: names of the classes, if any.
         images: phantom: how many.
-        task: phantom: a key of `fadeformer.tasks.TASKS`.
+        task: phantom: a key of `fadeformer.tasks.TASKS`, None for multi-class; npz, folder: ordinal-regression where
+            classes are grades in an order.
         seed: phantom: of the drawing.
         downloads: where verified downloads stay.
         lock: file of pins, of files without a published checksum.
@@ -55,11 +58,11 @@ def fetch(
         UserError: the data cannot be had, or are not what they should be.
     """
     if name == "phantom":
-        found = _draw_phantom(images, size, task, seed, into)
+        found = _draw_phantom(images, size, task or "multi-class", seed, into)
     elif name == "npz":
-        found = npz.fetch(Path(root), classes, into)
+        found = npz.fetch(Path(root), classes, task, into)
     elif name == "folder":
-        found = folder.fetch(Path(root), classes, salt, into)
+        found = folder.fetch(Path(root), classes, task, salt, into)
     elif name == "isic2019":
         remote = [Remote(f"{isic2019.PUBLISHED_AT}/{file}", file) for file in isic2019.FILES]
         files = _bring(remote, edition, mirror, downloads, lock, into)
@@ -109,15 +112,36 @@ def _bring(
                 )
             brought[file.name] = (path, checksum(path, "sha256"), path.stat().st_size)
     unpublished = {file.name for file in remote if file.checksum is None}
-    pins.pin(
-        lock, {name: pins.Pin(sha256=sha, size=size) for name, (_, sha, size) in brought.items() if name in unpublished}
-    )
+    found = {
+        name: pins.Pin(sha256=sha, size=size, rows=_rows(path))
+        for name, (path, sha, size) in brought.items()
+        if name in unpublished
+    }
+    pins.pin(lock, found)
+    own = {name for name, (path, _, _) in brought.items() if path.parent == downloads}
+    check_room(into, sum(size for name, (_, _, size) in brought.items() if name not in own), "the copy of the data")
     for name, (path, _, _) in brought.items():
-        if path.parent == downloads:
+        if name in own:
             place(path, into / name)
         else:
             shutil.copyfile(path, into / name)  # a link could let what happens here change the user's file
     return {name: sha for name, (_, sha, _) in brought.items()}
+
+
+def _rows(path: Path) -> int | None:
+    """Rows of a table without its headings, lines of a list, files of a zip; None of a tar.gz: that takes minutes."""
+    if path.suffix == ".zip":
+        return len(listing(path))
+    if path.suffix not in (".csv", ".txt"):
+        return None
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            rows = sum(1 for row in csv.reader(file) if row)
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"{path}: cannot be read as a table ({error}); fetch it again") from error
+    if not rows:
+        raise UserError(f"{path}: cannot be read as a table (it is empty); fetch it again")
+    return rows - (path.suffix == ".csv")
 
 
 def _draw_phantom(images: int, size: int, task: str, seed: int, into: Path) -> Facts:

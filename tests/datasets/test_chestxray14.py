@@ -155,15 +155,14 @@ def write_list(name, lines):
         (lambda mirror: (mirror / chestxray14.ENTRIES).write_bytes(b""), "cannot be read as a table"),
         (
             lambda mirror: (mirror / chestxray14.TEST_LIST).write_bytes(b"\xff\xfe"),
-            "cannot be read as a list of images",
+            "cannot be read as a table",
         ),
     ],
 )
 def test_tables_that_do_not_fit_are_told(fetch, mirror, spoil, message):
     spoil(mirror)
-    facts, folder = fetch()
-    with pytest.raises(UserError, match=message):
-        chestxray14.table(facts, folder)
+    with pytest.raises(UserError, match=message):  # when it is fetched, or when it is read
+        chestxray14.table(*fetch())
 
 
 @pytest.mark.real_data

@@ -1,6 +1,7 @@
 """A user's own folder of images, in each of its layouts."""
 
 import io
+import shutil
 import zipfile
 from pathlib import Path
 
@@ -171,6 +172,25 @@ def test_damaged_images_come_as_far_as_the_gate(scans, fetch, tmp_path):
     facts, folder = fetch(root)
     problems = built(facts, folder, tmp_path / "splits").rows.set_index("id")["problem"].dropna()
     assert set(problems.index) == {"benign/3.png", "benign/4.png"}
+
+
+def test_grades_in_an_order_are_told_by_the_user(fetch, scans):
+    names = [f"{grade}/{i}.png" for grade in (10, 9, 2) for i in range(3)]
+    root = scans(names)
+    facts = fetch(root, task="ordinal-regression")[0]
+    assert (facts.task, facts.classes) == ("ordinal-regression", ("2", "9", "10"))
+    assert fetch(root)[0].task == "multi-class"
+    with pytest.raises(
+        UserError, match=r"dataset.task is multi-label, binary-class, but the labels of .* are multi-class"
+    ):
+        fetch(root, task="multi-label, binary-class")
+
+
+def test_a_disk_without_room_is_told_before_anything_is_copied(fetch, scans, monkeypatch):
+    root = scans(IN_CLASSES)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(10, 10, 0))
+    with pytest.raises(UserError, match=r"too little room for the copy of the images: it needs .*B more, and 0\.00B"):
+        fetch(root)
 
 
 @pytest.mark.real_data

@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from fadeformer.datasets import isic2019, manifest
+from fadeformer.datasets import isic2019, manifest, pins
 from fadeformer.errors import UserError
 from tests.datasets.conftest import built
 
@@ -140,9 +140,25 @@ def drop_both_rows(mirror):
 )
 def test_tables_that_do_not_fit_are_told(fetch, mirror, spoil, message):
     spoil(mirror)
-    facts, folder = fetch()
-    with pytest.raises(UserError, match=message):
-        isic2019.table(facts, folder)
+    with pytest.raises(UserError, match=message):  # when it is fetched, or when it is read
+        isic2019.table(*fetch())
+
+
+def test_what_was_verified_first_is_pinned_with_its_rows_and_a_damaged_file_never(fetch, mirror, tmp_path):
+    lock = tmp_path / "dataset.lock"
+    truth = (mirror / isic2019.TRUTH).read_bytes()
+    (mirror / isic2019.TRUTH).write_bytes(b"\xff\xfe\x00image")
+    with pytest.raises(UserError):
+        fetch()
+    assert not lock.exists()
+    (mirror / isic2019.TRUTH).write_bytes(truth)
+    fetch()
+    rows = {name: pin.rows for name, pin in pins.read(lock).items()}
+    images = 2 * LESIONS
+    assert rows == {isic2019.IMAGES: images + 1, isic2019.TRUTH: images, isic2019.METADATA: images}  # and a licence
+    drop_row(mirror)
+    with pytest.raises(UserError, match=f"Metadata.csv: sha256 is .*rows is {images - 1}, but {images} is pinned"):
+        fetch()
 
 
 def test_a_missing_file_is_named(fetch, mirror):

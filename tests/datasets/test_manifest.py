@@ -26,7 +26,7 @@ def raw(archive, small, monkeypatch):
     def make(**arrays):
         monkeypatch.chdir(small.parent)
         paths.RAW.mkdir(parents=True, exist_ok=True)
-        facts = npz.fetch(archive(**arrays), None, paths.RAW)
+        facts = npz.fetch(archive(**arrays), None, None, paths.RAW)
         cards.write(facts, paths.RAW)
         return facts
 
@@ -355,7 +355,7 @@ def test_a_hundred_thousand_rows_are_judged_with_all_their_groups_and_copies():
 def test_the_eight_leaks_of_the_rebuilt_pneumoniamnist_are_found(real_data, small, monkeypatch):
     monkeypatch.chdir(small.parent)
     paths.RAW.mkdir(parents=True)
-    cards.write(npz.fetch(real_data / "npz" / "pneumoniamnist.npz", None, paths.RAW), paths.RAW)
+    cards.write(npz.fetch(real_data / "npz" / "pneumoniamnist.npz", None, None, paths.RAW), paths.RAW)
     with pytest.raises(UserError, match="8 images stand in two splits"):
         validate.main()
     overrides.apply(paths.PARAMS, {"validate": {"max_cross_split_duplicates": 8}})

@@ -19,16 +19,16 @@ def out(tmp_path):
 
 
 def test_the_card_says_what_the_archive_holds(archive, out):
-    facts = npz.fetch(archive(channels=1, classes=2), ["normal", "pneumonia"], out)
+    facts = npz.fetch(archive(channels=1, classes=2), ["normal", "pneumonia"], None, out)
     assert (facts.task, facts.classes, facts.size, facts.channels) == ("binary-class", ("normal", "pneumonia"), 16, 1)
     assert (out / "scans.npz").is_file()
-    assert npz.fetch(archive(classes=4), None, out).classes == ("class 0", "class 1", "class 2", "class 3")
+    assert npz.fetch(archive(classes=4), None, None, out).classes == ("class 0", "class 1", "class 2", "class 3")
 
 
 def test_several_label_columns_are_findings(archive, out):
     findings = np.eye(3, dtype=int)
     labels = {f"{split}_labels": findings[np.arange(count) % 3] for split, count in COUNTS.items()}
-    assert npz.fetch(archive(**labels), None, out).task == "multi-label, binary-class"
+    assert npz.fetch(archive(**labels), None, None, out).task == "multi-label, binary-class"
 
 
 @pytest.mark.parametrize(
@@ -44,12 +44,12 @@ def test_several_label_columns_are_findings(archive, out):
 )
 def test_a_wrong_layout_is_told(archive, out, arrays, message):
     with pytest.raises(UserError, match=message):
-        npz.fetch(archive(**arrays), None, out)
+        npz.fetch(archive(**arrays), None, None, out)
 
 
 def test_a_wrong_number_of_names_is_told(archive, out):
     with pytest.raises(UserError, match=r"dataset\.classes names 2 classes, but the labels of .* have 3"):
-        npz.fetch(archive(), ["a", "b"], out)
+        npz.fetch(archive(), ["a", "b"], None, out)
 
 
 @pytest.mark.parametrize(
@@ -62,7 +62,7 @@ def test_a_wrong_number_of_names_is_told(archive, out):
 )
 def test_groups_that_are_not_one_for_each_image_are_told(archive, out, groups, message):
     with pytest.raises(UserError, match=message):
-        npz.fetch(archive(train_groups=groups), None, out)
+        npz.fetch(archive(train_groups=groups), None, None, out)
 
 
 def test_a_patient_is_the_same_however_the_number_is_stored(archive):
@@ -79,7 +79,7 @@ def test_a_patient_is_the_same_however_the_number_is_stored(archive):
 
 def test_labels_of_different_width_are_told(archive, out):
     with pytest.raises(UserError, match="different numbers of columns"):
-        npz.fetch(archive(train_labels=np.zeros((60, 3), int)), None, out)
+        npz.fetch(archive(train_labels=np.zeros((60, 3), int)), None, None, out)
 
 
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.9, 0.999])
@@ -87,7 +87,7 @@ def test_a_truncated_archive_is_told(archive, out, share):
     path = archive()
     path.write_bytes(path.read_bytes()[: int(path.stat().st_size * share)])
     with pytest.raises(UserError, match="truncated or damaged"):
-        npz.fetch(path, None, out)
+        npz.fetch(path, None, None, out)
 
 
 def test_a_flipped_bit_is_told(archive, out):
@@ -96,12 +96,12 @@ def test_a_flipped_bit_is_told(archive, out):
     data[len(data) // 4] ^= 0xFF
     path.write_bytes(data)
     with pytest.raises(UserError, match="truncated or damaged"):
-        npz.fetch(path, None, out)
+        npz.fetch(path, None, None, out)
 
 
 def test_a_missing_file_is_told(tmp_path, out):
     with pytest.raises(UserError, match=r"no such file; dataset\.root must name"):
-        npz.fetch(tmp_path / "none.npz", None, out)
+        npz.fetch(tmp_path / "none.npz", None, None, out)
 
 
 @given(
