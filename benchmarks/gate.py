@@ -65,7 +65,7 @@ def main() -> None:
     })  # fmt: skip
     with timed("split", seconds):
         cluster = splits.clusters(count, rows["group"], pairs[["first", "second"]].to_numpy())
-        present = splits.presence(rows[["label"]], len(CLASSES))
+        present = splits.presence(rows[["label"]], len(CLASSES), False)
         split = splits.deal(present, cluster, {"train": 0.7, "val": 0.1, "test": 0.2}, seed=0)
     split[::5000] = "test"  # leaks of patients and near copies
     rows.insert(2, "split", split)

@@ -38,6 +38,15 @@ SALT = range(16, 65)  # bytes; blake2b takes no longer key, and a shorter one ca
 OLDEST = 90  # years; above, an age identifies (45 CFR 164.514)
 JP2 = b"\0\0\0\x0cjP  "
 PIXEL_DATA = ("PixelData", "FloatPixelData", "DoubleFloatPixelData")
+NO_IMAGES = (  # SOP classes (PS3.6, table A-1) by how they begin
+    "1.2.840.10008.1.3.10",  # directory of a disc
+    "1.2.840.10008.5.1.4.1.1.88",  # reports, and selections of key objects
+    "1.2.840.10008.5.1.4.1.1.11.",  # presentation states
+    "1.2.840.10008.5.1.4.1.1.104",  # documents, as PDF
+    "1.2.840.10008.5.1.4.1.1.9.",  # waveforms
+    "1.2.840.10008.5.1.4.1.1.66",  # raw data, registrations, segmentations
+    "1.2.840.10008.5.1.4.1.1.481.3", "1.2.840.10008.5.1.4.1.1.481.5",  # structures and plans of radiotherapy
+)  # fmt: skip
 COLOURS = ("Red", "Green", "Blue")
 TAGS = (
     *("PatientID", "StudyInstanceUID", "PatientSex", "PatientAge", "Modality", "ViewPosition", "Manufacturer"),
@@ -119,6 +128,20 @@ def read(data: bytes, name: str, *, salt: bytes, limit: int = PIXELS) -> Scan:
     raise UnreadableError(name, reason)  # here, so that no message of pydicom's hangs on it
 
 
+def hashed(patient: str, *, salt: bytes) -> str:
+    """The group of a patient whose ID is known from elsewhere: the same as of a file that has it."""
+    return _keyed("PatientID", patient.strip().encode(), salt)
+
+
+def is_no_image(data: bytes) -> bool:
+    """Whether a file says of itself that it is a directory, a report, a plan or the like."""
+    try:
+        meta, _ = _meta(data)
+    except Exception:  # `read` tells what is wrong with it
+        return False
+    return str(meta.get("MediaStorageSOPClassUID", "")).startswith(NO_IMAGES)
+
+
 class _RefusalError(Exception):
     """Why a file is not read."""
 
@@ -152,6 +175,13 @@ def _read(data: bytes, salt: bytes, limit: int) -> Scan:
     )
 
 
+def _meta(data: bytes) -> tuple[Dataset, int]:
+    """The group of file meta information, and where it ends."""
+    file = BytesIO(data)
+    file.seek(132 if data[128:132] == b"DICM" else 0)
+    return read_dataset(file, False, True, stop_when=lambda tag, vr, length: tag >> 16 != 2), file.tell()
+
+
 def _parsed(data: bytes) -> Dataset:
     """The elements of `TAGS`, none of them decoded yet."""
     if not data:
@@ -159,12 +189,10 @@ def _parsed(data: bytes) -> Dataset:
     # Old files begin with their first element: of group 2 or 8, in either byte order.
     if data[128:132] != b"DICM" and data[:2] not in (b"\x02\0", b"\x08\0", b"\0\x02", b"\0\x08"):
         raise _RefusalError("is no DICOM file; leave it out")
-    file = BytesIO(data)
-    file.seek(132 if data[128:132] == b"DICM" else 0)
-    meta = read_dataset(file, False, True, stop_when=lambda tag, vr, length: tag >> 16 != 2)
+    meta, end = _meta(data)
     if meta.get("TransferSyntaxUID") == uid.DeflatedExplicitVRLittleEndian:
         inflater = zlib.decompressobj(-zlib.MAX_WBITS)
-        size, rest = 0, data[file.tell() :]
+        size, rest = 0, data[end:]
         while rest and size <= INFLATED:
             size += len(inflater.decompress(rest, 2**20))
             rest = inflater.unconsumed_tail
@@ -256,8 +284,12 @@ def _group(dataset: Dataset, salt: bytes) -> str | None:
     for keyword in ("PatientID", "StudyInstanceUID"):
         value = _raw(dataset, keyword)
         if value:
-            return hashlib.blake2b(keyword.encode() + b"\0" + value, key=salt, digest_size=16).hexdigest()
+            return _keyed(keyword, value, salt)
     return None
+
+
+def _keyed(keyword: str, value: bytes, salt: bytes) -> str:
+    return hashlib.blake2b(keyword.encode() + b"\0" + value, key=salt, digest_size=16).hexdigest()
 
 
 def _raw(dataset: Dataset, keyword: str) -> bytes:

@@ -27,6 +27,8 @@ def whole_file(path: Path) -> Iterator[Path]:
     try:
         yield temporary
         temporary.chmod(0o644)
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())  # else a power cut could leave the name without the bytes
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -87,6 +87,7 @@ class SeverityParams(Section):
     near_duplicate_in_two_splits: Severity
     group_in_two_splits: Severity
     same_image_two_labels: Severity
+    near_duplicate_two_labels: Severity
     label_out_of_range: Severity
     class_missing: Severity
     class_too_small: Severity

@@ -68,7 +68,7 @@ def write(
         }
         starts = {split: file.tell() for split, file in files.items()}
         noted = folder / "done.npy"
-        done = np.load(noted, allow_pickle=False) if noted.exists() else np.zeros(len(manifest), bool)
+        done = _noted(noted, len(manifest))
         left = np.flatnonzero(~done)
         splits = manifest["split"].to_numpy()
 
@@ -106,6 +106,15 @@ def _opened(path: Path, shape: tuple[int, ...]) -> BinaryIO:
     if not exists:
         file.truncate(file.tell() + prod(shape))
     return file
+
+
+def _noted(path: Path, count: int) -> NDArray[np.bool_]:
+    """What is done, (images,): nothing, if a power cut tore the note."""
+    try:
+        done = np.load(path, allow_pickle=False)
+    except (FileNotFoundError, EOFError, ValueError):
+        return np.zeros(count, bool)
+    return done if done.shape == (count,) and done.dtype == np.bool_ else np.zeros(count, bool)
 
 
 def _note(path: Path, done: NDArray[np.bool_], files: Iterable[BinaryIO]) -> None:

@@ -18,19 +18,32 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageOps
+from scipy.ndimage import gaussian_filter, minimum_filter
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
 
 Pixels = NDArray[np.uint8]
 Hashes = NDArray[np.uint64]
 
 SIDE = 64  # pixels of a thumbnail at most
-MARGIN = 2  # pixels of a thumbnail that the hash and the comparison leave out, so that there is room to shift
+BLUR = (
+    1 / 64
+)  # of a thumbnail's side: standard deviation of the smoothing before a comparison, which noise else decides
 FREQUENCIES = 8  # in each direction
 LEAST_SIDE = 16  # pixels of an image that can be hashed
+BLACK = 12  # of 255, at most
+SPREAD = 64  # of 255: images of fewer greys are stretched before they are compared
+FURTHEST = 2  # pixels of a thumbnail, that a copy may be moved between the shifts or at its border
+LEAST_SHOWN = 0.2  # of a thumbnail's area
 SHIFTS = [(0, 0), *((y, x) for y in (-1, 0, 1) for x in (-1, 0, 1) if (y, x) != (0, 0))]
 RADIUS = 4  # bits of 64 in which hashes of a pair may differ
 PAIRS_AT_ONCE = 2**21
 COMPARED_AT_ONCE = 256
+SETTLED_AT_ONCE = 2**12
+# Of thousands of frames of one film each is like each. So that the cost grows with images and not with pairs:
+LOOKED_AT = 512  # at most that share a piece of a hash with an image, those nearest to it in order
+ENOUGH = 8  # near duplicates of an image, from which its others are no longer named, if they hang together anyway
 
 
 class Sketch(NamedTuple):
@@ -68,6 +81,8 @@ def sketch(image: Image.Image) -> Sketch:
     if side < LEAST_SIDE:
         raise ValueError(f"an image of {image.height} x {image.width} pixels is too small for a perceptual hash")
     grey = image.convert("L")
+    if np.ptp(np.asarray(grey)) < SPREAD:  # as of 16-bit values that fill little of their range
+        grey = ImageOps.autocontrast(grey)
     if grey.size != (side, side):
         grey = grey.resize((side, side), Image.Resampling.BOX)
     thumbnail = np.asarray(grey)
@@ -82,12 +97,18 @@ def sketch(image: Image.Image) -> Sketch:
 @cache
 def _waves(side: int) -> NDArray[np.float32]:
     """Cosines over the thumbnail's inner part, at the three shifts."""
-    inner = side - 2 * MARGIN
+    margin = _margin(side)
+    inner = side - 2 * margin
     angle = np.pi / inner * np.outer(np.arange(1, FREQUENCIES + 1), np.arange(inner) + 0.5)
     waves = np.zeros((3, FREQUENCIES, side), np.float32)
     for place, shift in enumerate((-1, 0, 1)):
-        waves[place, :, MARGIN + shift : MARGIN + shift + inner] = np.cos(angle)
+        waves[place, :, margin + shift : margin + shift + inner] = np.cos(angle)
     return waves.reshape(3 * FREQUENCIES, side)
+
+
+def _margin(side: int) -> int:
+    """Pixels of a thumbnail that the hash and the comparison leave out, so that there is room to shift."""
+    return max(1, round(side / 32))
 
 
 def near_pairs(sketches: Sequence[Sketch], least: float) -> pd.DataFrame:
@@ -99,15 +120,33 @@ def near_pairs(sketches: Sequence[Sketch], least: float) -> pd.DataFrame:
 
     Returns:
         One row per pair, in order: `first` and `second` (positions in `sketches`, first < second) and `similarity`, the
-        share of one thumbnail's variance that the other explains.
+        share of one thumbnail's variance that the other explains. Two images that both have `ENOUGH` others, and are
+        joined by pairs already, need not be a row.
     """
     pairs = _candidates(np.array([one.hashes for one in sketches], np.uint64).reshape(-1, len(SHIFTS)))
-    found = [
-        _explained([sketches[i].thumbnail for i in part[:, 0]], [sketches[i].thumbnail for i in part[:, 1]])
-        for part in (pairs[start : start + COMPARED_AT_ONCE] for start in range(0, len(pairs), COMPARED_AT_ONCE))
-    ]
-    table = pd.DataFrame({"first": pairs[:, 0], "second": pairs[:, 1], "similarity": np.concatenate([[], *found])})
-    return table[table["similarity"] >= least].reset_index(drop=True)
+    kept, similarities = [np.empty((0, 2), np.int64)], [np.empty(0)]
+    partners = np.zeros(len(sketches), np.int64)
+    together = np.arange(len(sketches))
+    start = 0
+    while start < len(pairs):
+        some = pairs[start : start + SETTLED_AT_ONCE]
+        start += len(some)
+        enough = (partners[some] >= ENOUGH).all(axis=1) & (together[some[:, 0]] == together[some[:, 1]])
+        some = some[~enough]
+        parts = [some[i : i + COMPARED_AT_ONCE] for i in range(0, len(some), COMPARED_AT_ONCE)]
+        alike = np.concatenate([np.empty(0), *(_compared(sketches, part) for part in parts)])
+        kept.append(some[alike >= least])
+        similarities.append(alike[alike >= least])
+        if len(kept[-1]):
+            partners += np.bincount(kept[-1].ravel(), minlength=len(sketches))
+            graph = coo_array((np.ones(len(kept[-1])), together[kept[-1]].T), shape=(len(sketches), len(sketches)))
+            together = connected_components(graph, directed=False)[1][together]
+    found = np.concatenate(kept)
+    return pd.DataFrame({"first": found[:, 0], "second": found[:, 1], "similarity": np.concatenate(similarities)})
+
+
+def _compared(sketches: Sequence[Sketch], pairs: NDArray[np.int64]) -> NDArray[np.float64]:
+    return _explained([sketches[i].thumbnail for i in pairs[:, 0]], [sketches[i].thumbnail for i in pairs[:, 1]])
 
 
 def _candidates(hashes: Hashes) -> NDArray[np.int64]:
@@ -120,14 +159,17 @@ def _candidates(hashes: Hashes) -> NDArray[np.int64]:
     codes = np.zeros(0, np.int64)  # first * images + second
     ends = np.linspace(0, 64, RADIUS + 2).round().astype(np.uint64)
     for low, high in pairwise(ends):
-        mask = np.uint64((1 << int(high - low)) - 1)
-        pieces = (hashes >> low) & mask
-        order = np.argsort(pieces[:, 0], kind="stable")
-        ordered = pieces[order, 0]
+        rotated = (hashes << (np.uint64(64) - high)) | (hashes >> high) if high < 64 else hashes  # the piece in front
+        rest = np.uint64(64) - (high - low)
+        order = np.argsort(rotated[:, 0], kind="stable")
+        ordered = rotated[order, 0]
+        found = [codes]
         for shift in range(len(SHIFTS)):
-            left = np.searchsorted(ordered, pieces[:, shift], "left")
-            counts = np.searchsorted(ordered, pieces[:, shift], "right") - left
-            found = [codes]
+            left = np.searchsorted(ordered >> rest, rotated[:, shift] >> rest, "left")
+            right = np.searchsorted(ordered >> rest, rotated[:, shift] >> rest, "right")
+            place = np.searchsorted(ordered, rotated[:, shift])
+            left = np.maximum(left, np.minimum(place - LOOKED_AT // 2, right - LOOKED_AT))
+            counts = np.minimum(right - left, LOOKED_AT)
             for some in _blocks(counts):
                 mine = np.repeat(np.arange(some.start, some.stop), counts[some])
                 before = np.cumsum(counts[some]) - counts[some]
@@ -135,8 +177,8 @@ def _candidates(hashes: Hashes) -> NDArray[np.int64]:
                 other = order[np.repeat(left[some], counts[some]) + rank]
                 near = np.bitwise_count(hashes[mine, shift] ^ hashes[other, 0]) <= RADIUS
                 one, two = mine[near & (mine != other)], other[near & (mine != other)]
-                found.append(np.minimum(one, two) * images + np.maximum(one, two))
-            codes = np.unique(np.concatenate(found))
+                found.append(np.unique(np.minimum(one, two) * images + np.maximum(one, two)))
+        codes = np.unique(np.concatenate(found))
     return np.stack([codes // images, codes % images], axis=1) if images else np.empty((0, 2), np.int64)
 
 
@@ -154,32 +196,52 @@ def _blocks(counts: NDArray[np.int64]) -> Iterator[slice]:
 def _explained(one: Sequence[Pixels], other: Sequence[Pixels]) -> NDArray[np.float64]:
     """How much of each thumbnail in `other` the one in `one` explains, (pairs,).
 
-    The largest R^2, over shifts of a pixel, of a regression on the thumbnail and its two derivatives: derivatives stand
-    for the part of a pixel by which it may be shifted besides. 0 where the thumbnail would have to be inverted.
+    The largest R^2, over shifts of a pixel, of a regression on the thumbnail, smoothed, and what its derivatives along
+    the two axes make of it: by themselves they stand for the part of a pixel by which it may be shifted besides, times
+    the place for a crop by as much. 0 where the thumbnail would have to be inverted.
     """
     result = np.zeros(len(one))
     sides = np.array([min(len(a), len(b)) for a, b in zip(one, other, strict=True)])
     for side in np.unique(sides):
         of = np.flatnonzero(sides == side).tolist()
         a, b = (np.stack([_shrunk(images[i], int(side)) for i in of]) for images in (one, other))
-        bases = np.stack([a, *np.gradient(a, axis=(1, 2))], axis=1)  # pairs, 3, side, side
-        inner = slice(MARGIN, -MARGIN)
+        down, right = np.gradient(a, axis=(1, 2))
+        place = np.linspace(-1, 1, int(side), dtype=np.float32)
+        bases = np.stack([a, down, right, down * place[:, None], right * place], axis=1)  # pairs, 5, side, side
+        margin = _margin(int(side))
+        inner = slice(margin, -margin)
         target = b[:, inner, inner].reshape(len(of), 1, -1)
-        target = target - target.mean(axis=-1, keepdims=True)
+        shown = _shown(a, b)[:, inner, inner].reshape(len(of), 1, -1)
+        target = _centred(target, shown)
         for y, x in SHIFTS:
-            moved = bases[:, :, MARGIN + y : side - MARGIN + y, MARGIN + x : side - MARGIN + x]
-            moved = moved.reshape(len(of), 3, -1)
-            moved = moved - moved.mean(axis=-1, keepdims=True)
-            gram = moved @ moved.swapaxes(1, 2) + 1e-6 * np.eye(3)
-            weights = np.linalg.solve(gram, moved @ target.swapaxes(1, 2))[..., 0]  # pairs, 3
+            moved = bases[:, :, margin + y : side - margin + y, margin + x : side - margin + x]
+            moved = _centred(moved.reshape(len(of), len(bases[0]), -1), shown)
+            gram = moved @ moved.swapaxes(1, 2) + 1e-6 * np.eye(moved.shape[1])
+            weights = np.linalg.solve(gram, moved @ target.swapaxes(1, 2))[..., 0]  # pairs, 5
             residual = target[:, 0] - np.einsum("pk,pkn->pn", weights, moved)
             share = 1 - (residual**2).sum(axis=-1) / ((target[:, 0] ** 2).sum(axis=-1) + 1e-9)
-            near = (weights[:, 0] > 0) & (np.abs(weights[:, 1:]).max(axis=1) <= weights[:, 0])
+            near = (weights[:, 0] > 0) & (np.abs(weights[:, 1:]).max(axis=1) <= FURTHEST * weights[:, 0])
             result[of] = np.maximum(result[of], np.where(near, share, 0.0))
     return result
+
+
+def _shown(one: NDArray[np.float32], other: NDArray[np.float32]) -> NDArray[np.bool_]:
+    """Where both thumbnails show more than black, (pairs, side, side); everywhere, if that is too little to go by.
+
+    The edge of the round picture of an eye, or of a field of X-rays, would else make any two of them alike.
+    """
+    shown = minimum_filter(np.minimum(one, other), size=(1, 3, 3)) > BLACK
+    return np.asarray(shown | (shown.mean(axis=(1, 2), keepdims=True) < LEAST_SHOWN))
+
+
+def _centred(values: NDArray[np.float32], shown: NDArray[np.bool_]) -> NDArray[np.float32]:
+    """Values less their mean where something is shown, 0 elsewhere."""
+    mean = (values * shown).sum(axis=-1, keepdims=True) / shown.sum(axis=-1, keepdims=True)
+    return np.asarray((values - mean) * shown)
 
 
 def _shrunk(thumbnail: Pixels, side: int) -> NDArray[np.float32]:
     if len(thumbnail) != side:
         thumbnail = np.asarray(Image.fromarray(thumbnail).resize((side, side), Image.Resampling.BOX))
-    return thumbnail.astype(np.float32)
+    smooth = thumbnail.astype(np.float32)
+    return np.asarray(gaussian_filter(smooth, BLUR * side))

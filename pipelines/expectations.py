@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -101,7 +101,7 @@ def _expectations(
     yield (
         "split_missing",
         gxe.ExpectColumnDistinctValuesToEqualSet,
-        {"column": "split", "value_set": list(SPLITS), "description": "train, val and test each have images"},
+        {"column": "used_in", "value_set": list(SPLITS), "description": "train, val and test each have images"},
     )
     yield from _of_files(table, facts)
     yield from _of_leaks(table, allowed_duplicates)
@@ -183,6 +183,14 @@ def _of_leaks(table: pd.DataFrame, allowed_duplicates: int) -> Iterator[Expectat
         gxe.ExpectColumnValuesToBeBetween,
         {"column": "labels_of_image", "max_value": 1, "description": "copies of an image have the same label"},
     )
+    yield (
+        "near_duplicate_two_labels",
+        gxe.ExpectColumnValuesToBeInSet,
+        {
+            "column": "near_other_label", "value_set": [False],
+            "description": "near duplicates of an image have the same label",
+        },
+    )  # fmt: skip
 
 
 def _of_labels(table: pd.DataFrame, facts: Facts, min_per_class: int, max_label_shift: float) -> Iterator[Expectation]:
@@ -201,24 +209,27 @@ def _of_labels(table: pd.DataFrame, facts: Facts, min_per_class: int, max_label_
             {"column": column, "value_set": values, "description": f"every {what} is from 0 to {values[-1]}"},
         )
         for split in SPLITS:
+            used = table.loc[table["used_in"] == split, column]
             if many:
-                images = int((table["split"] == split).sum())
-                told = f"{split} has {min_per_class} or more with and without {finding}"
-                limits = {"min_value": min_per_class, "max_value": max(images - min_per_class, min_per_class)}
-                yield (
-                    "finding_without_images",
-                    gxe.ExpectColumnSumToBeBetween,
-                    {"column": column, **limits, "description": told, **_where("split", [split])},
-                )
+                for limit, value, how in (
+                    ("min_value", min_per_class, "with"),
+                    ("max_value", len(used) - min_per_class, "without"),
+                ):
+                    found = int((used == (1 if how == "with" else 0)).sum())
+                    told = f"{split} has {min_per_class:,} or more images {how} {finding} (it has {found:,})"
+                    yield (
+                        "finding_without_images",
+                        gxe.ExpectColumnSumToBeBetween,
+                        {"column": column, limit: value, "description": told, **_where("used_in", [split])},
+                    )
             else:
+                missing = [facts.classes[value] for value in values if value not in set(used)]
+                told = f"every class is in {split}" + (f": it has no {', '.join(missing)}" if missing else "")
                 yield (
                     "class_missing",
                     gxe.ExpectColumnDistinctValuesToContainSet,
-                    {
-                        "column": column, "value_set": values, "description": f"every class is in {split}",
-                        **_where("split", [split]),
-                    },
-                )  # fmt: skip
+                    {"column": column, "value_set": values, "description": told, **_where("used_in", [split])},
+                )
     if not many and min_per_class > 1:
         yield (
             "class_too_small",
@@ -233,7 +244,7 @@ def _of_labels(table: pd.DataFrame, facts: Facts, min_per_class: int, max_label_
         yield (
             "label_shift",
             gxe.ExpectColumnValuesToBeBetween,
-            {"column": "label_shift", "max_value": max_label_shift, "description": told, **_where("split", [split])},
+            {"column": "label_shift", "max_value": max_label_shift, "description": told, **_where("used_in", [split])},
         )
 
 
@@ -251,28 +262,55 @@ def _with_derived_columns(found: Manifest, facts: Facts) -> pd.DataFrame:
     crossing = manifest.across_splits(rows)
     place = crossing["split"].map({split: i for i, split in enumerate(SPLITS)})
     last = crossing.assign(place=place).sort_values("place", kind="stable").drop_duplicates("sha256", keep="last")
+    used_in = rows["split"].where(manifest.usable(rows, facts))
     near = manifest.near_across_splits(rows, found.near)
     columns = facts.kind.label_columns(len(facts.classes))
     label = rows[columns].astype("string").fillna("").agg(",".join, axis=1)
+    other = manifest.near_with_other_labels(rows, found.near, facts)
     names = rows["path"] + "/" + rows["member"]
     colliding = {name for same in archives.collisions(names) for name in same}
     return rows.assign(
         leaked=rows.index.isin(last.index),
         near_leaked=rows["id"].isin({*near["first"], *near["second"]}),
         splits_of_group=rows.groupby("group")["split"].transform("nunique"),
+        near_other_label=rows["id"].isin({*other["first"], *other["second"]}),
+        used_in=used_in,
         labels_of_image=label.groupby(rows["sha256"]).transform("nunique"),
-        images_of_class=rows.groupby(["split", columns[0]])["id"].transform("size"),
+        images_of_class=rows.groupby([used_in, columns[0]])["id"].transform("size"),
         images_in_split=rows.groupby("split")["id"].transform("size"),
         images_in_train_val=int(rows["split"].isin(SPLITS[:2]).sum()),
         images_in_all=len(rows),
         collides=names.isin(colliding),
-        label_shift=rows["split"].map(label_shift(rows, facts)).astype(float),
+        label_shift=used_in.map(label_shift(rows[used_in.notna()], facts)).astype(float),
     )
+
+
+def label_names(rows: pd.DataFrame, facts: Facts) -> pd.Series:
+    """The class of each image, or its findings, for people."""
+    values = rows[facts.kind.label_columns(len(facts.classes))].astype(object).to_numpy()
+    return pd.Series([label_name(row, facts) for row in values], index=rows.index, dtype=object)
+
+
+def label_name(values: Sequence[Any], facts: Facts) -> str:
+    """The class or the findings of one image, from its label columns."""
+    if facts.kind.multi_label:
+        return ", ".join(filter(None, map(_finding, facts.classes, values))) or "no finding"
+    if pd.isna(values[0]):
+        return "no label"
+    label = int(values[0])
+    return facts.classes[label] if 0 <= label < len(facts.classes) else f"label {label}"
+
+
+def _finding(name: str, value: Any) -> str:
+    if pd.isna(value):
+        return f"{name}: not known"
+    return {0: "", 1: name}.get(value, f"{name}: {value}")
 
 
 def label_shift(rows: pd.DataFrame, facts: Facts) -> dict[str, float]:
     """Jensen-Shannon divergence of each split's labels from those of train, bits (0 to 1)."""
-    present = presence(rows[facts.kind.label_columns(len(facts.classes))], len(facts.classes))
+    count = len(facts.classes)
+    present = presence(rows[facts.kind.label_columns(count)], count, facts.kind.multi_label)
     totals = {split: present[(rows["split"] == split).to_numpy()].sum(axis=0) for split in SPLITS}
     if not all(total.any() for total in totals.values()):
         return {}
@@ -287,9 +325,7 @@ def _outcome(one: Any, found: Manifest, facts: Facts, severity: Mapping[str, str
     if one.exception_info.get("raised_exception"):
         raise RuntimeError(f"great-expectations failed at {sentence!r}: {one.exception_info['exception_message']}")
     missing = one.result.get("partial_missing_list")
-    if missing and config.kwargs["column"] == "label":
-        sentence += f": it has no {', '.join(facts.classes[label] for label in missing)}"
-    elif missing:
+    if missing and name == "split_missing":
         sentence += f": missing {', '.join(str(value) for value in missing)}"
     offending = {entry["id"] for entry in one.result.get("unexpected_index_list") or []}
     chosen = rows[rows["id"].isin(offending)]
@@ -301,8 +337,6 @@ def _outcome(one: Any, found: Manifest, facts: Facts, severity: Mapping[str, str
         if not one.success:
             value = one.result["partial_unexpected_list"][0]
             sentence += f", but by {value:.3f}" if column == "label_shift" else f", but there are {value:,}"
-    elif name == "finding_without_images" and not one.success:
-        sentence += f", but it has {int(one.result['observed_value'] or 0):,}"
     return Check(name, severity[name], sentence, bool(one.success), chosen.assign(expectation=sentence))
 
 

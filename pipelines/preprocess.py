@@ -9,11 +9,14 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pandas as pd
+from filelock import FileLock, Timeout
 
 from fadeformer import params, preprocess
 from fadeformer.datasets import facts, manifest
+from fadeformer.datasets.facts import Facts
 from fadeformer.errors import UserError
 from fadeformer.files import checksum
+from fadeformer.params import PreprocessParams
 from pipelines import paths, stage
 
 
@@ -24,6 +27,14 @@ def main() -> str:
     side = wanted.image_size or found.size
     if side is None:
         raise UserError(f"{paths.PARAMS}: the images of {found.name} differ in size; set preprocess.image_size, pixels")
+    try:
+        with FileLock(paths.PROCESSED.with_name(f".{paths.PROCESSED.name}.lock"), timeout=0):
+            return _write(found, side, wanted)
+    except Timeout as error:
+        raise UserError(f"{paths.PROCESSED}: another process is making the arrays; wait until it has ended") from error
+
+
+def _write(found: Facts, side: int, wanted: PreprocessParams) -> str:
     rows = pd.read_parquet(paths.MANIFEST)
     settings = {"image_size": side, "channels": wanted.channels, "aspect": wanted.aspect}
     begun = _begun(json.dumps([settings, asdict(found), checksum(paths.MANIFEST, "sha256")]))

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import sys
+import argparse
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
@@ -12,13 +13,16 @@ from fadeformer.datasets import facts as cards
 from fadeformer.datasets import manifest, splits
 from fadeformer.datasets.facts import SPLITS, Facts
 from fadeformer.datasets.manifest import Manifest
+from fadeformer.datasets.packed import TOLD
 from fadeformer.errors import UserError
 from fadeformer.files import whole_file, whole_folder, write_json
 from fadeformer.params import Params
 from pipelines import expectations, page, paths, stage
 
-SHOWN = 20  # offending rows in the message; all of them stand in offending_rows.csv
+SHOWN = 20  # lines of one check in the message; all rows stand in offending_rows.csv
+FILES = 3  # of a group in one split, in the message
 LEAKS = ("image_in_two_splits", "near_duplicate_in_two_splits", "group_in_two_splits")
+DIM = 3  # standard deviation of the pixels, of 255
 
 
 def main() -> str:
@@ -29,6 +33,7 @@ def main() -> str:
     found = read(facts, wanted)
     crossing = manifest.across_splits(found.rows)
     leaks = crossing["sha256"].nunique()
+    near = manifest.near_across_splits(found.rows, found.near)
     with whole_folder(paths.VALIDATION) as folder:
         checks = expectations.check(
             found,
@@ -41,31 +46,36 @@ def main() -> str:
         )
         text = page.page(facts, found, checks, "data_docs/index.html")
         (folder / "index.html").write_text(text, encoding="utf-8")
-        offending = pd.concat([check.rows for check in checks], ignore_index=True)
+        offending = pd.concat([found.rows.head(0), *(check.rows for check in checks)], ignore_index=True)
         offending.to_csv(folder / "offending_rows.csv", index=False)
-        near = manifest.near_across_splits(found.rows, found.near)
-        near.to_csv(folder / "near_duplicates.csv", index=False)
+        _with_rows(found.near, found.rows, facts).to_csv(folder / "near_duplicates.csv", index=False)
         write_json(folder / "validation.json", _summary(found, checks, leaks, allowed, len(near)))
     stopped = [check for check in checks if check.stops]
     warned = [check for check in checks if not check.passed and not check.stops]
     if warned:
-        print("\n".join(["validate: WARNING", *_told(warned, near)]))
+        print("\n".join(["validate: WARNING", *_told(warned, found, facts)]))
     if stopped:
-        raise UserError(_message(stopped, near, leaks, allowed))
-    usable = found.rows["problem"].isna() & found.rows[facts.kind.label_columns(len(facts.classes))].notna().all(axis=1)
+        raise UserError(_message(stopped, found, facts, leaks, allowed))
+    usable = manifest.usable(found.rows, facts)
     if not usable.all():
         print(f"validate: {int((~usable).sum())} images that cannot be read or have no label are left out")
+    rows = found.rows[usable]
+    bare = [split for split in SPLITS if split not in set(rows["split"])]
+    if bare:
+        raise UserError(
+            f"no image that can be used is left in {' and '.join(bare)}; see {paths.VALIDATION / 'index.html'}"
+        )
     with whole_file(paths.MANIFEST) as path:
-        rows = found.rows[usable]
         rows.attrs["split"] = found.split  # pandas writes it into the file
         rows.to_parquet(path, index=False)
-    if found.rows["group"].isna().any():
-        print(f"validate: {manifest.without_group(found.rows)}")
-    if leaks:
+    for sentence in (manifest.without_group(rows), manifest.without_sketch(found), _dim(rows)):
+        if sentence:
+            print(f"validate: {sentence}")
+    if 0 < leaks <= allowed:
         print(
             f"validate: RELAXED by validate.max_cross_split_duplicates: {allowed}: {leaks} images stand in two splits"
         )
-        print(_listed(crossing))
+        print("\n".join(_listed(_together(crossing, "sha256", facts))))
     held = sum(check.passed for check in checks)
     return f"{held} expectations hold for {len(found.rows)} images; {paths.VALIDATION / 'index.html'}"
 
@@ -74,17 +84,32 @@ def propose() -> str:
     """Writes a split without leaks for the user to adopt; nothing else is changed."""
     wanted = params.load(paths.PARAMS)
     facts = cards.read(paths.RAW)
-    rows, cluster = (found := read(facts, wanted)).rows, found.cluster
-    repaired = splits.repaired(rows["split"].to_numpy(dtype=object), cluster)
-    splits.write(paths.PROPOSED, rows["id"], repaired)
-    moved = rows["split"] != repaired
-    ways = rows[moved].groupby(["split", repaired[moved]]).size()
-    told = [f"    {count} from {before} to {after}" for (before, after), count in ways.items()]
+    found = read(facts, wanted)
+    rows, count = found.rows, len(facts.classes)
+    severity = wanted.validate_.severity.model_dump()
+    cluster = manifest.clusters(rows, found.near, [name for name in LEAKS if severity[name] != "off"])
+    present = splits.presence(rows[facts.kind.label_columns(count)], count, facts.kind.multi_label)
+    before = rows["split"].to_numpy(dtype=object)
+    after = splits.repaired(before, present, cluster)
+    moved = before != after
+    if not moved.any():
+        return "no image, near duplicate or group stands in two splits; there is nothing to propose"
+    path = paths.ADOPTED / f"proposed-{splits.digest(rows['id'], after)}.csv"
+    splits.write(path, rows["id"], after)
+    ways = rows[moved].groupby(["split", after[moved]]).size()
+    usable = manifest.usable(rows, facts).to_numpy()
+    lost = [
+        f"    {split} would have no image {'with' if facts.kind.multi_label else 'of'} {facts.classes[label]}"
+        for split in SPLITS
+        for label in range(count)
+        if present[usable & (before == split), label].any() and not present[usable & (after == split), label].any()
+    ]
     return "\n".join([
-        f"{paths.PROPOSED} moves {int(moved.sum())} of {len(rows)} images, so that no image, near duplicate or group"
-        " stands in two splits:",
-        *told,
-        f"to adopt it, set split.adopted: {paths.PROPOSED}",
+        f"{path} moves {int(moved.sum())} of {len(rows)} images, so that no image, near duplicate or group stands in"
+        " two splits:",
+        *[f"    {number} from {one} to {other}" for (one, other), number in ways.items()],
+        *(["their groups are too few to go round:", *lost] if lost else []),
+        f"to adopt it, set split.adopted: {path}",
     ])  # fmt: skip
 
 
@@ -123,8 +148,8 @@ def _summary(
     }
 
 
-def _message(stopped: list[expectations.Check], near: pd.DataFrame, leaks: int, allowed: int) -> str:
-    lines = [f"the data gate is shut: {len(stopped)} expectation(s) do not hold", *_told(stopped, near)]
+def _message(stopped: list[expectations.Check], found: Manifest, facts: Facts, leaks: int, allowed: int) -> str:
+    lines = [f"the data gate is shut: {len(stopped)} expectation(s) do not hold", *_told(stopped, found, facts)]
     if leaks > allowed:
         lines.append(
             f"{leaks} images stand in two splits; remove them, or allow them in params.yaml with"
@@ -141,24 +166,94 @@ def _message(stopped: list[expectations.Check], near: pd.DataFrame, leaks: int, 
     return "\n".join(lines)
 
 
-def _told(checks: list[expectations.Check], near: pd.DataFrame) -> list[str]:
+def _told(checks: list[expectations.Check], found: Manifest, facts: Facts) -> list[str]:
     lines = []
     for check in checks:
-        lines.append(f"- {check.sentence}")
-        if check.name == "near_duplicate_in_two_splits":
-            pairs = [f"    {p.first} and {p.second}  (similarity {p.similarity:.3f})" for p in near.itertuples()]
-            lines += [*pairs[:SHOWN], *([f"    ... and {len(pairs) - SHOWN} more"] if len(pairs) > SHOWN else [])]
-        elif len(check.rows):
-            lines.append(_listed(check.rows))
+        lines += [f"- {check.sentence}", *_listed(_lines(check, found, facts))]
     return lines
 
 
-def _listed(rows: pd.DataFrame) -> str:
-    lines = [f"    {row.id}  ({row.problem or f'sha256 {row.sha256[:12]}'})" for row in rows.head(SHOWN).itertuples()]
-    if len(rows) > SHOWN:
-        lines.append(f"    ... and {len(rows) - SHOWN} more")
-    return "\n".join(lines)
+def _listed(lines: list[str]) -> list[str]:
+    more = [f"    ... and {len(lines) - SHOWN} more"] if len(lines) > SHOWN else []
+    return [f"    {line}" for line in lines[:SHOWN]] + more
+
+
+def _lines(check: expectations.Check, found: Manifest, facts: Facts) -> list[str]:
+    """What offends a check: a line for each pair, group, content, class or image."""
+    if check.name == "near_duplicate_in_two_splits":
+        return _pairs(manifest.near_across_splits(found.rows, found.near), found.rows, facts)
+    if check.name == "near_duplicate_two_labels":
+        return _pairs(manifest.near_with_other_labels(found.rows, found.near, facts), found.rows, facts)
+    if check.name == "group_in_two_splits":
+        return _together(check.rows, "group", facts)
+    if check.name in ("image_in_two_splits", "same_image_two_labels"):
+        return _together(check.rows, "sha256", facts)
+    if check.name == "class_too_small":
+        counts = check.rows.groupby(["split", "label"]).size().items()
+        return [f"{split} has {number:,} of {facts.classes[label]}" for (split, label), number in counts]
+    return [f"{row.id}  ({_why(check.name, row)})" for row in check.rows.itertuples()]
+
+
+def _pairs(pairs: pd.DataFrame, rows: pd.DataFrame, facts: Facts) -> list[str]:
+    of = _with_rows(pairs, rows, facts).itertuples()
+    return [
+        f"{p.first} ({p.first_split}, {p.first_label}) and {p.second} ({p.second_split}, {p.second_label}), similarity"
+        f" {p.similarity:.3f}"
+        for p in of
+    ]
+
+
+def _with_rows(pairs: pd.DataFrame, rows: pd.DataFrame, facts: Facts) -> pd.DataFrame:
+    """Pairs with the split and the label of both images."""
+    chosen = rows[rows["id"].isin({*pairs["first"], *pairs["second"]})]
+    known = pd.DataFrame({"split": chosen["split"], "label": expectations.label_names(chosen, facts)})
+    known.index = pd.Index(chosen["id"])
+    sides = {
+        f"{side}_{name}": known.loc[pairs[side], name].to_numpy() for side in ("first", "second") for name in known
+    }
+    return pairs.assign(**sides)
+
+
+def _together(rows: pd.DataFrame, column: str, facts: Facts) -> list[str]:
+    """A line for each group, or each content: how many of its images stand in which split, and some of their names."""
+    lines = []
+    labels = expectations.label_names(rows, facts)
+    for name, images in rows.groupby(column, sort=False):
+        parts = []
+        for split, some in images.groupby("split", sort=False):
+            named = [f"{row.id} ({labels[row.Index]})" for row in some.head(FILES).itertuples()]
+            parts.append(
+                f"{split}: {', '.join(named)}" + (f" and {len(some) - FILES:,} more" if len(some) > FILES else "")
+            )
+        lines.append(("" if column == "sha256" else f"{name}: ") + "; ".join(parts))
+    return lines
+
+
+def _why(check: str, row: Any) -> str:
+    if isinstance(row.problem, str):
+        return row.problem
+    if check == "unexpected_size":
+        return f"{row.height} x {row.width}"
+    if check == "unexpected_mode":
+        return str(row.mode)
+    if check == "label_out_of_range":
+        told = getattr(row, TOLD, None)
+        label = getattr(row, "label", None)
+        return f"{row.split}; " + (told if isinstance(told, str) else f"label {'none' if pd.isna(label) else label}")
+    return str(row.split)
+
+
+def _dim(rows: pd.DataFrame) -> str:
+    count = int((rows["contrast"] < DIM).sum())
+    return (
+        f"{count:,} images are almost of one value: 16-bit grey is read by its full range; if yours uses little of it,"
+        " rescale it first, for a model sees black"
+        if count
+        else ""
+    )
 
 
 if __name__ == "__main__":
-    stage.run("validate", propose if sys.argv[1:] == ["--fix"] else main)
+    parser = argparse.ArgumentParser(prog="python -m pipelines.validate", description=__doc__)
+    parser.add_argument("--fix", action="store_true", help="write a proposed split without leaks; nothing is changed")
+    stage.run("validate", propose if parser.parse_args().fix else main)

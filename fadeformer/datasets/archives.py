@@ -5,7 +5,7 @@ holds a link, or blows up when it is inflated) is refused as a whole, by the mem
 content, never by the extension. One member is in memory at a time.
 
 Names come in one form: parts joined by "/", without "." and doubled slashes. What an operating system left behind
-(`__MACOSX/`, `._x`, `.DS_Store`, `Thumbs.db`) is passed over.
+(`__MACOSX/`, `Thumbs.db`, whatever begins with a dot) is passed over.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ DAMAGE = (
     zlib.error,
     zipfile.BadZipFile,
 )
+RUBBISH = {"__MACOSX", "@eaDir", "thumbs.db", "desktop.ini"}
 OTHERS = {b"BZh": "bzip2", b"\xfd7zXZ\0": "xz", b"7z\xbc\xaf": "7-Zip", b"Rar!": "RAR", b"\x28\xb5\x2f\xfd": "zstd"}
 
 
@@ -140,6 +141,8 @@ def _walk(path: Path) -> Walk:
 def _walker(path: Path) -> Callable[[Path], Walk]:
     if path.is_dir():
         return _folder
+    if path.exists() and not path.is_file():  # a pipe would never end
+        raise UserError(f"{path}: is no file and no folder; a zip, a tar, a tar.gz or a folder is read")
     with path.open("rb") as file:
         start = file.read(tarballs.BLOCK)
     if not start:
@@ -253,7 +256,7 @@ def _safe(path: Path, raw: str, *, is_folder: bool = False) -> str:
 
 def _is_rubbish(name: str) -> bool:
     parts = name.split("/")
-    return "__MACOSX" in parts or parts[-1].startswith("._") or parts[-1].lower() in (".ds_store", "thumbs.db")
+    return any(part in RUBBISH or part.startswith(".") for part in parts) or parts[-1].lower() in RUBBISH
 
 
 def _taken(path: Path, member: Member, content: Callable[[], bytes], largest: int) -> bytes:
@@ -281,6 +284,8 @@ def _explained(path: Path) -> Iterator[None]:
             f"{path}: holds a name that cannot be decoded; pack the archive anew with UTF-8 names"
         ) from error
     except PermissionError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); change its permissions") from error
+        raise UserError(
+            f"{error.filename or path}: cannot be read ({error.strerror}); change its permissions"
+        ) from error
     except DAMAGE as error:
         raise UserError(f"{path}: truncated or damaged ({error}); fetch the file again") from error

@@ -112,7 +112,7 @@ def table(facts: Facts, folder: Path) -> pd.DataFrame:
     of = entries.loc[rows["id"]]
     found = of["Finding Labels"].str.split("|")
     rows["split"] = rows["id"].map(of_split)
-    rows["group"] = of["Patient ID"].astype(int).astype("string").to_numpy()
+    rows["group"] = pd.to_numeric(of["Patient ID"]).astype("int64").astype("string").to_numpy()
     for label, finding in enumerate(FINDINGS):
         rows[f"label_{label}"] = pd.array([finding in names for names in found], dtype="Int64")
     # the 2017 edition writes 058Y

@@ -92,6 +92,8 @@ def read(folder: Path) -> Facts:
     """
     try:
         values = read_json(folder / CARD)
+        return Facts(**{**values, "classes": tuple(values["classes"])})
     except OSError as error:
         raise UserError(f"{folder / CARD}: not found; run `dvc repro download` first") from error
-    return Facts(**{**values, "classes": tuple(values["classes"])})
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{folder / CARD}: damaged, or of another version; run `dvc repro -f download`") from error

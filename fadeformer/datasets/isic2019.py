@@ -93,6 +93,9 @@ def _read(path: Path, columns: list[str]) -> pd.DataFrame:
     missing = [name for name in ("image", *columns) if name not in rows]
     if missing:
         raise UserError(f"{path}: has no column {', '.join(missing)}; it is not the challenge's file")
+    empty = rows["image"].isna()
+    if empty.any():
+        raise UserError(f"{path}: line {int(empty.argmax()) + 2} names no image; fetch it again")
     twice = rows["image"].duplicated()
     if twice.any():
         raise UserError(f"{path}: names {rows.loc[twice, 'image'].iloc[0]} twice; fetch it again")
@@ -101,13 +104,16 @@ def _read(path: Path, columns: list[str]) -> pd.DataFrame:
 
 def _members(archive: Path, names: pd.Index) -> list[str]:
     """The archive's file of each image; one that has none gets the name it should have, and is found unreadable."""
-    held = {}
+    held: dict[str, str] = {}
     for member in archives.listing(archive):
         stem = PurePosixPath(member.name).stem
-        if member.name.lower().endswith((".jpg", ".jpeg")):
-            held[stem] = held[stem.removesuffix("_downsampled")] = member.name
-    known = set(names) | {f"{name}_downsampled" for name in names}
-    strange = [member for stem, member in held.items() if stem not in known and f"{stem}_downsampled" not in held]
+        if not member.name.lower().endswith((".jpg", ".jpeg")):
+            continue
+        if (other := held.setdefault(stem, member.name)) != member.name:
+            raise UserError(f"{archive}: {other} and {member.name} are both the image {stem}; fetch it again")
+    # some files are called NAME_downsampled
+    chosen = [held.get(str(name)) or held.get(f"{name}_downsampled") or f"{name}.jpg" for name in names]
+    strange = sorted(set(held.values()) - set(chosen))
     if strange:
         raise UserError(f"{archive}: {len(strange):,} images have no diagnosis in {TRUTH}, such as {strange[0]}")
-    return [held.get(str(name), f"{name}.jpg") for name in names]
+    return chosen

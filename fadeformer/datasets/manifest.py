@@ -9,7 +9,7 @@ RGB), `brightness` (mean, 0 to 255), `contrast` (standard deviation), or, where 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -93,7 +93,7 @@ def build(
     """
     table = TABLES[facts.layout](facts, folder)
     columns = facts.kind.label_columns(len(facts.classes))
-    present = splits.presence(table[columns], len(facts.classes))
+    present = splits.presence(table[columns], len(facts.classes), facts.kind.multi_label)
     shown = {int(row) for label in present.T for row in _spread(np.flatnonzero(label))}
     found: list[_Seen | None] = [None] * len(table)
     problems: list[str | None] = ["no such file in the archive"] * len(table)
@@ -111,7 +111,7 @@ def build(
         if anew:
             rows["split"] = None
         if not rows["split"].isin(SPLITS).all():
-            name = f"{facts.name}-{splits.key(rows, cluster, shares, seed)}.csv"
+            name = f"{facts.name}-{splits.key(rows, present, cluster, shares, seed)}.csv"
             if not (kept / name).exists():
                 splits.write(kept / name, rows["id"], splits.made(rows, present, cluster, shares, seed))
             rows["split"] = splits.read(kept / name, rows["id"])
@@ -134,7 +134,7 @@ def _spread(positions: NDArray[np.int64]) -> NDArray[np.int64]:
 def _see(image: Image.Image, shown: bool) -> _Seen:
     pixels = np.asarray(image)
     # an even surface has no features that could be compared, and an image of few pixels too few
-    alike = min(pixels.shape[:2]) >= similarity.LEAST_SIDE and pixels.std() > 1
+    alike = min(pixels.shape[:2]) >= similarity.LEAST_SIDE and np.ptp(pixels) > 0
     return _Seen(
         sha256=similarity.content_hash(pixels),
         height=pixels.shape[0],
@@ -169,9 +169,42 @@ def _copies(rows: pd.DataFrame) -> NDArray[np.int64]:
     pairs = [
         (before, row)
         for row, content in enumerate(rows["sha256"])
-        if content is not None and (before := first.setdefault(content, row)) != row
+        if isinstance(content, str) and (before := first.setdefault(content, row)) != row
     ]
     return np.array(pairs, np.int64).reshape(-1, 2)
+
+
+def clusters(rows: pd.DataFrame, near: pd.DataFrame, leaks: Collection[str]) -> NDArray[np.int64]:
+    """Which images must stay together, (images,), for some of the checks to hold.
+
+    Args:
+        rows: of a manifest.
+        near: its pairs of near duplicates.
+        leaks: of `image_in_two_splits`, `near_duplicate_in_two_splits` and `group_in_two_splits`.
+    """
+    links = [np.empty((0, 2), np.int64)]
+    if "image_in_two_splits" in leaks:
+        links.append(_copies(rows))
+    if "near_duplicate_in_two_splits" in leaks:
+        place = pd.Series(np.arange(len(rows)), index=rows["id"])
+        links.append(np.stack([place.loc[near["first"]], place.loc[near["second"]]], axis=1))
+        links.append(_copies(rows))
+    group = rows["group"] if "group_in_two_splits" in leaks else pd.Series([None] * len(rows), dtype=object)
+    return splits.clusters(len(rows), group, np.concatenate(links))
+
+
+def without_sketch(found: Manifest) -> str:
+    """A sentence that says how many images could not be looked for among others; empty where all were."""
+    readable = found.rows["problem"].isna()
+    count = sum(one is None and bool(seen) for one, seen in zip(found.thumbnails, readable, strict=True))
+    return (
+        f"{count:,} images are too small, or of one value: near duplicates of them are not looked for" if count else ""
+    )
+
+
+def usable(rows: pd.DataFrame, facts: Facts) -> pd.Series:
+    """Of each row, whether its image can be read and has its labels: others are left out of the manifest."""
+    return rows["problem"].isna() & rows[facts.kind.label_columns(len(facts.classes))].notna().all(axis=1)
 
 
 def across_splits(rows: pd.DataFrame) -> pd.DataFrame:
@@ -186,12 +219,11 @@ def near_across_splits(rows: pd.DataFrame, near: pd.DataFrame) -> pd.DataFrame:
     The ids are those of images that stand in different splits: where an image has exact copies, one of them.
     """
     content = dict(zip(rows["id"], rows["sha256"], strict=True))
-    places: dict[str, list[tuple[str, str]]] = {}  # of each content: id and split of every copy
-    for one in {*near["first"], *near["second"]}:
-        places[content[one]] = []
-    for name, split, sha256 in zip(rows["id"], rows["split"], rows["sha256"], strict=True):
-        if sha256 in places:
-            places[sha256].append((name, split))
+    copied = rows[rows["sha256"].isin({content[one] for one in {*near["first"], *near["second"]}})]
+    places: dict[str, list[tuple[str, str]]] = {}  # of each content: id and split of a copy in every split
+    one_each = copied.drop_duplicates(["sha256", "split"])
+    for sha256, name, split in zip(one_each["sha256"], one_each["id"], one_each["split"], strict=True):
+        places.setdefault(sha256, []).append((name, split))
     found = []
     for first, second, alike in zip(near["first"], near["second"], near["similarity"], strict=True):
         both = itertools.product(places[content[first]], places[content[second]])
@@ -199,6 +231,15 @@ def near_across_splits(rows: pd.DataFrame, near: pd.DataFrame) -> pd.DataFrame:
         if apart is not None:
             found.append((*apart, alike))
     return pd.DataFrame(found, columns=["first", "second", "similarity"]).sort_values("similarity", ascending=False)
+
+
+def near_with_other_labels(rows: pd.DataFrame, near: pd.DataFrame, facts: Facts) -> pd.DataFrame:
+    """Pairs of near duplicates that do not have the same labels, the most alike first."""
+    columns = facts.kind.label_columns(len(facts.classes))
+    labels = rows.set_index("id")[columns].astype("Int64").fillna(-1)
+    first, second = labels.loc[near["first"]].to_numpy(), labels.loc[near["second"]].to_numpy()
+    apart: pd.DataFrame = near[(first != second).any(axis=1)]
+    return apart.sort_values("similarity", ascending=False, kind="stable")
 
 
 def without_group(rows: pd.DataFrame) -> str:

@@ -18,6 +18,20 @@ PUBLISHED_AT = "https://zenodo.org/records/10519652/files"
 PATIENCE = download.PATIENCE
 SIDED = ("organamnist", "organcmnist")  # axial and coronal: left and right organs are classes of their own
 
+NOTES = {  # what a reader of a score must know
+    "chestmnist": "The split is CheXNet's 70/10/20, not NIH's own: scores on the two cannot be compared. To predict no"
+    " finding at all has an accuracy of 0.9474.",
+    "dermamnist": "Split by image, not by lesion: of the 7,470 lesions in 10,015 images some stand in two splits"
+    " (arXiv:2401.14497). All images are also in ISIC 2019.",
+    "octmnist": "The 1,000 test images are balanced, those of train are not.",
+    "pathmnist": "Test comes from another clinical centre than train and val.",
+    "pneumoniamnist": "Val was drawn from train by image, not by patient, and so flatters.",
+    "retinamnist": "Val has 120 images: what is chosen on it is chosen on little.",
+    "breastmnist": "Label 1 is normal or benign, label 0 malignant. With 156 test images the interval of an AUC is some"
+    " 0.1 wide.",
+    "tissuemnist": "The sources have 32 x 32 pixels: 64 and more are enlarged.",
+}
+
 
 class Set(NamedTuple):
     """One set: MedMNIST's task, channels, images of train, val and test, licence, class names, MD5 by size."""
@@ -74,7 +88,7 @@ def fetch(name: str, size: int, mirror: str | None, downloads: Path, folder: Pat
         channels=facts.channels,
         counts=dict(zip(SPLITS, facts.counts, strict=True)),
         licence=facts.licence,
-        note="",
+        note=NOTES.get(name, ""),
         mirrors=name not in SIDED,
     )
 

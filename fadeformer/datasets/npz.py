@@ -26,6 +26,15 @@ from fadeformer.errors import UserError
 from fadeformer.files import check_room, checksum
 
 ROWS_AT_ONCE = 64 * 2**20  # bytes
+MOST_CLASSES = 1000
+DAMAGE = (
+    zipfile.BadZipFile,
+    zlib.error,
+    EOFError,
+    OSError,
+    ValueError,
+    RuntimeError,
+)  # the last: encrypted, odd methods
 
 
 def fetch(source: Path, classes: list[str] | None, task: str | None, folder: Path) -> Facts:
@@ -40,12 +49,15 @@ def fetch(source: Path, classes: list[str] | None, task: str | None, folder: Pat
     Raises:
         UserError: the archive is missing, damaged or not in MedMNIST's layout, or `classes` has the wrong length.
     """
+    source = source.expanduser()
     if not source.is_file():
         raise UserError(f"{source}: no such file; dataset.root must name your .npz in MedMNIST's layout")
     shapes = {key: header(source, key) for split in SPLITS for key in (f"{split}_images", f"{split}_labels")}
     for key, (shape, dtype) in shapes.items():
         if key.endswith("_images") and (dtype != np.uint8 or len(shape) not in (3, 4) or shape[3:] not in ((), (3,))):
             raise UserError(f"{source}: {key} is {dtype} {shape}; expected uint8 of shape (N, S, S) or (N, S, S, 3)")
+        if 0 in shape[1:]:
+            raise UserError(f"{source}: {key} has the shape {shape}, so nothing in it; save it again")
         if key.endswith("_labels") and (dtype.kind not in "iu" or len(shape) not in (1, 2)):
             raise UserError(f"{source}: {key} is {dtype} {shape}; expected integers of shape (N, L)")
         if shape[0] != shapes[key.replace("_images", "_labels")][0][0]:
@@ -61,18 +73,26 @@ def fetch(source: Path, classes: list[str] | None, task: str | None, folder: Pat
     number = (
         labels["train"].shape[1] if multi_label else max(int(array.max(initial=1)) for array in labels.values()) + 1
     )
+    if number > MOST_CLASSES:
+        raise UserError(f"{source}: has the label {number - 1:,}; a label is the number of a class, from 0")
+    if multi_label and task is None and all((array.sum(axis=1) == 1).all() for array in labels.values()):
+        raise UserError(
+            f"{source}: every image has exactly one of {number} labels, as one-hot classes have; save their numbers"
+            " (argmax), or set dataset.task: multi-label, binary-class if they are findings"
+        )
     if classes is not None and len(classes) != number:
         raise UserError(f"dataset.classes names {len(classes)} classes, but the labels of {source} have {number}")
     for split in SPLITS:
         for _ in rows(source, f"{split}_images"):
             pass  # reads every byte once, so that a damaged archive is found here
     check_room(folder, source.stat().st_size, "the copy of the data")
-    shutil.copyfile(source, folder / source.name)
+    name = f"{source.stem}.npz"
+    shutil.copyfile(source, folder / name)
     image_shape = shapes["train_images"][0]
     return Facts(
         name="own-" + re.sub(r"[^\w.-]+", "-", source.stem),
-        file=source.name,
-        sha256=checksum(folder / source.name, "sha256"),
+        file=name,
+        sha256=checksum(folder / name, "sha256"),
         task=task_of(multi_label, number, task, source),
         classes=tuple(classes or (f"class {c}" for c in range(number))),
         size=image_shape[1],
@@ -137,10 +157,15 @@ def groups(archive: Path, split: str, count: int) -> pd.Series:
         )
     if values.dtype.kind == "f":  # whole numbers that were stored as fractions, with NaN where there is none
         numbers = values.astype(np.float64)
-        if (numbers[~np.isnan(numbers)] % 1 != 0).any():
+        known = numbers[~np.isnan(numbers)]
+        if (known % 1 != 0).any() or (np.abs(known) > 2**53).any():
             raise UserError(f"{archive}: {key} holds fractions; a group is a name or a whole number")
         return pd.Series(numbers).astype("Int64").astype("string")
-    names = pd.Series(values.astype(str), dtype="string")
+    try:
+        texts = [value.decode("utf-8") if isinstance(value, bytes) else str(value) for value in values.tolist()]
+        names = pd.Series(texts, dtype="string")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{archive}: {key} holds names that are no UTF-8; save them as text") from error
     return names.mask(names == "")
 
 
@@ -158,7 +183,7 @@ def rows(archive: Path, key: str) -> Iterator[NDArray[np.generic]]:
             count = min(at_once, shape[0] - start)
             try:
                 data = file.read(count * row_bytes)
-            except (zipfile.BadZipFile, zlib.error, EOFError, OSError) as error:
+            except DAMAGE as error:
                 raise _damaged(archive, key, error) from error
             if len(data) != count * row_bytes:
                 raise _damaged(archive, key, "it ends too early")
@@ -172,7 +197,7 @@ def _member(archive: Path, key: str) -> IO[bytes]:
         raise UserError(
             f"{archive}: has no array {key}; MedMNIST's layout needs images and labels of train, val and test"
         ) from error
-    except (zipfile.BadZipFile, OSError) as error:
+    except DAMAGE as error:
         raise _damaged(archive, key, error) from error
 
 
@@ -181,7 +206,7 @@ def _header(archive: Path, key: str, file: IO[bytes]) -> tuple[tuple[int, ...], 
         version = npy.read_magic(file)
         read_header = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
         shape, fortran, dtype = read_header(file)
-    except (ValueError, zipfile.BadZipFile, zlib.error, EOFError, OSError) as error:
+    except DAMAGE as error:
         raise _damaged(archive, key, error) from error
     if dtype.hasobject or fortran or not shape:
         raise UserError(f"{archive}: {key} must hold numbers or text in C order; save numpy.ascontiguousarray of it")

@@ -10,12 +10,16 @@ from fadeformer.datasets.facts import Facts
 
 IMAGES = "images.zip"
 LABELS = "labels.csv"
+TOLD = "told_label"  # column of what stands in place of a label, where that is none
 TEXT = ("path", "member", "split", "id", "group")
+# What a manifest has of every image; a user's column of such a name is called own_NAME.
+RESERVED = {*TEXT, "index", "label", "sha256", "height", "width", "mode", "brightness", "contrast", "problem"}
 
 
 def table(facts: Facts, folder: Path) -> pd.DataFrame:
     """One row per image: path, member, split, id, group, labels, and what else was known."""
     types = dict.fromkeys(TEXT, "string") | dict.fromkeys(facts.kind.label_columns(len(facts.classes)), "Int64")
-    rows = pd.read_csv(folder / LABELS, dtype=types, keep_default_na=False, na_values=[""])
+    # low_memory: it would give numbers and text of one column their own kinds, piece by piece
+    rows = pd.read_csv(folder / LABELS, dtype=types, keep_default_na=False, na_values=[""], low_memory=False)
     split = rows["split"].astype(object)
     return rows.assign(split=split.where(split.notna(), None))

@@ -25,15 +25,16 @@ PASSES = 10  # at most
 TRAIN_VAL = "train_val"  # authors' part that is yet to be divided into train and val
 
 
-def presence(labels: pd.DataFrame, classes: int) -> NDArray[np.bool_]:
+def presence(labels: pd.DataFrame, classes: int, multi_label: bool) -> NDArray[np.bool_]:
     """Which label is present in which image, (images, labels); of findings a last column says that none is.
 
     Args:
         labels: the label columns of a manifest.
         classes: how many classes or findings.
+        multi_label: whether they are findings, one column each.
     """
     values = labels.to_numpy(dtype=np.int64, na_value=-1)
-    if values.shape[1] == 1:
+    if not multi_label:
         return np.asarray(values == np.arange(classes))
     found = values == 1
     return np.concatenate([found, ~found.any(axis=1, keepdims=True)], axis=1)
@@ -67,13 +68,26 @@ def deal(
         shares: of each split, above 0; they are taken in proportion.
         seed: of the order in which equal clusters are dealt.
     """
+    kinds = _kinds(present)
+    share = np.array(list(shares.values()), float)
+    dealt = _dealt(kinds, cluster, share[:, None] / share.sum() * kinds.sum(axis=0), seed)
+    return np.asarray(np.array(list(shares), dtype=object)[dealt])
+
+
+def _kinds(present: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """With a last column that says that it is an image."""
+    return np.concatenate([present, np.ones((len(present), 1), bool)], axis=1)
+
+
+def _dealt(
+    kinds: NDArray[np.bool_], cluster: NDArray[np.int64], lacking: NDArray[np.float64], seed: int
+) -> NDArray[np.int64]:
+    """Number of the split of each image, (images,): of `lacking`, how many images of each kind each split wants."""
     _, cluster = np.unique(cluster, return_inverse=True)
-    kinds = np.concatenate([present, np.ones((len(present), 1), bool)], axis=1)  # the last says that it is an image
     counts = np.zeros((cluster.max(initial=-1) + 1, kinds.shape[1]))  # of each kind in each cluster
     np.add.at(counts, cluster, kinds)
     totals = np.maximum(counts.sum(axis=0), 1)
-    share = np.array(list(shares.values()), float)
-    lacking = share[:, None] / share.sum() * counts.sum(axis=0)  # splits, kinds
+    lacking = lacking.copy()
     shuffled = np.random.default_rng(seed).permutation(len(counts))
     heaviest = (counts / totals).max(axis=1)[shuffled]
     order = shuffled[np.argsort(-heaviest, kind="stable")]
@@ -88,8 +102,7 @@ def deal(
             lacking[of_cluster[one]] -= counts[one]
         if (of_cluster == before).all():
             break
-    names: NDArray[np.object_] = np.array(list(shares), dtype=object)
-    return np.asarray(names[of_cluster[cluster]])
+    return np.asarray(of_cluster[cluster])
 
 
 def made(
@@ -105,6 +118,8 @@ def made(
         seed: of the split.
     """
     split: NDArray[np.object_] = np.array(rows["split"].where(rows["split"].notna(), None), dtype=object)
+    given = pd.Series(split, dtype=object).groupby(cluster).transform("first")  # what is known of a cluster's images
+    split = np.array(given.where(pd.isna(split), split), dtype=object)
     by_name = dict(zip(SPLITS, shares, strict=True))
     for which, names in ((pd.isna(split), SPLITS), (split == TRAIN_VAL, SPLITS[:2])):
         if which.any():
@@ -112,23 +127,39 @@ def made(
     return split
 
 
-def repaired(split: NDArray[np.object_], cluster: NDArray[np.int64]) -> NDArray[np.object_]:
-    """The split with each cluster whole: all of it where most of its images are; where as many are, the later split.
+def repaired(split: NDArray[np.object_], present: NDArray[np.bool_], cluster: NDArray[np.int64]) -> NDArray[np.object_]:
+    """The split with each cluster whole: those that are stay, the others are dealt anew.
 
-    What is moved to test or val is lost to training, what is moved out of test no longer judges; the fewest images are
-    moved, and so the balance of classes changes least.
+    They go where the counts of labels of the split as it was are lacking, so that classes keep their balance.
+
+    Args:
+        split: train, val or test of each image.
+        present: of `presence`.
+        cluster: of `clusters`.
     """
-    places = pd.Categorical(split, categories=list(SPLITS)).codes
-    counts = np.zeros((cluster.max(initial=-1) + 1, len(SPLITS)), np.int64)
-    np.add.at(counts, (cluster, places), 1)
-    most = len(SPLITS) - 1 - counts[:, ::-1].argmax(axis=1)
-    return np.asarray(np.array(SPLITS, dtype=object)[most[cluster]])
+    places = pd.Categorical(split, categories=list(SPLITS)).codes.astype(np.int64)
+    first = pd.Series(places).groupby(cluster)
+    torn = (first.transform("min") != first.transform("max")).to_numpy()
+    if not torn.any():
+        return split.copy()
+    kinds = _kinds(present)
+    lacking = np.stack([kinds[torn & (places == place)].sum(axis=0) for place in range(len(SPLITS))]).astype(float)
+    places[torn] = _dealt(kinds[torn], cluster[torn], lacking, seed=0)
+    return np.asarray(np.array(SPLITS, dtype=object)[places])
 
 
-def key(rows: pd.DataFrame, cluster: NDArray[np.int64], shares: Sequence[float], seed: int) -> str:
-    """Names a made split: the same images, groups, shares and seed have the same."""
+def key(
+    rows: pd.DataFrame, present: NDArray[np.bool_], cluster: NDArray[np.int64], shares: Sequence[float], seed: int
+) -> str:
+    """Names a made split: the same images, labels, groups, shares and seed have the same."""
     told = rows[["id", "split"]].assign(cluster=cluster).to_csv(index=False) + repr((list(shares), seed))
-    return hashlib.sha256(told.encode()).hexdigest()[:12]
+    return hashlib.sha256(told.encode() + np.packbits(present).tobytes()).hexdigest()[:12]
+
+
+def digest(ids: pd.Series, split: NDArray[np.object_]) -> str:
+    """Names a split by what it is."""
+    told = pd.DataFrame({"id": ids.to_numpy(), "split": split}).to_csv(index=False)
+    return hashlib.sha256(told.encode()).hexdigest()[:8]
 
 
 def write(path: Path, ids: pd.Series, split: NDArray[np.object_]) -> None:
@@ -144,7 +175,7 @@ def read(path: Path, ids: pd.Series) -> NDArray[np.object_]:
         UserError: it is no such table, or it does not give one of train, val and test for each image.
     """
     try:
-        table = pd.read_csv(path, dtype=str)
+        table = pd.read_csv(path, dtype=str, keep_default_na=False)
     except (OSError, UnicodeDecodeError, pd.errors.ParserError, pd.errors.EmptyDataError) as error:
         raise UserError(
             f"{path}: cannot be read as a split ({error}); it is a CSV with the columns id, split"

@@ -10,9 +10,11 @@ import pandas as pd
 import pytest
 from PIL import Image
 
+from fadeformer.datasets import folder as source
 from fadeformer.datasets import packed
 from fadeformer.errors import UserError
 from tests.datasets.conftest import built
+from tests.test_dicom import made, shipped
 
 
 def picture(seed: int) -> bytes:
@@ -145,8 +147,29 @@ def test_numbers_as_labels_are_in_the_order_of_numbers(scans, fetch):
         (["0.png", "1.png"], "path,label\n0.png,a\n", "1 images are not in labels.csv, such as 1.png"),
         (["0.png"], "path,label\n0.png,a\n./0.png,b\n", "names 0.png twice"),
         (["0.png"], "path,label\n,a\n", "line 2: no path"),
-        (["0.png"], "path,label,split\n0.png,a,dev\n", "gives 0.png the split 'dev'"),
-        (["0.png"], "", "labels.csv cannot be read as a table"),
+        (["0.png", "1.png"], "path,label,split\n1.png,b,\n0.png,a,dev\n", "gives 0.png the split 'dev'"),
+        (["0.png"], "", "labels.csv is empty"),
+        (["0.png"], "path;label\n0.png;a\n", "has the columns path;label; it needs path"),
+        (["0.png"], "path,label,Label\n0.png,a,b\n", "has two columns label"),
+        (["0.png"], "path,label\n0.png,a,lower left\n", "line 2 has 3 fields, but there are 2 headings; put text with"),
+        (["0.png"], 'path,label\n"0.png,a\n', "labels.csv cannot be read as a table"),
+        (
+            ["0.png", "1.png"],
+            "path,label\n0.png,a\n1.png,a\n",
+            "all images have the label a; there must be two classes or more",
+        ),
+        (
+            ["0.png", "1.png"],
+            "path,label\n0.png,\n1.png,NA\n",
+            "no image has a label; there must be two classes or more",
+        ),
+        (
+            ["0.png", "1.png"],
+            "path,label\n0.png,Benign\n1.png,benign\n",
+            "has the classes Benign and benign; give them",
+        ),
+        (["train/a/0.png", "test/a/0.png"], None, "all images have the label a; there must be two classes"),
+        (["train/0.png", "x.png"], "path,label\ntrain/0.png,a\nx.png,b\n", "x.png lies in none of the folders train"),
     ],
 )
 def test_a_layout_that_cannot_be_read_is_told(scans, fetch, names, table, message):
@@ -157,7 +180,159 @@ def test_a_layout_that_cannot_be_read_is_told(scans, fetch, names, table, messag
 def test_what_is_no_image_is_left_out_and_told(scans, fetch):
     facts, folder = fetch(scans([*IN_CLASSES, "benign/readme.md", "LICENSE"]))
     assert len(packed.table(facts, folder)) == len(IN_CLASSES)
-    assert "2 files are no images and are left out, such as benign/readme.md" in facts.note
+    assert "2 files are no images and are left out, such as LICENSE" in facts.note
+
+
+def test_a_file_beside_the_folder_of_images_changes_no_layout(scans, fetch):
+    facts, folder = fetch(scans([*(f"all/{name}" for name in IN_CLASSES), "README.md", "all/.cache/benign/0.png"]))
+    assert facts.classes == ("benign", "malignant")
+    assert packed.table(facts, folder)["id"].tolist() == sorted(IN_CLASSES)
+
+
+def test_headings_and_cells_are_read_as_people_write_them(scans, fetch):
+    names = [f"in/{i}.png" for i in range(4)]
+    table = (
+        "\ufeff,Path, LABEL ,Patient ID,Split,id,index,told\r\n"
+        "1,in\\0.png, a ,7,Train,5,9,x\r\n\r\n2,./in/1.png,b,7.0,TRAIN,6,9,x\r\n3,in/2.png,a,NA,test,7,9,x\r\n"
+        "4,in/3.png,b, 8,nan,8,9,x\r\n"
+    )
+    facts, folder = fetch(scans(names, table))
+    rows = packed.table(facts, folder)
+    assert facts.classes == ("a", "b")
+    assert rows["label"].tolist() == [0, 1, 0, 1]
+    assert rows["group"].fillna("-").tolist() == ["7", "7", "-", "8"]
+    assert rows["split"].tolist() == ["train_val", "train_val", "test", None]
+    assert rows["own_index"].tolist() == [9] * 4
+    assert "own_id" not in rows  # may tell who a patient is
+    assert (
+        "The group is the column Patient ID. Left out, for they may tell who a patient is: the columns id."
+        in facts.note
+    )
+
+
+def test_columns_that_a_manifest_has_itself_are_kept_under_another_name(scans, fetch, tmp_path):
+    names = [f"{i:02}.png" for i in range(20)]
+    extra = ("height", "mode", "sha256", "problem", "contrast", "index", "member", "label_left")
+    lines = [f"{n},{'ab'[i % 2]}," + ",".join(["1.5"] * len(extra)) for i, n in enumerate(names)]
+    facts, folder = fetch(scans(names, "\n".join(["path,label," + ",".join(extra), *lines])))
+    rows = built(facts, folder, tmp_path / "splits").rows
+    assert (rows[[f"own_{name}" for name in extra]] == 1.5).all(axis=None)
+    assert rows["problem"].isna().all()
+    assert {*packed.RESERVED} >= {*rows.columns} - {f"own_{name}" for name in extra}
+
+
+def test_folders_of_splits_count_where_a_table_names_none(scans, fetch):
+    names = [f"{split}/{i}.png" for split in ("train", "val", "test") for i in range(4)]
+    facts, folder = fetch(scans(names, "\n".join(["path,label", *(f"{n},{n[-5]}" for n in names)])))
+    rows = packed.table(facts, folder)
+    assert (rows["split"] == rows["id"].str.split("/").str[0]).all()
+
+
+def test_a_label_that_is_none_is_told_as_it_stands_there(scans, fetch):
+    names = [f"{i}.png" for i in range(4)]
+    root = scans(names, "path,label\n0.png,1\n1.png,2\n2.png,0\n3.png,maligant\n")
+    facts, folder = fetch(root, classes=["1", "2"])
+    rows = packed.table(facts, folder)
+    assert rows["label"].fillna(-1).tolist() == [0, 1, -1, -1]  # 0 is not the first of classes that are numbers
+    assert rows[packed.TOLD].dropna().tolist() == ["label 0", "label maligant"]
+    root = scans(names, "path,mass,oedema\n0.png,1,0\n1.png,0,1\n2.png,2,0\n3.png,1,maybe\n")
+    rows = packed.table(*fetch(root, classes=["mass", "oedema"]))
+    assert rows[packed.TOLD].dropna().tolist() == ["mass 2, oedema 0", "mass 1, oedema maybe"]
+
+
+def scan(patient: str | None, seed: int = 0, frames: int = 1, **elements: object) -> bytes:
+    pixels = np.random.default_rng(seed).integers(0, 255, (20, 24), dtype=np.uint8)
+    many = {"NumberOfFrames": frames, "PixelData": b"".join((pixels ^ frame).tobytes() for frame in range(frames))}
+    return made(pixels, **({"PatientID": patient} if patient else {}), **(many if frames > 1 else {}), **elements)
+
+
+@pytest.fixture
+def dicom_folder(tmp_path):
+    """Six patients, two files each, under names that tell them; two are without a suffix, as a scanner leaves them."""
+    root = tmp_path / "scans"
+    for number in range(12):
+        names = (f"DOE_JOHN_{number // 2}_{number}.dcm", f"1.2.840.{number}", f"{number}.IMA")
+        path = root / "ab"[number % 2] / names[number if number in (1, 2) else 0]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(scan(f"patient {number // 2}", number, PatientSex="F", PatientAge="054Y"))
+    (root / "DICOMDIR").write_bytes(shipped("DICOMDIR"))
+    (root / "a" / "report").write_bytes(shipped("reportsi.dcm"))
+    return root
+
+
+def test_scans_keep_their_patient_and_lose_their_name(dicom_folder, fetch, tmp_path):
+    facts, folder = fetch(dicom_folder)
+    rows = packed.table(facts, folder)
+    assert len(rows) == 12
+    assert rows["group"].nunique() == 6
+    assert rows["label"].value_counts().to_dict() == {0: 6, 1: 6}
+    assert rows["id"].str.fullmatch(r"dicom/[0-9a-f]{16}\.png").all()
+    assert (rows["sex"].unique().tolist(), rows["age"].unique().tolist()) == (["F"], [54])
+    assert "2 files are no images and are left out, such as DICOMDIR" in facts.note
+    for path in folder.iterdir():
+        assert b"DOE" not in path.read_bytes()
+    known = dict(source.scans(dicom_folder, tmp_path / "salt"))
+    assert {f"{hidden}.png" for hidden in known} == set(rows["id"])
+    assert "a/DOE_JOHN_0_0.dcm" in known.values()
+
+
+def test_a_table_adds_to_what_scans_say_and_hides_who_they_are(dicom_folder, fetch):
+    names = sorted(path.relative_to(dicom_folder).as_posix() for path in dicom_folder.rglob("*") if path.is_file())
+    names = [name for name in names if "report" not in name and "DICOMDIR" not in name]
+    lines = [
+        f"{name},{i % 2},{'patient 0' if i == 3 else ''},{'M' if i == 0 else ''},Doe^John"
+        for i, name in enumerate(names)
+    ]
+    (dicom_folder / "labels.csv").write_text("\n".join(["path,label,group,sex,PatientName", *lines]))
+    facts, folder = fetch(dicom_folder)
+    rows = packed.table(facts, folder)
+    assert rows["group"].notna().all()  # where the table is silent, the file's own
+    told = rows["group"].iloc[3]
+    assert told in set(fetch(dicom_folder)[0] and packed.table(facts, folder)["group"])
+    assert sorted(rows["sex"].unique()) == ["F", "M"]
+    assert b"Doe" not in (folder / packed.LABELS).read_bytes()
+    assert "patient 0" not in (folder / packed.LABELS).read_text()
+
+
+def test_frames_of_one_file_stay_together_even_if_it_names_nobody(tmp_path, fetch):
+    for number in range(8):
+        path = tmp_path / "scans" / "ab"[number % 2] / f"{number}.dcm"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(scan(None, number, frames=6))
+    facts, folder = fetch(tmp_path / "scans")
+    rows = built(facts, folder, tmp_path / "splits").rows
+    assert len(rows) == 48
+    assert rows["group"].nunique() == 8
+    assert rows.groupby("group")["split"].nunique().max() == 1
+
+
+def test_two_files_that_would_have_one_name_are_told(tmp_path, fetch, scans, monkeypatch):
+    monkeypatch.setattr(source, "_hidden", lambda name, salt: "a/0")
+    root = scans(["a/0.png", "b/1.png"])
+    (root / "a" / "0.dcm").write_bytes(scan("p"))
+    with pytest.raises(UserError, match=r"a/0\.\w+ and a/0\.\w+ would both be called a/0\.png; rename one"):
+        fetch(root)
+
+
+def test_many_damaged_images_are_no_copies_of_each_other(scans, fetch, tmp_path):
+    names = [f"{i:03}.png" for i in range(40)]
+    root = scans(names, "\n".join(["path,label,group", *(f"{n},{i % 2},p{i // 4}" for i, n in enumerate(names))]))
+    for i in range(0, 40, 4):
+        (root / names[i]).write_bytes(b"")
+    found = built(*fetch(root), tmp_path / "splits")
+    assert len(set(found.cluster)) == 10
+    assert set(found.rows["split"]) == {"train", "val", "test"}
+
+
+def test_other_labels_of_the_same_images_have_another_split(scans, fetch, tmp_path):
+    names = [f"{i:03}.png" for i in range(40)]
+    kept = []
+    for rule in (lambda i: i % 2, lambda i: i // 20):
+        root = scans(names, "\n".join(["path,label", *(f"{n},{rule(i)}" for i, n in enumerate(names))]))
+        found = built(*fetch(root), tmp_path / "splits")
+        kept.append(found.split)
+        assert found.rows.groupby("split")["label"].mean().between(0.4, 0.6).all()
+    assert kept[0] != kept[1]
 
 
 def test_a_class_that_is_not_named_is_told(scans, fetch):

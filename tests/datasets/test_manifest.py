@@ -11,7 +11,7 @@ from PIL import Image
 
 from fadeformer import params
 from fadeformer.datasets import facts as cards
-from fadeformer.datasets import npz
+from fadeformer.datasets import manifest, npz
 from fadeformer.datasets.manifest import Manifest
 from fadeformer.errors import UserError
 from fadeformer.files import read_json
@@ -81,7 +81,7 @@ def test_the_page_needs_no_network_and_counts_every_class(raw):
     facts = raw()
     validate.main()
     text = (paths.VALIDATION / "index.html").read_text()
-    assert "own-scans: all 17 expectations hold" in text
+    assert "own-scans: all 18 expectations hold" in text
     assert not re.findall(r"(?:src|href)=['\"]?(?:https?:)?//", text)
     for label, name in enumerate(facts.classes):
         counts = [str(sum(i % 3 == label for i in range(count))) for count in COUNTS.values()]
@@ -97,7 +97,7 @@ def test_the_page_names_what_fails_and_escapes_what_it_shows(raw, archive):
     found = build(facts)
     strange = dataclasses.replace(facts, classes=("<script>", "b & c", "c"))
     text = page.page(strange, found, check(found, strange), "docs.html")
-    assert "1 of 17 expectations do not hold" in text
+    assert "1 of 18 expectations do not hold" in text
     assert text.count("<span class=fails>FAILS</span>") == 1
     named = {row[0].split("/", 1)[1] for row in rows_of(text) if row[0].startswith("own-")}
     assert named == {"train/41", "val/3"}
@@ -156,13 +156,12 @@ def test_a_patient_in_two_splits_is_named(raw):
     with pytest.raises(UserError) as error:
         validate.main()
     assert "no group (patient, lesion, slide) stands in two splits" in str(error.value)
-    assert "/train/5 " in str(error.value)
-    assert "/val/0 " in str(error.value)
+    assert re.search(r"\n    5: train: \S+/train/5 \(class 2\); val: \S+/val/0 \(class 0\)\n", str(error.value))
 
 
 def test_groups_that_are_not_known_are_told(raw, capsys):
     raw(train_groups=np.arange(60))
-    assert "all 18" in page_text()
+    assert "all 19" in page_text()
     assert "validate: 50 of 110 images have no known group (patient, lesion)" in capsys.readouterr().out
     raw()
     assert "no image has a known group" in page_text()
@@ -235,7 +234,10 @@ def test_a_near_duplicate_in_two_splits_is_named_with_its_like(scenes, copy):
         validate.main()
     prefix = f"own-scans-{facts.sha256[:8]}"
     assert "1 expectation(s) do not hold" in str(error.value)
-    assert re.search(rf"{prefix}/train/41 and {prefix}/test/7  \(similarity (0\.9|1\.0)", str(error.value))
+    assert re.search(
+        rf"{prefix}/train/41 \(train, class 2\) and {prefix}/test/7 \(test, class 1\), similarity (0\.9|1\.0)",
+        str(error.value),
+    )
     assert "validate.severity.near_duplicate_in_two_splits: warn" in str(error.value)
     text = (paths.VALIDATION / "index.html").read_text()
     assert "1 pairs of images that stand in two splits" in text
@@ -246,23 +248,92 @@ def test_the_proposed_split_has_no_leak_and_is_adopted(scenes, monkeypatch):
     facts = scenes(val_3=scene(41), test_7=reencoded(scene(12)), test_8=scene(65))
     prefix = f"own-scans-{facts.sha256[:8]}"
     told = validate.propose()
-    assert "data/adopted/proposed.csv moves 3 of 110 images" in told
+    assert re.search(r" moves [3-6] of 110 images", told)
     assert not paths.MANIFEST.exists()
-    overrides.apply(paths.PARAMS, {"split": {"adopted": str(paths.PROPOSED)}})
+    (proposed,) = paths.ADOPTED.glob("proposed-*.csv")
+    assert told.startswith(str(proposed))
+    assert told.endswith(f"split.adopted: {proposed}")
+    overrides.apply(paths.PARAMS, {"split": {"adopted": str(proposed)}})
     overrides.apply(paths.PARAMS, {"validate": {"severity": {"same_image_two_labels": "warn"}}})
     assert "hold for 110 images" in validate.main()
     split = pd.read_parquet(paths.MANIFEST).set_index("id")["split"]
-    assert split[f"{prefix}/train/41"] == split[f"{prefix}/val/3"] == "val"
-    assert split[f"{prefix}/train/12"] == split[f"{prefix}/test/7"] == "test"
-    assert split[f"{prefix}/val/5"] == split[f"{prefix}/test/8"] == "test"
-    assert split.value_counts().to_dict() == {"train": 58, "test": 32, "val": 20}
+    for one, other in (("train/41", "val/3"), ("train/12", "test/7"), ("val/5", "test/8")):
+        assert split[f"{prefix}/{one}"] == split[f"{prefix}/{other}"]
+    assert abs(split.value_counts() - pd.Series(COUNTS)).max() <= 1
+    before = proposed.read_bytes()
+    assert validate.propose() == "no image, near duplicate or group stands in two splits; there is nothing to propose"
+    assert proposed.read_bytes() == before
+
+
+def test_a_check_that_is_off_moves_nothing(scenes):
+    scenes(test_7=reencoded(scene(41)))
+    overrides.apply(paths.PARAMS, {"validate": {"severity": {"near_duplicate_in_two_splits": "off"}}})
+    assert "nothing to propose" in validate.propose()
+
+
+def test_a_class_that_would_be_lost_is_told(raw, archive):
+    held = arrays_of(archive)
+    groups = {split: np.array([f"{split} {i}" for i in range(count)]) for split, count in COUNTS.items()}
+    for split in COUNTS:  # all of the third class is one patient
+        groups[split][held[f"{split}_labels"][:, 0] == 2] = "one"
+    raw(**{f"{split}_groups": names for split, names in groups.items()})
+    assert re.search(
+        r"too few to go round:\n    val would have no image of class 2\n    test would", validate.propose()
+    )
+
+
+def test_a_split_whose_images_cannot_be_used_is_no_split(scenes, capsys):
+    scenes()
+    names = ("label_out_of_range", "split_missing", "class_missing")
+    overrides.apply(paths.PARAMS, {"validate": {"severity": dict.fromkeys(names, "warn")}})
+    build_whole = manifest.build
+
+    def build(*args, **settings):
+        found = build_whole(*args, **settings)
+        found.rows.loc[found.rows["split"] == "val", "label"] = None
+        return found
+
+    manifest.build, undo = build, build_whole
+    try:
+        with pytest.raises(UserError, match="no image that can be used is left in val; see"):
+            validate.main()
+    finally:
+        manifest.build = undo
+    assert "train, val and test each have images: missing val" in capsys.readouterr().out
+
+
+def test_every_check_may_be_off(scenes):
+    scenes(test_7=scene(41))
+    severity = params.load(paths.PARAMS).validate_.severity.model_dump()
+    overrides.apply(paths.PARAMS, {"validate": {"severity": dict.fromkeys(severity, "off")}})
+    assert "0 expectations hold for 110 images" in validate.main()
+
+
+def test_near_duplicates_with_two_labels_are_a_warning(scenes, capsys):
+    facts = scenes(train_4=reencoded(scene(0)))
+    validate.main()
+    prefix = f"own-scans-{facts.sha256[:8]}"
+    printed = capsys.readouterr().out
+    assert f"{prefix}/train/0 (train, class 0) and {prefix}/train/4 (train, class 1), similarity" in printed
+    pairs = pd.read_csv(paths.VALIDATION / "near_duplicates.csv")
+    assert pairs[["first_label", "second_label"]].to_numpy().tolist() == [["class 0", "class 1"]]
+
+
+def test_images_of_few_greys_are_compared_too_and_told(scenes, capsys):
+    dark = {f"test_{i}": scene(200 + i) // 64 for i in range(5)}
+    facts = scenes(**dark, train_3=np.roll(scene(202) // 64, 1, axis=1))
+    with pytest.raises(UserError, match=rf"own-scans-{facts.sha256[:8]}/train/3 \(train, class 0\) and .*/test/2 "):
+        validate.main()
+    overrides.apply(paths.PARAMS, {"validate": {"severity": {"near_duplicate_in_two_splits": "warn"}}})
+    validate.main()
+    assert "6 images are almost of one value: 16-bit grey is read by its full range" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
     ("severity", "outcome"), [("stop", "shut"), ("warn", "warned"), ("off", "silent"), (False, "silent")]
 )
 def test_what_a_check_does_is_chosen(scenes, capsys, severity, outcome):
-    scenes(test_7=reencoded(scene(41)))
+    scenes(test_7=reencoded(scene(40)))  # of the same class
     overrides.apply(paths.PARAMS, {"validate": {"severity": {"near_duplicate_in_two_splits": severity}}})
     if outcome == "shut":
         with pytest.raises(UserError, match="the data gate is shut"):
@@ -271,12 +342,12 @@ def test_what_a_check_does_is_chosen(scenes, capsys, severity, outcome):
     validate.main()
     printed = capsys.readouterr().out
     assert ("WARNING" in printed) == (outcome == "warned")
-    assert ("/test/7  (similarity" in printed) == (outcome == "warned")
+    assert ("/test/7 (test, class 1), similarity" in printed) == (outcome == "warned")
     report = read_json(paths.VALIDATION / "validation.json")
     assert report["passed"]
     assert report["near_duplicates"] == {"pairs": 1, "in_two_splits": 1}
     page_of = (paths.VALIDATION / "index.html").read_text()
-    assert ("1 of 17 expectations do not hold: a warning, the gate is open" in page_of) == (outcome == "warned")
+    assert ("1 of 18 expectations do not hold: a warning, the gate is open" in page_of) == (outcome == "warned")
 
 
 def test_copies_with_two_labels_are_named(scenes):
@@ -307,7 +378,8 @@ def test_a_class_of_few_images_is_a_warning(raw, capsys):
     raw()
     overrides.apply(paths.PARAMS, {"validate": {"min_per_class": 7}})
     validate.main()
-    assert "every class has 7 or more images in each split" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "every class has 7 or more images in each split\n    val has 6 of class 2\n" in printed
 
 
 def test_a_finding_without_positives_is_named(raw, capsys):
@@ -315,7 +387,12 @@ def test_a_finding_without_positives_is_named(raw, capsys):
     labels["test_labels"][:, 2] = 0
     raw(**labels)
     validate.main()
-    assert "test has 1 or more with and without class 2, but it has 0" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "test has 1 or more images with class 2 (it has 0)" in printed
+    assert "without class 2" not in printed
+    overrides.apply(paths.PARAMS, {"validate": {"min_per_class": 16}})
+    validate.main()
+    assert "val has 16 or more images without class 0 (it has 10)" in capsys.readouterr().out
 
 
 def test_a_hundred_thousand_rows_are_judged_with_all_their_groups_and_copies():

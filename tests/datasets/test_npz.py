@@ -28,6 +28,13 @@ def test_the_card_says_what_the_archive_holds(archive, out):
 def test_several_label_columns_are_findings(archive, out):
     findings = np.eye(3, dtype=int)
     labels = {f"{split}_labels": findings[np.arange(count) % 3] for split, count in COUNTS.items()}
+    with pytest.raises(
+        UserError, match=r"every image has exactly one of 3 labels, as one-hot classes have; save their"
+    ):
+        npz.fetch(archive(**labels), None, None, out)
+    assert npz.fetch(archive(**labels), None, "multi-label, binary-class", out).task == "multi-label, binary-class"
+    findings[0] = 1
+    labels = {f"{split}_labels": findings[np.arange(count) % 3] for split, count in COUNTS.items()}
     assert npz.fetch(archive(**labels), None, None, out).task == "multi-label, binary-class"
 
 

@@ -26,7 +26,8 @@ def scans(tmp_path):
             dataset.PatientName, dataset.PatientBirthDate = NAME, BORN
             dataset.PatientID = NUMBER.format(patient)
             dataset.WindowCenter, dataset.WindowWidth = 2000, 4000
-            path = tmp_path / "scans" / ("bright" if patient % 2 else "dark") / f"{patient}-{number}.dcm"
+            name = f"{NAME}-{patient}-{number}.dcm"  # as exports are often called
+            path = tmp_path / "scans" / ("bright" if patient % 2 else "dark") / name
             path.parent.mkdir(parents=True, exist_ok=True)
             dataset.save_as(path)
     return tmp_path / "scans"
@@ -50,4 +51,7 @@ def test_no_name_and_no_number_of_a_patient_is_in_anything_that_is_left(project:
     assert looked > 100
     assert not [word for word in secrets if word in output.encode()]
     assert (project.folder / "data/salt").stat().st_size == 32
+    known = project.run("python", "-m", "pipelines.download", "--names")
+    assert f"{rows['id'].iloc[0].removesuffix('.png')}\t" in known
+    assert f"bright/{NAME}-1-0.dcm" in known
     assert "data/salt" not in project.run("git", "ls-files", "--others", "--exclude-standard")
