@@ -1,6 +1,7 @@
 """Copies and near copies among images."""
 
 import io
+import zipfile
 
 import numpy as np
 import pandas as pd
@@ -8,6 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, ImageEnhance
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
 
 from fadeformer import similarity
 
@@ -93,6 +96,64 @@ def test_many_pairs_are_cut_into_blocks_without_losing_any(monkeypatch):
     monkeypatch.setattr(similarity, "PAIRS_AT_ONCE", 5)
     monkeypatch.setattr(similarity, "COMPARED_AT_ONCE", 7)
     pd.testing.assert_frame_equal(similarity.near_pairs(sketches, least=0.9), whole)
+
+
+def frame(seed: int, spread: float = 3.0) -> Image.Image:
+    """A frame of a film of which all look alike."""
+    return Image.fromarray(
+        (scene(0, 64, 64) + np.random.default_rng(seed).normal(0, spread, (64, 64, 3))).clip(0, 255).astype(np.uint8)
+    )
+
+
+def test_of_a_film_each_frame_is_tied_to_some_others_and_not_to_all():
+    sketches = [similarity.sketch(frame(seed)) for seed in range(300)]
+    pairs = similarity.near_pairs(sketches, least=0.9)
+    assert len(pairs) < 300 * 30  # of 44,850
+    graph = coo_array((np.ones(len(pairs)), (pairs["first"], pairs["second"])), shape=(300, 300))
+    assert connected_components(graph, directed=False)[0] == 1
+
+
+def test_images_that_share_a_piece_of_their_hash_with_all_others_still_find_their_copy(monkeypatch):
+    monkeypatch.setattr(similarity, "LOOKED_AT", 16)
+    random = np.random.default_rng(0)
+    hashes = np.repeat(
+        random.integers(0, 2**48, (400, 1), dtype=np.uint64), len(similarity.SHIFTS), axis=1
+    )  # 16 bits are 0
+    hashes[399] = hashes[7] ^ np.uint64(1 << 5)
+    assert [7, 399] in similarity._candidates(hashes).tolist()
+
+
+def disc(seed: int) -> np.ndarray:
+    """A round picture on black, as a fundus camera makes it, of what `seed` says."""
+    y, x = np.mgrid[-1:1:96j, -1:1:96j]
+    return (scene(seed, 96, 96) // 3 + 90) * (x**2 + y**2 < 0.8)[..., None].astype(np.uint8)
+
+
+def test_what_lies_in_the_same_round_frame_is_not_alike_for_that():
+    sketches = [similarity.sketch(Image.fromarray(disc(seed))) for seed in range(12)]
+    thumbnails = [one.thumbnail for one in sketches]
+    assert similarity._explained(thumbnails[:6], thumbnails[6:]).max() < 0.9
+    copy = similarity.sketch(Image.fromarray(encoded(np.roll(disc(3), 1, axis=1), "JPEG", quality=75)))
+    assert similarity._explained([thumbnails[3]], [copy.thumbnail])[0] > 0.99
+
+
+@pytest.mark.real_data
+def test_of_real_images_copies_are_near_and_others_are_not(real_data, wanted):
+    """Noise of a scanner, black borders, and eyes that all look alike."""
+    least = wanted.validate_.near_duplicate_similarity
+    with zipfile.ZipFile(real_data / "mednist" / "mednist.zip") as archive:
+        names = [name for name in archive.namelist() if name.endswith(".jpeg")][::9]
+        scans = [np.asarray(Image.open(io.BytesIO(archive.read(name))).convert("L")) for name in names]
+    eyes = np.load(real_data / "medmnist" / "retinamnist.npz")["test_images"]
+    for originals in (scans, list(eyes[::2])):
+        sketches = [similarity.sketch(Image.fromarray(image)) for image in originals]
+        assert len(similarity.near_pairs(sketches, least)) <= 1
+        for change in (lambda x: encoded(x, "JPEG", quality=75), lambda x: np.roll(x, 1, axis=1)):
+            copies = [similarity.sketch(Image.fromarray(change(image))) for image in originals]
+            pairs = similarity.near_pairs([*sketches, *copies], least)
+            found = {(one, other) for one, other in zip(pairs["first"], pairs["second"], strict=True)}
+            copied = {(i, i + len(originals)) for i in range(len(originals))}
+            assert len(copied & found) >= 0.99 * len(copied)  # one eye is almost black
 
 
 def test_no_images_and_one_have_no_pairs():

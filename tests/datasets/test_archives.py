@@ -170,7 +170,16 @@ def test_a_file_larger_than_the_limit_is_refused_only_if_it_is_wanted(good):
 
 
 def test_what_an_operating_system_left_behind_is_passed_over(tmp_path):
-    rubbish = ["__MACOSX/a/._1.png", "a/._1.png", "a/.DS_Store", "Thumbs.db", ".DS_Store"]
+    rubbish = [
+        "__MACOSX/a/._1.png",
+        "a/._1.png",
+        "a/.DS_Store",
+        "Thumbs.db",
+        ".DS_Store",
+        "a/desktop.ini",
+        ".cache/2.png",
+        "a/@eaDir/1.png",
+    ]
     files = {"a/1.png": b"1"} | dict.fromkeys(rubbish, b"?")
     for data in (zipped(files), packed(files)):
         (tmp_path / "archive").write_bytes(data)
@@ -391,6 +400,12 @@ def test_a_file_that_changes_while_it_is_read_is_told(folder):
 def test_a_missing_archive_is_told(tmp_path):
     with pytest.raises(UserError, match="no such file or folder"):
         archives.listing(tmp_path / "none.zip")
+
+
+def test_a_pipe_is_no_archive(tmp_path):
+    os.mkfifo(tmp_path / "scans.zip")
+    with pytest.raises(UserError, match=r"scans\.zip: is no file and no folder"):
+        archives.listing(tmp_path / "scans.zip")
 
 
 def test_an_error_of_the_caller_stays_its_own(good):

@@ -165,6 +165,16 @@ def test_tables_that_do_not_fit_are_told(fetch, mirror, spoil, message):
         chestxray14.table(*fetch())
 
 
+def test_patients_that_were_saved_as_fractions_are_the_same(fetch, mirror):
+    before = chestxray14.table(*fetch())["group"]
+    path = mirror / chestxray14.ENTRIES
+    rows = pd.read_csv(path, dtype=str, index_col=False)
+    rows["Patient ID"] += ".0"
+    rows.to_csv(path, index=False)
+    (mirror.parent / "dataset.lock").unlink()
+    assert chestxray14.table(*fetch())["group"].tolist() == before.tolist()
+
+
 @pytest.mark.real_data
 def test_the_real_sample(fetched, real_data, tmp_path):
     facts, folder = fetched(name="chestxray14", mirror=str(real_data / "chestxray14"), edition="other", archives=[1])

@@ -144,6 +144,28 @@ def test_tables_that_do_not_fit_are_told(fetch, mirror, spoil, message):
         isic2019.table(*fetch())
 
 
+def test_an_image_is_found_under_its_own_name_first(fetch, mirror):
+    with zipfile.ZipFile(mirror / isic2019.IMAGES, "a") as archive:
+        archive.writestr("ISIC_2019_Training_Input/ISIC_0000001_downsampled.jpg", b"another")
+    with pytest.raises(UserError, match=r"1 images have no diagnosis in .*, such as .*ISIC_0000001_downsampled\.jpg"):
+        isic2019.table(*fetch())
+
+
+def test_an_image_in_two_folders_is_told(fetch, mirror):
+    with zipfile.ZipFile(mirror / isic2019.IMAGES, "a") as archive:
+        archive.writestr("again/ISIC_0000001.jpg", b"another")
+    with pytest.raises(UserError, match=r"/ISIC_0000001\.jpg and again/ISIC_0000001\.jpg are both the image"):
+        isic2019.table(*fetch())
+
+
+def test_a_name_without_its_suffix_finds_the_file_that_has_it(fetch, mirror):
+    for name in (isic2019.TRUTH, isic2019.METADATA):
+        change(mirror / name, image=lambda names: names.str.removesuffix("_downsampled"))
+    rows = isic2019.table(*fetch())
+    assert rows["id"].iloc[5] == "ISIC_0000005"
+    assert rows["member"].iloc[5].endswith("ISIC_0000005_downsampled.jpg")
+
+
 def test_what_was_verified_first_is_pinned_with_its_rows_and_a_damaged_file_never(fetch, mirror, tmp_path):
     lock = tmp_path / "dataset.lock"
     truth = (mirror / isic2019.TRUTH).read_bytes()

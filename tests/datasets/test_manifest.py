@@ -7,6 +7,7 @@ import re
 import numpy as np
 import pandas as pd
 import pytest
+from filelock import FileLock
 from PIL import Image
 
 from fadeformer import params
@@ -16,6 +17,7 @@ from fadeformer.datasets.manifest import Manifest
 from fadeformer.errors import UserError
 from fadeformer.files import read_json
 from pipelines import expectations, overrides, page, paths, validate
+from pipelines import preprocess as arrays
 from tests.datasets.conftest import COUNTS, built
 
 
@@ -426,6 +428,24 @@ def test_a_hundred_thousand_rows_are_judged_with_all_their_groups_and_copies():
     assert set(failed["image_in_two_splits"].rows["id"]) == {"5.png", "99999.png"}
     assert set(failed["near_duplicate_in_two_splits"].rows["id"]) == {"7.png", "80001.png"}
     assert set(failed["group_in_two_splits"].rows["group"]) == {"p23333", "p26666"}
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"name": "a"}'])
+def test_a_damaged_card_is_told(tmp_path, text):
+    (tmp_path / cards.CARD).write_text(text)
+    with pytest.raises(UserError, match=r"dataset\.json: damaged, or of another version; run `dvc repro -f download`"):
+        cards.read(tmp_path)
+
+
+def test_arrays_are_made_by_one_process_at_a_time(raw):
+    raw()
+    validate.main()
+    with (
+        FileLock(paths.PROCESSED.with_name(".processed.lock")),
+        pytest.raises(UserError, match="data/processed: another process is making the arrays; wait until it has ended"),
+    ):
+        arrays.main()
+    assert arrays.main().endswith("images of 16x16x3")
 
 
 @pytest.mark.real_data

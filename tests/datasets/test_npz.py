@@ -97,6 +97,40 @@ def test_a_truncated_archive_is_told(archive, out, share):
         npz.fetch(path, None, None, out)
 
 
+@pytest.mark.parametrize(
+    ("arrays", "message"),
+    [
+        (
+            {"val_labels": np.full((20, 1), 2**32 - 1, np.uint32)},
+            "has the label 4,294,967,295; a label is the number of",
+        ),
+        ({f"{split}_labels": np.zeros((count, 0), int) for split, count in COUNTS.items()}, "so nothing in it"),
+        ({"val_images": np.zeros((20, 0, 0), np.uint8)}, r"val_images has the shape \(20, 0, 0\), so nothing in it"),
+        ({"val_groups": np.array([b"\xff\xfe"] * 20)}, "val_groups holds names that are no UTF-8"),
+        ({"val_groups": np.full(20, 1e30)}, "val_groups holds fractions; a group is a name or a whole number"),
+    ],
+)
+def test_odd_values_are_told(archive, out, arrays, message):
+    with pytest.raises(UserError, match=message):
+        npz.fetch(archive(**arrays), None, None, out)
+
+
+def test_an_archive_of_another_name_is_read_like_any(archive, out):
+    facts = npz.fetch(archive().rename(out.parent / "Scans.NPZ"), None, None, out)
+    assert facts.file == "Scans.npz"
+    assert len(npz.table(facts, out)) == sum(COUNTS.values())
+
+
+def test_an_encrypted_archive_is_told(archive, out):
+    path = archive()
+    data = bytearray(path.read_bytes())
+    for at in (data.index(b"PK\x01\x02") + 8, data.index(b"PK\x03\x04") + 6):
+        data[at] |= 1
+    path.write_bytes(data)
+    with pytest.raises(UserError, match=r"truncated or damaged at train_images .*encrypted"):
+        npz.fetch(path, None, None, out)
+
+
 def test_a_flipped_bit_is_told(archive, out):
     path = archive()
     data = bytearray(path.read_bytes())
