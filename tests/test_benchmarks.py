@@ -26,6 +26,17 @@ def load(name: str) -> ModuleType:
     return module
 
 
+@pytest.mark.real_data
+def test_the_table_of_copies_has_a_column_for_each_set_and_a_row_for_each_change(real_data, capsys, monkeypatch):
+    copies = load("copies")
+    monkeypatch.setattr(sys, "argv", ["copies.py", str(real_data), "--images", "20"])
+    copies.main()
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(" | ")[0][2:] for line in lines[2:]] == ["other images", *copies.COPIES]
+    assert all(line.count("|") == 2 + len(copies.SETS) for line in lines)
+    assert "| JPEG, quality 75 | 1.000 | 1.000 | 1.000 | 1.000 |" in lines
+
+
 @pytest.fixture(scope="module")
 def bench() -> ModuleType:
     module = load("fadenet")

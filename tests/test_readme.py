@@ -30,6 +30,7 @@ ELSEWHERE = {
         "tests/pipeline/test_real_data.py"
     ),
     "python -m pipelines.validate --fix": "tests/pipeline/test_errors.py",
+    "python -m pipelines.download --names": "tests/pipeline/test_dicom.py",
     "python benchmarks/preprocess.py": "tests/test_benchmarks.py",
     "python benchmarks/gate.py": "tests/test_benchmarks.py",
     "dvc exp run -S model.fade.variant=diffusion": "tests/pipeline/test_reproduce.py",

@@ -112,31 +112,31 @@ def by_table(
     of = told.loc[origin].reset_index(drop=True)
     multi_label = "label" not in of
     names, labels = _findings(root, name, of, classes) if multi_label else _single(root, of["label"], classes)
-    by = {re.sub(r"[\W_]", "", column).lower(): column for column in of.columns}
-    grouping = "group" if "group" in of else next((by[known] for known in GROUPS if known in by), None)
+    alike = [(re.sub(r"[\W_]", "", column).lower(), column) for column in of.columns]
+    grouping = next((column for known in ("group", *GROUPS) for one, column in alike if one == known), None)
     group = pd.Series([None] * len(of), dtype=object) if grouping is None else _whole(of[grouping])
     if hashed is not None:
         group = group.map(hashed, na_action="ignore")
     group = group.fillna(rows["group"]) if "group" in rows else group
-    identifying = [
-        column for known, column in by.items() if IDENTIFYING.fullmatch(known) and column not in (*names, grouping)
-    ]
+    identifying = [one for known, one in alike if IDENTIFYING.fullmatch(known) and one not in (*names, grouping)]
     used = {"label", "group", "split", grouping, *(names if multi_label else []), *identifying}
     extras = of.drop(columns=[column for column in of.columns if column in used]).rename(columns=_own)
     for column in rows.columns.difference(["origin", "member", "group"]):
         extras[column] = extras[column].fillna(rows[column]) if column in extras else rows[column]
     lost = pd.DataFrame(labels).isna().any(axis=1)
     if lost.any():  # the data gate says what stands there
-        asked = names if multi_label else ["label"]
-        stated = [
-            ", ".join(f"{key} {value or 'none'}" for key, value in row.items()) for row in of[asked].to_dict("records")
-        ]
-        extras[TOLD] = pd.Series(stated, dtype=object).where(lost, None)
+        extras[TOLD] = _stated(of[names if multi_label else ["label"]]).where(lost, None)
     note = "" if grouping in ("group", None) else f" The group is the column {grouping}."
     if identifying:
         note += f" Left out, for they may tell who a patient is: the columns {', '.join(identifying)}."
     split = _split_of_table(root, name, of, rows)
     return Described(_described(rows, split, group, labels, extras), names, multi_label, note)
+
+
+def _stated(labels: pd.DataFrame) -> pd.Series:
+    """What stands in the columns of the labels, for people."""
+    of = labels.to_dict("records")
+    return pd.Series([", ".join(f"{key} {value or 'none'}" for key, value in row.items()) for row in of], dtype=object)
 
 
 def read(root: Path, name: str, data: bytes) -> pd.DataFrame:
@@ -146,11 +146,8 @@ def read(root: Path, name: str, data: bytes) -> pd.DataFrame:
         UserError: it cannot be read, has no column path, or names a file twice or not at all.
     """
     try:
-        lines = [
-            (number, row)
-            for number, row in enumerate(csv.reader(io.StringIO(data.decode("utf-8-sig"), newline=""), strict=True), 1)
-            if any(cell.strip() for cell in row)
-        ]
+        reader = csv.reader(io.StringIO(data.decode("utf-8-sig"), newline=""), strict=True)
+        lines = [(reader.line_num, row) for row in reader if any(cell.strip() for cell in row)]
     except (UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"{root}: {name} cannot be read as a table ({error}); save it as CSV in UTF-8") from error
     if not lines:
