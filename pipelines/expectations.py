@@ -74,7 +74,10 @@ def check(
     batch = asset.add_batch_definition_whole_dataframe("every image")
     suite = context.suites.add(gx.ExpectationSuite("manifest"))
     table = _with_derived_columns(found, facts)
-    for name, kind, settings in _expectations(table, facts, allowed_duplicates, min_per_class, max_label_shift):
+    counts = facts.counts or {}
+    if counts and not found.is_authors:
+        counts = {"all": counts.get("all", sum(counts.values()))}
+    for name, kind, settings in _expectations(table, facts, counts, allowed_duplicates, min_per_class, max_label_shift):
         if severity[name] != "off":
             suite.add_expectation(kind(**settings, severity=SEVERITIES[severity[name]], meta={"check": name}))
     definition = context.validation_definitions.add(gx.ValidationDefinition(name="manifest", data=batch, suite=suite))
@@ -96,21 +99,26 @@ Expectation = tuple[str, Any, dict[str, Any]]  # name of the check, class and ar
 
 
 def _expectations(
-    table: pd.DataFrame, facts: Facts, allowed_duplicates: int, min_per_class: int, max_label_shift: float
+    table: pd.DataFrame,
+    facts: Facts,
+    counts: Mapping[str, int],
+    allowed_duplicates: int,
+    min_per_class: int,
+    max_label_shift: float,
 ) -> Iterator[Expectation]:
     yield (
         "split_missing",
         gxe.ExpectColumnDistinctValuesToEqualSet,
         {"column": "used_in", "value_set": list(SPLITS), "description": "train, val and test each have images"},
     )
-    yield from _of_files(table, facts)
+    yield from _of_files(facts, counts)
     yield from _of_leaks(table, allowed_duplicates)
     yield from _of_labels(table, facts, min_per_class, max_label_shift)
 
 
-def _of_files(table: pd.DataFrame, facts: Facts) -> Iterator[Expectation]:
+def _of_files(facts: Facts, counts: Mapping[str, int]) -> Iterator[Expectation]:
     of = {"train_val": "train and val together", "all": "the data set"}
-    for part, count in (facts.counts or {}).items():
+    for part, count in counts.items():
         where = {} if part == "all" else _where("split", SPLITS[:2] if part == "train_val" else [part])
         column = "images_in_split" if part in SPLITS else f"images_in_{part}"
         told = f"{of.get(part, part)} has the published {count:,} images"

@@ -44,6 +44,7 @@ class Manifest:
         thumbnails: of each row, grey, small; None where it cannot be read or shows nothing.
         examples: a few images of each class or finding, (side, side, 3), by id.
         split: name of the split: published, or that of the file in which it is written down.
+        is_authors: whether the authors' parts are kept: their counts can be asked of no other split.
     """
 
     rows: pd.DataFrame
@@ -52,6 +53,7 @@ class Manifest:
     thumbnails: Sequence[NDArray[np.uint8] | None]
     examples: dict[str, NDArray[np.uint8]]
     split: str
+    is_authors: bool = True
 
 
 class _Seen(NamedTuple):
@@ -122,7 +124,7 @@ def build(
     examples = {
         str(name): one.example for name, one in zip(table["id"], found, strict=True) if one and one.example is not None
     }
-    return Manifest(rows, near, cluster[order], thumbnails, examples, name)
+    return Manifest(rows, near, cluster[order], thumbnails, examples, name, adopted is None and not anew)
 
 
 def _spread(positions: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -183,12 +185,11 @@ def clusters(rows: pd.DataFrame, near: pd.DataFrame, leaks: Collection[str]) -> 
         leaks: of `image_in_two_splits`, `near_duplicate_in_two_splits` and `group_in_two_splits`.
     """
     links = [np.empty((0, 2), np.int64)]
-    if "image_in_two_splits" in leaks:
+    if {"image_in_two_splits", "near_duplicate_in_two_splits"} & set(leaks):
         links.append(_copies(rows))
     if "near_duplicate_in_two_splits" in leaks:
         place = pd.Series(np.arange(len(rows)), index=rows["id"])
         links.append(np.stack([place.loc[near["first"]], place.loc[near["second"]]], axis=1))
-        links.append(_copies(rows))
     group = rows["group"] if "group_in_two_splits" in leaks else pd.Series([None] * len(rows), dtype=object)
     return splits.clusters(len(rows), group, np.concatenate(links))
 

@@ -27,14 +27,8 @@ from fadeformer.files import check_room, checksum
 
 ROWS_AT_ONCE = 64 * 2**20  # bytes
 MOST_CLASSES = 1000
-DAMAGE = (
-    zipfile.BadZipFile,
-    zlib.error,
-    EOFError,
-    OSError,
-    ValueError,
-    RuntimeError,
-)  # the last: encrypted, odd methods
+# RuntimeError: of an encrypted member, or one that is compressed in an odd way
+DAMAGE = (zipfile.BadZipFile, zlib.error, EOFError, OSError, ValueError, RuntimeError)
 
 
 def fetch(source: Path, classes: list[str] | None, task: str | None, folder: Path) -> Facts:

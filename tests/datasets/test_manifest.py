@@ -191,6 +191,18 @@ def test_counts_that_are_not_the_published_ones_are_named(raw, monkeypatch):
         validate.main()
 
 
+def test_counts_of_parts_are_not_asked_of_a_split_that_is_no_more_the_authors(raw, monkeypatch):
+    facts = raw()
+    monkeypatch.setattr(cards, "read", lambda folder: facts.__class__(**{**vars(facts), "counts": COUNTS}))
+    validate.main()
+    overrides.apply(paths.PARAMS, {"split": {"anew": True}})
+    assert "expectations hold for 110 images" in validate.main()
+    published = {**COUNTS, "val": 21}
+    monkeypatch.setattr(cards, "read", lambda folder: facts.__class__(**{**vars(facts), "counts": published}))
+    with pytest.raises(UserError, match="the data set has the published 111 images, but there are 110"):
+        validate.main()
+
+
 def test_findings_pass_like_classes(raw):
     random = np.random.default_rng(0)
     raw(**{f"{split}_labels": random.integers(0, 2, (count, 4)) for split, count in COUNTS.items()})
