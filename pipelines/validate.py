@@ -116,7 +116,9 @@ def propose() -> str:
 def read(facts: Facts, wanted: Params) -> Manifest:
     """The manifest of what lies in data/raw."""
     adopted = Path(wanted.split.adopted)
-    paths.SPLITS.mkdir(parents=True, exist_ok=True)
+    if not (told := paths.SPLITS / "README.txt").exists():  # DVC warns of an empty folder
+        paths.SPLITS.mkdir(parents=True, exist_ok=True)
+        told.write_text("Splits that were made, which are kept and used again: docs/data.md\n", encoding="utf-8")
     return manifest.build(
         facts,
         paths.RAW,
