@@ -73,7 +73,7 @@ def page(facts: Facts, found: Manifest, checks: Sequence[Check], data_docs: str)
         f"<div class=checks>{_table(('', 'Expectation', 'Rows named'), [_row(check) for check in checks])}</div>",
         "<h2>Images of each split</h2>",
         _counts(facts, rows),
-        f"<p>Split: {escape(found.split)}. {without_group(rows)}",
+        f"<p>Split: {escape(found.split)}. {without_group(rows).capitalize()}",
         "<h2>Sizes</h2>",
         _sizes(rows),
         "<h2>Brightness</h2>",

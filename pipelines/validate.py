@@ -233,7 +233,7 @@ def _together(rows: pd.DataFrame, column: str, facts: Facts) -> list[str]:
 
 def _why(check: str, row: Any) -> str:
     if isinstance(row.problem, str):
-        return row.problem
+        return row.problem.removeprefix(f"{row.id}: ")
     if check == "unexpected_size":
         return f"{row.height} x {row.width}"
     if check == "unexpected_mode":

@@ -166,7 +166,7 @@ def test_groups_that_are_not_known_are_told(raw, capsys):
     assert "all 19" in page_text()
     assert "validate: 50 of 110 images have no known group (patient, lesion)" in capsys.readouterr().out
     raw()
-    assert "no image has a known group" in page_text()
+    assert "No image has a known group" in page_text()
     assert "no image has a known group" in capsys.readouterr().out
     assert read_json(paths.VALIDATION / "validation.json")["images_without_group"] == 110
 
