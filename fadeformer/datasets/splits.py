@@ -22,6 +22,7 @@ from fadeformer.errors import UserError
 from fadeformer.files import whole_file
 
 PASSES = 10  # at most
+DIGITS = 12
 TRAIN_VAL = "train_val"  # authors' part that is yet to be divided into train and val
 
 
@@ -97,8 +98,9 @@ def _dealt(
         for one in order:
             if of_cluster[one] >= 0:
                 lacking[of_cluster[one]] += counts[one]
-            # the split by which the sum of (lacking / total)^2 falls most
-            of_cluster[one] = np.argmax(lacking @ (counts[one] / totals**2))
+            # the split by which the sum of (lacking / total)^2 falls most; rounded, since the last bits of a sum are the
+            # processor's, and equal splits must be told apart in the same way on every machine
+            of_cluster[one] = np.argmax(np.round(lacking @ (counts[one] / totals**2), DIGITS))
             lacking[of_cluster[one]] -= counts[one]
         if (of_cluster == before).all():
             break
