@@ -98,8 +98,8 @@ def _dealt(
         for one in order:
             if of_cluster[one] >= 0:
                 lacking[of_cluster[one]] += counts[one]
-            # the split by which the sum of (lacking / total)^2 falls most; rounded, since the last bits of a sum are the
-            # processor's, and equal splits must be told apart in the same way on every machine
+            # The split by which the sum of (lacking / total)^2 falls most. Rounded, since the last bits of a sum are
+            # the processor's, and equal splits must be told apart in the same way on every machine.
             of_cluster[one] = np.argmax(np.round(lacking @ (counts[one] / totals**2), DIGITS))
             lacking[of_cluster[one]] -= counts[one]
         if (of_cluster == before).all():
