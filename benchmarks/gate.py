@@ -76,7 +76,7 @@ def main() -> None:
     })  # fmt: skip
     thumbnails = [one.thumbnail for one in sketches]
     facts = Facts("many", "images.zip", "0" * 64, "multi-class", CLASSES, SIDE, 1, None, "", "")
-    found = Manifest(rows, near, cluster, thumbnails, {}, "made")
+    found = Manifest(rows, near, thumbnails, {}, "made")
     with timed("great-expectations", seconds), tempfile.TemporaryDirectory() as folder:
         checks = expectations.check(
             found, facts, severity=wanted.severity.model_dump(), allowed_duplicates=0, min_per_class=1,

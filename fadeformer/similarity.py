@@ -27,9 +27,7 @@ Pixels = NDArray[np.uint8]
 Hashes = NDArray[np.uint64]
 
 SIDE = 64  # pixels of a thumbnail at most
-BLUR = (
-    1 / 64
-)  # of a thumbnail's side: standard deviation of the smoothing before a comparison, which noise else decides
+BLUR = 1 / 64  # of a thumbnail's side: how far it is smoothed (sigma) before a comparison, which noise else decides
 FREQUENCIES = 8  # in each direction
 LEAST_SIDE = 16  # pixels of an image that can be hashed
 BLACK = 12  # of 255, at most

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import great_expectations as gx
 import great_expectations.expectations as gxe
-import numpy as np
 import pandas as pd
-from scipy.spatial.distance import jensenshannon
 
-from fadeformer.datasets import archives, manifest
+from fadeformer.datasets import manifest
 from fadeformer.datasets.facts import SPLITS, Facts
 from fadeformer.datasets.manifest import Manifest
-from fadeformer.datasets.splits import presence
+from pipelines import columns
 
 SEVERITIES = {"stop": "critical", "warn": "warning"}  # ours, and great-expectations' names for them
 OF_SPLIT = {"images_in_split", "label_shift"}  # columns that are the same for a whole split: its rows are not at fault
@@ -73,7 +71,7 @@ def check(
     asset = context.data_sources.add_pandas(facts.name).add_dataframe_asset("manifest")
     batch = asset.add_batch_definition_whole_dataframe("every image")
     suite = context.suites.add(gx.ExpectationSuite("manifest"))
-    table = _with_derived_columns(found, facts)
+    table = columns.derived(found, facts)
     counts = facts.counts or {}
     if counts and not found.is_authors:
         counts = {"all": counts.get("all", sum(counts.values()))}
@@ -137,14 +135,8 @@ def _of_files(facts: Facts, counts: Mapping[str, int]) -> Iterator[Expectation]:
         gxe.ExpectColumnValuesToBeBetween,
         {"column": "contrast", "min_value": 0, "strict_min": True, "description": "no image is of one value all over"},
     )
-    yield (
-        "colliding_names",
-        gxe.ExpectColumnValuesToBeInSet,
-        {
-            "column": "collides", "value_set": [False],
-            "description": "no two file names differ in case, or in how an accent is written, alone",
-        },
-    )  # fmt: skip
+    told = "no two file names differ in case, or in how an accent is written, alone"
+    yield _never("colliding_names", "collides", told)
     if facts.channels is not None:
         mode = "RGB" if facts.channels == 3 else "L"
         told = {"column": "mode", "value_set": [mode], "description": f"every image is {mode}"}
@@ -161,22 +153,9 @@ def _of_leaks(table: pd.DataFrame, allowed_duplicates: int) -> Iterator[Expectat
     # great-expectations counts in shares: all that were found may stay if they are as few as allowed, else none.
     share = (len(table) - leaks) / len(table) if leaks <= allowed_duplicates else 1.0
     relaxed = f" (up to {allowed_duplicates} may: validate.max_cross_split_duplicates)" if allowed_duplicates else ""
-    yield (
-        "image_in_two_splits",
-        gxe.ExpectColumnValuesToBeInSet,
-        {
-            "column": "leaked", "value_set": [False], "mostly": share,
-            "description": f"no image stands in two splits{relaxed}",
-        },
-    )  # fmt: skip
-    yield (
-        "near_duplicate_in_two_splits",
-        gxe.ExpectColumnValuesToBeInSet,
-        {
-            "column": "near_leaked", "value_set": [False],
-            "description": "no image stands in one split and a near duplicate of it in another",
-        },
-    )  # fmt: skip
+    yield _never("image_in_two_splits", "leaked", f"no image stands in two splits{relaxed}", mostly=share)
+    told = "no image stands in one split and a near duplicate of it in another"
+    yield _never("near_duplicate_in_two_splits", "near_leaked", told)
     if table["group"].notna().any():  # of images whose group is not known it would hold without saying anything
         yield (
             "group_in_two_splits",
@@ -191,14 +170,8 @@ def _of_leaks(table: pd.DataFrame, allowed_duplicates: int) -> Iterator[Expectat
         gxe.ExpectColumnValuesToBeBetween,
         {"column": "labels_of_image", "max_value": 1, "description": "copies of an image have the same label"},
     )
-    yield (
-        "near_duplicate_two_labels",
-        gxe.ExpectColumnValuesToBeInSet,
-        {
-            "column": "near_other_label", "value_set": [False],
-            "description": "near duplicates of an image have the same label",
-        },
-    )  # fmt: skip
+    told = "near duplicates of an image have the same label"
+    yield _never("near_duplicate_two_labels", "near_other_label", told)
 
 
 def _of_labels(table: pd.DataFrame, facts: Facts, min_per_class: int, max_label_shift: float) -> Iterator[Expectation]:
@@ -256,75 +229,14 @@ def _of_labels(table: pd.DataFrame, facts: Facts, min_per_class: int, max_label_
         )
 
 
+def _never(name: str, column: str, sentence: str, **settings: Any) -> Expectation:
+    """That a column is true of no row."""
+    told = {"column": column, "value_set": [False], "description": sentence, **settings}
+    return name, gxe.ExpectColumnValuesToBeInSet, told
+
+
 def _where(column: str, values: Any) -> dict[str, str]:
     return {"row_condition": f"{column} in {list(values)}", "condition_parser": "pandas"}
-
-
-def _with_derived_columns(found: Manifest, facts: Facts) -> pd.DataFrame:
-    """Adds what an expectation on single rows can see.
-
-    `leaked` marks one copy of each image that stands in several splits (the last, train before val before test), so
-    that marks count images. `splits_of_group` counts the splits a group stands in; null where no group is known.
-    """
-    rows = found.rows
-    crossing = manifest.across_splits(rows)
-    place = crossing["split"].map({split: i for i, split in enumerate(SPLITS)})
-    last = crossing.assign(place=place).sort_values("place", kind="stable").drop_duplicates("sha256", keep="last")
-    used_in = rows["split"].where(manifest.usable(rows, facts))
-    near = manifest.near_across_splits(rows, found.near)
-    columns = facts.kind.label_columns(len(facts.classes))
-    label = rows[columns].astype("string").fillna("").agg(",".join, axis=1)
-    other = manifest.near_with_other_labels(rows, found.near, facts)
-    names = rows["path"] + "/" + rows["member"]
-    colliding = {name for same in archives.collisions(names) for name in same}
-    return rows.assign(
-        leaked=rows.index.isin(last.index),
-        near_leaked=rows["id"].isin({*near["first"], *near["second"]}),
-        splits_of_group=rows.groupby("group")["split"].transform("nunique"),
-        near_other_label=rows["id"].isin({*other["first"], *other["second"]}),
-        used_in=used_in,
-        labels_of_image=label.groupby(rows["sha256"]).transform("nunique"),
-        images_of_class=rows.groupby([used_in, columns[0]])["id"].transform("size"),
-        images_in_split=rows.groupby("split")["id"].transform("size"),
-        images_in_train_val=int(rows["split"].isin(SPLITS[:2]).sum()),
-        images_in_all=len(rows),
-        collides=names.isin(colliding),
-        label_shift=used_in.map(label_shift(rows[used_in.notna()], facts)).astype(float),
-    )
-
-
-def label_names(rows: pd.DataFrame, facts: Facts) -> pd.Series:
-    """The class of each image, or its findings, for people."""
-    values = rows[facts.kind.label_columns(len(facts.classes))].astype(object).to_numpy()
-    return pd.Series([label_name(row, facts) for row in values], index=rows.index, dtype=object)
-
-
-def label_name(values: Sequence[Any], facts: Facts) -> str:
-    """The class or the findings of one image, from its label columns."""
-    if facts.kind.multi_label:
-        return ", ".join(filter(None, map(_finding, facts.classes, values))) or "no finding"
-    if pd.isna(values[0]):
-        return "no label"
-    label = int(values[0])
-    return facts.classes[label] if 0 <= label < len(facts.classes) else f"label {label}"
-
-
-def _finding(name: str, value: Any) -> str:
-    if pd.isna(value):
-        return f"{name}: not known"
-    return {0: "", 1: name}.get(value, f"{name}: {value}")
-
-
-def label_shift(rows: pd.DataFrame, facts: Facts) -> dict[str, float]:
-    """Jensen-Shannon divergence of each split's labels from those of train, bits (0 to 1)."""
-    count = len(facts.classes)
-    present = presence(rows[facts.kind.label_columns(count)], count, facts.kind.multi_label)
-    totals = {split: present[(rows["split"] == split).to_numpy()].sum(axis=0) for split in SPLITS}
-    if not all(total.any() for total in totals.values()):
-        return {}
-    return {
-        split: float(np.nan_to_num(jensenshannon(totals["train"], total, 2)) ** 2) for split, total in totals.items()
-    }
 
 
 def _outcome(one: Any, found: Manifest, facts: Facts, severity: Mapping[str, str]) -> Check:

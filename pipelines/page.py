@@ -17,12 +17,13 @@ from fadeformer.datasets.manifest import (
     EXAMPLES,
     Manifest,
     across_splits,
+    label_names,
     near_across_splits,
     near_with_other_labels,
     usable,
     without_group,
 )
-from pipelines.expectations import Check, label_names
+from pipelines.expectations import Check
 
 PAIRS = 40  # shown side by side
 NO_PICTURE = "no picture: too small or of one value"

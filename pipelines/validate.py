@@ -12,7 +12,7 @@ from fadeformer import params
 from fadeformer.datasets import facts as cards
 from fadeformer.datasets import manifest, splits
 from fadeformer.datasets.facts import SPLITS, Facts
-from fadeformer.datasets.manifest import Manifest
+from fadeformer.datasets.manifest import LEAKS, Manifest
 from fadeformer.datasets.packed import TOLD
 from fadeformer.errors import UserError
 from fadeformer.files import whole_file, whole_folder, write_json
@@ -21,7 +21,6 @@ from pipelines import expectations, page, paths, stage
 
 SHOWN = 20  # lines of one check in the message; all rows stand in offending_rows.csv
 FILES = 3  # of a group in one split, in the message
-LEAKS = ("image_in_two_splits", "near_duplicate_in_two_splits", "group_in_two_splits")
 DIM = 3  # standard deviation of the pixels, of 255
 
 
@@ -208,7 +207,7 @@ def _pairs(pairs: pd.DataFrame, rows: pd.DataFrame, facts: Facts) -> list[str]:
 def _with_rows(pairs: pd.DataFrame, rows: pd.DataFrame, facts: Facts) -> pd.DataFrame:
     """Pairs with the split and the label of both images."""
     chosen = rows[rows["id"].isin({*pairs["first"], *pairs["second"]})]
-    known = pd.DataFrame({"split": chosen["split"], "label": expectations.label_names(chosen, facts)})
+    known = pd.DataFrame({"split": chosen["split"], "label": manifest.label_names(chosen, facts)})
     known.index = pd.Index(chosen["id"])
     sides = {
         f"{side}_{name}": known.loc[pairs[side], name].to_numpy() for side in ("first", "second") for name in known
@@ -219,7 +218,7 @@ def _with_rows(pairs: pd.DataFrame, rows: pd.DataFrame, facts: Facts) -> pd.Data
 def _together(rows: pd.DataFrame, column: str, facts: Facts) -> list[str]:
     """A line for each group, or each content: how many of its images stand in which split, and some of their names."""
     lines = []
-    labels = expectations.label_names(rows, facts)
+    labels = manifest.label_names(rows, facts)
     for name, images in rows.groupby(column, sort=False):
         parts = []
         for split, some in images.groupby("split", sort=False):

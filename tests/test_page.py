@@ -100,7 +100,7 @@ def test_copies_that_have_no_thumbnail_are_shown_or_said_to_have_none(shown, pix
     assert found.thumbnails[0] is None
     pairs = section(text, "stand in two splits")
     assert pairs.count("<img ") == 2
-    bare = Manifest(found.rows, found.near, found.cluster, found.thumbnails, {}, found.split)
+    bare = Manifest(found.rows, found.near, found.thumbnails, {}, found.split)
     pairs = section(page.page(facts, bare, [], "docs.html"), "stand in two splits")
     assert pairs.count("no picture: too small or of one value") == 2
     assert "<img" not in pairs
@@ -191,6 +191,6 @@ def test_a_label_of_no_class_is_told_as_it_is():
     })  # fmt: skip
     facts = cards.Facts("many", "a.zip", "0", "multi-class", tuple("abc"), None, None, None, "", "")
     near = pd.DataFrame({"first": ["0.png"], "second": ["7.png"], "similarity": [0.99]})
-    found = Manifest(rows, near, np.arange(100), [None] * 100, {}, "published")
+    found = Manifest(rows, near, [None] * 100, {}, "published")
     pairs = section(page.page(facts, found, [], "docs.html"), "with different labels")
     assert captions(pairs) == ["0.png train: a", "7.png train: label 3"]

@@ -28,7 +28,7 @@ COLUMNS = ("path", "label", "group", "split")
 GROUPS = ("patientid", "patient", "subjectid", "subject", "lesionid", "lesion")  # in place of a missing `group`
 UNKNOWN = ("", "na", "n/a", "nan", "null")
 IDENTIFYING = re.compile(
-    "(patients?|subjects?|first|last|full)?(name|id)|(patients?)?(birth.*|dateofbirth|dob|address|phone.*)|surname|mrn|ssn"
+    "(patients?|subjects?|first|last|full)?(name|id)|patients?|(patients?)?(birth.*|dateofbirth|dob|address|phone.*)|surname|mrn|ssn"
     "|accession.*|medicalrecord.*|otherpatientids?"
 )
 

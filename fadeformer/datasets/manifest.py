@@ -12,7 +12,7 @@ import itertools
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -29,6 +29,7 @@ TABLES: dict[str, Callable[[Facts, Path], pd.DataFrame]] = {
     "npz": npz.table, "packed": packed.table, "isic2019": isic2019.table, "chestxray14": chestxray14.table,
 }  # fmt: skip
 SEEN = ("sha256", "height", "width", "mode", "brightness", "contrast")
+LEAKS = ("image_in_two_splits", "near_duplicate_in_two_splits", "group_in_two_splits")  # checks of the data gate
 EXAMPLES = 8  # of each class
 EXAMPLE_SIDE = 96  # pixels
 
@@ -40,7 +41,6 @@ class Manifest:
     Attributes:
         rows: one per image, as the module says, train before val before test.
         near: pairs of near duplicates: `first` and `second` (ids) and `similarity`.
-        cluster: number of the images of each row that must stay together: a group, its copies, and their groups.
         thumbnails: of each row, grey, small; None where it cannot be read or shows nothing.
         examples: a few images of each class or finding, (side, side, 3), by id.
         split: name of the split: published, or that of the file in which it is written down.
@@ -49,7 +49,6 @@ class Manifest:
 
     rows: pd.DataFrame
     near: pd.DataFrame
-    cluster: NDArray[np.int64]
     thumbnails: Sequence[NDArray[np.uint8] | None]
     examples: dict[str, NDArray[np.uint8]]
     split: str
@@ -103,8 +102,8 @@ def build(
         found[row], problems[row] = (seen, None) if isinstance(seen, _Seen) else (None, str(seen))
     seen_of = {name: [None if one is None else getattr(one, name) for one in found] for name in SEEN}
     rows = pd.concat([table, pd.DataFrame({**seen_of, "problem": problems}, index=table.index)], axis=1)
-    near, pairs = _near_duplicates(rows, found, near_duplicate_similarity)
-    cluster = splits.clusters(len(rows), rows["group"], np.concatenate([_copies(rows), pairs]))
+    near = _near_duplicates(rows, found, near_duplicate_similarity)
+    cluster = clusters(rows, near)
     name = "published"
     if adopted is not None:
         rows["split"] = splits.read(adopted, rows["id"])
@@ -124,7 +123,7 @@ def build(
     examples = {
         str(name): one.example for name, one in zip(table["id"], found, strict=True) if one and one.example is not None
     }
-    return Manifest(rows, near, cluster[order], thumbnails, examples, name, adopted is None and not anew)
+    return Manifest(rows, near, thumbnails, examples, name, adopted is None and not anew)
 
 
 def _spread(positions: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -149,20 +148,13 @@ def _see(image: Image.Image, shown: bool) -> _Seen:
     )
 
 
-def _near_duplicates(
-    rows: pd.DataFrame, found: Sequence[_Seen | None], least: float
-) -> tuple[pd.DataFrame, NDArray[np.int64]]:
-    """Pairs by their ids, and by their positions; of images with the same content the first stands for all."""
+def _near_duplicates(rows: pd.DataFrame, found: Sequence[_Seen | None], least: float) -> pd.DataFrame:
+    """Pairs by their ids; of images with the same content the first stands for all."""
     first = np.flatnonzero(~rows["sha256"].duplicated() & rows["sha256"].notna()).tolist()
     kept = [(i, one.sketch) for i in first if (one := found[i]) is not None and one.sketch is not None]
     pairs = similarity.near_pairs([sketch for _, sketch in kept], least)
-    at = np.array([i for i, _ in kept], np.int64)
-    positions = np.stack([at[pairs["first"]], at[pairs["second"]]], axis=1)
-    ids = rows["id"].to_numpy()
-    named = pd.DataFrame(
-        {"first": ids[positions[:, 0]], "second": ids[positions[:, 1]], "similarity": pairs["similarity"]}
-    )
-    return named, positions
+    ids = rows["id"].to_numpy()[[i for i, _ in kept]]
+    return pairs.assign(first=ids[pairs["first"]], second=ids[pairs["second"]])
 
 
 def _copies(rows: pd.DataFrame) -> NDArray[np.int64]:
@@ -176,13 +168,13 @@ def _copies(rows: pd.DataFrame) -> NDArray[np.int64]:
     return np.array(pairs, np.int64).reshape(-1, 2)
 
 
-def clusters(rows: pd.DataFrame, near: pd.DataFrame, leaks: Collection[str]) -> NDArray[np.int64]:
-    """Which images must stay together, (images,), for some of the checks to hold.
+def clusters(rows: pd.DataFrame, near: pd.DataFrame, leaks: Collection[str] = LEAKS) -> NDArray[np.int64]:
+    """Number of the images that must stay together, (images,): a group, its copies, and their groups.
 
     Args:
         rows: of a manifest.
         near: its pairs of near duplicates.
-        leaks: of `image_in_two_splits`, `near_duplicate_in_two_splits` and `group_in_two_splits`.
+        leaks: those of `LEAKS` that there must not be.
     """
     links = [np.empty((0, 2), np.int64)]
     if {"image_in_two_splits", "near_duplicate_in_two_splits"} & set(leaks):
@@ -206,6 +198,28 @@ def without_sketch(found: Manifest) -> str:
 def usable(rows: pd.DataFrame, facts: Facts) -> pd.Series:
     """Of each row, whether its image can be read and has its labels: others are left out of the manifest."""
     return rows["problem"].isna() & rows[facts.kind.label_columns(len(facts.classes))].notna().all(axis=1)
+
+
+def label_names(rows: pd.DataFrame, facts: Facts) -> pd.Series:
+    """The class of each image, or its findings, for people."""
+    values = rows[facts.kind.label_columns(len(facts.classes))].astype(object).to_numpy().tolist()
+    return pd.Series([label_name(row, facts) for row in values], index=rows.index, dtype=object)
+
+
+def label_name(values: Sequence[Any], facts: Facts) -> str:
+    """The class or the findings of one image, from its label columns."""
+    if facts.kind.multi_label:
+        return ", ".join(filter(None, map(_finding, facts.classes, values))) or "no finding"
+    if pd.isna(values[0]):
+        return "no label"
+    label = int(values[0])
+    return facts.classes[label] if 0 <= label < len(facts.classes) else f"label {label}"
+
+
+def _finding(name: str, value: Any) -> str:
+    if pd.isna(value):
+        return f"{name}: not known"
+    return {0: "", 1: name}.get(value, f"{name}: {value}")
 
 
 def across_splits(rows: pd.DataFrame) -> pd.DataFrame:

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from fadeformer.datasets import folder as source
-from fadeformer.datasets import packed
+from fadeformer.datasets import manifest, packed
 from fadeformer.errors import UserError
 from tests.datasets.conftest import built
 from tests.test_dicom import made, shipped
@@ -320,7 +320,7 @@ def test_many_damaged_images_are_no_copies_of_each_other(scans, fetch, tmp_path)
     for i in range(0, 40, 4):
         (root / names[i]).write_bytes(b"")
     found = built(*fetch(root), tmp_path / "splits")
-    assert len(set(found.cluster)) == 10
+    assert len(set(manifest.clusters(found.rows, found.near))) == 10
     assert set(found.rows["split"]) == {"train", "val", "test"}
 
 
@@ -347,6 +347,14 @@ def test_damaged_images_come_as_far_as_the_gate(scans, fetch, tmp_path):
     facts, folder = fetch(root)
     problems = built(facts, folder, tmp_path / "splits").rows.set_index("id")["problem"].dropna()
     assert set(problems.index) == {"benign/3.png", "benign/4.png"}
+
+
+@pytest.mark.parametrize(
+    ("called", "name"),
+    [("2024.01.05 export", "own-2024.01.05-export"), ("scans.tar.gz", "own-scans"), ("Scans.ZIP", "own-Scans")],
+)
+def test_a_data_set_is_called_by_all_of_its_name_but_the_kind_of_archive(scans, fetch, tmp_path, called, name):
+    assert fetch(scans(IN_CLASSES).rename(tmp_path / called))[0].name == name
 
 
 def test_grades_in_an_order_are_told_by_the_user(fetch, scans):

@@ -424,7 +424,6 @@ def test_a_hundred_thousand_rows_are_judged_with_all_their_groups_and_copies():
     found = Manifest(
         rows,
         pd.DataFrame({"first": ["7.png"], "second": ["80001.png"], "similarity": [0.99]}),
-        np.arange(100_000),
         [None] * 100_000,
         {},
         "published",
