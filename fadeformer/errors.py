@@ -23,3 +23,15 @@ class UnreadableError(UserError):
 
     def __str__(self) -> str:
         return f"{self.name}: {self.reason}"
+
+
+class Interrupted(Exception):  # noqa: N818  what was asked for is no error
+    """A signal asked a stage to end. What was begun is kept, and the message says where it goes on.
+
+    Attributes:
+        signal_number: which signal, so that the exit status can tell.
+    """
+
+    def __init__(self, message: str, signal_number: int) -> None:
+        super().__init__(message)
+        self.signal_number = signal_number

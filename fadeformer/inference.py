@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 
 import numpy as np
@@ -10,8 +11,11 @@ from numpy.typing import NDArray
 from torch import nn
 from tqdm import tqdm
 
-from fadeformer.augment import normalise, to_unit
 from fadeformer.errors import UserError
+from fadeformer.normalisation import Normalisation
+
+
+PRECISIONS = {"32": torch.float32, "bf16": torch.bfloat16, "16": torch.float16}
 
 
 def choose_device(name: str) -> torch.device:
@@ -25,12 +29,18 @@ def choose_device(name: str) -> torch.device:
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
 
 
-def choose_precision(name: str, device: torch.device) -> torch.dtype:
-    """`fp32`, `bf16`, or `auto`: bfloat16 where the device computes it natively."""
-    if name != "auto":
-        return torch.bfloat16 if name == "bf16" else torch.float32
-    native = torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else _cpu_has_bf16()
-    return torch.bfloat16 if native else torch.float32
+def choose_precision(name: str | int, device: torch.device) -> torch.dtype:
+    """What `train.precision` stands for on a device; `auto` is bfloat16 where it computes that natively.
+
+    Raises:
+        UserError: float16 on a CPU, which computes it slowly or not at all.
+    """
+    if name == "auto":
+        native = torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else _cpu_has_bf16()
+        return torch.bfloat16 if native else torch.float32
+    if str(name) == "16" and device.type == "cpu":
+        raise UserError("params.yaml: train.precision is 16, which needs a GPU; set it to bf16, 32 or auto")
+    return PRECISIONS[str(name)]
 
 
 def _cpu_has_bf16() -> bool:
@@ -44,7 +54,13 @@ def autocast(device: torch.device, precision: torch.dtype) -> AbstractContextMan
 
 
 def logits_of(
-    model: nn.Module, pixels: NDArray[np.uint8], batch_size: int, device: torch.device, precision: torch.dtype
+    model: nn.Module,
+    pixels: NDArray[np.uint8],
+    batch_size: int,
+    device: torch.device,
+    precision: torch.dtype,
+    normalisation: Normalisation,
+    each: Callable[[], None] = lambda: None,
 ) -> NDArray[np.float64]:
     """Runs the model over images in their order.
 
@@ -53,16 +69,19 @@ def logits_of(
         pixels: uint8, (images, height, width, channels).
         batch_size: images at once.
         device: where the model is.
-        precision: float32 or bfloat16.
+        precision: float32, bfloat16 or float16.
+        normalisation: of the images.
+        each: called before each batch.
 
     Returns:
-        (images, classes).
+        (images, outputs).
     """
     model.eval()
     parts = []
     starts = range(0, len(pixels), batch_size)
     with torch.inference_mode(), autocast(device, precision):
         for start in tqdm(starts, desc="predict", unit="batch", leave=False, disable=None):
+            each()
             images = torch.from_numpy(np.array(pixels[start : start + batch_size])).to(device)
-            parts.append(model(normalise(to_unit(images))).double().cpu().numpy())
+            parts.append(model(normalisation(images)).double().cpu().numpy())
     return np.concatenate(parts)

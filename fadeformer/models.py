@@ -12,9 +12,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
+from fadeformer.attention import FadeAttn
+from fadeformer.diffusion import AttentionPool, DiffusionAttn
 from fadeformer.fadenet import FadeNet, timm_model
 
-__all__ = ["FadeNet", "create_model", "load_weights"]
+__all__ = ["FadeNet", "create_model", "load_weights", "new_to_backbone"]
 
 CONTAINERS = ("model", "state_dict", "model_state_dict")
 
@@ -102,6 +104,13 @@ def load_weights(model: nn.Module, path: Path) -> None:
         model.load_state_dict(state)
     except RuntimeError as error:  # sparse tensors, or tensors without content
         raise ValueError(f"{path}: cannot be taken over by the model: {error}") from error
+
+
+def new_to_backbone(model: Any) -> list[nn.Module]:
+    """The modules that no pretrained backbone brings: the classifier, and Fade layers with their read-out."""
+    classifier = model.get_classifier()  # a tuple of two in distilled networks
+    fade = [module for module in model.modules() if isinstance(module, FadeAttn | DiffusionAttn | AttentionPool)]
+    return [*(classifier if isinstance(classifier, tuple) else (classifier,)), *fade]
 
 
 def _is_named_tensor(item: tuple[Any, Any]) -> bool:

@@ -145,6 +145,8 @@ class ModelParams(Section):
     weights: Annotated[str, Field(min_length=1)]
     dropout: Rate
     drop_path: Rate
+    head: Literal["auto", "cumulative"]
+    normalise: Literal["backbone", "imagenet", "data"]
     fade: FadeParams | None
 
     @model_validator(mode="after")
@@ -165,11 +167,16 @@ class AugmentParams(Section):
     scale: Rate
     translate: Rate
     border: Literal["zeros", "border", "reflection"]
+    interpolation: Literal["nearest", "bilinear"]
     brightness: Fraction
     contrast: Fraction
     saturation: Fraction
     erasing: Fraction
     erasing_scale: Annotated[list[Fraction], Field(min_length=2, max_length=2)]
+    randaugment_operations: Annotated[int, Field(ge=0, le=14)]
+    randaugment_magnitude: Annotated[int, Field(ge=0, le=30)]
+    mixup: Annotated[Number, Field(ge=0)]
+    cutmix: Annotated[Number, Field(ge=0)]
 
     @model_validator(mode="after")
     def _erasing_scale_is_ordered(self) -> AugmentParams:
@@ -184,16 +191,37 @@ class TrainParams(Section):
 
     epochs: Annotated[int, Field(ge=1)]
     batch_size: Annotated[int, Field(ge=1)]
+    accumulate: Annotated[int, Field(ge=1)]
     optimizer: str
     learning_rate: Annotated[Number, Field(gt=0)]
     weight_decay: Annotated[Number, Field(ge=0)]
+    layer_decay: Annotated[Number, Field(gt=0, le=1)]
     schedule: Literal["cosine", "plateau", "constant"]
+    warmup_epochs: Annotated[Number, Field(ge=0)]
     plateau_factor: Annotated[Number, Field(gt=0, lt=1)]
     plateau_patience: Annotated[int, Field(ge=0)]
+    probe_epochs: Annotated[int, Field(ge=0)]
+    label_smoothing: Rate
+    clip: Annotated[Number, Field(gt=0)] | None
+    ema: Rate
+    monitor: Literal["loss", "accuracy", "auc"]
     early_stopping_patience: Annotated[int, Field(ge=1)]
     sampling: Literal["weighted", "uniform"]
-    precision: Literal["auto", "fp32", "bf16"]
+    class_weights: Literal["none", "auto"] | dict[str, Annotated[Number, Field(ge=0)]]
+    focal_gamma: Annotated[Number, Field(ge=0)]
+    precision: Literal["auto", 32, "bf16", 16]
     device: Literal["auto", "cpu", "cuda"]
+    devices: Literal["auto"] | Annotated[int, Field(ge=1)]
+    checkpoint_minutes: Annotated[Number, Field(gt=0)]
+
+    @model_validator(mode="after")
+    def _something_is_left_to_learn(self) -> TrainParams:
+        if self.probe_epochs + self.warmup_epochs >= self.epochs:
+            raise ValueError(
+                f"train.probe_epochs ({self.probe_epochs}) and train.warmup_epochs ({self.warmup_epochs:g}) leave nothing of"
+                f" train.epochs ({self.epochs})"
+            )
+        return self
 
 
 class EvaluateParams(Section):

@@ -3,31 +3,83 @@
 Labels are always an integer array of shape (images, labels): one column that holds the class, or for multi-label
 tasks one column of 0 and 1 per finding. Scores are always of shape (images, classes). Names of tasks are MedMNIST's
 own (`medmnist/info.py`), so that a data set's facts can be read as they are published.
+
+A network is trained on targets (images, classes): the share of each class or finding, 0 and 1 until images are mixed
+or labels smoothed. The loss of a class or finding may be weighed, and focal: multiplied by the share of likelihood that
+is missing, to the power gamma (Lin et al. 2017, arXiv:1708.02002).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
+from fadeformer.errors import UserError
+
 if TYPE_CHECKING:  # torch takes seconds to import, and the stages that only read predictions do without it
     from torch import Tensor
 
-
-def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    from torch.nn import functional
-
-    return functional.cross_entropy(logits, labels[:, 0])
+ORDINAL = "ordinal-regression"
 
 
-def _binary_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    from torch.nn import functional
+def _softmax_losses(logits: Tensor, targets: Tensor, weights: Tensor, gamma: float) -> Tensor:
+    likelihood = logits.log_softmax(dim=1)  # images, classes
+    focus = (1 - likelihood.exp()) ** gamma if gamma else 1.0
+    return -(targets * weights * focus * likelihood).sum(dim=1)
 
-    return functional.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype))
+
+def _sigmoid_losses(logits: Tensor, targets: Tensor, weights: Tensor, gamma: float) -> Tensor:
+    return _binary_losses(logits, targets, weights, gamma).mean(dim=1)
+
+
+def _cumulative_losses(logits: Tensor, targets: Tensor, weights: Tensor, gamma: float) -> Tensor:
+    above = targets.flip(1).cumsum(dim=1).flip(1)[:, 1:]  # share of the grades above each threshold
+    thresholds = _binary_losses(_cumulative_logits(logits), above, weights.new_ones(()), gamma)
+    return thresholds.mean(dim=1) * (targets * weights).sum(dim=1)
+
+
+def _binary_losses(logits: Tensor, targets: Tensor, weights: Tensor, gamma: float) -> Tensor:
+    from torch.nn.functional import logsigmoid
+
+    present, absent = logsigmoid(logits), logsigmoid(-logits)
+    focus = (absent.exp() ** gamma, present.exp() ** gamma) if gamma else (1.0, 1.0)
+    return -(weights * targets * focus[0] * present + (1 - targets) * focus[1] * absent)
+
+
+def _cumulative_logits(logits: Tensor) -> Tensor:
+    """Logits of being above each threshold, which never rise: the first output less a positive step for each other."""
+    from torch.nn.functional import pad, softplus
+
+    return logits[:, :1] - pad(softplus(logits[:, 1:]).cumsum(dim=1), (1, 0))
+
+
+def _one_hot(labels: Tensor, classes: int) -> Tensor:
+    from torch.nn.functional import one_hot
+
+    return one_hot(labels[:, 0], classes).float()
+
+
+def _findings(labels: Tensor, classes: int) -> Tensor:
+    return labels.float()
+
+
+def _right_class(logits: Tensor, labels: Tensor) -> Tensor:
+    return (logits.argmax(dim=1) == labels[:, 0]).float()
+
+
+def _right_findings(logits: Tensor, labels: Tensor) -> Tensor:
+    return ((logits > 0) == labels.bool()).float().mean(dim=1)
+
+
+def _right_grade(logits: Tensor, labels: Tensor) -> Tensor:
+    from torch.nn.functional import pad
+
+    above = pad(pad(_cumulative_logits(logits).sigmoid(), (1, 0), value=1.0), (0, 1), value=0.0)
+    return ((above[:, :-1] - above[:, 1:]).argmax(dim=1) == labels[:, 0]).float()
 
 
 def _softmax(logits: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -39,12 +91,31 @@ def _sigmoid(logits: NDArray[np.float64]) -> NDArray[np.float64]:
     return np.asarray(np.exp(-np.logaddexp(0.0, -logits)))
 
 
+def _grades(logits: NDArray[np.float64]) -> NDArray[np.float64]:
+    steps = np.cumsum(np.logaddexp(0.0, logits[:, 1:]), axis=1)
+    above = _sigmoid(logits[:, :1] - np.pad(steps, ((0, 0), (1, 0))))
+    above = np.pad(np.pad(above, ((0, 0), (1, 0)), constant_values=1.0), ((0, 0), (0, 1)))
+    return np.asarray(above[:, :-1] - above[:, 1:])
+
+
 def _most_likely(scores: NDArray[np.float64]) -> NDArray[np.int64]:
     return np.asarray(scores.argmax(axis=1)[:, None], dtype=np.int64)
 
 
 def _above_half(scores: NDArray[np.float64]) -> NDArray[np.int64]:
     return (scores > 0.5).astype(np.int64)
+
+
+def _balanced(labels: NDArray[np.int64], classes: int) -> NDArray[np.float64]:
+    """images / (classes * images of the class), as scikit-learn's `balanced`; 1 where there are none."""
+    counts = np.bincount(labels[:, 0], minlength=classes)
+    return np.where(counts > 0, len(labels) / (classes * np.maximum(counts, 1)), 1.0)
+
+
+def _against_absent(labels: NDArray[np.int64], classes: int) -> NDArray[np.float64]:
+    """Images without a finding for each with it, so that both weigh the same; 1 where there are none."""
+    counts = labels.sum(axis=0)
+    return np.where(counts > 0, (len(labels) - counts) / np.maximum(counts, 1), 1.0)
 
 
 @dataclass(frozen=True)
@@ -54,28 +125,63 @@ class Task:
     Attributes:
         name: as MedMNIST writes it.
         multi_label: whether an image may have several findings, or none.
-        loss: logits (images, classes) and labels (images, labels) to the mean loss.
-        probabilities: float64 logits to scores, both (images, classes).
+        spare_outputs: how many outputs fewer than classes a network has.
+        targets: labels (images, labels) and the number of classes to targets (images, classes).
+        losses: logits (images, outputs), targets, weights of the classes and the focal gamma to losses (images,).
+        right: logits and labels to the share of right decisions on each image (images,).
+        probabilities: float64 logits (images, outputs) to scores (images, classes).
         decide: scores (images, classes) to predicted labels (images, labels).
+        balance: labels and the number of classes to weights (classes,) that even out how common they are.
     """
 
     name: str
     multi_label: bool
-    loss: Callable[[Tensor, Tensor], Tensor]
+    spare_outputs: int
+    targets: Callable[[Tensor, int], Tensor]
+    losses: Callable[[Tensor, Tensor, Tensor, float], Tensor]
+    right: Callable[[Tensor, Tensor], Tensor]
     probabilities: Callable[[NDArray[np.float64]], NDArray[np.float64]]
     decide: Callable[[NDArray[np.float64]], NDArray[np.int64]]
+    balance: Callable[[NDArray[np.int64], int], NDArray[np.float64]]
 
     def label_columns(self, classes: int) -> list[str]:
         """Names of the label columns in every table: `label`, or `label_0 ... label_{classes-1}` where multi-label."""
         return [f"label_{c}" for c in range(classes)] if self.multi_label else ["label"]
 
+    def smooth(self, targets: Tensor, amount: float) -> Tensor:
+        """Targets of which a share is spread over the classes, or for findings over present and absent."""
+        return targets * (1 - amount) + amount / (2 if self.multi_label else targets.shape[1])
+
+    def with_head(self, head: str) -> Task:
+        """The same task with another kind of output.
+
+        `cumulative`, for grades in an order: the outputs say how likely an image lies above each threshold between two
+        grades, ever less from one to the next (McCullagh 1980, doi:10.1111/j.2517-6161.1980.tb01109.x, but with
+        thresholds of each image's own). `auto` is the task as it stands.
+
+        Raises:
+            UserError: it needs grades, and the task has none.
+        """
+        if head == "auto":
+            return self
+        if self.name != ORDINAL:
+            raise UserError(
+                f"params.yaml: model.head is {head}, which needs grades in an order, but the task is {self.name}; set it"
+                f" to auto, or dataset.task to {ORDINAL} if the classes are grades"
+            )
+        changes = {"spare_outputs": 1, "losses": _cumulative_losses, "right": _right_grade, "probabilities": _grades}
+        return replace(self, **changes)  # type: ignore[arg-type]
+
+
+_CLASSES = (False, 0, _one_hot, _softmax_losses, _right_class, _softmax, _most_likely, _balanced)
+_LABELS = (True, 0, _findings, _sigmoid_losses, _right_findings, _sigmoid, _above_half, _against_absent)
 
 TASKS: dict[str, Task] = {
     task.name: task
     for task in (
-        Task("binary-class", False, _cross_entropy, _softmax, _most_likely),
-        Task("multi-class", False, _cross_entropy, _softmax, _most_likely),
-        Task("ordinal-regression", False, _cross_entropy, _softmax, _most_likely),
-        Task("multi-label, binary-class", True, _binary_cross_entropy, _sigmoid, _above_half),
+        Task("binary-class", *_CLASSES),
+        Task("multi-class", *_CLASSES),
+        Task(ORDINAL, *_CLASSES),
+        Task("multi-label, binary-class", *_LABELS),
     )
 }

@@ -1,117 +1,38 @@
 """The training loop: one function, in the order in which things happen.
 
-`fit` yields one result per epoch and knows no logger. A batch is drawn from the seed, the epoch and its number alone.
+`fit` yields one result per epoch and knows no logger. All that it changes is a `State`, which a checkpoint holds whole.
+Every random number comes from the seed, the epoch and the number of the batch alone, so that a training taken up from a
+checkpoint goes on to the bit as if it had not been interrupted, and sees the same batches on any number of devices.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Literal
+import time
+from collections.abc import Callable, Iterator
+from signal import SIGTERM, Signals
 
 import numpy as np
 import torch
+from lightning_fabric import Fabric
 from numpy.typing import NDArray
-from timm.optim._optim_factory import create_optimizer_v2
-from torch import Tensor, nn
-from torch.optim import lr_scheduler
+from torch import Tensor
 from tqdm import tqdm
 
+from fadeformer import batches
 from fadeformer.arrays import Images
 from fadeformer.augment import Augmentation
-from fadeformer.errors import UserError
-from fadeformer.inference import autocast, logits_of
+from fadeformer.checkpoints import Checkpoints
+from fadeformer.devices import Measured, Meter, peak_memory, predict_together, within_memory
+from fadeformer.errors import Interrupted, UserError
 from fadeformer.metrics import accuracy, auc, log_loss
+from fadeformer.models import new_to_backbone
+from fadeformer.normalisation import Normalisation
+from fadeformer.optimisation import pace, set_learning_rate, unfreeze
+from fadeformer.state import Epoch, Recipe, State
 from fadeformer.tasks import Task
 
-
-@dataclass(frozen=True)
-class Recipe:
-    """How a network is trained; the fields are keys of `train:` in params.yaml.
-
-    Attributes:
-        epochs: at most.
-        batch_size: images.
-        optimizer: by timm's name.
-        learning_rate: at the start.
-        weight_decay: as the optimiser means it.
-        schedule: of the learning rate.
-        plateau_factor: by which a plateau multiplies it.
-        plateau_patience: epochs without improvement before that.
-        early_stopping_patience: epochs without improvement before training ends.
-        sampling: weighted draws every class equally often, uniform every image once an epoch.
-    """
-
-    epochs: int
-    batch_size: int
-    optimizer: str
-    learning_rate: float
-    weight_decay: float
-    schedule: Literal["cosine", "plateau", "constant"]
-    plateau_factor: float
-    plateau_patience: int
-    early_stopping_patience: int
-    sampling: Literal["weighted", "uniform"]
-
-
-@dataclass
-class State:
-    """All that changes while a network is trained.
-
-    Attributes:
-        model: the network.
-        optimizer: of its weights.
-        scheduler: of the learning rate; None for a constant one.
-        epoch: epochs finished.
-        best_loss: lowest validation loss so far.
-        best_epoch: the epoch that had it.
-        best_weights: a copy of the weights it left.
-    """
-
-    model: nn.Module
-    optimizer: torch.optim.Optimizer
-    scheduler: lr_scheduler.LRScheduler | None
-    epoch: int
-    best_loss: float
-    best_epoch: int
-    best_weights: dict[str, Tensor]
-
-
-@dataclass(frozen=True)
-class Epoch:
-    """Results of one epoch: losses, accuracies and AUC in [0, 1], and the learning rate it was trained with."""
-
-    epoch: int
-    train_loss: float
-    train_accuracy: float
-    val_loss: float
-    val_accuracy: float
-    val_auc: float | None
-    learning_rate: float
-
-
-def start(model: nn.Module, recipe: Recipe) -> State:
-    """A network, not yet trained, with its optimiser and schedule.
-
-    Raises:
-        UserError: timm knows no optimiser of that name.
-    """
-    try:
-        optimizer = create_optimizer_v2(
-            model, opt=recipe.optimizer, lr=recipe.learning_rate, weight_decay=recipe.weight_decay,
-            filter_bias_and_bn=recipe.optimizer != "adam",
-        )  # fmt: skip
-    except (ValueError, AssertionError) as error:
-        raise UserError(f"params.yaml: train.optimizer is {recipe.optimizer!r}, which timm does not know") from error
-    scheduler: lr_scheduler.LRScheduler | None = None
-    if recipe.schedule == "cosine":
-        scheduler = lr_scheduler.CosineAnnealingLR(optimizer, recipe.epochs)
-    elif recipe.schedule == "plateau":
-        scheduler = lr_scheduler.ReduceLROnPlateau(
-            optimizer, factor=recipe.plateau_factor, patience=recipe.plateau_patience
-        )
-    return State(model, optimizer, scheduler, 0, math.inf, 0, {})
+SHOWN = 8  # ids of images in a message
 
 
 def fit(
@@ -121,112 +42,163 @@ def fit(
     *,
     task: Task,
     recipe: Recipe,
+    class_weights: NDArray[np.float64],
     augmentation: Augmentation,
+    normalisation: Normalisation,
     seed: int,
-    device: torch.device,
+    fabric: Fabric,
     precision: torch.dtype,
+    checkpoints: Checkpoints | None = None,
+    asked_to_stop: Callable[[], int] = lambda: 0,
 ) -> Iterator[Epoch]:
-    """Trains, and yields the result of each epoch; `state` then holds the best weights.
+    """Trains from where the state is, and yields the result of each epoch; `state` then holds the best weights.
 
     Args:
-        state: from `start`, its model on `device`.
+        state: from `start`, on the device.
         train: images to learn from.
         val: images that choose the epoch.
         task: what kind of classification it is.
         recipe: how to train.
+        class_weights: of the loss, (classes,).
         augmentation: random changes to each training image.
+        normalisation: of the images.
         seed: of every random draw.
-        device: where the model is.
-        precision: float32, or bfloat16 for automatic mixed precision.
+        fabric: launched: the device, and the other processes if there are any.
+        precision: that of fabric.
+        checkpoints: where the state is kept.
+        asked_to_stop: the number of the signal that asked for it, or 0; looked at in each step.
 
     Raises:
-        UserError: the loss or an output is not finite.
+        UserError: a loss or an output is not finite, memory or the disk is full, a batch is too small to be shared, or
+            val cannot choose the epoch.
+        Interrupted: it was asked to stop; the state is in a checkpoint.
     """
-    weights = sampling_weights(train.labels, task)
+    model, optimizer = fabric.setup(state.model, state.optimizer)
+    alone, keeper, meter = fabric.world_size == 1, checkpoints if fabric.global_rank == 0 else None, Meter(fabric.device)
+    weights = torch.tensor(class_weights, dtype=torch.float32, device=fabric.device)
+    per_epoch = -(-len(train.labels) // recipe.batch_size)  # steps
+    probe, warmup = recipe.probe_epochs * per_epoch, round(recipe.warmup_epochs * per_epoch)
+
+    def learning_rate(step: int) -> float:
+        if step < probe:
+            return recipe.learning_rate
+        steps = recipe.epochs * per_epoch - probe
+        return recipe.learning_rate * pace(step - probe, steps, warmup, recipe.schedule, state.plateau.rate)
+
+    def leave_if_asked() -> None:
+        if signal := asked_to_stop():
+            raise _interrupted(signal, state, keeper)
+
     while state.epoch < recipe.epochs and state.epoch - state.best_epoch < recipe.early_stopping_patience:
-        epoch = state.epoch + 1
-        torch.manual_seed(_mix(seed, epoch, 0))
-        learning_rate = state.optimizer.param_groups[0]["lr"]
-        order = _order(weights if recipe.sampling == "weighted" else None, len(weights), _mix(seed, epoch, 1))
-        batches = [order[i : i + recipe.batch_size] for i in range(0, len(order), recipe.batch_size)]
-        if len(batches) > 1 and len(batches[-1]) == 1:
-            batches.pop()  # batch normalisation needs more than one image
+        epoch, rate = state.epoch + 1, learning_rate(state.epoch * per_epoch)
+        probing = epoch <= recipe.probe_epochs
+        unfreeze(state.model, new_to_backbone(state.model), only_new=probing)
+        model.train(not probing)
+        order = batches.draw(train.labels, task, recipe.sampling, recipe.batch_size, batches.mix(seed, epoch, 0))
+        left = batches.shared(order, fabric.global_rank, fabric.world_size, recipe.accumulate)[state.batch :]
+        began = time.perf_counter() - state.train_seconds
+        with _bar(epoch, recipe.epochs, len(train.labels), state.seen, fabric) as bar:
+            for batch, images in zip(left, batches.feed(train.pixels, left, fabric.device), strict=True):
+                set_learning_rate(state.optimizer, learning_rate(state.step))
+                seeds = [batches.mix(seed, epoch, use, state.batch) for use in (1, 2)]
+                draws = augmentation.draw(batch.count, seeds[0])
+                labels = torch.from_numpy(train.labels[batch.rows])
+                measured = Measured(batch.own)
 
-        state.model.train()
-        total, right, seen = 0.0, 0.0, 0
-        progress = tqdm(batches, desc=f"epoch {epoch}/{recipe.epochs}", unit="batch", leave=False, disable=None)
-        for number, chosen in enumerate(progress):
-            generator = torch.Generator(device).manual_seed(_mix(seed, epoch, 2 + number))
-            images = torch.from_numpy(train.pixels[chosen]).to(device, non_blocking=True)
-            labels = torch.from_numpy(train.labels[chosen]).to(device, non_blocking=True)
+                with meter, within_memory(recipe.batch_size, recipe.accumulate):
+                    for number, (part, places) in enumerate(batch.split(images)):
+                        torch.manual_seed(seeds[1])  # of dropout; alike for all parts, which take their rows of it
+                        truth = labels[places].to(fabric.device, non_blocking=True)
+                        targets = task.smooth(task.targets(truth, len(weights)), recipe.label_smoothing)
+                        seen = augmentation(part, draws[places], normalisation)
+                        seen, targets = augmentation.mix(seen, targets, draws[places])
+                        last = number == recipe.accumulate - 1
+                        with fabric.no_backward_sync(model, enabled=not last and not alone):
+                            with batch.as_whole(places):
+                                logits = model(seen)
+                            losses = task.losses(logits.float(), targets, weights, recipe.focal_gamma)
+                            measured.add(losses.detach(), task.right(logits.detach(), truth))
+                            if last:
+                                measured.send(fabric, asked_to_stop())
+                            fabric.backward(losses.sum() * fabric.world_size / batch.count)
+                    if recipe.clip is not None:
+                        fabric.clip_gradients(model, optimizer, max_norm=recipe.clip, error_if_nonfinite=False)
+                    optimizer.step()
+                    optimizer.zero_grad(set_to_none=True)
+                    if state.ema is not None:
+                        state.ema.update(state.model, step=state.step)
 
-            with autocast(device, precision):
-                logits = state.model(augmentation(images, generator))
-            loss = task.loss(logits.float(), labels)
-            if not torch.isfinite(loss):
-                raise _diverged(f"the loss is {loss.item()} at epoch {epoch}, batch {number + 1}", learning_rate)
-            state.optimizer.zero_grad(set_to_none=True)
-            loss.backward()  # type: ignore[no-untyped-call]
-            state.optimizer.step()
+                loss, right, another_leaves = measured.read()
+                if not math.isfinite(loss):
+                    where = f"the loss is {loss} at epoch {epoch}, batch {state.batch + 1}, step {state.step + 1}"
+                    raise _diverged(where, train, measured.suspects(), learning_rate(state.step), checkpoints)
+                state.loss, state.right, state.seen = state.loss + loss, state.right + right, state.seen + batch.count
+                state.batch, state.step = state.batch + 1, state.step + 1
+                state.train_seconds = time.perf_counter() - began
+                bar.set_postfix(loss=f"{state.loss / state.seen:.3f}", refresh=False)
+                bar.update(batch.count)
+                if alone:
+                    leave_if_asked()
+                elif another_leaves:
+                    raise _interrupted(asked_to_stop() or SIGTERM, state, keeper)
+                if keeper is not None and keeper.due():
+                    state.device_seconds += meter.take()
+                    keeper.save(state.state_dict(), state.step)
 
-            scores = task.probabilities(logits.detach().double().cpu().numpy())
-            total += loss.item() * len(chosen)
-            right += accuracy(train.labels[chosen], scores, task) * len(chosen)
-            seen += len(chosen)
-            progress.set_postfix(loss=f"{total / seen:.3f}", accuracy=f"{right / seen:.3f}")
-
-        val_logits = logits_of(state.model, val.pixels, recipe.batch_size, device, precision)
-        if not np.isfinite(val_logits).all():
-            raise _diverged(f"the outputs are not finite after epoch {epoch}", learning_rate)
-        scores = task.probabilities(val_logits)
-        val_loss = log_loss(val.labels, scores, task)
-        state.epoch = epoch
-        if val_loss < state.best_loss:
-            state.best_loss, state.best_epoch = val_loss, epoch
-            state.best_weights = {
-                name: value.detach().cpu().clone() for name, value in state.model.state_dict().items()
-            }
-        if isinstance(state.scheduler, lr_scheduler.ReduceLROnPlateau):
-            state.scheduler.step(val_loss)
-        elif state.scheduler is not None:
-            state.scheduler.step()
-        yield Epoch(
-            epoch, total / seen, right / seen, val_loss, accuracy(val.labels, scores, task),
-            auc(val.labels, scores, task), learning_rate,
+        began = time.perf_counter()
+        logits_of_val = predict_together(
+            state.judged, val.pixels, recipe.batch_size, fabric, precision, normalisation,
+            each=leave_if_asked if alone else lambda: None,
         )  # fmt: skip
+        if not np.isfinite(logits_of_val).all():
+            wrong = np.flatnonzero(~np.isfinite(logits_of_val).all(axis=1))
+            where = f"outputs on val are not finite after epoch {epoch}"
+            raise _diverged(where, val, wrong, learning_rate(state.step - 1), checkpoints)
+        scores = task.probabilities(logits_of_val)
+        val_loss, val_auc = log_loss(val.labels, scores, task), auc(val.labels, scores, task)
+        val_accuracy = accuracy(val.labels, scores, task)
+        cost = state.train_seconds, state.device_seconds + meter.take(), time.perf_counter() - began
+        result = Epoch(
+            epoch, state.loss / state.seen, state.right / state.seen, val_loss, val_accuracy, val_auc, rate,
+            *cost, peak_memory(fabric.device),
+        )  # fmt: skip
+        state.finish(result, _score(result, recipe.monitor))
+        if keeper is not None:
+            keeper.save(state.state_dict(), state.step)
+        yield result
 
 
-def sampling_weights(labels: NDArray[np.int64], task: Task) -> NDArray[np.float64]:
-    """How often each image is drawn, relative to the others: the inverse of how common its class is.
-
-    An image with several findings counts by its rarest, one with none by how many have none.
-
-    Args:
-        labels: (images, labels).
-        task: what kind of classification it is.
-
-    Returns:
-        (images,), not normalised.
-    """
-    if not task.multi_label:
-        return 1.0 / np.bincount(labels[:, 0])[labels[:, 0]]
-    present = labels.astype(bool)
-    rarity = np.where(present, 1.0 / np.maximum(present.sum(axis=0), 1), 0.0).max(axis=1)
-    return np.where(present.any(axis=1), rarity, 1.0 / max(1, int((~present.any(axis=1)).sum())))
+def _bar(epoch: int, epochs: int, images: int, seen: int, fabric: Fabric) -> tqdm:  # type: ignore[type-arg]
+    """Progress of an epoch with images per second and the time left; none where nobody looks at it."""
+    disable = None if fabric.global_rank == 0 else True
+    title = f"epoch {epoch}/{epochs}"
+    return tqdm(total=images, initial=seen, desc=title, unit=" images", leave=False, disable=disable, smoothing=0.1)
 
 
-def _diverged(what: str, learning_rate: float) -> UserError:
-    remedy = f"lower train.learning_rate (now {learning_rate:g}) or set train.precision to fp32"
-    return UserError(f"training has diverged: {what}; {remedy}")
+def _score(result: Epoch, monitor: str) -> float:
+    """How good an epoch was, more is better."""
+    if monitor == "loss":
+        return -result.val_loss
+    value = result.val_auc if monitor == "auc" else result.val_accuracy
+    if value is None:
+        raise UserError("params.yaml: train.monitor is auc, but val lacks images of every class but one; set it to loss")
+    return value
 
 
-def _order(weights: NDArray[np.float64] | None, count: int, seed: int) -> NDArray[np.int64]:
-    generator = np.random.default_rng(seed)
-    if weights is None:
-        return generator.permutation(count)
-    return generator.choice(count, size=count, replace=True, p=weights / weights.sum())
+def _interrupted(number: int, state: State, keeper: Checkpoints | None) -> Interrupted:
+    if keeper is not None:
+        keeper.save(state.state_dict(), state.step)
+    where = f"in epoch {state.epoch + 1}, after step {state.step}"
+    return Interrupted(f"stopped by {Signals(number).name} {where}; run again to go on from there", number)
 
 
-def _mix(seed: int, epoch: int, number: int) -> int:
-    """A seed for each use of randomness, unlike all others."""
-    return int(np.random.SeedSequence([seed, epoch, number]).generate_state(1, np.uint64)[0] >> 1)
+def _diverged(
+    what: str, images: Images, rows: NDArray[np.int64], learning_rate: float, checkpoints: Checkpoints | None
+) -> UserError:
+    ids = images.index["id"].to_numpy()[rows] if "id" in images.index else rows
+    told = ", ".join(map(str, ids[:SHOWN])) + (f" and {len(ids) - SHOWN} more" if len(ids) > SHOWN else "")
+    kept = f"; the last good checkpoint is {checkpoints.paths[0]}" if checkpoints and checkpoints.paths else ""
+    return UserError(
+        f"training has diverged: {what}, on the images {told}; lower train.learning_rate (now {learning_rate:g}), set"
+        f" train.clip to 1.0 or train.precision to 32{kept}"
+    )

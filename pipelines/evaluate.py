@@ -15,6 +15,7 @@ from fadeformer.card import model_card
 from fadeformer.files import read_json, whole_file, whole_folder, write_json
 from fadeformer.inference import choose_device, choose_precision, logits_of
 from fadeformer.models import create_model, load_weights
+from fadeformer.normalisation import Normalisation
 from pipelines import paths, stage, tracking
 from pipelines.orchestrator import orchestrated
 
@@ -30,14 +31,18 @@ def predict(batch_size: int) -> None:
     model.to(device)
     torch.use_deterministic_algorithms(True, warn_only=device.type == "cuda")
     splits = [arrays.read(paths.PROCESSED, split) for split in ("val", "test")]
-    precision = choose_precision(described["precision"], device)
+    # a model that was trained in float16 is judged in float32 where there is no GPU
+    told = "32" if described["precision"] == "16" and device.type == "cpu" else described["precision"]
+    precision, normalisation = choose_precision(told, device), Normalisation(**described["normalise"])
     began = time.perf_counter()
-    logits = np.concatenate([logits_of(model, split.pixels, batch_size, device, precision) for split in splits])
+    logits = np.concatenate(
+        [logits_of(model, split.pixels, batch_size, device, precision, normalisation) for split in splits]
+    )
     tracking.log_metrics({"seconds": {"predict": time.perf_counter() - began}})
     table = predictions.table(
         pd.concat([split.index for split in splits], ignore_index=True),
         np.concatenate([split.labels for split in splits]),
-        meta.task.probabilities(logits),
+        meta.task.with_head(described["head"]).probabilities(logits),
         meta.task,
         meta.classes,
     )

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
+import threading
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,23 +27,50 @@ AugmentOverrides: Any = overrides.partial(params.AugmentParams)
 TrainOverrides: Any = overrides.partial(params.TrainParams)
 EvaluateOverrides: Any = overrides.partial(params.EvaluateParams)
 PromoteOverrides: Any = overrides.partial(params.PromoteParams)
+GRACE = 15.0  # seconds that a stage may take to end; Prefect's worker gives the whole run 30
 
 
 @task(task_run_name="{stage}", persist_result=False)
 def reproduce(stage: str) -> None:
-    """Brings one stage up to date by DVC, its output going to the log."""
+    """Brings one stage up to date by DVC, its output going to the log; a signal to end goes on to DVC and the stage."""
     command = [sys.executable, "-m", "dvc", "repro", stage]
     search = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env={**os.environ, "PATH": search}
-    )
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env={**os.environ, "PATH": search},
+        start_new_session=True,  # a group of their own, so that a signal reaches DVC, its shell and the stage
+    )  # fmt: skip
+    try:
+        last = _print(process)
+    except BaseException:  # Prefect's TerminationSignal when the run is cancelled or its worker stops, or Ctrl-C
+        _terminate(process)
+        raise
+    if process.wait() != 0:
+        raise RuntimeError(f"stage {stage} failed: {last}")
+
+
+def _print(process: subprocess.Popen[str]) -> str:
+    """Prints what a process and those below it print, until all have ended, and gives the last line."""
     last = ""
     for line in process.stdout or ():
         if line.strip():
             print(line.rstrip())
             last = line.strip()
-    if process.wait() != 0:
-        raise RuntimeError(f"stage {stage} failed: {last}")
+    return last
+
+
+def _terminate(process: subprocess.Popen[str]) -> None:
+    """Asks a group of processes to end and waits until they have: training writes a checkpoint first."""
+
+    def signal_all(number: int) -> None:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, number)
+
+    last_resort = threading.Timer(GRACE, signal_all, [signal.SIGKILL])
+    last_resort.start()
+    signal_all(signal.SIGTERM)
+    _print(process)
+    process.wait()
+    last_resort.cancel()
 
 
 @flow(name="pipeline", persist_result=False, log_prints=True)

@@ -1,12 +1,15 @@
-"""Prefect's server for one stage: the one of `PREFECT_API_URL`, or else a temporary one that ends with the stage.
+"""Prefect's server for the flows of one `dvc repro`: that of `PREFECT_API_URL`, or else a temporary one they share.
 
-Prefect starts a temporary server by itself too, but only when a flow begins, importing the whole server into the
-flow's process, and leaves it behind if that process is killed. Here it comes up while the stage loads its libraries
-(`python -m pipelines STAGE`), and it ends when the pipe to the process that started it closes, however that happens.
+Prefect starts a temporary server by itself too, but one for each flow, and only when the flow begins, importing the
+whole server into the flow's process, and it leaves the server behind if that process is killed. Here one comes up while
+the first stage loads its libraries (`python -m pipelines STAGE`), and a note in `.prefect/` tells the next stage where
+it answers. It ends with its owner, the dvc that runs the stages or, without one, the stage itself, however that ends,
+and sooner when a stage fails or is the last with a flow.
 """
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import signal
@@ -18,35 +21,84 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
 from urllib.request import urlopen
 
-from fadeformer.errors import UserError
+import psutil
 
+from fadeformer.errors import UserError
+from fadeformer.files import read_json, write_json
+
+HOME = Path(".prefect")
 STARTUP = 120.0  # seconds; the very first start creates Prefect's database
+POLL = 0.25  # seconds between two looks at whether a process is still there
+ENDING = 1.5  # seconds that a server may take to end
+CLOCK = 2.0  # seconds by which two processes may differ on when a third one began
 
 
 @dataclass(frozen=True)
 class Server:
-    """A temporary server: where it answers, and its process."""
+    """A temporary server.
+
+    Attributes:
+        url: where it answers.
+        process: in which it runs.
+        note: what tells the next stage of it.
+        ends: with this stage; else it goes on for the next.
+    """
 
     url: str
-    process: subprocess.Popen[bytes]
+    process: psutil.Process
+    note: Path
+    ends: bool
 
 
 _started: list[Server] = []
 
 
-def start() -> None:
-    """Begins to start a temporary server, unless `PREFECT_API_URL` names one or it has begun already."""
+def start(last: bool = False) -> None:
+    """Begins to start a temporary server, or finds the one of this `dvc repro`; does nothing if there is a server.
+
+    Args:
+        last: no stage with a flow comes after this one.
+    """
     if os.environ.get("PREFECT_API_URL") or _started:
         return
+    this = psutil.Process()
+    owner = dvc() or this
+    note = HOME / f"server.{owner.pid}.json"
+    _forget_the_dead()
+    noted = _read(note)
+    process = _find(noted.get("server"))
+    if process and _find(noted["owner"]) == owner and _answers(noted["url"]):
+        url = noted["url"]
+    else:
+        if process:  # one that does not answer
+            process.kill()
+        url, process = _spawn(note, owner)
+    names = {"server": _name(process), "owner": _name(owner), "stage": _name(this)}
+    write_json(note, {"url": url, **names})
+    _started.append(Server(url, process, note, ends=last or owner == this))
+
+
+def _spawn(note: Path, owner: psutil.Process) -> tuple[str, psutil.Process]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "pipelines.orchestrator", str(port)]
-    quiet = {"PREFECT_UI_ENABLED": "false", "PREFECT_LOGGING_SERVER_LEVEL": "ERROR"}
-    process = subprocess.Popen(command, stdin=subprocess.PIPE, env={**os.environ, **quiet})
-    _started.append(Server(f"http://127.0.0.1:{port}/api", process))
+    command = [sys.executable, "-m", "pipelines.orchestrator", str(port), str(note), json.dumps(_name(owner))]
+    bare = {
+        "PREFECT_UI_ENABLED": "false", "PREFECT_API_BLOCKS_REGISTER_ON_START": "false",
+        "PREFECT_LOGGING_SERVER_LEVEL": "ERROR",
+    }  # fmt: skip
+    HOME.mkdir(exist_ok=True)
+    with (HOME / "server.log").open("ab") as log:  # the terminal, or a pipe, may close before the server ends
+        process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env={**os.environ, **bare},
+            start_new_session=True,  # Ctrl-C reaches the stage alone, which then still tells how its flow ended
+        )  # fmt: skip
+    return f"http://127.0.0.1:{port}/api", psutil.Process(process.pid)
 
 
 @contextmanager
@@ -57,7 +109,7 @@ def orchestrated() -> Iterator[None]:
         UserError: the server of `PREFECT_API_URL` does not answer, or the temporary one does not start.
     """
     from prefect.logging.handlers import APILogWorker
-    from prefect.settings import PREFECT_API_URL, temporary_settings
+    from prefect.settings import PREFECT_API_URL, PREFECT_FLOWS_HEARTBEAT_FREQUENCY, temporary_settings
 
     given = os.environ.get("PREFECT_API_URL")
     if given:
@@ -67,21 +119,90 @@ def orchestrated() -> Iterator[None]:
         return
     start()
     server = _started[0]
+    ends = True  # a stage that fails is the last, and takes the server with it
     try:
         deadline = time.monotonic() + STARTUP
         while not _answers(server.url):
-            if server.process.poll() is not None or time.monotonic() > deadline:
-                raise UserError("Prefect's temporary server did not start; `prefect server start` tells why")
-            time.sleep(0.1)
+            if not alive(server.process) or time.monotonic() > deadline:
+                raise UserError(f"Prefect's temporary server did not start; {HOME / 'server.log'} tells why")
+            time.sleep(0.05)
         logging.getLogger("prefect.flow_runs").addFilter(_not_a_link)
-        with temporary_settings({PREFECT_API_URL: server.url}):
+        # Nobody listens to a heartbeat there, and a flow that has one ends only on the next full second.
+        with temporary_settings({PREFECT_API_URL: server.url, PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None}):
             try:
                 yield
             finally:
                 APILogWorker.drain_all(timeout=5)  # what was logged goes to the server while it is there
+        ends = server.ends
+        if not ends:
+            _started.clear()
     finally:
-        _started.clear()
-        server.process.communicate()  # closes the pipe, and waits
+        give_up()
+
+
+def give_up() -> None:
+    """Ends a server that was begun, of a stage that ends before its flow does."""
+    while _started:
+        _end(_started.pop())
+
+
+def _end(server: Server) -> None:
+    if alive(server.process):
+        server.process.terminate()
+        deadline = time.monotonic() + 2 * ENDING
+        while alive(server.process):
+            if time.monotonic() > deadline:
+                server.process.kill()
+            time.sleep(0.02)
+    server.note.unlink(missing_ok=True)
+
+
+def dvc() -> psutil.Process | None:
+    """The dvc that runs this stage: the nearest ancestor of that name, as dvc puts a shell in between."""
+    for ancestor in psutil.Process().parents():
+        try:
+            words = ancestor.cmdline()
+        except psutil.Error:  # another user's, or gone
+            continue
+        if "dvc" in [Path(word).name for word in words[:2]] or ("-m", "dvc") in pairwise(words):
+            return ancestor
+    return None
+
+
+def alive(process: psutil.Process | None) -> bool:
+    """Whether it still runs: neither is gone, nor waits for its parent to take note of its end."""
+    try:
+        return process is not None and process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def _name(process: psutil.Process) -> dict[str, float]:
+    """By which `_find` knows a process again, also when its number was given to another since."""
+    return {"pid": process.pid, "created": process.create_time()}
+
+
+def _find(name: dict[str, Any] | None) -> psutil.Process | None:
+    try:
+        process = psutil.Process(name["pid"]) if name else None
+        same = process and name and abs(process.create_time() - name["created"]) < CLOCK
+    except psutil.NoSuchProcess:
+        return None
+    return process if same and alive(process) else None
+
+
+def _read(note: Path) -> dict[str, Any]:
+    try:
+        return dict(read_json(note))
+    except (OSError, ValueError):  # none there, or a damaged one: it tells of no server
+        return {}
+
+
+def _forget_the_dead() -> None:
+    """Removes the notes of servers that were killed."""
+    for note in HOME.glob("server.*.json"):
+        if not _find(_read(note).get("server")):
+            note.unlink(missing_ok=True)
 
 
 def _not_a_link(record: logging.LogRecord) -> bool:
@@ -97,17 +218,25 @@ def _answers(url: str) -> bool:
         return False
 
 
-def _serve(port: int) -> None:
-    """Serves until standard input ends."""
-    import uvicorn
+def _serve(port: int, note: Path, owner: psutil.Process | None) -> None:
+    """Serves until its owner has ended, and so has the stage that is noted: it may have to tell its end yet."""
 
     def watch() -> None:
-        sys.stdin.buffer.read()
+        while alive(owner) or _find(_read(note).get("stage")):
+            time.sleep(POLL)
+        note.unlink(missing_ok=True)
         os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(ENDING)
+        os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
-    uvicorn.run("prefect.server.api.server:create_app", factory=True, host="127.0.0.1", port=port, log_level="error")
+    import uvicorn
+
+    uvicorn.run(
+        "prefect.server.api.server:create_app", factory=True, host="127.0.0.1", port=port, log_level="error",
+        timeout_graceful_shutdown=1,
+    )  # fmt: skip
 
 
 if __name__ == "__main__":
-    _serve(int(sys.argv[1]))
+    _serve(int(sys.argv[1]), Path(sys.argv[2]), _find(json.loads(sys.argv[3])))

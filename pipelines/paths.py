@@ -14,6 +14,7 @@ DOWNLOADS = Path("data/downloads")
 RAW = Path("data/raw")
 MANIFEST = Path("data/manifest.parquet")
 PROCESSED = Path("data/processed")
+BEGUN = Path(".cache/train")  # trainings that have begun and not ended, outside what DVC removes
 MODELS = Path("models")
 WEIGHTS = MODELS / "best_model.pth"
 ARCHITECTURE = MODELS / "model.json"

@@ -13,6 +13,7 @@ from mlflow.models import set_model
 
 from fadeformer.inference import logits_of
 from fadeformer.models import create_model, load_weights
+from fadeformer.normalisation import Normalisation
 from fadeformer.tasks import TASKS
 
 
@@ -22,7 +23,8 @@ class FadeFormer(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
     def load_context(self, context: Any) -> None:
         """Builds the network on the CPU."""
         described = json.loads(Path(context.artifacts["architecture"]).read_text(encoding="utf-8"))
-        self.task = TASKS[described["task"]]
+        self.task = TASKS[described["task"]].with_head(described["head"])
+        self.normalisation = Normalisation(**described["normalise"])
         self.model = create_model(**{**described["model"], "pretrained": False})
         load_weights(self.model, Path(context.artifacts["weights"]))
 
@@ -38,7 +40,8 @@ class FadeFormer(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
             (images, classes), each in [0, 1].
         """
         images = np.asarray(model_input, dtype=np.uint8)
-        return self.task.probabilities(logits_of(self.model, images, 256, torch.device("cpu"), torch.float32))
+        logits = logits_of(self.model, images, 256, torch.device("cpu"), torch.float32, self.normalisation)
+        return self.task.probabilities(logits)
 
 
 set_model(FadeFormer())

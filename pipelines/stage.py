@@ -5,39 +5,137 @@ from __future__ import annotations
 import errno
 import gc
 import logging
+import os
+import select
+import signal
+import socket
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import NoReturn
 
-from fadeformer.errors import UserError
+import psutil
+
+from fadeformer.errors import Interrupted, UserError
+from pipelines import orchestrator
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # the disk, the user's share of it, or the largest file allowed
+
+
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM has come. As Ctrl-C, it is not an `Exception`: no reader that stumbles takes it for a damaged image."""
 
 
 class _OneLine(logging.Filter):
     """Takes the traceback from what Prefect logs of an error that is meant for people."""
 
     def filter(self, record: logging.LogRecord) -> bool:
-        if record.exc_info and isinstance(record.exc_info[1], UserError):
-            record.msg, record.args, record.exc_info = "stopped by an error, told below", (), None
+        if record.exc_info and isinstance(record.exc_info[1], (UserError, Interrupted)):
+            record.msg, record.args, record.exc_info = "stopped, the reason is told below", (), None
         return True
 
 
 def run(name: str, main: Callable[[], str]) -> None:
-    """Runs `main` and prints the summary it returns; ends the process with status 1 and one message on a UserError."""
+    """Runs `main` and prints the summary it returns.
+
+    Ends the process with one message, and status 1 on a UserError, or 128 and its number where a signal asked for it.
+    """
     for logger in ("prefect.flow_runs", "prefect.task_runs"):
         logging.getLogger(logger).addFilter(_OneLine())
     try:
-        print(f"{name}: {main()}")
+        with _terminable(), _ends_with(orchestrator.dvc()):
+            print(f"{name}: {main()}")
     except UserError as error:
-        sys.exit(f"\n{name}: {error}")
+        _exit(f"{name}: {error}")
     except OSError as error:
         if error.errno in FULL:
             where = f"{error.filename}: " if error.filename else ""
-            sys.exit(f"\n{name}: {where}{error.strerror}; free some space, then run again: finished stages are kept")
+            _exit(f"{name}: {where}{error.strerror}; free some space, then run again: finished stages are kept")
         if error.filename is None:
             raise
-        sys.exit(f"\n{name}: {error.filename}: {error.strerror}; mend the path or its permissions, then run again")
+        _exit(f"{name}: {error.filename}: {error.strerror}; mend the path or its permissions, then run again")
+    except Interrupted as error:
+        _exit(f"{name}: {error}", 128 + error.signal_number)
+    except _Terminated:
+        _exit(f"{name}: stopped by SIGTERM; run again: finished stages are kept", 128 + signal.SIGTERM)
     except KeyboardInterrupt:
-        sys.exit(f"\n{name}: interrupted")
+        _exit(f"{name}: interrupted", 128 + signal.SIGINT)
     finally:
         gc.freeze()  # else the interpreter searches every object of torch, Prefect and MLflow before it exits: 2 s
+
+
+def _exit(message: str, status: int = 1) -> NoReturn:
+    print(f"\n{message}", file=sys.stderr)
+    sys.exit(status)
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """Raises `_Terminated` on the first SIGTERM; what ends is not to be disturbed by another.
+
+    Inside a flow Prefect's own handler comes first, tells the server, and sends the signal on to this one.
+    """
+    came = False
+
+    def terminate(number: int, frame: object) -> None:
+        nonlocal came
+        if not came:
+            came = True
+            raise _Terminated
+
+    def send_again(lost: sys.UnraisableHookArgs) -> None:
+        """A signal that came just while garbage was collected: what its handler raised there went no further."""
+        nonlocal came
+        error = lost.exc_value
+        if isinstance(error, Interrupted):
+            number = error.signal_number
+        elif isinstance(error, _Terminated) or type(error).__name__ == "TerminationSignal":  # Prefect's
+            number = signal.SIGTERM
+        elif isinstance(error, KeyboardInterrupt):
+            number = signal.SIGINT
+        else:
+            hook_before(lost)
+            return
+        came = False
+        threading.Timer(0.05, os.kill, [os.getpid(), number]).start()
+
+    hook_before, sys.unraisablehook = sys.unraisablehook, send_again
+    before = signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        sys.unraisablehook = hook_before
+
+
+@contextmanager
+def _ends_with(dvc: psutil.Process | None) -> Iterator[None]:
+    """Sends this process SIGTERM when dvc is gone: nobody would take what the stage makes, and it would run on unseen.
+
+    Where the signal that ended dvc came to this process too, it is ending already and is left in peace.
+    """
+    if dvc is None:
+        yield
+        return
+    signals, wakeup = socket.socketpair()  # Python writes to it whatever handler, such as Prefect's, a signal has
+    wakeup.setblocking(False)
+
+    def watch() -> None:
+        there = True
+        while not select.select([signals], [], [], orchestrator.POLL)[0]:
+            if not there:
+                os.kill(os.getpid(), signal.SIGTERM)
+                return
+            there = orchestrator.alive(dvc)
+
+    before = signal.set_wakeup_fd(wakeup.fileno(), warn_on_full_buffer=False)
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(before)
+        wakeup.close()  # ends the watch
+        watcher.join()
+        signals.close()

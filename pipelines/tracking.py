@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
+import socket
 import sqlite3
 import subprocess
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -16,13 +18,20 @@ from typing import Any
 import mlflow
 import numpy as np
 import pandas as pd
-from filelock import FileLock
+from filelock import FileLock, Timeout
+from mlflow import MlflowClient
 from mlflow.data.code_dataset_source import CodeDatasetSource
 from mlflow.data.meta_dataset import MetaDataset
+from mlflow.entities import DatasetInput, InputTag, Metric, Param, RunTag
+from mlflow.environment_variables import MLFLOW_HTTP_REQUEST_TIMEOUT
 from mlflow.exceptions import MlflowException
 from mlflow.models import ModelSignature
+from mlflow.tracking.context.registry import resolve_tags
 from mlflow.types import Schema, TensorSpec
+from mlflow.utils.mlflow_tags import MLFLOW_DATASET_CONTEXT
 from ruamel.yaml import YAML
+from sqlalchemy.engine import make_url
+from sqlalchemy.exc import SQLAlchemyError
 
 import fadeformer
 from fadeformer.arrays import Meta
@@ -31,6 +40,24 @@ from fadeformer.files import checksum
 
 EXPERIMENT = "fadeformer"
 MODEL = "model"  # name of the logged model in its run
+IDENTITY = "fadeformer.training"  # tag with the name that a training gave itself before it had a run
+REFUSALS = {"RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"}  # of what is asked; the same again would be in vain
+PORTS = {"postgresql": 5432, "mysql": 3306, "mssql": 1433}
+
+
+class Unreachable(UserError):  # noqa: N818  it is not here, which is no error of its own
+    """MLflow cannot be reached, or cannot write now; later it may.
+
+    Attributes:
+        reason: in a few words.
+        remedy: what to do, likewise.
+    """
+
+    def __init__(self, error: Exception) -> None:
+        self.reason = _brief(error)
+        self.remedy = "start it" if _server() else "mend mlruns/"
+        other = ", or unset MLFLOW_TRACKING_URI to use this project's mlruns/" if _server() else ""
+        super().__init__(f"MLflow at {address()} cannot be used; {self.remedy}{other} ({self.reason})")
 
 
 def project() -> Path:
@@ -40,36 +67,119 @@ def project() -> Path:
     return copies[-1].parent if copies else here
 
 
-def connect() -> None:
-    """Points MLflow at `MLFLOW_TRACKING_URI`, or else at the project's own store, which is made if it is not there.
+def _own() -> str:
+    return f"sqlite:///{project() / 'mlruns' / 'mlflow.db'}?timeout=60"
+
+
+def _server() -> str | None:
+    """What `MLFLOW_TRACKING_URI` names; MLflow itself sets it to what was connected before."""
+    uri = os.environ.get("MLFLOW_TRACKING_URI")
+    return uri if uri and uri != _own() else None
+
+
+def address() -> str:
+    """Where MLflow keeps its runs, for people; without a password."""
+    server = _server()
+    return re.sub("(?<=://)[^/]*@", "", server).partition("?")[0].rstrip("/") if server else str(project() / "mlruns")
+
+
+def _brief(error: Exception) -> str:
+    """The cause, out of a text that may hold a whole SQL statement or a chain of causes."""
+    error = getattr(error, "orig", None) or getattr(error.__cause__, "orig", None) or error  # the driver's own
+    text = (str(error).strip() or type(error).__name__).splitlines()[0]
+    _, chained, cause = text.rpartition("Caused by ")
+    return (cause.partition("(")[2].strip("\"')") if chained else text)[:200]
+
+
+@contextmanager
+def _told() -> Iterator[None]:
+    """Raises errors of MLflow as Unreachable, or as UserError where it refuses what it is asked."""
+    try:
+        yield
+    except MlflowException as error:
+        if error.error_code in REFUSALS:
+            raise UserError(f"MLflow at {address()} refuses: {str(error).strip().splitlines()[0][:500]}") from error
+        raise Unreachable(error) from error
+    except SQLAlchemyError as error:
+        raise Unreachable(error) from error
+
+
+@contextmanager
+def patience(seconds: int) -> Iterator[None]:
+    """In the block MLflow is asked once and given so long for each answer; left alone it tries for four minutes.
 
     Raises:
-        UserError: the store cannot be reached.
+        Unreachable: it is a database that is down, read-only or locked.
     """
-    store = project() / "mlruns"
-    logging.getLogger("mlflow").setLevel(logging.WARNING)
-    own = f"sqlite:///{store / 'mlflow.db'}?timeout=60"
-    server = os.environ.get("MLFLOW_TRACKING_URI", own)
-    server = None if server == own else server  # MLflow itself sets the variable to what was connected before
-    mlflow.set_tracking_uri(server or own)
-    store.mkdir(exist_ok=True)
+    settings = {
+        "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0", "MLFLOW_HTTP_REQUEST_TIMEOUT": str(seconds),
+        "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+    }  # fmt: skip
+    before = {name: os.environ.get(name) for name in settings}
+    loggers = {logging.getLogger(name): logging.getLogger(name).level for name in ("mlflow.store", "urllib3")}
+    os.environ.update(settings)
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)  # what fails is told by an exception
     try:
-        with FileLock(store / ".lock"):  # two processes that create the database at once break its migration
+        _knock(_server() or _own(), seconds)
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+        for logger, level in loggers.items():
+            logger.setLevel(level)
+
+
+@_told()
+def _knock(uri: str, seconds: int) -> None:
+    """Tells at once of a database that does not answer: MLflow tries ten times to open it and waits 20 s for a lock."""
+    kind = uri.split(":")[0].split("+")[0]
+    try:
+        if kind == "sqlite" and Path(name := str(make_url(uri).database)).is_file():
+            with closing(sqlite3.connect(name, timeout=seconds)) as connection:
+                connection.execute("begin immediate")
+                connection.rollback()
+        elif kind in PORTS and (host := make_url(uri).host):
+            socket.create_connection((host, make_url(uri).port or PORTS[kind]), timeout=seconds).close()
+    except (sqlite3.Error, OSError) as error:
+        raise Unreachable(error) from error
+
+
+@_told()
+def connect() -> str:
+    """Points MLflow at `MLFLOW_TRACKING_URI`, or else at the project's own store, which is made if it is not there.
+
+    Returns:
+        The id of the experiment.
+
+    Raises:
+        Unreachable: the store cannot be reached.
+        UserError: it is none, or its experiment was deleted.
+    """
+    logging.getLogger("mlflow").setLevel(logging.WARNING)
+    store, server = project() / "mlruns", _server()
+    mlflow.set_tracking_uri(server or _own())
+    try:
+        store.mkdir(exist_ok=True)
+        # Two processes that create the database at once break its migration.
+        with FileLock(store / ".lock", timeout=MLFLOW_HTTP_REQUEST_TIMEOUT.get()):
             location = None if server else (store / "artifacts").as_uri()
             experiment = mlflow.get_experiment_by_name(EXPERIMENT)
             if experiment is None:
                 mlflow.create_experiment(EXPERIMENT, artifact_location=location)
             elif location and experiment.artifact_location.startswith("file:"):
                 _follow(store / "mlflow.db", experiment.artifact_location, location)
-    except MlflowException as error:
-        remedy = "start it, or unset MLFLOW_TRACKING_URI to use this project's mlruns/" if server else "restore mlruns/"
-        raise UserError(f"MLflow at {server or store} cannot be used; {remedy} ({str(error)[:200]})") from error
+    except (OSError, sqlite3.Error, Timeout) as error:
+        raise Unreachable(error) from error
     if experiment is not None and experiment.lifecycle_stage != "active":
         raise UserError(
             f"MLflow's experiment {EXPERIMENT} was deleted; restore it with `mlflow experiments restore"
             f" --experiment-id {experiment.experiment_id}`, or remove mlruns/mlflow.db to begin anew"
         )
-    mlflow.set_experiment(EXPERIMENT)
+    return mlflow.set_experiment(EXPERIMENT).experiment_id
 
 
 def _follow(database: Path, before: str, now: str) -> None:
@@ -97,27 +207,60 @@ def run(run_id: str | None = None) -> Iterator[str]:
         UserError: no run of that id is in the store.
     """
     connect()
-    if run_id is not None:
-        try:
-            known = mlflow.get_run(run_id).info.lifecycle_stage == "active"
-        except MlflowException:
-            known = False
-        if not known:
-            raise UserError(
-                f"MLflow has no run {run_id}, in which this model was trained, or it was deleted; `dvc repro -f train`"
-                " makes one"
-            )
+    if run_id is not None and stage_of(run_id) != "active":
+        raise UserError(
+            f"MLflow has no run {run_id}, in which this model was trained, or it was deleted; `dvc repro -f train`"
+            " makes one"
+        )
     with mlflow.start_run(run_id=run_id) as active:
         yield active.info.run_id
 
 
-def log_start(params: Mapping[str, Any], meta: Meta) -> None:
-    """Leaves the parameters and the identity of data and code in the active run."""
-    mlflow.log_params(dict(params))
+@_told()
+def stage_of(run_id: str) -> str | None:
+    """`active` or `deleted`, or None where MLflow has no such run; raises Unreachable."""
+    try:
+        return MlflowClient().get_run(run_id).info.lifecycle_stage
+    except MlflowException as error:
+        if error.error_code in REFUSALS:
+            return None
+        raise
+
+
+@_told()
+def open_run(experiment: str, identity: str, began: int, tags: Mapping[str, str]) -> str:
+    """The id of the one run of a training, which is made where there is none.
+
+    Args:
+        experiment: its id.
+        identity: what the training called itself; a run with that tag is its own.
+        began: ms since 1970.
+        tags: of which the run has those of MLflow's own at once.
+
+    Raises:
+        Unreachable: which leaves open whether the run was made.
+    """
+    client = MlflowClient()
+    found = client.search_runs([experiment], f"tags.`{IDENTITY}` = '{identity}'", order_by=["start_time", "run_id"])
+    if found:
+        return found[0].info.run_id
+    own = {name: value for name, value in tags.items() if name.startswith("mlflow.")}
+    return client.create_run(experiment, start_time=began, tags={IDENTITY: identity, **own}).info.run_id
+
+
+@_told()
+def mark(run_id: str, status: str) -> None:
+    """Sets a run's status: RUNNING, or with the time of its end FINISHED, FAILED or KILLED; raises Unreachable."""
+    if status == "RUNNING":
+        MlflowClient().update_run(run_id, status)
+    else:
+        MlflowClient().set_terminated(run_id, status)
+
+
+def describe(meta: Meta) -> dict[str, str]:
+    """The identity of data and code as a run's tags, MLflow's own (user, program) among them."""
     card = meta.dataset
-    source = CodeDatasetSource(tags={"stage": "download", "file": card["file"], "sha256": card["sha256"]})
-    mlflow.log_input(MetaDataset(source, name=card["name"], digest=card["sha256"][:32]), context="training")
-    mlflow.set_tags(
+    return resolve_tags(
         {
             "dataset.name": card["name"],
             "dataset.size": str(card["size"]),
@@ -130,26 +273,65 @@ def log_start(params: Mapping[str, Any], meta: Meta) -> None:
     )
 
 
+@_told()
+def log_origin(run_id: str, params: Mapping[str, Any], tags: Mapping[str, str], card: Mapping[str, Any]) -> None:
+    """Leaves parameters, tags and the data set of a card in a run; once more changes nothing.
+
+    Raises:
+        UserError: a parameter is there with another value, or the run was deleted.
+        Unreachable: MLflow is.
+    """
+    client = MlflowClient()
+    client.log_batch(
+        run_id,
+        params=[Param(name, str(value)) for name, value in params.items()],
+        tags=[RunTag(name, value) for name, value in tags.items()],
+    )
+    source = CodeDatasetSource(tags={"stage": "download", "file": card["file"], "sha256": card["sha256"]})
+    dataset = MetaDataset(source, name=card["name"], digest=card["sha256"][:32])
+    context = [InputTag(MLFLOW_DATASET_CONTEXT, "training")]
+    client.log_inputs(run_id, datasets=[DatasetInput(dataset._to_mlflow_entity(), context)])
+
+
+@_told()
+def log_points(run_id: str, points: Iterable[tuple[str, float, int, int]]) -> None:
+    """Logs (metric, value, ms since 1970, step) in order, in calls as large as MLflow takes.
+
+    Raises:
+        UserError: the run was deleted.
+        Unreachable: MLflow is.
+    """
+    MlflowClient().log_batch(run_id, metrics=[Metric(*point) for point in points])
+
+
+@_told()
+def logged(run_id: str, wanted: Collection[tuple[str, int]]) -> set[tuple[str, int]]:
+    """Which of these metrics and steps a run has, when all went there in order; raises Unreachable."""
+    client = MlflowClient()
+    known = client.get_run(run_id).data.metrics
+    stepped = {name for name, step in wanted if step and name in known}  # else one answer is enough, not one a metric
+    have = {(name, point.step) for name in stepped for point in client.get_metric_history(run_id, name)}
+    return {(name, step) for name, step in wanted if (name, step) in have or (step == 0 and name in known)}
+
+
 def log_settings(section: str, settings: Mapping[str, Any]) -> None:
     """Tags the run with a section of params.yaml as it is now, which may differ from when the model was trained."""
     mlflow.set_tags({f"{section}.{name}": str(value) for name, value in settings.items()})
 
 
-def log_epoch(measured: Mapping[str, Any]) -> None:
-    """Logs what an epoch measured, at its number `epoch`."""
-    values = {name: value for name, value in measured.items() if name != "epoch" and value is not None}
-    mlflow.log_metrics(values, step=measured["epoch"])
-
-
 def log_metrics(metrics: Mapping[str, Any]) -> None:
     """Logs numbers of a nested dictionary under dotted names; what is not a number is left out."""
-    flat = pd.json_normalize(dict(metrics)).iloc[0].to_dict()
-    numbers = {
-        _plain(name): float(value)
-        for name, value in flat.items()
+    mlflow.log_metrics(flat(metrics))
+
+
+def flat(metrics: Mapping[str, Any]) -> dict[str, float]:
+    """The finite numbers of a nested dictionary under dotted names that MLflow allows."""
+    values = pd.json_normalize(dict(metrics)).iloc[0].to_dict() if metrics else {}
+    return {
+        plain(name): float(value)
+        for name, value in values.items()
         if isinstance(value, (int, float)) and not isinstance(value, bool) and np.isfinite(value)
     }
-    mlflow.log_metrics(numbers)
 
 
 def log_files(*paths: Path, under: str | None = None) -> None:
@@ -209,6 +391,6 @@ def _lock_identity() -> dict[str, str]:
     return {"dvc.lock": checksum(lock, "md5"), "dvc.data": json.dumps(outs.get("data/processed", ""))[1:-1]}
 
 
-def _plain(name: str) -> str:
+def plain(name: str) -> str:
     """A metric's name in the characters that MLflow allows."""
     return "".join(c if c.isalnum() or c in "_-./ " else " " for c in name)

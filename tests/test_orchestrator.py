@@ -1,9 +1,12 @@
-"""Prefect's temporary server ends with the process that started it, however that ends."""
+"""One temporary Prefect server serves the stages of a `dvc repro`, and ends with it, however that ends."""
 
+import json
 import os
 import signal
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import psutil
 import pytest
@@ -11,24 +14,163 @@ import pytest
 from fadeformer.errors import UserError
 from pipelines import orchestrator
 
-STARTED = """
-import time
-from pipelines import orchestrator
-orchestrator.start()
-print(orchestrator._started[0].process.pid, flush=True)
-time.sleep(600)
+# What dvc does with stages: a shell for each, to which it leaves Ctrl-C, and the first that fails is the last.
+DVC = """
+import signal, subprocess, sys
+for stage in sys.argv[1:]:
+    shell = subprocess.Popen(["sh", "-c", f"{sys.executable} stage.py {stage}; exit $?"])
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if shell.wait() != 0:
+        sys.exit(1)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 """
+STAGE = """
+import sys, time
+from pipelines import orchestrator
+kind, seconds = sys.argv[1].split(":")
+orchestrator.start(last=kind == "last")
+with orchestrator.orchestrated():
+    print(orchestrator._started[0].process.pid, flush=True)
+    if kind == "failing":
+        raise RuntimeError
+    time.sleep(float(seconds))
+"""
+LONG = "600"
 
 
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
-def test_a_killed_stage_leaves_no_server_behind(how, tmp_path):
-    environment = {**os.environ, "PREFECT_HOME": str(tmp_path)}
-    with subprocess.Popen([sys.executable, "-c", STARTED], stdout=subprocess.PIPE, text=True, env=environment) as stage:
-        server = psutil.Process(int(stage.stdout.readline()))
-        assert server.is_running()
-        stage.send_signal(how)
-    server.wait(60)
-    assert not psutil.pid_exists(server.pid) or server.status() == psutil.STATUS_ZOMBIE
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Prefect's folder: its database is made once."""
+    return tmp_path_factory.mktemp("prefect")
+
+
+@pytest.fixture
+def run(tmp_path: Path, home: Path, monkeypatch: pytest.MonkeyPatch):
+    """Starts stages in the background, by a fake dvc or directly; what is left of them ends with the test."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "dvc").write_text(DVC)
+    (tmp_path / "stage.py").write_text(STAGE)
+    environment = {name: value for name, value in os.environ.items() if name != "PREFECT_API_URL"}
+    environment["PREFECT_HOME"] = str(home)
+    running = []
+
+    def start(*command: str) -> subprocess.Popen[str]:
+        process = subprocess.Popen(
+            [sys.executable, *command], cwd=tmp_path, env=environment, stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL, text=True, start_new_session=True,
+        )  # fmt: skip
+        running.append(process)
+        return process
+
+    yield start
+    for process in running:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+
+
+def server_of(process: subprocess.Popen[str]) -> psutil.Process:
+    return psutil.Process(int(process.stdout.readline()))
+
+
+def gone(process: psutil.Process) -> bool:
+    """Whether it ends soon."""
+    deadline = time.monotonic() + 30
+    while orchestrator.alive(process) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return not orchestrator.alive(process)
+
+
+def test_the_stages_of_one_dvc_share_a_server_that_ends_with_the_last(run, tmp_path):
+    dvc = run("dvc", "first:0", "last:0")
+    server = server_of(dvc)
+    assert server_of(dvc) == server
+    assert dvc.wait(60) == 0
+    assert not orchestrator.alive(server)
+    assert list((tmp_path / ".prefect").glob("*.json")) == []
+
+
+def test_a_server_ends_with_a_dvc_that_runs_no_last_stage(run):
+    dvc = run("dvc", "first:0")
+    server = server_of(dvc)
+    assert dvc.wait(60) == 0
+    assert gone(server)
+
+
+def test_a_stage_that_fails_takes_the_server_with_it(run):
+    dvc = run("dvc", "failing:0")
+    server = server_of(dvc)
+    dvc.wait(60)
+    assert not orchestrator.alive(server)
+
+
+def test_a_stage_without_dvc_ends_its_server(run, tmp_path):
+    stage = run("stage.py", "first:0")
+    server = server_of(stage)
+    assert stage.wait(60) == 0
+    assert not orchestrator.alive(server)
+    assert list((tmp_path / ".prefect").glob("*.json")) == []
+
+
+@pytest.mark.parametrize("command", [("dvc", f"first:{LONG}"), ("stage.py", f"first:{LONG}")])
+def test_a_kill_of_all_leaves_no_server_behind(run, command):
+    process = run(*command)
+    server = server_of(process)
+    os.killpg(process.pid, signal.SIGKILL)
+    assert gone(server)
+
+
+def test_a_kill_of_dvc_leaves_the_server_to_the_stage_alone(run):
+    dvc = run("dvc", f"first:{LONG}")
+    server = server_of(dvc)
+    stage = next(child for child in psutil.Process(dvc.pid).children(recursive=True) if "stage.py" in child.cmdline())
+    dvc.kill()
+    dvc.wait(60)
+    time.sleep(4 * orchestrator.POLL)
+    assert orchestrator.alive(server)  # the stage has its end to tell yet
+    stage.kill()
+    assert gone(server)
+
+
+def test_ctrl_c_ends_the_stage_and_not_the_server_under_it(run):
+    dvc = run("dvc", f"first:{LONG}")
+    server = server_of(dvc)
+    assert os.getpgid(server.pid) != os.getpgid(dvc.pid)
+    os.killpg(dvc.pid, signal.SIGINT)
+    dvc.wait(60)
+    assert not orchestrator.alive(server)  # it was ended by the stage
+
+
+def test_two_dvc_have_a_server_each(run):
+    one, other = run("dvc", f"first:{LONG}"), run("dvc", "first:0", "last:0")
+    servers = server_of(one), server_of(other)
+    assert servers[0] != servers[1] == server_of(other)
+    assert other.wait(60) == 0
+    assert orchestrator.alive(servers[0])
+
+
+def test_a_server_that_died_is_not_trusted(run, tmp_path):
+    dvc = run("dvc", "first:0", "first:2", "last:0")
+    first = server_of(dvc)
+    assert server_of(dvc) == first
+    first.kill()
+    assert server_of(dvc) != first
+    assert dvc.wait(60) == 0
+
+
+def test_a_process_of_the_same_number_is_not_the_one_that_was_noted():
+    this = psutil.Process()
+    assert orchestrator._find(orchestrator._name(this)) == this
+    assert orchestrator._find({"pid": this.pid, "created": this.create_time() - 60}) is None
+    assert orchestrator._find(None) is None
+
+
+@pytest.mark.parametrize("text", ["", "{", json.dumps({"server": {"pid": 2**22 + 1, "created": 0.0}})])
+def test_a_note_that_tells_nothing_is_forgotten(monkeypatch, tmp_path, text):
+    monkeypatch.setattr(orchestrator, "HOME", tmp_path)
+    (tmp_path / "server.7.json").write_text(text)
+    orchestrator._forget_the_dead()
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("url", ["http://127.0.0.1:1/api", "nowhere"])

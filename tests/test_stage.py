@@ -1,13 +1,16 @@
 """A stage ends in its summary, or in one message and a non-zero exit."""
 
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 
-from fadeformer.errors import UserError
-from pipelines import stage
+from fadeformer.errors import Interrupted, UserError
+from pipelines import orchestrator, stage
 
 
 def raising(error: BaseException):
@@ -17,14 +20,25 @@ def raising(error: BaseException):
     return main
 
 
+@pytest.fixture
+def ending(capsys):
+    """Runs a stage that ends early; gives its message and exit status."""
+
+    def run(main) -> tuple[str, int]:
+        with pytest.raises(SystemExit) as caught:
+            stage.run("train", main)
+        return capsys.readouterr().err.strip("\n"), caught.value.code
+
+    return run
+
+
 def test_the_summary_is_printed(capsys):
     stage.run("download", lambda: "three images")
     assert capsys.readouterr().out == "download: three images\n"
 
 
-def test_an_error_for_people_is_the_message_and_the_exit_is_not_0():
-    with pytest.raises(SystemExit, match="\ntrain: lower the learning rate"):
-        stage.run("train", raising(UserError("lower the learning rate")))
+def test_an_error_for_people_is_the_message_and_the_exit_is_not_0(ending):
+    assert ending(raising(UserError("lower the learning rate"))) == ("train: lower the learning rate", 1)
 
 
 def test_an_error_of_the_program_keeps_its_traceback():
@@ -33,20 +47,134 @@ def test_an_error_of_the_program_keeps_its_traceback():
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="the system has no /dev/full")
-def test_a_full_disk_is_told_with_a_remedy():
-    with pytest.raises(SystemExit, match=r"train: No space left on device; free some space, then run again"):
-        stage.run("train", lambda: str(Path("/dev/full").write_text("x")))
+def test_a_full_disk_is_told_with_a_remedy(ending):
+    message, status = ending(lambda: str(Path("/dev/full").write_text("x")))
+    assert "train: No space left on device; free some space, then run again" in message
+    assert status == 1
 
 
-def test_a_folder_that_may_not_be_written_is_named(tmp_path):
+def test_a_folder_that_may_not_be_written_is_named(tmp_path, ending):
     (tmp_path / "file").write_text("")
-    with pytest.raises(SystemExit, match=r"train: .*file/models: Not a directory; mend the path"):
-        stage.run("train", lambda: str((tmp_path / "file" / "models").mkdir()))
+    message, status = ending(lambda: str((tmp_path / "file" / "models").mkdir()))
+    assert "file/models: Not a directory; mend the path" in message
+    assert status == 1
 
 
-def test_an_interruption_is_told():
-    with pytest.raises(SystemExit, match="train: interrupted"):
-        stage.run("train", raising(KeyboardInterrupt()))
+def test_an_interruption_is_told_and_the_exit_is_that_of_its_signal(ending):
+    assert ending(raising(KeyboardInterrupt())) == ("train: interrupted", 130)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        told = f"stopped by {number.name} after step 417; run again to go on from there"
+        assert ending(raising(Interrupted(told, number))) == (f"train: {told}", 128 + number)
+
+
+def test_the_handler_of_sigterm_is_put_back():
+    before = signal.getsignal(signal.SIGTERM)
+    stage.run("download", lambda: "three images")
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+# A stage of its own process. It forgives any error, as readers of damaged images do.
+READS = """
+import time
+from pipelines import stage
+def main():
+    print("ready", flush=True)
+    while True:
+        try:
+            time.sleep(600)
+        except Exception:
+            print("a damaged image")
+stage.run("download", main)
+"""
+# A signal that comes while garbage is collected: what its handler raises there is lost.
+COLLECTS = """
+import os, signal, time
+from pipelines import stage
+class Garbage:
+    def __del__(self):
+        os.kill(os.getpid(), NUMBER)
+        time.sleep(600)
+def main():
+    Garbage()
+    time.sleep(600)
+stage.run("download", main)
+"""
+# A stage with a flow, whose end is told to the server.
+FLOWS = """
+import time
+from prefect import flow, task
+from pipelines import orchestrator, stage
+from fadeformer.errors import Interrupted
+@task
+def work():
+    print(orchestrator._started[0].process.pid, flush=True)
+    time.sleep(600) if PATIENT else stops()
+def stops():
+    raise Interrupted("stopped by SIGTERM after step 417", 15)
+@flow
+def evaluate():
+    work()
+def main():
+    with orchestrator.orchestrated():
+        evaluate()
+stage.run("evaluate", main)
+"""
+
+
+def started(folder: Path, *command: str) -> subprocess.Popen[str]:
+    environment = {name: value for name, value in os.environ.items() if name != "PREFECT_API_URL"}
+    environment["PREFECT_HOME"] = str(folder / ".prefect")
+    return subprocess.Popen(
+        [sys.executable, *command], cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        text=True,
+    )  # fmt: skip
+
+
+def test_sigterm_ends_a_stage_with_one_line(tmp_path):
+    process = started(tmp_path, "-c", READS)
+    assert process.stdout.readline() == "ready\n"
+    process.terminate()
+    output, errors = process.communicate(timeout=60)
+    assert (output, errors) == ("", "\ndownload: stopped by SIGTERM; run again: finished stages are kept\n")
+    assert process.returncode == 143
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_is_not_lost_in_the_collection_of_garbage(tmp_path, number):
+    process = started(tmp_path, "-c", COLLECTS.replace("NUMBER", str(int(number))))
+    errors = process.communicate(timeout=60)[1]
+    assert errors.startswith("\ndownload: ")
+    assert len(errors.splitlines()) == 2
+    assert process.returncode == 128 + number
+
+
+def test_sigterm_ends_a_flow_with_one_line_and_its_server(tmp_path):
+    process = started(tmp_path, "-c", f"PATIENT = True\n{FLOWS}")
+    server = psutil.Process(int(process.stdout.readline()))
+    process.terminate()
+    errors = process.communicate(timeout=60)[1]
+    assert errors.endswith("\nevaluate: stopped by SIGTERM; run again: finished stages are kept\n")
+    assert "Traceback" not in errors
+    assert process.returncode == 143
+    assert not orchestrator.alive(server)
+
+
+def test_a_flow_that_was_stopped_in_its_own_way_tells_no_traceback(tmp_path):
+    process = started(tmp_path, "-c", f"PATIENT = False\n{FLOWS}")
+    errors = process.communicate(timeout=120)[1]
+    assert errors.endswith("\nevaluate: stopped by SIGTERM after step 417\n")
+    assert "Traceback" not in errors
+    assert process.returncode == 143
+
+
+def test_a_stage_ends_when_the_dvc_that_ran_it_is_killed(tmp_path):
+    (tmp_path / "dvc").write_text('import subprocess, sys\nsubprocess.run([sys.executable, "stage.py"])\n')
+    (tmp_path / "stage.py").write_text(READS)
+    dvc = started(tmp_path, "dvc")
+    assert dvc.stdout.readline() == "ready\n"
+    dvc.kill()
+    errors = dvc.communicate(timeout=60)[1]  # that is, until the stage has closed them too
+    assert errors == "\ndownload: stopped by SIGTERM; run again: finished stages are kept\n"
 
 
 @pytest.mark.parametrize("arguments", [[], ["trian"], ["train", "now"]])
@@ -54,3 +182,10 @@ def test_an_unknown_stage_is_told(arguments):
     done = subprocess.run([sys.executable, "-m", "pipelines", *arguments], capture_output=True, text=True, check=False)
     assert done.returncode != 0
     assert "usage: python -m pipelines {download,validate,preprocess,train,evaluate,promote}" in done.stderr
+
+
+@pytest.mark.parametrize("name", ["download", "validate", "preprocess", "promote"])
+def test_a_stage_that_needs_no_torch_does_not_wait_for_it(name):
+    code = f"import sys, pipelines.__main__, pipelines.{name}; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"

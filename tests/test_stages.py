@@ -61,9 +61,10 @@ def is_module(name: str) -> bool:
 def sections_of(module: str) -> set[str]:
     """Sections of params.yaml that a stage's module reads: attributes of what `params.load` returned."""
     known = {"seed", "dataset", "split", "validate_", "preprocess", "model", "augment", "train", "evaluate", "promote"}
-    tree = ast.parse((ROOT / "pipelines" / f"{module}.py").read_text())
+    modules = (module, "fitting") if module == "train" else (module,)  # a process of the training reads them again
+    trees = [ast.parse((ROOT / "pipelines" / f"{name}.py").read_text()) for name in modules]
     read = set()
-    for node in ast.walk(tree):
+    for node in (node for tree in trees for node in ast.walk(tree)):
         if isinstance(node, ast.Attribute) and node.attr in known:
             value = node.value
             loaded = isinstance(value, ast.Call) and ast.unparse(value.func) == "params.load"

@@ -1,24 +1,32 @@
-"""The training loop: it learns, repeats itself to the bit, stops early, and tells of a loss that is not a number."""
+"""The training loop: it learns, repeats itself to the bit, goes on to the bit where it was stopped, and tells what fails."""
+
+from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fadeformer import training
 from fadeformer.arrays import Images
 from fadeformer.augment import Augmentation
-from fadeformer.errors import UserError
+from fadeformer.checkpoints import Checkpoints
+from fadeformer.devices import make_fabric
+from fadeformer.errors import Interrupted, UserError
 from fadeformer.models import create_model
+from fadeformer.normalisation import IMAGENET
+from fadeformer.state import COST, Epoch, Recipe, State, start
 from fadeformer.tasks import TASKS
 from tests.test_augment import OFF
 
-RECIPE = {
-    "epochs": 2, "batch_size": 8, "optimizer": "adamw", "learning_rate": 1e-3, "weight_decay": 0.05,
-    "schedule": "cosine", "plateau_factor": 0.5, "plateau_patience": 0, "early_stopping_patience": 10,
-    "sampling": "weighted",
-}  # fmt: skip
+RECIPE = Recipe(
+    epochs=2, batch_size=8, accumulate=1, optimizer="adamw", learning_rate=1e-3, weight_decay=0.05, layer_decay=1.0,
+    schedule="cosine", warmup_epochs=0, plateau_factor=0.5, plateau_patience=0, probe_epochs=0, label_smoothing=0.0,
+    clip=None, ema=0.0, monitor="loss", early_stopping_patience=10, sampling="weighted", focal_gamma=0.0,
+)  # fmt: skip
+CPU = torch.device("cpu")
 
 
 def some_images(count: int, classes: int, *, multi_label: bool = False, seed: int = 0) -> Images:
@@ -34,41 +42,71 @@ def some_images(count: int, classes: int, *, multi_label: bool = False, seed: in
     for i in range(count):
         for c in np.flatnonzero(present[i]):
             pixels[i, 4 * c : 4 * c + 3] += 120
-    return Images(pixels, labels, pd.DataFrame({"split": ["train"] * count}))
+    return Images(pixels, labels, pd.DataFrame({"split": ["train"] * count, "id": [f"image {i}" for i in range(count)]}))
 
 
-def run(train: Images, val: Images, task: str, seed: int = 0, **changes: object) -> tuple[training.State, list]:
-    classes = train.labels.shape[1] if TASKS[task].multi_label else int(train.labels.max()) + 1
+def network(classes: int, *, seed: int = 0, backbone: str = "fadevit_nano", dropout: float = 0.0, drop_path: float = 0.0):
     torch.manual_seed(seed)
-    model = create_model(
-        backbone="fadevit_nano", num_classes=classes, image_size=16, in_chans=3, pretrained=False, dropout=0.0,
-        drop_path=0.0, fade={"num_heads": 4},
+    return create_model(
+        backbone=backbone, num_classes=classes, image_size=16, in_chans=3, pretrained=False, dropout=dropout,
+        drop_path=drop_path, fade={"num_heads": 4},
     )  # fmt: skip
-    recipe = training.Recipe(**{**RECIPE, **changes})
-    state = training.start(model, recipe)
-    augmentation = Augmentation(**{**OFF, "horizontal_flip": 0.5})
-    epochs = training.fit(
-        state, train, val, task=TASKS[task], recipe=recipe, augmentation=augmentation, seed=seed,
-        device=torch.device("cpu"), precision=torch.float32,
+
+
+def fitted(
+    state: State,
+    train: Images,
+    val: Images,
+    task: str,
+    recipe: Recipe,
+    *,
+    seed: int = 0,
+    head: str = "auto",
+    augment: dict[str, object] | None = None,
+    fabric=None,
+    **options: Callable[..., object],
+):
+    """Epochs of `fit`, one by one."""
+    kind = TASKS[task].with_head(head)
+    classes = train.labels.shape[1] if kind.multi_label else int(train.labels.max()) + 1
+    augmentation = Augmentation(**{**OFF, "horizontal_flip": 0.5, **(augment or {})})
+    return training.fit(
+        state, train, val, task=kind, recipe=recipe, class_weights=np.ones(classes), augmentation=augmentation,
+        normalisation=IMAGENET, seed=seed, fabric=fabric or make_fabric(CPU, torch.float32), precision=torch.float32,
+        **options,
     )  # fmt: skip
-    return state, list(epochs)
+
+
+def run(
+    train: Images, val: Images, task: str, seed: int = 0, head: str = "auto", **changes: object
+) -> tuple[State, list[Epoch]]:
+    kind = TASKS[task].with_head(head)
+    classes = train.labels.shape[1] if kind.multi_label else int(train.labels.max()) + 1
+    recipe = replace(RECIPE, **changes)
+    state = start(network(classes - kind.spare_outputs, seed=seed), recipe)
+    return state, list(fitted(state, train, val, task, recipe, seed=seed, head=head))
+
+
+def results(epochs: list[Epoch]) -> list[Epoch]:
+    """Without what they cost."""
+    return [replace(epoch, **dict.fromkeys(COST, 0.0)) for epoch in epochs]
 
 
 @pytest.mark.parametrize("task", list(TASKS))
 def test_it_learns_eight_images_by_heart(task):
     train = some_images(8, 2 if task == "binary-class" else 3, multi_label=TASKS[task].multi_label)
-    state, epochs = run(train, train, task, epochs=80, schedule="constant", early_stopping_patience=100)
+    state, epochs = run(train, train, task, epochs=80, schedule="constant", early_stopping_patience=100, sampling="uniform")
     assert epochs[-1].train_loss < 0.2 * epochs[0].train_loss
     assert max(epoch.val_accuracy for epoch in epochs) == 1.0
-    assert state.best_loss == min(epoch.val_loss for epoch in epochs)
+    assert -state.best == min(epoch.val_loss for epoch in epochs)
 
 
 def test_the_same_seed_gives_the_same_weights_to_the_bit():
     train, val = some_images(20, 3), some_images(9, 3, seed=1)
     (one, first), (two, second) = (run(train, val, "multi-class", seed=5) for _ in range(2))
-    assert first == second
+    assert results(first) == results(second)
     assert all(torch.equal(one.best_weights[name], two.best_weights[name]) for name in one.best_weights)
-    assert run(train, val, "multi-class", seed=6)[1] != first
+    assert results(run(train, val, "multi-class", seed=6)[1]) != results(first)
 
 
 @pytest.mark.parametrize(
@@ -98,40 +136,6 @@ def test_the_weights_kept_are_those_of_the_best_epoch():
     assert any(not torch.equal(last[name], state.best_weights[name]) for name in last)
 
 
-def test_weighted_sampling_draws_every_class_equally_often():
-    labels = np.repeat([0, 1, 2], [900, 90, 10])[:, None]
-    weights = training.sampling_weights(labels, TASKS["multi-class"])
-    shares = [weights[labels[:, 0] == c].sum() for c in range(3)]
-    assert shares == pytest.approx([shares[0]] * 3)
-
-
-def test_an_image_with_findings_counts_by_its_rarest():
-    labels = np.array([[1, 0], [1, 0], [1, 1], [0, 0], [0, 0]])
-    weights = training.sampling_weights(labels, TASKS["multi-label, binary-class"])
-    assert weights == pytest.approx([1 / 3, 1 / 3, 1, 1 / 2, 1 / 2])
-
-
-def test_uniform_sampling_sees_every_image_once(monkeypatch):
-    train = some_images(20, 3)
-    seen: list[int] = []
-    original = Augmentation.__call__
-    by_bytes = {image.tobytes(): i for i, image in enumerate(train.pixels)}
-
-    def watch(self, images, generator):
-        seen.extend(by_bytes[image.numpy().tobytes()] for image in images)
-        return original(self, images, generator)
-
-    monkeypatch.setattr(Augmentation, "__call__", watch)
-    run(train, train, "multi-class", epochs=1, sampling="uniform")
-    assert sorted(seen) == list(range(20))
-
-
-def test_a_last_batch_of_one_image_is_left_out():
-    train = some_images(17, 3)
-    _, epochs = run(train, train, "multi-class", epochs=1)
-    assert len(epochs) == 1
-
-
 def test_a_loss_that_is_not_a_number_is_told():
     train = some_images(8, 3)
     with pytest.raises(
@@ -142,11 +146,223 @@ def test_a_loss_that_is_not_a_number_is_told():
 
 def test_an_optimiser_that_timm_does_not_know_is_told():
     with pytest.raises(UserError, match=r"train\.optimizer is 'adamv'"):
-        training.start(nn.Linear(2, 2), training.Recipe(**{**RECIPE, "optimizer": "adamv"}))
+        start(nn.Linear(2, 2), replace(RECIPE, optimizer="adamv"))
 
 
 def test_adam_decays_every_weight_as_published():
     model = nn.Sequential(nn.Linear(2, 2), nn.LayerNorm(2))
-    state = training.start(model, training.Recipe(**{**RECIPE, "optimizer": "adam", "weight_decay": 1e-4}))
+    state = start(model, replace(RECIPE, optimizer="adam", weight_decay=1e-4))
     assert type(state.optimizer) is torch.optim.Adam
     assert [group["weight_decay"] for group in state.optimizer.param_groups] == [1e-4]
+
+
+EVERYTHING = {
+    "epochs": 3, "ema": 0.9, "schedule": "plateau", "warmup_epochs": 0.5, "label_smoothing": 0.1, "clip": 1.0,
+    "focal_gamma": 1.0, "layer_decay": 0.8, "probe_epochs": 1, "accumulate": 2, "monitor": "accuracy",
+}  # fmt: skip
+CHANGES = {"mixup": 0.4, "cutmix": 0.4, "rotation": 10.0, "randaugment_operations": 1, "erasing": 0.5}
+STEPS = 9  # three epochs of 20 images by 8
+
+
+def asked_after(calls: int) -> Callable[[], int]:
+    """Asks to stop from the so-manieth time on that it is called."""
+    left = iter(range(calls))
+    return lambda: 0 if next(left, None) is not None else 15
+
+
+def complete(folder, train, val, recipe, **options):
+    """A training from the last checkpoint in a folder to its end, or until it is asked to stop."""
+    state = start(network(3, dropout=0.1, drop_path=0.1), recipe)
+    checkpoints = Checkpoints(folder, minutes=1e-9)
+    if (found := checkpoints.newest()) is not None:
+        state.load_state_dict(found)
+    for _ in fitted(
+        state, train, val, "multi-class", recipe, checkpoints=checkpoints, augment=CHANGES, **options
+    ):  # fmt: skip
+        pass
+    return state
+
+
+def test_a_training_stopped_anywhere_goes_on_to_the_bit(tmp_path):
+    """Asked to stop after every step, before every batch of validation and everywhere between, again and again."""
+    train, val = some_images(20, 3), some_images(9, 3, seed=1)
+    recipe = replace(RECIPE, **EVERYTHING)
+    whole = complete(tmp_path / "whole", train, val, recipe)
+    assert whole.step == STEPS
+    stopped = 0
+    for calls in range(1, 200):
+        try:
+            pieces = complete(tmp_path / "pieces", train, val, recipe, asked_to_stop=asked_after(1 + calls % 3))
+        except Interrupted as reason:
+            stopped += 1
+            assert "stopped by SIGTERM" in str(reason)
+            assert reason.signal_number == 15
+        else:
+            break
+    assert stopped >= STEPS
+    assert results(pieces.history) == results(whole.history)
+    assert (pieces.best, pieces.best_epoch) == (whole.best, whole.best_epoch)
+    for name, weights in whole.best_weights.items():
+        assert torch.equal(pieces.best_weights[name], weights), name
+    for name, weights in whole.model.state_dict().items():
+        assert torch.equal(pieces.model.state_dict()[name], weights), name
+
+
+def test_a_finished_training_is_not_trained_again(tmp_path):
+    train, recipe = some_images(20, 3), replace(RECIPE, **EVERYTHING)
+    first = complete(tmp_path, train, train, recipe)
+    again = complete(tmp_path, train, train, recipe)
+    assert again.step == first.step
+    assert results(again.history) == results(first.history)
+
+
+def test_checkpoints_come_within_an_epoch_and_the_last_two_are_kept(tmp_path):
+    train = some_images(20, 3)
+    complete(tmp_path, train, train, replace(RECIPE, epochs=2))
+    assert [path.name for path in Checkpoints(tmp_path, 1).paths] == ["step-00000006.pt", "step-00000005.pt"]
+
+
+def poison(train: Images, row: int, monkeypatch) -> None:
+    """Plants a NaN: the normalised image of one row has it."""
+    target = torch.from_numpy(train.pixels[row])
+    original = Augmentation.__call__
+
+    def poisoned(self, images: Tensor, draws: Tensor, normalisation) -> Tensor:
+        batch = original(self, images, draws, normalisation)
+        batch[(images == target).flatten(1).all(dim=1)] = torch.nan
+        return batch
+
+    monkeypatch.setattr(Augmentation, "__call__", poisoned)
+
+
+def test_a_planted_nan_is_told_with_step_and_image_and_the_last_good_checkpoint_is_kept(tmp_path, monkeypatch):
+    train = some_images(20, 3)
+    recipe = replace(RECIPE, epochs=3, sampling="uniform")
+    clean = complete(tmp_path / "clean", train, train, replace(recipe, epochs=1))
+    poison(train, 13, monkeypatch)
+    state = start(network(3, backbone="vit_tiny_patch16_224"), recipe)
+    with pytest.raises(UserError, match=r"the loss is nan at epoch 1, batch \d, step \d, on the images image 13;") as told:
+        for _ in fitted(state, train, train, "multi-class", recipe, checkpoints=Checkpoints(tmp_path / "none", 1)):
+            pass
+    assert "train.learning_rate" in str(told.value)
+    assert "checkpoint" not in str(told.value)  # there was none yet
+    before = Checkpoints(tmp_path / "clean", 1).paths[0]
+    state = start(network(3, dropout=0.1, drop_path=0.1), recipe)
+    state.load_state_dict(Checkpoints(tmp_path / "clean", 1).newest())
+    with pytest.raises(UserError, match=rf"the loss is nan at epoch 2, .*the last good checkpoint is {before}"):
+        for _ in fitted(
+            state, train, train, "multi-class", recipe, checkpoints=Checkpoints(tmp_path / "clean", 1)
+        ):  # fmt: skip
+            pass
+    kept = Checkpoints(tmp_path / "clean", 1).newest()
+    assert all(torch.equal(kept["model"][name], value) for name, value in clean.model.state_dict().items())
+
+
+def test_outputs_that_are_not_finite_on_val_are_told(monkeypatch):
+    train, val = some_images(8, 3), some_images(9, 3, seed=1)
+
+    def broken(model, pixels, *_, **__):
+        logits = np.zeros((len(pixels), 3))
+        logits[4] = np.inf
+        return logits
+
+    monkeypatch.setattr(training, "predict_together", broken)
+    with pytest.raises(UserError, match="outputs on val are not finite after epoch 1, on the images image 4;"):
+        run(train, val, "multi-class")
+
+
+def test_too_little_memory_is_told_with_the_batch_size_and_a_remedy(monkeypatch):
+    def greedy(self, images, draws, normalisation):
+        return torch.empty(2**50)
+
+    monkeypatch.setattr(Augmentation, "__call__", greedy)
+    with pytest.raises(
+        UserError, match=r"out of memory with train\.batch_size 8 and train\.accumulate 1; set train\.accumulate to 2"
+    ):
+        run(some_images(8, 3), some_images(8, 3), "multi-class")
+
+
+def test_a_val_without_two_classes_cannot_choose_by_auc():
+    train = some_images(9, 3)
+    only = Images(train.pixels[::3], train.labels[::3], train.index[::3])
+    with pytest.raises(UserError, match=r"train\.monitor is auc, .*; set it to loss"):
+        run(train, only, "multi-class", monitor="auc")
+
+
+@pytest.mark.parametrize("monitor", ["accuracy", "auc"])
+def test_the_epoch_is_chosen_by_what_is_asked(monitor):
+    train, val = some_images(30, 3), some_images(15, 3, seed=1)
+    state, epochs = run(train, val, "multi-class", epochs=6, monitor=monitor, learning_rate=3e-5)
+    values = [getattr(epoch, f"val_{monitor}") for epoch in epochs]
+    assert len(set(values)) > 1
+    assert state.best == max(values)
+    assert state.best_epoch == 1 + values.index(max(values))
+
+
+def test_while_probing_only_what_is_new_learns():
+    train = some_images(20, 3)
+    recipe = replace(RECIPE, epochs=2, probe_epochs=1, weight_decay=0.1)
+    state = start(network(3), recipe)
+    before = {name: value.clone() for name, value in state.model.state_dict().items()}
+    epochs = fitted(state, train, train, "multi-class", recipe)
+    next(epochs)
+    changed = {name for name, value in state.model.state_dict().items() if not torch.equal(value, before[name])}
+    assert {name.split(".")[0] for name in changed} == {"attn", "classifier"}
+    next(epochs)
+    changed = {name for name, value in state.model.state_dict().items() if not torch.equal(value, before[name])}
+    assert {"patch_embed", "blocks", "norm"} <= {name.split(".")[0] for name in changed}
+
+
+def test_the_mean_of_the_weights_is_what_is_judged_and_kept():
+    train = some_images(20, 3)
+    recipe = replace(RECIPE, ema=0.9, monitor="loss")
+    state = start(network(3), recipe)
+    steps = [dict(state.model.state_dict())]
+    original = state.ema.update
+
+    def noted(model, step):
+        steps.append({name: value.clone() for name, value in model.state_dict().items()})
+        original(model, step=step)
+
+    state.ema.update = noted
+    epochs = fitted(state, train, train, "multi-class", recipe)
+    mean = {name: value.clone() for name, value in steps[0].items()}
+    next(epochs)
+    for number, weights in enumerate(steps[1:]):
+        decay = state.ema.get_decay(number)
+        for name, value in weights.items():
+            mean[name] = mean[name] * decay + value * (1 - decay) if value.is_floating_point() else value
+    assert state.best_epoch == 1
+    for name, value in mean.items():
+        torch.testing.assert_close(state.best_weights[name], value, atol=1e-6, rtol=1e-5)
+    assert not torch.equal(state.best_weights["classifier.weight"], state.model.state_dict()["classifier.weight"])
+
+
+def test_a_clipped_step_is_no_longer_than_asked():
+    train, recipe = some_images(8, 3), replace(RECIPE, epochs=1, optimizer="sgd", learning_rate=1.0, weight_decay=0.0)
+    moved = {}
+    for clip in (None, 0.01):
+        state = start(network(3), replace(recipe, clip=clip))
+        before = torch.cat([value.detach().flatten().clone() for value in state.model.parameters()])
+        list(fitted(state, train, train, "multi-class", replace(recipe, clip=clip)))
+        moved[clip] = (torch.cat([value.detach().flatten() for value in state.model.parameters()]) - before).norm().item()
+    assert moved[0.01] == pytest.approx(0.019, rel=1e-3)  # the gradient, and 0.9 of it as Nesterov's momentum
+    assert moved[None] > 0.04
+
+
+def test_history_tells_what_an_epoch_cost():
+    _, epochs = run(some_images(20, 3), some_images(9, 3), "multi-class")
+    for epoch in epochs:
+        assert 0 < epoch.device_seconds <= epoch.train_seconds
+        assert epoch.val_seconds > 0
+        assert epoch.memory_mib > 100
+
+
+def test_a_cumulative_head_learns_grades():
+    train = some_images(9, 3)
+    state, epochs = run(
+        train, train, "ordinal-regression", head="cumulative", epochs=80, schedule="constant", sampling="uniform",
+        early_stopping_patience=100,
+    )  # fmt: skip
+    assert state.model.get_classifier().out_features == 2
+    assert max(epoch.val_accuracy for epoch in epochs) == 1.0

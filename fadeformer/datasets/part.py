@@ -15,7 +15,6 @@ from typing import IO, Any, NamedTuple
 from fadeformer.files import check_room, read_json, write_json
 
 AT_ONCE = 2**20  # bytes
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # the disk, the user's share of it, or the largest file allowed
 
 
 class Origin(NamedTuple):

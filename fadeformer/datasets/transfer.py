@@ -16,9 +16,9 @@ from tqdm import tqdm
 from urllib3.exceptions import HTTPError, InvalidHeader, ProtocolError, ReadTimeoutError
 from urllib3.util import Retry
 
-from fadeformer.datasets.part import AT_ONCE, FULL, Origin, Part, digests
+from fadeformer.datasets.part import AT_ONCE, Origin, Part, digests
 from fadeformer.errors import UserError
-from fadeformer.files import told
+from fadeformer.files import FULL, told
 
 AS_IT_IS = {"Accept-Encoding": "identity"}  # a range counts bytes as they are sent, so they must not be compressed
 PASSING = (408, 425, 429)  # with every 5xx: the server may answer otherwise in a while

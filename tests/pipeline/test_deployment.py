@@ -5,10 +5,12 @@ import socket
 import subprocess
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from urllib.error import URLError
 from urllib.request import Request, urlopen
 
+import psutil
 import pytest
 
 from tests.conftest import Project
@@ -51,10 +53,10 @@ def started(project: Project, address: str) -> Iterator[Callable[..., Path]]:
 def finished(project: Project, address: str, started) -> str:
     """What the deployment run printed, on a server and a worker started for it."""
     log = started("prefect", "server", "start", "--host", "127.0.0.1", "--port", address.split(":")[2].split("/")[0])
-    deadline = time.monotonic() + PATIENCE
-    while not answers(f"{address}/health"):
-        assert time.monotonic() < deadline, log.read_text()
-        time.sleep(0.3)
+    try:
+        soon(lambda: answers(f"{address}/health"))
+    except AssertionError:
+        pytest.fail(log.read_text())
     prefect = ("prefect", "--no-prompt")
     project.run(*prefect, "work-pool", "create", "local", "--type", "process", PREFECT_API_URL=address)
     project.run(*prefect, "deploy", "--all", PREFECT_API_URL=address)
@@ -69,6 +71,26 @@ def answers(url: str) -> bool:
             return response.status == 200
     except (URLError, OSError):
         return False
+
+
+def soon(true: Callable[[], object]) -> object:
+    """Waits until something is true, and gives it."""
+    deadline = time.monotonic() + PATIENCE
+    while not (value := true()):
+        assert time.monotonic() < deadline
+        time.sleep(0.3)
+    return value
+
+
+def stages(project: Project) -> list[list[str]]:
+    """Commands of DVC, its shells and stages that run in the project."""
+    found = []
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):  # one that has just ended, or a zombie
+            command = process.cmdline()
+            if process.cwd() == str(project.folder) and {"dvc", "pipelines"} & set(" ".join(command).split()):
+                found.append(command)
+    return found
 
 
 def ask(address: str, what: str) -> list[dict]:
@@ -105,3 +127,24 @@ def test_a_value_that_params_yaml_would_refuse_is_refused_at_submission(project,
     output = project.run("prefect", *command, check=False, PREFECT_API_URL=address)
     assert project.code != 0
     assert "minimum" in output
+
+
+def test_a_run_that_is_cancelled_ends_its_stage_and_leaves_nothing_behind(project, finished, address):
+    endless = json.dumps({"epochs": 10**6, "early_stopping_patience": 10**6})
+    options = ("--param", f"train={endless}", "--flow-run-name", "endless")
+    known = {run["id"] for run in ask(address, "flow_runs")}
+    project.run("prefect", "deployment", "run", "pipeline/local", *options, PREFECT_API_URL=address)
+
+    def states() -> dict[str, str]:
+        flows = {flow["id"]: flow["name"] for flow in ask(address, "flows")}
+        new = [run for run in ask(address, "flow_runs") if run["id"] not in known]
+        return {flows[run["flow_id"]]: run["state_type"] for run in new}
+
+    soon(lambda: states().get("train") == "RUNNING")
+    assert len(stages(project)) >= 2  # dvc and the stage; a shell that only calls may have become the stage
+    (run,) = [run["id"] for run in ask(address, "flow_runs") if run["name"] == "endless"]
+    project.run("prefect", "--no-prompt", "flow-run", "cancel", run, PREFECT_API_URL=address)
+    soon(lambda: not stages(project))
+    soon(lambda: states()["pipeline"] == "CANCELLED")
+    assert states()["train"] in ("CRASHED", "FAILED")  # the stage told its end, and by a signal of its own
+    assert project.run("git", "status", "--short", "params.yaml") == ""

@@ -1,0 +1,96 @@
+"""The folder of a training that has begun and not ended: what it is made of, its checkpoints, history and journal.
+
+It lies outside DVC's outputs, which DVC removes before a stage runs, and is found again by a digest of parameters, data,
+code and libraries, so that exactly the same training is taken up and no other.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+from ruamel.yaml import YAML
+
+from fadeformer import params
+from fadeformer.errors import UserError
+from fadeformer.files import checksum, read_json, write_json
+from pipelines import paths, tracking
+
+MADE_OF = "made_of.json"
+SECTIONS = ("seed", "model", "augment", "train")
+DATA = ("meta.json", "index.parquet", "train.npy", "val.npy")
+LIBRARIES = ("lightning-fabric", "numpy", "scipy", "timm", "torch", "torchvision")
+SHOWN = 5  # differences in a message
+
+
+@contextmanager
+def taken_up() -> Iterator[Path]:
+    """The folder of the training that params.yaml describes, this process's alone; tells what is taken up or left.
+
+    Raises:
+        UserError: another process trains the same.
+    """
+    parts = made_of()
+    root = tracking.project() / paths.BEGUN
+    folder = root / digest(parts)
+    root.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(folder.with_suffix(".lock"), timeout=0):
+            if (folder / MADE_OF).is_file():
+                print(f"going on with the training that was begun in {_near(folder)}")
+            else:
+                _tell_of_others(root, parts)
+                folder.mkdir(exist_ok=True)
+                write_json(folder / MADE_OF, parts)
+            yield folder
+    except Timeout as error:
+        raise UserError(f"{_near(folder)}: another process trains the very same; wait until it has ended") from error
+    finally:
+        if not folder.exists():
+            folder.with_suffix(".lock").unlink(missing_ok=True)
+
+
+def made_of() -> dict[str, Any]:
+    """Everything that decides how a training goes, by name, as values or checksums."""
+    wanted = {name: value for name, value in params.load(paths.PARAMS).flat().items() if name.split(".")[0] in SECTIONS}
+    deps = YAML(typ="safe").load(Path("dvc.yaml"))["stages"]["train"]["deps"]
+    code = [Path(dep) for dep in deps if dep.endswith(".py")]
+    files = [*code, Path(wanted["model.weights"]), *(paths.PROCESSED / name for name in DATA)]
+    try:
+        sums = {path.as_posix(): checksum(path, "sha256") for path in files}
+    except OSError as error:
+        raise UserError(f"{error.filename}: cannot be read ({error.strerror}); run `dvc repro train`") from error
+    return {**wanted, **sums, **{name: version(name) for name in LIBRARIES}}
+
+
+def digest(parts: Mapping[str, Any]) -> str:
+    """A name for what a training is made of."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def _near(path: Path) -> Path:
+    """A path as a person in the project's folder writes it."""
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+
+
+def _tell_of_others(root: Path, parts: Mapping[str, Any]) -> None:
+    others = sorted(root.glob(f"*/{MADE_OF}"), key=lambda path: path.stat().st_mtime)
+    if not others:
+        return
+    before = read_json(others[-1])
+    names = [name for name in {**parts, **before} if parts.get(name) != before.get(name)]
+    told = [
+        f"{name} is {parts.get(name)}, was {before.get(name)}" if "/" not in name else f"{name} has changed"
+        for name in names[:SHOWN]
+    ]
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    print(
+        f"training afresh, not from the checkpoint in {_near(others[-1].parent)}: {'; '.join(told)}{more}. That one goes on when"
+        f" all is as it was; remove the folder if it is not needed"
+    )

@@ -1,0 +1,260 @@
+"""One process of a training: makes all that it needs, takes up the last checkpoint, and leaves the next ones.
+
+With one device it runs in the process of the stage; with several, torchrun starts `python -m pipelines.fitting FOLDER`.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import timm
+import torch
+from lightning_fabric import Fabric
+from torch import nn
+
+from fadeformer import arrays, params, training
+from fadeformer.arrays import Meta
+from fadeformer.augment import Augmentation
+from fadeformer.checkpoints import Checkpoints
+from fadeformer.devices import make_fabric
+from fadeformer.errors import Interrupted, UserError
+from fadeformer.files import checksum, whole_file, write_json
+from fadeformer.inference import choose_device, choose_precision
+from fadeformer.models import create_model, load_weights
+from fadeformer.normalisation import IMAGENET, Normalisation
+from fadeformer.params import ModelParams, Params
+from fadeformer.state import COST, Epoch, Recipe, State, start
+from fadeformer.tasks import Task
+from pipelines import begun, paths
+from pipelines.journal import Journal
+from pipelines.signals import asked_to_leave
+
+FLIPPED = 0.5  # of images that mean the same when mirrored
+NAMES = {torch.float32: "32", torch.bfloat16: "bf16", torch.float16: "16"}
+ELSEWHERE = ("precision", "device", "devices", "class_weights", "checkpoint_minutes")  # keys of train: not in the recipe
+# What a model is made of; the other sections may change without training it again.
+SECTIONS = ("seed", "dataset", "split", "preprocess", "model", "augment", "train")
+
+
+def nodes() -> int:
+    """Machines that train together: as torchrun's own environment says."""
+    return int(os.environ.get("PET_NNODES", "1").split(":")[0])
+
+
+def devices(wanted: Params) -> int:
+    """Processes on this machine.
+
+    Raises:
+        UserError: more GPUs are asked for than there are.
+    """
+    device = choose_device(wanted.train.device)
+    found = torch.cuda.device_count() if device.type == "cuda" else 1
+    if wanted.train.devices == "auto":
+        return found
+    if device.type == "cuda" and wanted.train.devices > found:
+        raise UserError(
+            f"params.yaml: train.devices is {wanted.train.devices}, but this machine has {found} GPU(s); set it to auto"
+        )
+    return wanted.train.devices
+
+
+def run(folder: Path | None) -> None:
+    """Trains to the end.
+
+    Args:
+        folder: of the training, which `begun.taken_up` gave; other machines than the first need none.
+
+    Raises:
+        UserError: params.yaml asks for what cannot be, or training fails in a way that a person can mend.
+        Interrupted: a signal asked to stop; the state is in a checkpoint.
+    """
+    logging.getLogger("lightning_fabric").setLevel(logging.WARNING)  # it announces each process
+    wanted = params.load(paths.PARAMS)
+    meta = arrays.read_meta(paths.PROCESSED)
+    device = choose_device(wanted.train.device)
+    precision = choose_precision(wanted.train.precision, device)
+    torch.use_deterministic_algorithms(True, warn_only=device.type == "cuda")
+    freezes = wanted.train.probe_epochs > 0
+    fabric = make_fabric(device, precision, devices=devices(wanted), nodes=nodes(), freezes=freezes)
+    _check_same(fabric, folder)
+    torch.manual_seed(wanted.seed)
+    task = meta.task.with_head(wanted.model.head)
+    described, model, origin = _network(wanted.model, meta, task)
+    normalisation = normalisation_of(wanted.model, meta, model)
+    recipe = Recipe(**wanted.train.model_dump(exclude=set(ELSEWHERE)))
+    state = start(model.to(fabric.device), recipe)
+    journal, checkpoints = None, None
+    if folder is not None and fabric.global_rank == 0:
+        journal, checkpoints = Journal(folder), Checkpoints(folder, wanted.train.checkpoint_minutes)
+        made_with = {name: value for name, value in wanted.nested().items() if name in SECTIONS}
+        write_json(
+            folder / paths.ARCHITECTURE.name,
+            {
+                "model": described, "task": meta.task.name, "head": wanted.model.head, "classes": list(meta.classes),
+                "normalise": asdict(normalisation), "precision": NAMES[precision], "weights": origin,
+                "params": made_with,
+            },
+        )  # fmt: skip
+        journal.start(wanted.flat(), meta)
+    _take_up(state, checkpoints, fabric)
+    train, val = (arrays.read(paths.PROCESSED, split) for split in ("train", "val"))
+    for result in state.history:  # the last may not have been told
+        _tell(result, state, recipe, folder, journal, anew=False)
+    with asked_to_leave() as asked:
+        for result in training.fit(
+            state, train, val, task=task, recipe=recipe, class_weights=class_weights_of(wanted, meta, task, train.labels),
+            augmentation=augmentation_of(wanted, meta), normalisation=normalisation, seed=wanted.seed, fabric=fabric,
+            precision=precision, checkpoints=checkpoints, asked_to_stop=asked,
+        ):  # fmt: skip
+            _tell(result, state, recipe, folder, journal, anew=True)
+
+
+def _check_same(fabric: Fabric, folder: Path | None) -> None:
+    """Makes sure that all machines train the same, and that the first one keeps it."""
+    name = fabric.broadcast(None if folder is None else folder.name)
+    if name is None:
+        raise UserError(
+            "the first process is not on the machine that runs the stage; set PET_NODE_RANK to 0 there, and to 1 and so"
+            " on elsewhere"
+        )
+    if folder is None and fabric.local_rank == 0 and begun.digest(begun.made_of()) != name:
+        raise UserError("params.yaml, data, code or libraries are others here than on the first machine")
+
+
+def _network(wanted: ModelParams, meta: Meta, task: Task) -> tuple[dict[str, Any], nn.Module, dict[str, str] | None]:
+    """What `create_model` is called with, the network, and which weights it starts from."""
+    described = {
+        "backbone": wanted.backbone,
+        "num_classes": len(meta.classes) - task.spare_outputs,
+        "image_size": meta.image_size,
+        "in_chans": meta.channels,
+        "pretrained": wanted.pretrained,
+        "dropout": wanted.dropout,
+        "drop_path": wanted.drop_path,
+        "fade": wanted.fade.model_dump() if wanted.fade else None,
+    }
+    try:
+        first = Path(wanted.weights) if Path(wanted.weights) != paths.NO_WEIGHTS else None
+        model = create_model(**{**described, "pretrained": wanted.pretrained and first is None})
+        origin = None if first is None else load_start(model, first)
+    except (ValueError, RuntimeError) as error:
+        raise UserError(f"params.yaml: model: {error}") from error
+    except OSError as error:
+        if not wanted.pretrained:
+            raise
+        raise UserError(
+            f"the pretrained weights of {wanted.backbone} cannot be had ({type(error).__name__}); check the network, or"
+            " set model.pretrained to false"
+        ) from error
+    return described, model, origin
+
+
+def load_start(model: nn.Module, weights: Path) -> dict[str, str]:
+    """Puts the weights of a file into the model, and tells which they were.
+
+    Raises:
+        UserError: the file is not there, or is none of weights for this model.
+    """
+    try:
+        load_weights(model, weights)
+    except OSError as error:
+        raise UserError(f"params.yaml: model.weights is {weights}, which cannot be read ({error.strerror})") from error
+    except ValueError as error:
+        raise UserError(f"params.yaml: model.weights: {error}") from error
+    return {"file": weights.name, "sha256": checksum(weights, "sha256")}
+
+
+def normalisation_of(wanted: ModelParams, meta: Meta, model: nn.Module) -> Normalisation:
+    """Mean and deviation that the network's input is normalised with."""
+    if wanted.normalise == "data":
+        return Normalisation(tuple(meta.channel_mean), tuple(max(std, 1e-6) for std in meta.channel_std))
+    if wanted.normalise == "imagenet":
+        return IMAGENET.of(meta.channels)
+    config = timm.data.resolve_model_data_config(model)
+    return Normalisation(tuple(config["mean"]), tuple(config["std"])).of(meta.channels)
+
+
+def augmentation_of(wanted: Params, meta: Meta) -> Augmentation:
+    """Random changes; none of left and right where these are labels."""
+    chosen = wanted.augment.model_dump() | {"erasing_scale": tuple(wanted.augment.erasing_scale)}
+    if wanted.augment.horizontal_flip == "auto":
+        chosen["horizontal_flip"] = FLIPPED if meta.dataset["mirrors"] else 0.0
+    return Augmentation(**chosen)
+
+
+def class_weights_of(wanted: Params, meta: Meta, task: Task, labels: Any) -> Any:
+    """Weights of the classes in the loss, (classes,).
+
+    Raises:
+        UserError: a name is of no class.
+    """
+    chosen = wanted.train.class_weights
+    if chosen == "auto":
+        return task.balance(labels, len(meta.classes))
+    given: Mapping[str, float] = {} if chosen == "none" else chosen
+    for name in given:
+        if name not in meta.classes:
+            raise UserError(
+                f"params.yaml: train.class_weights names {name}, but the classes are {', '.join(meta.classes)}"
+            )
+    return pd.Series(given, dtype=float).reindex(list(meta.classes)).fillna(1.0).to_numpy()
+
+
+def _take_up(state: State, checkpoints: Checkpoints | None, fabric: Fabric) -> None:
+    """Brings the state to where the last checkpoint was; the first process reads it for all."""
+    found = checkpoints.newest() if checkpoints is not None else None
+    if fabric.world_size > 1:
+        found = fabric.broadcast(found)
+    if found is not None:
+        state.load_state_dict(found)
+        if checkpoints is not None:
+            print(f"taken up after epoch {state.epoch}, batch {state.batch} of the next, step {state.step}")
+
+
+def _tell(
+    result: Epoch, state: State, recipe: Recipe, folder: Path | None, journal: Journal | None, *, anew: bool
+) -> None:
+    """Leaves an epoch's result in history.csv and with MLflow, and on the screen."""
+    if folder is None or journal is None:
+        return
+    measured = asdict(result)
+    journal.epoch(measured)
+    if not anew:
+        return
+    journal.deliver()
+    with whole_file(folder / paths.HISTORY.name) as path:
+        history(map(asdict, state.history)).to_csv(path, index=False)
+    auc = "undefined" if result.val_auc is None else f"{result.val_auc:.4f}"
+    print(
+        f"epoch {result.epoch:3d}/{recipe.epochs}: train loss {result.train_loss:.4f} accuracy"
+        f" {result.train_accuracy:.4f} | val loss {result.val_loss:.4f} accuracy {result.val_accuracy:.4f} AUC {auc} |"
+        f" {result.train_seconds + result.val_seconds:.1f} s"
+    )
+
+
+def history(results: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
+    """One row per epoch, without what it cost: the same for the same training."""
+    return pd.DataFrame(results).drop(columns=list(COST))
+
+
+def main() -> None:
+    """Runs as one of torchrun's processes; a message for people is left in a file for the stage to show."""
+    folder = Path(sys.argv[1]) if len(sys.argv) > 1 else None
+    try:
+        run(folder)
+    except (UserError, Interrupted) as error:
+        if folder is not None:
+            told = {"message": str(error), "signal": getattr(error, "signal_number", 0)}
+            write_json(folder / f"stopped-{os.environ.get('RANK', 0)}.json", told)
+        sys.exit(f"fitting: {error}" if folder is None else 1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,243 @@
+"""A training that is killed, stopped, sent to several processes or cut off from MLflow comes to the same end."""
+
+import os
+import random
+import re
+import signal
+import socket
+import sqlite3
+import subprocess
+import sys
+import time
+from contextlib import closing, contextmanager
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from fadeformer.state import COST
+from tests.conftest import SMALL, Project, clone
+
+pytestmark = pytest.mark.pipeline
+
+OFTEN = {"epochs": 8, "checkpoint_minutes": 1e-6, "batch_size": 32, "device": "cpu"}  # a checkpoint after each step
+RESULTS = ("models/best_model.pth", "models/history.csv", "reports/metrics.json")
+
+
+def prepared(folder: Path) -> Project:
+    """A project whose next stage is train."""
+    folder.mkdir()
+    project = clone(folder)
+    project.change(**{**SMALL, "train": OFTEN})
+    project.commit("small")
+    project.run("dvc", "repro", "preprocess")
+    return project
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Project:
+    """A project whose training was never interrupted."""
+    project = prepared(tmp_path_factory.mktemp("resume") / "whole")
+    project.run("dvc", "repro", "evaluate")
+    return project
+
+
+@pytest.fixture(scope="module")
+def pieces(tmp_path_factory: pytest.TempPathFactory) -> Project:
+    """The same, not yet trained."""
+    return prepared(tmp_path_factory.mktemp("resume") / "pieces")
+
+
+def begun(project: Project) -> list[Path]:
+    return sorted(project.folder.glob(".cache/train/*/made_of.json"))
+
+
+def step(project: Project) -> int:
+    """Step of the newest checkpoint."""
+    found = [int(path.stem.removeprefix("step-")) for path in project.folder.glob(".cache/train/*/step-*.pt")]
+    return max(found, default=0)
+
+
+@contextmanager
+def running(project: Project, *command: str, **environment: str):
+    """A command in a process group of its own, nothing of which is left."""
+    process = subprocess.Popen(
+        command, cwd=project.folder, env={**project.environment, **environment}, text=True, start_new_session=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+    try:
+        yield process
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def wait_for_step(project: Project, process: subprocess.Popen, wanted: int) -> None:
+    deadline = time.monotonic() + 200
+    while step(project) < wanted and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert process.poll() is None, process.communicate()[0]
+    assert step(project) >= wanted
+
+
+def told_to_mlflow(project: Project) -> tuple[pd.DataFrame, list[tuple[str, str]]]:
+    """Every metric that is not a cost, in the order in which MLflow was told, and the runs with their status."""
+    with closing(sqlite3.connect(project.folder / "mlruns" / "mlflow.db")) as store:
+        metrics = pd.read_sql("select run_uuid, key, step, value, timestamp from metrics", store)
+        runs = store.execute("select run_uuid, status from runs").fetchall()
+    metrics = metrics[~metrics["key"].isin(COST) & ~metrics["key"].str.startswith("seconds.")]
+    return metrics.sort_values(["timestamp", "step", "key"], kind="stable"), runs
+
+
+def test_killed_at_any_moment_it_comes_to_the_same_bytes(whole, pieces):
+    moments = random.Random(0)
+    for reached in (1, 14, 27):
+        with running(pieces, "dvc", "repro", "evaluate") as process:
+            wait_for_step(pieces, process, reached)
+            time.sleep(0.1 * moments.random())
+            os.killpg(process.pid, signal.SIGKILL)
+    output = pieces.run("dvc", "repro", "evaluate")
+    assert "going on with the training that was begun in .cache/train/" in output
+    assert re.search(r"taken up after epoch \d, batch \d of the next, step (2[7-9]|3\d)", output)
+    for name in RESULTS:
+        assert (pieces.folder / name).read_bytes() == (whole.folder / name).read_bytes(), name
+    assert not begun(pieces)
+    (metrics, runs), (expected, _) = told_to_mlflow(pieces), told_to_mlflow(whole)
+    assert [status for _, status in runs] == ["FINISHED"]
+    assert not metrics.duplicated(["key", "step"]).any()
+    assert metrics["step"].max() == OFTEN["epochs"]
+    columns = ["key", "step", "value"]
+    both = [table[columns].sort_values(columns[:2]).reset_index(drop=True) for table in (metrics, expected)]
+    pd.testing.assert_frame_equal(*both, check_exact=True)
+    in_time = metrics[metrics["key"] == "val_loss"]["step"]
+    assert in_time.is_monotonic_increasing
+
+
+def test_sigterm_leaves_a_checkpoint_within_ten_seconds_and_the_run_goes_on(whole, pieces):
+    pieces.change(train={**OFTEN, "weight_decay": 0.04})
+    with running(pieces, "python", "-m", "pipelines", "train") as process:
+        wait_for_step(pieces, process, 5)
+        asked = time.monotonic()
+        process.terminate()
+        output, _ = process.communicate(timeout=60)
+    assert time.monotonic() - asked < 10
+    assert process.returncode == 128 + signal.SIGTERM
+    assert re.search(r"^train: stopped by SIGTERM in epoch \d, after step (\d+); run again", output, re.MULTILINE), output
+    assert "Traceback" not in output
+    _, runs = told_to_mlflow(pieces)
+    assert sorted(status for _, status in runs) == ["FINISHED", "KILLED"]
+    output = pieces.run("python", "-m", "pipelines", "train")
+    assert "going on with the training" in output
+    metrics, runs = told_to_mlflow(pieces)
+    assert [status for _, status in runs] == ["FINISHED"] * 2
+    assert not metrics.duplicated(["run_uuid", "key", "step"]).any()
+
+
+def test_ctrl_c_does_the_same(pieces):
+    pieces.change(train={**OFTEN, "weight_decay": 0.03})
+    code = "import signal, runpy, sys; signal.signal(signal.SIGINT, signal.default_int_handler);" \
+        " sys.argv[1:] = ['train']; runpy.run_module('pipelines', run_name='__main__')"  # fmt: skip
+    with running(pieces, "python", "-c", code) as process:
+        wait_for_step(pieces, process, 5)
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+        output, _ = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGINT, output
+    assert re.search(r"^train: stopped by SIGINT in epoch \d, after step \d+", output, re.MULTILINE), output
+
+
+def test_other_parameters_train_afresh_and_say_so(pieces):
+    """The one before was stopped and is kept."""
+    assert len(begun(pieces)) == 1
+    pieces.change(train={**OFTEN, "weight_decay": 0.03, "learning_rate": 0.002})
+    output = pieces.run("python", "-m", "pipelines", "train")
+    assert "training afresh, not from the checkpoint in .cache/train/" in output
+    assert "train.learning_rate is 0.002, was 0.001" in output
+    assert "taken up" not in output
+    assert len(begun(pieces)) == 1
+    pieces.change(train={**OFTEN, "weight_decay": 0.03, "learning_rate": 0.001})
+    assert "taken up after epoch" in pieces.run("python", "-m", "pipelines", "train")
+    assert not begun(pieces)
+
+
+def test_a_training_that_another_process_runs_is_not_begun_twice(pieces):
+    pieces.change(train={**OFTEN, "weight_decay": 0.02})
+    with running(pieces, "python", "-m", "pipelines", "train") as process:
+        wait_for_step(pieces, process, 1)
+        output = pieces.run("python", "-m", "pipelines", "train", check=False)
+        assert pieces.code == 1
+        assert "another process trains the very same; wait until it has ended" in output
+
+
+def test_without_mlflow_training_goes_on_and_is_told_later(pieces):
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        nobody = f"http://127.0.0.1:{unused.getsockname()[1]}"
+    pieces.change(train={**OFTEN, "weight_decay": 0.01})
+    before = len(told_to_mlflow(pieces)[1])
+    output = pieces.run("python", "-m", "pipelines", "train", check=False, MLFLOW_TRACKING_URI=nobody)
+    assert pieces.code == 1
+    assert output.count("cannot be reached: training goes on") == 1
+    assert "Traceback" not in output
+    assert re.search(r"^train: .*the training is finished and kept in", output, re.MULTILINE), output
+    output = pieces.run("python", "-m", "pipelines", "train")
+    assert "epoch   1/8" not in output
+    metrics, runs = told_to_mlflow(pieces)
+    assert len(runs) == before + 1
+    assert all(status == "FINISHED" for _, status in runs[-1:])
+    told = metrics[metrics["run_uuid"] == runs[-1][0]]
+    assert sorted(told.loc[told["key"] == "val_loss", "step"]) == list(range(1, 9))
+
+
+@pytest.fixture(scope="module")
+def steady(pieces: Project) -> pd.DataFrame:
+    """The history of one process, with an optimiser that does not make much of rounding as Adam does."""
+    pieces.change(train={**OFTEN, "optimizer": "sgd", "learning_rate": 0.02, "precision": 32, "checkpoint_minutes": 5})
+    pieces.run("python", "-m", "pipelines", "train")
+    return pd.read_csv(pieces.folder / "models" / "history.csv")
+
+
+def test_two_processes_come_to_the_history_of_one(pieces, steady):
+    pieces.change(train={"devices": 2})
+    pieces.run("python", "-m", "pipelines", "train")
+    found = pd.read_csv(pieces.folder / "models" / "history.csv")
+    assert found["epoch"].tolist() == steady["epoch"].tolist()
+    for name in ("train_loss", "val_loss", "learning_rate"):
+        assert found[name].to_numpy() == pytest.approx(steady[name].to_numpy(), abs=1e-5), name
+    assert steady["train_loss"].nunique() == len(steady)
+
+
+def test_two_machines_do_so_too(pieces, steady):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    pieces.change(train={"devices": 1, "weight_decay": 0.05 + 1e-9})
+    cluster = {"PET_NNODES": "2", "PET_MASTER_ADDR": "127.0.0.1", "PET_MASTER_PORT": port}
+    other = ["torchrun", "--nproc-per-node", "1", "-m", "pipelines.fitting"]
+    with running(pieces, *other, **cluster, PET_NODE_RANK="1") as process:
+        pieces.run("python", "-m", "pipelines", "train", **cluster, PET_NODE_RANK="0")
+        assert process.wait(timeout=60) == 0
+    found = pd.read_csv(pieces.folder / "models" / "history.csv")
+    for name in ("train_loss", "val_loss"):
+        assert found[name].to_numpy() == pytest.approx(steady[name].to_numpy(), abs=1e-5), name
+
+
+def test_an_error_in_one_of_several_processes_is_one_message(pieces):
+    pieces.change(train={"devices": 2, "batch_size": 2})
+    output = pieces.run("python", "-m", "pipelines", "train", check=False)
+    assert pieces.code == 1
+    assert re.search(r"^train: a batch of 2 images is too small for 2 device\(s\)", output, re.MULTILINE), output
+    assert "Traceback" not in output
+
+
+def test_sigterm_reaches_several_processes(pieces):
+    pieces.change(train={**OFTEN, "devices": 2, "epochs": 200, "early_stopping_patience": 200})
+    with running(pieces, sys.executable, "-m", "pipelines", "train") as process:
+        wait_for_step(pieces, process, 5)
+        asked = time.monotonic()
+        process.terminate()
+        output, _ = process.communicate(timeout=60)
+    assert time.monotonic() - asked < 10
+    assert process.returncode == 128 + signal.SIGTERM, output
+    assert "Traceback" not in output
+    assert re.search(r"^train: stopped by SIGTERM", output, re.MULTILINE), output
