@@ -34,10 +34,13 @@ from fadeformer import training
 from fadeformer.arrays import Images
 from fadeformer.augment import Augmentation
 from fadeformer.backbones import without_timms_own
+from fadeformer.devices import make_fabric
 from fadeformer.files import read_json, whole_file, write_json
 from fadeformer.inference import logits_of
 from fadeformer.metrics import auc, log_loss
 from fadeformer.models import FadeNet
+from fadeformer.normalisation import IMAGENET
+from fadeformer.state import Recipe, start
 from fadeformer.tasks import TASKS
 
 Splits = dict[str, tuple[np.ndarray, np.ndarray]]  # pixels (images, 28, 28, 3) and labels (images, 1) of each split
@@ -117,26 +120,30 @@ def train_and_test(data: Path, runs: Path, dataset: str, arm: str, seed: int) ->
     """
     torch.set_num_threads(1)
     splits = load(data, dataset)
-    model = network(arm, classes=int(splits["train"][1].max()) + 1, seed=seed)
-    recipe = training.Recipe(
-        epochs=EPOCHS[dataset], batch_size=64, optimizer="adamw", learning_rate=1e-3, weight_decay=0.05,
-        schedule="cosine", plateau_factor=0.5, plateau_patience=2, early_stopping_patience=100, sampling="uniform",
+    classes = int(splits["train"][1].max()) + 1
+    model = network(arm, classes, seed)
+    recipe = Recipe(
+        epochs=EPOCHS[dataset], batch_size=64, accumulate=1, optimizer="adamw", learning_rate=1e-3, weight_decay=0.05,
+        layer_decay=1.0, schedule="cosine", warmup_epochs=0, plateau_factor=0.5, plateau_patience=2, probe_epochs=0,
+        label_smoothing=0.0, clip=None, ema=0.0, monitor="loss", early_stopping_patience=100, sampling="uniform",
+        focal_gamma=0.0,
     )  # fmt: skip
     augmentation = Augmentation(
-        horizontal_flip=0.5, rotation=10.0, scale=0.1, translate=0.08, border="reflection", brightness=0.15,
-        contrast=0.15, saturation=0.15, erasing=0.0, erasing_scale=(0.02, 0.12),
+        horizontal_flip=0.5, rotation=10.0, scale=0.1, translate=0.08, border="reflection", interpolation="bilinear",
+        brightness=0.15, contrast=0.15, saturation=0.15, erasing=0.0, erasing_scale=(0.02, 0.12),
+        randaugment_operations=0, randaugment_magnitude=0, mixup=0.0, cutmix=0.0,
     )  # fmt: skip
-    state = training.start(model, recipe)
+    state = start(model, recipe)
     train, val = (Images(*splits[split], pd.DataFrame()) for split in ("train", "val"))
     epochs = list(
         training.fit(
-            state, train, val, task=TASK, recipe=recipe, augmentation=augmentation, seed=seed, device=CPU,
-            precision=torch.float32,
+            state, train, val, task=TASK, recipe=recipe, class_weights=np.ones(classes), augmentation=augmentation,
+            normalisation=IMAGENET, seed=seed, fabric=make_fabric(CPU, torch.float32), precision=torch.float32,
         )
     )  # fmt: skip
     model.load_state_dict(state.best_weights)
     pixels, labels = splits["test"]
-    scores = TASK.probabilities(logits_of(model, pixels, 256, CPU, torch.float32))
+    scores = TASK.probabilities(logits_of(model, pixels, 256, CPU, torch.float32, IMAGENET))
     best = epochs[state.best_epoch - 1]
     row = {
         "dataset": dataset, "arm": arm, "seed": seed,

@@ -150,8 +150,8 @@ def feed(pixels: NDArray[np.uint8], batches: Sequence[Batch], device: torch.devi
         waiting: list[Future[Tensor]] = []
         try:
             for number in range(len(batches)):
-                for batch in batches[number + len(waiting) : number + AHEAD + 1]:
-                    waiting.append(pool.submit(gather, batch.own))
+                coming = batches[number + len(waiting) : number + AHEAD + 1]
+                waiting.extend([pool.submit(gather, batch.own) for batch in coming])
                 yield waiting.pop(0).result().to(device, non_blocking=True)
         finally:
             for future in waiting:

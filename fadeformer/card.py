@@ -15,6 +15,10 @@ OF_CLASS = {
     "support": "Images", "auc": "AUC", "recall": "Sensitivity", "specificity": "Specificity", "precision": "Precision",
     "f1": "F1",
 }  # fmt: skip
+CHOSEN = {
+    "loss": "of the lowest validation loss", "accuracy": "of the highest validation accuracy",
+    "auc": "of the highest validation AUC",
+}  # fmt: skip
 BAR = "\\|"  # in a cell
 
 
@@ -62,7 +66,7 @@ def model_card(meta: Meta, described: Mapping[str, Any], summary: Mapping[str, A
                 ("Fade layers", network),
                 ("Training", ", ".join(f"{key} {value}" for key, value in settings["train"].items())),
                 ("Seed", settings["seed"]),
-                ("Weights kept", f"epoch {described['best_epoch']}, of the lowest validation loss"),
+                ("Weights kept", f"epoch {described['best_epoch']}, {CHOSEN[settings['train']['monitor']]}"),
             ],
         ),
         "",

@@ -71,7 +71,13 @@ def predict_together(
     """
     world = fabric.world_size
     own = logits_of(
-        model, pixels[fabric.global_rank :: world], -(-batch_size // world), fabric.device, precision, normalisation, each
+        model,
+        pixels[fabric.global_rank :: world],
+        -(-batch_size // world),
+        fabric.device,
+        precision,
+        normalisation,
+        each,
     )
     if world == 1:
         return own
@@ -184,8 +190,7 @@ def within_memory(batch_size: int, accumulate: int) -> Iterator[None]:
         if not isinstance(error, torch.OutOfMemoryError | MemoryError) and "allocate memory" not in told:
             raise
         raise UserError(
-            f"out of memory with train.batch_size {batch_size} and train.accumulate {accumulate}; set train.accumulate to"
-            f" {2 * accumulate}: the same batch in smaller parts, for the same result but for batch normalisation; or"
+            f"out of memory with train.batch_size {batch_size} and train.accumulate {accumulate}; set train.accumulate"
+            f" to {2 * accumulate}: the same batch in smaller parts, the same result but for batch normalisation; or"
             f" lower train.batch_size ({told.splitlines()[0][:160]})"
         ) from error
-

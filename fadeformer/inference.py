@@ -14,7 +14,6 @@ from tqdm import tqdm
 from fadeformer.errors import UserError
 from fadeformer.normalisation import Normalisation
 
-
 PRECISIONS = {"32": torch.float32, "bf16": torch.bfloat16, "16": torch.float16}
 
 

@@ -49,8 +49,8 @@ def pace(
 ) -> float:
     """By what the learning rate is multiplied at a step.
 
-    It rises in even steps to 1 while it warms up; `cosine` then falls along half a wave towards 0 (Loshchilov and Hutter
-    2017, arXiv:1608.03983, without restarts).
+    It rises in even steps to 1 while it warms up; `cosine` then falls along half a wave towards 0 (Loshchilov and
+    Hutter 2017, arXiv:1608.03983, without restarts).
 
     Args:
         step: from 0.

@@ -218,8 +218,8 @@ class TrainParams(Section):
     def _something_is_left_to_learn(self) -> TrainParams:
         if self.probe_epochs + self.warmup_epochs >= self.epochs:
             raise ValueError(
-                f"train.probe_epochs ({self.probe_epochs}) and train.warmup_epochs ({self.warmup_epochs:g}) leave nothing of"
-                f" train.epochs ({self.epochs})"
+                f"train.probe_epochs ({self.probe_epochs}) and train.warmup_epochs ({self.warmup_epochs:g}) leave"
+                f" nothing of train.epochs ({self.epochs})"
             )
         return self
 

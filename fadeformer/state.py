@@ -163,8 +163,6 @@ def start(model: nn.Module, recipe: Recipe) -> State:
     Raises:
         UserError: timm knows no optimiser of that name.
     """
-    optimizer = make_optimizer(
-        model, recipe.optimizer, recipe.learning_rate, recipe.weight_decay, recipe.layer_decay
-    )
+    optimizer = make_optimizer(model, recipe.optimizer, recipe.learning_rate, recipe.weight_decay, recipe.layer_decay)
     ema = ModelEmaV3(model, decay=recipe.ema, use_warmup=True) if recipe.ema else None
     return State(model, optimizer, Plateau(recipe.plateau_factor, recipe.plateau_patience), ema)

@@ -107,7 +107,7 @@ def _above_half(scores: NDArray[np.float64]) -> NDArray[np.int64]:
 
 
 def _balanced(labels: NDArray[np.int64], classes: int) -> NDArray[np.float64]:
-    """images / (classes * images of the class), as scikit-learn's `balanced`; 1 where there are none."""
+    """Images / (classes * images of the class), as scikit-learn's `balanced`; 1 where there are none."""
     counts = np.bincount(labels[:, 0], minlength=classes)
     return np.where(counts > 0, len(labels) / (classes * np.maximum(counts, 1)), 1.0)
 
@@ -166,8 +166,8 @@ class Task:
             return self
         if self.name != ORDINAL:
             raise UserError(
-                f"params.yaml: model.head is {head}, which needs grades in an order, but the task is {self.name}; set it"
-                f" to auto, or dataset.task to {ORDINAL} if the classes are grades"
+                f"params.yaml: model.head is {head}, which needs grades in an order, but the task is {self.name}; set"
+                f" it to auto, or dataset.task to {ORDINAL} if the classes are grades"
             )
         changes = {"spare_outputs": 1, "losses": _cumulative_losses, "right": _right_grade, "probabilities": _grades}
         return replace(self, **changes)  # type: ignore[arg-type]

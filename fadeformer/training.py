@@ -16,7 +16,6 @@ import numpy as np
 import torch
 from lightning_fabric import Fabric
 from numpy.typing import NDArray
-from torch import Tensor
 from tqdm import tqdm
 
 from fadeformer import batches
@@ -74,7 +73,11 @@ def fit(
         Interrupted: it was asked to stop; the state is in a checkpoint.
     """
     model, optimizer = fabric.setup(state.model, state.optimizer)
-    alone, keeper, meter = fabric.world_size == 1, checkpoints if fabric.global_rank == 0 else None, Meter(fabric.device)
+    alone, keeper, meter = (
+        fabric.world_size == 1,
+        checkpoints if fabric.global_rank == 0 else None,
+        Meter(fabric.device),
+    )
     weights = torch.tensor(class_weights, dtype=torch.float32, device=fabric.device)
     per_epoch = -(-len(train.labels) // recipe.batch_size)  # steps
     probe, warmup = recipe.probe_epochs * per_epoch, round(recipe.warmup_epochs * per_epoch)
@@ -92,7 +95,8 @@ def fit(
     while state.epoch < recipe.epochs and state.epoch - state.best_epoch < recipe.early_stopping_patience:
         epoch, rate = state.epoch + 1, learning_rate(state.epoch * per_epoch)
         probing = epoch <= recipe.probe_epochs
-        unfreeze(state.model, new_to_backbone(state.model), only_new=probing)
+        if recipe.probe_epochs:  # else what a caller has frozen stays so
+            unfreeze(state.model, new_to_backbone(state.model), only_new=probing)
         model.train(not probing)
         order = batches.draw(train.labels, task, recipe.sampling, recipe.batch_size, batches.mix(seed, epoch, 0))
         left = batches.shared(order, fabric.global_rank, fabric.world_size, recipe.accumulate)[state.batch :]
@@ -181,7 +185,9 @@ def _score(result: Epoch, monitor: str) -> float:
         return -result.val_loss
     value = result.val_auc if monitor == "auc" else result.val_accuracy
     if value is None:
-        raise UserError("params.yaml: train.monitor is auc, but val lacks images of every class but one; set it to loss")
+        raise UserError(
+            "params.yaml: train.monitor is auc, but val lacks images of every class but one; set it to loss"
+        )
     return value
 
 

@@ -1,8 +1,8 @@
 """A part of a batch goes through a network as if the whole batch did.
 
 A batch may be shared by several processes, or go through the network in several parts. So that the result hangs on the
-batch alone, `WholeBatch` makes dropout, drop path and other masks draw for the whole batch and take the part's rows, and
-batch normalisation take its statistics from all processes. (Those of parts that follow one another cannot be known
+batch alone, `WholeBatch` makes dropout and drop path draw for the whole batch and take the part's rows, and batch
+normalisation take its statistics from all processes. (Those of parts that follow one another cannot be known
 before; there batch normalisation sees a part.) torch has `SyncBatchNorm`, but on GPUs only.
 """
 

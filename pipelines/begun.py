@@ -1,7 +1,7 @@
 """The folder of a training that has begun and not ended: what it is made of, its checkpoints, history and journal.
 
-It lies outside DVC's outputs, which DVC removes before a stage runs, and is found again by a digest of parameters, data,
-code and libraries, so that exactly the same training is taken up and no other.
+It lies outside DVC's outputs, which DVC removes before a stage runs, and is found again by a digest of parameters,
+data, code and libraries, so that exactly the same training is taken up and no other.
 """
 
 from __future__ import annotations
@@ -91,6 +91,6 @@ def _tell_of_others(root: Path, parts: Mapping[str, Any]) -> None:
     ]
     more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
     print(
-        f"training afresh, not from the checkpoint in {_near(others[-1].parent)}: {'; '.join(told)}{more}. That one goes on when"
-        f" all is as it was; remove the folder if it is not needed"
+        f"training afresh, not from the checkpoint in {_near(others[-1].parent)}: {'; '.join(told)}{more}. That one"
+        f" goes on when all is as it was; remove the folder if it is not needed"
     )

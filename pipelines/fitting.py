@@ -38,7 +38,13 @@ from pipelines.signals import asked_to_leave
 
 FLIPPED = 0.5  # of images that mean the same when mirrored
 NAMES = {torch.float32: "32", torch.bfloat16: "bf16", torch.float16: "16"}
-ELSEWHERE = ("precision", "device", "devices", "class_weights", "checkpoint_minutes")  # keys of train: not in the recipe
+ELSEWHERE = (
+    "precision",
+    "device",
+    "devices",
+    "class_weights",
+    "checkpoint_minutes",
+)  # keys of train: not in the recipe
 # What a model is made of; the other sections may change without training it again.
 SECTIONS = ("seed", "dataset", "split", "preprocess", "model", "augment", "train")
 
@@ -107,9 +113,10 @@ def run(folder: Path | None) -> None:
     train, val = (arrays.read(paths.PROCESSED, split) for split in ("train", "val"))
     for result in state.history:  # the last may not have been told
         _tell(result, state, recipe, folder, journal, anew=False)
+    class_weights = class_weights_of(wanted, meta, task, train.labels)
     with asked_to_leave() as asked:
         for result in training.fit(
-            state, train, val, task=task, recipe=recipe, class_weights=class_weights_of(wanted, meta, task, train.labels),
+            state, train, val, task=task, recipe=recipe, class_weights=class_weights,
             augmentation=augmentation_of(wanted, meta), normalisation=normalisation, seed=wanted.seed, fabric=fabric,
             precision=precision, checkpoints=checkpoints, asked_to_stop=asked,
         ):  # fmt: skip

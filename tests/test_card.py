@@ -35,7 +35,7 @@ def card(
         "model": {"backbone": "fadevit_nano", "pretrained": False, "fade": fade},
         "best_epoch": 4,
         "weights": weights,
-        "params": {"seed": 42, "train": {"epochs": 20}},
+        "params": {"seed": 42, "train": {"epochs": 20, "monitor": "auc"}},
     }
     meta = Meta(dataset, 28, 1, {"train": 1234, "val": 3, "test": 3}, "published", leaks, [0.5], [0.2])
     return model_card(meta, described, {"val": summary, "test": summary})

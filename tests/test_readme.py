@@ -33,6 +33,10 @@ ELSEWHERE = {
     "python -m pipelines.download --names": "tests/pipeline/test_dicom.py",
     "python benchmarks/preprocess.py": "tests/test_benchmarks.py",
     "python benchmarks/gate.py": "tests/test_benchmarks.py",
+    "python benchmarks/input.py": "tests/test_benchmarks.py",
+    "python benchmarks/training.py": "tests/test_benchmarks.py",
+    "python benchmarks/kills.py": "tests/test_benchmarks.py",
+    "dvc exp run -S train.devices=2 -S train.precision=32": "tests/pipeline/test_resume.py",
     "dvc exp run -S model.fade.variant=diffusion": "tests/pipeline/test_reproduce.py",
     "dvc exp run -S model.backbone=resnet18 -S model.fade=null": "tests/pipeline/test_reproduce.py",
     "python benchmarks/fadenet.py layer": "tests/test_benchmarks.py",
@@ -45,7 +49,8 @@ ELSEWHERE = {
 }
 HERE = {
     "make repro", "dvc exp run -S train.learning_rate=3e-4 -S train.epochs=5", "dvc exp show", "dvc metrics show",
-    "dvc plots show", "make ui", "make preset NAME=paper", "make help", "pre-commit install",
+    "dvc plots show", "make ui", "make preset NAME=paper",
+    "make preset NAME=retinamnist", "make help", "pre-commit install",
     "python benchmarks/overhead.py",
 }  # fmt: skip
 

@@ -5,7 +5,6 @@ Both stay when a download breaks off, or its process is killed, so that the next
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import os
 from collections.abc import Iterable
