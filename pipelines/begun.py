@@ -20,7 +20,7 @@ from ruamel.yaml import YAML
 from fadeformer import params
 from fadeformer.errors import UserError
 from fadeformer.files import checksum, read_json, write_json
-from pipelines import paths, tracking
+from pipelines import paths, store
 
 MADE_OF = "made_of.json"
 SECTIONS = ("seed", "model", "augment", "train")
@@ -37,7 +37,7 @@ def taken_up() -> Iterator[Path]:
         UserError: another process trains the same.
     """
     parts = made_of()
-    root = tracking.project() / paths.BEGUN
+    root = store.project() / paths.BEGUN
     folder = root / digest(parts)
     root.mkdir(parents=True, exist_ok=True)
     try:

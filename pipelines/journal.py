@@ -20,7 +20,7 @@ from typing import Any, Literal
 from fadeformer.arrays import Meta
 from fadeformer.errors import UserError
 from fadeformer.files import read_json, write_json
-from pipelines import tracking
+from pipelines import store, tracking
 
 PATIENCE = 5  # seconds that MLflow may take to answer a training
 PAUSE = 60  # seconds from a failed try to the next, in which a training is not held up
@@ -100,12 +100,12 @@ class Journal:
             return False
         try:
             self._send(PATIENCE)
-        except tracking.Unreachable as error:
+        except store.Unreachable as error:
             self._next_try = time.monotonic() + PAUSE
             if self._lost is None:
                 self._lost = self._delivered
                 print(
-                    f"MLflow at {tracking.address()} cannot be reached: training goes on, and what it measures is kept"
+                    f"MLflow at {store.address()} cannot be reached: training goes on, and what it measures is kept"
                     f" in {self._file} and delivered later ({error.reason})"
                 )
             return False
@@ -121,10 +121,10 @@ class Journal:
             try:
                 self._send(LAST_PATIENCE)
                 break
-            except tracking.Unreachable as error:
+            except store.Unreachable as error:
                 if not left:
                     raise UserError(
-                        f"MLflow at {tracking.address()} cannot be reached ({error.reason}); the training is finished"
+                        f"MLflow at {store.address()} cannot be reached ({error.reason}); the training is finished"
                         f" and kept in {self._file.parent}: {error.remedy}, then run again; nothing is trained again"
                     ) from error
                 time.sleep(1)
@@ -138,24 +138,24 @@ class Journal:
         try:
             if time.monotonic() >= self._next_try:
                 self._send(PATIENCE)
-                with tracking.patience(PATIENCE):
+                with store.patience(PATIENCE):
                     tracking.mark(str(self.run_id), status)
                 return
         except (UserError, OSError) as error:
-            reason = error.reason if isinstance(error, tracking.Unreachable) else str(error)
+            reason = error.reason if isinstance(error, store.Unreachable) else str(error)
         named = f"run {self.run_id}" if self.run_id else "run of this training"
-        print(f"MLflow at {tracking.address()} was not told that the {named} is {status}: {reason}")
+        print(f"MLflow at {store.address()} was not told that the {named} is {status}: {reason}")
 
     def _send(self, seconds: int) -> None:
         """Delivers all; raises Unreachable, or UserError as `deliver` does."""
-        with tracking.patience(seconds):
+        with store.patience(seconds):
             met, self._met = self._met, False  # until all went well, since what was under way may have arrived
             if not met:
                 self._meet()
             try:
                 if self._delivered < len(self._records):
                     self._send_all()
-            except tracking.Unreachable:
+            except store.Unreachable:
                 raise
             except UserError as error:
                 self._meet()  # which tells of a deleted run or experiment in plainer words
@@ -164,7 +164,7 @@ class Journal:
                 ) from error
             self._met = True
         if self._lost is not None:
-            print(f"MLflow at {tracking.address()} is reached again: {self._delivered - self._lost} records delivered")
+            print(f"MLflow at {store.address()} is reached again: {self._delivered - self._lost} records delivered")
             self._lost = None
 
     def _send_all(self) -> None:
@@ -183,7 +183,7 @@ class Journal:
 
     def _meet(self) -> None:
         """Connects, finds the run or makes it, and asks what it has of what is not known to be delivered."""
-        experiment, here = tracking.connect(), tracking.address()
+        experiment, here = store.connect(), store.address()
         if self.run_id is None:
             start = self._records[0]
             self.run_id = tracking.open_run(experiment, start["identity"], start["time"], start["tags"])

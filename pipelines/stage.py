@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import gc
 import logging
 import os
@@ -18,9 +17,8 @@ from typing import NoReturn
 import psutil
 
 from fadeformer.errors import Interrupted, UserError
+from fadeformer.files import FULL
 from pipelines import orchestrator
-
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # the disk, the user's share of it, or the largest file allowed
 
 
 class _Terminated(KeyboardInterrupt):

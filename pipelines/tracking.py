@@ -1,16 +1,11 @@
-"""MLflow runs: where they are kept, and what a run of the pipeline leaves in its one run."""
+"""MLflow runs: what a run of the pipeline leaves in its one run."""
 
 from __future__ import annotations
 
 import json
-import logging
-import os
-import re
-import socket
-import sqlite3
 import subprocess
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -18,185 +13,25 @@ from typing import Any
 import mlflow
 import numpy as np
 import pandas as pd
-from filelock import FileLock, Timeout
 from mlflow import MlflowClient
 from mlflow.data.code_dataset_source import CodeDatasetSource
 from mlflow.data.meta_dataset import MetaDataset
 from mlflow.entities import DatasetInput, InputTag, Metric, Param, RunTag
-from mlflow.environment_variables import MLFLOW_HTTP_REQUEST_TIMEOUT
 from mlflow.exceptions import MlflowException
 from mlflow.models import ModelSignature
 from mlflow.tracking.context.registry import resolve_tags
 from mlflow.types import Schema, TensorSpec
 from mlflow.utils.mlflow_tags import MLFLOW_DATASET_CONTEXT
 from ruamel.yaml import YAML
-from sqlalchemy.engine import make_url
-from sqlalchemy.exc import SQLAlchemyError
 
 import fadeformer
 from fadeformer.arrays import Meta
 from fadeformer.errors import UserError
 from fadeformer.files import checksum
+from pipelines.store import REFUSALS, connect, told
 
-EXPERIMENT = "fadeformer"
 MODEL = "model"  # name of the logged model in its run
 IDENTITY = "fadeformer.training"  # tag with the name that a training gave itself before it had a run
-REFUSALS = {"RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"}  # of what is asked; the same again would be in vain
-PORTS = {"postgresql": 5432, "mysql": 3306, "mssql": 1433}
-
-
-class Unreachable(UserError):  # noqa: N818  it is not here, which is no error of its own
-    """MLflow cannot be reached, or cannot write now; later it may.
-
-    Attributes:
-        reason: in a few words.
-        remedy: what to do, likewise.
-    """
-
-    def __init__(self, error: Exception) -> None:
-        self.reason = _brief(error)
-        self.remedy = "start it" if _server() else "mend mlruns/"
-        other = ", or unset MLFLOW_TRACKING_URI to use this project's mlruns/" if _server() else ""
-        super().__init__(f"MLflow at {address()} cannot be used; {self.remedy}{other} ({self.reason})")
-
-
-def project() -> Path:
-    """The project's folder; an experiment that DVC runs in a temporary copy belongs to the real one."""
-    here = Path.cwd()
-    copies = [parent for parent in here.parents if parent.name == ".dvc"]
-    return copies[-1].parent if copies else here
-
-
-def _own() -> str:
-    return f"sqlite:///{project() / 'mlruns' / 'mlflow.db'}?timeout=60"
-
-
-def _server() -> str | None:
-    """What `MLFLOW_TRACKING_URI` names; MLflow itself sets it to what was connected before."""
-    uri = os.environ.get("MLFLOW_TRACKING_URI")
-    return uri if uri and uri != _own() else None
-
-
-def address() -> str:
-    """Where MLflow keeps its runs, for people; without a password."""
-    server = _server()
-    return re.sub("(?<=://)[^/]*@", "", server).partition("?")[0].rstrip("/") if server else str(project() / "mlruns")
-
-
-def _brief(error: Exception) -> str:
-    """The cause, out of a text that may hold a whole SQL statement or a chain of causes."""
-    error = getattr(error, "orig", None) or getattr(error.__cause__, "orig", None) or error  # the driver's own
-    text = (str(error).strip() or type(error).__name__).splitlines()[0]
-    _, chained, cause = text.rpartition("Caused by ")
-    return (cause.partition("(")[2].strip("\"')") if chained else text)[:200]
-
-
-@contextmanager
-def _told() -> Iterator[None]:
-    """Raises errors of MLflow as Unreachable, or as UserError where it refuses what it is asked."""
-    try:
-        yield
-    except MlflowException as error:
-        if error.error_code in REFUSALS:
-            raise UserError(f"MLflow at {address()} refuses: {str(error).strip().splitlines()[0][:500]}") from error
-        raise Unreachable(error) from error
-    except SQLAlchemyError as error:
-        raise Unreachable(error) from error
-
-
-@contextmanager
-def patience(seconds: int) -> Iterator[None]:
-    """In the block MLflow is asked once and given so long for each answer; left alone it tries for four minutes.
-
-    Raises:
-        Unreachable: it is a database that is down, read-only or locked.
-    """
-    settings = {
-        "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0", "MLFLOW_HTTP_REQUEST_TIMEOUT": str(seconds),
-        "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
-    }  # fmt: skip
-    before = {name: os.environ.get(name) for name in settings}
-    loggers = {logging.getLogger(name): logging.getLogger(name).level for name in ("mlflow.store", "urllib3")}
-    os.environ.update(settings)
-    for logger in loggers:
-        logger.setLevel(logging.CRITICAL)  # what fails is told by an exception
-    try:
-        _knock(_server() or _own(), seconds)
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
-        for logger, level in loggers.items():
-            logger.setLevel(level)
-
-
-@_told()
-def _knock(uri: str, seconds: int) -> None:
-    """Tells at once of a database that does not answer: MLflow tries ten times to open it and waits 20 s for a lock."""
-    kind = uri.split(":")[0].split("+")[0]
-    try:
-        if kind == "sqlite" and Path(name := str(make_url(uri).database)).is_file():
-            with closing(sqlite3.connect(name, timeout=seconds)) as connection:
-                connection.execute("begin immediate")
-                connection.rollback()
-        elif kind in PORTS and (host := make_url(uri).host):
-            socket.create_connection((host, make_url(uri).port or PORTS[kind]), timeout=seconds).close()
-    except (sqlite3.Error, OSError) as error:
-        raise Unreachable(error) from error
-
-
-@_told()
-def connect() -> str:
-    """Points MLflow at `MLFLOW_TRACKING_URI`, or else at the project's own store, which is made if it is not there.
-
-    Returns:
-        The id of the experiment.
-
-    Raises:
-        Unreachable: the store cannot be reached.
-        UserError: it is none, or its experiment was deleted.
-    """
-    logging.getLogger("mlflow").setLevel(logging.WARNING)
-    store, server = project() / "mlruns", _server()
-    mlflow.set_tracking_uri(server or _own())
-    try:
-        store.mkdir(exist_ok=True)
-        # Two processes that create the database at once break its migration.
-        with FileLock(store / ".lock", timeout=MLFLOW_HTTP_REQUEST_TIMEOUT.get()):
-            location = None if server else (store / "artifacts").as_uri()
-            experiment = mlflow.get_experiment_by_name(EXPERIMENT)
-            if experiment is None:
-                mlflow.create_experiment(EXPERIMENT, artifact_location=location)
-            elif location and experiment.artifact_location.startswith("file:"):
-                _follow(store / "mlflow.db", experiment.artifact_location, location)
-    except (OSError, sqlite3.Error, Timeout) as error:
-        raise Unreachable(error) from error
-    if experiment is not None and experiment.lifecycle_stage != "active":
-        raise UserError(
-            f"MLflow's experiment {EXPERIMENT} was deleted; restore it with `mlflow experiments restore"
-            f" --experiment-id {experiment.experiment_id}`, or remove mlruns/mlflow.db to begin anew"
-        )
-    return mlflow.set_experiment(EXPERIMENT).experiment_id
-
-
-def _follow(database: Path, before: str, now: str) -> None:
-    """Lets a store that was moved or copied with its project find its artifacts: MLflow keeps absolute addresses."""
-    if before == now:
-        return
-    places = {
-        "experiments": ["artifact_location"], "runs": ["artifact_uri"], "logged_models": ["artifact_location"],
-        "model_versions": ["source", "storage_location"],
-    }  # fmt: skip
-    with closing(sqlite3.connect(database, timeout=60)) as connection, connection:
-        for table, columns in places.items():
-            for column in columns:
-                connection.execute(
-                    f"update {table} set {column} = ? || substr({column}, ?) where substr({column}, 1, ?) = ?",  # noqa: S608  names of ours
-                    (now, len(before) + 1, len(before), before),
-                )
 
 
 @contextmanager
@@ -216,7 +51,7 @@ def run(run_id: str | None = None) -> Iterator[str]:
         yield active.info.run_id
 
 
-@_told()
+@told()
 def stage_of(run_id: str) -> str | None:
     """`active` or `deleted`, or None where MLflow has no such run; raises Unreachable."""
     try:
@@ -227,7 +62,7 @@ def stage_of(run_id: str) -> str | None:
         raise
 
 
-@_told()
+@told()
 def open_run(experiment: str, identity: str, began: int, tags: Mapping[str, str]) -> str:
     """The id of the one run of a training, which is made where there is none.
 
@@ -248,7 +83,7 @@ def open_run(experiment: str, identity: str, began: int, tags: Mapping[str, str]
     return client.create_run(experiment, start_time=began, tags={IDENTITY: identity, **own}).info.run_id
 
 
-@_told()
+@told()
 def mark(run_id: str, status: str) -> None:
     """Sets a run's status: RUNNING, or with the time of its end FINISHED, FAILED or KILLED; raises Unreachable."""
     if status == "RUNNING":
@@ -273,7 +108,7 @@ def describe(meta: Meta) -> dict[str, str]:
     )
 
 
-@_told()
+@told()
 def log_origin(run_id: str, params: Mapping[str, Any], tags: Mapping[str, str], card: Mapping[str, Any]) -> None:
     """Leaves parameters, tags and the data set of a card in a run; once more changes nothing.
 
@@ -293,7 +128,7 @@ def log_origin(run_id: str, params: Mapping[str, Any], tags: Mapping[str, str], 
     client.log_inputs(run_id, datasets=[DatasetInput(dataset._to_mlflow_entity(), context)])
 
 
-@_told()
+@told()
 def log_points(run_id: str, points: Iterable[tuple[str, float, int, int]]) -> None:
     """Logs (metric, value, ms since 1970, step) in order, in calls as large as MLflow takes.
 
@@ -304,7 +139,7 @@ def log_points(run_id: str, points: Iterable[tuple[str, float, int, int]]) -> No
     MlflowClient().log_batch(run_id, metrics=[Metric(*point) for point in points])
 
 
-@_told()
+@told()
 def logged(run_id: str, wanted: Collection[tuple[str, int]]) -> set[tuple[str, int]]:
     """Which of these metrics and steps a run has, when all went there in order; raises Unreachable."""
     client = MlflowClient()

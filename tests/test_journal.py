@@ -29,6 +29,7 @@ from fadeformer.arrays import Meta
 from fadeformer.errors import UserError
 from fadeformer.files import read_json, write_json
 from pipelines import journal, tracking
+from pipelines import store as mlflow_store
 from pipelines.journal import Journal
 
 CARD = {"name": "dots", "file": "dots.npz", "sha256": "ab" * 32, "size": 16, "note": "made up", "task": "binary-class"}
@@ -57,7 +58,7 @@ def empty(tmp_path_factory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setenv("MLFLOW_TRACKING_URI", "")
-        tracking.connect()
+        mlflow_store.connect()
     return folder
 
 
@@ -354,7 +355,7 @@ def test_a_run_that_is_gone_is_told(store, do, message, resumed):
     book.epoch({"epoch": 2, "loss": 1.0})
     with pytest.raises(UserError, match=message) as told:
         book.deliver()
-    assert not isinstance(told.value, tracking.Unreachable)
+    assert not isinstance(told.value, mlflow_store.Unreachable)
     with pytest.raises(UserError, match=message):
         book.settle()
 
@@ -371,12 +372,12 @@ def test_a_deleted_run_is_made_again_as_the_message_says(store):
 
 def test_a_changed_parameter_is_told(store):
     book = begun()
-    experiment = tracking.connect()
+    experiment = mlflow_store.connect()
     run_id = tracking.open_run(experiment, written()[0]["identity"], 1, {})
     MlflowClient().log_param(run_id, "seed", "2")
     with pytest.raises(UserError, match=rf"Changing param values.*seed.*; delete run {run_id} there") as told:
         book.deliver()
-    assert not isinstance(told.value, tracking.Unreachable)
+    assert not isinstance(told.value, mlflow_store.Unreachable)
 
 
 def test_another_mlflow_than_before_is_told(store, empty, monkeypatch, tmp_path):
@@ -402,7 +403,7 @@ def test_a_project_that_moved_has_its_run(store, monkeypatch):
 
 def test_no_password_is_told_or_kept(monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://me:secret@example.org:5000/mlflow/?token=secret")
-    assert tracking.address() == "http://example.org:5000/mlflow"
+    assert mlflow_store.address() == "http://example.org:5000/mlflow"
 
 
 # What is away is waited for.
@@ -477,7 +478,7 @@ def test_after_the_pause_it_is_tried_again(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
     tries = []
-    monkeypatch.setattr(tracking, "connect", lambda real=tracking.connect: tries.append(1) or real())
+    monkeypatch.setattr(mlflow_store, "connect", lambda real=mlflow_store.connect: tries.append(1) or real())
     clock = [0.0]
     monkeypatch.setattr(journal.time, "monotonic", lambda: clock[0])
     book = begun(epochs=1)

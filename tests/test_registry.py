@@ -10,6 +10,7 @@ from fadeformer import gate, predictions
 from fadeformer.errors import UserError
 from fadeformer.tasks import TASKS
 from pipelines import registry, tracking
+from pipelines import store as mlflow_store
 
 TASK = TASKS["binary-class"]
 
@@ -20,7 +21,7 @@ def store(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tmp_path_factory.mktemp("store"))
         patch.delenv("MLFLOW_TRACKING_URI", raising=False)
-        tracking.connect()
+        mlflow_store.connect()
         yield
 
 
@@ -108,10 +109,10 @@ def test_a_deleted_experiment_is_told(tmp_path, monkeypatch):
     before = mlflow.get_tracking_uri()
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("MLFLOW_TRACKING_URI")
-    tracking.connect()
+    mlflow_store.connect()
     MlflowClient().delete_experiment(MlflowClient().get_experiment_by_name("fadeformer").experiment_id)
     with pytest.raises(UserError, match="experiment fadeformer was deleted; restore it"):
-        tracking.connect()
+        mlflow_store.connect()
     mlflow.set_tracking_uri(before)
 
 
@@ -132,4 +133,4 @@ def test_an_experiment_in_a_copy_of_dvc_belongs_to_the_real_store(tmp_path, monk
     copy = tmp_path / ".dvc" / "tmp" / "exps" / "one"
     copy.mkdir(parents=True)
     monkeypatch.chdir(copy)
-    assert tracking.project() == tmp_path
+    assert mlflow_store.project() == tmp_path

@@ -1,0 +1,179 @@
+"""Where MLflow keeps its runs, a server or the project's own store, and whether it answers."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import socket
+import sqlite3
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+
+import mlflow
+from filelock import FileLock, Timeout
+from mlflow.environment_variables import MLFLOW_HTTP_REQUEST_TIMEOUT
+from mlflow.exceptions import MlflowException
+from sqlalchemy.engine import make_url
+from sqlalchemy.exc import SQLAlchemyError
+
+from fadeformer.errors import UserError
+
+EXPERIMENT = "fadeformer"
+REFUSALS = {"RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"}  # of what is asked; the same again would be in vain
+PORTS = {"postgresql": 5432, "mysql": 3306, "mssql": 1433}
+
+
+class Unreachable(UserError):  # noqa: N818  it is not here, which is no error of its own
+    """MLflow cannot be reached, or cannot write now; later it may.
+
+    Attributes:
+        reason: in a few words.
+        remedy: what to do, likewise.
+    """
+
+    def __init__(self, error: Exception) -> None:
+        self.reason = _brief(error)
+        self.remedy = "start it" if _server() else "mend mlruns/"
+        other = ", or unset MLFLOW_TRACKING_URI to use this project's mlruns/" if _server() else ""
+        super().__init__(f"MLflow at {address()} cannot be used; {self.remedy}{other} ({self.reason})")
+
+
+def project() -> Path:
+    """The project's folder; an experiment that DVC runs in a temporary copy belongs to the real one."""
+    here = Path.cwd()
+    copies = [parent for parent in here.parents if parent.name == ".dvc"]
+    return copies[-1].parent if copies else here
+
+
+def _own() -> str:
+    return f"sqlite:///{project() / 'mlruns' / 'mlflow.db'}?timeout=60"
+
+
+def _server() -> str | None:
+    """What `MLFLOW_TRACKING_URI` names; MLflow itself sets it to what was connected before."""
+    uri = os.environ.get("MLFLOW_TRACKING_URI")
+    return uri if uri and uri != _own() else None
+
+
+def address() -> str:
+    """Where MLflow keeps its runs, for people; without a password."""
+    server = _server()
+    return re.sub("(?<=://)[^/]*@", "", server).partition("?")[0].rstrip("/") if server else str(project() / "mlruns")
+
+
+def _brief(error: Exception) -> str:
+    """The cause, out of a text that may hold a whole SQL statement or a chain of causes."""
+    error = getattr(error, "orig", None) or getattr(error.__cause__, "orig", None) or error  # the driver's own
+    text = (str(error).strip() or type(error).__name__).splitlines()[0]
+    _, chained, cause = text.rpartition("Caused by ")
+    return (cause.partition("(")[2].strip("\"')") if chained else text)[:200]
+
+
+@contextmanager
+def told() -> Iterator[None]:
+    """Raises errors of MLflow as Unreachable, or as UserError where it refuses what it is asked."""
+    try:
+        yield
+    except MlflowException as error:
+        if error.error_code in REFUSALS:
+            raise UserError(f"MLflow at {address()} refuses: {str(error).strip().splitlines()[0][:500]}") from error
+        raise Unreachable(error) from error
+    except SQLAlchemyError as error:
+        raise Unreachable(error) from error
+
+
+@contextmanager
+def patience(seconds: int) -> Iterator[None]:
+    """In the block MLflow is asked once and given so long for each answer; left alone it tries for four minutes.
+
+    Raises:
+        Unreachable: it is a database that is down, read-only or locked.
+    """
+    settings = {
+        "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0", "MLFLOW_HTTP_REQUEST_TIMEOUT": str(seconds),
+        "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+    }  # fmt: skip
+    before = {name: os.environ.get(name) for name in settings}
+    loggers = {logging.getLogger(name): logging.getLogger(name).level for name in ("mlflow.store", "urllib3")}
+    os.environ.update(settings)
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)  # what fails is told by an exception
+    try:
+        _knock(_server() or _own(), seconds)
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+        for logger, level in loggers.items():
+            logger.setLevel(level)
+
+
+@told()
+def _knock(uri: str, seconds: int) -> None:
+    """Tells at once of a database that does not answer: MLflow tries ten times to open it and waits 20 s for a lock."""
+    kind = uri.split(":")[0].split("+")[0]
+    try:
+        if kind == "sqlite" and Path(name := str(make_url(uri).database)).is_file():
+            with closing(sqlite3.connect(name, timeout=seconds)) as connection:
+                connection.execute("begin immediate")
+                connection.rollback()
+        elif kind in PORTS and (host := make_url(uri).host):
+            socket.create_connection((host, make_url(uri).port or PORTS[kind]), timeout=seconds).close()
+    except (sqlite3.Error, OSError) as error:
+        raise Unreachable(error) from error
+
+
+@told()
+def connect() -> str:
+    """Points MLflow at `MLFLOW_TRACKING_URI`, or else at the project's own store, which is made if it is not there.
+
+    Returns:
+        The id of the experiment.
+
+    Raises:
+        Unreachable: the store cannot be reached.
+        UserError: it is none, or its experiment was deleted.
+    """
+    logging.getLogger("mlflow").setLevel(logging.WARNING)
+    store, server = project() / "mlruns", _server()
+    mlflow.set_tracking_uri(server or _own())
+    try:
+        store.mkdir(exist_ok=True)
+        # Two processes that create the database at once break its migration.
+        with FileLock(store / ".lock", timeout=MLFLOW_HTTP_REQUEST_TIMEOUT.get()):
+            location = None if server else (store / "artifacts").as_uri()
+            experiment = mlflow.get_experiment_by_name(EXPERIMENT)
+            if experiment is None:
+                mlflow.create_experiment(EXPERIMENT, artifact_location=location)
+            elif location and experiment.artifact_location.startswith("file:"):
+                _follow(store / "mlflow.db", experiment.artifact_location, location)
+    except (OSError, sqlite3.Error, Timeout) as error:
+        raise Unreachable(error) from error
+    if experiment is not None and experiment.lifecycle_stage != "active":
+        raise UserError(
+            f"MLflow's experiment {EXPERIMENT} was deleted; restore it with `mlflow experiments restore"
+            f" --experiment-id {experiment.experiment_id}`, or remove mlruns/mlflow.db to begin anew"
+        )
+    return mlflow.set_experiment(EXPERIMENT).experiment_id
+
+
+def _follow(database: Path, before: str, now: str) -> None:
+    """Lets a store that was moved or copied with its project find its artifacts: MLflow keeps absolute addresses."""
+    if before == now:
+        return
+    places = {
+        "experiments": ["artifact_location"], "runs": ["artifact_uri"], "logged_models": ["artifact_location"],
+        "model_versions": ["source", "storage_location"],
+    }  # fmt: skip
+    with closing(sqlite3.connect(database, timeout=60)) as connection, connection:
+        for table, columns in places.items():
+            for column in columns:
+                connection.execute(
+                    f"update {table} set {column} = ? || substr({column}, ?) where substr({column}, 1, ?) = ?",  # noqa: S608  names of ours
+                    (now, len(before) + 1, len(before), before),
+                )
