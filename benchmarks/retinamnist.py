@@ -3,14 +3,17 @@
     python benchmarks/retinamnist.py run FILE RUNS       trains what is not in the folder RUNS yet
     python benchmarks/retinamnist.py table FILE RUNS     test AUC and accuracy with intervals
 
-FILE is the published retinamnist.npz. Arms: FadeAttn with alpha learned (as published), with alpha as it starts, and the plain backbone. The epoch is chosen on val; test is looked at once, after training.
+FILE is the published retinamnist.npz. Arms: FadeAttn with alpha learned (as published), with alpha as it starts, and
+the plain backbone. The epoch is chosen on val; test is looked at once, after training.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
+import os
 import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +65,7 @@ def splits(file: Path) -> dict[str, Images]:
 
 def train_and_test(file: Path, runs: Path, arm: str, seed: int, **changes: Any) -> None:
     """Trains one network and looks at test once; leaves a row as JSON, and the test scores."""
+    torch.set_num_threads(1)
     wanted, images = preset(), splits(file)
     torch.use_deterministic_algorithms(True)
     torch.manual_seed(seed)
@@ -99,9 +103,11 @@ def train_and_test(file: Path, runs: Path, arm: str, seed: int, **changes: Any) 
 
 
 def run(file: Path, runs: Path, seeds: int) -> None:
-    for seed, arm in itertools.product(range(seeds), ARMS):
-        if not (runs / f"{arm.replace(' ', '_')}.{seed}.json").is_file():
-            train_and_test(file, runs, arm, seed)
+    cases = [(arm, seed) for seed, arm in itertools.product(range(seeds), ARMS)]
+    wanted = [case for case in cases if not (runs / f"{case[0].replace(' ', '_')}.{case[1]}.json").is_file()]
+    with ProcessPoolExecutor(os.cpu_count()) as workers:
+        for future in as_completed([workers.submit(train_and_test, file, runs, *case) for case in wanted]):
+            future.result()
 
 
 def table(file: Path, runs: Path) -> None:

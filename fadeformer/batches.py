@@ -103,7 +103,7 @@ def shared(order: Sequence[Rows], rank: int, world: int, accumulate: int) -> lis
     if (smallest + 1) // 2 < parts:  # images at both ends of a batch go together
         raise UserError(
             f"a batch of {smallest} images is too small for {world} device(s) and train.accumulate {accumulate}; raise"
-            f" train.batch_size to {2 * parts} or more, or lower train.accumulate or train.devices"
+            f" train.batch_size to {4 * parts} or more, or lower train.accumulate or train.devices"
         )
     own = range(rank * accumulate, (rank + 1) * accumulate)
     return [Batch(rows, [share(len(rows), part, parts) for part in own], world > 1) for rows in order]

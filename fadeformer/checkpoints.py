@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import time
 import warnings
+import zipfile
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from pickle import UnpicklingError
@@ -16,6 +18,7 @@ from fadeformer.errors import UserError
 from fadeformer.files import FULL, whole_file
 
 KEPT = 2
+DAMAGED = (zipfile.BadZipFile, zlib.error, OSError, RuntimeError, UnpicklingError, EOFError, LookupError, ValueError)
 
 
 class Checkpoints:
@@ -73,9 +76,16 @@ class Checkpoints:
         """
         for path in self.paths:
             try:
-                return dict(torch.load(path, map_location="cpu", weights_only=True))
-            except (RuntimeError, UnpicklingError, EOFError, KeyError) as error:
+                return _read(path)
+            except DAMAGED as error:
                 warnings.warn(f"{path} is damaged ({type(error).__name__}) and passed over", stacklevel=2)
         if self.paths:
             raise UserError(f"{self.folder}: none of the checkpoints can be read; remove the folder to train afresh")
         return None
+
+
+def _read(path: Path) -> dict[str, Any]:
+    with zipfile.ZipFile(path) as file:  # torch does not look at the checksums that it writes
+        if (wrong := file.testzip()) is not None:
+            raise zipfile.BadZipFile(wrong)
+    return dict(torch.load(path, map_location="cpu", weights_only=True))

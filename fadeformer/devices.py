@@ -186,7 +186,7 @@ def within_memory(batch_size: int, accumulate: int) -> Iterator[None]:
     try:
         yield
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        told = str(error)
+        told = str(error) or type(error).__name__  # Python's own MemoryError says nothing
         if not isinstance(error, torch.OutOfMemoryError | MemoryError) and "allocate memory" not in told:
             raise
         raise UserError(

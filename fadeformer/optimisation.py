@@ -30,12 +30,16 @@ def make_optimizer(
         UserError: timm knows no optimiser of that name.
     """
     try:
-        return create_optimizer_v2(
+        optimizer = create_optimizer_v2(
             model, opt=name, lr=learning_rate, weight_decay=weight_decay, filter_bias_and_bn=name != "adam",
             layer_decay=layer_decay if layer_decay < 1 else None,
         )  # fmt: skip
     except (ValueError, AssertionError) as error:
         raise UserError(f"params.yaml: train.optimizer is {name!r}, which timm does not know") from error
+    if name == "adam":  # timm lets alone what the model lists, such as positions and FadeAttn's alpha
+        for group in optimizer.param_groups:
+            group["weight_decay"] = weight_decay
+    return optimizer
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
@@ -63,7 +67,7 @@ def pace(
         return (step + 1) / (warmup + 1)
     if schedule == "cosine":
         return (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup))) / 2
-    return plateau
+    return plateau if schedule == "plateau" else 1.0
 
 
 def unfreeze(model: nn.Module, new: Sequence[nn.Module], only_new: bool) -> None:

@@ -28,7 +28,9 @@ ORDINAL = "ordinal-regression"
 
 def _softmax_losses(logits: Tensor, targets: Tensor, weights: Tensor, gamma: float) -> Tensor:
     likelihood = logits.log_softmax(dim=1)  # images, classes
-    focus = (1 - likelihood.exp()) ** gamma if gamma else 1.0
+    missing = -likelihood.expm1()
+    # held above 0, where the derivative of a power below 1 is infinite
+    focus = missing.clamp_min(float(np.finfo(np.float32).tiny)) ** gamma if gamma else 1.0
     return -(targets * weights * focus * likelihood).sum(dim=1)
 
 
@@ -46,7 +48,7 @@ def _binary_losses(logits: Tensor, targets: Tensor, weights: Tensor, gamma: floa
     from torch.nn.functional import logsigmoid
 
     present, absent = logsigmoid(logits), logsigmoid(-logits)
-    focus = (absent.exp() ** gamma, present.exp() ** gamma) if gamma else (1.0, 1.0)
+    focus = ((gamma * absent).exp(), (gamma * present).exp()) if gamma else (1.0, 1.0)
     return -(weights * targets * focus[0] * present + (1 - targets) * focus[1] * absent)
 
 
@@ -76,10 +78,12 @@ def _right_findings(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def _right_grade(logits: Tensor, labels: Tensor) -> Tensor:
-    from torch.nn.functional import pad
+    from torch.nn.functional import logsigmoid, pad
 
-    above = pad(pad(_cumulative_logits(logits).sigmoid(), (1, 0), value=1.0), (0, 1), value=0.0)
-    return ((above[:, :-1] - above[:, 1:]).argmax(dim=1) == labels[:, 0]).float()
+    above = _cumulative_logits(logits)
+    between = pad(logsigmoid(logits[:, 1:]), (1, 1))  # as in _grades
+    likelihood = pad(logsigmoid(above), (1, 0)) + pad(logsigmoid(-above), (0, 1)) + between
+    return (likelihood.argmax(dim=1) == labels[:, 0]).float()
 
 
 def _softmax(logits: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -88,14 +92,24 @@ def _softmax(logits: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def _sigmoid(logits: NDArray[np.float64]) -> NDArray[np.float64]:
-    return np.asarray(np.exp(-np.logaddexp(0.0, -logits)))
+    return np.asarray(np.exp(_log_sigmoid(logits)))
+
+
+def _log_sigmoid(logits: NDArray[np.float64]) -> NDArray[np.float64]:
+    return np.asarray(-np.logaddexp(0.0, -logits))
 
 
 def _grades(logits: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Sigmoid(a) - sigmoid(b) for neighbours a >= b, as sigmoid(a) sigmoid(-b) (1 - exp(b - a)), which never cancels.
+
+    Since a - b is softplus of an output, the last factor is that output's sigmoid.
+    """
     steps = np.cumsum(np.logaddexp(0.0, logits[:, 1:]), axis=1)
-    above = _sigmoid(logits[:, :1] - np.pad(steps, ((0, 0), (1, 0))))
-    above = np.pad(np.pad(above, ((0, 0), (1, 0)), constant_values=1.0), ((0, 0), (0, 1)))
-    return np.asarray(above[:, :-1] - above[:, 1:])
+    above = logits[:, :1] - np.pad(steps, ((0, 0), (1, 0)))
+    over = np.pad(_log_sigmoid(above), ((0, 0), (1, 0)))
+    under = np.pad(_log_sigmoid(-above), ((0, 0), (0, 1)))
+    between = np.pad(_log_sigmoid(logits[:, 1:]), ((0, 0), (1, 1)))
+    return np.asarray(np.exp(over + under + between))
 
 
 def _most_likely(scores: NDArray[np.float64]) -> NDArray[np.int64]:

@@ -7,6 +7,10 @@ import torch
 from fadeformer import inference
 from fadeformer.errors import UserError
 from fadeformer.models import create_model
+from fadeformer.normalisation import IMAGENET
+
+GREY = IMAGENET.of(1)
+CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
@@ -22,29 +26,70 @@ def model():
 def test_the_batch_size_does_not_matter(model, precision):
     pixels = np.random.default_rng(0).integers(0, 256, (7, 16, 16, 1), dtype=np.uint8)
     model.train()
-    cpu = torch.device("cpu")
-    whole = inference.logits_of(model, pixels, 100, cpu, precision)
-    parts = inference.logits_of(model, pixels, 3, cpu, precision)
+    whole = inference.logits_of(model, pixels, 100, CPU, precision, GREY)
+    parts = inference.logits_of(model, pixels, 3, CPU, precision, GREY)
     assert whole.shape == (7, 3)
     assert whole.dtype == np.float64
     np.testing.assert_allclose(parts, whole, atol=1e-5 if precision == torch.float32 else 0.05)
     assert not model.training
 
 
+def test_logits_are_those_of_the_network_for_normalised_images(model):
+    pixels = np.random.default_rng(0).integers(0, 256, (3, 16, 16, 1), dtype=np.uint8)
+    found = inference.logits_of(model, pixels, 2, CPU, torch.float32, GREY)
+    with torch.no_grad():
+        expected = model.eval()(GREY(torch.from_numpy(pixels))).numpy()
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+    other = inference.logits_of(model, pixels, 2, CPU, torch.float32, type(GREY)((0.0,), (0.1,)))
+    assert np.abs(other - found).max() > 1e-3
+
+
+def test_bfloat16_is_computed_in_bfloat16(model):
+    pixels = np.random.default_rng(0).integers(0, 256, (3, 16, 16, 1), dtype=np.uint8)
+    exact, coarse = (inference.logits_of(model, pixels, 3, CPU, kind, GREY) for kind in (torch.float32, torch.bfloat16))
+    assert 0 < np.abs(exact - coarse).max() < 0.05
+
+
+def test_someone_may_look_up_before_each_batch(model):
+    pixels, calls = np.zeros((7, 16, 16, 1), dtype=np.uint8), []
+    inference.logits_of(model, pixels, 3, CPU, torch.float32, GREY, each=lambda: calls.append(1))
+    assert len(calls) == 3
+
+    def stop() -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        inference.logits_of(model, pixels, 3, CPU, torch.float32, GREY, each=stop)
+
+
 def test_a_cuda_device_that_is_not_there_is_told(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(UserError, match=r"train\.device is cuda, but torch finds no CUDA device"):
         inference.choose_device("cuda")
-    assert inference.choose_device("auto") == inference.choose_device("cpu") == torch.device("cpu")
+    assert inference.choose_device("auto") == inference.choose_device("cpu") == CPU
 
 
 @pytest.mark.parametrize(
     ("name", "native", "expected"),
     [
-        ("fp32", True, torch.float32), ("bf16", False, torch.bfloat16), ("auto", True, torch.bfloat16),
-        ("auto", False, torch.float32),
+        (32, True, torch.float32), ("32", True, torch.float32), ("bf16", False, torch.bfloat16),
+        ("auto", True, torch.bfloat16), ("auto", False, torch.float32),
     ],
 )  # fmt: skip
 def test_auto_precision_is_bfloat16_only_where_it_is_native(monkeypatch, name, native, expected):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": native})
-    assert inference.choose_precision(name, torch.device("cpu")) == expected
+    assert inference.choose_precision(name, CPU) == expected
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_auto_precision_on_a_gpu_is_bfloat16_only_where_it_is_not_emulated(monkeypatch, native):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: native or including_emulation)
+    cuda = torch.device("cuda")
+    assert inference.choose_precision("auto", cuda) == (torch.bfloat16 if native else torch.float32)
+    assert inference.choose_precision(16, cuda) == torch.float16
+
+
+@pytest.mark.parametrize("name", [16, "16"])
+def test_float16_on_a_cpu_is_refused(name):
+    with pytest.raises(UserError, match=r"train\.precision is 16, which needs a GPU; set it to bf16, 32 or auto"):
+        inference.choose_precision(name, CPU)

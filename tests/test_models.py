@@ -3,8 +3,11 @@
 import pytest
 import torch
 from safetensors.torch import save_file
+from torch import nn
 
-from fadeformer.models import create_model, load_weights
+from fadeformer.attention import FadeAttn
+from fadeformer.diffusion import AttentionPool, DiffusionAttn
+from fadeformer.models import create_model, load_weights, new_to_backbone
 
 SMALL = {"num_classes": 3, "image_size": 28, "in_chans": 3, "pretrained": False, "dropout": 0.1, "drop_path": 0.1}
 # Weights of the baselines with 1000 classes, millions, as published: He et al. 2016, Tan and Le 2019, Dosovitskiy et
@@ -114,3 +117,45 @@ def test_a_network_without_stochastic_depth_needs_drop_path_0():
 def test_what_cannot_be_built_is_told(changes, message):
     with pytest.raises(ValueError, match=message):
         create_model(**{**SMALL, **changes})
+
+
+FADE = {"num_heads": 4}
+DIFFUSION = {"variant": "diffusion", "after_blocks": [1, "last"], "num_heads": 4, "dropout": 0.1}
+
+
+@pytest.mark.parametrize(
+    ("backbone", "fade", "expected"),
+    [
+        ("fadevit_nano", FADE, {"attn": FadeAttn, "classifier": nn.Linear}),
+        (
+            "fadevit_nano", DIFFUSION,
+            {
+                "blocks.0.fade": DiffusionAttn, "blocks.3.fade": DiffusionAttn, "readout": AttentionPool,
+                "classifier": nn.Linear,
+            },
+        ),
+        ("deit3_small_patch16_224", FADE, {"attn": FadeAttn, "classifier": nn.Linear}),
+        ("deit_tiny_distilled_patch16_224", {"num_heads": 3}, {"attn": FadeAttn, "classifier": nn.Linear}),
+        ("fadevit_nano", None, {"head": nn.Linear}),
+        ("deit3_small_patch16_224", None, {"head": nn.Linear}),
+        ("deit_tiny_distilled_patch16_224", None, {"head": nn.Linear, "head_dist": nn.Linear}),
+        ("resnet18", None, {"fc": nn.Linear}),
+        ("medvit_small", None, {"head": nn.Linear}),
+    ],
+)  # fmt: skip
+def test_new_to_the_backbone_are_the_classifier_and_the_fade_layers(backbone, fade, expected):
+    with torch.device("meta"):
+        model = create_model(backbone=backbone, fade=fade, **{**SMALL, "image_size": 32})
+    names = {id(module): name for name, module in model.named_modules()}
+    new = new_to_backbone(model)
+    assert {names[id(module)]: type(module) for module in new} == expected
+    assert len(new) == len(expected)
+
+
+@pytest.mark.parametrize("fade", [FADE, DIFFUSION])
+def test_what_is_not_new_to_a_backbone_is_in_the_backbone(fade):
+    model = create_model(backbone="fadevit_nano", fade=fade, **SMALL)
+    plain = create_model(backbone="fadevit_nano", fade=None, **{**SMALL, "num_classes": 0})
+    new = {id(weight) for module in new_to_backbone(model) for weight in module.parameters()}
+    old = [tuple(weight.shape) for weight in model.parameters() if id(weight) not in new]
+    assert old == [tuple(weight.shape) for weight in plain.parameters()]

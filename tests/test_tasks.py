@@ -1,4 +1,4 @@
-"""Losses, probabilities and decisions of each task against scipy and torch."""
+"""Losses, probabilities and decisions of each task against torch, torchvision, scipy, scikit-learn and plain loops."""
 
 import numpy as np
 import pytest
@@ -7,11 +7,34 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from scipy import special
+from sklearn.utils.class_weight import compute_class_weight
+from torch.nn import functional
+from torchvision.ops import sigmoid_focal_loss
 
+from fadeformer.errors import UserError
 from fadeformer.metrics import log_loss
-from fadeformer.tasks import TASKS
+from fadeformer.tasks import TASKS, Task
 
 LOGITS = arrays(np.float64, (4, 3), elements=st.floats(-700, 700))
+MULTI_CLASS, FINDINGS = TASKS["multi-class"], TASKS["multi-label, binary-class"]
+GRADES = TASKS["ordinal-regression"].with_head("cumulative")
+KINDS = [*TASKS.values(), GRADES]
+NAMES = [*TASKS, "cumulative"]
+WEIGHTS = torch.tensor([0.5, 1.0, 3.0], dtype=torch.float64)
+EVEN = torch.ones(3, dtype=torch.float64)
+
+
+def some_logits(count: int = 20, outputs: int = 3, seed: int = 0) -> torch.Tensor:
+    return 3 * torch.randn(count, outputs, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def some_labels(task: Task, count: int = 20, classes: int = 3, seed: int = 0) -> torch.Tensor:
+    random = np.random.default_rng(seed)
+    return torch.from_numpy(random.integers(0, *((2, (count, classes)) if task.multi_label else (classes, (count, 1)))))
+
+
+def targets_of(task: Task, labels: torch.Tensor, smoothing: float = 0.0, classes: int = 3) -> torch.Tensor:
+    return task.smooth(task.targets(labels, classes).double(), smoothing)
 
 
 @given(LOGITS)
@@ -23,14 +46,184 @@ def test_probabilities_are_those_of_scipy(logits):
 
 @pytest.mark.parametrize("task", TASKS.values(), ids=list(TASKS))
 def test_the_loss_that_is_trained_is_the_loss_that_is_reported(task):
-    random = np.random.default_rng(0)
-    logits = random.normal(size=(20, 3))
-    labels = random.integers(0, 2, (20, 3)) if task.multi_label else random.integers(0, 3, (20, 1))
-    trained = task.loss(torch.from_numpy(logits), torch.from_numpy(labels)).item()
-    assert trained == pytest.approx(log_loss(labels, task.probabilities(logits), task))
+    logits, labels = some_logits(), some_labels(task)
+    trained = task.losses(logits, targets_of(task, labels), EVEN, 0.0)
+    assert trained.shape == (20,)
+    reported = log_loss(labels.numpy(), task.probabilities(logits.numpy()), task)
+    assert trained.mean().item() == pytest.approx(reported)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("name", ["binary-class", "multi-class", "ordinal-regression"])
+def test_losses_of_exclusive_classes_are_torchs_cross_entropy(name, smoothing):
+    """Of each image: torch's mean would divide by the weights, and ours by the images."""
+    task = TASKS[name]
+    logits, labels = some_logits(), some_labels(task)
+    expected = functional.cross_entropy(
+        logits, labels[:, 0], weight=WEIGHTS, label_smoothing=smoothing, reduction="none"
+    )
+    torch.testing.assert_close(task.losses(logits, targets_of(task, labels, smoothing), WEIGHTS, 0.0), expected)
+
+
+def test_losses_of_mixed_images_are_torchs_cross_entropy_of_shares():
+    shares = some_logits(seed=1).softmax(dim=1)
+    expected = functional.cross_entropy(some_logits(), shares, weight=WEIGHTS, reduction="none")
+    torch.testing.assert_close(MULTI_CLASS.losses(some_logits(), shares, WEIGHTS, 0.0), expected)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_losses_of_findings_are_the_mean_of_torchs(smoothing):
+    logits, labels = some_logits(), some_labels(FINDINGS)
+    smooth = labels.double() * (1 - smoothing) + smoothing / 2
+    expected = functional.binary_cross_entropy_with_logits(logits, smooth, pos_weight=WEIGHTS, reduction="none")
+    found = FINDINGS.losses(logits, targets_of(FINDINGS, labels, smoothing), WEIGHTS, 0.0)
+    torch.testing.assert_close(found, expected.mean(dim=1))
+
+
+@pytest.mark.parametrize("gamma", [0.5, 1.0, 2.0])
+def test_the_focal_loss_of_findings_is_torchvisions(gamma):
+    logits, labels = some_logits(), some_labels(FINDINGS)
+    expected = sigmoid_focal_loss(logits, labels.double(), alpha=-1, gamma=gamma, reduction="none").mean(dim=1)
+    torch.testing.assert_close(FINDINGS.losses(logits, targets_of(FINDINGS, labels), EVEN, gamma), expected)
+
+
+@pytest.mark.parametrize("gamma", [0.5, 1.0, 2.0])
+def test_the_focal_loss_of_exclusive_classes_is_that_of_the_paper(gamma):
+    logits, labels = some_logits(), some_labels(MULTI_CLASS)
+    scores = special.softmax(logits.numpy(), axis=1)
+    expected = []
+    for row, (label,) in enumerate(labels.tolist()):
+        likelihood = scores[row, label]
+        expected.append(-WEIGHTS[label].item() * (1 - likelihood) ** gamma * np.log(likelihood))
+    found = MULTI_CLASS.losses(logits, targets_of(MULTI_CLASS, labels), WEIGHTS, gamma)
+    np.testing.assert_allclose(found.numpy(), expected, rtol=1e-10)
+
+
+def thresholds_by_hand(outputs: list[float]) -> list[float]:
+    found = [outputs[0]]
+    for output in outputs[1:]:
+        found.append(found[-1] - float(np.log1p(np.exp(output))))
+    return found
+
+
+@pytest.mark.parametrize("gamma", [0.0, 2.0])
+def test_the_loss_of_grades_is_that_of_their_thresholds_by_hand(gamma):
+    logits, labels = some_logits(outputs=3), some_labels(GRADES, classes=4)
+    weights = torch.tensor([0.5, 1.0, 3.0, 2.0], dtype=torch.float64)
+    expected = []
+    for outputs, (grade,) in zip(logits.tolist(), labels.tolist(), strict=True):
+        costs = []
+        for threshold, logit in enumerate(thresholds_by_hand(outputs)):
+            above = 1 / (1 + np.exp(-logit))
+            right = above if grade > threshold else 1 - above
+            costs.append(-((1 - right) ** gamma) * np.log(right))
+        expected.append(weights[grade].item() * np.mean(costs))
+    found = GRADES.losses(logits, targets_of(GRADES, labels, classes=4), weights, gamma)
+    np.testing.assert_allclose(found.numpy(), expected, rtol=1e-9)
+
+
+def test_two_grades_are_one_threshold():
+    logits, labels = some_logits(outputs=1), some_labels(GRADES, classes=2)
+    scores = GRADES.probabilities(logits.numpy())
+    np.testing.assert_allclose(scores, np.hstack([special.expit(-logits), special.expit(logits)]), rtol=1e-12)
+    losses = GRADES.losses(logits, targets_of(GRADES, labels, classes=2), EVEN[:2], 0.0)
+    expected = functional.binary_cross_entropy_with_logits(logits, labels.double(), reduction="none")[:, 0]
+    torch.testing.assert_close(losses, expected)
+    assert losses.mean().item() == pytest.approx(log_loss(labels.numpy(), scores, GRADES))
+    right = GRADES.decide(scores)[:, 0] == labels[:, 0].numpy()
+    assert GRADES.right(logits, labels).tolist() == right.astype(float).tolist()
+
+
+@given(arrays(np.float64, st.tuples(st.just(5), st.integers(1, 5)), elements=st.floats(-700, 700)))
+def test_probabilities_of_grades_are_probabilities(logits):
+    scores = GRADES.probabilities(logits)
+    assert scores.shape == (5, logits.shape[1] + 1)
+    assert (scores >= 0).all()
+    np.testing.assert_allclose(scores.sum(axis=1), 1.0, rtol=1e-11)
+
+
+@given(arrays(np.float64, (5, 4), elements=st.floats(-20, 20)))
+def test_thresholds_never_rise_and_grades_lie_between_them(logits):
+    above = special.expit([thresholds_by_hand(row) for row in logits.tolist()])  # images, thresholds
+    assert (np.diff(above, axis=1) <= 0).all()
+    scores = GRADES.probabilities(logits)
+    np.testing.assert_allclose(scores[:, ::-1].cumsum(axis=1)[:, -2::-1], above, rtol=1e-9)
+
+
+def test_a_sure_and_wrong_grade_costs_what_it_should():
+    """A difference of two sigmoids near 1 would be 0, and its loss that of the smallest number there is."""
+    scores = GRADES.probabilities(np.array([[50.0, -3.0]]))
+    assert -np.log(scores[0, 0]) == pytest.approx(50.0)
+
+
+@pytest.mark.parametrize("task", KINDS, ids=NAMES)
+@given(arrays(np.float64, (4, 3), elements=st.floats(-30, 30)), st.integers(0, 1000))
+def test_what_training_counts_as_right_is_what_is_decided(task, logits, seed):
+    scores = task.probabilities(logits)
+    ranked = np.sort(scores, axis=1)
+    margin = np.abs(scores - 0.5).min(axis=1) if task.multi_label else ranked[:, -1] - ranked[:, -2]
+    clear = margin > 1e-9  # elsewhere rounding decides
+    labels = some_labels(task, 4, scores.shape[1], seed)
+    expected = (task.decide(scores) == labels.numpy()).mean(axis=1)
+    found = task.right(torch.from_numpy(logits), labels).numpy()
+    np.testing.assert_allclose(found[clear], expected[clear], rtol=1e-6)
+
+
+@pytest.mark.parametrize("gamma", [0.0, 0.5, 1.0, 2.0])
+@pytest.mark.parametrize("task", KINDS, ids=NAMES)
+def test_losses_and_gradients_of_extreme_logits_are_finite(task, gamma):
+    values = torch.tensor([-1000.0, -100.0, 0.0, 100.0, 1000.0])
+    logits = torch.cartesian_prod(values, values, values).requires_grad_()
+    classes = 3 + task.spare_outputs
+    for label in range(2 if task.multi_label else classes):
+        labels = torch.full((len(logits), classes if task.multi_label else 1), label)
+        for smoothing in (0.0, 0.1):
+            targets = task.smooth(task.targets(labels, classes), smoothing)
+            losses = task.losses(logits, targets, torch.ones(classes), gamma)
+            (gradient,) = torch.autograd.grad(losses.sum(), logits)
+            assert losses.isfinite().all()
+            assert (losses >= 0).all()
+            assert gradient.isfinite().all()
+
+
+@pytest.mark.parametrize("task", KINDS, ids=NAMES)
+def test_a_step_down_the_gradient_lowers_the_loss(task):
+    logits = some_logits().requires_grad_()
+    labels = some_labels(task, classes=3 + task.spare_outputs)
+    targets = targets_of(task, labels, classes=3 + task.spare_outputs)
+    weights = torch.ones(3 + task.spare_outputs, dtype=torch.float64)
+    losses = task.losses(logits, targets, weights, 0.0)
+    (gradient,) = torch.autograd.grad(losses.sum(), logits)
+    assert (task.losses((logits - 0.01 * gradient).detach(), targets, weights, 0.0) < losses).all()
 
 
 def test_one_class_is_decided_for_exclusive_ones_and_any_number_of_findings():
     scores = np.array([[0.2, 0.7, 0.1], [0.5, 0.6, 0.9]])
-    assert TASKS["multi-class"].decide(scores).tolist() == [[1], [2]]
-    assert TASKS["multi-label, binary-class"].decide(scores).tolist() == [[0, 1, 0], [0, 1, 1]]
+    assert MULTI_CLASS.decide(scores).tolist() == [[1], [2]]
+    assert FINDINGS.decide(scores).tolist() == [[0, 1, 0], [0, 1, 1]]
+
+
+@given(st.lists(st.integers(0, 3), min_size=1, max_size=40))
+def test_classes_are_balanced_as_scikit_learn_does(labels):
+    found = MULTI_CLASS.balance(np.array(labels)[:, None], 4)
+    present = np.unique(labels)
+    expected = np.ones(4)
+    # scikit-learn counts the classes there are, we those there should be
+    expected[present] = compute_class_weight("balanced", classes=present, y=labels) * len(present) / 4
+    np.testing.assert_allclose(found, expected)
+
+
+@given(arrays(np.int64, st.tuples(st.integers(1, 20), st.just(3)), elements=st.integers(0, 1)))
+def test_findings_are_balanced_against_images_without_them(labels):
+    for column, weight in zip(labels.T.tolist(), FINDINGS.balance(labels, 3), strict=True):
+        positives, negatives = column.count(1), column.count(0)
+        assert weight == pytest.approx(negatives / positives if positives else 1.0)
+
+
+def test_only_grades_have_a_cumulative_head():
+    for name, task in TASKS.items():
+        assert task.with_head("auto") is task
+        if name != "ordinal-regression":
+            with pytest.raises(UserError, match=r"model\.head is cumulative, .* but the task is " + name):
+                task.with_head("cumulative")
+    assert (GRADES.name, GRADES.spare_outputs) == ("ordinal-regression", 1)

@@ -1,0 +1,302 @@
+"""Does a pipeline that is killed again and again come to what an uninterrupted one comes to, byte for byte?
+
+    python benchmarks/kills.py [--kills 20] [--seed 0]
+
+Copies the working tree twice into a temporary folder, the demo made smaller, its data prepared. In one copy `dvc repro
+evaluate` runs undisturbed; in the other `kill -9` hits its whole process group and it is started again, until all kills
+have happened and it completes. A quarter of the kills fall anywhere in a start-up, half of them behind random steps of
+the training, which writes a checkpoint every few steps, the rest while the model is written and logged and while it is
+evaluated. If it completes too soon, further kills go to a further copy. Prints a row for each kill and what differs:
+weights, history, metrics, MLflow's runs and metric history. The exit status is 1 if anything does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shutil
+import signal
+import sqlite3
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import psutil
+
+from fadeformer.state import COST
+from pipelines import overrides
+
+PROJECT = Path(__file__).resolve().parents[1]
+SMALLER = {
+    "dataset": {"images": 600}, "evaluate": {"figure_dpi": 50},
+    "train": {"epochs": 8, "batch_size": 32, "checkpoint_minutes": 0.003, "device": "cpu"},
+}  # fmt: skip
+RESULTS = ("models/best_model.pth", "models/history.csv", "reports/metrics.json")
+COMMAND = ("dvc", "repro", "evaluate")
+POLL = 0.005  # seconds between two looks
+PATIENCE = 900  # seconds for one start
+
+
+@dataclass
+class Copy:
+    """A copy of the project, and a home for the commands that run in it."""
+
+    base: Path
+
+    @property
+    def folder(self) -> Path:
+        return self.base / "project"
+
+    @property
+    def log(self) -> str:
+        """What the last start has printed so far."""
+        return (self.base / "log").read_text(errors="replace")
+
+    @contextmanager
+    def running(self, *command: str) -> Iterator[subprocess.Popen[bytes]]:
+        """A command in a process group of its own."""
+        for name in ("home", "tmp"):
+            (self.base / name).mkdir(exist_ok=True)
+        search = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+        environment = {
+            "PATH": search, "HOME": str(self.base / "home"), "TMPDIR": str(self.base / "tmp"), "LANG": "C.UTF-8",
+            "PYTHONUNBUFFERED": "1",
+        }  # fmt: skip
+        with (self.base / "log").open("wb") as log:
+            process = subprocess.Popen(
+                command, cwd=self.folder, env=environment, stdout=log, stderr=log, start_new_session=True
+            )
+        try:
+            yield process
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+    def run(self, *command: str) -> None:
+        with self.running(*command) as process:
+            if process.wait() != 0:
+                raise SystemExit(f"{' '.join(command)} ended with {process.returncode}:\n{self.log}")
+
+    def step(self) -> int:
+        """Step of the newest checkpoint."""
+        found = self.folder.glob(".cache/train/*/step-*.pt")
+        return max((int(path.stem.removeprefix("step-")) for path in found), default=0)
+
+    def reached(self) -> tuple[str, str]:
+        """Stage and last words of a start."""
+        stages = re.findall(r"^Running stage '(\w+)'", self.log, re.MULTILINE)
+        lines = [line.split(" - ", 1)[-1].strip() for line in self.log.splitlines() if line.strip()]
+        return (stages[-1] if stages else "dvc"), (lines[-1] if lines else "")
+
+
+def prepare(copy: Copy) -> None:
+    """What git knows of the project, as it lies in the working tree, in a repository of its own; next stage: train."""
+    listing = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
+    known = subprocess.run(listing, cwd=PROJECT, capture_output=True, text=True, check=True).stdout.splitlines()
+    for name in set(known) - {"dvc.lock"}:
+        if (PROJECT / name).is_file():
+            (copy.folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(PROJECT / name, copy.folder / name)
+    overrides.apply(copy.folder / "params.yaml", SMALLER)
+    for command in (
+        ("init", "--quiet", "--initial-branch=main"), ("config", "user.name", "Benchmark"),
+        ("config", "user.email", "benchmark@example.org"), ("add", "--all"), ("commit", "--quiet", "-m", "as it lies"),
+    ):  # fmt: skip
+        copy.run("git", *command)
+    copy.run("dvc", "repro", "preprocess")
+
+
+@dataclass
+class Course:
+    """How an uninterrupted pipeline went; seconds.
+
+    Attributes:
+        first: from the start to the first checkpoint.
+        steps: of the training.
+        epochs: of the training.
+        pace: from one checkpoint to the next.
+        writing: from the end of the training to the evaluation.
+        evaluating: from there to the end.
+    """
+
+    first: float
+    steps: int
+    epochs: int
+    pace: float
+    writing: float
+    evaluating: float
+
+    @property
+    def trained(self) -> str:
+        """What is printed once there is nothing more to train."""
+        return rf"epoch +{self.epochs}/|taken up after epoch {self.epochs},"
+
+
+def undisturbed(copy: Copy) -> Course:
+    times: dict[int, float] = {}
+    began = time.monotonic()
+    evaluating = None
+    with copy.running(*COMMAND) as process:
+        while process.poll() is None:
+            now = time.monotonic()
+            if step := copy.step():
+                times.setdefault(step, now)
+            if evaluating is None and copy.reached()[0] == "evaluate":
+                evaluating = now
+            time.sleep(POLL)
+    ended = time.monotonic()
+    if process.returncode != 0 or evaluating is None:
+        raise SystemExit(f"{' '.join(COMMAND)} ended with {process.returncode}:\n{copy.log}")
+    first, last = min(times.values()), max(times.values())
+    epochs = len(pd.read_csv(copy.folder / RESULTS[1]))
+    return Course(
+        first - began, max(times), epochs, (last - first) / len(times), evaluating - last, ended - evaluating
+    )  # fmt: skip
+
+
+def moments(course: Course, kills: int, rng: np.random.Generator) -> list[tuple[str, float]]:
+    """When to kill: what to wait for (start, trained, evaluate, or the number of a step), and seconds after that."""
+    early, middle = kills // 4, (kills + 1) // 2
+    late = kills - early - middle
+    steps = np.sort(rng.integers(1, course.steps, middle))
+    wanted = [(str(step), rng.uniform(0, course.pace)) for step in steps]
+    wanted += [("trained", rng.uniform(0, course.writing)) for _ in range((late + 1) // 2)]
+    for _ in range(early):
+        wanted.insert(rng.integers(len(wanted) + 1), ("start", rng.uniform(0, course.first)))
+    return wanted + [("evaluate", rng.uniform(0, course.evaluating)) for _ in range(late // 2)]
+
+
+def disturbed(copy: Copy, course: Course, planned: list[tuple[str, float]], before: int) -> int:
+    """Kills and starts anew until the pipeline has completed; how often."""
+    for killed, (event, delay) in enumerate([*planned, ("never", 0.0)]):
+        began, happened, step_before = time.monotonic(), None, copy.step()
+        if event.isdigit():
+            target = max(int(event), step_before + 1)
+            event = str(target) if target <= course.steps else "trained"
+        with copy.running(*COMMAND) as process:
+            while process.poll() is None:
+                now = time.monotonic()
+                if now - began > PATIENCE:
+                    raise SystemExit(f"the start after {before + killed} kills hangs:\n{copy.log}")
+                if happened is None and _happens(event, copy, course):
+                    happened = now
+                if happened is not None and now - happened >= delay:
+                    os.killpg(process.pid, signal.SIGKILL)
+                    process.wait()
+                time.sleep(POLL)
+        took, (stage, words) = time.monotonic() - began, copy.reached()
+        if process.returncode == 0:
+            return killed
+        if process.returncode != -signal.SIGKILL:
+            raise SystemExit(f"after {before + killed} kills, a start ended with {process.returncode}:\n{copy.log}")
+        after = f"step {event} + {delay:.2f}" if event.isdigit() else f"{event} + {delay:.2f}"
+        told = f"{before + killed + 1} | {after} | {took:.1f} | {stage} | {step_before} | {copy.step()} | {words[:70]}"
+        print(f"| {told} |", flush=True)
+    raise AssertionError("the last start is not killed")
+
+
+def _happens(event: str, copy: Copy, course: Course) -> bool:
+    if event.isdigit():
+        return copy.step() >= int(event)
+    if event == "trained":
+        return re.search(course.trained, copy.log) is not None
+    return event == "start" or (event == "evaluate" and copy.reached()[0] == "evaluate")
+
+
+def differences(whole: Path, pieces: Path) -> list[str]:
+    """What a project that was killed has otherwise than one that was not; costs may differ, but none is told twice."""
+    found = [f"{name} differs" for name in RESULTS if (whole / name).read_bytes() != (pieces / name).read_bytes()]
+    (expected, _), (metrics, runs) = told_to_mlflow(whole), told_to_mlflow(pieces)
+    if runs != ["FINISHED"]:
+        found.append(f"MLflow has the runs {', '.join(runs) or 'none'}, not one that is finished")
+    twice = metrics[metrics.duplicated(["key", "step"])]
+    if len(twice):
+        names = [f"{row.key} at step {row.step}" for row in twice.drop_duplicates(["key", "step"]).itertuples()]
+        found.append(f"MLflow has {len(names)} metrics and steps more than once: {', '.join(names[:4])} ...")
+    told, due = (
+        set(table.loc[~table["key"].isin(COST) & ~table["key"].str.startswith("seconds.")].itertuples(index=False))
+        for table in (metrics, expected)
+    )
+    for what, rows in (("lacks", due - told), ("has, but should not,", told - due)):
+        if rows:
+            names = [f"{row.key} at step {row.step}" for row in sorted(rows)]
+            found.append(f"MLflow {what} {len(names)} values: {', '.join(names[:4])} ...")
+    return found
+
+
+def told_to_mlflow(folder: Path) -> tuple[pd.DataFrame, list[str]]:
+    """Every metric with step and value, and the status of each run."""
+    with closing(sqlite3.connect(folder / "mlruns" / "mlflow.db")) as store:
+        metrics = pd.read_sql("select key, step, value from metrics", store)
+        return metrics, [status for (status,) in store.execute("select status from runs order by start_time")]
+
+
+def left_behind(copy: Copy) -> list[str]:
+    """Processes and unfinished files that nobody has cleared away, and models logged more than once."""
+    deadline = time.monotonic() + 10  # Prefect's server ends by itself when its owner is gone
+    while (servers := _running_in(copy.folder)) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    hidden = [*copy.folder.glob(".models.*"), *copy.folder.glob("reports/.[!g]*"), *copy.folder.glob(".cache/train/*")]
+    with closing(sqlite3.connect(copy.folder / "mlruns" / "mlflow.db")) as store:
+        models = store.execute("select count(*) from logged_models").fetchone()[0]
+    return [
+        *(f"process {' '.join(process.cmdline())[:100]}" for process in servers),
+        *(str(path.relative_to(copy.folder)) for path in hidden),
+        *([f"{models} logged models in MLflow"] if models != 1 else []),
+    ]
+
+
+def _running_in(folder: Path) -> list[psutil.Process]:
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if Path(process.cwd()).is_relative_to(folder):
+                found.append(process)
+        except psutil.Error:  # another user's, or gone
+            continue
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--seed", type=int, default=0)
+    wanted = parser.parse_args()
+    rng, wrong = np.random.default_rng(wanted.seed), []
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as temporary:
+        ready, whole = Copy(Path(temporary) / "ready"), Copy(Path(temporary) / "whole")
+        prepare(ready)
+        shutil.copytree(ready.base, whole.base)
+        course = undisturbed(whole)
+        print(
+            f"undisturbed: {course.steps} steps in {course.epochs} epochs, a checkpoint every {course.pace:.2f} s, the"
+            f" first after {course.first:.1f} s; writing {course.writing:.1f} s, evaluating {course.evaluating:.1f} s"
+        )
+        print("| kill | planned, s after | s after start | stage | step before | step | last words |")
+        print("| --- | --- | --- | --- | --- | --- | --- |")
+        killed, round_ = 0, 0
+        while killed < wanted.kills:
+            round_ += 1
+            pieces = Copy(Path(temporary) / f"pieces-{round_}")
+            shutil.copytree(ready.base, pieces.base)
+            now = disturbed(pieces, course, moments(course, wanted.kills - killed, rng), killed)
+            killed += now
+            found = differences(whole.folder, pieces.folder)
+            wrong += found
+            print(f"completed after {now} kills: {'; '.join(found) or 'the same bytes, the same in MLflow'}")
+            print(f"left behind: {'; '.join(left_behind(pieces)) or 'nothing'}", flush=True)
+    if wrong:
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,219 @@
+"""Which images a batch holds, who gets which of them, and how they come."""
+
+import math
+import threading
+import time
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy import stats
+
+from fadeformer import batches
+from fadeformer.batches import AHEAD, Batch
+from fadeformer.errors import UserError
+from fadeformer.tasks import TASKS
+
+MULTI_CLASS, FINDINGS = TASKS["multi-class"], TASKS["multi-label, binary-class"]
+CPU = torch.device("cpu")
+
+
+def of_classes(*counts: int) -> np.ndarray:
+    return np.repeat(np.arange(len(counts)), counts)[:, None]
+
+
+@given(st.integers(1, 100), st.integers(1, 40), st.integers(0, 2**63 - 1))
+def test_uniform_batches_hold_each_image_once_and_are_as_even_as_can_be(count, batch_size, seed):
+    order = batches.draw(np.zeros((count, 1), np.int64), MULTI_CLASS, "uniform", batch_size, seed)
+    assert sorted(np.concatenate(order).tolist()) == list(range(count))
+    sizes = [len(rows) for rows in order]
+    assert len(sizes) == math.ceil(count / batch_size)
+    assert max(sizes) <= batch_size
+    assert max(sizes) - min(sizes) <= 1
+
+
+@pytest.mark.parametrize("sampling", ["uniform", "weighted"])
+def test_the_order_hangs_on_the_seed_alone(sampling):
+    labels = of_classes(20, 7, 3)
+
+    def order(seed: int) -> list[int]:
+        return np.concatenate(batches.draw(labels, MULTI_CLASS, sampling, 8, seed)).tolist()
+
+    first = order(5)
+    assert order(5) == first
+    assert order(6) != first
+    assert first != sorted(first)
+
+
+def test_weighted_batches_draw_every_class_equally_often():
+    labels = of_classes(900, 90, 10)
+    rows = np.concatenate([np.concatenate(batches.draw(labels, MULTI_CLASS, "weighted", 64, seed)) for seed in range(9)])
+    assert len(rows) == 9 * len(labels)
+    assert stats.chisquare(np.bincount(labels[rows, 0])).pvalue > 0.01
+    rare = np.bincount(rows, minlength=1000)[990:]
+    assert stats.chisquare(rare).pvalue > 0.01  # and every image of a class
+
+
+def test_weighted_sampling_draws_every_class_equally_often():
+    labels = of_classes(900, 90, 10)
+    weights = batches.sampling_weights(labels, MULTI_CLASS)
+    shares = [weights[labels[:, 0] == c].sum() for c in range(3)]
+    assert shares == pytest.approx([shares[0]] * 3)
+
+
+def test_an_image_with_findings_counts_by_its_rarest():
+    labels = np.array([[1, 0], [1, 0], [1, 1], [0, 0], [0, 0]])
+    weights = batches.sampling_weights(labels, FINDINGS)
+    assert weights == pytest.approx([1 / 3, 1 / 3, 1, 1 / 2, 1 / 2])
+
+
+def test_images_may_all_have_findings_and_findings_may_be_absent():
+    assert batches.sampling_weights(np.array([[1, 0], [1, 0]]), FINDINGS) == pytest.approx([1 / 2, 1 / 2])
+    assert batches.sampling_weights(np.zeros((4, 2), np.int64), FINDINGS) == pytest.approx([1 / 4] * 4)
+
+
+@given(st.integers(1, 4), st.integers(1, 4), st.data())
+def test_parts_of_all_processes_make_up_the_batch_and_images_to_be_mixed_stay_together(world, accumulate, data):
+    sizes = data.draw(st.lists(st.integers(2 * world * accumulate, 70), min_size=1, max_size=3))
+    order = [np.random.default_rng(size).permutation(1000)[:size] for size in sizes]
+    ranks = [batches.shared(order, rank, world, accumulate) for rank in range(world)]
+    for number, rows in enumerate(order):
+        every = [ranks[rank][number] for rank in range(world)]
+        parts = [places.tolist() for batch in every for places in batch.places]
+        assert len(parts) == world * accumulate
+        assert all(parts)
+        assert sorted(sum(parts, [])) == list(range(len(rows)))
+        for places in parts:
+            assert places == sorted(places)
+            assert {len(rows) - 1 - place for place in places} == set(places)
+        for batch in every:
+            assert batch.count == len(rows)
+            assert batch.distributed == (world > 1)
+            images = torch.from_numpy(batch.own)
+            for part, places in batch.split(images):
+                assert part.tolist() == rows[places].tolist()
+
+
+@given(st.integers(1, 4), st.integers(1, 4), st.integers(1, 40), st.integers(1, 200))
+def test_a_batch_too_small_to_be_shared_is_told_with_a_remedy_that_helps(world, accumulate, batch_size, count):
+    labels = np.zeros((count, 1), np.int64)
+    try:
+        shared = batches.shared(batches.draw(labels, MULTI_CLASS, "uniform", batch_size, 0), 0, world, accumulate)
+    except UserError as error:
+        assert f"too small for {world} device(s) and train.accumulate {accumulate}; raise" in str(error)
+        larger = int(str(error).split("train.batch_size to ")[1].split()[0])
+        assert larger > batch_size or count < larger
+        if count >= larger:
+            batches.shared(batches.draw(labels, MULTI_CLASS, "uniform", larger, 0), 0, world, accumulate)
+    else:
+        assert all(len(places) for batch in shared for places in batch.places)
+
+
+def test_a_batch_that_goes_through_in_one_piece_needs_nothing_special():
+    rows = np.arange(5)
+    (batch,) = batches.shared([rows], 0, 1, 1)
+    assert batch.as_whole(batch.places[0]).__class__.__name__ == "nullcontext"
+    assert batch.as_whole(batch.places[0][:3]).__class__.__name__ == "WholeBatch"
+
+
+@pytest.fixture
+def pixels(tmp_path) -> np.ndarray:
+    """Twenty images in a memory-mapped file."""
+    np.save(tmp_path / "pixels.npy", np.random.default_rng(0).integers(0, 256, (20, 6, 5, 3), dtype=np.uint8))
+    return np.load(tmp_path / "pixels.npy", mmap_mode="r")
+
+
+def whole_batches(sizes: list[int]) -> list[Batch]:
+    random = np.random.default_rng(1)
+    return [Batch(random.integers(0, 20, size), [np.arange(size)], False) for size in sizes]
+
+
+@given(sizes=st.lists(st.integers(1, 9), max_size=8))
+def test_images_come_as_they_lie_in_the_file(tmp_path_factory, sizes):
+    path = tmp_path_factory.mktemp("feed") / "pixels.npy"
+    np.save(path, np.random.default_rng(0).integers(0, 256, (20, 6, 5, 3), dtype=np.uint8))
+    pixels = np.load(path, mmap_mode="r")
+    order = whole_batches(sizes)
+    found = list(batches.feed(pixels, order, CPU))
+    assert len(found) == len(sizes)
+    for batch, images in zip(order, found, strict=True):
+        assert images.dtype == torch.uint8
+        np.testing.assert_array_equal(images.numpy(), pixels[batch.rows])
+
+
+def test_only_the_images_of_this_process_come_part_by_part(pixels):
+    rows = np.random.default_rng(2).permutation(20)[:13]
+    for rank in range(2):
+        (batch,) = batches.shared([rows], rank, 2, 3)
+        (images,) = batches.feed(pixels, [batch], CPU)
+        for part, places in batch.split(images):
+            np.testing.assert_array_equal(part.numpy(), pixels[rows[places]])
+
+
+def threads() -> int:
+    return sum(thread.name.startswith("gather") for thread in threading.enumerate())
+
+
+def test_batches_are_gathered_ahead_but_not_too_far(pixels, monkeypatch):
+    gathered: list[int] = []
+    take = np.take
+
+    def noted(array, rows, **options):
+        gathered.append(len(rows))
+        return take(array, rows, **options)
+
+    monkeypatch.setattr(np, "take", noted)
+    images = batches.feed(pixels, whole_batches([4] * 10), CPU)
+    for number in range(1, 4):
+        next(images)
+        until = time.monotonic() + 10
+        while len(gathered) < number + AHEAD and time.monotonic() < until:
+            time.sleep(0.001)
+        time.sleep(0.02)  # in which one more could be gathered
+        assert len(gathered) == number + AHEAD
+    images.close()
+    time.sleep(0.02)
+    assert len(gathered) == 3 + AHEAD
+
+
+@pytest.mark.parametrize("taken", [0, 1, 3, 10])
+def test_no_thread_is_left_behind(pixels, taken):
+    before = threads()
+    images = batches.feed(pixels, whole_batches([4] * 10), CPU)
+    for _ in range(taken):
+        next(images)
+    images.close()
+    assert threads() == before
+
+
+def test_no_thread_is_left_behind_when_the_consumer_fails(pixels):
+    before = threads()
+
+    def consume() -> None:
+        for images in batches.feed(pixels, whole_batches([4] * 10), CPU):
+            raise ValueError(len(images))
+
+    with pytest.raises(ValueError, match="4"):
+        consume()
+    assert threads() == before
+
+
+def test_an_error_while_gathering_reaches_the_consumer(pixels, monkeypatch):
+    def broken(*_, **__):
+        raise OSError("the disk is gone")
+
+    monkeypatch.setattr(np, "take", broken)
+    with pytest.raises(OSError, match="the disk is gone"):
+        list(batches.feed(pixels, whole_batches([4] * 10), CPU))
+    assert threads() == 0
+
+
+def test_every_use_of_randomness_has_a_seed_of_its_own():
+    numbers = [(s, e, use, b) for s in range(3) for e in range(1, 9) for use in (1, 2) for b in range(20)]
+    numbers += [(s, e, 0, 0) for s in range(3) for e in range(1, 9)]
+    seeds = [batches.mix(*few) for few in numbers]
+    assert seeds == [batches.mix(*few) for few in numbers]
+    assert all(0 <= seed < 2**63 for seed in seeds)
+    assert len({seed % 2**32 for seed in seeds}) == len(seeds)  # of which torch's generator on CPUs takes no more

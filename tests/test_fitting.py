@@ -1,0 +1,91 @@
+"""What a process of the training makes out of params.yaml."""
+
+import numpy as np
+import pytest
+import torch
+
+from fadeformer.arrays import Meta
+from fadeformer.errors import UserError
+from fadeformer.models import create_model
+from fadeformer.tasks import TASKS
+from pipelines import fitting
+
+MIRRORED = {"task": "multi-class", "classes": ["a", "b", "c"], "mirrors": True}
+
+
+def meta(**changes: object) -> Meta:
+    return Meta({**MIRRORED, **changes}, 28, 3, {}, "published", 0, [0.1, 0.2, 0.3], [0.4, 0.5, 0.0])
+
+
+def with_train(wanted, **changes: object):
+    return wanted.model_copy(update={"train": wanted.train.model_copy(update=changes)})
+
+
+def weights(wanted, labels: list[list[int]], task: str = "multi-class", **changes: object) -> list[float]:
+    about = meta(task=task)
+    return fitting.class_weights_of(with_train(wanted, **changes), about, TASKS[task], np.array(labels)).tolist()
+
+
+def test_classes_weigh_as_asked(wanted):
+    labels = [[0], [0], [0], [1], [2], [2]]
+    assert weights(wanted, labels, class_weights="none") == [1, 1, 1]
+    assert weights(wanted, labels, class_weights="auto") == pytest.approx([2 / 3, 2, 1])
+    assert weights(wanted, labels, class_weights={"b": 3.0}) == [1, 3, 1]
+
+
+def test_findings_weigh_by_how_many_lack_them(wanted):
+    labels = [[1, 0, 0], [1, 1, 0], [1, 0, 0], [0, 0, 0]]
+    found = weights(wanted, labels, "multi-label, binary-class", class_weights="auto")
+    assert found == pytest.approx([1 / 3, 3, 1])
+
+
+def test_a_weight_of_no_class_is_told(wanted):
+    with pytest.raises(UserError, match=r"train\.class_weights names d, but the classes are a, b, c"):
+        weights(wanted, [[0]], class_weights={"d": 2.0})
+
+
+@pytest.mark.parametrize(
+    ("normalise", "backbone", "mean", "std"),
+    [
+        ("imagenet", "vit_base_patch16_224", (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+        ("backbone", "vit_base_patch16_224", (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+        ("backbone", "fadevit_nano", (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+        ("data", "fadevit_nano", (0.1, 0.2, 0.3), (0.4, 0.5, 1e-6)),
+    ],
+)
+def test_the_input_is_normalised_as_asked(wanted, normalise, backbone, mean, std):
+    with torch.device("meta"):
+        model = create_model(
+            backbone=backbone, num_classes=3, image_size=224 if "224" in backbone else 28, in_chans=3, pretrained=False,
+            dropout=0.0, drop_path=0.0, fade={"num_heads": 4},
+        )  # fmt: skip
+    found = fitting.normalisation_of(wanted.model.model_copy(update={"normalise": normalise}), meta(), model)
+    assert found.mean == pytest.approx(mean)
+    assert found.std == pytest.approx(std)
+
+
+@pytest.mark.parametrize(("mirrors", "share"), [(True, 0.5), (False, 0.0)])
+def test_left_and_right_are_mirrored_only_where_they_mean_the_same(wanted, mirrors, share):
+    assert fitting.augmentation_of(wanted, meta(mirrors=mirrors)).horizontal_flip == share
+
+
+def test_on_a_cpu_there_is_one_process_unless_more_are_asked_for(wanted):
+    cpu = with_train(wanted, device="cpu")
+    assert fitting.devices(cpu) == 1
+    assert fitting.devices(with_train(cpu, devices=3)) == 3
+
+
+def test_more_gpus_than_there_are_is_told(wanted, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert fitting.devices(wanted) == 2
+    with pytest.raises(UserError, match=r"train\.devices is 3, but this machine has 2 GPU\(s\); set it to auto"):
+        fitting.devices(with_train(wanted, devices=3))
+
+
+@pytest.mark.parametrize(("told", "count"), [(None, 1), ("2", 2), ("2:4", 2)])
+def test_machines_are_those_of_torchrun(monkeypatch, told, count):
+    monkeypatch.delenv("PET_NNODES", raising=False)
+    if told:
+        monkeypatch.setenv("PET_NNODES", told)
+    assert fitting.nodes() == count
