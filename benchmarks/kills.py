@@ -124,70 +124,77 @@ class Course:
         steps: of the training.
         epochs: of the training.
         pace: from one checkpoint to the next.
-        writing: from the end of the training to the evaluation.
-        evaluating: from there to the end.
+        lines: when each line was printed in a phase, from its beginning, and when it ended.
     """
 
     first: float
     steps: int
     epochs: int
     pace: float
-    writing: float
-    evaluating: float
+    lines: dict[str, list[float]]
 
-    @property
-    def trained(self) -> str:
-        """What is printed once there is nothing more to train."""
-        return rf"epoch +{self.epochs}/|taken up after epoch {self.epochs},"
+
+def printed(epochs: int, phase: str, log: str) -> int:
+    """Lines of a phase so far: `writing` begins when nothing is left to train, `evaluating` with the stage."""
+    begins = {"writing": rf"epoch +{epochs}/|taken up after epoch {epochs},", "evaluating": "Running stage 'evaluate'"}
+    found = re.search(begins[phase], log)
+    return log[found.start() :].count("\n") if found else 0
 
 
 def undisturbed(copy: Copy) -> Course:
-    times: dict[int, float] = {}
-    began = time.monotonic()
-    evaluating = None
+    steps: dict[int, float] = {}
+    lines: dict[str, list[float]] = {"writing": [], "evaluating": []}
+    epochs, began = SMALLER["train"]["epochs"], time.monotonic()
     with copy.running(*COMMAND) as process:
         while process.poll() is None:
-            now = time.monotonic()
+            now, log = time.monotonic(), copy.log
             if step := copy.step():
-                times.setdefault(step, now)
-            if evaluating is None and copy.reached()[0] == "evaluate":
-                evaluating = now
+                steps.setdefault(step, now)
+            for phase, times in lines.items():
+                times += [now] * (printed(epochs, phase, log) - len(times))
             time.sleep(POLL)
     ended = time.monotonic()
-    if process.returncode != 0 or evaluating is None:
+    if process.returncode != 0:
         raise SystemExit(f"{' '.join(COMMAND)} ended with {process.returncode}:\n{copy.log}")
-    first, last = min(times.values()), max(times.values())
-    epochs = len(pd.read_csv(copy.folder / RESULTS[1]))
-    return Course(
-        first - began, max(times), epochs, (last - first) / len(times), evaluating - last, ended - evaluating
-    )  # fmt: skip
+    first, last = min(steps.values()), max(steps.values())
+    lines["writing"] = [time for time in lines["writing"] if time < lines["evaluating"][0]] + lines["evaluating"][:1]
+    lines["evaluating"].append(ended)
+    relative = {phase: [time - times[0] for time in times] for phase, times in lines.items()}
+    return Course(first - began, max(steps), epochs, (last - first) / len(steps), relative)
 
 
-def moments(course: Course, kills: int, rng: np.random.Generator) -> list[tuple[str, float]]:
-    """When to kill: what to wait for (start, trained, evaluate, or the number of a step), and seconds after that."""
+def moments(course: Course, kills: int, rng: np.random.Generator) -> list[tuple[str, int, float]]:
+    """When to kill: behind which number of lines of a phase, or of steps, and how many seconds after that."""
+
+    def within(phase: str) -> tuple[str, int, float]:
+        """Uniform over the time that the phase took, told by its lines, as another time it may be slower or faster."""
+        times = course.lines[phase]
+        moment = rng.uniform(0, times[-1])
+        line = int(np.searchsorted(times[:-1], moment, side="right"))
+        return phase, line, moment - times[line - 1]
+
     early, middle = kills // 4, (kills + 1) // 2
     late = kills - early - middle
     steps = np.sort(rng.integers(1, course.steps, middle))
-    wanted = [(str(step), rng.uniform(0, course.pace)) for step in steps]
-    wanted += [("trained", rng.uniform(0, course.writing)) for _ in range((late + 1) // 2)]
+    wanted = [("step", int(step), rng.uniform(0, course.pace)) for step in steps]
+    wanted += [within("writing") for _ in range((late + 1) // 2)]
     for _ in range(early):
-        wanted.insert(rng.integers(len(wanted) + 1), ("start", rng.uniform(0, course.first)))
-    return wanted + [("evaluate", rng.uniform(0, course.evaluating)) for _ in range(late // 2)]
+        wanted.insert(rng.integers(len(wanted) + 1), ("start", 0, rng.uniform(0, course.first)))
+    return wanted + [within("evaluating") for _ in range(late // 2)]
 
 
-def disturbed(copy: Copy, course: Course, planned: list[tuple[str, float]], before: int) -> int:
+def disturbed(copy: Copy, course: Course, planned: list[tuple[str, int, float]], before: int) -> int:
     """Kills and starts anew until the pipeline has completed; how often."""
-    for killed, (event, delay) in enumerate([*planned, ("never", 0.0)]):
+    for killed, (phase, number, delay) in enumerate([*planned, ("never", 0, 0.0)]):
         began, happened, step_before = time.monotonic(), None, copy.step()
-        if event.isdigit():
-            target = max(int(event), step_before + 1)
-            event = str(target) if target <= course.steps else "trained"
+        if phase == "step":
+            phase, number = ("step", max(number, step_before + 1)) if step_before < course.steps else ("writing", 1)
         with copy.running(*COMMAND) as process:
             while process.poll() is None:
                 now = time.monotonic()
                 if now - began > PATIENCE:
                     raise SystemExit(f"the start after {before + killed} kills hangs:\n{copy.log}")
-                if happened is None and _happens(event, copy, course):
+                if happened is None and _happened(phase, number, copy, course):
                     happened = now
                 if happened is not None and now - happened >= delay:
                     os.killpg(process.pid, signal.SIGKILL)
@@ -197,19 +204,16 @@ def disturbed(copy: Copy, course: Course, planned: list[tuple[str, float]], befo
         if process.returncode == 0:
             return killed
         if process.returncode != -signal.SIGKILL:
-            raise SystemExit(f"after {before + killed} kills, a start ended with {process.returncode}:\n{copy.log}")
-        after = f"step {event} + {delay:.2f}" if event.isdigit() else f"{event} + {delay:.2f}"
-        told = f"{before + killed + 1} | {after} | {took:.1f} | {stage} | {step_before} | {copy.step()} | {words[:70]}"
-        print(f"| {told} |", flush=True)
+            raise SystemExit(f"the start after {before + killed} kills ended with {process.returncode}:\n{copy.log}")
+        told = f"{phase} {number or ''} + {delay:.2f} | {took:.1f} | {stage} | {step_before} | {copy.step()}"
+        print(f"| {before + killed + 1} | {told} | {words[:70]} |", flush=True)
     raise AssertionError("the last start is not killed")
 
 
-def _happens(event: str, copy: Copy, course: Course) -> bool:
-    if event.isdigit():
-        return copy.step() >= int(event)
-    if event == "trained":
-        return re.search(course.trained, copy.log) is not None
-    return event == "start" or (event == "evaluate" and copy.reached()[0] == "evaluate")
+def _happened(phase: str, number: int, copy: Copy, course: Course) -> bool:
+    if phase == "step":
+        return copy.step() >= number
+    return phase == "start" or (phase != "never" and printed(course.epochs, phase, copy.log) >= number)
 
 
 def differences(whole: Path, pieces: Path) -> list[str]:
@@ -279,9 +283,9 @@ def main() -> None:
         course = undisturbed(whole)
         print(
             f"undisturbed: {course.steps} steps in {course.epochs} epochs, a checkpoint every {course.pace:.2f} s, the"
-            f" first after {course.first:.1f} s; writing {course.writing:.1f} s, evaluating {course.evaluating:.1f} s"
+            f" first after {course.first:.1f} s; " + ", ".join(f"{p} {t[-1]:.1f} s" for p, t in course.lines.items())
         )
-        print("| kill | planned, s after | s after start | stage | step before | step | last words |")
+        print("| kill | step or line, + s | s from the start | stage | step before | step | last words |")
         print("| --- | --- | --- | --- | --- | --- | --- |")
         killed, round_ = 0, 0
         while killed < wanted.kills:

@@ -1,6 +1,6 @@
 """What of a training is not the network: waiting for images, augmentation, and the loop around them.
 
-    python benchmarks/training.py [--images 2000] [--size 28] [--repeats 10]
+    python benchmarks/training.py [--repeats 10] [--threads 2]
     python benchmarks/training.py precision [--epochs 20]
 
 Both train the demo of params.yaml on the CPU. The first prints the share that each part has of the training part of an
@@ -277,8 +277,10 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=2000, help="of the phantom, before they are split")
     parser.add_argument("--size", type=int, default=28)
     parser.add_argument("--repeats", type=int, default=10, help="epochs of shares")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of torch")
     parser.add_argument("--epochs", type=int, default=20, help="of precision")
     wanted = parser.parse_args()
+    torch.set_num_threads(wanted.threads)
     torch.use_deterministic_algorithms(True)  # as the stage does
     with tempfile.TemporaryDirectory() as temporary:
         prepared = prepare(Path(temporary), images=wanted.images, size=wanted.size)

@@ -8,6 +8,7 @@ import os
 import shutil
 import signal
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,8 @@ from fadeformer import arrays, params
 from fadeformer.checkpoints import Checkpoints
 from fadeformer.errors import Interrupted, UserError
 from fadeformer.files import read_json, whole_folder, write_json
-from pipelines import begun, fitting, paths, stage, tracking
-from pipelines.journal import Journal
+from pipelines import begun, fitting, paths, stage, store, tracking
+from pipelines.journal import PATIENCE, Journal
 from pipelines.orchestrator import orchestrated
 
 SERVED = Path(__file__).with_name("served.py")
@@ -99,8 +100,9 @@ def train() -> str:
     with begun.taken_up() as begun_in:
         try:
             fit(begun_in)
-        except (Interrupted, Exception) as error:
-            Journal(begun_in).close("KILLED" if isinstance(error, Interrupted) else "FAILED")
+        except BaseException as error:  # Prefect's own signals too
+            failed = isinstance(error, Exception) and not isinstance(error, Interrupted)
+            Journal(begun_in).close("FAILED" if failed else "KILLED")
             raise
         with whole_folder(paths.MODELS) as folder:
             result = write(begun_in, folder)
@@ -117,6 +119,8 @@ def train() -> str:
 
 def main() -> str:
     """Runs the flow."""
+    with suppress(store.Unreachable), store.patience(PATIENCE):  # of that the journal tells
+        store.connect()  # makes MLflow's store while Prefect's server still makes its own
     with orchestrated():
         return train()
 

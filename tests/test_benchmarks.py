@@ -4,18 +4,29 @@ import importlib.util
 import itertools
 import json
 import re
+import shutil
+import sqlite3
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
 from types import ModuleType
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from sklearn.metrics import roc_auc_score
 
 from fadeformer.attention import FadeAttn
+from fadeformer.augment import Augmentation
+from fadeformer.normalisation import IMAGENET
+from fadeformer.tasks import TASKS
 from tests.conftest import ROOT
 from tests.test_attention import CASES, REFERENCE, relative
+from tests.test_augment import OFF
+from tests.test_training import RECIPE, network, some_images
 
 
 def load(name: str) -> ModuleType:
@@ -71,6 +82,14 @@ def test_peaks_are_measured_in_a_process_of_their_own(bench):
     assert large > small + 3 * 40**4 * 4 / bench.MIB  # three of the matrices of all patches by all patches
 
 
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def test_shut_gates_leave_attention_alone():
     model = load("science").network("attention alone", classes=3, seed=0).eval()
     (layer,) = (module for module in model.modules() if hasattr(module, "gate_logit"))
@@ -93,6 +112,23 @@ def test_all_arms_begin_with_the_same_backbone():
         torch.testing.assert_close(tokens, models["plain"].patch_embed(images), msg=arm)
         assert torch.equal(block.mlp.fc1.weight, models["plain"].blocks[2].mlp.fc1.weight), arm
         assert torch.equal(model.pos_embed, models["plain"].pos_embed), arm
+
+
+def test_what_is_shut_stays_shut_in_training_and_a_row_is_left(tmp_path, monkeypatch, one_thread):
+    science = load("science")
+    random = np.random.default_rng(0)
+    images = random.integers(0, 256, (12, 28, 28, 3), dtype=np.uint8), np.arange(12)[:, None] % 3
+    monkeypatch.setattr(science, "EPOCHS", {"tiny": 1})
+    monkeypatch.setattr(science, "load", lambda data, dataset: dict.fromkeys(("train", "val", "test"), images))
+    made, original = [], science.network
+    monkeypatch.setattr(science, "network", lambda *arm: made.append(original(*arm)) or made[0])
+    science.train_and_test(tmp_path, tmp_path, "tiny", "attention alone", 0)
+    gates = [value for name, value in made[0].named_parameters() if name.endswith("gate_logit")]
+    assert all((gate == 10.0).all() for gate in gates)
+    row = json.loads((tmp_path / "tiny.attention_alone.0.json").read_text())
+    assert row["epoch"] == 1
+    assert 0 <= row["test_auc"] <= 1
+    assert np.load(tmp_path / "tiny.attention_alone.0.npy").shape == (12, 3)
 
 
 def test_the_comparison_is_paired_by_seed_and_by_image(tmp_path, capsys, monkeypatch):
@@ -149,3 +185,120 @@ def test_the_benchmark_of_the_gate_finds_what_it_planted():
     assert printed.splitlines()[-1].startswith("3 near duplicates, ")
     assert "peak" in printed
     assert "group_in_two_splits" in printed
+
+
+@pytest.fixture
+def tiny(one_thread: None) -> tuple[ModuleType, object]:
+    """The benchmark of training, and a training small enough for a test."""
+    bench = load("training")
+    images = {split: some_images(20, 3, seed=seed) for seed, split in enumerate(("train", "val", "test"))}
+    augmentation = Augmentation(**{**OFF, "rotation": 9.0})
+    options = {
+        "task": TASKS["multi-class"], "class_weights": np.ones(3), "augmentation": augmentation, "seed": 0,
+        "normalisation": IMAGENET,
+    }  # fmt: skip
+    return bench, bench.Demo(lambda: network(3), RECIPE, images, options, torch.float32)
+
+
+def test_the_shares_of_a_training_step_add_up(tiny):
+    bench, demo = tiny
+    before = {name: getattr(bench.training.batches, name) for name in ("draw", "feed", "mix", "shared")}
+    seconds, shares, ratio = bench.measure(demo, 1)
+    assert sum(
+        shares[name] for name in ("network", bench.IMAGES, bench.AUGMENTATION, "everything else")
+    ) == pytest.approx(1)
+    assert sum(shares[name] for name in bench.NETWORK) == pytest.approx(shares["network"])
+    assert sum(shares[name] for name in bench.ELSE) == pytest.approx(shares["everything else"])
+    assert all(value > 0 for value in seconds.values()), seconds
+    assert shares["network"] > 0.5
+    assert ratio > 0.5
+    assert {name: getattr(bench.training.batches, name) for name in before} == before
+
+
+def test_the_bare_loop_gets_what_the_network_got(tiny):
+    bench, demo = tiny
+    batches = bench.record(demo, bench.make_fabric(bench.CPU, torch.float32))
+    assert [tuple(images.shape) for images, _ in batches] == [(7, 3, 16, 16), (7, 3, 16, 16), (6, 3, 16, 16)]
+    loop, alone = (bench.start(demo.network(), RECIPE) for _ in range(2))
+    for state in (loop, alone):
+        state.model.attn.dropout.p = 0.0  # the bare loop does not seed it
+    recipe = bench.replace(RECIPE, epochs=1, schedule="constant")
+    list(demo.fit(loop, bench.make_fabric(bench.CPU, torch.float32), recipe))
+    bench.bare(demo, alone, batches)
+    for one, other in zip(loop.model.parameters(), alone.model.parameters(), strict=True):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
+
+
+def test_the_table_of_precisions_has_a_row_for_each(tiny, capsys):
+    bench, demo = tiny
+    bench.precision(demo, 1)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(" | ")[0] for line in lines[2:4]] == ["| 32", "| bf16"]
+    assert re.fullmatch(r"difference of AUC on test, bf16 - 32: [+-]0\.\d{4}", lines[4])
+
+
+@pytest.fixture
+def whole(tmp_path: Path) -> Path:
+    """What a pipeline leaves, as far as the benchmark of kills looks at it."""
+    folder = tmp_path / "whole"
+    for name in load("kills").RESULTS:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(name)
+    (folder / "mlruns").mkdir()
+    with closing(sqlite3.connect(folder / "mlruns" / "mlflow.db")) as store:
+        rows = [("val_loss", 1, 0.5), ("val_loss", 2, 0.4), ("train_seconds", 1, 3.0), ("seconds.fit", 0, 6.0)]
+        pd.DataFrame(rows, columns=["key", "step", "value"]).to_sql("metrics", store, index=False)
+        pd.DataFrame({"status": ["FINISHED"], "start_time": [1]}).to_sql("runs", store, index=False)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ("update metrics set value = 4.0 where key in ('train_seconds', 'seconds.fit')", None),
+        ("update metrics set value = 0.41 where step = 2", "MLflow lacks 1 values: val_loss at step 2"),
+        ("delete from metrics where step = 2", "MLflow lacks 1 values: val_loss at step 2"),
+        ("insert into metrics values ('val_loss', 3, 0.3)", "MLflow has, but should not, 1 values: val_loss at step 3"),
+        ("insert into metrics values ('val_loss', 2, 0.4)", "1 metrics and steps more than once: val_loss at step 2"),
+        ("insert into metrics values ('seconds.fit', 0, 1.0)", "more than once: seconds.fit at step 0"),
+        ("insert into runs values ('FINISHED', 2)", "MLflow has the runs FINISHED, FINISHED"),
+        ("update runs set status = 'RUNNING'", "MLflow has the runs RUNNING"),
+    ],
+)
+def test_what_kills_have_changed_in_mlflow_is_told(whole, tmp_path, change, told):
+    pieces = shutil.copytree(whole, tmp_path / "pieces")
+    with closing(sqlite3.connect(pieces / "mlruns" / "mlflow.db")) as store:
+        store.execute(change)
+        store.commit()
+    found = load("kills").differences(whole, pieces)
+    assert found == [] if told is None else any(told in line for line in found), found
+
+
+def test_a_byte_that_kills_have_changed_is_told(whole, tmp_path):
+    kills = load("kills")
+    for name in kills.RESULTS:
+        pieces = shutil.copytree(whole, tmp_path / "pieces", dirs_exist_ok=True)
+        (pieces / name).write_text("another")
+        assert kills.differences(whole, pieces) == [f"{name} differs"]
+
+
+def test_half_of_the_kills_fall_in_the_training():
+    kills = load("kills")
+    lines = {"writing": [0.0, 0.5, 2.0], "evaluating": [0.0, 5.0, 5.5, 6.0]}
+    course = kills.Course(first=7.0, steps=100, epochs=8, pace=0.2, lines=lines)
+    moments = kills.moments(course, 20, np.random.default_rng(0))
+    phases = [phase for phase, _, _ in moments]
+    assert {phase: phases.count(phase) for phase in phases} == {"step": 10, "start": 5, "writing": 3, "evaluating": 2}
+    steps = [number for phase, number, _ in moments if phase == "step"]
+    assert steps == sorted(steps)
+    for phase, number, delay in moments:
+        if phase in lines:
+            assert lines[phase][number - 1] <= lines[phase][number - 1] + delay <= lines[phase][number]
+
+
+def test_lines_are_counted_from_where_a_phase_begins():
+    kills = load("kills")
+    log = "Running stage 'train':\n- epoch   7/8: ..\n- epoch   8/8: ..\ntrain: best\nRunning stage 'evaluate':\n"
+    assert [kills.printed(8, phase, log) for phase in ("writing", "evaluating")] == [3, 1]
+    assert kills.printed(8, "writing", "taken up after epoch 8, batch 0 of the next, step 104\n") == 1
+    assert kills.printed(8, "evaluating", log[:40]) == 0

@@ -140,7 +140,7 @@ DIFFUSION = {"variant": "diffusion", "after_blocks": [1, "last"], "num_heads": 4
         ("deit3_small_patch16_224", None, {"head": nn.Linear}),
         ("deit_tiny_distilled_patch16_224", None, {"head": nn.Linear, "head_dist": nn.Linear}),
         ("resnet18", None, {"fc": nn.Linear}),
-        ("medvit_small", None, {"head": nn.Linear}),
+        ("medvit_small", None, {"proj_head.0": nn.Linear}),
     ],
 )  # fmt: skip
 def test_new_to_the_backbone_are_the_classifier_and_the_fade_layers(backbone, fade, expected):

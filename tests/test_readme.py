@@ -158,7 +158,7 @@ def test_the_benchmark_tells_every_stage(project):
 def test_the_paper_preset_by_make(project):
     assert "params.yaml now holds the recipe paper" in make(project, "preset", "NAME=paper")
     assert "backbone: vit_base_patch16_224 " in (project.folder / "params.yaml").read_text()
-    assert make(project, "preset", "NAME=papper", check=False).count("there are: paper") == 1
+    assert make(project, "preset", "NAME=papper", check=False).count("there are: paper, retinamnist") == 1
     project.run("git", "checkout", "params.yaml")
 
 

@@ -1,0 +1,259 @@
+"""Checkpoints: whole or not there, the last two kept, read without running code, and a full disk is told."""
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from fadeformer.checkpoints import Checkpoints
+from fadeformer.errors import UserError
+from tests.conftest import ROOT
+
+
+def some_state(number: int = 0, size: int = 10) -> dict[str, object]:
+    """Nested, of all the types that a training's state has."""
+    random = torch.Generator().manual_seed(number)
+    return {
+        "model": {"weight": torch.rand(size, 3, generator=random), "half": torch.rand(2, generator=random).bfloat16()},
+        "optimizer": {
+            "state": {0: {"step": torch.tensor(float(number)), "exp_avg": torch.rand(size, generator=random)}},
+            "param_groups": [{"lr": 1e-3, "betas": (0.9, 0.999), "params": [0, 1], "foreach": None}],
+        },
+        "counts": torch.arange(number), "best": float("-inf"), "epoch": number, "seen": True, "name": "état",
+        "history": [{"epoch": 1, "val_auc": None}],
+    }  # fmt: skip
+
+
+def same(one: object, other: object) -> bool:
+    if isinstance(one, torch.Tensor):
+        return isinstance(other, torch.Tensor) and one.dtype == other.dtype and torch.equal(one, other)
+    if isinstance(one, dict):
+        return type(other) is dict and one.keys() == other.keys() and all(same(one[k], other[k]) for k in one)
+    if isinstance(one, list | tuple):
+        return type(other) is type(one) and len(one) == len(other) and all(map(same, one, other))
+    return type(one) is type(other) and one == other
+
+
+@pytest.fixture
+def kept(tmp_path) -> Checkpoints:
+    """Two checkpoints, of steps 1 and 2."""
+    checkpoints = Checkpoints(tmp_path / "run", 1)
+    for step in (1, 2):
+        checkpoints.save(some_state(step), step)
+    return checkpoints
+
+
+def names(checkpoints: Checkpoints) -> list[str]:
+    return sorted(path.name for path in checkpoints.folder.iterdir())
+
+
+def test_where_there_is_none_there_is_none(tmp_path):
+    assert Checkpoints(tmp_path / "run", 1).newest() is None
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_last_two_are_kept_and_the_newest_is_read(tmp_path):
+    checkpoints = Checkpoints(tmp_path, 1)
+    for number, step in enumerate((1, 9, 10, 123_456)):
+        checkpoints.save(some_state(step), step)
+        assert len(names(checkpoints)) == min(2, number + 1)
+        assert same(checkpoints.newest(), some_state(step))
+    assert names(checkpoints) == ["step-00000010.pt", "step-00123456.pt"]
+    assert same(Checkpoints(tmp_path, 1).newest(), some_state(123_456))  # by another process too
+    assert not same(some_state(1), some_state(2))  # else all this would say nothing
+
+
+def test_a_step_may_be_saved_again(kept):
+    kept.save(some_state(7), 2)
+    assert names(kept) == ["step-00000001.pt", "step-00000002.pt"]
+    assert same(kept.newest(), some_state(7))
+
+
+def test_what_a_killed_process_had_begun_does_not_count_and_is_cleared_away(kept):
+    half = kept.folder / ".step-00000003.pt.k2j3.pt"
+    half.write_bytes(kept.paths[0].read_bytes()[:-100])
+    assert same(kept.newest(), some_state(2))
+    again = Checkpoints(kept.folder, 1)
+    assert names(again) == ["step-00000001.pt", "step-00000002.pt"]
+    assert same(again.newest(), some_state(2))
+
+
+def test_a_process_killed_while_it_writes_leaves_the_ones_before(kept):
+    """A real one: killed by itself when all but the name is there."""
+    program = (
+        "import os, signal, sys; from pathlib import Path; import torch;"
+        " from fadeformer.checkpoints import Checkpoints;"
+        " os.fsync = lambda file: os.kill(os.getpid(), signal.SIGKILL);"
+        " Checkpoints(Path(sys.argv[1]), 1).save({'step': torch.tensor(3)}, 3)"
+    )
+    done = subprocess.run([sys.executable, "-c", program, str(kept.folder)], cwd=ROOT, check=False)
+    assert done.returncode == -9
+    assert len(names(kept)) == 3
+    again = Checkpoints(kept.folder, 1)
+    assert names(again) == ["step-00000001.pt", "step-00000002.pt"]
+    assert same(again.newest(), some_state(2))
+
+
+def cut(content: bytes) -> bytes:
+    return content[: len(content) // 2]
+
+
+def flipped(content: bytes) -> bytes:
+    """One bit of a weight is another: a file that torch reads without a word."""
+    weight = some_state(2)["model"]["weight"].numpy().tobytes()
+    place = content.index(weight) + 5
+    return content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :]
+
+
+DAMAGES = {
+    "cut": cut, "empty": lambda _: b"", "zeros": lambda content: bytes(len(content)), "one bit": flipped,
+    "text": lambda _: b"no checkpoint", "end gone": lambda content: content[:-1],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=list(DAMAGES))
+def test_a_damaged_newest_is_told_and_passed_over(kept, damage):
+    path = kept.paths[0]
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.warns(UserWarning, match=rf"{path} is damaged .* and passed over"):
+        found = kept.newest()
+    assert same(found, some_state(1))
+
+
+@pytest.mark.filterwarnings("ignore:.*is damaged")
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=list(DAMAGES))
+def test_if_none_can_be_read_this_is_told(kept, damage):
+    damaged = damage(kept.paths[0].read_bytes())
+    for path in kept.paths:
+        path.write_bytes(damaged)
+    with pytest.raises(UserError, match=rf"{kept.folder}: none of the checkpoints can be read; remove the folder"):
+        kept.newest()
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_no_single_damaged_bit_stops_a_training(kept):
+    random = np.random.default_rng(0)
+    path, content = kept.paths[0], kept.paths[0].read_bytes()
+    passed_over = 0
+    for place in random.choice(len(content), 200, replace=False):
+        damaged = bytearray(content)
+        damaged[place] ^= 1 << random.integers(8)
+        path.write_bytes(damaged)
+        found = kept.newest()
+        passed_over += found["epoch"] == 1
+        assert same(found, some_state(2)) or same(found, some_state(1))
+    assert passed_over > 50
+
+
+class Marker:
+    """Leaves a file behind when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+@pytest.mark.filterwarnings("ignore:.*is damaged")
+def test_a_file_that_would_run_code_is_refused(tmp_path):
+    checkpoints, ran = Checkpoints(tmp_path / "run", 1), tmp_path / "ran"
+    checkpoints.save({"model": Marker(ran)}, 1)
+    with pytest.raises(UserError, match="none of the checkpoints can be read"):
+        checkpoints.newest()
+    assert not ran.exists()
+    torch.load(checkpoints.paths[0], weights_only=False)
+    assert ran.exists()  # so it would have run
+
+
+LIMITED = """
+import resource, sys
+from pathlib import Path
+import torch
+from fadeformer.checkpoints import Checkpoints
+from fadeformer.errors import UserError
+
+checkpoints = Checkpoints(Path(sys.argv[1]), 1)
+if len(sys.argv) > 2:
+    checkpoints.save({"epoch": 1}, 1)
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+try:
+    checkpoints.save({"epoch": 2, "weights": torch.rand(100_000)}, 2)
+except UserError as error:
+    print(error)
+"""
+
+
+def test_a_file_that_may_not_grow_is_told_with_the_checkpoint_before(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-c", LIMITED, str(tmp_path), "one"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    before = tmp_path / "step-00000001.pt"
+    assert f"{tmp_path}: the checkpoint of step 2 could not be written (File too large)" in done.stdout
+    assert f"the one before, {before} is whole; free some space, then run again" in done.stdout
+    assert [path.name for path in tmp_path.iterdir()] == [before.name]
+    assert Checkpoints(tmp_path, 1).newest() == {"epoch": 1}
+
+
+def test_a_first_checkpoint_that_has_no_room_is_told(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-c", LIMITED, str(tmp_path)], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert "the checkpoint of step 2 could not be written" in done.stdout
+    assert "there is none yet" in done.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 1 MiB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)]
+    if os.geteuid() != 0 or subprocess.run(command, capture_output=True, check=False).returncode != 0:
+        pytest.skip("a small disk can only be mounted by root, where the machine permits it")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_full_disk_is_told_and_training_goes_on_once_there_is_room(small_disk):
+    checkpoints = Checkpoints(small_disk / "run", 1)
+    checkpoints.save(some_state(1), 1)
+    other = small_disk / "other"
+    other.write_bytes(bytes(700_000))
+    large = {"weights": torch.rand(150_000)}
+    with pytest.raises(
+        UserError, match=rf"\(No space left on device\); the one before, {checkpoints.paths[0]} is whole"
+    ):
+        checkpoints.save(large, 2)
+    assert names(checkpoints) == ["step-00000001.pt"]
+    assert same(checkpoints.newest(), some_state(1))
+    other.unlink()
+    checkpoints.save(large, 2)
+    assert same(checkpoints.newest(), large)
+
+
+def test_other_errors_of_the_disk_are_not_hidden(tmp_path):
+    (tmp_path / "run").write_text("a file, where a folder should be")
+    with pytest.raises(FileExistsError):
+        Checkpoints(tmp_path / "run", 1).save({}, 1)
+
+
+def test_a_checkpoint_is_due_when_the_last_one_is_old_enough(tmp_path, monkeypatch):
+    now = 1000.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    checkpoints = Checkpoints(tmp_path, 2)
+    assert not checkpoints.due()
+    now += 119
+    assert not checkpoints.due()
+    now += 1
+    assert checkpoints.due()
+    checkpoints.save({}, 1)
+    assert not checkpoints.due()
+    now += 120
+    assert checkpoints.due()
