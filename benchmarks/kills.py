@@ -217,31 +217,26 @@ def _happened(phase: str, number: int, copy: Copy, course: Course) -> bool:
 
 
 def differences(whole: Path, pieces: Path) -> list[str]:
-    """What a project that was killed has otherwise than one that was not; costs may differ, but none is told twice."""
+    """What a project that was killed has otherwise than one that was not, but for what it cost."""
     found = [f"{name} differs" for name in RESULTS if (whole / name).read_bytes() != (pieces / name).read_bytes()]
     (expected, _), (metrics, runs) = told_to_mlflow(whole), told_to_mlflow(pieces)
     if runs != ["FINISHED"]:
         found.append(f"MLflow has the runs {', '.join(runs) or 'none'}, not one that is finished")
-    twice = metrics[metrics.duplicated(["key", "step"])]
-    if len(twice):
-        names = [f"{row.key} at step {row.step}" for row in twice.drop_duplicates(["key", "step"]).itertuples()]
-        found.append(f"MLflow has {len(names)} metrics and steps more than once: {', '.join(names[:4])} ...")
-    told, due = (
-        set(table.loc[~table["key"].isin(COST) & ~table["key"].str.startswith("seconds.")].itertuples(index=False))
-        for table in (metrics, expected)
-    )
-    for what, rows in (("lacks", due - told), ("has, but should not,", told - due)):
+    told, due = (set(table.itertuples(index=False)) for table in (metrics, expected))
+    twice = set(metrics[metrics.duplicated(["key", "step"])].itertuples(index=False))
+    for what, rows in (("lacks", due - told), ("has, but should not,", told - due), ("has more than once", twice)):
         if rows:
             names = [f"{row.key} at step {row.step}" for row in sorted(rows)]
-            found.append(f"MLflow {what} {len(names)} values: {', '.join(names[:4])} ...")
+            found.append(f"MLflow {what} {len(rows)} values: {', '.join(names[:4])}{' ...' * (len(names) > 4)}")
     return found
 
 
 def told_to_mlflow(folder: Path) -> tuple[pd.DataFrame, list[str]]:
-    """Every metric with step and value, and the status of each run."""
+    """Every metric with step and value, but for costs, and the status of each run."""
     with closing(sqlite3.connect(folder / "mlruns" / "mlflow.db")) as store:
         metrics = pd.read_sql("select key, step, value from metrics", store)
-        return metrics, [status for (status,) in store.execute("select status from runs order by start_time")]
+        runs = [status for (status,) in store.execute("select status from runs order by start_time")]
+    return metrics[~metrics["key"].isin(COST) & ~metrics["key"].str.startswith("seconds.")], runs
 
 
 def left_behind(copy: Copy) -> list[str]:

@@ -1,19 +1,21 @@
 """What of a training is not the network: waiting for images, augmentation, and the loop around them.
 
     python benchmarks/training.py [--repeats 10] [--threads 2]
-    python benchmarks/training.py precision [--epochs 20]
+    python benchmarks/training.py precision [--epochs 20] [--seeds 1]
 
 Both train the demo of params.yaml on the CPU. The first prints the share that each part has of the training part of an
 epoch, from the draw of its order to its last step, the progress bar shown (median over epochs, after one that does not
 count); and, as a check that needs no timers inside, how long a step of the loop takes against one of a bare loop over
 the same batches, ready as tensors: forward, loss, backward, optimiser. The two take turns, epoch by epoch. The
-second trains with both precisions from the same seed and prints the AUC on test.
+second trains with both precisions from the same seeds and prints the AUC on test.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
+import itertools
+import logging
 import os
 import shutil
 import statistics
@@ -29,6 +31,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import torch
 from lightning_fabric import Fabric
 from lightning_fabric.wrappers import _FabricModule, _FabricOptimizer
@@ -58,18 +61,21 @@ class Demo:
     """All that a training is made of.
 
     Attributes:
-        network: makes a model, always the same.
+        network: makes a model from a seed.
         recipe: how it is trained.
         images: of train, val and test.
         options: of `fit`, but for fabric and precision.
         precision: as params.yaml chooses it.
     """
 
-    network: Callable[[], nn.Module]
+    network: Callable[[int], nn.Module]
     recipe: Recipe
     images: dict[str, Images]
     options: dict[str, Any]
     precision: torch.dtype
+
+    def model(self) -> nn.Module:
+        return self.network(self.options["seed"])
 
     def fit(self, state: State, fabric: Fabric, recipe: Recipe) -> Iterator[Epoch]:
         train, val = self.images["train"], self.images["val"]
@@ -92,8 +98,8 @@ def prepare(folder: Path, **changes: object) -> Demo:
     task = meta.task.with_head(wanted.model.head)
     described = wanted.model.model_dump(exclude={"weights", "head", "normalise"})
 
-    def network() -> nn.Module:
-        torch.manual_seed(wanted.seed)
+    def network(seed: int) -> nn.Module:
+        torch.manual_seed(seed)
         classes = len(meta.classes) - task.spare_outputs
         return create_model(**described, num_classes=classes, image_size=meta.image_size, in_chans=meta.channels)
 
@@ -101,7 +107,7 @@ def prepare(folder: Path, **changes: object) -> Demo:
     options = {
         "task": task, "class_weights": fitting.class_weights_of(wanted, meta, task, images["train"].labels),
         "augmentation": fitting.augmentation_of(wanted, meta), "seed": wanted.seed,
-        "normalisation": fitting.normalisation_of(wanted.model, meta, network()),
+        "normalisation": fitting.normalisation_of(wanted.model, meta, network(wanted.seed)),
     }  # fmt: skip
     recipe = Recipe(**wanted.train.model_dump(exclude=set(fitting.ELSEWHERE)))
     return Demo(network, recipe, images, options, choose_precision(wanted.train.precision, CPU))
@@ -181,7 +187,7 @@ def record(demo: Demo, fabric: Fabric) -> list[tuple[Tensor, Tensor]]:
     recording = replace(demo, options={**demo.options, "task": replace(demo.options["task"], losses=lost)})
     with mock.patch.object(_FabricModule, "__call__", called):
         recipe = replace(demo.recipe, epochs=1)
-        list(recording.fit(start(demo.network(), recipe), fabric, recipe))
+        list(recording.fit(start(demo.model(), recipe), fabric, recipe))
     return list(zip(seen, wanted, strict=True))
 
 
@@ -197,33 +203,36 @@ def bare(demo: Demo, state: State, batches: list[tuple[Tensor, Tensor]]) -> None
         state.optimizer.zero_grad(set_to_none=True)
 
 
-def measure(demo: Demo, repeats: int) -> tuple[dict[str, float], dict[str, float], float]:
-    """Seconds of a step and share by part, medians over epochs, and the ratio of a step of the loop to a bare one."""
+def measure(demo: Demo, repeats: int) -> tuple[dict[str, float], dict[str, float], list[float]]:
+    """Seconds of a step and share by part, and ratios of the loop to the bare one: of wall and of processor time."""
     fabric = make_fabric(CPU, demo.precision)
     batches = record(demo, fabric)
     recipe = replace(demo.recipe, epochs=repeats + 1, early_stopping_patience=repeats + 1)
-    clock, ended = Clock(), 0.0
-    loop, alone = (start(demo.network(), recipe) for _ in range(2))
+    clock, ended = Clock(), np.zeros(2)
+    loop, alone = (start(demo.model(), recipe) for _ in range(2))
     predict = training.predict_together
 
     def predicted(*arguments: Any, **options: Any) -> Any:
         nonlocal ended
-        ended = time.perf_counter()
+        ended = now()
         return predict(*arguments, **options)
+
+    def now() -> np.ndarray:
+        return np.array([time.perf_counter(), time.process_time()])
 
     epochs, ratios = [], []
     with timed(clock, fabric, demo.options["task"]) as task, mock.patch.object(training, "predict_together", predicted):
         epochs_of_loop = replace(demo, options={**demo.options, "task": task}).fit(loop, fabric, recipe)
         for _ in range(recipe.epochs):
             clock.seconds.clear()
-            began = time.perf_counter()
+            began = now()
             next(epochs_of_loop)
             took = ended - began
-            clock.seconds["other"] = took - sum(clock.seconds.values())
+            clock.seconds["other"] = took[0] - sum(clock.seconds.values())
             epochs.append(dict(clock.seconds))
-            began = time.perf_counter()
+            began = now()
             bare(demo, alone, batches)
-            ratios.append(took / (time.perf_counter() - began))
+            ratios.append(took / (now() - began))
         epochs_of_loop.close()
     del epochs[0], ratios[0]  # in which memory and kernels are made ready
     parts = {
@@ -237,11 +246,11 @@ def measure(demo: Demo, repeats: int) -> tuple[dict[str, float], dict[str, float
         title: statistics.median(part / whole for part, whole in zip(each, in_all, strict=True))
         for title, each in of_parts.items()
     }
-    return seconds, shares, statistics.median(ratios)
+    return seconds, shares, np.median(ratios, axis=0).tolist()
 
 
 def shares(demo: Demo, repeats: int) -> None:
-    seconds, share, ratio = measure(demo, repeats)
+    seconds, share, (wall, processor) = measure(demo, repeats)
     train = demo.images["train"].pixels
     print(f"{len(train)} images of {train.shape[1]} pixels in batches of {demo.recipe.batch_size}, {demo.precision},")
     print(f"{torch.get_num_threads()} threads, median of {repeats} epochs; load {os.getloadavg()[0]:.1f}")
@@ -249,26 +258,37 @@ def shares(demo: Demo, repeats: int) -> None:
     for title, value in seconds.items():
         inside = "- " if title in NETWORK or title in ELSE else ""
         print(f"| {inside}{title} | {1000 * value:.3f} | {100 * share[title]:.2f} |")
-    print(f"a step of the loop takes {ratio:.3f} times as long as a bare one")
+    print(f"a step of the loop takes {wall:.3f} times as long as a bare one, and {processor:.3f} times the processor")
 
 
-def precision(demo: Demo, epochs: int) -> None:
-    """Trains with both precisions from the same seed."""
-    test, task, aucs = demo.images["test"], demo.options["task"], {}
-    print("| precision | best epoch | AUC on val | AUC on test | s an epoch |\n| --- | --- | --- | --- | --- |")
-    for name in ("32", "bf16"):
-        kind = choose_precision(name, CPU)
+def precision(demo: Demo, epochs: int, seeds: int) -> None:
+    """Trains with both precisions from the same seeds."""
+    kinds = {name: choose_precision(name, CPU) for name in ("32", "bf16")}
+    aucs: dict[str, list[float]] = {name: [] for name in kinds}
+    print("| seed | precision | best epoch | AUC on val | AUC on test | s an epoch |\n" + "| --- " * 6 + "|")
+    for number, (name, kind) in itertools.product(range(seeds), kinds.items()):
+        seed = demo.options["seed"] + number
+        of_seed = replace(demo, precision=kind, options={**demo.options, "seed": seed})
         recipe = replace(demo.recipe, epochs=epochs, early_stopping_patience=epochs)
-        state = start(demo.network(), recipe)
-        results = list(replace(demo, precision=kind).fit(state, make_fabric(CPU, kind), recipe))
-        state.model.load_state_dict(state.best_weights)
-        size, normalisation = demo.recipe.batch_size, demo.options["normalisation"]
-        scores = task.probabilities(logits_of(state.model, test.pixels, size, CPU, kind, normalisation))
-        aucs[name] = auc(test.labels, scores, task)
-        seconds = statistics.median(result.train_seconds for result in results)
-        told = f"{state.best_epoch} | {results[state.best_epoch - 1].val_auc:.4f} | {aucs[name]:.4f} | {seconds:.2f}"
-        print(f"| {name} | {told} |", flush=True)
-    print(f"difference of AUC on test, bf16 - 32: {aucs['bf16'] - aucs['32']:+.4f}")
+        state = start(of_seed.model(), recipe)
+        results = list(of_seed.fit(state, make_fabric(CPU, kind), recipe))
+        aucs[name].append(auc_on_test(of_seed, state))
+        seconds, best = statistics.median(result.train_seconds for result in results), results[state.best_epoch - 1]
+        told = f"{best.epoch} | {best.val_auc:.4f} | {aucs[name][-1]:.4f} | {seconds:.2f}"
+        print(f"| {seed} | {name} | {told} |", flush=True)
+    differences = [bf16 - full for full, bf16 in zip(aucs["32"], aucs["bf16"], strict=True)]
+    spread = f", from one seed to another with 32: {statistics.stdev(aucs['32']):.4f}" if seeds > 1 else ""
+    print(f"difference of AUC on test, bf16 - 32: {statistics.mean(differences):+.4f}{spread}")
+
+
+def auc_on_test(demo: Demo, state: State) -> float:
+    """Of the best weights."""
+    test, task, normalisation = demo.images["test"], demo.options["task"], demo.options["normalisation"]
+    state.model.load_state_dict(state.best_weights)
+    logits = logits_of(state.model, test.pixels, demo.recipe.batch_size, CPU, demo.precision, normalisation)
+    found = auc(test.labels, task.probabilities(logits), task)
+    assert found is not None  # every class is in test
+    return found
 
 
 def main() -> None:
@@ -279,7 +299,9 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=10, help="epochs of shares")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of torch")
     parser.add_argument("--epochs", type=int, default=20, help="of precision")
+    parser.add_argument("--seeds", type=int, default=1, help="of precision, from that of params.yaml on")
     wanted = parser.parse_args()
+    logging.getLogger("lightning_fabric").setLevel(logging.WARNING)  # it announces the precision
     torch.set_num_threads(wanted.threads)
     torch.use_deterministic_algorithms(True)  # as the stage does
     with tempfile.TemporaryDirectory() as temporary:
@@ -287,7 +309,7 @@ def main() -> None:
         if wanted.table == "shares":
             shares(prepared, wanted.repeats)
         else:
-            precision(prepared, wanted.epochs)
+            precision(prepared, wanted.epochs, wanted.seeds)
 
 
 if __name__ == "__main__":

@@ -69,20 +69,14 @@ def predict_together(
         normalisation: of the images.
         each: called before each batch.
     """
-    world = fabric.world_size
-    own = logits_of(
-        model,
-        pixels[fabric.global_rank :: world],
-        -(-batch_size // world),
-        fabric.device,
-        precision,
-        normalisation,
-        each,
-    )
+    # fewer images than processes: each of them looks at all
+    world, rank = (fabric.world_size, fabric.global_rank) if len(pixels) >= fabric.world_size else (1, 0)
+    size = -(-batch_size // world)
+    own = logits_of(model, pixels[rank::world], size, fabric.device, precision, normalisation, each)
     if world == 1:
         return own
     every = torch.zeros((len(pixels), own.shape[1]), dtype=torch.float64, device=fabric.device)
-    every[fabric.global_rank :: world] = torch.from_numpy(own).to(fabric.device)
+    every[rank::world] = torch.from_numpy(own).to(fabric.device)
     return cast(Tensor, fabric.all_reduce(every, reduce_op="sum")).cpu().numpy()  # all but one of each sum are 0
 
 

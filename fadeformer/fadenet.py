@@ -147,6 +147,12 @@ class FadeNet(Vit):  # type: ignore[misc]
         self.num_classes = num_classes
         self.classifier = _classifier(self.embed_dim, num_classes).to(weight.device, weight.dtype)
 
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Weights by layer, as timm groups them; Fade layers behind blocks go with the classifier, new as it is."""
+        groups = dict(super().group_matcher(coarse))
+        known = [(groups["blocks"], None)] if isinstance(groups["blocks"], str) else groups["blocks"]
+        return {**groups, "blocks": [(rf"(?!blocks\.\d+\.fade){pattern}", place) for pattern, place in known]}
+
     def no_weight_decay(self) -> set[str]:
         """Names of the weights that must not decay: timm's, and those that say how a Fade layer mixes."""
         own = {name for name, _ in self.named_parameters() if name.rpartition(".")[2] in MIXING}

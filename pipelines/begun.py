@@ -61,11 +61,16 @@ def made_of() -> dict[str, Any]:
     wanted = {name: value for name, value in params.load(paths.PARAMS).flat().items() if name.split(".")[0] in SECTIONS}
     deps = YAML(typ="safe").load(Path("dvc.yaml"))["stages"]["train"]["deps"]
     code = [Path(dep) for dep in deps if dep.endswith(".py")]
-    files = [*code, Path(wanted["model.weights"]), *(paths.PROCESSED / name for name in DATA)]
+    weights = Path(wanted["model.weights"])
+    files = [*code, weights, *(paths.PROCESSED / name for name in DATA)]
     try:
         sums = {path.as_posix(): checksum(path, "sha256") for path in files}
     except OSError as error:
-        raise UserError(f"{error.filename}: cannot be read ({error.strerror}); run `dvc repro train`") from error
+        if Path(error.filename) == weights:
+            told = f"params.yaml: model.weights is {weights}, which cannot be read ({error.strerror})"
+        else:
+            told = f"{error.filename}: cannot be read ({error.strerror}); run `dvc repro train`"
+        raise UserError(told) from error
     return {**wanted, **sums, **{name: version(name) for name in LIBRARIES}}
 
 

@@ -191,6 +191,23 @@ def test_no_thread_is_left_behind(pixels, taken):
     assert threads() == before
 
 
+def test_what_is_not_yet_begun_is_not_gathered_for_nobody(pixels, monkeypatch):
+    gathered, released, take = [], threading.Event(), np.take
+
+    def slow(array, rows, **options):
+        gathered.append(len(rows))
+        if len(gathered) > 1:
+            released.wait(10)
+        return take(array, rows, **options)
+
+    monkeypatch.setattr(np, "take", slow)
+    images = batches.feed(pixels, whole_batches([4] * 10), CPU)
+    next(images)
+    threading.Timer(0.5, released.set).start()
+    images.close()  # waits for the second, which has begun or not, and not for the third
+    assert len(gathered) <= 2
+
+
 def test_no_thread_is_left_behind_when_the_consumer_fails(pixels):
     before = threads()
 

@@ -120,6 +120,15 @@ def test_each_layer_learns_so_many_times_as_fast_as_the_one_after_it(backbone, f
     assert {name for name, behind in seen if behind == 0} == ({"attn", "classifier"} if fade else {"head"})
 
 
+def test_fade_layers_behind_blocks_learn_as_the_classifier_does():
+    fade = {"variant": "diffusion", "after_blocks": [2, "last"], "num_heads": 4}
+    rates = learning_rates(create_model(backbone="fadevit_nano", fade=fade, **BUILT), 0.5)
+    new = {name: rate for name, rate in rates.items() if ".fade." in name or name.startswith(("readout", "classifier"))}
+    assert len(new) > 10
+    assert set(new.values()) == {0.01}
+    assert rates["blocks.1.block.attn.qkv.weight"] == pytest.approx(0.01 * 0.5**3)
+
+
 def test_without_layer_decay_all_learn_alike():
     model = create_model(backbone="fadevit_nano", fade=FADE, **BUILT)
     assert set(learning_rates(model, 1.0).values()) == {0.01}

@@ -174,7 +174,7 @@ def test_weights_that_are_not_there(reproduced, stops):
 
 
 def test_a_dead_mlflow_server(stops, nobody):
-    message = stops("train", "python", "-m", "pipelines", "train", MLFLOW_TRACKING_URI=nobody)
+    message = stops("evaluate", "python", "-m", "pipelines", "evaluate", MLFLOW_TRACKING_URI=nobody)
     assert f"MLflow at {nobody} cannot be used; start it, or unset MLFLOW_TRACKING_URI" in message
 
 
