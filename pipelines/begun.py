@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -23,6 +24,7 @@ from fadeformer.files import checksum, read_json, write_json
 from pipelines import paths, store
 
 MADE_OF = "made_of.json"
+FINISHED = "finished.json"  # names the MLflow run of a training whose model is in models/
 SECTIONS = ("seed", "model", "augment", "train")
 DATA = ("meta.json", "index.parquet", "train.npy", "val.npy")
 LIBRARIES = ("lightning-fabric", "numpy", "scipy", "timm", "torch", "torchvision")
@@ -45,15 +47,30 @@ def taken_up() -> Iterator[Path]:
             if (folder / MADE_OF).is_file():
                 print(f"going on with the training that was begun in {_near(folder)}")
             else:
+                _remove(path for path in root.glob(f"*/{FINISHED}"))
                 _tell_of_others(root, parts)
                 folder.mkdir(exist_ok=True)
                 write_json(folder / MADE_OF, parts)
             yield folder
     except Timeout as error:
         raise UserError(f"{_near(folder)}: another process trains the very same; wait until it has ended") from error
-    finally:
-        if not folder.exists():
-            folder.with_suffix(".lock").unlink(missing_ok=True)
+
+
+def finish(folder: Path, run_id: str) -> None:
+    """Notes that the model is in models/. The folder stays until DVC has noted that too: else a kill would lose all."""
+    write_json(folder / FINISHED, {"run_id": run_id})
+
+
+def forget(run_id: str) -> None:
+    """Removes the folder of a finished training, whose model DVC has noted: a later stage runs on it."""
+    found = (store.project() / paths.BEGUN).glob(f"*/{FINISHED}")
+    _remove(path for path in found if read_json(path)["run_id"] == run_id)
+
+
+def _remove(finished: Iterable[Path]) -> None:
+    for note in finished:
+        shutil.rmtree(note.parent)
+        note.parent.with_suffix(".lock").unlink(missing_ok=True)
 
 
 def made_of() -> dict[str, Any]:

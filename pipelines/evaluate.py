@@ -16,7 +16,7 @@ from fadeformer.files import read_json, whole_file, whole_folder, write_json
 from fadeformer.inference import choose_device, choose_precision, logits_of
 from fadeformer.models import create_model, load_weights
 from fadeformer.normalisation import Normalisation
-from pipelines import paths, stage, tracking
+from pipelines import begun, paths, stage, tracking
 from pipelines.orchestrator import orchestrated
 
 
@@ -100,7 +100,9 @@ def log(settings: dict[str, Any]) -> None:
 def evaluate() -> str:
     """Predicts, measures and draws."""
     wanted = params.load(paths.PARAMS).evaluate
-    with tracking.run(read_json(paths.RUN)["mlflow_run_id"]):
+    run_id = read_json(paths.RUN)["mlflow_run_id"]
+    begun.forget(run_id)
+    with tracking.run(run_id):
         predict(wanted.batch_size)
         test = measure(wanted.model_dump())
         draw(wanted.figure_dpi)

@@ -15,6 +15,7 @@ import mlflow
 from filelock import FileLock, Timeout
 from mlflow.environment_variables import MLFLOW_HTTP_REQUEST_TIMEOUT
 from mlflow.exceptions import MlflowException
+from mlflow.store.db.utils import _initialize_tables, create_sqlalchemy_engine
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import SQLAlchemyError
 
@@ -146,6 +147,8 @@ def connect() -> str:
         store.mkdir(exist_ok=True)
         # Two processes that create the database at once break its migration.
         with FileLock(store / ".lock", timeout=MLFLOW_HTTP_REQUEST_TIMEOUT.get()):
+            if not server and not (store / "mlflow.db").exists():
+                _make(store / "mlflow.db")
             location = None if server else (store / "artifacts").as_uri()
             experiment = mlflow.get_experiment_by_name(EXPERIMENT)
             if experiment is None:
@@ -160,6 +163,17 @@ def connect() -> str:
             f" --experiment-id {experiment.experiment_id}`, or remove mlruns/mlflow.db to begin anew"
         )
     return mlflow.set_experiment(EXPERIMENT).experiment_id
+
+
+def _make(database: Path) -> None:
+    """Makes a database that appears whole: of one that was left half made MLflow makes nothing any more."""
+    begun = database.with_name(f".{database.name}.begun")
+    for half in database.parent.glob(f"{begun.name}*"):
+        half.unlink()
+    engine = create_sqlalchemy_engine(f"sqlite:///{begun}")
+    _initialize_tables(engine)
+    engine.dispose()
+    begun.rename(database)
 
 
 def _follow(database: Path, before: str, now: str) -> None:

@@ -16,7 +16,7 @@ import pandas as pd
 from mlflow import MlflowClient
 from mlflow.data.code_dataset_source import CodeDatasetSource
 from mlflow.data.meta_dataset import MetaDataset
-from mlflow.entities import DatasetInput, InputTag, Metric, Param, RunTag
+from mlflow.entities import DatasetInput, InputTag, LoggedModelStatus, Metric, Param, RunInfo, RunTag
 from mlflow.exceptions import MlflowException
 from mlflow.models import ModelSignature
 from mlflow.tracking.context.registry import resolve_tags
@@ -155,8 +155,10 @@ def log_settings(section: str, settings: Mapping[str, Any]) -> None:
 
 
 def log_metrics(metrics: Mapping[str, Any]) -> None:
-    """Logs numbers of a nested dictionary under dotted names; what is not a number is left out."""
-    mlflow.log_metrics(flat(metrics))
+    """Logs numbers of a nested dictionary under dotted names; leaves out what is no number, or is there already."""
+    run = mlflow.active_run()
+    there = MlflowClient().get_run(run.info.run_id).data.metrics if run else {}  # of a stage that was killed at its end
+    mlflow.log_metrics({name: value for name, value in flat(metrics).items() if there.get(name) != value})
 
 
 def flat(metrics: Mapping[str, Any]) -> dict[str, float]:
@@ -179,7 +181,7 @@ def log_files(*paths: Path, under: str | None = None) -> None:
 
 
 def log_model(served: Path, weights: Path, architecture: Path, meta: Meta) -> None:
-    """Logs the model with code, signature and example, so that it loads without this project.
+    """Logs the model with code, signature and example, so that it loads without this project; a run has one.
 
     Args:
         served: the file that MLflow runs to load it.
@@ -187,6 +189,8 @@ def log_model(served: Path, weights: Path, architecture: Path, meta: Meta) -> No
         architecture: model.json.
         meta: of the arrays it was trained on.
     """
+    if _has_model(mlflow.active_run().info):
+        return
     shape = (-1, meta.image_size, meta.image_size, meta.channels)
     signature = ModelSignature(
         inputs=Schema([TensorSpec(np.dtype(np.uint8), shape)]),
@@ -204,6 +208,15 @@ def log_model(served: Path, weights: Path, architecture: Path, meta: Meta) -> No
             for name in ("mlflow", "numpy", "pandas", "safetensors", "scipy", "timm", "torch", "torchvision", "tqdm")
         ],
     )
+
+
+def _has_model(run: RunInfo) -> bool:
+    """Whether a run has its model; what a stage that was killed has left of one is deleted."""
+    client = MlflowClient()
+    models = client.search_logged_models([run.experiment_id], f"source_run_id = '{run.run_id}'")
+    for begun in (model for model in models if model.status != LoggedModelStatus.READY):
+        client.delete_logged_model(begun.model_id)
+    return any(model.name == MODEL and model.status == LoggedModelStatus.READY for model in models)
 
 
 def _code_identity() -> dict[str, str]:

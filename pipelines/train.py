@@ -98,6 +98,8 @@ def log_model(folder: Path) -> None:
 def train() -> str:
     """Trains on data/processed and leaves models/; what was begun and not ended is gone on with."""
     with begun.taken_up() as begun_in:
+        for half in paths.MODELS.parent.glob(f".{paths.MODELS.name}.*"):  # of a stage that was killed
+            shutil.rmtree(half)
         try:
             fit(begun_in)
         except BaseException as error:  # Prefect's own signals too
@@ -112,7 +114,7 @@ def train() -> str:
             with tracking.run(run_id):
                 log_model(folder)
             write_json(folder / paths.RUN.name, {"mlflow_run_id": run_id})
-        shutil.rmtree(begun_in)
+        begun.finish(begun_in, run_id)
     best = f"epoch {result['best_epoch']} of {result['epochs']} is the best, val loss {result['val_loss']:.4f}"
     return f"{best}; MLflow run {run_id}"
 

@@ -1,5 +1,9 @@
 """Versions and their aliases in a real store, with models that are only a row of it."""
 
+import os
+import subprocess
+import sys
+
 import mlflow
 import numpy as np
 import pandas as pd
@@ -11,6 +15,7 @@ from fadeformer.errors import UserError
 from fadeformer.tasks import TASKS
 from pipelines import registry, tracking
 from pipelines import store as mlflow_store
+from tests.conftest import ROOT
 
 TASK = TASKS["binary-class"]
 
@@ -114,6 +119,42 @@ def test_a_deleted_experiment_is_told(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="experiment fadeformer was deleted; restore it"):
         mlflow_store.connect()
     mlflow.set_tracking_uri(before)
+
+
+def test_a_store_whose_making_was_killed_is_made_again(tmp_path, monkeypatch):
+    """MLflow itself gives up on a database that has some of its tables."""
+    before = mlflow.get_tracking_uri()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    code = (
+        "import os; from sqlalchemy import event; from sqlalchemy.engine import Engine; seen = []\n"
+        "@event.listens_for(Engine, 'after_cursor_execute')\n"
+        "def after(connection, cursor, statement, *rest):\n"
+        "    seen.append(statement)\n"
+        "    if len(seen) == 25: os.kill(os.getpid(), 9)\n"
+        "from pipelines import store; store.connect()"
+    )
+    killed = subprocess.run([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": str(ROOT)}, check=False)
+    assert killed.returncode == -9
+    left = list((tmp_path / "mlruns").glob(".mlflow.db.begun*"))
+    assert left
+    assert not (tmp_path / "mlruns" / "mlflow.db").exists()
+    mlflow_store.connect()
+    with tracking.run() as run_id:
+        pass
+    assert MlflowClient().get_run(run_id).info.status == "FINISHED"
+    assert not list((tmp_path / "mlruns").glob(".mlflow.db.begun*"))
+    mlflow.set_tracking_uri(before)
+
+
+def test_numbers_that_are_there_are_not_logged_again():
+    with tracking.run() as run_id:
+        tracking.log_metrics({"test": {"auc": 0.5, "loss": 1.0, "name": "x"}})
+    with tracking.run(run_id):
+        tracking.log_metrics({"test": {"auc": 0.5, "loss": 0.75}})
+    client = MlflowClient()
+    assert [point.value for point in client.get_metric_history(run_id, "test.auc")] == [0.5]
+    assert [point.value for point in client.get_metric_history(run_id, "test.loss")] == [1.0, 0.75]
 
 
 def test_a_run_ends_as_failed_by_an_error():

@@ -47,7 +47,9 @@ def whole(pieces: Project, tmp_path_factory: pytest.TempPathFactory) -> Project:
 
 
 def begun(project: Project) -> list[Path]:
-    return sorted(project.folder.glob(".cache/train/*/made_of.json"))
+    """Trainings that have not ended."""
+    folders = sorted(path.parent for path in project.folder.glob(".cache/train/*/made_of.json"))
+    return [folder for folder in folders if not (folder / "finished.json").exists()]
 
 
 def step(project: Project) -> int:
@@ -105,7 +107,7 @@ def test_killed_at_any_moment_it_comes_to_the_same_bytes(whole, pieces):
     assert re.search(r"taken up after epoch \d, batch \d of the next, step (2[2-9]|30)", output)
     for name in RESULTS:
         assert (pieces.folder / name).read_bytes() == (whole.folder / name).read_bytes(), name
-    assert not begun(pieces)
+    assert list((pieces.folder / ".cache" / "train").iterdir()) == []
     (metrics, runs), (expected, _) = told_to_mlflow(pieces), told_to_mlflow(whole)
     assert list(runs.values()) == ["FINISHED"]
     assert not metrics.duplicated(["key", "step"]).any()
@@ -164,6 +166,20 @@ def test_other_parameters_train_afresh_and_say_so(pieces):
     pieces.change(train={**OFTEN, "weight_decay": 0.03, "learning_rate": 0.001})
     assert "taken up after epoch" in pieces.run("python", "-m", "pipelines", "train")
     assert not begun(pieces)
+
+
+def test_a_model_that_dvc_has_not_noted_yet_is_not_trained_again(pieces):
+    """The stage was killed after its last line; DVC removes models/ and runs it again."""
+    before = [(pieces.folder / name).read_bytes() for name in ("models/best_model.pth", "models/run.json")]
+    (pieces.folder / ".models.killed").mkdir()
+    shutil.rmtree(pieces.folder / "models")
+    output = pieces.run("python", "-m", "pipelines", "train")
+    assert "epoch   1/" not in output
+    assert [(pieces.folder / name).read_bytes() for name in ("models/best_model.pth", "models/run.json")] == before
+    assert not (pieces.folder / ".models.killed").exists()
+    with closing(sqlite3.connect(pieces.folder / "mlruns" / "mlflow.db")) as store:
+        models = store.execute("select count(*) from logged_models group by source_run_id").fetchall()
+    assert {count for (count,) in models} == {1}
 
 
 def test_a_training_that_another_process_runs_is_not_begun_twice(pieces):
