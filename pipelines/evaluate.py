@@ -12,6 +12,7 @@ from prefect import flow, task
 
 from fadeformer import arrays, metrics, params, plots, predictions
 from fadeformer.card import model_card
+from fadeformer.errors import UserError
 from fadeformer.files import read_json, whole_file, whole_folder, write_json
 from fadeformer.inference import choose_device, choose_precision, logits_of
 from fadeformer.models import create_model, load_weights
@@ -100,7 +101,10 @@ def log(settings: dict[str, Any]) -> None:
 def evaluate() -> str:
     """Predicts, measures and draws."""
     wanted = params.load(paths.PARAMS).evaluate
-    run_id = read_json(paths.RUN)["mlflow_run_id"]
+    try:
+        run_id = read_json(paths.RUN)["mlflow_run_id"]
+    except OSError as error:
+        raise UserError(f"{paths.RUN}: not found; run `dvc repro train` first") from error
     begun.forget(run_id)
     with tracking.run(run_id):
         predict(wanted.batch_size)

@@ -193,9 +193,10 @@ def test_weights_are_ordered_from_stem_to_head(variant):
     if variant == "published":
         assert scales["attn.qkv.weight"] == 1.0
     else:
-        first = {value for name, value in scales.items() if name.startswith("blocks.0.")}
+        first = {value for name, value in scales.items() if name.startswith("blocks.0.block.")}
         assert len(first) == 1
-        assert next(iter(first)) < scales["blocks.3.fade.qkv.weight"]
+        assert next(iter(first)) < scales["blocks.3.block.attn.qkv.weight"]
+        assert scales["blocks.0.fade.qkv.weight"] == scales["blocks.3.fade.qkv.weight"] == 1.0
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

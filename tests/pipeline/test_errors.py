@@ -173,7 +173,14 @@ def test_weights_that_are_not_there(reproduced, stops):
     assert "params.yaml: model.weights is nowhere.pth, which cannot be read (No such file" in message
 
 
-def test_a_dead_mlflow_server(stops, nobody):
+def test_a_model_that_is_not_there(reproduced, stops):
+    shutil.rmtree(reproduced.folder / "models", ignore_errors=True)
+    message = stops("evaluate", "python", "-m", "pipelines", "evaluate")
+    assert "models/run.json: not found; run `dvc repro train` first" in message
+
+
+def test_a_dead_mlflow_server(reproduced, stops, nobody):
+    reproduced.run("dvc", "repro")
     message = stops("evaluate", "python", "-m", "pipelines", "evaluate", MLFLOW_TRACKING_URI=nobody)
     assert f"MLflow at {nobody} cannot be used; start it, or unset MLFLOW_TRACKING_URI" in message
 
