@@ -9,7 +9,6 @@ the plain backbone. The epoch is chosen on val; test is looked at once, after tr
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import os
 import time
@@ -21,7 +20,7 @@ import numpy as np
 import pandas as pd
 import torch
 from ruamel.yaml import YAML
-from science import bootstrap_aucs
+from science import bootstrap_aucs, command_line
 from scipy import stats
 
 from fadeformer import params, training
@@ -150,18 +149,5 @@ def table(file: Path, runs: Path) -> None:
     print(f"\nalpha at the end: {ends}; seconds of a training: {found['seconds'].median():.0f}")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=("run", "table"))
-    parser.add_argument("file", type=Path)
-    parser.add_argument("runs", type=Path)
-    parser.add_argument("--seeds", type=int, default=3)
-    wanted = parser.parse_args()
-    if wanted.command == "run":
-        run(wanted.file, wanted.runs, wanted.seeds)
-    else:
-        table(wanted.file, wanted.runs)
-
-
 if __name__ == "__main__":
-    main()
+    command_line(__doc__, run, table, seeds=3)

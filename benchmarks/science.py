@@ -16,6 +16,7 @@ import io
 import itertools
 import os
 import zipfile
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
@@ -246,15 +247,18 @@ def bootstrap_aucs(labels: np.ndarray, scores: np.ndarray, weights: np.ndarray) 
     return total / len(classes)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def command_line(
+    told: str | None, run: Callable[[Path, Path, int], None], table: Callable[[Path, Path], None], seeds: int
+) -> None:
+    """`run DATA RUNS [--seeds N]` or `table DATA RUNS`, as the arguments say."""
+    parser = argparse.ArgumentParser(description=told, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     for name in ("run", "table"):
         command = commands.add_parser(name)
         command.add_argument("data", type=Path)
         command.add_argument("runs", type=Path)
         if name == "run":
-            command.add_argument("--seeds", type=int, default=5)
+            command.add_argument("--seeds", type=int, default=seeds)
     wanted = parser.parse_args()
     if wanted.command == "run":
         run(wanted.data, wanted.runs, wanted.seeds)
@@ -263,4 +267,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command_line(__doc__, run, table, seeds=5)

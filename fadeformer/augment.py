@@ -38,9 +38,8 @@ COLUMNS = (
     "flip", "angle", "size", "shift_x", "shift_y", "brightness", "contrast", "saturation", "erase", "erase_top",
     "erase_left", "mix_kind", "mix_share", "cut_top", "cut_left",
 )  # fmt: skip
-PIXELS = (
-    2**17
-)  # worked on at once on a CPU: with four times as many, each pass goes to memory, and takes four times as long
+# Worked on at once on a CPU: with four times as many, each pass goes to memory, and takes four times as long.
+PIXELS = 2**17
 
 Numbers = NDArray[np.float64]
 

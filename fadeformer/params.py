@@ -6,16 +6,16 @@ No key has a default here, so params.yaml says everything that decides a run, an
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
-from typing import Annotated, Any, Literal, cast, get_args
+from typing import Annotated, Any, Literal, cast
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from fadeformer.errors import UserError
+from fadeformer.explain import explain
 
 DatasetName = Literal[
     "phantom", "folder", "npz", "isic2019", "chestxray14",
@@ -291,60 +291,8 @@ def parse(values: Any, source: str) -> Params:
     try:
         return Params.model_validate(values)
     except ValidationError as error:
-        problems = [_explain(cast(Mapping[str, Any], problem), values) for problem in error.errors()]
+        problems = explain(cast(list[Mapping[str, Any]], error.errors()), Params)
         raise UserError("\n".join(f"{source}: {problem}" for problem in problems)) from error
-
-
-def _explain(problem: Mapping[str, Any], values: Mapping[str, Any]) -> str:
-    path = [str(part) for part in problem["loc"]]
-    key = ".".join(path)
-    if problem["type"] == "extra_forbidden":
-        siblings = _keys_beside(path)
-        near = difflib.get_close_matches(path[-1], siblings, n=1, cutoff=0.5)
-        prefix = ".".join([*path[:-1], ""])
-        hint = f"did you mean {prefix}{near[0]}?" if near else f"valid keys: {', '.join(sorted(siblings))}"
-        return f"unknown key {key}; {hint}"
-    if problem["type"] == "missing":
-        return f"key {key} is missing"
-    if problem["type"] == "value_error":
-        return str(problem["ctx"]["error"])
-    message = problem["msg"].removeprefix("Input should be ")
-    hint = ""
-    if problem["type"] == "model_type":
-        message = f"a section with the keys {', '.join(_keys_beside([*path, '']))}"
-    if isinstance(problem["input"], str) and _is_number(problem["input"]):
-        hint = " (it stands as text in the YAML: no quotes, and 1.0e-3 rather than 1e-3)"
-    elif problem["type"] == "literal_error" and isinstance(problem["input"], str):
-        near = difflib.get_close_matches(problem["input"], _choices(path), n=1)
-        hint = f"; did you mean {near[0]}?" if near else ""
-    return f"{key} is {problem['input']!r}, but should be {message}{hint}"
-
-
-def _section(path: Iterable[str]) -> type[BaseModel]:
-    section: type[BaseModel] = Params
-    for part in path:
-        fields = {field.alias or name: field for name, field in section.model_fields.items()}
-        annotation = fields[part].annotation
-        section = next(
-            c for c in (annotation, *get_args(annotation)) if isinstance(c, type) and issubclass(c, BaseModel)
-        )
-    return section
-
-
-def _keys_beside(path: list[str]) -> list[str]:
-    return [field.alias or name for name, field in _section(path[:-1]).model_fields.items()]
-
-
-def _choices(path: list[str]) -> list[str]:
-    return [str(choice) for choice in get_args(_section(path[:-1]).model_fields[path[-1]].annotation)]
-
-
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
 
 
 def _flatten(values: Mapping[str, Any], prefix: str) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from signal import SIGTERM, Signals
+from typing import NoReturn
 
 import numpy as np
 import torch
@@ -73,11 +74,8 @@ def fit(
         Interrupted: it was asked to stop; the state is in a checkpoint.
     """
     model, optimizer = fabric.setup(state.model, state.optimizer)
-    alone, keeper, meter = (
-        fabric.world_size == 1,
-        checkpoints if fabric.global_rank == 0 else None,
-        Meter(fabric.device),
-    )
+    alone, meter = fabric.world_size == 1, Meter(fabric.device)
+    keeper = checkpoints if fabric.global_rank == 0 else None
     weights = torch.tensor(class_weights, dtype=torch.float32, device=fabric.device)
     per_epoch = -(-len(train.labels) // recipe.batch_size)  # steps
     probe, warmup = recipe.probe_epochs * per_epoch, round(recipe.warmup_epochs * per_epoch)
@@ -88,9 +86,19 @@ def fit(
         steps = recipe.epochs * per_epoch - probe
         return recipe.learning_rate * pace(step - probe, steps, warmup, recipe.schedule, state.plateau.rate)
 
+    def keep() -> None:
+        state.device_seconds += meter.take()
+        if keeper is not None:
+            keeper.save(state.state_dict(), state.step)
+
+    def leave(number: int) -> NoReturn:
+        keep()
+        where = f"in epoch {state.epoch + 1}, after step {state.step}"
+        raise Interrupted(f"stopped by {Signals(number).name} {where}; run again to go on from there", number)
+
     def leave_if_asked() -> None:
-        if signal := asked_to_stop():
-            raise _interrupted(signal, state, keeper)
+        if number := asked_to_stop():
+            leave(number)
 
     while state.epoch < recipe.epochs and state.epoch - state.best_epoch < recipe.early_stopping_patience:
         epoch, rate = state.epoch + 1, learning_rate(state.epoch * per_epoch)
@@ -144,10 +152,9 @@ def fit(
                 if alone:
                     leave_if_asked()
                 elif another_leaves:
-                    raise _interrupted(asked_to_stop() or SIGTERM, state, keeper)
+                    leave(asked_to_stop() or SIGTERM)
                 if keeper is not None and keeper.due():
-                    state.device_seconds += meter.take()
-                    keeper.save(state.state_dict(), state.step)
+                    keep()
 
         began = time.perf_counter()
         logits_of_val = predict_together(
@@ -167,8 +174,7 @@ def fit(
             *cost, peak_memory(fabric.device),
         )  # fmt: skip
         state.finish(result, _score(result, recipe.monitor))
-        if keeper is not None:
-            keeper.save(state.state_dict(), state.step)
+        keep()
         yield result
 
 
@@ -189,13 +195,6 @@ def _score(result: Epoch, monitor: str) -> float:
             "params.yaml: train.monitor is auc, but val lacks images of every class but one; set it to loss"
         )
     return value
-
-
-def _interrupted(number: int, state: State, keeper: Checkpoints | None) -> Interrupted:
-    if keeper is not None:
-        keeper.save(state.state_dict(), state.step)
-    where = f"in epoch {state.epoch + 1}, after step {state.step}"
-    return Interrupted(f"stopped by {Signals(number).name} {where}; run again to go on from there", number)
 
 
 def _diverged(

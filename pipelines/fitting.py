@@ -38,13 +38,8 @@ from pipelines.signals import asked_to_leave
 
 FLIPPED = 0.5  # of images that mean the same when mirrored
 NAMES = {torch.float32: "32", torch.bfloat16: "bf16", torch.float16: "16"}
-ELSEWHERE = (
-    "precision",
-    "device",
-    "devices",
-    "class_weights",
-    "checkpoint_minutes",
-)  # keys of train: not in the recipe
+# Keys of train: that are no part of the recipe.
+ELSEWHERE = ("precision", "device", "devices", "class_weights", "checkpoint_minutes")
 # What a model is made of; the other sections may change without training it again.
 SECTIONS = ("seed", "dataset", "split", "preprocess", "model", "augment", "train")
 
@@ -167,12 +162,10 @@ def load_start(model: nn.Module, weights: Path) -> dict[str, str]:
     """Puts the weights of a file into the model, and tells which they were.
 
     Raises:
-        UserError: the file is not there, or is none of weights for this model.
+        UserError: the file is none of weights for this model. (That it is there, `begun.made_of` has seen.)
     """
     try:
         load_weights(model, weights)
-    except OSError as error:
-        raise UserError(f"params.yaml: model.weights is {weights}, which cannot be read ({error.strerror})") from error
     except ValueError as error:
         raise UserError(f"params.yaml: model.weights: {error}") from error
     return {"file": weights.name, "sha256": checksum(weights, "sha256")}

@@ -234,11 +234,16 @@ def ended(function, *arguments) -> int:
     return process.exitcode
 
 
-def train(epochs: int = 4) -> None:
-    """As a stage would: resumes from its last checkpoint, which is older than the last epoch told."""
+def train(epochs: int = 4, permits=None) -> None:
+    """As a stage would: resumes from its last checkpoint, which is older than the last epoch told.
+
+    With permits it waits for one before each epoch, so that it cannot end before it is killed.
+    """
     book, checkpoint = begun(), FOLDER / "checkpoint.json"
     book.deliver()
     for epoch in range(read_json(checkpoint) + 1 if checkpoint.is_file() else 1, epochs + 1):
+        if permits is not None:
+            permits.acquire()
         book.epoch(
             {"epoch": epoch, "loss": time.perf_counter(), "auc": 1 / time.perf_counter()}
         )  # never twice the same
@@ -289,12 +294,13 @@ def test_a_training_killed_there_goes_on_in_the_same_run(store, module, name, ca
 
 
 def test_a_training_killed_again_and_again_goes_on_in_the_same_run(store):
-    moments, epochs, file = np.random.default_rng(0), 60, FOLDER / "journal.jsonl"
+    moments, epochs, file = np.random.default_rng(0), 100, FOLDER / "journal.jsonl"
     for _ in range(10):
         begun_with = file.read_bytes().count(b"\n") if file.is_file() else 1
-        process = FORK.Process(target=train, args=(epochs,))
+        new = int(moments.integers(1, 5))
+        process = FORK.Process(target=train, args=(epochs, FORK.Semaphore(new + 5)))
         process.start()
-        while not file.is_file() or file.read_bytes().count(b"\n") < begun_with + moments.integers(1, 5):
+        while not file.is_file() or file.read_bytes().count(b"\n") < begun_with + new:
             assert process.is_alive()
             time.sleep(0.001)
         time.sleep(moments.uniform(0, 0.05))

@@ -18,6 +18,7 @@ NO_INFLUENCE = {
     "fadeformer/__init__.py": "a docstring",
     "fadeformer/datasets/__init__.py": "a docstring",
     "fadeformer/errors.py": "the type of error that stops a stage",
+    "fadeformer/explain.py": "how errors in params.yaml are told",
     "fadeformer/params.py": "holds no default: what it lets through stands in params.yaml, whose sections are listed",
     "pipelines/__init__.py": "where the tools keep their caches",
     "pipelines/orchestrator.py": "which Prefect server sees the stage",

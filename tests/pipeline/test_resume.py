@@ -53,8 +53,8 @@ def begun(project: Project) -> list[Path]:
 
 
 def step(project: Project) -> int:
-    """Step of the newest checkpoint."""
-    found = [int(path.stem.removeprefix("step-")) for path in project.folder.glob(".cache/train/*/step-*.pt")]
+    """Step of the newest checkpoint of a training that has not ended."""
+    found = [int(path.stem.removeprefix("step-")) for folder in begun(project) for path in folder.glob("step-*.pt")]
     return max(found, default=0)
 
 
@@ -141,6 +141,7 @@ def test_sigterm_leaves_a_checkpoint_within_ten_seconds_and_the_run_goes_on(piec
 
 
 def test_ctrl_c_does_the_same(pieces):
+    forget(pieces)
     pieces.change(train={**OFTEN, "weight_decay": 0.03})
     code = "import signal, runpy, sys; signal.signal(signal.SIGINT, signal.default_int_handler);" \
         " sys.argv[1:] = ['train']; runpy.run_module('pipelines', run_name='__main__')"  # fmt: skip
