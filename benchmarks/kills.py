@@ -246,7 +246,7 @@ def left_behind(copy: Copy) -> list[str]:
         time.sleep(0.2)
     hidden = [*copy.folder.glob(".models.*"), *copy.folder.glob("reports/.[!g]*"), *copy.folder.glob(".cache/train/*")]
     with closing(sqlite3.connect(copy.folder / "mlruns" / "mlflow.db")) as store:
-        models = store.execute("select count(*) from logged_models").fetchone()[0]
+        models = store.execute("select count(*) from logged_models where lifecycle_stage = 'active'").fetchone()[0]
     return [
         *(f"process {' '.join(process.cmdline())[:100]}" for process in servers),
         *(str(path.relative_to(copy.folder)) for path in hidden),

@@ -2,12 +2,14 @@
 
     python benchmarks/training.py [--repeats 10] [--threads 2]
     python benchmarks/training.py precision [--epochs 20] [--seeds 1]
+    python benchmarks/training.py attention [--repeats 10] [--threads 2]
 
-Both train the demo of params.yaml on the CPU. The first prints the share that each part has of the training part of an
-epoch, from the draw of its order to its last step, the progress bar shown (median over epochs, after one that does not
-count); and, as a check that needs no timers inside, how long a step of the loop takes against one of a bare loop over
-the same batches, ready as tensors: forward, loss, backward, optimiser. The two take turns, epoch by epoch. The
-second trains with both precisions from the same seeds and prints the AUC on test.
+All three take the demo of params.yaml on the CPU. The first prints the share that each part has of the training part of
+an epoch, from the draw of its order to its last step, the progress bar shown (median over epochs, after one that does
+not count); and, as a check that needs no timers inside, how long a step of the loop takes against one of a bare loop
+over the same batches, ready as tensors: forward, loss, backward, optimiser. The two take turns, epoch by epoch. The
+second trains with both precisions from the same seeds and prints the AUC on test. The third compares forward and
+backward in bf16 with attention in float32, as it is in training, to the same with attention in bf16, as torch has it.
 """
 
 from __future__ import annotations
@@ -281,6 +283,25 @@ def precision(demo: Demo, epochs: int, seeds: int) -> None:
     print(f"difference of AUC on test, bf16 - 32: {statistics.mean(differences):+.4f}{spread}")
 
 
+def attention(demo: Demo, repeats: int) -> None:
+    """Forward and backward of the network in bf16, with either attention."""
+    images, targets = record(demo, make_fabric(CPU, demo.precision))[0]
+    model, weights = demo.model(), torch.tensor(demo.options["class_weights"], dtype=torch.float32)
+    kinds = {"float32": autocast, "bf16": lambda device, kind: torch.autocast(device.type, kind)}
+    seconds: dict[str, list[float]] = {name: [] for name in kinds}
+    for _ in range(repeats + 1):
+        for name, mixed in kinds.items():
+            began = time.perf_counter()
+            with mixed(CPU, torch.bfloat16):
+                logits = model(images)
+            demo.options["task"].losses(logits.float(), targets, weights, 0.0).mean().backward()
+            seconds[name].append(time.perf_counter() - began)
+    for name, each in seconds.items():
+        print(f"attention in {name}: {1000 * statistics.median(each[1:]):.1f} ms forward and backward")
+    ratios = [ours / torchs for ours, torchs in zip(seconds["float32"][1:], seconds["bf16"][1:], strict=True)]
+    print(f"in float32 it takes {statistics.median(ratios):.2f} of the time")
+
+
 def auc_on_test(demo: Demo, state: State) -> float:
     """Of the best weights."""
     test, task, normalisation = demo.images["test"], demo.options["task"], demo.options["normalisation"]
@@ -293,7 +314,7 @@ def auc_on_test(demo: Demo, state: State) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("table", nargs="?", default="shares", choices=["shares", "precision"])
+    parser.add_argument("table", nargs="?", default="shares", choices=["shares", "precision", "attention"])
     parser.add_argument("--images", type=int, default=2000, help="of the phantom, before they are split")
     parser.add_argument("--size", type=int, default=28)
     parser.add_argument("--repeats", type=int, default=10, help="epochs of shares")
@@ -308,8 +329,10 @@ def main() -> None:
         prepared = prepare(Path(temporary), images=wanted.images, size=wanted.size)
         if wanted.table == "shares":
             shares(prepared, wanted.repeats)
-        else:
+        elif wanted.table == "precision":
             precision(prepared, wanted.epochs, wanted.seeds)
+        else:
+            attention(prepared, wanted.repeats)
 
 
 if __name__ == "__main__":

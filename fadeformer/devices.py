@@ -6,24 +6,27 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from types import TracebackType
-from typing import cast
+from typing import Literal, cast
 
 import numpy as np
 import torch
 from lightning_fabric import Fabric
 from lightning_fabric.plugins.environments.lightning import LightningEnvironment
 from lightning_fabric.plugins.environments.torchelastic import TorchElasticEnvironment
+from lightning_fabric.plugins.precision import MixedPrecision, Precision
 from lightning_fabric.strategies.ddp import DDPStrategy
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from fadeformer.errors import UserError
-from fadeformer.inference import logits_of
+from fadeformer.inference import autocast, logits_of
 from fadeformer.normalisation import Normalisation
 
-MIXED = {torch.float32: "32-true", torch.bfloat16: "bf16-mixed", torch.float16: "16-mixed"}
+MIXED: dict[torch.dtype, Literal["bf16-mixed", "16-mixed"]] = {
+    torch.bfloat16: "bf16-mixed", torch.float16: "16-mixed",
+}  # fmt: skip
 MIB = 2**20
 
 
@@ -41,12 +44,23 @@ def make_fabric(
     """
     together = devices * nodes > 1
     fabric = Fabric(
-        accelerator=device.type, devices=devices, num_nodes=nodes, precision=MIXED[precision],  # type: ignore[arg-type]
+        accelerator=device.type, devices=devices, num_nodes=nodes,
         strategy=DDPStrategy(find_unused_parameters=freezes, forward_sync_buffers=False) if together else "auto",
-        plugins=[TorchElasticEnvironment() if together else LightningEnvironment()],
+        plugins=[
+            TorchElasticEnvironment() if together else LightningEnvironment(),
+            _Mixed(MIXED[precision], device.type) if precision in MIXED else Precision(),
+        ],
     )  # fmt: skip
     fabric.launch()
     return fabric
+
+
+class _Mixed(MixedPrecision):
+    """Mixed precision in training as it is when predicting."""
+
+    def forward_context(self) -> AbstractContextManager[None]:
+        """What a forward pass runs in."""
+        return autocast(torch.device(self.device), self._desired_input_dtype)
 
 
 def predict_together(

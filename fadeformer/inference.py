@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
 from tqdm import tqdm
 
 from fadeformer.errors import UserError
@@ -47,9 +50,39 @@ def _cpu_has_bf16() -> bool:
     return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") or capabilities.get("bf16"))
 
 
-def autocast(device: torch.device, precision: torch.dtype) -> AbstractContextManager[None]:
-    """Automatic mixed precision, or nothing for float32."""
-    return torch.autocast(device.type, dtype=precision, enabled=precision != torch.float32)
+@contextmanager
+def autocast(device: torch.device, precision: torch.dtype) -> Iterator[None]:
+    """Automatic mixed precision, or nothing for float32; attention stays in float32 on a CPU."""
+    if precision == torch.float32:
+        yield
+        return
+    with torch.autocast(device.type, dtype=precision):
+        if device.type == "cpu":
+            with _AttentionInFloat32():
+                yield
+        else:
+            yield
+
+
+class _AttentionInFloat32(TorchFunctionMode):
+    """Scaled dot-product attention in float32: in bfloat16 its gradient takes torch far longer on a CPU.
+
+    Forward and backward of the demo's network take 0.5 of the time so (`python benchmarks/training.py attention`).
+    """
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        """Takes the place of torch's attention."""
+        if func is not functional.scaled_dot_product_attention:
+            return func(*args, **(kwargs or {}))
+        with torch.autocast("cpu", enabled=False):
+            wide = func(*(part.float() for part in args[:3]), *args[3:], **(kwargs or {}))
+        return wide.to(torch.get_autocast_dtype("cpu"))
 
 
 def logits_of(

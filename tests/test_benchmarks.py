@@ -238,6 +238,14 @@ def test_the_table_of_precisions_has_a_row_for_each(tiny, capsys):
     assert re.match(r"difference of AUC on test, bf16 - 32: [+-]0\.\d{4}, from one seed to another", lines[6])
 
 
+def test_both_kinds_of_attention_are_timed(tiny, capsys):
+    bench, demo = tiny
+    bench.attention(demo, repeats=1)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(":")[0] for line in lines[:2]] == ["attention in float32", "attention in bf16"]
+    assert re.fullmatch(r"in float32 it takes \d+\.\d\d of the time", lines[2])
+
+
 @pytest.fixture
 def whole(tmp_path: Path) -> Path:
     """What a pipeline leaves, as far as the benchmark of kills looks at it."""

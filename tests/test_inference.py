@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from torch.nn import functional
 
 from fadeformer import inference
 from fadeformer.errors import UserError
@@ -93,3 +94,19 @@ def test_auto_precision_on_a_gpu_is_bfloat16_only_where_it_is_not_emulated(monke
 def test_float16_on_a_cpu_is_refused(name):
     with pytest.raises(UserError, match=r"train\.precision is 16, which needs a GPU; set it to bf16, 32 or auto"):
         inference.choose_precision(name, CPU)
+
+
+def test_attention_in_bfloat16_on_a_cpu_is_computed_in_float32():
+    random = torch.Generator().manual_seed(0)
+    parts = [torch.randn(2, 4, 9, 8, generator=random).bfloat16().requires_grad_() for _ in range(3)]
+    wide = [part.detach().float().requires_grad_() for part in parts]
+    with inference.autocast(CPU, torch.bfloat16):
+        found = functional.scaled_dot_product_attention(*parts, scale=0.1)
+        assert (wide[0] @ wide[1].mT).dtype == torch.bfloat16  # all else is as autocast has it
+    expected = functional.scaled_dot_product_attention(*wide, scale=0.1)
+    assert found.dtype == torch.bfloat16
+    assert torch.equal(found, expected.bfloat16())
+    found.float().square().sum().backward()
+    expected.bfloat16().float().square().sum().backward()
+    for part, other in zip(parts, wide, strict=True):
+        assert torch.equal(part.grad, other.grad.bfloat16())
