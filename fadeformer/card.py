@@ -6,10 +6,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from fadeformer.arrays import Meta
+from fadeformer.summary import told
 
 NUMBERS = {
-    "auc": "AUC", "accuracy": "Accuracy", "balanced_accuracy": "Balanced accuracy", "precision": "Precision (macro)",
-    "recall": "Sensitivity (macro)", "f1": "F1 (macro)", "average_precision": "Average precision", "loss": "Loss, nats",
+    "auc": "AUC", "auc_micro": "AUC (micro)", "accuracy": "Accuracy", "balanced_accuracy": "Balanced accuracy",
+    "precision": "Precision (macro)", "recall": "Sensitivity (macro)", "specificity": "Specificity (macro)",
+    "f1": "F1 (macro)", "average_precision": "Average precision", "kappa": "Cohen's kappa",
+    "quadratic_kappa": "Kappa, quadratic weights", "calibration_error": "Calibration error (15 bins)",
+    "brier": "Brier score", "loss": "Loss, nats",
 }  # fmt: skip
 OF_CLASS = {
     "support": "Images", "auc": "AUC", "recall": "Sensitivity", "specificity": "Specificity", "precision": "Precision",
@@ -22,13 +26,21 @@ CHOSEN = {
 BAR = "\\|"  # in a cell
 
 
-def model_card(meta: Meta, described: Mapping[str, Any], summary: Mapping[str, Any]) -> str:
+def model_card(
+    meta: Meta,
+    described: Mapping[str, Any],
+    summary: Mapping[str, Any],
+    intervals: Mapping[str, Any],
+    confidence: float,
+) -> str:
     """Writes the card in Markdown.
 
     Args:
         meta: of the arrays the model was trained and judged on.
         described: what `models/model.json` holds.
-        summary: of `fadeformer.metrics.summarise`, by split.
+        summary: of `fadeformer.summary.summarise`, by split.
+        intervals: of `fadeformer.summary.intervals`, of test.
+        confidence: of the intervals.
     """
     data, model, settings = meta.dataset, described["model"], described["params"]
     fade = model["fade"]
@@ -73,13 +85,26 @@ def model_card(meta: Meta, described: Mapping[str, Any], summary: Mapping[str, A
         f"## Results on {test['images']:,} test images of the split {meta.split}",
         "",
         *_table(
-            ("", "Test", "Validation"),
-            [(label, *(_shown(summary[s]["overall"][key]) for s in ("test", "val"))) for key, label in NUMBERS.items()],
+            ("", f"Test ({100 * confidence:g} % interval)", "Validation"),
+            [
+                (label, told(test["overall"][key], intervals["overall"][key]), _shown(summary["val"]["overall"][key]))
+                for key, label in NUMBERS.items()
+                if key in test["overall"]
+            ],
         ),
         "",
         *_table(
             ("Class" if not meta.task.multi_label else "Finding", *OF_CLASS.values()),
-            [(name, *(_shown(values[key]) for key in OF_CLASS)) for name, values in test["per_class"].items()],
+            [
+                (
+                    name,
+                    f"{values['support']:,}",
+                    *(told(values[key], of_class[key]) for key in OF_CLASS if key in of_class),
+                )
+                for (name, values), of_class in zip(
+                    test["per_class"].items(), intervals["per_class"].values(), strict=True
+                )
+            ],
         ),
         "",
         *_limits(meta, test),
@@ -104,15 +129,18 @@ def _origin(described: Mapping[str, Any]) -> str:
 
 
 def _limits(meta: Meta, test: Mapping[str, Any]) -> list[str]:
-    told = ["The validation images chose the epoch, so their numbers flatter; the numbers carry no interval yet."]
+    limits = [
+        "The validation images chose the epoch, so their numbers flatter.",
+        "Intervals tell what other test images would do, not another training.",
+    ]
     if test["not_judged"]:
-        told.append(f"Not judged, for want of positives or negatives: {', '.join(test['not_judged'])}.")
+        limits.append(f"Not judged, for want of positives or negatives: {', '.join(test['not_judged'])}.")
     if meta.cross_split_duplicates:
-        told.append(
+        limits.append(
             f"**{meta.cross_split_duplicates} images stand in two splits**, as validate.max_cross_split_duplicates"
             " allowed: the numbers may flatter."
         )
-    return [" ".join(told), ""]
+    return [" ".join(limits), ""]
 
 
 def _table(head: tuple[str, ...], rows: list[tuple[Any, ...]]) -> list[str]:

@@ -1,7 +1,6 @@
-"""Predictions to numbers. A class or finding without positives or without negatives is left out of means, and named.
+"""The few measures that training looks at, MedMNIST's own, and curves; all others are those of `fadeformer.measures`.
 
-`auc` and `accuracy` are MedMNIST's official two (`medmnist/evaluator.py`); macro precision, recall and F1 are those of
-scikit-learn with what is undefined counted as 0, as the published results have them. No number is ever a NaN: what is
+A class or finding without positives or without negatives is left out of means. No number is ever a NaN: what is
 undefined is None.
 """
 
@@ -12,10 +11,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
-from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score, roc_curve
+from sklearn.metrics import precision_recall_curve, roc_auc_score, roc_curve
 
 from fadeformer.predictions import Predictions
-from fadeformer.tasks import Task
+from fadeformer.tasks import TASKS, Task
 
 Labels = NDArray[np.int64]
 Scores = NDArray[np.float64]
@@ -53,50 +52,39 @@ def log_loss(labels: Labels, scores: Scores, task: Task) -> float:
     return float(-np.log(np.maximum(likelihood, TINY)).mean())
 
 
-def summarise(predictions: Predictions) -> dict[str, Any]:
-    """Every number of some predictions, as nested plain values.
-
-    Returns:
-        `images`, `overall`, `per_class` by class name, and `not_judged`: the classes that lack positives or negatives.
-    """
-    labels, scores, task = predictions.labels, predictions.scores, predictions.task
-    truth = one_versus_rest(labels, len(predictions.classes), task)
-    decided = one_versus_rest(task.decide(scores), len(predictions.classes), task)
-    per_class = {
-        name: _class_summary(truth[:, c], decided[:, c], scores[:, c]) for c, name in enumerate(predictions.classes)
-    }
-    seen = [values for values in per_class.values() if values["support"] or values["precision"] is not None]
-    judged = [values for values in per_class.values() if values["auc"] is not None]
-    overall = {
-        "loss": log_loss(labels, scores, task),
-        "accuracy": accuracy(labels, scores, task),
-        "balanced_accuracy": _balanced_accuracy(list(per_class.values()), task),
-        **{name: _mean([v[name] or 0.0 for v in seen]) for name in ("precision", "recall", "f1")},
-        "auc": auc(labels, scores, task),
-        "average_precision": _mean([values["average_precision"] for values in judged]),
-    }
-    absent = [name for name, values in per_class.items() if values["auc"] is None]
-    return {"images": len(labels), "overall": overall, "per_class": per_class, "not_judged": absent}
-
-
-def published_results(test: dict[str, Any], history: pd.DataFrame, config: dict[str, Any]) -> dict[str, Any]:
-    """The published `results.json`, by its keys.
+def medmnist_auc(labels: Labels, scores: Scores, task: str) -> float | None:
+    """AUC as MedMNIST's evaluator computes it (`medmnist/evaluator.py` 3.0.2).
 
     Args:
-        test: of `summarise`.
-        history: one row per epoch.
-        config: what the run was made with.
+        labels: (images, labels), or (images,) where there is one.
+        scores: (images, classes), or (images,) of the positive class.
+        task: in MedMNIST's own words.
+
+    Returns:
+        None where a class or finding lacks positives or negatives: the evaluator gives NaN there.
     """
-    names = ("loss", "accuracy", "precision", "recall", "f1", "auc")
-    columns = {
-        "train_losses": "train_loss", "val_losses": "val_loss",
-        "train_accuracies": "train_accuracy", "val_accuracies": "val_accuracy",
-    }  # fmt: skip
-    return {
-        **{f"test_{name}": test["overall"][name] for name in names},
-        **{key: history[column].tolist() for key, column in columns.items()},
-        "config": config,
-    }
+    labels, scores = labels.squeeze(), scores.squeeze()
+    if task == "binary-class":
+        curves = [(labels, scores if scores.ndim == 1 else scores[:, -1])]
+    elif TASKS[task].multi_label:
+        curves = list(zip(labels.T, scores.T, strict=True))
+    else:
+        curves = [(labels == c, score) for c, score in enumerate(scores.T)]
+    if any(len(np.unique(truth)) < 2 for truth, _ in curves):
+        return None
+    return float(sum(roc_auc_score(truth, score) for truth, score in curves) / len(curves))
+
+
+def medmnist_accuracy(labels: Labels, scores: Scores, task: str) -> float:
+    """Accuracy as MedMNIST's evaluator computes it; arguments are those of `medmnist_auc`."""
+    labels, scores = labels.squeeze(), scores.squeeze()
+    if task == "binary-class":
+        right = labels == ((scores if scores.ndim == 1 else scores[:, -1]) > 0.5)
+    elif TASKS[task].multi_label:
+        right = labels == (scores > 0.5)
+    else:
+        right = labels == scores.argmax(axis=-1)
+    return float(right.mean())
 
 
 def roc_points(predictions: Predictions) -> pd.DataFrame:
@@ -132,40 +120,9 @@ def shown_classes(predictions: Predictions) -> range:
     return range(count - 1, count) if count == 2 and not predictions.task.multi_label else range(count)
 
 
-def _class_summary(truth: NDArray[np.bool_], decided: NDArray[np.bool_], score: Scores) -> dict[str, Any]:
-    positives, negatives = int(truth.sum()), int((~truth).sum())
-    hits, alarms = int((truth & decided).sum()), int((~truth & decided).sum())
-    judged = positives > 0 and negatives > 0
-    return {
-        "support": positives,
-        "prevalence": _share(positives, positives + negatives),
-        "precision": _share(hits, hits + alarms),
-        "recall": _share(hits, positives),
-        "specificity": _share(negatives - alarms, negatives),
-        "f1": _share(2 * hits, positives + hits + alarms),
-        "auc": float(roc_auc_score(truth, score)) if judged else None,
-        "average_precision": float(average_precision_score(truth, score)) if judged else None,
-    }
-
-
 def _aucs(labels: Labels, scores: Scores, task: Task) -> list[float | None]:
     truth = one_versus_rest(labels, scores.shape[1], task)
     return [
         float(roc_auc_score(truth[:, c], scores[:, c])) if truth[:, c].any() and not truth[:, c].all() else None
         for c in range(scores.shape[1])
     ]
-
-
-def _balanced_accuracy(per_class: list[dict[str, Any]], task: Task) -> float | None:
-    """Mean recall of the classes, or mean over the findings of (sensitivity + specificity) / 2."""
-    if not task.multi_label:
-        return _mean([v["recall"] for v in per_class if v["recall"] is not None])
-    return _mean([(v["recall"] + v["specificity"]) / 2 for v in per_class if v["auc"] is not None])
-
-
-def _share(part: int, whole: int) -> float | None:
-    return part / whole if whole else None
-
-
-def _mean(values: list[float]) -> float | None:
-    return float(np.mean(values)) if values else None

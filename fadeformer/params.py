@@ -229,6 +229,9 @@ class EvaluateParams(Section):
 
     batch_size: Annotated[int, Field(ge=1)]
     figure_dpi: Annotated[int, Field(ge=50, le=600)]
+    confidence: Annotated[float, Field(ge=0.5, le=0.999)]
+    bootstrap_draws: Annotated[int, Field(ge=100, le=100_000)]
+    bootstrap_seed: Annotated[int, Field(ge=0)]
 
 
 class PromoteParams(Section):

@@ -10,7 +10,7 @@ import pandas as pd
 import torch
 from prefect import flow, task
 
-from fadeformer import arrays, metrics, params, plots, predictions
+from fadeformer import arrays, metrics, params, plots, predictions, summary
 from fadeformer.card import model_card
 from fadeformer.errors import UserError
 from fadeformer.files import read_json, whole_file, whole_folder, write_json
@@ -53,25 +53,32 @@ def predict(batch_size: int) -> None:
 
 @task(name="measure", persist_result=False)
 def measure(settings: dict[str, Any]) -> dict[str, float]:
-    """Every number, from predictions.parquet: metrics, those of each class, published results, curves, model card."""
+    """Every number, from predictions.parquet: metrics, their intervals, published results, curves, model card."""
     table = predictions.read(paths.PREDICTIONS)
     described = read_json(paths.ARCHITECTURE)
-    summary = {split: metrics.summarise(table.of(split)) for split in ("val", "test")}
+    found = {split: summary.summarise(table.of(split)) for split in ("val", "test")}
+    began = time.perf_counter()
+    intervals = summary.intervals(
+        table.of("test"), draws=settings["bootstrap_draws"], seed=settings["bootstrap_seed"],
+        confidence=settings["confidence"],
+    )  # fmt: skip
+    tracking.log_metrics({"seconds": {"intervals": time.perf_counter() - began}})
     history = pd.read_csv(paths.HISTORY)
-    write_json(paths.METRICS, {split: values["overall"] for split, values in summary.items()})
-    write_json(paths.CLASSES, {split: values["per_class"] for split, values in summary.items()})
+    write_json(paths.METRICS, {split: values["overall"] for split, values in found.items()})
+    write_json(paths.CLASSES, {split: values["per_class"] for split, values in found.items()})
+    write_json(paths.INTERVALS, {"confidence": settings["confidence"], "test": intervals})
     config = {**described["params"], "evaluate": settings}
     meta = arrays.read_meta(paths.PROCESSED)
     # The challenges' balanced accuracy is never told without the split that it is of.
-    balanced = {"value": summary["test"]["overall"]["balanced_accuracy"], "split": meta.split}
-    published = metrics.published_results(summary["test"], history, config)
+    balanced = {"value": found["test"]["overall"]["balanced_accuracy"], "split": meta.split}
+    published = summary.published_results(found["test"], history, config)
     write_json(paths.RESULTS, {**published, "test_balanced_accuracy": balanced})
     with whole_file(paths.CARD) as path:
-        path.write_text(model_card(meta, described, summary), encoding="utf-8")
+        path.write_text(model_card(meta, described, found, intervals, settings["confidence"]), encoding="utf-8")
     with whole_folder(paths.CURVES) as folder:
         metrics.roc_points(table.of("test")).to_csv(folder / "roc.csv", index=False)
         metrics.pr_points(table.of("test")).to_csv(folder / "pr.csv", index=False)
-    return dict(summary["test"]["overall"])
+    return dict(found["test"]["overall"])
 
 
 @task(name="draw figures", persist_result=False)
@@ -93,7 +100,13 @@ def log(settings: dict[str, Any]) -> None:
     tracking.log_settings("evaluate", settings)
     tracking.log_metrics(read_json(paths.METRICS))
     tracking.log_metrics({"classes": read_json(paths.CLASSES)})
-    tracking.log_files(paths.PREDICTIONS, paths.METRICS, paths.CLASSES, paths.RESULTS, paths.CARD)
+    bounds = read_json(paths.INTERVALS)["test"]["overall"]
+    tracking.log_metrics(
+        {"interval": {name: dict(zip(("low", "high"), bound, strict=True)) for name, bound in bounds.items() if bound}}
+    )
+    tracking.log_files(
+        paths.PREDICTIONS, paths.METRICS, paths.CLASSES, paths.INTERVALS, paths.RESULTS, paths.CARD
+    )  # fmt: skip
     tracking.log_files(paths.FIGURES, under="figures")
 
 

@@ -4,9 +4,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from fadeformer import metrics, predictions
+from fadeformer import predictions
 from fadeformer.arrays import Meta
 from fadeformer.card import model_card
+from fadeformer.summary import intervals, summarise
 from fadeformer.tasks import TASKS
 
 FADE = {"variant": "published", "after_blocks": ["last"], "num_heads": 4, "dropout": 0.1, "K": 3, "alpha": 0.5}
@@ -26,7 +27,8 @@ def card(
         labels = np.array([[1, 0], [0, 1], [1, 1]]) if multi_label else np.array([[0], [1], [1]])
     scores = np.array([[0.9, 0.1], [0.4, 0.6], [0.7, 0.3]])
     index = pd.DataFrame({"split": "test", "id": ["a", "b", "c"], "group": None})
-    summary = metrics.summarise(predictions.table(index, labels, scores, TASKS[task], classes))
+    table = predictions.table(index, labels, scores, TASKS[task], classes)
+    summary, bounds = summarise(table), intervals(table, draws=100, seed=0, confidence=0.9)
     dataset = {
         "name": "own", "file": "own.npz", "sha256": "5e1f", "task": task, "classes": list(classes),
         "licence": "CC BY 4.0", "note": note,
@@ -38,7 +40,7 @@ def card(
         "params": {"seed": 42, "train": {"epochs": 20, "monitor": "auc"}},
     }
     meta = Meta(dataset, 28, 1, {"train": 1234, "val": 3, "test": 3}, "published", leaks, [0.5], [0.2])
-    return model_card(meta, described, {"val": summary, "test": summary})
+    return model_card(meta, described, {"val": summary, "test": summary}, bounds, 0.9)
 
 
 @pytest.mark.parametrize("task", ["binary-class", "multi-label, binary-class"])

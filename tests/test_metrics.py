@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sklearn import metrics as sk
 
-from fadeformer import metrics, predictions
+from fadeformer import metrics, predictions, summary
 from fadeformer.predictions import Predictions
 from fadeformer.tasks import TASKS
 
@@ -69,7 +69,7 @@ def test_binary_auc_is_that_of_the_last_class():
 @pytest.mark.parametrize("seed", range(5))
 def test_numbers_of_exclusive_classes_are_scikit_learns(task, seed):
     p = made(task, 2 if task == "binary-class" else 4, 60, seed)
-    overall = metrics.summarise(p)["overall"]
+    overall = summary.summarise(p)["overall"]
     truth, decided = p.labels[:, 0], p.scores.argmax(axis=1)
     expected = {
         "accuracy": sk.accuracy_score(truth, decided),
@@ -78,14 +78,26 @@ def test_numbers_of_exclusive_classes_are_scikit_learns(task, seed):
         "recall": sk.recall_score(truth, decided, average="macro", zero_division=0),
         "f1": sk.f1_score(truth, decided, average="macro", zero_division=0),
         "loss": sk.log_loss(truth, p.scores, labels=range(len(p.classes))),
+        "kappa": sk.cohen_kappa_score(truth, decided),
     }
+    one_hot = np.eye(len(p.classes))[truth]
+    if task == "ordinal-regression":
+        expected["quadratic_kappa"] = sk.cohen_kappa_score(truth, decided, weights="quadratic")
+    if task == "binary-class":
+        expected["brier"] = sk.brier_score_loss(truth, p.scores[:, 1])
+    else:
+        expected["brier"] = ((p.scores - one_hot) ** 2).sum(axis=1).mean()
+        expected["auc_micro"] = sk.roc_auc_score(one_hot.ravel(), p.scores.ravel())
+        expected["average_precision_micro"] = sk.average_precision_score(one_hot, p.scores, average="micro")
+        expected["average_precision"] = sk.average_precision_score(one_hot, p.scores, average="macro")
+    assert ("quadratic_kappa" in overall) == (task == "ordinal-regression")
     assert {key: overall[key] for key in expected} == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("seed", range(5))
 def test_numbers_of_findings_are_scikit_learns(seed):
     p = made("multi-label, binary-class", 4, 80, seed)
-    overall = metrics.summarise(p)["overall"]
+    overall = summary.summarise(p)["overall"]
     decided = p.scores > 0.5
     assert overall["accuracy"] == pytest.approx((decided == p.labels).mean())
     for name, function in (("precision", sk.precision_score), ("recall", sk.recall_score), ("f1", sk.f1_score)):
@@ -98,19 +110,19 @@ def test_numbers_of_findings_are_scikit_learns(seed):
 
 @given(some)
 def test_a_summary_is_json_without_nan_and_names_what_it_cannot_judge(p):
-    summary = metrics.summarise(p)
-    assert json.loads(json.dumps(summary, allow_nan=False)) == summary
+    found = summary.summarise(p)
+    assert json.loads(json.dumps(found, allow_nan=False)) == found
     truth = metrics.one_versus_rest(p.labels, len(p.classes), p.task)
     lacking = [name for c, name in enumerate(p.classes) if truth[:, c].all() or not truth[:, c].any()]
-    assert summary["not_judged"] == lacking
-    assert all(summary["per_class"][name]["auc"] is None for name in lacking)
+    assert found["not_judged"] == lacking
+    assert all(found["per_class"][name]["auc"] is None for name in lacking)
 
 
 @given(some, st.integers(0, 100))
 def test_the_order_of_the_images_does_not_matter(p, seed):
     order = np.random.default_rng(seed).permutation(len(p.frame))
     shuffled = Predictions(p.frame.iloc[order].reset_index(drop=True), p.task, p.classes)
-    one, other = metrics.summarise(p)["overall"], metrics.summarise(shuffled)["overall"]
+    one, other = summary.summarise(p)["overall"], summary.summarise(shuffled)["overall"]
     assert {k: v for k, v in one.items() if v is not None} == pytest.approx(
         {k: v for k, v in other.items() if v is not None}
     )
@@ -127,19 +139,19 @@ def test_a_certain_mistake_costs_much_but_not_infinity():
 @given(some)
 def test_curves_end_in_the_corners_and_have_the_area(p):
     points = metrics.roc_points(p)
-    summary = metrics.summarise(p)["per_class"]
-    assert set(points["class"]) == {name for name, values in summary.items() if values["auc"] is not None}
+    found = summary.summarise(p)["per_class"]
+    assert set(points["class"]) == {name for name, values in found.items() if values["auc"] is not None}
     for name, curve in points.groupby("class"):
         assert (curve.iloc[0][["fpr", "tpr"]] == 0).all()
         assert (curve.iloc[-1][["fpr", "tpr"]] == 1).all()
-        assert sk.auc(curve["fpr"], curve["tpr"]) == pytest.approx(summary[name]["auc"])
+        assert sk.auc(curve["fpr"], curve["tpr"]) == pytest.approx(found[name]["auc"])
 
 
 def test_published_results_have_the_published_keys():
     history = pd.DataFrame(
         {"epoch": [1], "train_loss": [1.0], "val_loss": [2.0], "train_accuracy": [0.5], "val_accuracy": [0.25]}
     )
-    results = metrics.published_results(metrics.summarise(made("multi-class", 3, 30, 0)), history, {"seed": 42})
+    results = summary.published_results(summary.summarise(made("multi-class", 3, 30, 0)), history, {"seed": 42})
     assert list(results) == [
         "test_loss", "test_accuracy", "test_precision", "test_recall", "test_f1", "test_auc",
         "train_losses", "val_losses", "train_accuracies", "val_accuracies", "config",

@@ -1,0 +1,209 @@
+"""Every measure of some predictions as a function of how much each image weighs.
+
+With a weight of 1 each they are the measures of the images themselves; with how often each image was drawn, those of
+bootstrap samples, many at a time. What is undefined is NaN here, and becomes None where numbers leave the library.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fadeformer.metrics import TINY, one_versus_rest
+from fadeformer.predictions import Predictions
+from fadeformer.tasks import ORDINAL
+
+Floats = NDArray[np.float64]
+Truth = NDArray[np.bool_]
+
+BINS = 15  # of the calibration error
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Measures of some samples.
+
+    Attributes:
+        overall: (samples,) by name.
+        per_class: (samples, classes) by name.
+    """
+
+    overall: dict[str, Floats]
+    per_class: dict[str, Floats]
+
+
+class Measures:
+    """Predictions, sorted and counted once.
+
+    Args:
+        predictions: of one split.
+    """
+
+    def __init__(self, predictions: Predictions) -> None:
+        labels, scores, self.task = predictions.labels, predictions.scores, predictions.task
+        classes = scores.shape[1]
+        decided = self.task.decide(scores)
+        self.exclusive = not self.task.multi_label
+        self.truth = one_versus_rest(labels, classes, self.task)
+        self.decided = one_versus_rest(decided, classes, self.task)
+        self.scores = scores
+        self.right = (decided == labels).mean(axis=1)
+        if self.exclusive:
+            self.losses = -np.log(np.maximum(np.take_along_axis(scores, labels, axis=1)[:, 0], TINY))
+        else:
+            self.losses = -np.log(np.maximum(np.where(self.truth, scores, 1 - scores), TINY)).mean(axis=1)
+        squares = (scores - self.truth) ** 2
+        self.squares = squares
+        # of two classes the last one's, of more their sum (Brier 1950), of findings their mean
+        if self.exclusive:
+            self.brier = squares[:, 1] if classes == 2 else squares.sum(axis=1)
+        else:
+            self.brier = squares.mean(axis=1)
+        self.judged: Truth = np.asarray(self.truth.any(axis=0) & ~self.truth.all(axis=0))
+        self.seen: Truth = np.asarray(self.truth.any(axis=0) | self.decided.any(axis=0))
+
+    @cached_property
+    def _ranked(self) -> list[_Ranked | None]:
+        everyone = np.arange(len(self.scores))
+        return [
+            _Ranked(self.truth[:, c], self.scores[:, c], everyone) if judged else None
+            for c, judged in enumerate(self.judged)
+        ]
+
+    @cached_property
+    def _pooled(self) -> _Ranked | None:
+        judged = self.judged
+        if not judged.any():
+            return None
+        rows = np.repeat(np.arange(len(self.scores)), int(judged.sum()))
+        return _Ranked(self.truth[:, judged].ravel(), self.scores[:, judged].ravel(), rows)
+
+    @cached_property
+    def _columns(self) -> tuple[Floats, list[int]]:
+        """What a sum over images is taken of, and how many columns each kind has."""
+        gaps = self._gaps()
+        parts = [
+            self.truth, self.decided, self.truth & self.decided, self.squares,
+            np.stack([self.right, self.losses, self.brier], axis=1), *gaps,
+        ]  # fmt: skip
+        return np.concatenate(parts, axis=1, dtype=np.float64), [part.shape[1] for part in parts]
+
+    def _gaps(self) -> list[Floats]:
+        """Score less outcome of each image, in the column of its bin: of the decision, or of each judged finding."""
+        if not self.exclusive:
+            return [_in_bins(self.scores[:, c], self.truth[:, c]) for c in np.flatnonzero(self.judged)]
+        if self.scores.shape[1] == 2:
+            return [_in_bins(self.scores[:, 1], self.truth[:, 1])]
+        return [_in_bins(self.scores.max(axis=1), self.right.astype(bool))]
+
+    def of(self, weights: Floats) -> Measured:
+        """The measures of samples in which each image has a weight, (samples, images)."""
+        columns, widths = self._columns
+        whole = weights.sum(axis=1)  # samples
+        sums = np.split(weights @ columns, np.cumsum(widths)[:-1], axis=1)
+        (positives, alarms, hits, squares, scalars), gaps = sums[:5], sums[5:]
+        with np.errstate(divide="ignore", invalid="ignore"):
+            negatives = whole[:, None] - positives
+            per_class = {
+                "precision": hits / alarms,
+                "recall": hits / positives,
+                "specificity": (negatives - alarms + hits) / negatives,
+                "f1": 2 * hits / (positives + alarms),
+                "brier": squares / whole[:, None],
+            }  # fmt: skip
+            per_class["auc"], per_class["average_precision"] = np.full((2, *positives.shape), np.nan)
+            for c, ranked in enumerate(self._ranked):
+                if ranked is not None:
+                    per_class["auc"][:, c], per_class["average_precision"][:, c] = ranked.areas(weights)
+            accuracy, loss, brier = (scalars / whole[:, None]).T
+            overall = {
+                "loss": loss, "accuracy": accuracy, "balanced_accuracy": self._balanced(per_class),
+                **{name: _mean(np.nan_to_num(per_class[name][:, self.seen])) for name in ("precision", "recall", "f1")},
+                "specificity": _mean(per_class["specificity"][:, self.judged]),
+                "auc": self._auc(per_class["auc"]),
+                "average_precision": _mean(per_class["average_precision"][:, self.judged]),
+                "brier": brier,
+                "calibration_error": _mean(np.stack([np.abs(g).sum(axis=1) / whole for g in gaps], axis=1))
+                if gaps else np.full(len(whole), np.nan),
+            }  # fmt: skip
+            if self._pooled is not None and (len(self.judged) > 2 or not self.exclusive):
+                overall["auc_micro"], overall["average_precision_micro"] = self._pooled.areas(weights)
+            if self.exclusive:
+                overall |= self._kappas(weights, positives, alarms, accuracy, whole)
+        return Measured(overall, per_class)
+
+    def _auc(self, per_class: Floats) -> Floats:
+        if self.exclusive and per_class.shape[1] == 2:
+            return per_class[:, -1]
+        return _mean(per_class[:, self.judged])
+
+    def _balanced(self, per_class: dict[str, Floats]) -> Floats:
+        """Mean recall of the classes, or mean over the findings of (sensitivity + specificity) / 2."""
+        if self.exclusive:
+            return _mean(per_class["recall"][:, self.truth.any(axis=0)])
+        return _mean(((per_class["recall"] + per_class["specificity"]) / 2)[:, self.judged])
+
+    def _kappas(
+        self, weights: Floats, positives: Floats, alarms: Floats, accuracy: Floats, whole: Floats
+    ) -> dict[str, Floats]:
+        """Agreement beyond chance (Cohen 1960, doi:10.1177/001316446002000104; 1968 with quadratic weights)."""
+        true, said = positives / whole[:, None], alarms / whole[:, None]
+        chance = (true * said).sum(axis=1)
+        kappas = {"kappa": (accuracy - chance) / (1 - chance)}
+        if self.task.name == ORDINAL:
+            grades = np.arange(true.shape[1])
+            apart = (self.truth.argmax(axis=1) - self.decided.argmax(axis=1)) ** 2.0
+            by_chance = np.einsum("si,ij,sj->s", true, (grades[:, None] - grades) ** 2.0, said)
+            kappas["quadratic_kappa"] = 1 - weights @ apart / whole / by_chance
+        return kappas
+
+
+class _Ranked:
+    """One curve's scores in order.
+
+    Args:
+        truth: which scores belong to positives, (scores,).
+        score: (scores,).
+        rows: the image of each score.
+    """
+
+    def __init__(self, truth: Truth, score: Floats, rows: NDArray[np.int64]) -> None:
+        order = np.argsort(score, kind="stable")
+        truth, score, rows = truth[order], score[order], rows[order]
+        self.negatives, self.positives = rows[~truth], rows[truth]
+        values, self.first = np.unique(score[truth], return_index=True)  # of positives that share a score
+        self.below = np.searchsorted(score[~truth], values, side="left")
+        self.up_to = np.searchsorted(score[~truth], values, side="right")
+
+    def areas(self, weights: Floats) -> tuple[Floats, Floats]:
+        """Area under the ROC curve, ties counted half, and average precision, both (samples,)."""
+        negatives = np.zeros((len(weights), len(self.negatives) + 1))
+        np.cumsum(weights[:, self.negatives], axis=1, out=negatives[:, 1:])
+        below, all_negatives = negatives[:, self.below], negatives[:, -1:]
+        positives = weights[:, self.positives]
+        if len(self.first) < len(self.positives):
+            positives = np.add.reduceat(positives, self.first, axis=1)
+        up_to = np.cumsum(positives, axis=1)
+        all_positives = up_to[:, -1:]
+        area = (positives * (below + negatives[:, self.up_to])).sum(axis=1, keepdims=True) / 2
+        true = all_positives - up_to + positives  # positives at each threshold or above
+        false = all_negatives - below
+        precision = np.divide(true, true + false, out=np.zeros_like(true), where=true > 0)
+        average = (positives * precision).sum(axis=1, keepdims=True)
+        return (area / (all_positives * all_negatives))[:, 0], (average / all_positives)[:, 0]
+
+
+def _in_bins(score: Floats, outcome: Truth) -> Floats:
+    """Score less outcome, in bins of equal mass; equal scores share a bin. (images, bins)."""
+    edges = np.unique(np.quantile(score, np.arange(1, BINS) / BINS))
+    columns = np.zeros((len(score), len(edges) + 1))
+    columns[np.arange(len(score)), np.searchsorted(edges, score, side="right")] = score - outcome
+    return columns
+
+
+def _mean(values: Floats) -> Floats:
+    """Mean over the last axis; NaN of nothing."""
+    return values.mean(axis=1) if values.shape[1] else np.full(len(values), np.nan)

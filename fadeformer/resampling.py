@@ -1,0 +1,66 @@
+"""Bootstrap samples as weights: how often each image is drawn, its patient or lesion whole, class by class.
+
+A sample draws as many groups of each stratum as there are, so that no class is ever lost. The stratum of a group is the
+rarest class or finding that any of its images has.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+Numbers = NDArray[np.int64]
+Weights = NDArray[np.float64]
+Found = TypeVar("Found")
+
+LARGEST = 2**22  # weights at once: 32 MiB of them
+
+
+def strata(truth: NDArray[np.bool_], groups: Numbers) -> Numbers:
+    """Stratum of each group, (groups,).
+
+    Args:
+        truth: which classes or findings each image has, (images, classes).
+        groups: number of each image's group, from 0 without a gap, (images,).
+    """
+    common = np.argsort(-truth.sum(axis=0), kind="stable")  # classes, the rarest last
+    rarity = np.empty(len(common), dtype=np.int64)
+    rarity[common] = np.arange(1, len(common) + 1)
+    found = np.zeros(int(groups.max()) + 1, dtype=np.int64)
+    np.maximum.at(found, groups, (truth * rarity).max(axis=1))
+    return found
+
+
+def weights(groups: Numbers, stratum: Numbers, draws: int, seed: np.random.SeedSequence) -> Weights:
+    """How often each image is in each of some samples, (draws, images)."""
+    random = np.random.default_rng(seed)
+    drawn = np.zeros((draws, len(stratum)), dtype=np.float64)
+    for value in np.unique(stratum):
+        members = np.flatnonzero(stratum == value)
+        for row in drawn:
+            row[members] = np.bincount(random.integers(len(members), size=len(members)), minlength=len(members))
+    return drawn[:, groups]
+
+
+def over_samples(
+    measure: Callable[[Weights], Found], groups: Numbers, stratum: Numbers, draws: int, seed: int
+) -> list[Found]:
+    """Calls a function with the weights of `draws` samples, some at a time, on all cores; the same for any number.
+
+    Args:
+        measure: of weights (samples, images).
+        groups: number of each image's group, (images,).
+        stratum: of each group, (groups,).
+        draws: samples in all.
+        seed: of the draws.
+    """
+    size = max(1, min(draws, LARGEST // len(groups)))
+    sizes = [min(size, draws - start) for start in range(0, draws, size)]
+    seeds = np.random.SeedSequence(seed).spawn(len(sizes))
+    with ThreadPoolExecutor(os.cpu_count()) as workers:
+        return list(workers.map(lambda part: measure(weights(groups, stratum, *part)), zip(sizes, seeds, strict=True)))

@@ -1,0 +1,159 @@
+"""Predictions to numbers with their uncertainty, as nested plain values.
+
+A class or finding without positives or without negatives is left out of means, and named. Macro precision, recall and
+F1 are those of scikit-learn with what is undefined counted as 0, as the published results have them. No number is ever
+a NaN: what is undefined is None.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from fadeformer import delong, resampling
+from fadeformer.measures import Measured, Measures
+from fadeformer.predictions import Predictions
+from fadeformer.proportions import wilson
+
+Interval = tuple[float, float] | None
+
+ENOUGH = 0.95  # share of samples in which a measure must be defined for an interval
+
+
+def summarise(predictions: Predictions) -> dict[str, Any]:
+    """Every number of some predictions.
+
+    Returns:
+        `images`, `overall`, `per_class` by class name, and `not_judged`: the classes that lack positives or negatives.
+    """
+    measures = Measures(predictions)
+    found = measures.of(np.ones((1, len(predictions.frame))))
+    support = measures.truth.sum(axis=0)
+    per_class = {
+        name: {
+            "support": int(support[c]),
+            "prevalence": float(support[c] / len(measures.truth)),
+            **{key: _plain(values[0, c]) for key, values in found.per_class.items()},
+        }
+        for c, name in enumerate(predictions.classes)
+    }
+    return {
+        "images": len(measures.truth),
+        "overall": {key: _plain(values[0]) for key, values in found.overall.items()},
+        "per_class": per_class,
+        "not_judged": [name for name, values in per_class.items() if values["auc"] is None],
+    }
+
+
+def intervals(predictions: Predictions, *, draws: int, seed: int, confidence: float) -> dict[str, Any]:
+    """The interval of every number of `summarise`.
+
+    AUCs have DeLong's, proportions of images that stand alone Wilson's, all else the percentiles of a bootstrap that
+    draws patients or lesions whole, class by class.
+
+    Args:
+        predictions: of one split.
+        draws: samples of the bootstrap.
+        seed: of the bootstrap.
+        confidence: such as 0.95.
+
+    Returns:
+        `overall` and `per_class` with (low, high), or None where there is none.
+    """
+    measures = Measures(predictions)
+    groups = _groups(predictions.frame["group"])
+    stratum = resampling.strata(measures.truth, groups)
+    parts = resampling.over_samples(measures.of, groups, stratum, draws, seed)
+    overall = {name: _percentiles(_joined(parts, "overall", name), confidence) for name in parts[0].overall}
+    per_class: dict[str, dict[str, Interval]] = {name: {} for name in predictions.classes}
+    for key in parts[0].per_class:
+        samples = _joined(parts, "per_class", key)
+        for c, name in enumerate(predictions.classes):
+            per_class[name][key] = _percentiles(samples[:, c], confidence)
+    alone = len(np.unique(groups)) == len(groups)
+    if alone and measures.exclusive:
+        overall["accuracy"] = wilson(int(measures.right.sum()), len(groups), confidence)
+    for c, name in enumerate(predictions.classes):
+        truth, decided = measures.truth[:, c], measures.decided[:, c]
+        shares = {
+            "recall": (truth & decided, truth), "specificity": (~truth & ~decided, ~truth),
+            "precision": (truth & decided, decided),
+        }  # fmt: skip
+        for key, (hits, trials) in shares.items():
+            if alone and trials.any():
+                per_class[name][key] = wilson(int(hits.sum()), int(trials.sum()), confidence)
+        per_class[name]["auc"] = None
+    judged = np.flatnonzero(measures.judged)
+    overall["auc"] = None
+    if len(judged):
+        found = delong.aucs([measures.truth[:, c] for c in judged], [measures.scores[:, c] for c in judged], groups)
+        for place, row in enumerate(judged):
+            of_class = found.areas[place], found.covariance[place, place], int(found.fewest[place])
+            per_class[predictions.classes[row]]["auc"] = delong.interval(*of_class, confidence)
+        if measures.exclusive and len(predictions.classes) == 2:
+            overall["auc"] = per_class[predictions.classes[-1]]["auc"]
+        else:
+            mean = float(found.areas.mean()), float(found.covariance.mean()), int(found.fewest.min())
+            overall["auc"] = delong.interval(*mean, confidence)
+    return {"overall": overall, "per_class": per_class}
+
+
+def told(value: float | None, interval: Interval) -> str:
+    """A number with its interval, to the digits that its width allows: 0.97 (0.95 to 0.98)."""
+    if value is None:
+        return "undefined"
+    if interval is None:
+        return f"{value:.4f}"
+    width = interval[1] - interval[0]
+    digits = 4 if width < 0.001 else max(2, math.ceil(-math.log10(width)))
+    return f"{value:.{digits}f} ({interval[0]:.{digits}f} to {interval[1]:.{digits}f})"
+
+
+def published_results(test: Mapping[str, Any], history: pd.DataFrame, config: Mapping[str, Any]) -> dict[str, Any]:
+    """The published `results.json`, by its keys.
+
+    Args:
+        test: of `summarise`.
+        history: one row per epoch.
+        config: what the run was made with.
+    """
+    names = ("loss", "accuracy", "precision", "recall", "f1", "auc")
+    columns = {
+        "train_losses": "train_loss", "val_losses": "val_loss",
+        "train_accuracies": "train_accuracy", "val_accuracies": "val_accuracy",
+    }  # fmt: skip
+    return {
+        **{f"test_{name}": test["overall"][name] for name in names},
+        **{key: history[column].tolist() for key, column in columns.items()},
+        "config": config,
+    }
+
+
+def _groups(column: pd.Series[Any]) -> NDArray[np.int64]:
+    """Number of each image's group, from 0 without a gap; an image without one stands alone."""
+    codes = pd.factorize(column)[0].astype(np.int64)
+    alone = codes < 0
+    codes[alone] = codes.max(initial=-1) + 1 + np.arange(alone.sum())
+    return codes
+
+
+def _joined(parts: list[Measured], kind: str, name: str) -> NDArray[np.float64]:
+    return np.concatenate([getattr(part, kind)[name] for part in parts])
+
+
+def _percentiles(samples: NDArray[np.float64], confidence: float) -> Interval:
+    defined = samples[np.isfinite(samples)]
+    if len(defined) < ENOUGH * len(samples):
+        return None
+    tail = 50 * (1 - confidence)
+    low, high = np.percentile(defined, [tail, 100 - tail])
+    return float(low), float(high)
+
+
+def _plain(value: float) -> float | None:
+    return float(value) if math.isfinite(value) else None

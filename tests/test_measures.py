@@ -1,0 +1,204 @@
+"""Measures of weighted images are those of the images repeated; DeLong and bootstrap agree with slow plain versions."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from sklearn import metrics as sk
+
+from fadeformer import delong, metrics, resampling, summary
+from fadeformer.measures import Measures
+from fadeformer.predictions import Predictions
+from fadeformer.proportions import wilson
+from fadeformer.tasks import TASKS
+from tests.test_metrics import made, some
+
+MULTI_LABEL = "multi-label, binary-class"
+
+
+@given(some, st.integers(0, 1000))
+def test_a_weight_counts_an_image_so_many_times(p, seed):
+    weights = np.random.default_rng(seed).integers(0, 4, (3, len(p.frame))).astype(float)
+    weights[:, 0] += 1
+    found = Measures(p).of(weights)
+    for sample, counts in enumerate(weights.astype(int)):
+        repeated = Predictions(p.frame.loc[p.frame.index.repeat(counts)].reset_index(drop=True), p.task, p.classes)
+        truth = metrics.one_versus_rest(repeated.labels, len(p.classes), p.task)
+        for c in range(len(p.classes)):
+            if truth[:, c].all() or not truth[:, c].any():
+                assert not np.isfinite(found.per_class["auc"][sample, c])
+                continue
+            score = repeated.scores[:, c]
+            assert found.per_class["auc"][sample, c] == pytest.approx(sk.roc_auc_score(truth[:, c], score))
+            area = sk.average_precision_score(truth[:, c], score)
+            assert found.per_class["average_precision"][sample, c] == pytest.approx(area)
+        for name in ("accuracy", "loss", "brier"):
+            expected = summary.summarise(repeated)["overall"][name]
+            assert found.overall[name][sample] == pytest.approx(expected)
+
+
+def test_the_calibration_error_is_that_of_its_bins_by_hand():
+    """20 bins would be unlike these 15: quantiles at 1/15, ... of 30 scores leave two in each."""
+    p = made("binary-class", 2, 30, 3)
+    order = np.argsort(p.scores[:, 1])
+    score, outcome = p.scores[order, 1], p.labels[order, 0]
+    bins = np.searchsorted(np.quantile(score, np.arange(1, 15) / 15), score, side="right")
+    gaps = [abs((score - outcome)[bins == b].sum()) for b in range(15)]
+    assert len(np.unique(bins)) == 15
+    assert summary.summarise(p)["overall"]["calibration_error"] == pytest.approx(sum(gaps) / 30)
+
+
+@pytest.mark.parametrize("task", ["multi-class", MULTI_LABEL])
+def test_perfect_calibration_has_a_small_error_and_confident_nonsense_a_large_one(task):
+    random = np.random.default_rng(1)
+    p = made(task, 3, 20_000, 0)
+    if TASKS[task].multi_label:
+        p.frame[[f"label_{c}" for c in range(3)]] = (random.random(p.scores.shape) < p.scores).astype(int)
+    else:
+        p.frame["label"] = (p.scores.cumsum(axis=1) < random.random((len(p.scores), 1))).sum(axis=1)
+    assert summary.summarise(p)["overall"]["calibration_error"] < 0.02
+    p.frame[[f"score_{c}" for c in range(3)]] = np.eye(3)[random.integers(3, size=len(p.scores))]
+    assert summary.summarise(p)["overall"]["calibration_error"] > 0.3
+
+
+def plain_delong(truth, scores):
+    """Every pair, one after the other, by the formulas of the paper."""
+    kernel = [np.array([[(p > n) + 0.5 * (p == n) for n in s[~truth]] for p in s[truth]], dtype=float) for s in scores]
+    over_negatives, over_positives = ([k.mean(axis=axis) for k in kernel] for axis in (1, 0))
+    spread = np.cov(over_negatives) / truth.sum() + np.cov(over_positives) / (~truth).sum()
+    return np.array([k.mean() for k in kernel]), spread
+
+
+@given(st.integers(0, 10_000), st.integers(6, 40), st.booleans())
+def test_delong_is_that_of_the_paper(seed, images, coarse):
+    random = np.random.default_rng(seed)
+    truth = np.arange(images) % 3 == 0
+    scores = [random.normal(size=images) + truth for _ in range(2)]
+    scores = [np.round(s) for s in scores] if coarse else scores
+    found = delong.aucs([truth, truth], scores)
+    values, covariance = plain_delong(truth, scores)
+    np.testing.assert_allclose(found.areas, values, rtol=0, atol=1e-10)
+    np.testing.assert_allclose(found.covariance, covariance, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("of_a_group", [1, 3])
+def test_delong_is_a_bootstrap_of_groups(of_a_group):
+    """20,000 draws: the standard error of a standard deviation is 0.5 % of it."""
+    random = np.random.default_rng(5)
+    groups = np.repeat(np.arange(150), of_a_group)
+    shared = random.normal(size=150)[groups]
+    truth = (np.arange(150) % 2 == 0)[groups] if of_a_group > 1 else np.arange(150) % 2 == 0
+    score = truth + shared + 0.5 * random.normal(size=len(groups))
+    found = delong.aucs([truth], [score], groups)
+    p = made("binary-class", 2, len(groups), 0)
+    p.frame["label"], p.frame["score_1"] = truth.astype(int), score
+    measure = Measures(p)
+    stratum = resampling.strata(measure.truth, groups)
+    parts = resampling.over_samples(lambda w: measure.of(w).per_class["auc"][:, 1], groups, stratum, 20_000, 0)
+    # the bootstrap's variance lacks n / (n - 1), here of 75 groups a class
+    spread = np.concatenate(parts).std() * np.sqrt(75 / 74)
+    assert np.sqrt(found.covariance[0, 0]) == pytest.approx(spread, rel=0.03)
+    if of_a_group > 1:
+        assert np.sqrt(delong.aucs([truth], [score]).covariance[0, 0]) < 0.8 * spread
+
+
+def test_two_models_that_rank_alike_do_not_differ():
+    truth, score = np.array([True, False, True, False]), np.array([0.9, 0.4, 0.3, 0.1])
+    same = delong.difference(truth, score, 2 * score)
+    assert (same.value, same.standard_error, same.p) == (0, 0, 1)
+    better = delong.difference(truth, np.array([0.9, 0.4, 0.6, 0.1]), score)
+    assert better.value == 0.25
+    assert better.low < 0.25 < better.high
+
+
+def test_delong_needs_two_of_each_kind():
+    truth, score = np.array([True, False, False]), np.array([0.9, 0.5, 0.1])
+    found = delong.aucs([truth], [score])
+    assert found.areas == [1.0]
+    assert delong.interval(1.0, found.covariance[0, 0], 1, 0.95) is None
+    with pytest.raises(ValueError, match="positives and negatives"):
+        delong.aucs([np.array([True, True])], [np.array([0.1, 0.2])])
+    with pytest.raises(ValueError, match="two groups"):
+        delong.difference(truth, score, score)
+
+
+def test_a_perfect_auc_is_not_certain():
+    truth = np.arange(40) % 2 == 0
+    found = delong.aucs([truth], [truth.astype(float)])
+    low, high = delong.interval(1.0, found.covariance[0, 0], int(found.fewest[0]), 0.95)
+    assert (low, high) == wilson(20, 20)
+    assert 0.8 < low < 0.9
+
+
+def test_wilson_is_that_of_the_books():
+    """Newcombe 1998, doi:10.1002/(SICI)1097-0258(19980430)17:8<857::AID-SIM777>3.0.CO;2-E, table I, method 3."""
+    for (hits, trials), expected in {
+        (81, 263): (0.2553, 0.3662), (15, 148): (0.0624, 0.1605), (0, 20): (0.0, 0.1611), (1, 29): (0.0061, 0.1718),
+    }.items():  # fmt: skip
+        assert wilson(hits, trials) == pytest.approx(expected, abs=5e-5)
+    with pytest.raises(ValueError, match="nothing"):
+        wilson(0, 0)
+
+
+def test_samples_keep_groups_whole_and_every_class():
+    groups = np.array([0, 0, 1, 2, 2, 2, 3, 4, 5])
+    truth = np.zeros((9, 2), dtype=bool)
+    truth[[0, 2], 0] = True
+    truth[6:, 1] = True
+    stratum = resampling.strata(truth, groups)
+    assert stratum[0] == stratum[1] != stratum[3] == stratum[4] == stratum[5]
+    found = resampling.weights(groups, stratum, 500, np.random.SeedSequence(0))
+    for group in range(6):
+        assert (np.ptp(found[:, groups == group], axis=1) == 0).all()
+    of_groups = found[:, [0, 2, 3, 6, 7, 8]]
+    assert (of_groups[:, :2].sum(axis=1) == 2).all()
+    assert (of_groups[:, 3:].sum(axis=1) == 3).all()
+    assert (of_groups[:, 2] == 1).all()
+    assert of_groups[:, 0].var() == pytest.approx(0.5, abs=0.1)
+
+
+@pytest.mark.parametrize(("task", "classes"), [("binary-class", 2), ("ordinal-regression", 5), (MULTI_LABEL, 4)])
+def test_intervals_hold_their_numbers_and_two_seeds_agree(task, classes):
+    p = made(task, classes, 300, 1)
+    p.frame["group"] = [f"patient {i // 2}" if i < 40 else None for i in range(300)]
+    found = summary.summarise(p)
+    one, other = (summary.intervals(p, draws=2000, seed=seed, confidence=0.95) for seed in (0, 1))
+    again = summary.intervals(p, draws=2000, seed=0, confidence=0.95)
+    assert one == again
+    pairs = [(found["overall"][name], one["overall"][name], other["overall"][name]) for name in found["overall"]]
+    for name, values in found["per_class"].items():
+        pairs += [
+            (values[key], one["per_class"][name][key], other["per_class"][name][key]) for key in one["per_class"][name]
+        ]
+    for value, interval, of_other in pairs:
+        low, high = interval
+        assert low <= high
+        assert low - 0.05 <= value <= high + 0.05  # an interval of the calibration error lies above it
+        assert np.abs(np.subtract(interval, of_other)).max() < 0.08 * (high - low)
+
+
+def test_an_absent_class_has_no_interval():
+    p = made("multi-class", 4, 60, 0, absent=1)
+    found = summary.intervals(p, draws=200, seed=0, confidence=0.95)
+    assert found["per_class"]["class 1"]["auc"] is None
+    assert found["per_class"]["class 1"]["recall"] is None
+    assert found["overall"]["auc"] is not None
+
+
+def test_one_minded_labels_have_no_auc_and_no_interval_of_it():
+    p = made("binary-class", 2, 20, 0, absent=0)
+    assert summary.summarise(p)["overall"]["auc"] is None
+    found = summary.intervals(p, draws=100, seed=0, confidence=0.95)
+    assert found["overall"]["auc"] is None
+    assert found["overall"]["accuracy"] is not None
+
+
+@pytest.mark.parametrize(
+    ("value", "interval", "told"),
+    [
+        (0.97123, (0.9512, 0.9834), "0.97 (0.95 to 0.98)"), (0.97123, (0.9702, 0.9731), "0.971 (0.970 to 0.973)"),
+        (0.5, None, "0.5000"), (None, None, "undefined"),
+    ],
+)  # fmt: skip
+def test_numbers_are_told_to_the_digits_that_they_are_known(value, interval, told):
+    assert summary.told(value, interval) == told

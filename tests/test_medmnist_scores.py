@@ -1,0 +1,55 @@
+"""MedMNIST's official AUC and accuracy, against its evaluator written out (medmnist 3.0.2), ties and absent classes too."""
+
+import math
+import warnings
+
+import numpy as np
+import pytest
+from sklearn.metrics import accuracy_score, roc_auc_score
+
+from fadeformer.metrics import medmnist_accuracy, medmnist_auc
+from tests.test_metrics import made
+
+CASES = [
+    (task, seed)
+    for task in ("binary-class", "multi-class", "ordinal-regression", "multi-label, binary-class")
+    for seed in range(200)
+]
+
+
+def official(labels, scores, task):
+    """By the evaluator's rules, one curve after the other."""
+    labels, scores = labels.squeeze(), scores.squeeze()
+    if task == "binary-class":
+        return roc_auc_score(labels, scores[:, -1]), accuracy_score(labels, scores[:, -1] > 0.5)
+    if task == "multi-label, binary-class":
+        columns = range(labels.shape[1])
+        return (
+            sum(roc_auc_score(labels[:, c], scores[:, c]) for c in columns) / len(columns),
+            sum(accuracy_score(labels[:, c], scores[:, c] > 0.5) for c in columns) / len(columns),
+        )
+    area = sum(roc_auc_score((labels == c).astype(float), scores[:, c]) for c in range(scores.shape[1]))
+    return area / scores.shape[1], accuracy_score(labels, scores.argmax(axis=-1))
+
+
+@pytest.mark.parametrize(("task", "seed"), CASES)
+def test_official_numbers_are_equal_to_the_last_bits(task, seed):
+    classes = 2 if task == "binary-class" else 2 + seed % 4
+    if task != "binary-class":
+        classes = max(classes, 3)
+    p = made(task, classes, 20 + seed % 30, seed, coarse=seed % 2 == 0, absent=1 if seed % 10 == 0 else None)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a class without positives
+        area, share = official(p.labels, p.scores, task)
+    found = medmnist_auc(p.labels, p.scores, task)
+    assert (found is None) == math.isnan(area)
+    if found is not None:
+        assert abs(found - area) < 1e-12
+    assert abs(medmnist_accuracy(p.labels, p.scores, task) - share) < 1e-12
+
+
+def test_scores_of_the_positive_class_alone_are_enough():
+    p = made("binary-class", 2, 30, 0)
+    for function in (medmnist_auc, medmnist_accuracy):
+        assert function(p.labels, p.scores[:, 1], "binary-class") == function(p.labels, p.scores, "binary-class")
+    assert isinstance(medmnist_auc(np.array([0, 1]), np.array([0.2, 0.7]), "binary-class"), float)
