@@ -93,7 +93,7 @@ def train_and_test(file: Path, runs: Path, arm: str, seed: int, **changes: Any) 
         "arm": arm, "seed": seed, "seconds": seconds, "epoch": state.best_epoch, "val_auc": best.val_auc,
         "val_accuracy": best.val_accuracy, "test_auc": auc(labels, scores, TASK),
         "test_accuracy": accuracy(labels, scores, TASK),
-        "alpha": float(model.attn.alpha) if hasattr(model, "attn") else None,
+        "alpha": float(model.attn.alpha.detach()) if hasattr(model, "attn") else None,
     }  # fmt: skip
     name = f"{arm.replace(' ', '_')}.{seed}"
     with whole_file(runs / f"{name}.npy") as path:

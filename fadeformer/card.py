@@ -19,6 +19,7 @@ OF_CLASS = {
     "support": "Images", "auc": "AUC", "recall": "Sensitivity", "specificity": "Specificity", "precision": "Precision",
     "f1": "F1",
 }  # fmt: skip
+SHARES = ("Sensitivity", "Specificity", "Positive predictive value", "Negative predictive value")
 CHOSEN = {
     "loss": "of the lowest validation loss", "accuracy": "of the highest validation accuracy",
     "auc": "of the highest validation AUC",
@@ -31,7 +32,7 @@ def model_card(
     described: Mapping[str, Any],
     summary: Mapping[str, Any],
     intervals: Mapping[str, Any],
-    confidence: float,
+    operating: Mapping[str, Any],
 ) -> str:
     """Writes the card in Markdown.
 
@@ -40,7 +41,7 @@ def model_card(
         described: what `models/model.json` holds.
         summary: of `fadeformer.summary.summarise`, by split.
         intervals: of `fadeformer.summary.intervals`, of test.
-        confidence: of the intervals.
+        operating: what `reports/operating_points.json` holds: `wanted`, `confidence` and `points`.
     """
     data, model, settings = meta.dataset, described["model"], described["params"]
     fade = model["fade"]
@@ -85,7 +86,7 @@ def model_card(
         f"## Results on {test['images']:,} test images of the split {meta.split}",
         "",
         *_table(
-            ("", f"Test ({100 * confidence:g} % interval)", "Validation"),
+            ("", f"Test ({100 * operating['confidence']:g} % interval)", "Validation"),
             [
                 (label, told(test["overall"][key], intervals["overall"][key]), _shown(summary["val"]["overall"][key]))
                 for key, label in NUMBERS.items()
@@ -107,6 +108,7 @@ def model_card(
             ],
         ),
         "",
+        *_operating_points(operating),
         *_limits(meta, test),
     ]
     return "\n".join(lines)
@@ -126,6 +128,24 @@ def _origin(described: Mapping[str, Any]) -> str:
     if weights is not None:
         return f"from the weights of {weights['file']} (SHA-256 `{weights['sha256']}`)"
     return "pretrained" if described["model"]["pretrained"] else "from random weights"
+
+
+def _operating_points(operating: Mapping[str, Any]) -> list[str]:
+    rules = {"youden": "largest sensitivity + specificity"}
+    rules |= {name: f"{name} at least {least:g}" for name, least in operating["wanted"].items() if least is not None}
+    rows = []
+    for rule, of_classes in operating["points"].items():
+        for name, point in of_classes.items():
+            shares = [] if point is None else list(point["on_test"].values())
+            cells = [told(s["value"], None if s["low"] is None else (s["low"], s["high"])) for s in shares]
+            limit = "not judged" if point is None else f"{point['threshold']:.4f}"
+            rows.append((rules[rule], name, limit, *(cells or [""] * len(SHARES))))
+    return [
+        "## Operating points, chosen on validation and judged on test",
+        "",
+        *_table(("Rule on validation", "Positive", "Score from", *SHARES), rows),
+        "",
+    ]
 
 
 def _limits(meta: Meta, test: Mapping[str, Any]) -> list[str]:

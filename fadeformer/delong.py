@@ -3,7 +3,8 @@
 A positive's component is the share of negatives that it outranks, a negative's the share of positives that outrank it,
 ties counted half; their spread is that of the AUC. Where a patient or lesion has several images, components are summed
 within it before they are squared (Obuchowski 1997, doi:10.2307/2533958). Ranks make it O(n log n) (Sun and Xu 2014,
-doi:10.1109/LSP.2014.2337313).
+doi:10.1109/LSP.2014.2337313). Intervals take Student's t, by the degrees of freedom of Brunner and Munzel (2000,
+doi:10.1002/(SICI)1521-4036(200001)42:1<17::AID-BIMJ17>3.0.CO;2-U), whose effect an AUC is: few positives are few.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 from scipy.special import expit, logit
-from scipy.stats import norm, rankdata
+from scipy.stats import norm, rankdata, t
 
 from fadeformer.proportions import wilson
 
@@ -31,11 +32,13 @@ class Aucs:
         areas: (curves,), in [0, 1].
         covariance: (curves, curves); NaN where a curve has positives, or negatives, in fewer than two groups.
         fewest: of each curve, the smaller number of groups: with positives or with negatives.
+        degrees: of freedom of each variance, (curves,).
     """
 
     areas: Floats
     covariance: Floats
     fewest: NDArray[np.int64]
+    degrees: Floats
 
 
 def aucs(truths: Sequence[Truth], scores: Sequence[Floats], groups: NDArray[np.int64] | None = None) -> Aucs:
@@ -51,9 +54,9 @@ def aucs(truths: Sequence[Truth], scores: Sequence[Floats], groups: NDArray[np.i
     """
     codes = np.arange(len(truths[0])) if groups is None else np.unique(groups, return_inverse=True)[1]
     clusters = int(codes.max()) + 1
-    areas, fewest = np.empty(len(truths)), np.empty(len(truths), dtype=np.int64)
+    areas = np.empty(len(truths))
     of_positives, of_negatives = np.zeros((2, clusters, len(truths)))  # summed components, each over its own count
-    factors = np.empty((2, len(truths)))
+    factors, sizes = np.empty((2, 2, len(truths)))
     for curve, (truth, score) in enumerate(zip(truths, scores, strict=True)):
         outranks, is_outranked = components(truth, score)
         areas[curve] = outranks.mean()
@@ -61,12 +64,14 @@ def aucs(truths: Sequence[Truth], scores: Sequence[Floats], groups: NDArray[np.i
             (0, of_positives, truth, outranks), (1, of_negatives, ~truth, is_outranked),
         ):  # fmt: skip
             sums[:, curve] = np.bincount(codes[rows], (found - areas[curve]) / len(found), minlength=clusters)
-            factors[side, curve] = _corrected(len(np.unique(codes[rows])))
-        fewest[curve] = min(len(np.unique(codes[truth])), len(np.unique(codes[~truth])))
+            sizes[side, curve] = len(np.unique(codes[rows]))
+            factors[side, curve] = _corrected(int(sizes[side, curve]))
+    fewest = sizes.min(axis=0).astype(np.int64)
     positives, negatives = of_positives * np.sqrt(factors[0]), of_negatives * np.sqrt(factors[1])
     both = of_positives.T @ of_negatives
     covariance = positives.T @ positives + negatives.T @ negatives + _corrected(clusters) * (both + both.T)
-    return Aucs(areas, covariance, fewest)
+    parts = np.stack([(positives**2).sum(axis=0), (negatives**2).sum(axis=0)])
+    return Aucs(areas, covariance, fewest, _degrees(parts, sizes - 1))
 
 
 def components(truth: Truth, score: Floats) -> tuple[Floats, Floats]:
@@ -84,18 +89,21 @@ def components(truth: Truth, score: Floats) -> tuple[Floats, Floats]:
     return outranks, is_outranked
 
 
-def interval(auc: float, variance: float, fewest: int, confidence: float) -> tuple[float, float] | None:
-    """Interval of an AUC, normal on the scale of log odds, so that it stays in [0, 1].
+def interval(found: Aucs, curves: Sequence[int], confidence: float) -> tuple[float, float] | None:
+    """Interval of the mean of some of the AUCs, on the scale of log odds, so that it stays in [0, 1].
 
     At 0 or 1, where the variance is 0, it is Wilson's for as many cases as there are groups of the rarer kind. None
     where the variance is not known.
     """
+    area, variances = float(found.areas[curves].mean()), np.diag(found.covariance)[curves]
+    variance, fewest = float(found.covariance[np.ix_(curves, curves)].mean()), int(found.fewest[curves].min())
     if not math.isfinite(variance):
         return None
-    if auc in (0.0, 1.0):
-        return wilson(round(auc * fewest), fewest, confidence)
-    half = norm.ppf((1 + confidence) / 2) * math.sqrt(max(variance, 0.0)) / (auc * (1 - auc))
-    return float(expit(logit(auc) - half)), float(expit(logit(auc) + half))
+    if area in (0.0, 1.0):
+        return wilson(round(area * fewest), fewest, confidence)
+    degrees = _degrees(variances[:, None], found.degrees[curves][:, None])[0]
+    half = t.ppf((1 + confidence) / 2, degrees) * math.sqrt(max(variance, 0.0)) / (area * (1 - area))
+    return float(expit(logit(area) - half)), float(expit(logit(area) + half))
 
 
 @dataclass(frozen=True)
@@ -134,6 +142,13 @@ def difference(
     of_equals = 1.0 if value == 0 else 0.0  # scores in the same order have no error
     p = float(2 * norm.sf(abs(value) / error)) if error > 0 else of_equals
     return Difference(value, error, value - half, value + half, p)
+
+
+def _degrees(variances: Floats, degrees: Floats) -> Floats:
+    """Of a sum of variances over the first axis (Satterthwaite 1946, doi:10.2307/3002019)."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        found = variances.sum(axis=0) ** 2 / (variances**2 / degrees).sum(axis=0)
+    return np.asarray(np.where(np.isfinite(found), found, degrees.min(axis=0)))
 
 
 def _corrected(groups: int) -> float:

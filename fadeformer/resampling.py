@@ -18,7 +18,7 @@ Numbers = NDArray[np.int64]
 Weights = NDArray[np.float64]
 Found = TypeVar("Found")
 
-LARGEST = 2**22  # weights at once: 32 MiB of them
+LARGEST = 2**20  # weights at once: 8 MiB of them
 
 
 def strata(truth: NDArray[np.bool_], groups: Numbers) -> Numbers:

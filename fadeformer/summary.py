@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
+from scipy.special import expit, logit
+from scipy.stats import norm
 
 from fadeformer import delong, resampling
 from fadeformer.measures import Measured, Measures
@@ -53,8 +55,10 @@ def summarise(predictions: Predictions) -> dict[str, Any]:
 def intervals(predictions: Predictions, *, draws: int, seed: int, confidence: float) -> dict[str, Any]:
     """The interval of every number of `summarise`.
 
-    AUCs have DeLong's, proportions of images that stand alone Wilson's, all else the percentiles of a bootstrap that
-    draws patients or lesions whole, class by class.
+    AUCs have DeLong's, proportions of images that stand alone Wilson's, all else that of a bootstrap that draws
+    patients or lesions whole, class by class: its percentiles; for average precisions, which are too high in samples
+    that repeat images, its spread on the scale of log odds (Boyd et al. 2013, doi:10.1007/978-3-642-40994-3_29); for
+    the calibration error, which is too high in all samples, the percentiles turned round the number.
 
     Args:
         predictions: of one split.
@@ -66,15 +70,20 @@ def intervals(predictions: Predictions, *, draws: int, seed: int, confidence: fl
         `overall` and `per_class` with (low, high), or None where there is none.
     """
     measures = Measures(predictions)
-    groups = _groups(predictions.frame["group"])
+    groups = group_numbers(predictions.frame["group"])
     stratum = resampling.strata(measures.truth, groups)
     parts = resampling.over_samples(measures.of, groups, stratum, draws, seed)
-    overall = {name: _percentiles(_joined(parts, "overall", name), confidence) for name in parts[0].overall}
+    point = measures.of(np.ones((1, len(groups))))
+    overall = {
+        name: _bootstrapped(name, float(point.overall[name][0]), _joined(parts, "overall", name), confidence)
+        for name in parts[0].overall
+    }
     per_class: dict[str, dict[str, Interval]] = {name: {} for name in predictions.classes}
     for key in parts[0].per_class:
         samples = _joined(parts, "per_class", key)
         for c, name in enumerate(predictions.classes):
-            per_class[name][key] = _percentiles(samples[:, c], confidence)
+            value = float(point.per_class[key][0, c])
+            per_class[name][key] = _bootstrapped(key, value, samples[:, c], confidence)
     alone = len(np.unique(groups)) == len(groups)
     if alone and measures.exclusive:
         overall["accuracy"] = wilson(int(measures.right.sum()), len(groups), confidence)
@@ -93,13 +102,10 @@ def intervals(predictions: Predictions, *, draws: int, seed: int, confidence: fl
     if len(judged):
         found = delong.aucs([measures.truth[:, c] for c in judged], [measures.scores[:, c] for c in judged], groups)
         for place, row in enumerate(judged):
-            of_class = found.areas[place], found.covariance[place, place], int(found.fewest[place])
-            per_class[predictions.classes[row]]["auc"] = delong.interval(*of_class, confidence)
-        if measures.exclusive and len(predictions.classes) == 2:
-            overall["auc"] = per_class[predictions.classes[-1]]["auc"]
-        else:
-            mean = float(found.areas.mean()), float(found.covariance.mean()), int(found.fewest.min())
-            overall["auc"] = delong.interval(*mean, confidence)
+            per_class[predictions.classes[row]]["auc"] = delong.interval(found, [place], confidence)
+        exclusive_two = measures.exclusive and len(predictions.classes) == 2
+        averaged = [len(judged) - 1] if exclusive_two else list(range(len(judged)))
+        overall["auc"] = delong.interval(found, averaged, confidence)
     return {"overall": overall, "per_class": per_class}
 
 
@@ -134,7 +140,7 @@ def published_results(test: Mapping[str, Any], history: pd.DataFrame, config: Ma
     }
 
 
-def _groups(column: pd.Series[Any]) -> NDArray[np.int64]:
+def group_numbers(column: pd.Series[Any]) -> NDArray[np.int64]:
     """Number of each image's group, from 0 without a gap; an image without one stands alone."""
     codes = pd.factorize(column)[0].astype(np.int64)
     alone = codes < 0
@@ -146,7 +152,21 @@ def _joined(parts: list[Measured], kind: str, name: str) -> NDArray[np.float64]:
     return np.concatenate([getattr(part, kind)[name] for part in parts])
 
 
-def _percentiles(samples: NDArray[np.float64], confidence: float) -> Interval:
+def _bootstrapped(name: str, value: float, samples: NDArray[np.float64], confidence: float) -> Interval:
+    bounds = percentiles(samples, confidence)
+    if bounds is None:
+        return None
+    if name == "calibration_error":
+        return max(0.0, 2 * value - bounds[1]), max(0.0, 2 * value - bounds[0])
+    if name.startswith("average_precision") and 0 < value < 1:
+        inside = samples[(samples > 0) & (samples < 1)]
+        half = norm.ppf((1 + confidence) / 2) * logit(inside).std(ddof=1) if len(inside) > 1 else math.inf
+        return float(expit(logit(value) - half)), float(expit(logit(value) + half))
+    return bounds
+
+
+def percentiles(samples: NDArray[np.float64], confidence: float) -> Interval:
+    """The middle of bootstrap samples, (samples,); None where too few of them are defined."""
     defined = samples[np.isfinite(samples)]
     if len(defined) < ENOUGH * len(samples):
         return None

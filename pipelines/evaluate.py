@@ -10,7 +10,7 @@ import pandas as pd
 import torch
 from prefect import flow, task
 
-from fadeformer import arrays, metrics, params, plots, predictions, summary
+from fadeformer import arrays, metrics, operating, params, plots, predictions, summary
 from fadeformer.card import model_card
 from fadeformer.errors import UserError
 from fadeformer.files import read_json, whole_file, whole_folder, write_json
@@ -53,31 +53,36 @@ def predict(batch_size: int) -> None:
 
 @task(name="measure", persist_result=False)
 def measure(settings: dict[str, Any]) -> dict[str, float]:
-    """Every number, from predictions.parquet: metrics, their intervals, published results, curves, model card."""
+    """Every number, from predictions.parquet: metrics, intervals, operating points, curves, model card."""
     table = predictions.read(paths.PREDICTIONS)
-    described = read_json(paths.ARCHITECTURE)
-    found = {split: summary.summarise(table.of(split)) for split in ("val", "test")}
-    began = time.perf_counter()
-    intervals = summary.intervals(
-        table.of("test"), draws=settings["bootstrap_draws"], seed=settings["bootstrap_seed"],
-        confidence=settings["confidence"],
-    )  # fmt: skip
-    tracking.log_metrics({"seconds": {"intervals": time.perf_counter() - began}})
-    history = pd.read_csv(paths.HISTORY)
+    val, test = table.of("val"), table.of("test")
+    described, meta = read_json(paths.ARCHITECTURE), arrays.read_meta(paths.PROCESSED)
+    found = {"val": summary.summarise(val), "test": summary.summarise(test)}
     write_json(paths.METRICS, {split: values["overall"] for split, values in found.items()})
     write_json(paths.CLASSES, {split: values["per_class"] for split, values in found.items()})
-    write_json(paths.INTERVALS, {"confidence": settings["confidence"], "test": intervals})
-    config = {**described["params"], "evaluate": settings}
-    meta = arrays.read_meta(paths.PROCESSED)
+    began = time.perf_counter()
+    confidence = settings["confidence"]
+    sampled = {"draws": settings["bootstrap_draws"], "seed": settings["bootstrap_seed"], "confidence": confidence}
+    intervals = summary.intervals(test, **sampled)
+    write_json(paths.INTERVALS, {"confidence": confidence, "test": intervals})
+    wanted = {
+        "youden": None, "sensitivity": settings["sensitivity_at_least"], "specificity": settings["specificity_at_least"]
+    }  # fmt: skip
+    points = operating.operating_points(val, test, wanted, **sampled)
+    write_json(paths.OPERATING_POINTS, {"wanted": wanted, "confidence": confidence, "points": points})
+    tracking.log_metrics({"seconds": {"intervals": time.perf_counter() - began}})
     # The challenges' balanced accuracy is never told without the split that it is of.
     balanced = {"value": found["test"]["overall"]["balanced_accuracy"], "split": meta.split}
-    published = summary.published_results(found["test"], history, config)
+    config = {**described["params"], "evaluate": settings}
+    published = summary.published_results(found["test"], pd.read_csv(paths.HISTORY), config)
     write_json(paths.RESULTS, {**published, "test_balanced_accuracy": balanced})
     with whole_file(paths.CARD) as path:
-        path.write_text(model_card(meta, described, found, intervals, settings["confidence"]), encoding="utf-8")
+        card = model_card(meta, described, found, intervals, read_json(paths.OPERATING_POINTS))
+        path.write_text(card, encoding="utf-8")
     with whole_folder(paths.CURVES) as folder:
-        metrics.roc_points(table.of("test")).to_csv(folder / "roc.csv", index=False)
-        metrics.pr_points(table.of("test")).to_csv(folder / "pr.csv", index=False)
+        metrics.roc_points(test).to_csv(folder / "roc.csv", index=False)
+        metrics.pr_points(test).to_csv(folder / "pr.csv", index=False)
+        operating.net_benefit(test).to_csv(folder / "net_benefit.csv", index=False)
     return dict(found["test"]["overall"])
 
 
@@ -104,8 +109,10 @@ def log(settings: dict[str, Any]) -> None:
     tracking.log_metrics(
         {"interval": {name: dict(zip(("low", "high"), bound, strict=True)) for name, bound in bounds.items() if bound}}
     )
+    tracking.log_metrics({"operating_points": read_json(paths.OPERATING_POINTS)["points"]})
     tracking.log_files(
-        paths.PREDICTIONS, paths.METRICS, paths.CLASSES, paths.INTERVALS, paths.RESULTS, paths.CARD
+        paths.PREDICTIONS, paths.METRICS, paths.CLASSES, paths.INTERVALS, paths.OPERATING_POINTS, paths.RESULTS,
+        paths.CARD,
     )  # fmt: skip
     tracking.log_files(paths.FIGURES, under="figures")
 

@@ -246,6 +246,32 @@ def test_both_kinds_of_attention_are_timed(tiny, capsys):
     assert re.fullmatch(r"in float32 it takes \d+\.\d\d of the time", lines[2])
 
 
+def test_the_table_of_coverage_has_every_measure_and_all_hold_most_of_the_time(capsys, monkeypatch):
+    bench = load("evaluation")
+    monkeypatch.setattr(bench, "POPULATION", 15_000)
+    bench.print_coverage(sets=6, images=150, draws=100)
+    lines = capsys.readouterr().out.splitlines()
+    rows = {cells[1]: cells[2:-1] for line in lines[3:-1] if (cells := [c.strip() for c in line.split("|")])}
+    assert {"auc", "accuracy", "average_precision, class 4", "quadratic_kappa", "calibration_error"} <= rows.keys()
+    assert all(float(share) >= 50 for share in rows["auc"] + rows["accuracy"])
+    assert rows["quadratic_kappa"][0] == rows["quadratic_kappa"][2] == ""
+
+
+def test_the_population_has_the_shares_that_it_is_said_to_have():
+    bench = load("evaluation")
+    small, large = bench.drawn(bench.MULTI_LABEL, 150, 1), bench.drawn(bench.MULTI_LABEL, 1500, 2)
+    np.testing.assert_allclose(small.labels.mean(axis=0), large.labels.mean(axis=0))
+    grades = bench.drawn("ordinal-regression", 150, 1).labels[:, 0]
+    np.testing.assert_allclose(np.bincount(grades) / 150, bench.KINDS["ordinal-regression"], atol=0.01)
+
+
+def test_the_cost_of_all_numbers_is_told(capsys):
+    load("evaluation").print_speed(300, 3, 100)
+    first, second = capsys.readouterr().out.splitlines()
+    assert re.match(r"300 images, 3 findings, 100 draws, \d+ cores: \d+\.\d s, \d\.\d\d GiB", first)
+    assert re.match(r"paired DeLong of two models on 20,000 images: \d\.\d{3} s", second)
+
+
 @pytest.fixture
 def whole(tmp_path: Path) -> Path:
     """What a pipeline leaves, as far as the benchmark of kills looks at it."""

@@ -7,6 +7,7 @@ import pytest
 from fadeformer import predictions
 from fadeformer.arrays import Meta
 from fadeformer.card import model_card
+from fadeformer.operating import operating_points
 from fadeformer.summary import intervals, summarise
 from fadeformer.tasks import TASKS
 
@@ -28,6 +29,9 @@ def card(
     scores = np.array([[0.9, 0.1], [0.4, 0.6], [0.7, 0.3]])
     index = pd.DataFrame({"split": "test", "id": ["a", "b", "c"], "group": None})
     table = predictions.table(index, labels, scores, TASKS[task], classes)
+    wanted = {"youden": None, "sensitivity": 0.8}
+    points = operating_points(table, table, wanted, draws=100, seed=0, confidence=0.9)
+    operating = {"wanted": wanted, "confidence": 0.9, "points": points}
     summary, bounds = summarise(table), intervals(table, draws=100, seed=0, confidence=0.9)
     dataset = {
         "name": "own", "file": "own.npz", "sha256": "5e1f", "task": task, "classes": list(classes),
@@ -40,7 +44,7 @@ def card(
         "params": {"seed": 42, "train": {"epochs": 20, "monitor": "auc"}},
     }
     meta = Meta(dataset, 28, 1, {"train": 1234, "val": 3, "test": 3}, "published", leaks, [0.5], [0.2])
-    return model_card(meta, described, {"val": summary, "test": summary}, bounds, 0.9)
+    return model_card(meta, described, {"val": summary, "test": summary}, bounds, operating)
 
 
 @pytest.mark.parametrize("task", ["binary-class", "multi-label, binary-class"])
@@ -56,7 +60,7 @@ def test_it_names_data_model_and_numbers(task):
 
 def test_every_row_of_a_table_has_as_many_cells_as_its_head():
     tables = [block for block in card("multi-label, binary-class").split("\n\n") if block.startswith("|")]
-    assert len(tables) == 4
+    assert len(tables) == 5
     for table in tables:
         assert len({line.replace("\\|", "").count("|") for line in table.splitlines()}) == 1
 
@@ -85,3 +89,11 @@ def test_what_cannot_be_judged_is_named():
     text = card("binary-class", labels=np.ones((3, 1), int))
     assert "Not judged, for want of positives or negatives: normal, pneumonia." in text
     assert "| AUC | undefined | undefined |" in text
+
+
+def test_it_tells_the_operating_points_with_their_intervals():
+    text = card("binary-class")
+    assert "| largest sensitivity + specificity | pneumonia | " in text
+    assert "| sensitivity at least 0.8 | pneumonia |" in text
+    assert "Test (90 % interval)" in text
+    assert "| mass | not judged | " in card("multi-label, binary-class", labels=np.array([[1, 0], [1, 1], [1, 1]]))

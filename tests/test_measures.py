@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy import stats
 from sklearn import metrics as sk
 
 from fadeformer import delong, metrics, resampling, summary
@@ -102,6 +103,17 @@ def test_delong_is_a_bootstrap_of_groups(of_a_group):
         assert np.sqrt(delong.aucs([truth], [score]).covariance[0, 0]) < 0.8 * spread
 
 
+def test_degrees_of_freedom_are_those_of_brunner_and_munzel():
+    """By scipy's own test, of which the AUC is the effect: its p is 0.05 at the end of the plain interval."""
+    random = np.random.default_rng(0)
+    truth = np.arange(40) < 9
+    score = random.normal(size=40) + truth
+    found = delong.aucs([truth], [score])
+    p = stats.brunnermunzel(score[~truth], score[truth]).pvalue
+    error = np.sqrt(found.covariance[0, 0])
+    assert 2 * stats.t.sf(abs(found.areas[0] - 0.5) / error, found.degrees[0]) == pytest.approx(p)
+
+
 def test_two_models_that_rank_alike_do_not_differ():
     truth, score = np.array([True, False, True, False]), np.array([0.9, 0.4, 0.3, 0.1])
     same = delong.difference(truth, score, 2 * score)
@@ -115,7 +127,7 @@ def test_delong_needs_two_of_each_kind():
     truth, score = np.array([True, False, False]), np.array([0.9, 0.5, 0.1])
     found = delong.aucs([truth], [score])
     assert found.areas == [1.0]
-    assert delong.interval(1.0, found.covariance[0, 0], 1, 0.95) is None
+    assert delong.interval(found, [0], 0.95) is None
     with pytest.raises(ValueError, match="positives and negatives"):
         delong.aucs([np.array([True, True])], [np.array([0.1, 0.2])])
     with pytest.raises(ValueError, match="two groups"):
@@ -125,7 +137,7 @@ def test_delong_needs_two_of_each_kind():
 def test_a_perfect_auc_is_not_certain():
     truth = np.arange(40) % 2 == 0
     found = delong.aucs([truth], [truth.astype(float)])
-    low, high = delong.interval(1.0, found.covariance[0, 0], int(found.fewest[0]), 0.95)
+    low, high = delong.interval(found, [0], 0.95)
     assert (low, high) == wilson(20, 20)
     assert 0.8 < low < 0.9
 

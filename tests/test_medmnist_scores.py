@@ -1,4 +1,4 @@
-"""MedMNIST's official AUC and accuracy, against its evaluator written out (medmnist 3.0.2), ties and absent classes too."""
+"""MedMNIST's official AUC and accuracy, against its evaluator (3.0.2) written out, ties and absent classes too."""
 
 import math
 import warnings

@@ -36,6 +36,7 @@ ELSEWHERE = {
     "python benchmarks/input.py": "tests/test_benchmarks.py",
     "python benchmarks/training.py": "tests/test_benchmarks.py",
     "python benchmarks/kills.py": "tests/test_benchmarks.py",
+    "python benchmarks/evaluation.py coverage": "tests/test_benchmarks.py",
     "dvc exp run -S train.devices=2 -S train.precision=32": "tests/pipeline/test_resume.py",
     "dvc exp run -S model.fade.variant=diffusion": "tests/pipeline/test_reproduce.py",
     "dvc exp run -S model.backbone=resnet18 -S model.fade=null": "tests/pipeline/test_reproduce.py",
@@ -94,7 +95,7 @@ def test_what_a_run_leaves_is_there(project):
     named = [name for row in table.splitlines()[2:] for name in re.findall(r"`([^`]+)`", row.split("|")[1])]
     assert len(named) >= 10
     for name in named:
-        folder = "reports" if name in ("classes.json", "results.json") else "."
+        folder = "reports" if name in ("classes.json", "results.json", "intervals.json") else "."
         assert (project.folder / folder / name).exists(), name
 
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from mlflow import MlflowClient
 
+from fadeformer.summary import told
 from pipelines.__main__ import STAGES
 from tests.conftest import ROOT, Project
 
@@ -62,6 +63,8 @@ def test_one_finished_run_holds_parameters_history_figures_and_data(reproduced, 
     assert {
         "predictions.parquet",
         "metrics.json",
+        "intervals.json",
+        "operating_points.json",
         "results.json",
         "model_card.md",
         "promotion.json",
@@ -86,6 +89,9 @@ def test_numbers_are_the_same_everywhere(reproduced, mlflow):
     assert shown[""]["data"]["reports/metrics.json"]["data"] == metrics
     for name, value in metrics["test"].items():
         assert logged[f"test.{name}"] == pytest.approx(value)
+    for name, (low, high) in read(reproduced, "reports/intervals.json")["test"]["overall"].items():
+        assert logged[f"interval.{name}.low"] == pytest.approx(low)
+        assert logged[f"interval.{name}.high"] == pytest.approx(high)
     for name in ("loss", "accuracy", "precision", "recall", "f1", "auc"):
         assert results[f"test_{name}"] == metrics["test"][name]
     assert set(results) == {
@@ -111,7 +117,8 @@ def test_the_card_says_that_the_images_are_synthetic(reproduced, mlflow):
     card = (reproduced.folder / "reports" / "model_card.md").read_text()
     assert "Synthetic: every image is drawn by a program" in card
     assert mlflow.get_model_version("fadenet-phantom", "1").description.replace("&emsp;", "") == card
-    assert f"| AUC | {read(reproduced, 'reports/metrics.json')['test']['auc']:.4f} |" in card
+    auc, bounds = (read(reproduced, f"reports/{name}.json")["test"] for name in ("metrics", "intervals"))
+    assert f"| AUC | {told(auc['auc'], bounds['overall']['auc'])} |" in card
 
 
 # In an environment that has the requirements, but not this project.

@@ -1,0 +1,151 @@
+"""Operating points: above which score an image is called positive, chosen on val and judged on test; net benefit.
+
+A point is chosen for each class against the rest, or each finding; of two classes for the last one. A threshold lies
+half way between two scores of val, so that none of them stands on it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+from sklearn.metrics import roc_curve
+
+from fadeformer import resampling
+from fadeformer.metrics import one_versus_rest, shown_classes
+from fadeformer.predictions import Predictions
+from fadeformer.proportions import wilson
+from fadeformer.summary import Interval, group_numbers, percentiles
+
+Floats = NDArray[np.float64]
+Truth = NDArray[np.bool_]
+
+PROBABILITIES = np.arange(1, 100) / 100  # at which net benefit is told
+SHARES = ("sensitivity", "specificity", "positive_predictive_value", "negative_predictive_value")
+
+
+def threshold(truth: Truth, score: Floats, rule: str, least: float | None) -> float | None:
+    """The score from which on an image is called positive.
+
+    Args:
+        truth: which images are positive, (images,).
+        score: (images,), in [0, 1].
+        rule: `youden` (the largest sum of sensitivity and specificity, Youden 1950), `sensitivity` (as specific as it
+            can be with at least that sensitivity) or `specificity` (the other way round).
+        least: sensitivity or specificity that is asked for.
+
+    Returns:
+        None where there are no positives, or no negatives.
+    """
+    if truth.all() or not truth.any():
+        return None
+    false, true, scores = roc_curve(truth, score, drop_intermediate=False)
+    if rule == "youden":
+        place = int(np.argmax(true - false))
+    elif rule == "sensitivity":
+        place = int(np.argmax(true >= least))  # the first, of the highest threshold
+    elif rule == "specificity":
+        place = int(np.flatnonzero(1 - false >= least)[-1])
+    else:
+        raise ValueError(f"rule is {rule!r}; it is youden, sensitivity or specificity")
+    above = 1.0 if place == 0 else float(scores[place])  # roc_curve begins where nothing is positive
+    below = float(scores[place + 1]) if place + 1 < len(scores) else 0.0
+    return (above + below) / 2
+
+
+def operating_points(
+    val: Predictions, test: Predictions, wanted: Mapping[str, float | None], *, draws: int, seed: int, confidence: float
+) -> dict[str, dict[str, Any]]:
+    """Thresholds by val, and what they give on test with intervals.
+
+    Args:
+        val: images that choose the thresholds.
+        test: images that judge them.
+        wanted: rules, and the least value that each asks for.
+        draws: bootstrap samples, where images do not stand alone.
+        seed: of those.
+        confidence: of the intervals.
+
+    Returns:
+        By rule and class: `threshold`, `on_val` (sensitivity, specificity) and `on_test`, where each share has `value`,
+        `low` and `high`; None for a class that val or test cannot judge.
+    """
+    count = len(val.classes)
+    truth_val, truth = (one_versus_rest(part.labels, count, part.task) for part in (val, test))
+    groups = group_numbers(test.frame["group"])
+    stratum = resampling.strata(truth, groups)
+    alone = len(np.unique(groups)) == len(groups)
+    found: dict[str, dict[str, Any]] = {}
+    for rule, least in wanted.items():
+        found[rule] = {}
+        for c in shown_classes(val):
+            name, score, of_class = val.classes[c], test.scores[:, c], truth[:, c]
+            limit = threshold(truth_val[:, c], val.scores[:, c], rule, least)
+            if limit is None or of_class.all() or not of_class.any():
+                found[rule][name] = None
+                continue
+            parts = _parts(of_class, score >= limit)
+            whole = np.ones((1, len(score)))
+            values = _shares(whole, parts)[0]
+            if alone:
+                bounds = [
+                    wilson(int(part.sum()), int(of.sum()), confidence) if of.any() else None for part, of in parts
+                ]
+            else:
+                samples = np.concatenate(
+                    resampling.over_samples(lambda w, p=parts: _shares(w, p), groups, stratum, draws, seed)  # type: ignore[misc]
+                )
+                bounds = [percentiles(samples[:, column], confidence) for column in range(len(SHARES))]
+            on_val = _shares(np.ones((1, len(truth_val))), _parts(truth_val[:, c], val.scores[:, c] >= limit))[0]
+            found[rule][name] = {
+                "threshold": limit,
+                "on_val": {"sensitivity": float(on_val[0]), "specificity": float(on_val[1])},
+                "on_test": {
+                    share: _told(value, bound) for share, value, bound in zip(SHARES, values, bounds, strict=True)
+                },
+            }
+    return found
+
+
+def net_benefit(predictions: Predictions) -> pd.DataFrame:
+    """Decision curves (Vickers and Elkin 2006, doi:10.1177/0272989X06295361) of the classes that can be judged.
+
+    At a threshold probability p, true positives less p / (1 - p) times the false ones, per image: of the model, and of
+    calling all images positive. Calling none positive gives 0.
+
+    Returns:
+        Columns class, probability, model, all.
+    """
+    truth = one_versus_rest(predictions.labels, len(predictions.classes), predictions.task)
+    parts = [pd.DataFrame({"class": pd.Series(dtype="str"), **dict.fromkeys(("probability", "model", "all"), 0.0)})]
+    for c in shown_classes(predictions):
+        if truth[:, c].all() or not truth[:, c].any():
+            continue
+        called = predictions.scores[:, c][:, None] >= PROBABILITIES  # images, probabilities
+        odds, prevalence = PROBABILITIES / (1 - PROBABILITIES), truth[:, c].mean()
+        of_model = called[truth[:, c]].sum(axis=0) - odds * called[~truth[:, c]].sum(axis=0)
+        columns = {
+            "class": predictions.classes[c], "probability": PROBABILITIES, "model": of_model / len(truth),
+            "all": prevalence - odds * (1 - prevalence),
+        }  # fmt: skip
+        parts.append(pd.DataFrame(columns))
+    return pd.concat(parts[1:] or parts, ignore_index=True)
+
+
+def _parts(truth: Truth, called: Truth) -> list[tuple[Truth, Truth]]:
+    """Of each share what is counted, and of what."""
+    return [(called & truth, truth), (~called & ~truth, ~truth), (called & truth, called), (~called & ~truth, ~called)]
+
+
+def _shares(weights: Floats, parts: list[tuple[Truth, Truth]]) -> Floats:
+    """(samples, shares); NaN of nothing."""
+    with np.errstate(invalid="ignore"):
+        return np.stack([(weights @ part) / (weights @ of) for part, of in parts], axis=1)
+
+
+def _told(value: float, bound: Interval) -> dict[str, float | None]:
+    low, high = (None, None) if bound is None else bound
+    return {"value": float(value) if np.isfinite(value) else None, "low": low, "high": high}
