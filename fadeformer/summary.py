@@ -57,8 +57,8 @@ def intervals(predictions: Predictions, *, draws: int, seed: int, confidence: fl
 
     AUCs have DeLong's, proportions of images that stand alone Wilson's, all else that of a bootstrap that draws
     patients or lesions whole, class by class: its percentiles; for average precisions, which are too high in samples
-    that repeat images, its spread on the scale of log odds (Boyd et al. 2013, doi:10.1007/978-3-642-40994-3_29); for
-    the calibration error, which is too high in all samples, the percentiles turned round the number.
+    that repeat images, its spread on the scale of log odds (Boyd et al. 2013, doi:10.1007/978-3-642-40994-3_29). The
+    calibration error has none: it is too high in every sample, by more than its spread (docs/evaluation.md).
 
     Args:
         predictions: of one split.
@@ -154,10 +154,8 @@ def _joined(parts: list[Measured], kind: str, name: str) -> NDArray[np.float64]:
 
 def _bootstrapped(name: str, value: float, samples: NDArray[np.float64], confidence: float) -> Interval:
     bounds = percentiles(samples, confidence)
-    if bounds is None:
+    if bounds is None or name == "calibration_error":
         return None
-    if name == "calibration_error":
-        return max(0.0, 2 * value - bounds[1]), max(0.0, 2 * value - bounds[0])
     if name.startswith("average_precision") and 0 < value < 1:
         inside = samples[(samples > 0) & (samples < 1)]
         half = norm.ppf((1 + confidence) / 2) * logit(inside).std(ddof=1) if len(inside) > 1 else math.inf

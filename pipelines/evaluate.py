@@ -10,7 +10,7 @@ import pandas as pd
 import torch
 from prefect import flow, task
 
-from fadeformer import arrays, metrics, operating, params, plots, predictions, summary
+from fadeformer import arrays, medmnist_results, metrics, operating, params, plots, predictions, summary
 from fadeformer.card import model_card
 from fadeformer.errors import UserError
 from fadeformer.files import read_json, whole_file, whole_folder, write_json
@@ -83,6 +83,12 @@ def measure(settings: dict[str, Any]) -> dict[str, float]:
         metrics.roc_points(test).to_csv(folder / "roc.csv", index=False)
         metrics.pr_points(test).to_csv(folder / "pr.csv", index=False)
         operating.net_benefit(test).to_csv(folder / "net_benefit.csv", index=False)
+    with whole_folder(paths.MEDMNIST) as folder:
+        flag = meta.dataset["name"]
+        if flag.endswith("mnist") and not flag.startswith("own-") and meta.split == "published":
+            of_run = {"size": meta.dataset["size"], "run": str(described["params"]["seed"])}
+            for split, part in (("val", val), ("test", test)):
+                medmnist_results.write(part, folder, flag=flag, split=split, **of_run)
     return dict(found["test"]["overall"])
 
 
@@ -115,6 +121,7 @@ def log(settings: dict[str, Any]) -> None:
         paths.CARD,
     )  # fmt: skip
     tracking.log_files(paths.FIGURES, under="figures")
+    tracking.log_files(paths.MEDMNIST, under="medmnist")
 
 
 @flow(name="evaluate", persist_result=False, log_prints=True)

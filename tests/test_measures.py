@@ -182,10 +182,12 @@ def test_intervals_hold_their_numbers_and_two_seeds_agree(task, classes):
         pairs += [
             (values[key], one["per_class"][name][key], other["per_class"][name][key]) for key in one["per_class"][name]
         ]
+    assert one["overall"].pop("calibration_error") is None
     for value, interval, of_other in pairs:
+        if interval is None:
+            continue
         low, high = interval
-        assert low <= high
-        assert low - 0.05 <= value <= high + 0.05  # an interval of the calibration error lies above it
+        assert low <= value <= high
         assert np.abs(np.subtract(interval, of_other)).max() < 0.08 * (high - low)
 
 

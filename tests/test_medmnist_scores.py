@@ -4,9 +4,11 @@ import math
 import warnings
 
 import numpy as np
+import pandas as pd
 import pytest
 from sklearn.metrics import accuracy_score, roc_auc_score
 
+from fadeformer import medmnist_results
 from fadeformer.metrics import medmnist_accuracy, medmnist_auc
 from tests.test_metrics import made
 
@@ -53,3 +55,24 @@ def test_scores_of_the_positive_class_alone_are_enough():
     for function in (medmnist_auc, medmnist_accuracy):
         assert function(p.labels, p.scores[:, 1], "binary-class") == function(p.labels, p.scores, "binary-class")
     assert isinstance(medmnist_auc(np.array([0, 1]), np.array([0.2, 0.7]), "binary-class"), float)
+
+
+@pytest.mark.parametrize("task", ["binary-class", "multi-class", "ordinal-regression", "multi-label, binary-class"])
+@pytest.mark.parametrize(("size", "of_size"), [(28, ""), (224, "_224")])
+def test_the_result_file_reads_back_to_the_official_numbers(task, size, of_size, tmp_path):
+    p = made(task, 2 if task == "binary-class" else 4, 60, 0)
+    p.frame["id"] = [f"somemnist.npz/test/{i}" for i in range(60)]
+    shuffled = type(p)(p.frame.sample(frac=1, random_state=0).reset_index(drop=True), p.task, p.classes)
+    path = medmnist_results.write(shuffled, tmp_path, flag="somemnist", size=size, split="test", run="42")
+    flag, *sizes, split = path.name.split("_[")[0].split("_")
+    assert (flag, "".join(f"_{s}" for s in sizes), split) == ("somemnist", of_size, "test")
+    scores = pd.read_csv(path, index_col=0, header=None).sort_index().to_numpy()  # as the evaluator reads it
+    np.testing.assert_array_equal(scores, p.scores)
+    area, share = official(p.labels, scores, task)
+    assert f"_[AUC]{area:.3f}_[ACC]{share:.3f}@42.csv" in path.name
+
+
+def test_there_is_no_result_file_without_an_official_auc(tmp_path):
+    p = made("multi-class", 4, 60, 0, absent=1)
+    assert medmnist_results.write(p, tmp_path, flag="somemnist", size=28, split="test", run="42") is None
+    assert list(tmp_path.iterdir()) == []

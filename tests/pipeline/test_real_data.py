@@ -22,6 +22,11 @@ def test_retinamnist_from_a_mirror_runs_to_a_decision(project: Project, real_dat
     meta = json.loads((project.folder / "data/processed/meta.json").read_text())
     assert meta["counts"] == {"train": 1080, "val": 120, "test": 400}
     assert "retinamnist" in project.run("dvc", "exp", "show", "--csv")
+    numbers = json.loads((project.folder / "reports/metrics.json").read_text())["test"]
+    official = f"[AUC]{numbers['auc']:.3f}_[ACC]{numbers['accuracy']:.3f}"
+    (result,) = (project.folder / "reports/medmnist").glob("retinamnist_test_*.csv")
+    assert result.name == f"retinamnist_test_{official}@42.csv"
+    assert len(result.read_text().splitlines()) == 400
 
 
 def test_the_leaks_of_pneumoniamnist_stop_it_until_they_are_allowed(project: Project, real_data):

@@ -89,9 +89,14 @@ def test_numbers_are_the_same_everywhere(reproduced, mlflow):
     assert shown[""]["data"]["reports/metrics.json"]["data"] == metrics
     for name, value in metrics["test"].items():
         assert logged[f"test.{name}"] == pytest.approx(value)
-    for name, (low, high) in read(reproduced, "reports/intervals.json")["test"]["overall"].items():
-        assert logged[f"interval.{name}.low"] == pytest.approx(low)
-        assert logged[f"interval.{name}.high"] == pytest.approx(high)
+    bounds = read(reproduced, "reports/intervals.json")["test"]["overall"]
+    assert [name for name, bound in bounds.items() if bound is None] == ["calibration_error"]
+    for name in bounds.keys() - {"calibration_error"}:
+        assert [logged[f"interval.{name}.{end}"] for end in ("low", "high")] == pytest.approx(bounds[name])
+    points = read(reproduced, "reports/operating_points.json")["points"]
+    of_basophils = points["youden"]["basophil"]["on_test"]["sensitivity"]
+    assert logged["operating_points.youden.basophil.on_test.sensitivity.low"] == pytest.approx(of_basophils["low"])
+    assert set(pd.read_csv(reproduced.folder / "reports/curves/net_benefit.csv")["class"]) == set(points["youden"])
     for name in ("loss", "accuracy", "precision", "recall", "f1", "auc"):
         assert results[f"test_{name}"] == metrics["test"][name]
     assert set(results) == {
@@ -100,7 +105,7 @@ def test_numbers_are_the_same_everywhere(reproduced, mlflow):
     }  # fmt: skip
     balanced = {"value": metrics["test"]["balanced_accuracy"], "split": "published"}
     assert results["test_balanced_accuracy"] == balanced
-    assert read(reproduced, "reports/promotion.json")["auc"] == metrics["test"]["auc"]
+    assert read(reproduced, "reports/promotion.json")["auc"] == pytest.approx(metrics["test"]["auc"], abs=1e-12)
 
 
 def test_dvc_shows_the_figures(reproduced):
