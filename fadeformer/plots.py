@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -58,7 +59,7 @@ def confusion_matrix(predictions: Predictions) -> Figure:
     count = len(predictions.classes)
     truth = one_versus_rest(predictions.labels, count, predictions.task)
     decided = one_versus_rest(predictions.task.decide(predictions.scores), count, predictions.task)
-    names = [_short(name) for name in predictions.classes]
+    names = [short(name) for name in predictions.classes]
     title = f"Confusion matrix, {len(truth)} images"
     if predictions.task.multi_label:
         outcomes = {
@@ -105,9 +106,12 @@ def pr_curves(predictions: Predictions) -> Figure:
 
 
 def save(figure: Figure, path: Path, dpi: int) -> None:
-    """Writes a PNG, the same bytes for the same figure."""
+    """Writes a PNG, and an SVG beside it, the same bytes for the same figure."""
     with whole_file(path) as temporary:
         figure.savefig(temporary, dpi=dpi, format="png", metadata={"Software": None})
+    # else every SVG has identifiers and a date of its own
+    with whole_file(path.with_suffix(".svg")) as temporary, rc_context({"svg.hashsalt": path.stem}):
+        figure.savefig(temporary, format="svg", metadata={"Date": None})
 
 
 def _judged(summary: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
@@ -125,7 +129,7 @@ def _lines(axes: Axes, points: pd.DataFrame, x: str, y: str, values: dict[str, s
     for i, name in enumerate(points["class"].unique()):
         rows = points[points["class"] == name]
         style = STYLES[i // len(COLOURS) % len(STYLES)]
-        label = f"{_short(name)}\n{values[name]}" if len(name) > NAME_WIDTH - 8 else f"{name}: {values[name]}"
+        label = f"{short(name)}\n{values[name]}" if len(name) > NAME_WIDTH - 8 else f"{name}: {values[name]}"
         handles += axes.plot(rows[x], rows[y], color=COLOURS[i % len(COLOURS)], linestyle=style, label=label)
     return handles
 
@@ -138,7 +142,7 @@ def _finish(
         title += ": no class can be judged"
     else:
         title += f", {'mean ' if curves > 1 else ''}{what} {mean:.3f}"
-    handles += [Line2D([], [], linestyle="none", label=f"{_short(name)}\nnot judged") for name in not_judged]
+    handles += [Line2D([], [], linestyle="none", label=f"{short(name)}\nnot judged") for name in not_judged]
     axes.set(title=title, xlim=(-0.01, 1.01), ylim=(-0.01, 1.01), aspect="equal")
     axes.grid(alpha=0.3)
     axes.legend(
@@ -182,7 +186,7 @@ def _shares(counts: NDArray[np.int64], wholes: NDArray[np.int64]) -> NDArray[np.
     return np.divide(counts, wholes, out=np.zeros(counts.shape), where=wholes > 0)
 
 
-def _short(name: str) -> str:
+def short(name: str) -> str:
     """A class name in at most two lines."""
     lines = textwrap.wrap(name.replace("(", " ("), NAME_WIDTH, max_lines=2, placeholder=" ...")
     return "\n".join(lines)

@@ -10,7 +10,7 @@ import pandas as pd
 import torch
 from prefect import flow, task
 
-from fadeformer import arrays, medmnist_results, metrics, operating, params, plots, predictions, summary
+from fadeformer import arrays, evidence_plots, medmnist_results, metrics, operating, params, plots, predictions, summary
 from fadeformer.card import model_card
 from fadeformer.errors import UserError
 from fadeformer.files import read_json, whole_file, whole_folder, write_json
@@ -94,15 +94,23 @@ def measure(settings: dict[str, Any]) -> dict[str, float]:
 
 @task(name="draw figures", persist_result=False)
 def draw(dpi: int) -> None:
-    """The four figures."""
+    """Every figure, as PNG and SVG."""
     test = predictions.read(paths.PREDICTIONS).of("test")
-    history = pd.read_csv(paths.HISTORY)
-    best_epoch = read_json(paths.ARCHITECTURE)["best_epoch"]
+    history, best_epoch = pd.read_csv(paths.HISTORY), read_json(paths.ARCHITECTURE)["best_epoch"]
+    found, intervals = summary.summarise(test), read_json(paths.INTERVALS)
+    confidence = intervals["confidence"]
+    figures = {
+        "training_curves": plots.training_curves(history, best_epoch),
+        "confusion_matrix": plots.confusion_matrix(test),
+        "roc_curves": plots.roc_curves(test),
+        "pr_curves": plots.pr_curves(test),
+        "auc_forest": evidence_plots.auc_forest(test, found, intervals["test"], confidence),
+        "reliability": evidence_plots.reliability(test, found["overall"]["calibration_error"], confidence),
+        "decision_curves": evidence_plots.decision_curves(operating.net_benefit(test)),
+    }
     with whole_folder(paths.FIGURES) as folder:
-        plots.save(plots.training_curves(history, best_epoch), folder / "training_curves.png", dpi)
-        plots.save(plots.confusion_matrix(test), folder / "confusion_matrix.png", dpi)
-        plots.save(plots.roc_curves(test), folder / "roc_curves.png", dpi)
-        plots.save(plots.pr_curves(test), folder / "pr_curves.png", dpi)
+        for name, figure in figures.items():
+            plots.save(figure, folder / f"{name}.png", dpi)
 
 
 @task(name="log the evaluation to MLflow", persist_result=False)

@@ -16,7 +16,9 @@ from pipelines.__main__ import STAGES
 from tests.conftest import ROOT, Project
 
 pytestmark = pytest.mark.pipeline
-FIGURES = ("training_curves", "confusion_matrix", "roc_curves", "pr_curves")
+FIGURES = (
+    "training_curves", "confusion_matrix", "roc_curves", "pr_curves", "auc_forest", "reliability", "decision_curves",
+)  # fmt: skip
 
 
 def ran(output: str) -> list[str]:
@@ -71,7 +73,7 @@ def test_one_finished_run_holds_parameters_history_figures_and_data(reproduced, 
         "dvc.lock",
     } <= artifacts
     figures = {file.path for file in mlflow.list_artifacts(run.info.run_id, "figures")}
-    assert figures == {f"figures/{name}.png" for name in FIGURES}
+    assert figures == {f"figures/{name}.{kind}" for name in FIGURES for kind in ("png", "svg")}
     (data,) = run.inputs.dataset_inputs
     card = read(reproduced, "data/raw/dataset.json")
     assert (data.dataset.name, run.data.tags["dataset.sha256"]) == ("phantom", card["sha256"])

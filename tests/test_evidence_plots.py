@@ -1,0 +1,75 @@
+"""Figures of uncertainty, calibration and use: all is named and drawn, nothing lies on top of anything else."""
+
+import numpy as np
+import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+from fadeformer import evidence_plots, operating, summary
+from tests.test_metrics import made
+from tests.test_plots import overlapping
+
+SETS = [
+    ("binary-class", 2, None), ("ordinal-regression", 5, None), ("multi-class", 8, 1), ("multi-class", 30, None),
+    ("multi-label, binary-class", 14, 3),
+]  # fmt: skip
+
+
+def forest(p):
+    bounds = summary.intervals(p, draws=100, seed=0, confidence=0.9)
+    return evidence_plots.auc_forest(p, summary.summarise(p), bounds, 0.9)
+
+
+@pytest.mark.parametrize(("task", "classes", "absent"), SETS)
+def test_the_forest_has_a_row_for_each_class_with_its_number_and_interval(task, classes, absent):
+    p = made(task, classes, 600, 0, absent=absent)
+    figure = forest(p)
+    FigureCanvasAgg(figure).draw()
+    axes = figure.axes[0]
+    names = [label.get_text() for label in axes.get_yticklabels()]
+    assert set(names) - {"mean"} == set(p.classes[-1:] if classes == 2 else p.classes)
+    assert not overlapping(axes.get_yticklabels())
+    assert not overlapping(axes.texts)
+    found, told = summary.summarise(p), dict(zip(names, (text.get_text() for text in axes.texts), strict=True))
+    bounds = summary.intervals(p, draws=100, seed=0, confidence=0.9)
+    name = p.classes[-1]
+    area = summary.told(found["per_class"][name]["auc"], bounds["per_class"][name]["auc"])
+    assert told[name] == f"{area},  n = {found['per_class'][name]['support']} of 600"
+    if absent is not None:
+        assert told[f"class {absent}"] == "not judged"
+    assert figure.bbox.x1 >= max(text.get_window_extent().x1 for text in axes.texts)
+
+
+@pytest.mark.parametrize(("task", "classes", "absent"), SETS)
+def test_the_points_of_the_reliability_diagram_are_the_shares_of_the_bins(task, classes, absent):
+    p = made(task, classes, 600, 0, absent=absent)
+    figure = evidence_plots.reliability(p, 0.123, 0.95)
+    FigureCanvasAgg(figure).draw()
+    assert "0.123" in figure.axes[0].get_title()
+    (line,) = [line for line in figure.axes[0].lines if line.get_marker() == "o"]
+    place, share = line.get_data()
+    assert len(place) == 10
+    assert np.all(np.diff(place) > 0)
+    if classes == 2:
+        order = np.argsort(p.scores[:, 1])
+        assert share[0] == pytest.approx(p.labels[order[:60], 0].mean())
+        assert place[-1] == pytest.approx(p.scores[order[-60:], 1].mean())
+    counts = [patch.get_height() for patch in figure.axes[1].patches]
+    assert sum(counts) == 600 * (classes if p.task.multi_label else 1)
+
+
+@pytest.mark.parametrize(("task", "classes", "absent"), SETS)
+def test_there_is_a_decision_curve_for_each_class_that_can_be_judged(task, classes, absent):
+    p = made(task, classes, 600, 0, absent=absent)
+    figure = evidence_plots.decision_curves(operating.net_benefit(p))
+    FigureCanvasAgg(figure).draw()
+    drawn = {axes.get_title() for axes in figure.axes if axes.lines}
+    assert drawn == {name for c, name in enumerate(p.classes[-1:] if classes == 2 else p.classes) if c != absent}
+    titles = [axes.title for axes in figure.axes if axes.lines]
+    assert not overlapping([*titles, *figure.legends[0].get_texts(), figure._supxlabel])
+
+
+def test_one_kind_of_label_gives_figures_that_say_so():
+    p = made("binary-class", 2, 30, 0, absent=0)
+    texts = [text.get_text() for text in forest(p).axes[0].texts]
+    assert texts == ["not judged"]
+    assert not [axes for axes in evidence_plots.decision_curves(operating.net_benefit(p)).axes if axes.lines]
