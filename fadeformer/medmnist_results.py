@@ -9,6 +9,8 @@ import pandas as pd
 from fadeformer.metrics import medmnist_accuracy, medmnist_auc
 from fadeformer.predictions import Predictions
 
+ABOUT = "Scores as `python -m medmnist evaluate` reads them, of MedMNIST's sets in their published split only.\n"
+
 
 def write(predictions: Predictions, folder: Path, *, flag: str, size: int, split: str, run: str) -> Path | None:
     """Writes one split's scores: no heading, and in each row an image's index in the published arrays and its scores.

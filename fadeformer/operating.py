@@ -51,9 +51,11 @@ def threshold(truth: Truth, score: Floats, rule: str, least: float | None) -> fl
         place = int(np.flatnonzero(1 - false >= least)[-1])
     else:
         raise ValueError(f"rule is {rule!r}; it is youden, sensitivity or specificity")
-    above = 1.0 if place == 0 else float(scores[place])  # roc_curve begins where nothing is positive
-    below = float(scores[place + 1]) if place + 1 < len(scores) else 0.0
-    return (above + below) / 2
+    if place == 0:  # roc_curve begins where nothing is positive
+        return float(np.nextafter(max(1.0, scores[1]), np.inf))
+    above, below = float(scores[place]), float(scores[place + 1]) if place + 1 < len(scores) else 0.0
+    middle = (above + below) / 2
+    return middle if below < middle else above  # neighbours that no number lies between
 
 
 def operating_points(

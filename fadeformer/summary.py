@@ -67,7 +67,8 @@ def intervals(predictions: Predictions, *, draws: int, seed: int, confidence: fl
         confidence: such as 0.95.
 
     Returns:
-        `overall` and `per_class` with (low, high), or None where there is none.
+        `overall` and `per_class` with (low, high), or None where there is none, as of a perfect number by bootstrap,
+        whose samples are all alike.
     """
     measures = Measures(predictions)
     groups = group_numbers(predictions.frame["group"])
@@ -154,7 +155,7 @@ def _joined(parts: list[Measured], kind: str, name: str) -> NDArray[np.float64]:
 
 def _bootstrapped(name: str, value: float, samples: NDArray[np.float64], confidence: float) -> Interval:
     bounds = percentiles(samples, confidence)
-    if bounds is None or name == "calibration_error":
+    if bounds is None or name == "calibration_error" or np.ptp(samples[np.isfinite(samples)]) == 0:
         return None
     if name.startswith("average_precision") and 0 < value < 1:
         inside = samples[(samples > 0) & (samples < 1)]

@@ -84,6 +84,7 @@ def measure(settings: dict[str, Any]) -> dict[str, float]:
         metrics.pr_points(test).to_csv(folder / "pr.csv", index=False)
         operating.net_benefit(test).to_csv(folder / "net_benefit.csv", index=False)
     with whole_folder(paths.MEDMNIST) as folder:
+        (folder / "about.txt").write_text(medmnist_results.ABOUT, encoding="utf-8")  # DVC warns of an empty folder
         flag = meta.dataset["name"]
         if flag.endswith("mnist") and not flag.startswith("own-") and meta.split == "published":
             of_run = {"size": meta.dataset["size"], "run": str(described["params"]["seed"])}

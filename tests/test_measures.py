@@ -191,6 +191,20 @@ def test_intervals_hold_their_numbers_and_two_seeds_agree(task, classes):
         assert np.abs(np.subtract(interval, of_other)).max() < 0.08 * (high - low)
 
 
+def test_a_perfect_number_is_not_told_to_be_certain():
+    p = made("multi-class", 3, 60, 0)
+    p.frame[[f"score_{c}" for c in range(3)]] = np.eye(3)[p.labels[:, 0]]
+    found = summary.summarise(p)["overall"]
+    bounds = summary.intervals(p, draws=100, seed=0, confidence=0.95)
+    for name in ("auc", "accuracy"):
+        assert found[name] == 1
+        assert bounds["overall"][name][0] < 0.99
+    for name in ("balanced_accuracy", "average_precision", "f1"):
+        assert found[name] == 1
+        assert bounds["overall"][name] is None
+    assert bounds["per_class"]["class 0"]["recall"][0] < 0.95
+
+
 def test_an_absent_class_has_no_interval():
     p = made("multi-class", 4, 60, 0, absent=1)
     found = summary.intervals(p, draws=200, seed=0, confidence=0.95)

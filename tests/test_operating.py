@@ -41,6 +41,11 @@ def test_a_threshold_lies_between_the_scores():
     assert operating.threshold(truth, score, "sensitivity", 0.5) == pytest.approx(0.8)
     assert operating.threshold(truth, score, "specificity", 0.5) == pytest.approx(0.25)
     assert operating.threshold(truth, score, "sensitivity", 1.0) == pytest.approx(0.55)
+    certain = np.array([True, False]), np.array([0.5, 1.0])
+    assert not (certain[1] >= operating.threshold(*certain, "specificity", 1.0)).any()
+    near = np.array([np.nextafter(1.0, 0), 1.0, 0.3])
+    limit = operating.threshold(np.array([False, True, False]), near, "youden", None)
+    assert (near >= limit).tolist() == [False, True, False]
     assert operating.threshold(np.ones(4, bool), score, "youden", None) is None
     with pytest.raises(ValueError, match="youden, sensitivity or specificity"):
         operating.threshold(truth, score, "accuracy", None)
