@@ -3,8 +3,8 @@
 A positive's component is the share of negatives that it outranks, a negative's the share of positives that outrank it,
 ties counted half; their spread is that of the AUC. Where a patient or lesion has several images, components are summed
 within it before they are squared (Obuchowski 1997, doi:10.2307/2533958). Ranks make it O(n log n) (Sun and Xu 2014,
-doi:10.1109/LSP.2014.2337313). Intervals take Student's t, by the degrees of freedom of Brunner and Munzel (2000,
-doi:10.1002/(SICI)1521-4036(200001)42:1<17::AID-BIMJ17>3.0.CO;2-U), whose effect an AUC is: few positives are few.
+doi:10.1109/LSP.2014.2337313). An AUC's interval takes Student's t, by the degrees of freedom of Brunner and Munzel
+(2000, doi:10.1002/(SICI)1521-4036(200001)42:1<17::AID-BIMJ17>3.0.CO;2-U), whose effect an AUC is.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,10 +11,10 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 from torch.nn import functional
-from torch.overrides import TorchFunctionMode
 from tqdm import tqdm
 
 from fadeformer.errors import UserError
+from fadeformer.interception import Interception
 from fadeformer.normalisation import Normalisation
 
 PRECISIONS = {"32": torch.float32, "bf16": torch.bfloat16, "16": torch.float16}
@@ -64,24 +64,18 @@ def autocast(device: torch.device, precision: torch.dtype) -> Iterator[None]:
             yield
 
 
-class _AttentionInFloat32(TorchFunctionMode):
+class _AttentionInFloat32(Interception):
     """Scaled dot-product attention in float32: in bfloat16 its gradient takes torch far longer on a CPU.
 
     Forward and backward of the demo's network take 0.5 of the time so (`python benchmarks/training.py attention`).
     """
 
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Sequence[type],
-        args: Sequence[Any] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
+    def call(self, func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Takes the place of torch's attention."""
         if func is not functional.scaled_dot_product_attention:
-            return func(*args, **(kwargs or {}))
+            return func(*args, **kwargs)
         with torch.autocast("cpu", enabled=False):
-            wide = func(*(part.float() for part in args[:3]), *args[3:], **(kwargs or {}))
+            wide = func(*(part.float() for part in args[:3]), *args[3:], **kwargs)
         return wide.to(torch.get_autocast_dtype("cpu"))
 
 

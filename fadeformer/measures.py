@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from fadeformer.metrics import TINY, one_versus_rest
 from fadeformer.predictions import Predictions
+from fadeformer.ranked import Ranked
 from fadeformer.tasks import ORDINAL
 
 Floats = NDArray[np.float64]
@@ -66,20 +67,20 @@ class Measures:
         self.seen: Truth = np.asarray(self.truth.any(axis=0) | self.decided.any(axis=0))
 
     @cached_property
-    def _ranked(self) -> list[_Ranked | None]:
+    def _ranked(self) -> list[Ranked | None]:
         everyone = np.arange(len(self.scores))
         return [
-            _Ranked(self.truth[:, c], self.scores[:, c], everyone) if judged else None
+            Ranked(self.truth[:, c], self.scores[:, c], everyone) if judged else None
             for c, judged in enumerate(self.judged)
         ]
 
     @cached_property
-    def _pooled(self) -> _Ranked | None:
+    def _pooled(self) -> Ranked | None:
         judged = self.judged
         if not judged.any():
             return None
         rows = np.repeat(np.arange(len(self.scores)), int(judged.sum()))
-        return _Ranked(self.truth[:, judged].ravel(), self.scores[:, judged].ravel(), rows)
+        return Ranked(self.truth[:, judged].ravel(), self.scores[:, judged].ravel(), rows)
 
     @cached_property
     def _columns(self) -> tuple[Floats, list[int]]:
@@ -159,41 +160,6 @@ class Measures:
             by_chance = np.einsum("si,ij,sj->s", true, (grades[:, None] - grades) ** 2.0, said)
             kappas["quadratic_kappa"] = 1 - weights @ apart / whole / by_chance
         return kappas
-
-
-class _Ranked:
-    """One curve's scores in order.
-
-    Args:
-        truth: which scores belong to positives, (scores,).
-        score: (scores,).
-        rows: the image of each score.
-    """
-
-    def __init__(self, truth: Truth, score: Floats, rows: NDArray[np.int64]) -> None:
-        order = np.argsort(score, kind="stable")
-        truth, score, rows = truth[order], score[order], rows[order]
-        self.negatives, self.positives = rows[~truth], rows[truth]
-        values, self.first = np.unique(score[truth], return_index=True)  # of positives that share a score
-        self.below = np.searchsorted(score[~truth], values, side="left")
-        self.up_to = np.searchsorted(score[~truth], values, side="right")
-
-    def areas(self, weights: Floats) -> tuple[Floats, Floats]:
-        """Area under the ROC curve, ties counted half, and average precision, both (samples,)."""
-        negatives = np.zeros((len(weights), len(self.negatives) + 1))
-        np.cumsum(weights[:, self.negatives], axis=1, out=negatives[:, 1:])
-        below, all_negatives = negatives[:, self.below], negatives[:, -1:]
-        positives = weights[:, self.positives]
-        if len(self.first) < len(self.positives):
-            positives = np.add.reduceat(positives, self.first, axis=1)
-        up_to = np.cumsum(positives, axis=1)
-        all_positives = up_to[:, -1:]
-        area = (positives * (below + negatives[:, self.up_to])).sum(axis=1, keepdims=True) / 2
-        true = all_positives - up_to + positives  # positives at each threshold or above
-        false = all_negatives - below
-        precision = np.divide(true, true + false, out=np.zeros_like(true), where=true > 0)
-        average = (positives * precision).sum(axis=1, keepdims=True)
-        return (area / (all_positives * all_negatives))[:, 0], (average / all_positives)[:, 0]
 
 
 def _in_bins(score: Floats, outcome: Truth) -> Floats:

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from sklearn.metrics import precision_recall_curve, roc_auc_score, roc_curve
 
 from fadeformer.predictions import Predictions
+from fadeformer.ranked import Ranked
 from fadeformer.tasks import TASKS, Task
 
 Labels = NDArray[np.int64]
@@ -121,8 +122,12 @@ def shown_classes(predictions: Predictions) -> range:
 
 
 def _aucs(labels: Labels, scores: Scores, task: Task) -> list[float | None]:
-    truth = one_versus_rest(labels, scores.shape[1], task)
+    """AUC of each class by the ranks that `fadeformer.measures` uses too, so that both are the same to the last bit."""
+    truth, everyone = one_versus_rest(labels, scores.shape[1], task), np.arange(len(scores))
+    each_once = np.ones((1, len(scores)))
     return [
-        float(roc_auc_score(truth[:, c], scores[:, c])) if truth[:, c].any() and not truth[:, c].all() else None
+        float(Ranked(truth[:, c], scores[:, c], everyone).areas(each_once)[0][0])
+        if truth[:, c].any() and not truth[:, c].all()
+        else None
         for c in range(scores.shape[1])
     ]

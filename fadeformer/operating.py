@@ -18,7 +18,7 @@ from fadeformer import resampling
 from fadeformer.metrics import one_versus_rest, shown_classes
 from fadeformer.predictions import Predictions
 from fadeformer.proportions import wilson
-from fadeformer.summary import Interval, group_numbers, percentiles
+from fadeformer.resampling import Interval
 
 Floats = NDArray[np.float64]
 Truth = NDArray[np.bool_]
@@ -77,7 +77,7 @@ def operating_points(
     """
     count = len(val.classes)
     truth_val, truth = (one_versus_rest(part.labels, count, part.task) for part in (val, test))
-    groups = group_numbers(test.frame["group"])
+    groups = resampling.group_numbers(test.frame["group"])
     stratum = resampling.strata(truth, groups)
     alone = len(np.unique(groups)) == len(groups)
     found: dict[str, dict[str, Any]] = {}
@@ -100,7 +100,7 @@ def operating_points(
                 samples = np.concatenate(
                     resampling.over_samples(lambda w, p=parts: _shares(w, p), groups, stratum, draws, seed)  # type: ignore[misc]
                 )
-                bounds = [percentiles(samples[:, column], confidence) for column in range(len(SHARES))]
+                bounds = [resampling.percentiles(samples[:, column], confidence) for column in range(len(SHARES))]
             on_val = _shares(np.ones((1, len(truth_val))), _parts(truth_val[:, c], val.scores[:, c] >= limit))[0]
             found[rule][name] = {
                 "threshold": limit,

@@ -9,16 +9,27 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
+import pandas as pd
 from numpy.typing import NDArray
 
 Numbers = NDArray[np.int64]
 Weights = NDArray[np.float64]
 Found = TypeVar("Found")
+Interval = tuple[float, float] | None
 
+ENOUGH = 0.95  # share of samples in which a measure must be defined for an interval
 LARGEST = 2**20  # weights at once: 8 MiB of them
+
+
+def group_numbers(column: pd.Series[Any]) -> Numbers:
+    """Number of each image's group, from 0 without a gap; an image without one stands alone."""
+    codes = pd.factorize(column)[0].astype(np.int64)
+    alone = codes < 0
+    codes[alone] = codes.max(initial=-1) + 1 + np.arange(alone.sum())
+    return codes
 
 
 def strata(truth: NDArray[np.bool_], groups: Numbers) -> Numbers:
@@ -64,3 +75,13 @@ def over_samples(
     seeds = np.random.SeedSequence(seed).spawn(len(sizes))
     with ThreadPoolExecutor(os.cpu_count()) as workers:
         return list(workers.map(lambda part: measure(weights(groups, stratum, *part)), zip(sizes, seeds, strict=True)))
+
+
+def percentiles(samples: Weights, confidence: float) -> Interval:
+    """The middle of bootstrap samples, (samples,); None where too few of them are defined."""
+    defined = samples[np.isfinite(samples)]
+    if len(defined) < ENOUGH * len(samples):
+        return None
+    tail = 50 * (1 - confidence)
+    low, high = np.percentile(defined, [tail, 100 - tail])
+    return float(low), float(high)

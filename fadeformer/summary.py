@@ -21,10 +21,7 @@ from fadeformer import delong, resampling
 from fadeformer.measures import Measured, Measures
 from fadeformer.predictions import Predictions
 from fadeformer.proportions import wilson
-
-Interval = tuple[float, float] | None
-
-ENOUGH = 0.95  # share of samples in which a measure must be defined for an interval
+from fadeformer.resampling import Interval
 
 
 def summarise(predictions: Predictions) -> dict[str, Any]:
@@ -71,7 +68,7 @@ def intervals(predictions: Predictions, *, draws: int, seed: int, confidence: fl
         whose samples are all alike.
     """
     measures = Measures(predictions)
-    groups = group_numbers(predictions.frame["group"])
+    groups = resampling.group_numbers(predictions.frame["group"])
     stratum = resampling.strata(measures.truth, groups)
     parts = resampling.over_samples(measures.of, groups, stratum, draws, seed)
     point = measures.of(np.ones((1, len(groups))))
@@ -141,20 +138,12 @@ def published_results(test: Mapping[str, Any], history: pd.DataFrame, config: Ma
     }
 
 
-def group_numbers(column: pd.Series[Any]) -> NDArray[np.int64]:
-    """Number of each image's group, from 0 without a gap; an image without one stands alone."""
-    codes = pd.factorize(column)[0].astype(np.int64)
-    alone = codes < 0
-    codes[alone] = codes.max(initial=-1) + 1 + np.arange(alone.sum())
-    return codes
-
-
 def _joined(parts: list[Measured], kind: str, name: str) -> NDArray[np.float64]:
     return np.concatenate([getattr(part, kind)[name] for part in parts])
 
 
 def _bootstrapped(name: str, value: float, samples: NDArray[np.float64], confidence: float) -> Interval:
-    bounds = percentiles(samples, confidence)
+    bounds = resampling.percentiles(samples, confidence)
     if bounds is None or name == "calibration_error" or np.ptp(samples[np.isfinite(samples)]) == 0:
         return None
     if name.startswith("average_precision") and 0 < value < 1:
@@ -162,16 +151,6 @@ def _bootstrapped(name: str, value: float, samples: NDArray[np.float64], confide
         half = norm.ppf((1 + confidence) / 2) * logit(inside).std(ddof=1) if len(inside) > 1 else math.inf
         return float(expit(logit(value) - half)), float(expit(logit(value) + half))
     return bounds
-
-
-def percentiles(samples: NDArray[np.float64], confidence: float) -> Interval:
-    """The middle of bootstrap samples, (samples,); None where too few of them are defined."""
-    defined = samples[np.isfinite(samples)]
-    if len(defined) < ENOUGH * len(samples):
-        return None
-    tail = 50 * (1 - confidence)
-    low, high = np.percentile(defined, [tail, 100 - tail])
-    return float(low), float(high)
 
 
 def _plain(value: float) -> float | None:

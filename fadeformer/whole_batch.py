@@ -8,7 +8,7 @@ before; there batch normalisation sees a part.) torch has `SyncBatchNorm`, but o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,8 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
-from torch.overrides import TorchFunctionMode
+
+from fadeformer.interception import Interception
 
 
 def share(count: int, part: int, parts: int) -> NDArray[np.int64]:
@@ -37,7 +38,7 @@ def share(count: int, part: int, parts: int) -> NDArray[np.int64]:
 DROPOUTS = (functional.dropout, functional.dropout1d, functional.dropout2d, functional.dropout3d)
 
 
-class WholeBatch(TorchFunctionMode):
+class WholeBatch(Interception):
     """While it is active, what a network does with a part is what it would do with the whole batch.
 
     Args:
@@ -52,15 +53,8 @@ class WholeBatch(TorchFunctionMode):
         self.count = count
         self.distributed = distributed
 
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Sequence[type],
-        args: Sequence[Any] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
+    def call(self, func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Takes the place of torch's functions that draw or that look at the whole batch."""
-        kwargs = kwargs or {}
         if func in DROPOUTS:
             return self._dropout(func, *args, **kwargs)
         if func is torch.Tensor.bernoulli_ and len(args[0]) == len(self.rows):

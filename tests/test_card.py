@@ -8,7 +8,8 @@ from fadeformer import predictions
 from fadeformer.arrays import Meta
 from fadeformer.card import model_card
 from fadeformer.operating import operating_points
-from fadeformer.summary import intervals, summarise
+from fadeformer.proportions import wilson
+from fadeformer.summary import intervals, summarise, told
 from fadeformer.tasks import TASKS
 
 FADE = {"variant": "published", "after_blocks": ["last"], "num_heads": 4, "dropout": 0.1, "K": 3, "alpha": 0.5}
@@ -93,7 +94,9 @@ def test_what_cannot_be_judged_is_named():
 
 def test_it_tells_the_operating_points_with_their_intervals():
     text = card("binary-class")
-    assert "| largest sensitivity + specificity | pneumonia | " in text
+    # the positives have 0.6 and 0.3, the negative 0.1
+    shares = " | ".join(told(1.0, wilson(count, count, 0.9)) for count in (2, 1, 2, 1))
+    assert f"| largest sensitivity + specificity | pneumonia | 0.2000 | {shares} |" in text
     assert "| sensitivity at least 0.8 | pneumonia |" in text
     assert "Test (90 % interval)" in text
     assert "| mass | not judged | " in card("multi-label, binary-class", labels=np.array([[1, 0], [1, 1], [1, 1]]))

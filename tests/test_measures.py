@@ -38,6 +38,18 @@ def test_a_weight_counts_an_image_so_many_times(p, seed):
             assert found.overall[name][sample] == pytest.approx(expected)
 
 
+@given(some)
+def test_the_auc_of_training_and_gate_is_that_of_the_evaluation_to_the_last_bit(p):
+    assert metrics.auc(p.labels, p.scores, p.task) == summary.summarise(p)["overall"]["auc"]
+
+
+@pytest.mark.parametrize(("task", "classes"), [("binary-class", 2), ("multi-class", 30), (MULTI_LABEL, 14)])
+def test_so_it_is_for_many_classes(task, classes):
+    for seed in range(20):
+        p = made(task, classes, 401, seed, coarse=seed % 2 == 0)
+        assert metrics.auc(p.labels, p.scores, p.task) == summary.summarise(p)["overall"]["auc"]
+
+
 def test_the_calibration_error_is_that_of_its_bins_by_hand():
     """20 bins would be unlike these 15: quantiles at 1/15, ... of 30 scores leave two in each."""
     p = made("binary-class", 2, 30, 3)

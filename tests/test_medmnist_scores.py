@@ -12,11 +12,7 @@ from fadeformer import medmnist_results
 from fadeformer.metrics import medmnist_accuracy, medmnist_auc
 from tests.test_metrics import made
 
-CASES = [
-    (task, seed)
-    for task in ("binary-class", "multi-class", "ordinal-regression", "multi-label, binary-class")
-    for seed in range(200)
-]
+TASKS = ("binary-class", "multi-class", "ordinal-regression", "multi-label, binary-class")
 
 
 def official(labels, scores, task):
@@ -34,20 +30,22 @@ def official(labels, scores, task):
     return area / scores.shape[1], accuracy_score(labels, scores.argmax(axis=-1))
 
 
-@pytest.mark.parametrize(("task", "seed"), CASES)
-def test_official_numbers_are_equal_to_the_last_bits(task, seed):
-    classes = 2 if task == "binary-class" else 2 + seed % 4
-    if task != "binary-class":
-        classes = max(classes, 3)
-    p = made(task, classes, 20 + seed % 30, seed, coarse=seed % 2 == 0, absent=1 if seed % 10 == 0 else None)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # a class without positives
-        area, share = official(p.labels, p.scores, task)
-    found = medmnist_auc(p.labels, p.scores, task)
-    assert (found is None) == math.isnan(area)
-    if found is not None:
-        assert abs(found - area) < 1e-12
-    assert abs(medmnist_accuracy(p.labels, p.scores, task) - share) < 1e-12
+@pytest.mark.parametrize("task", TASKS)
+def test_official_numbers_are_equal_to_the_last_bits(task):
+    absent = 0
+    for seed in range(200):
+        classes = 2 if task == "binary-class" else max(3, 2 + seed % 4)
+        p = made(task, classes, 20 + seed % 30, seed, coarse=seed % 2 == 0, absent=1 if seed % 10 == 0 else None)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # a class without positives
+            area, share = official(p.labels, p.scores, task)
+        found = medmnist_auc(p.labels, p.scores, task)
+        assert (found is None) == math.isnan(area)
+        absent += found is None
+        if found is not None:
+            assert abs(found - area) < 1e-12
+        assert abs(medmnist_accuracy(p.labels, p.scores, task) - share) < 1e-12
+    assert absent == 20
 
 
 def test_scores_of_the_positive_class_alone_are_enough():
@@ -57,7 +55,7 @@ def test_scores_of_the_positive_class_alone_are_enough():
     assert isinstance(medmnist_auc(np.array([0, 1]), np.array([0.2, 0.7]), "binary-class"), float)
 
 
-@pytest.mark.parametrize("task", ["binary-class", "multi-class", "ordinal-regression", "multi-label, binary-class"])
+@pytest.mark.parametrize("task", TASKS)
 @pytest.mark.parametrize(("size", "of_size"), [(28, ""), (224, "_224")])
 def test_the_result_file_reads_back_to_the_official_numbers(task, size, of_size, tmp_path):
     p = made(task, 2 if task == "binary-class" else 4, 60, 0)
