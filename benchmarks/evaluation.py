@@ -5,8 +5,8 @@
 
 The first draws sets of images from a population whose measures are known (those of 400,050 images), their labels in
 fixed shares, as the bootstrap keeps them, and counts how often each interval holds those measures: two classes, five
-grades, four findings. The second measures a multi-label set of the size of NIH's official test list, and the paired
-comparison of two models.
+grades, four findings, and two classes of patients with five images each. The second measures a multi-label set of the
+size of NIH's official test list, and the paired comparison of two models.
 """
 
 from __future__ import annotations
@@ -32,23 +32,32 @@ POPULATION = 400_050  # a multiple of the label patterns
 KINDS = {"binary-class": [0.6, 0.4], "ordinal-regression": [0.4, 0.15, 0.2, 0.15, 0.1]}
 FINDINGS = [0.4, 0.25, 0.2, 0.15]
 MULTI_LABEL = "multi-label, binary-class"
+PATIENTS = "binary-class, of patients"  # five images each, of which two are positive
 
 
 def drawn(task: str, images: int, seed: int) -> Predictions:
     """Images of the population, every class in its share; findings by themselves."""
-    random, kind = np.random.default_rng(seed), TASKS[task]
+    random, kind = np.random.default_rng(seed), TASKS[task.removesuffix(", of patients")]
+    group = None
     if kind.multi_label:
         patterns = np.random.default_rng(0).random((150, len(FINDINGS))) < FINDINGS  # the same mix in every set
         labels = np.resize(patterns, (images, len(FINDINGS))).astype(np.int64)
         logits = 1.4 * random.normal(size=labels.shape) + 2.2 * labels - 2
+    elif task == PATIENTS:
+        labels = np.resize([0, 1, 0, 1, 0], images)[:, None].astype(np.int64)
+        group = [f"patient {i // 5}" for i in range(images)]
+        patient = random.normal(size=(-(-images // 5), 1)).repeat(5, axis=0)[:images]
+        logits = np.concatenate(
+            [np.zeros((images, 1)), 1.8 * labels - 1 + patient + random.normal(size=(images, 1))], 1
+        )
     else:
         shares = np.array(KINDS[task])
         counts = np.round(images * shares).astype(int)
         labels = np.repeat(np.arange(len(shares)), counts)[:, None]
         apart = np.abs(labels - np.arange(len(shares)))
         logits = 1.2 * random.normal(size=apart.shape) - 0.9 * apart
-    index = pd.DataFrame({"split": "test", "id": np.arange(len(labels)).astype(str), "group": None})
-    classes = tuple(f"class {c}" for c in range(labels.shape[1] if kind.multi_label else len(KINDS[task])))
+    index = pd.DataFrame({"split": "test", "id": np.arange(len(labels)).astype(str), "group": group})
+    classes = tuple(f"class {c}" for c in range(logits.shape[1]))
     return predictions.table(index, labels, kind.probabilities(logits), kind, classes)
 
 
@@ -73,7 +82,7 @@ def holds(task: str, truth: dict[str, float], images: int, draws: int, seed: int
 def coverage(sets: int, images: int, draws: int) -> pd.DataFrame:
     columns = {}
     with ProcessPoolExecutor(os.cpu_count()) as workers:
-        for task in (*KINDS, MULTI_LABEL):
+        for task in (*KINDS, MULTI_LABEL, PATIENTS):
             truth = flat(summarise(drawn(task, POPULATION, 10**6)))
             each = partial(holds, task, truth, images, draws)
             columns[task] = pd.DataFrame(list(workers.map(each, range(sets), chunksize=20))).mean()

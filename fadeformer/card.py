@@ -109,7 +109,7 @@ def model_card(
         ),
         "",
         *_operating_points(operating),
-        *_limits(meta, test),
+        *_limits(meta, test, intervals["groups"]),
     ]
     return "\n".join(lines)
 
@@ -148,11 +148,15 @@ def _operating_points(operating: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _limits(meta: Meta, test: Mapping[str, Any]) -> list[str]:
+def _limits(meta: Meta, test: Mapping[str, Any], groups: int) -> list[str]:
     limits = [
         "The validation images chose the epoch, so their numbers flatter.",
         "Intervals tell what other test images would do, not another training.",
     ]
+    if groups < test["images"]:
+        limits.append(
+            f"The test images come from {groups:,} patients or lesions, and so few are the intervals made of."
+        )
     if test["not_judged"]:
         limits.append(f"Not judged, for want of positives or negatives: {', '.join(test['not_judged'])}.")
     if meta.cross_split_duplicates:

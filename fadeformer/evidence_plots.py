@@ -11,10 +11,11 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from fadeformer import resampling
 from fadeformer.metrics import one_versus_rest, shown_classes
 from fadeformer.plots import COLOURS, short
 from fadeformer.predictions import Predictions
-from fadeformer.proportions import wilson
+from fadeformer.proportions import share_interval
 from fadeformer.summary import told
 
 BINS = 10  # of the reliability diagram, of equal mass
@@ -69,7 +70,7 @@ def auc_forest(
 
 
 def reliability(predictions: Predictions, error: float | None, confidence: float) -> Figure:
-    """Share that is right, or positive, against the score, in bins of equal mass with Wilson's intervals.
+    """Share that is right, or positive, against the score, in bins of equal mass with intervals.
 
     Below it the scores. Of two classes it is the last one's score, of more that of the decision, of findings those of
     all of them.
@@ -80,9 +81,11 @@ def reliability(predictions: Predictions, error: float | None, confidence: float
         confidence: of the intervals.
     """
     scores, task = predictions.scores, predictions.task
+    groups = resampling.group_numbers(predictions.frame["group"])
     truth = one_versus_rest(predictions.labels, scores.shape[1], task)
     if task.multi_label:
         score, outcome, what = scores.ravel(), truth.ravel(), "findings present"
+        groups = groups.repeat(scores.shape[1])
     elif scores.shape[1] == 2:
         score, outcome, what = scores[:, 1], truth[:, 1], f"{predictions.classes[1]}"
     else:
@@ -95,8 +98,9 @@ def reliability(predictions: Predictions, error: float | None, confidence: float
     found = []
     for number in np.unique(bins):
         inside = bins == number
-        low, high = wilson(int(outcome[inside].sum()), int(inside.sum()), confidence)
-        found.append((score[inside].mean(), outcome[inside].mean(), low, high))
+        share = outcome[inside].mean()
+        low, high = share_interval(outcome, inside, groups, confidence) or (share, share)
+        found.append((score[inside].mean(), share, low, high))
     place, share, low, high = np.array(found).T
     errors = np.abs(np.stack([share - low, high - share]))
     label = f"share with {100 * confidence:g} % interval"

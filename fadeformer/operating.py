@@ -17,14 +17,13 @@ from sklearn.metrics import roc_curve
 from fadeformer import resampling
 from fadeformer.metrics import one_versus_rest, shown_classes
 from fadeformer.predictions import Predictions
-from fadeformer.proportions import wilson
+from fadeformer.proportions import share_interval
 from fadeformer.resampling import Interval
 
 Floats = NDArray[np.float64]
 Truth = NDArray[np.bool_]
 
 PROBABILITIES = np.arange(1, 100) / 100  # at which net benefit is told
-SHARES = ("sensitivity", "specificity", "positive_predictive_value", "negative_predictive_value")
 
 
 def threshold(truth: Truth, score: Floats, rule: str, least: float | None) -> float | None:
@@ -59,7 +58,7 @@ def threshold(truth: Truth, score: Floats, rule: str, least: float | None) -> fl
 
 
 def operating_points(
-    val: Predictions, test: Predictions, wanted: Mapping[str, float | None], *, draws: int, seed: int, confidence: float
+    val: Predictions, test: Predictions, wanted: Mapping[str, float | None], confidence: float
 ) -> dict[str, dict[str, Any]]:
     """Thresholds by val, and what they give on test with intervals.
 
@@ -67,8 +66,6 @@ def operating_points(
         val: images that choose the thresholds.
         test: images that judge them.
         wanted: rules, and the least value that each asks for.
-        draws: bootstrap samples, where images do not stand alone.
-        seed: of those.
         confidence: of the intervals.
 
     Returns:
@@ -78,8 +75,6 @@ def operating_points(
     count = len(val.classes)
     truth_val, truth = (one_versus_rest(part.labels, count, part.task) for part in (val, test))
     groups = resampling.group_numbers(test.frame["group"])
-    stratum = resampling.strata(truth, groups)
-    alone = len(np.unique(groups)) == len(groups)
     found: dict[str, dict[str, Any]] = {}
     for rule, least in wanted.items():
         found[rule] = {}
@@ -90,23 +85,13 @@ def operating_points(
                 found[rule][name] = None
                 continue
             parts = _parts(of_class, score >= limit)
-            whole = np.ones((1, len(score)))
-            values = _shares(whole, parts)[0]
-            if alone:
-                bounds = [
-                    wilson(int(part.sum()), int(of.sum()), confidence) if of.any() else None for part, of in parts
-                ]
-            else:
-                samples = np.concatenate(
-                    resampling.over_samples(lambda w, p=parts: _shares(w, p), groups, stratum, draws, seed)  # type: ignore[misc]
-                )
-                bounds = [resampling.percentiles(samples[:, column], confidence) for column in range(len(SHARES))]
-            on_val = _shares(np.ones((1, len(truth_val))), _parts(truth_val[:, c], val.scores[:, c] >= limit))[0]
+            on_val = _parts(truth_val[:, c], val.scores[:, c] >= limit)
             found[rule][name] = {
                 "threshold": limit,
-                "on_val": {"sensitivity": float(on_val[0]), "specificity": float(on_val[1])},
+                "on_val": {share: _share(*on_val[share]) for share in ("sensitivity", "specificity")},
                 "on_test": {
-                    share: _told(value, bound) for share, value, bound in zip(SHARES, values, bounds, strict=True)
+                    share: _told(_share(*part), share_interval(*part, groups, confidence))
+                    for share, part in parts.items()
                 },
             }
     return found
@@ -137,17 +122,18 @@ def net_benefit(predictions: Predictions) -> pd.DataFrame:
     return pd.concat(parts[1:] or parts, ignore_index=True)
 
 
-def _parts(truth: Truth, called: Truth) -> list[tuple[Truth, Truth]]:
+def _parts(truth: Truth, called: Truth) -> dict[str, tuple[Truth, Truth]]:
     """Of each share what is counted, and of what."""
-    return [(called & truth, truth), (~called & ~truth, ~truth), (called & truth, called), (~called & ~truth, ~called)]
+    return {
+        "sensitivity": (called, truth), "specificity": (~called, ~truth),
+        "positive_predictive_value": (truth, called), "negative_predictive_value": (~truth, ~called),
+    }  # fmt: skip
 
 
-def _shares(weights: Floats, parts: list[tuple[Truth, Truth]]) -> Floats:
-    """(samples, shares); NaN of nothing."""
-    with np.errstate(invalid="ignore"):
-        return np.stack([(weights @ part) / (weights @ of) for part, of in parts], axis=1)
+def _share(hits: Truth, trials: Truth) -> float | None:
+    return float(hits[trials].mean()) if trials.any() else None
 
 
-def _told(value: float, bound: Interval) -> dict[str, float | None]:
+def _told(value: float | None, bound: Interval) -> dict[str, float | None]:
     low, high = (None, None) if bound is None else bound
-    return {"value": float(value) if np.isfinite(value) else None, "low": low, "high": high}
+    return {"value": value, "low": low, "high": high}

@@ -1,7 +1,8 @@
 """Bootstrap samples as weights: how often each image is drawn, its patient or lesion whole, class by class.
 
-A sample draws as many groups of each stratum as there are, so that no class is ever lost. The stratum of a group is the
-rarest class or finding that any of its images has.
+A sample draws as many groups of each stratum as there are, so that a class is hardly ever lost. The stratum of a group
+is the rarest class or finding that any of its images has; few groups join the stratum of the next rarest, since a group
+that is drawn in every sample would be taken for certain.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any, TypeVar
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
+from scipy.stats import norm, t
 
 Numbers = NDArray[np.int64]
 Weights = NDArray[np.float64]
@@ -21,6 +23,7 @@ Found = TypeVar("Found")
 Interval = tuple[float, float] | None
 
 ENOUGH = 0.95  # share of samples in which a measure must be defined for an interval
+FEWEST = 5  # groups of a stratum
 LARGEST = 2**20  # weights at once: 8 MiB of them
 
 
@@ -44,6 +47,12 @@ def strata(truth: NDArray[np.bool_], groups: Numbers) -> Numbers:
     rarity[common] = np.arange(1, len(common) + 1)
     found = np.zeros(int(groups.max()) + 1, dtype=np.int64)
     np.maximum.at(found, groups, (truth * rarity).max(axis=1))
+    values = np.unique(found)
+    for rarer, value in zip(values[:0:-1], values[-2::-1], strict=True):
+        if (found == rarer).sum() < FEWEST:
+            found[found == rarer] = value
+    if len(values) > 1 and (found == values[0]).sum() < FEWEST:  # the most common have none to join but the next
+        found[found == values[0]] = found[found > values[0]].min(initial=values[-1])
     return found
 
 
@@ -77,11 +86,25 @@ def over_samples(
         return list(workers.map(lambda part: measure(weights(groups, stratum, *part)), zip(sizes, seeds, strict=True)))
 
 
-def percentiles(samples: Weights, confidence: float) -> Interval:
-    """The middle of bootstrap samples, (samples,); None where too few of them are defined."""
+def percentiles(samples: Weights, groups: int, confidence: float) -> Interval:
+    """The middle of bootstrap samples, wider for few groups (Hesterberg 2015, doi:10.1080/00031305.2015.1089789).
+
+    Args:
+        samples: of a measure, (samples,).
+        groups: that were drawn from.
+        confidence: such as 0.95.
+
+    Returns:
+        None where too few samples are defined, or there is one group only.
+    """
     defined = samples[np.isfinite(samples)]
-    if len(defined) < ENOUGH * len(samples):
+    if len(defined) < ENOUGH * len(samples) or groups < 2:
         return None
-    tail = 50 * (1 - confidence)
+    tail = 100 * norm.sf(quantile(groups, confidence))
     low, high = np.percentile(defined, [tail, 100 - tail])
     return float(low), float(high)
+
+
+def quantile(groups: int, confidence: float) -> float:
+    """By how many standard deviations of the samples an interval reaches either way: a little more than Student's t."""
+    return float(np.sqrt(groups / (groups - 1)) * t.ppf((1 + confidence) / 2, groups - 1))

@@ -15,12 +15,11 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 from scipy.special import expit, logit
-from scipy.stats import norm
 
 from fadeformer import delong, resampling
 from fadeformer.measures import Measured, Measures
 from fadeformer.predictions import Predictions
-from fadeformer.proportions import wilson
+from fadeformer.proportions import share_interval
 from fadeformer.resampling import Interval
 
 
@@ -52,10 +51,10 @@ def summarise(predictions: Predictions) -> dict[str, Any]:
 def intervals(predictions: Predictions, *, draws: int, seed: int, confidence: float) -> dict[str, Any]:
     """The interval of every number of `summarise`.
 
-    AUCs have DeLong's, proportions of images that stand alone Wilson's, all else that of a bootstrap that draws
-    patients or lesions whole, class by class: its percentiles; for average precisions, which are too high in samples
-    that repeat images, its spread on the scale of log odds (Boyd et al. 2013, doi:10.1007/978-3-642-40994-3_29). The
-    calibration error has none: it is too high in every sample, by more than its spread (docs/evaluation.md).
+    AUCs have DeLong's, proportions Wilson's, all else that of a bootstrap that draws patients or lesions whole, class
+    by class: its percentiles; for average precisions, which are too high in samples that repeat images, its spread on
+    the scale of log odds (Boyd et al. 2013, doi:10.1007/978-3-642-40994-3_29). The calibration error has none: it is
+    too high in every sample, by more than its spread (docs/evaluation.md).
 
     Args:
         predictions: of one split.
@@ -64,16 +63,17 @@ def intervals(predictions: Predictions, *, draws: int, seed: int, confidence: fl
         confidence: such as 0.95.
 
     Returns:
-        `overall` and `per_class` with (low, high), or None where there is none, as of a perfect number by bootstrap,
-        whose samples are all alike.
+        `groups`, how many patients or lesions there are, and `overall` and `per_class` with (low, high), or None where
+        there is none, as of a perfect number by bootstrap, whose samples are all alike.
     """
     measures = Measures(predictions)
     groups = resampling.group_numbers(predictions.frame["group"])
     stratum = resampling.strata(measures.truth, groups)
+    count = len(stratum)
     parts = resampling.over_samples(measures.of, groups, stratum, draws, seed)
     point = measures.of(np.ones((1, len(groups))))
     overall = {
-        name: _bootstrapped(name, float(point.overall[name][0]), _joined(parts, "overall", name), confidence)
+        name: _bootstrapped(name, float(point.overall[name][0]), _joined(parts, "overall", name), count, confidence)
         for name in parts[0].overall
     }
     per_class: dict[str, dict[str, Interval]] = {name: {} for name in predictions.classes}
@@ -81,19 +81,15 @@ def intervals(predictions: Predictions, *, draws: int, seed: int, confidence: fl
         samples = _joined(parts, "per_class", key)
         for c, name in enumerate(predictions.classes):
             value = float(point.per_class[key][0, c])
-            per_class[name][key] = _bootstrapped(key, value, samples[:, c], confidence)
-    alone = len(np.unique(groups)) == len(groups)
-    if alone and measures.exclusive:
-        overall["accuracy"] = wilson(int(measures.right.sum()), len(groups), confidence)
+            per_class[name][key] = _bootstrapped(key, value, samples[:, c], count, confidence)
+    if measures.exclusive:
+        every = np.ones(len(groups), dtype=bool)
+        overall["accuracy"] = share_interval(measures.right.astype(bool), every, groups, confidence)
     for c, name in enumerate(predictions.classes):
         truth, decided = measures.truth[:, c], measures.decided[:, c]
-        shares = {
-            "recall": (truth & decided, truth), "specificity": (~truth & ~decided, ~truth),
-            "precision": (truth & decided, decided),
-        }  # fmt: skip
+        shares = {"recall": (decided, truth), "specificity": (~decided, ~truth), "precision": (truth, decided)}
         for key, (hits, trials) in shares.items():
-            if alone and trials.any():
-                per_class[name][key] = wilson(int(hits.sum()), int(trials.sum()), confidence)
+            per_class[name][key] = share_interval(hits, trials, groups, confidence)
         per_class[name]["auc"] = None
     judged = np.flatnonzero(measures.judged)
     overall["auc"] = None
@@ -104,7 +100,7 @@ def intervals(predictions: Predictions, *, draws: int, seed: int, confidence: fl
         exclusive_two = measures.exclusive and len(predictions.classes) == 2
         averaged = [len(judged) - 1] if exclusive_two else list(range(len(judged)))
         overall["auc"] = delong.interval(found, averaged, confidence)
-    return {"overall": overall, "per_class": per_class}
+    return {"groups": count, "overall": overall, "per_class": per_class}
 
 
 def told(value: float | None, interval: Interval) -> str:
@@ -142,13 +138,13 @@ def _joined(parts: list[Measured], kind: str, name: str) -> NDArray[np.float64]:
     return np.concatenate([getattr(part, kind)[name] for part in parts])
 
 
-def _bootstrapped(name: str, value: float, samples: NDArray[np.float64], confidence: float) -> Interval:
-    bounds = resampling.percentiles(samples, confidence)
+def _bootstrapped(name: str, value: float, samples: NDArray[np.float64], groups: int, confidence: float) -> Interval:
+    bounds = resampling.percentiles(samples, groups, confidence)
     if bounds is None or name == "calibration_error" or np.ptp(samples[np.isfinite(samples)]) == 0:
         return None
     if name.startswith("average_precision") and 0 < value < 1:
         inside = samples[(samples > 0) & (samples < 1)]
-        half = norm.ppf((1 + confidence) / 2) * logit(inside).std(ddof=1) if len(inside) > 1 else math.inf
+        half = resampling.quantile(groups, confidence) * logit(inside).std(ddof=1) if len(inside) > 1 else math.inf
         return float(expit(logit(value) - half)), float(expit(logit(value) + half))
     return bounds
 

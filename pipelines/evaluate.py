@@ -62,13 +62,14 @@ def measure(settings: dict[str, Any]) -> dict[str, float]:
     write_json(paths.CLASSES, {split: values["per_class"] for split, values in found.items()})
     began = time.perf_counter()
     confidence = settings["confidence"]
-    sampled = {"draws": settings["bootstrap_draws"], "seed": settings["bootstrap_seed"], "confidence": confidence}
-    intervals = summary.intervals(test, **sampled)
+    intervals = summary.intervals(
+        test, draws=settings["bootstrap_draws"], seed=settings["bootstrap_seed"], confidence=confidence
+    )
     write_json(paths.INTERVALS, {"confidence": confidence, "test": intervals})
     wanted = {
         "youden": None, "sensitivity": settings["sensitivity_at_least"], "specificity": settings["specificity_at_least"]
     }  # fmt: skip
-    points = operating.operating_points(val, test, wanted, **sampled)
+    points = operating.operating_points(val, test, wanted, confidence)
     write_json(paths.OPERATING_POINTS, {"wanted": wanted, "confidence": confidence, "points": points})
     tracking.log_metrics({"seconds": {"intervals": time.perf_counter() - began}})
     # The challenges' balanced accuracy is never told without the split that it is of.

@@ -31,7 +31,7 @@ def card(
     index = pd.DataFrame({"split": "test", "id": ["a", "b", "c"], "group": None})
     table = predictions.table(index, labels, scores, TASKS[task], classes)
     wanted = {"youden": None, "sensitivity": 0.8}
-    points = operating_points(table, table, wanted, draws=100, seed=0, confidence=0.9)
+    points = operating_points(table, table, wanted, 0.9)
     operating = {"wanted": wanted, "confidence": 0.9, "points": points}
     summary, bounds = summarise(table), intervals(table, draws=100, seed=0, confidence=0.9)
     dataset = {

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from scipy import stats
 from sklearn import metrics as sk
 
-from fadeformer import delong, metrics, resampling, summary
+from fadeformer import delong, metrics, proportions, resampling, summary
 from fadeformer.measures import Measures
 from fadeformer.predictions import Predictions
 from fadeformer.proportions import wilson
@@ -165,20 +165,70 @@ def test_wilson_is_that_of_the_books():
 
 
 def test_samples_keep_groups_whole_and_every_class():
-    groups = np.array([0, 0, 1, 2, 2, 2, 3, 4, 5])
-    truth = np.zeros((9, 2), dtype=bool)
-    truth[[0, 2], 0] = True
-    truth[6:, 1] = True
+    """Five groups of two images have the first class, six of one the second, seven of three none."""
+    groups = np.concatenate([np.repeat(np.arange(5), 2), np.arange(5, 11), np.repeat(np.arange(11, 18), 3)])
+    truth = np.zeros((37, 2), dtype=bool)
+    truth[0:10:2, 0] = True
+    truth[10:16, 1] = True
     stratum = resampling.strata(truth, groups)
-    assert stratum[0] == stratum[1] != stratum[3] == stratum[4] == stratum[5]
-    found = resampling.weights(groups, stratum, 500, np.random.SeedSequence(0))
-    for group in range(6):
+    kinds = [stratum[:5], stratum[5:11], stratum[11:]]
+    assert [len(np.unique(kind)) for kind in kinds] == [1, 1, 1]
+    assert len({kind[0] for kind in kinds}) == 3
+    found = resampling.weights(groups, stratum, 2000, np.random.SeedSequence(0))
+    for group in range(18):
         assert (np.ptp(found[:, groups == group], axis=1) == 0).all()
-    of_groups = found[:, [0, 2, 3, 6, 7, 8]]
-    assert (of_groups[:, :2].sum(axis=1) == 2).all()
-    assert (of_groups[:, 3:].sum(axis=1) == 3).all()
-    assert (of_groups[:, 2] == 1).all()
-    assert of_groups[:, 0].var() == pytest.approx(0.5, abs=0.1)
+    of_groups = found[:, [np.flatnonzero(groups == group)[0] for group in range(18)]]
+    for kind, count in ((slice(0, 5), 5), (slice(5, 11), 6), (slice(11, 18), 7)):
+        assert (of_groups[:, kind].sum(axis=1) == count).all()
+        assert of_groups[:, kind].var() == pytest.approx(1 - 1 / count, abs=0.05)
+
+
+@pytest.mark.parametrize(("rare", "middle", "common"), [(1, 7, 9), (7, 2, 9), (7, 9, 3), (1, 2, 1)])
+def test_no_group_is_taken_for_certain_where_others_could_be_drawn_in_its_place(rare, middle, common):
+    labels = np.repeat([2, 1, 0], [rare, middle, common])
+    truth = labels[:, None] == np.arange(3)
+    truth = np.concatenate([truth, np.eye(3, dtype=bool)[np.repeat([1, 0], [20, 60])]])  # how common each class is
+    groups = np.concatenate([np.arange(len(labels)), np.full(20, len(labels)), np.full(60, len(labels) + 1)])
+    counts = np.bincount(resampling.strata(truth, groups))
+    assert counts.sum() == len(labels) + 2
+    assert counts[counts > 0].min() >= min(5, counts.sum())
+
+
+def plain_share(hits, trials, groups):
+    """Variance of a ratio over groups (Cochran 1977, 11.8), and Wilson's formula for so many images."""
+    names = sorted(set(groups[trials]))
+    share = hits[trials].mean()
+    gaps = [sum((hits[i] - share) for i in np.flatnonzero(trials & (groups == name))) for name in names]
+    variance = len(names) / (len(names) - 1) * sum(gap**2 for gap in gaps) / trials.sum() ** 2
+    effective, z = share * (1 - share) / variance, stats.t.ppf(0.975, len(names) - 1)
+    roots = np.roots([1 + z * z / effective, -(2 * share + z * z / effective), share**2])
+    return tuple(np.sort(roots))
+
+
+def test_a_share_of_clustered_images_is_as_sure_as_its_patients():
+    random = np.random.default_rng(0)
+    groups = np.repeat(np.arange(20), 6)
+    hits, trials = random.random(20)[groups] > random.random(120), random.random(120) < 0.8
+    found = proportions.share_interval(hits, trials, groups, 0.95)
+    assert found == pytest.approx(plain_share(hits, trials, groups))
+    plain = wilson(int((hits & trials).sum()), int(trials.sum()))
+    assert found[1] - found[0] > 1.3 * (plain[1] - plain[0])
+    alone = proportions.share_interval(hits, trials, np.arange(120), 0.95)
+    assert alone == plain
+    every = np.ones(120, dtype=bool)
+    low, high = proportions.share_interval(every, every, groups, 0.95)
+    assert high == 1
+    assert 0.7 < low < wilson(20, 20)[0]
+    assert proportions.share_interval(every, groups == 3, groups, 0.95) is None
+    assert proportions.share_interval(every, ~every, groups, 0.95) is None
+
+
+def test_few_groups_make_wider_percentiles():
+    samples = np.random.default_rng(0).normal(size=20_000)
+    many, few = (resampling.percentiles(samples, groups, 0.95) for groups in (10_000, 8))
+    assert many[1] == pytest.approx(stats.norm.ppf(0.975), abs=0.05)
+    assert few[1] == pytest.approx(np.sqrt(8 / 7) * stats.t.ppf(0.975, 7), abs=0.15)
+    assert resampling.percentiles(samples, 1, 0.95) is None
 
 
 @pytest.mark.parametrize(("task", "classes"), [("binary-class", 2), ("ordinal-regression", 5), (MULTI_LABEL, 4)])

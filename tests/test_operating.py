@@ -10,7 +10,7 @@ from fadeformer.proportions import wilson
 from tests.test_metrics import made
 
 WANTED = {"youden": None, "sensitivity": 0.9, "specificity": 0.8}
-OPTIONS = {"draws": 300, "seed": 0, "confidence": 0.95}
+CONFIDENCE = 0.95
 MULTI_LABEL = "multi-label, binary-class"
 
 
@@ -54,7 +54,7 @@ def test_a_threshold_lies_between_the_scores():
 @pytest.mark.parametrize(("task", "classes"), [("binary-class", 2), ("multi-class", 4), (MULTI_LABEL, 3)])
 def test_points_come_from_val_and_are_judged_on_test(task, classes):
     val, test = made(task, classes, 200, 0), made(task, classes, 300, 1)
-    found = operating.operating_points(val, test, WANTED, **OPTIONS)
+    found = operating.operating_points(val, test, WANTED, CONFIDENCE)
     assert list(found) == list(WANTED)
     for rule in WANTED:
         assert len(found[rule]) == (1 if classes == 2 else classes)
@@ -80,7 +80,9 @@ def test_images_of_one_patient_make_intervals_wider():
     as_if_alone = type(test)(repeated.assign(group=None), test.task, test.classes)
     widths = []
     for table in (clustered, as_if_alone, test):
-        point = operating.operating_points(val, table, WANTED, **OPTIONS)["youden"]["class 1"]["on_test"]["sensitivity"]
+        point = operating.operating_points(val, table, WANTED, CONFIDENCE)["youden"]["class 1"]["on_test"][
+            "sensitivity"
+        ]
         widths.append(point["high"] - point["low"])
     assert widths[0] > 1.5 * widths[1]
     assert widths[0] == pytest.approx(widths[2], rel=0.2)
@@ -88,8 +90,8 @@ def test_images_of_one_patient_make_intervals_wider():
 
 def test_a_finding_that_cannot_be_judged_has_no_point():
     val, test = made(MULTI_LABEL, 3, 50, 0, absent=1), made(MULTI_LABEL, 3, 50, 1)
-    assert operating.operating_points(val, test, WANTED, **OPTIONS)["youden"]["class 1"] is None
-    assert operating.operating_points(test, val, WANTED, **OPTIONS)["youden"]["class 1"] is None
+    assert operating.operating_points(val, test, WANTED, CONFIDENCE)["youden"]["class 1"] is None
+    assert operating.operating_points(test, val, WANTED, CONFIDENCE)["youden"]["class 1"] is None
 
 
 def test_net_benefit_is_that_of_the_formula():
