@@ -1,7 +1,8 @@
 """Images as arrays: decoded and resized once (`fadeformer.preprocess`), then memory-mapped by all that reads them.
 
 A folder of arrays holds, for each split, `{split}.npy` (uint8, images x side x side x channels), beside `index.parquet`
-(one row per image: split, id, group and labels) and `meta.json` (what a model and a reader must know of them).
+(one row per image: split, id, group, labels, and what else is known of it, such as age, sex and view) and `meta.json`
+(what a model and a reader must know of them).
 """
 
 from __future__ import annotations
@@ -61,7 +62,7 @@ class Images:
     Attributes:
         pixels: uint8, (images, side, side, channels), memory-mapped.
         labels: (images, labels).
-        index: split, id and group of each image.
+        index: split, id and group of each image, and what else is known of it.
     """
 
     pixels: NDArray[np.uint8]
@@ -86,6 +87,7 @@ def read(folder: Path, split: str) -> Images:
     meta = read_meta(folder)
     index = pd.read_parquet(folder / "index.parquet")
     index = index[index["split"] == split].reset_index(drop=True)
-    labels = index[meta.task.label_columns(len(meta.classes))].to_numpy(dtype=np.int64)
+    columns = meta.task.label_columns(len(meta.classes))
+    labels = index[columns].to_numpy(dtype=np.int64)
     pixels = np.load(folder / f"{split}.npy", mmap_mode="r", allow_pickle=False)
-    return Images(pixels, labels, index[["split", "id", "group"]])
+    return Images(pixels, labels, index.drop(columns=columns))

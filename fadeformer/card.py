@@ -6,7 +6,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from fadeformer.arrays import Meta
+from fadeformer.calibration import NONE, of_description
+from fadeformer.subgroups import worse
 from fadeformer.summary import told
+from fadeformer.tasks import Task
 
 NUMBERS = {
     "auc": "AUC", "auc_micro": "AUC (micro)", "accuracy": "Accuracy", "balanced_accuracy": "Balanced accuracy",
@@ -19,6 +22,8 @@ OF_CLASS = {
     "support": "Images", "auc": "AUC", "recall": "Sensitivity", "specificity": "Specificity", "precision": "Precision",
     "f1": "F1",
 }  # fmt: skip
+OF_SUBGROUP = ("auc", "balanced_accuracy", "recall", "specificity", "calibration_error")
+MEASURES = {"auc": "AUC", "recall": "sensitivity", "specificity": "specificity"}
 SHARES = ("Sensitivity", "Specificity", "Positive predictive value", "Negative predictive value")
 CHOSEN = {
     "loss": "of the lowest validation loss", "accuracy": "of the highest validation accuracy",
@@ -33,6 +38,7 @@ def model_card(
     summary: Mapping[str, Any],
     intervals: Mapping[str, Any],
     operating: Mapping[str, Any],
+    subgroups: Mapping[str, Any],
 ) -> str:
     """Writes the card in Markdown.
 
@@ -42,6 +48,7 @@ def model_card(
         summary: of `fadeformer.summary.summarise`, by split.
         intervals: of `fadeformer.summary.intervals`, of test.
         operating: what `reports/operating_points.json` holds: `wanted`, `confidence` and `points`.
+        subgroups: of `fadeformer.subgroups.compare`, of test.
     """
     data, model, settings = meta.dataset, described["model"], described["params"]
     fade = model["fade"]
@@ -79,6 +86,7 @@ def model_card(
                 ("Fade layers", network),
                 ("Training", ", ".join(f"{key} {value}" for key, value in settings["train"].items())),
                 ("Seed", settings["seed"]),
+                ("Calibration", _calibration(described, meta.task)),
                 ("Weights kept", f"epoch {described['best_epoch']}, {CHOSEN[settings['train']['monitor']]}"),
             ],
         ),
@@ -109,6 +117,7 @@ def model_card(
         ),
         "",
         *_operating_points(operating),
+        *_subgroups(subgroups),
         *_limits(meta, test, intervals["groups"]),
     ]
     return "\n".join(lines)
@@ -128,6 +137,48 @@ def _origin(described: Mapping[str, Any]) -> str:
     if weights is not None:
         return f"from the weights of {weights['file']} (SHA-256 `{weights['sha256']}`)"
     return "pretrained" if described["model"]["pretrained"] else "from random weights"
+
+
+def _calibration(described: Mapping[str, Any], task: Task) -> str:
+    found = of_description(described["calibration"])
+    if found == NONE:
+        return "none: scores as the network gives them"
+    if task.multi_label:
+        return "vector scaling of each finding, fitted on validation"
+    return f"temperature {1 / found.slope[0]:.3g}, fitted on validation"
+
+
+def _subgroups(subgroups: Mapping[str, Any]) -> list[str]:
+    """Numbers of each subgroup, and where one is worse than the whole."""
+    if not subgroups:
+        return []
+    rows = [
+        (
+            column, value, f"{of['images']:,}", f"{of['groups']:,}",
+            *(told(of["overall"][key], of["intervals"]["overall"][key]) for key in OF_SUBGROUP),
+        )
+        for column, values in subgroups.items()
+        for value, of in values.items()
+    ]  # fmt: skip
+    tests = sum(len(of["compared"]) for values in subgroups.values() for of in values.values())
+    verdicts = [
+        f"- {one['column']} {one['subgroup']}: {MEASURES[one['measure']]} of {one['class']} {one['value']:.3f}, in the"
+        f" whole {one['whole']:.3f} (adjusted p {one['p']:.2g})"
+        for one in worse(subgroups)
+    ]
+    told_of = f"Compared with the whole in {tests:,} measures, and adjusted for that many:"
+    return [
+        "## Subgroups of the test images",
+        "",
+        *_table(("", "", "Images", "Patients or lesions", *(NUMBERS[key] for key in OF_SUBGROUP)), rows),
+        "",
+        *(
+            [f"{told_of} worse beyond chance", "", *verdicts]
+            if verdicts
+            else [f"{told_of} none is worse beyond chance."]
+        ),
+        "",
+    ]
 
 
 def _operating_points(operating: Mapping[str, Any]) -> list[str]:

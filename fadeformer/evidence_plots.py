@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,10 +9,11 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from numpy.typing import NDArray
 
 from fadeformer import resampling
 from fadeformer.metrics import one_versus_rest, shown_classes
-from fadeformer.plots import COLOURS, short
+from fadeformer.plots import CHANCE, COLOURS, panels, short
 from fadeformer.predictions import Predictions
 from fadeformer.proportions import share_interval
 from fadeformer.summary import told
@@ -46,7 +46,7 @@ def auc_forest(
     figure = Figure(figsize=(9, 1.3 + 0.36 * max(len(rows), 2)), layout="constrained")
     axes = figure.add_subplot()
     lowest = min([0.5, *(bound[0] for _, _, bound, _ in rows if bound is not None), *(row[1] or 1 for row in rows)])
-    axes.axvline(0.5, color="0.6", linestyle=(0, (1, 2)))
+    axes.axvline(0.5, **CHANCE)
     for place, (name, area, bound, count) in enumerate(rows):
         whole = name == "mean" and count.endswith("images")
         colour = COLOURS[1] if whole else COLOURS[0]
@@ -69,48 +69,135 @@ def auc_forest(
     return figure
 
 
-def reliability(predictions: Predictions, error: float | None, confidence: float) -> Figure:
-    """Share that is right, or positive, against the score, in bins of equal mass with intervals.
+def reliability(predictions: Predictions, errors: tuple[float | None, float | None], confidence: float) -> Figure:
+    """Share that is right, or positive, against the score, in bins of equal mass with intervals; grey: uncalibrated.
 
     Below it the scores. Of two classes it is the last one's score, of more that of the decision, of findings those of
     all of them.
 
     Args:
         predictions: of one split.
-        error: the calibration error, for the title.
+        errors: the calibration error before calibration and after it, for the legend.
         confidence: of the intervals.
     """
-    scores, task = predictions.scores, predictions.task
-    groups = resampling.group_numbers(predictions.frame["group"])
-    truth = one_versus_rest(predictions.labels, scores.shape[1], task)
-    if task.multi_label:
-        score, outcome, what = scores.ravel(), truth.ravel(), "findings present"
-        groups = groups.repeat(scores.shape[1])
-    elif scores.shape[1] == 2:
-        score, outcome, what = scores[:, 1], truth[:, 1], f"{predictions.classes[1]}"
-    else:
-        score = scores.max(axis=1)
-        outcome, what = (task.decide(scores) == predictions.labels)[:, 0], "right decisions"
-    bins = np.searchsorted(np.unique(np.quantile(score, np.arange(1, BINS) / BINS)), score, side="right")
     figure = Figure(figsize=(5.2, 6), layout="constrained")
     axes, below = figure.subplots(2, 1, height_ratios=[4, 1], sharex=True)
-    axes.plot([0, 1], [0, 1], color="0.6", linestyle=(0, (1, 2)), label="perfect calibration")
-    found = []
-    for number in np.unique(bins):
-        inside = bins == number
-        share = outcome[inside].mean()
-        low, high = share_interval(outcome, inside, groups, confidence) or (share, share)
-        found.append((score[inside].mean(), share, low, high))
-    place, share, low, high = np.array(found).T
-    errors = np.abs(np.stack([share - low, high - share]))
-    label = f"share with {100 * confidence:g} % interval"
-    axes.errorbar(place, share, yerr=errors, color=COLOURS[0], marker="o", markersize=4, capsize=2, label=label)
-    title = "Reliability" if error is None else f"Reliability, calibration error {error:.3f}"
+    axes.plot([0, 1], [0, 1], **CHANCE, label="perfect calibration")
+    groups = resampling.group_numbers(predictions.frame["group"])
+    raw = predictions.before_calibration()
+    changed = not np.array_equal(raw.scores, predictions.scores)
+    what = ""
+    for part, error, colour, style, name in (
+        (raw, errors[0], "0.45", "--", "before calibration"),
+        (predictions, errors[1], COLOURS[0], "-", "after calibration" if changed else "share"),
+    ):  # fmt: skip
+        if part is raw and not changed:
+            continue
+        score, outcome, of_image, what = _judged_scores(part, groups)
+        bins = np.searchsorted(np.unique(np.quantile(score, np.arange(1, BINS) / BINS)), score, side="right")
+        found = []
+        for number in np.unique(bins):
+            inside = bins == number
+            share = outcome[inside].mean()
+            low, high = share_interval(outcome, inside, of_image, confidence) or (share, share)
+            found.append((score[inside].mean(), share, low, high))
+        place, share, low, high = np.array(found).T
+        label = name if error is None else f"{name}, calibration error {error:.3f}"
+        spread = None if part is raw else np.abs(np.stack([share - low, high - share]))
+        axes.errorbar(
+            place, share, yerr=spread, color=colour, linestyle=style, marker="o", markersize=4, capsize=2, label=label
+        )
+        below.hist(score, bins=np.linspace(0, 1, 41).tolist(), color=colour, histtype="step", linestyle=style)
+    title = f"Reliability with {100 * confidence:g} % intervals"
     axes.set(ylabel=f"Share: {short(what)}", title=title, ylim=(-0.02, 1.02), xlim=(-0.02, 1.02))
-    axes.legend(loc="upper left", frameon=False, fontsize=9)
+    axes.legend(loc="upper left", frameon=False, fontsize=8)
     axes.grid(alpha=0.3)
-    below.hist(score, bins=np.linspace(0, 1, 41).tolist(), color=COLOURS[0])
     below.set(xlabel="Score", ylabel="Count")
+    return figure
+
+
+def _judged_scores(
+    predictions: Predictions, groups: NDArray[np.int64]
+) -> tuple[NDArray[np.float64], NDArray[np.bool_], NDArray[np.int64], str]:
+    """Scores whose calibration is looked at, what came true, the group of each, and what that is."""
+    scores, task = predictions.scores, predictions.task
+    truth = one_versus_rest(predictions.labels, scores.shape[1], task)
+    if task.multi_label:
+        return scores.ravel(), truth.ravel(), groups.repeat(scores.shape[1]), "findings present"
+    if scores.shape[1] == 2:
+        return scores[:, 1], truth[:, 1], groups, predictions.classes[1]
+    return scores.max(axis=1), (task.decide(scores) == predictions.labels)[:, 0], groups, "right decisions"
+
+
+def score_histograms(predictions: Predictions) -> Figure:
+    """Scores of the images of each class or finding, and of all others, each as a share of its own."""
+    scores, task = predictions.scores, predictions.task
+    truth = one_versus_rest(predictions.labels, scores.shape[1], task)
+    shown = list(shown_classes(predictions))
+    figure, plots = panels(len(shown), side=2.1, alone=4.2, share_y=False)
+    edges = np.linspace(0, 1, 26)
+    for axes, c in zip(plots, shown, strict=True):
+        for rows, colour, style in ((~truth[:, c], COLOURS[1], "--"), (truth[:, c], COLOURS[0], "-")):
+            if rows.any():
+                shares = np.histogram(scores[rows, c], edges)[0] / rows.sum()
+                axes.stairs(shares, edges, color=colour, linestyle=style, fill=False, linewidth=1.4)
+                axes.stairs(shares, edges, color=colour, fill=True, alpha=0.15)
+        axes.set_title(f"{short(predictions.classes[c])} ({int(truth[:, c].sum()):,})", fontsize=8)
+        axes.set(xlim=(0, 1), xticks=[0, 0.5, 1])
+        axes.tick_params(labelsize=8)
+    handles = [
+        Line2D([], [], color=COLOURS[0], label="images with it"),
+        Line2D([], [], color=COLOURS[1], linestyle="--", label="images without it"),
+    ]  # fmt: skip
+    figure.legend(handles=handles, loc="outside upper center", ncols=2, frameon=False, fontsize=9)
+    figure.supxlabel("Score", fontsize=10)
+    figure.supylabel("Share of the images", fontsize=10)
+    return figure
+
+
+def subgroup_forest(
+    summary: Mapping[str, Any], intervals: Mapping[str, Any], subgroups: Mapping[str, Any], confidence: float
+) -> Figure:
+    """AUC and balanced accuracy of every subgroup with intervals, beside those of the whole; marked where worse.
+
+    Args:
+        summary: of `fadeformer.summary.summarise`.
+        intervals: of `fadeformer.summary.intervals`.
+        subgroups: of `fadeformer.subgroups.compare`.
+        confidence: of the intervals.
+    """
+    rows: list[tuple[str, Any, Any, str, bool]] = [
+        ("all images", summary["overall"], intervals["overall"], f"{summary['images']:,}", False)
+    ]
+    for column, values in subgroups.items():
+        for value, of in values.items():
+            flagged = any(one["worse"] for one in of["compared"])
+            count = f"{of['images']:,}" + ("" if of["compared"] else ", not compared")
+            rows.append((f"{column}: {short(value)}", of["overall"], of["intervals"]["overall"], count, flagged))
+    figure = Figure(figsize=(10.5, 1.5 + 0.34 * max(len(rows), 2)), layout="constrained")
+    plots = figure.subplots(1, 2, sharey=True)
+    for axes, (key, name) in zip(plots, {"auc": "AUC", "balanced_accuracy": "Balanced accuracy"}.items(), strict=True):
+        if rows[0][1][key] is not None:
+            axes.axvline(rows[0][1][key], **CHANCE)
+        for place, (_, numbers, bounds, _, flagged) in enumerate(rows):
+            value, bound = numbers[key], bounds[key]
+            if value is None:
+                axes.annotate("not judged", (0.02, place), xycoords=("axes fraction", "data"), fontsize=8, va="center")
+                continue
+            colour = COLOURS[1] if flagged else COLOURS[0]
+            if bound is not None:
+                axes.plot(bound, [place, place], color=colour, linewidth=2, solid_capstyle="butt")
+            axes.plot([value], [place], color=colour, marker="v" if flagged else "s", markersize=6)
+        low = min([b[key][0] for _, _, b, _, _ in rows if b[key] is not None] or [0.5])
+        axes.set(xlabel=name, xlim=(max(-0.01, low - 0.05), 1.01), ylim=(len(rows) - 0.4, -0.6))
+        axes.grid(axis="x", alpha=0.3)
+    plots[0].set_yticks(range(len(rows)), [f"{row[0]} ({row[3]})" for row in rows], fontsize=9)
+    handles = [
+        Line2D([], [], color=COLOURS[0], marker="s", label=f"with {100 * confidence:g} % interval"),
+        Line2D([], [], color=COLOURS[1], marker="v", label="in some measure worse than the whole beyond chance"),
+        Line2D([], [], **CHANCE, label="all images"),
+    ]  # fmt: skip
+    figure.legend(handles=handles, loc="outside upper center", ncols=3, frameon=False, fontsize=8)
     return figure
 
 
@@ -121,29 +208,20 @@ def decision_curves(benefit: pd.DataFrame) -> Figure:
         benefit: of `fadeformer.operating.net_benefit`.
     """
     names = list(benefit["class"].unique())
-    columns = max(1, min(5, math.ceil(math.sqrt(len(names)))))
-    rows = max(1, math.ceil(len(names) / columns))
-    side = 4.6 if len(names) == 1 else 2.3
-    figure = Figure(figsize=(max(4.8, side * columns), 0.9 + max(3.6 if rows == 1 else 0, side * 0.85 * rows)))
-    figure.set_layout_engine("constrained")
-    grid = figure.subplots(rows, columns, squeeze=False, sharex=True)
-    for axes, name in zip(grid.flat, names, strict=False):
+    figure, plots = panels(len(names), side=2.2, alone=4.6, share_y=False)
+    for axes, name in zip(plots, names, strict=True):
         of_class = benefit[benefit["class"] == name]
         axes.plot(of_class["probability"], of_class["all"], color=COLOURS[1], linestyle="--", linewidth=1.2)
         axes.plot(of_class["probability"], of_class["model"], color=COLOURS[0], linewidth=1.6)
-        axes.axhline(0, color="0.4", linestyle=(0, (1, 2)))
+        axes.axhline(0, **CHANCE)
         top = max(0.02, 1.1 * max(of_class["model"].max(), of_class["all"].max()))
-        axes.set(
-            ylim=(max(FLOOR, -0.5 * top), top), xlim=(0, 1), xticks=[0, 0.25, 0.5, 0.75, 1] if side > 3 else [0, 0.5, 1]
-        )
+        axes.set(ylim=(max(FLOOR, -0.5 * top), top), xlim=(0, 1), xticks=[0, 0.5, 1])
         axes.set_title(short(name), fontsize=9 if len(names) > 1 else 11)
         axes.tick_params(labelsize=8)
         axes.grid(alpha=0.3)
-    for axes in list(grid.flat)[len(names) :]:
-        axes.set_axis_off()
     handles = [
         Line2D([], [], color=COLOURS[0], label="model"), Line2D([], [], color=COLOURS[1], linestyle="--", label="all"),
-        Line2D([], [], color="0.4", linestyle=(0, (1, 2)), label="none"),
+        Line2D([], [], **CHANCE, label="none"),
     ]  # fmt: skip
     figure.legend(handles=handles, loc="outside upper center", ncols=3, frameon=False, fontsize=9)
     figure.supxlabel("Threshold probability", fontsize=10)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -100,10 +101,10 @@ class Measures:
             return [_in_bins(self.scores[:, 1], self.truth[:, 1])]
         return [_in_bins(self.scores.max(axis=1), self.right.astype(bool))]
 
-    def of(self, weights: Floats) -> Measured:
-        """The measures of samples in which each image has a weight, (samples, images)."""
+    def of(self, weights: NDArray[np.floating[Any]]) -> Measured:
+        """The measures of samples in which each image has a weight, a whole number, (samples, images)."""
         columns, widths = self._columns
-        whole = weights.sum(axis=1)  # samples
+        whole = weights.sum(axis=1, dtype=np.float64)  # samples
         sums = np.split(weights @ columns, np.cumsum(widths)[:-1], axis=1)
         (positives, alarms, hits, squares, scalars), gaps = sums[:5], sums[5:]
         with np.errstate(divide="ignore", invalid="ignore"):
@@ -148,7 +149,7 @@ class Measures:
         return _mean(((per_class["recall"] + per_class["specificity"]) / 2)[:, self.judged])
 
     def _kappas(
-        self, weights: Floats, positives: Floats, alarms: Floats, accuracy: Floats, whole: Floats
+        self, weights: NDArray[np.floating[Any]], positives: Floats, alarms: Floats, accuracy: Floats, whole: Floats
     ) -> dict[str, Floats]:
         """Agreement beyond chance (Cohen 1960, doi:10.1177/001316446002000104; 1968 with quadratic weights)."""
         true, said = positives / whole[:, None], alarms / whole[:, None]

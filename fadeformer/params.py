@@ -6,11 +6,12 @@ No key has a default here, so params.yaml says everything that decides a run, an
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal, cast
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
@@ -209,6 +210,7 @@ class TrainParams(Section):
     sampling: Literal["weighted", "uniform"]
     class_weights: Literal["none", "auto"] | dict[str, Annotated[Number, Field(ge=0)]]
     focal_gamma: Annotated[Number, Field(ge=0)]
+    calibrate: bool
     precision: Literal["auto", 32, "bf16", 16]
     device: Literal["auto", "cpu", "cuda"]
     devices: Literal["auto"] | Annotated[int, Field(ge=1)]
@@ -234,6 +236,15 @@ class EvaluateParams(Section):
     bootstrap_seed: Annotated[int, Field(ge=0)]
     sensitivity_at_least: Fraction
     specificity_at_least: Fraction
+    subgroups: Literal["auto"] | list[str]
+    age_bands: list[Number]
+
+    @field_validator("age_bands")
+    @classmethod
+    def _rising(cls, value: list[float]) -> list[float]:
+        if not value or any(after <= before for before, after in itertools.pairwise(value)):
+            raise ValueError("evaluate.age_bands has to rise from one age to the next, such as [0, 18, 40, 60, 80]")
+        return value
 
 
 class PromoteParams(Section):

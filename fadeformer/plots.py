@@ -12,19 +12,17 @@ import pandas as pd
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 from numpy.typing import NDArray
 
 from fadeformer.files import whole_file
-from fadeformer.metrics import one_versus_rest, pr_points, roc_points
+from fadeformer.metrics import one_versus_rest
 from fadeformer.predictions import Predictions
-from fadeformer.summary import summarise
 
 # Okabe and Ito's colours, told apart with every kind of colour vision; line styles tell apart what repeats a colour.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 STYLES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)))
+CHANCE: dict[str, Any] = {"color": "0.6", "linestyle": (0, (1, 2))}
 NAME_WIDTH = 26  # characters of a class name in one line
-LEGEND_ROWS = 16  # classes in one column of a legend
 
 
 def training_curves(history: pd.DataFrame, best_epoch: int) -> Figure:
@@ -76,35 +74,6 @@ def confusion_matrix(predictions: Predictions) -> Figure:
     return _heat_table(counts, _shares(counts, wholes), (names, names), labels, title, legend)
 
 
-def roc_curves(predictions: Predictions) -> Figure:
-    """Sensitivity against 1 - specificity of every class, with its AUC."""
-    points, summary = roc_points(predictions), summarise(predictions)
-    figure, axes = _square(len(points["class"].unique()))
-    handles = _lines(axes, points, "fpr", "tpr", {name: f"AUC {v['auc']:.3f}" for name, v in _judged(summary)})
-    axes.plot([0, 1], [0, 1], color="0.6", linestyle=(0, (1, 2)))
-    handles.append(Line2D([], [], color="0.6", linestyle=(0, (1, 2)), label="chance"))
-    axes.set(xlabel="1 - specificity (false positive rate)", ylabel="Sensitivity (true positive rate)")
-    _finish(axes, handles, "ROC", summary["overall"]["auc"], "AUC", summary["not_judged"])
-    return figure
-
-
-def pr_curves(predictions: Predictions) -> Figure:
-    """Precision against sensitivity of every class, with its average precision; dotted: its prevalence."""
-    points, summary = pr_points(predictions), summarise(predictions)
-    figure, axes = _square(len(points["class"].unique()))
-    labels = {name: f"AP {v['average_precision']:.3f}" for name, v in _judged(summary)}
-    handles = _lines(axes, points, "recall", "precision", labels)
-    for handle, name in zip(handles, points["class"].unique(), strict=True):
-        prevalence = summary["per_class"][name]["prevalence"]
-        axes.axhline(prevalence, color=handle.get_color(), linestyle=(0, (1, 2)), linewidth=0.8)
-    handles.append(Line2D([], [], color="0.4", linestyle=(0, (1, 2)), linewidth=0.8, label="prevalence (chance)"))
-    axes.set(xlabel="Recall (sensitivity)", ylabel="Precision (positive predictive value)")
-    shown = [v["average_precision"] for name, v in _judged(summary) if name in set(points["class"])]
-    mean = float(np.mean(shown)) if shown else None
-    _finish(axes, handles, "Precision-recall", mean, "AP", summary["not_judged"])
-    return figure
-
-
 def save(figure: Figure, path: Path, dpi: int) -> None:
     """Writes a PNG, and an SVG beside it, the same bytes for the same figure."""
     with whole_file(path) as temporary:
@@ -114,41 +83,26 @@ def save(figure: Figure, path: Path, dpi: int) -> None:
         figure.savefig(temporary, format="svg", metadata={"Date": None})
 
 
-def _judged(summary: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
-    return [(name, values) for name, values in summary["per_class"].items() if values["auc"] is not None]
+def panels(count: int, *, side: float, alone: float, share_y: bool = True) -> tuple[Figure, list[Axes]]:
+    """A figure with a panel for each of some classes, in as many rows as columns.
 
-
-def _square(classes: int) -> tuple[Figure, Axes]:
-    columns = math.ceil((classes + 1) / LEGEND_ROWS)
-    figure = Figure(figsize=(4.6 + 2.7 * columns, 4.6), layout="constrained")
-    return figure, figure.add_subplot()
-
-
-def _lines(axes: Axes, points: pd.DataFrame, x: str, y: str, values: dict[str, str]) -> list[Line2D]:
-    handles = []
-    for i, name in enumerate(points["class"].unique()):
-        rows = points[points["class"] == name]
-        style = STYLES[i // len(COLOURS) % len(STYLES)]
-        label = f"{short(name)}\n{values[name]}" if len(name) > NAME_WIDTH - 8 else f"{name}: {values[name]}"
-        handles += axes.plot(rows[x], rows[y], color=COLOURS[i % len(COLOURS)], linestyle=style, label=label)
-    return handles
-
-
-def _finish(
-    axes: Axes, handles: list[Line2D], title: str, mean: float | None, what: str, not_judged: list[str]
-) -> None:
-    curves = len(handles) - 1
-    if mean is None:
-        title += ": no class can be judged"
-    else:
-        title += f", {'mean ' if curves > 1 else ''}{what} {mean:.3f}"
-    handles += [Line2D([], [], linestyle="none", label=f"{short(name)}\nnot judged") for name in not_judged]
-    axes.set(title=title, xlim=(-0.01, 1.01), ylim=(-0.01, 1.01), aspect="equal")
-    axes.grid(alpha=0.3)
-    axes.legend(
-        handles=handles, loc="upper left", bbox_to_anchor=(1.02, 1), borderaxespad=0, frameon=False,
-        ncols=math.ceil(len(handles) / LEGEND_ROWS), fontsize=9,
-    )  # fmt: skip
+    Args:
+        count: of panels.
+        side: of one of many, inches.
+        alone: of a single one.
+        share_y: whether all have one scale.
+    """
+    columns = max(1, min(6, math.ceil(math.sqrt(count))))
+    rows = max(1, math.ceil(count / columns))
+    inches = alone if count <= 1 else side
+    figure = Figure(figsize=(max(4.8, inches * columns), 0.9 + inches * 0.95 * rows), layout="constrained")
+    grid = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=share_y)
+    for axes in list(grid.flat)[count:]:
+        axes.set_axis_off()
+    shown = list(grid.flat)[:count]
+    for axes in shown[-columns:]:  # also where none is below, since the last row is not full
+        axes.tick_params(labelbottom=True)
+    return figure, shown
 
 
 def _heat_table(

@@ -1,7 +1,8 @@
 """Model and arrays to the predictions table, the hinge of the pipeline: every number and figure is made from it.
 
 `predictions.parquet` has one row per image: `split`, `id`, `group`, the labels (`label`, or `label_0 ... label_{L-1}`
-for multi-label tasks) and one score per class (`score_0 ... score_{C-1}`, float64). The task and the names of the
+for multi-label tasks), one score per class (`score_0 ... score_{C-1}`, float64), the same before calibration (`raw_0
+...`), and what is known of the image beside its label (`subgroup_sex` and the like). The task and the names of the
 classes travel in the table's metadata, so that the file can be read without any other.
 """
 
@@ -17,6 +18,8 @@ from numpy.typing import NDArray
 
 from fadeformer.errors import UserError
 from fadeformer.tasks import TASKS, Task
+
+SUBGROUP = "subgroup_"
 
 
 @dataclass(frozen=True)
@@ -43,10 +46,26 @@ class Predictions:
         """Scores in [0, 1], (images, classes)."""
         return self.frame[[f"score_{c}" for c in range(len(self.classes))]].to_numpy(dtype=np.float64)
 
+    @property
+    def subgroups(self) -> pd.DataFrame:
+        """What is known of each image beside its label, a column by name."""
+        found = self.frame.filter(regex=f"^{SUBGROUP}")
+        return found.rename(columns=lambda name: name.removeprefix(SUBGROUP))
+
     def of(self, split: str) -> Predictions:
         """The rows of one split, in their order."""
-        rows = self.frame[self.frame["split"] == split].reset_index(drop=True)
-        return Predictions(rows, self.task, self.classes)
+        return self.where((self.frame["split"] == split).to_numpy())
+
+    def where(self, rows: NDArray[np.bool_]) -> Predictions:
+        """Some of the rows, in their order."""
+        return Predictions(self.frame[rows].reset_index(drop=True), self.task, self.classes)
+
+    def before_calibration(self) -> Predictions:
+        """The same with the scores as the network gave them."""
+        frame = self.frame.copy()
+        for c in range(len(self.classes)):
+            frame[f"score_{c}"] = frame[f"raw_{c}"]
+        return Predictions(frame, self.task, self.classes)
 
     def identity(self) -> str:
         """SHA-256 of the ids and labels, in order of id: two tables with the same one judge the same images."""
@@ -56,7 +75,13 @@ class Predictions:
 
 
 def table(
-    index: pd.DataFrame, labels: NDArray[np.int64], scores: NDArray[np.float64], task: Task, classes: tuple[str, ...]
+    index: pd.DataFrame,
+    labels: NDArray[np.int64],
+    scores: NDArray[np.float64],
+    task: Task,
+    classes: tuple[str, ...],
+    raw: NDArray[np.float64] | None = None,
+    subgroups: pd.DataFrame | None = None,
 ) -> Predictions:
     """Joins what is known of the images with their scores.
 
@@ -66,12 +91,18 @@ def table(
         scores: (images, classes).
         task: what kind of classification it is.
         classes: names in the order of the scores.
+        raw: scores before calibration, likewise; None where there was none.
+        subgroups: what else is known of the images, one row each.
     """
     frame = index[["split", "id", "group"]].reset_index(drop=True)
     for column, values in zip(task.label_columns(len(classes)), labels.T, strict=True):
         frame[column] = values
     for c in range(len(classes)):
         frame[f"score_{c}"] = scores[:, c]
+    for c in range(len(classes)):
+        frame[f"raw_{c}"] = (scores if raw is None else raw)[:, c]
+    for name, values in subgroups.items() if subgroups is not None else ():
+        frame[f"{SUBGROUP}{name}"] = values.to_numpy()
     return Predictions(frame, task, classes)
 
 

@@ -18,10 +18,15 @@ from PIL import Image
 
 from fadeformer.arrays import Meta
 from fadeformer.datasets import images
+from fadeformer.datasets.packed import TOLD
 from fadeformer.decode import Aspect, resize, to_channels
 from fadeformer.errors import UnreadableError, UserError
 from fadeformer.files import whole_file, write_json
 
+# Columns of a manifest that are of the files; all others go into the index: labels, and age, sex, view and the like.
+OF_THE_FILES = (
+    "path", "member", "index", "sha256", "height", "width", "mode", "brightness", "contrast", "problem", TOLD
+)  # fmt: skip
 NOTED_EVERY = 1000  # images
 ROWS_AT_ONCE = 64
 
@@ -89,8 +94,7 @@ def write(
         _note(noted, done, files.values())
     if not done.all():
         raise UserError(f"{source}: {int((~done).sum()):,} images of the manifest are gone; run `dvc repro validate`")
-    columns = [name for name in manifest.columns if name in ("split", "id", "group") or name.startswith("label")]
-    manifest[columns].to_parquet(folder / "index.parquet", index=False)
+    manifest.drop(columns=[*OF_THE_FILES], errors="ignore").to_parquet(folder / "index.parquet", index=False)
     mean, std = channel_statistics(folder / "train.npy", threads)
     meta = Meta(dict(dataset), image_size, channels, counts, split, cross_split_duplicates, mean, std)
     write_json(folder / "meta.json", asdict(meta))

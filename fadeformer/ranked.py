@@ -5,6 +5,8 @@ Counts are whole numbers, so an AUC is exact but for its last division, whatever
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -26,17 +28,23 @@ class Ranked:
         truth, score, rows = truth[order], score[order], rows[order]
         self.negatives, self.positives = rows[~truth], rows[truth]
         values, self.first = np.unique(score[truth], return_index=True)  # of positives that share a score
-        self.below = np.searchsorted(score[~truth], values, side="left")
-        self.up_to = np.searchsorted(score[~truth], values, side="right")
+        below = np.searchsorted(score[~truth], values, side="left")
+        up_to = np.searchsorted(score[~truth], values, side="right")
+        # negatives are counted in stretches between two positives, which are few, not one by one
+        edges = np.unique(np.concatenate([[0], below, up_to]))
+        self.starts = edges[edges < len(self.negatives)]
+        self.below, self.up_to = np.searchsorted(edges, below), np.searchsorted(edges, up_to)
 
-    def areas(self, weights: Floats) -> tuple[Floats, Floats]:
+    def areas(self, weights: NDArray[np.floating[Any]]) -> tuple[Floats, Floats]:
         """Area under the ROC curve, ties counted half, and average precision, both (samples,)."""
-        negatives = np.zeros((len(weights), len(self.negatives) + 1))
-        np.cumsum(weights[:, self.negatives], axis=1, out=negatives[:, 1:])
+        stretches = np.add.reduceat(np.take(weights, self.negatives, axis=1), self.starts, axis=1)
+        negatives = np.zeros((len(weights), len(self.starts) + 1))
+        np.cumsum(stretches, axis=1, out=negatives[:, 1:])
         below, all_negatives = negatives[:, self.below], negatives[:, -1:]
-        positives = weights[:, self.positives]
+        positives = np.take(weights, self.positives, axis=1)
         if len(self.first) < len(self.positives):
             positives = np.add.reduceat(positives, self.first, axis=1)
+        positives = positives.astype(np.float64, copy=False)
         up_to = np.cumsum(positives, axis=1)
         all_positives = up_to[:, -1:]
         area = (positives * (below + negatives[:, self.up_to])).sum(axis=1, keepdims=True) / 2

@@ -18,13 +18,13 @@ from numpy.typing import NDArray
 from scipy.stats import norm, t
 
 Numbers = NDArray[np.int64]
-Weights = NDArray[np.float64]
+Weights = NDArray[np.float32]  # whole numbers, and sums of them up to 2**24, are exact
 Found = TypeVar("Found")
 Interval = tuple[float, float] | None
 
 ENOUGH = 0.95  # share of samples in which a measure must be defined for an interval
 FEWEST = 5  # groups of a stratum
-LARGEST = 2**20  # weights at once: 8 MiB of them
+LARGEST = 2**20  # weights at once: 4 MiB of them
 
 
 def group_numbers(column: pd.Series[Any]) -> Numbers:
@@ -59,7 +59,7 @@ def strata(truth: NDArray[np.bool_], groups: Numbers) -> Numbers:
 def weights(groups: Numbers, stratum: Numbers, draws: int, seed: np.random.SeedSequence) -> Weights:
     """How often each image is in each of some samples, (draws, images)."""
     random = np.random.default_rng(seed)
-    drawn = np.zeros((draws, len(stratum)), dtype=np.float64)
+    drawn = np.zeros((draws, len(stratum)), dtype=np.float32)
     for value in np.unique(stratum):
         members = np.flatnonzero(stratum == value)
         for row in drawn:
@@ -86,7 +86,7 @@ def over_samples(
         return list(workers.map(lambda part: measure(weights(groups, stratum, *part)), zip(sizes, seeds, strict=True)))
 
 
-def percentiles(samples: Weights, groups: int, confidence: float) -> Interval:
+def percentiles(samples: NDArray[np.float64], groups: int, confidence: float) -> Interval:
     """The middle of bootstrap samples, wider for few groups (Hesterberg 2015, doi:10.1080/00031305.2015.1089789).
 
     Args:

@@ -8,7 +8,7 @@ a NaN: what is undefined is None.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,6 +21,8 @@ from fadeformer.measures import Measured, Measures
 from fadeformer.predictions import Predictions
 from fadeformer.proportions import share_interval
 from fadeformer.resampling import Interval
+
+CALIBRATED = ("loss", "brier", "calibration_error")  # what calibration is for
 
 
 def summarise(predictions: Predictions) -> dict[str, Any]:
@@ -66,38 +68,60 @@ def intervals(predictions: Predictions, *, draws: int, seed: int, confidence: fl
         `groups`, how many patients or lesions there are, and `overall` and `per_class` with (low, high), or None where
         there is none, as of a perfect number by bootstrap, whose samples are all alike.
     """
-    measures = Measures(predictions)
-    groups = resampling.group_numbers(predictions.frame["group"])
+    measures, groups = Measures(predictions), resampling.group_numbers(predictions.frame["group"])
     stratum = resampling.strata(measures.truth, groups)
-    count = len(stratum)
     parts = resampling.over_samples(measures.of, groups, stratum, draws, seed)
+    return intervals_of(measures, predictions.classes, groups, joined(parts), confidence)
+
+
+def joined(parts: Sequence[Measured]) -> Measured:
+    """Measures of some samples and of others as those of all."""
+
+    def together(kind: str) -> dict[str, NDArray[np.float64]]:
+        return {name: np.concatenate([getattr(part, kind)[name] for part in parts]) for name in getattr(parts[0], kind)}
+
+    return Measured(together("overall"), together("per_class"))
+
+
+def intervals_of(
+    measures: Measures, classes: Sequence[str], groups: NDArray[np.int64], samples: Measured, confidence: float
+) -> dict[str, Any]:
+    """Likewise, where the samples are there already.
+
+    Args:
+        measures: of the predictions.
+        classes: names in the order of the scores.
+        groups: number of each image's patient or lesion, from 0 without a gap, (images,).
+        samples: of the bootstrap.
+        confidence: such as 0.95.
+    """
+    count = int(groups.max()) + 1
     point = measures.of(np.ones((1, len(groups))))
     overall = {
-        name: _bootstrapped(name, float(point.overall[name][0]), _joined(parts, "overall", name), count, confidence)
-        for name in parts[0].overall
+        name: _bootstrapped(name, float(point.overall[name][0]), values, count, confidence)
+        for name, values in samples.overall.items()
     }
-    per_class: dict[str, dict[str, Interval]] = {name: {} for name in predictions.classes}
-    for key in parts[0].per_class:
-        samples = _joined(parts, "per_class", key)
-        for c, name in enumerate(predictions.classes):
+    per_class: dict[str, dict[str, Interval]] = {name: {} for name in classes}
+    for key, values in samples.per_class.items():
+        for c, name in enumerate(classes):
             value = float(point.per_class[key][0, c])
-            per_class[name][key] = _bootstrapped(key, value, samples[:, c], count, confidence)
+            per_class[name][key] = _bootstrapped(key, value, values[:, c], count, confidence)
     if measures.exclusive:
         every = np.ones(len(groups), dtype=bool)
         overall["accuracy"] = share_interval(measures.right.astype(bool), every, groups, confidence)
-    for c, name in enumerate(predictions.classes):
+    for c, name in enumerate(classes):
         truth, decided = measures.truth[:, c], measures.decided[:, c]
         shares = {"recall": (decided, truth), "specificity": (~decided, ~truth), "precision": (truth, decided)}
         for key, (hits, trials) in shares.items():
             per_class[name][key] = share_interval(hits, trials, groups, confidence)
         per_class[name]["auc"] = None
-    judged = np.flatnonzero(measures.judged)
+    judged = np.flatnonzero(measures.judged).tolist()
     overall["auc"] = None
     if len(judged):
         found = delong.aucs([measures.truth[:, c] for c in judged], [measures.scores[:, c] for c in judged], groups)
         for place, row in enumerate(judged):
-            per_class[predictions.classes[row]]["auc"] = delong.interval(found, [place], confidence)
-        exclusive_two = measures.exclusive and len(predictions.classes) == 2
+            per_class[classes[row]]["auc"] = delong.interval(found, [place], confidence)
+        exclusive_two = measures.exclusive and len(classes) == 2
         averaged = [len(judged) - 1] if exclusive_two else list(range(len(judged)))
         overall["auc"] = delong.interval(found, averaged, confidence)
     return {"groups": count, "overall": overall, "per_class": per_class}
@@ -112,6 +136,44 @@ def told(value: float | None, interval: Interval) -> str:
     width = interval[1] - interval[0]
     digits = 4 if width < 0.001 else max(2, math.ceil(-math.log10(width)))
     return f"{value:.{digits}f} ({interval[0]:.{digits}f} to {interval[1]:.{digits}f})"
+
+
+def nested(
+    test: Mapping[str, Any],
+    val: Mapping[str, Any],
+    uncalibrated: Mapping[str, Any],
+    subgroups: Mapping[str, Any],
+    points: Mapping[str, Any],
+) -> dict[str, Any]:
+    """The numbers to compare runs by, as `metrics.json` and MLflow have them.
+
+    Args:
+        test: of `summarise`.
+        val: likewise.
+        uncalibrated: of test, likewise, by the scores before calibration.
+        subgroups: of `fadeformer.subgroups.compare`.
+        points: of `fadeformer.operating.operating_points`.
+    """
+    return {
+        "val": {"overall": val["overall"], "per_class": val["per_class"]},
+        "test": {
+            "overall": test["overall"],
+            "per_class": test["per_class"],
+            "before_calibration": {key: uncalibrated["overall"][key] for key in CALIBRATED},
+            "subgroups": {
+                column: {value: {"images": of["images"], **of["overall"]} for value, of in values.items()}
+                for column, values in subgroups.items()
+            },
+            "operating_points": {
+                rule: {
+                    name: {"threshold": point["threshold"], **{k: s["value"] for k, s in point["on_test"].items()}}
+                    for name, point in of_classes.items()
+                    if point is not None
+                }
+                for rule, of_classes in points.items()
+            },
+        },
+    }
 
 
 def published_results(test: Mapping[str, Any], history: pd.DataFrame, config: Mapping[str, Any]) -> dict[str, Any]:
@@ -132,10 +194,6 @@ def published_results(test: Mapping[str, Any], history: pd.DataFrame, config: Ma
         **{key: history[column].tolist() for key, column in columns.items()},
         "config": config,
     }
-
-
-def _joined(parts: list[Measured], kind: str, name: str) -> NDArray[np.float64]:
-    return np.concatenate([getattr(part, kind)[name] for part in parts])
 
 
 def _bootstrapped(name: str, value: float, samples: NDArray[np.float64], groups: int, confidence: float) -> Interval:

@@ -10,79 +10,104 @@ import pandas as pd
 import torch
 from prefect import flow, task
 
-from fadeformer import arrays, evidence_plots, medmnist_results, metrics, operating, params, plots, predictions, summary
+from fadeformer import (
+    arrays,
+    bands,
+    case_plots,
+    curve_plots,
+    embedding,
+    evidence_plots,
+    medmnist_results,
+    metrics,
+    mistakes,
+    operating,
+    params,
+    plots,
+    predictions,
+    subgroups,
+    summary,
+)
 from fadeformer.card import model_card
 from fadeformer.errors import UserError
 from fadeformer.files import read_json, whole_file, whole_folder, write_json
-from fadeformer.inference import choose_device, choose_precision, logits_of
-from fadeformer.models import create_model, load_weights
-from fadeformer.normalisation import Normalisation
+from fadeformer.inference import choose_device
+from fadeformer.trained import Trained
 from pipelines import begun, paths, stage, tracking
 from pipelines.orchestrator import orchestrated
 
+GALLERY = 12  # images
+
 
 @task(name="predict", persist_result=False)
-def predict(batch_size: int) -> None:
-    """Scores of every image of val and test, as predictions.parquet."""
+def predict(batch_size: int, wanted: str | list[str]) -> None:
+    """Scores of every image of val and test, as predictions.parquet, and where test images lie by their features."""
     meta = arrays.read_meta(paths.PROCESSED)
-    described = read_json(paths.ARCHITECTURE)
-    device = choose_device("cpu" if described["params"]["train"]["device"] == "cpu" else "auto")
-    model = create_model(**{**described["model"], "pretrained": False})
-    load_weights(model, paths.WEIGHTS)
-    model.to(device)
-    torch.use_deterministic_algorithms(True, warn_only=device.type == "cuda")
-    splits = [arrays.read(paths.PROCESSED, split) for split in ("val", "test")]
-    # a model that was trained in float16 is judged in float32 where there is no GPU
-    told = "32" if described["precision"] == "16" and device.type == "cpu" else described["precision"]
-    precision, normalisation = choose_precision(told, device), Normalisation(**described["normalise"])
+    model = trained()
+    splits = {split: arrays.read(paths.PROCESSED, split) for split in ("val", "test")}
     began = time.perf_counter()
-    logits = np.concatenate(
-        [logits_of(model, split.pixels, batch_size, device, precision, normalisation) for split in splits]
-    )
+    of_val = model.raw_scores(splits["val"].pixels, batch_size)
+    of_test, features = model.raw_scores_and_features(splits["test"].pixels, batch_size)
     tracking.log_metrics({"seconds": {"predict": time.perf_counter() - began}})
+    raw, index = np.concatenate([of_val, of_test]), pd.concat([of.index for of in splits.values()], ignore_index=True)
     table = predictions.table(
-        pd.concat([split.index for split in splits], ignore_index=True),
-        np.concatenate([split.labels for split in splits]),
-        meta.task.with_head(described["head"]).probabilities(logits),
+        index,
+        np.concatenate([of.labels for of in splits.values()]),
+        model.calibration(raw, model.task),
         meta.task,
         meta.classes,
+        raw,
+        subgroups.chosen(index.drop(columns=["split", "id", "group"]), wanted),
     )
     with whole_file(paths.PREDICTIONS) as path:
         predictions.write(table, path)
+    with whole_file(paths.EMBEDDING) as path:
+        embedding.places(features, splits["test"].index["id"]).to_parquet(path, index=False)
+
+
+def trained() -> Trained:
+    """The network of models/, on the device that it was trained for."""
+    described = read_json(paths.ARCHITECTURE)
+    device = choose_device("cpu" if described["params"]["train"]["device"] == "cpu" else "auto")
+    torch.use_deterministic_algorithms(True, warn_only=device.type == "cuda")
+    return Trained(described, paths.WEIGHTS, device)
 
 
 @task(name="measure", persist_result=False)
 def measure(settings: dict[str, Any]) -> dict[str, float]:
-    """Every number, from predictions.parquet: metrics, intervals, operating points, curves, model card."""
+    """Every number, from predictions.parquet: metrics, intervals, subgroups, operating points, curves, model card."""
     table = predictions.read(paths.PREDICTIONS)
     val, test = table.of("val"), table.of("test")
     described, meta = read_json(paths.ARCHITECTURE), arrays.read_meta(paths.PROCESSED)
     found = {"val": summary.summarise(val), "test": summary.summarise(test)}
-    write_json(paths.METRICS, {split: values["overall"] for split, values in found.items()})
-    write_json(paths.CLASSES, {split: values["per_class"] for split, values in found.items()})
-    began = time.perf_counter()
-    confidence = settings["confidence"]
-    intervals = summary.intervals(
-        test, draws=settings["bootstrap_draws"], seed=settings["bootstrap_seed"], confidence=confidence
-    )
+    began, confidence = time.perf_counter(), settings["confidence"]
+    intervals, of_subgroups = subgroups.compare(
+        test, settings["age_bands"], draws=settings["bootstrap_draws"], seed=settings["bootstrap_seed"],
+        confidence=confidence,
+    )  # fmt: skip
     write_json(paths.INTERVALS, {"confidence": confidence, "test": intervals})
+    write_json(paths.SUBGROUPS, {"confidence": confidence, "test": of_subgroups})
     wanted = {
         "youden": None, "sensitivity": settings["sensitivity_at_least"], "specificity": settings["specificity_at_least"]
     }  # fmt: skip
     points = operating.operating_points(val, test, wanted, confidence)
     write_json(paths.OPERATING_POINTS, {"wanted": wanted, "confidence": confidence, "points": points})
     tracking.log_metrics({"seconds": {"intervals": time.perf_counter() - began}})
+    uncalibrated = summary.summarise(test.before_calibration())
+    write_json(paths.METRICS, summary.nested(found["test"], found["val"], uncalibrated, of_subgroups, points))
     # The challenges' balanced accuracy is never told without the split that it is of.
     balanced = {"value": found["test"]["overall"]["balanced_accuracy"], "split": meta.split}
     config = {**described["params"], "evaluate": settings}
     published = summary.published_results(found["test"], pd.read_csv(paths.HISTORY), config)
     write_json(paths.RESULTS, {**published, "test_balanced_accuracy": balanced})
     with whole_file(paths.CARD) as path:
-        card = model_card(meta, described, found, intervals, read_json(paths.OPERATING_POINTS))
+        card = model_card(meta, described, found, intervals, read_json(paths.OPERATING_POINTS), of_subgroups)
         path.write_text(card, encoding="utf-8")
     with whole_folder(paths.CURVES) as folder:
         metrics.roc_points(test).to_csv(folder / "roc.csv", index=False)
         metrics.pr_points(test).to_csv(folder / "pr.csv", index=False)
+        bands.bands(test, seed=settings["bootstrap_seed"], confidence=confidence).to_csv(
+            folder / "bands.csv", index=False
+        )
         operating.net_benefit(test).to_csv(folder / "net_benefit.csv", index=False)
     with whole_folder(paths.MEDMNIST) as folder:
         (folder / "about.txt").write_text(medmnist_results.ABOUT, encoding="utf-8")  # DVC warns of an empty folder
@@ -99,16 +124,27 @@ def draw(dpi: int) -> None:
     """Every figure, as PNG and SVG."""
     test = predictions.read(paths.PREDICTIONS).of("test")
     history, best_epoch = pd.read_csv(paths.HISTORY), read_json(paths.ARCHITECTURE)["best_epoch"]
-    found, intervals = summary.summarise(test), read_json(paths.INTERVALS)
-    confidence = intervals["confidence"]
+    found, told = summary.summarise(test), read_json(paths.INTERVALS)
+    confidence, intervals = told["confidence"], told["test"]
+    curves = pd.read_csv(paths.CURVES / "bands.csv")
+    before = read_json(paths.METRICS)["test"]["before_calibration"]["calibration_error"]
+    wrong = mistakes.most_wrong(test, GALLERY)
+    pixels = arrays.read(paths.PROCESSED, "test").pixels[wrong["row"].to_numpy()]
+    places = pd.read_parquet(paths.EMBEDDING)
     figures = {
         "training_curves": plots.training_curves(history, best_epoch),
         "confusion_matrix": plots.confusion_matrix(test),
-        "roc_curves": plots.roc_curves(test),
-        "pr_curves": plots.pr_curves(test),
-        "auc_forest": evidence_plots.auc_forest(test, found, intervals["test"], confidence),
-        "reliability": evidence_plots.reliability(test, found["overall"]["calibration_error"], confidence),
+        "roc_curves": curve_plots.roc_curves(test, found, intervals, curves),
+        "pr_curves": curve_plots.pr_curves(test, found, intervals, curves),
+        "auc_forest": evidence_plots.auc_forest(test, found, intervals, confidence),
+        "reliability": evidence_plots.reliability(test, (before, found["overall"]["calibration_error"]), confidence),
+        "score_histograms": evidence_plots.score_histograms(test),
         "decision_curves": evidence_plots.decision_curves(operating.net_benefit(test)),
+        "subgroup_forest": evidence_plots.subgroup_forest(
+            found, intervals, read_json(paths.SUBGROUPS)["test"], confidence
+        ),
+        "gallery": case_plots.gallery(wrong, pixels, {}),
+        "embedding": case_plots.embedding(test, places, places.attrs["explained"]),
     }
     with whole_folder(paths.FIGURES) as folder:
         for name, figure in figures.items():
@@ -119,16 +155,13 @@ def draw(dpi: int) -> None:
 def log(settings: dict[str, Any]) -> None:
     """Adds numbers, figures and predictions to the run in which the model was trained."""
     tracking.log_settings("evaluate", settings)
-    tracking.log_metrics(read_json(paths.METRICS))
-    tracking.log_metrics({"classes": read_json(paths.CLASSES)})
     bounds = read_json(paths.INTERVALS)["test"]["overall"]
-    tracking.log_metrics(
-        {"interval": {name: dict(zip(("low", "high"), bound, strict=True)) for name, bound in bounds.items() if bound}}
-    )
-    tracking.log_metrics({"operating_points": read_json(paths.OPERATING_POINTS)["points"]})
+    told = {name: dict(zip(("low", "high"), bound, strict=True)) for name, bound in bounds.items() if bound}
+    tracking.log_metrics(read_json(paths.METRICS))
+    tracking.log_metrics({"test": {"interval": told}})
     tracking.log_files(
-        paths.PREDICTIONS, paths.METRICS, paths.CLASSES, paths.INTERVALS, paths.OPERATING_POINTS, paths.RESULTS,
-        paths.CARD,
+        paths.PREDICTIONS, paths.EMBEDDING, paths.METRICS, paths.INTERVALS, paths.SUBGROUPS, paths.OPERATING_POINTS,
+        paths.RESULTS, paths.CARD,
     )  # fmt: skip
     tracking.log_files(paths.FIGURES, under="figures")
     tracking.log_files(paths.MEDMNIST, under="medmnist")
@@ -144,7 +177,7 @@ def evaluate() -> str:
         raise UserError(f"{paths.RUN}: not found; run `dvc repro train` first") from error
     begun.forget(run_id)
     with tracking.run(run_id):
-        predict(wanted.batch_size)
+        predict(wanted.batch_size, wanted.subgroups)
         test = measure(wanted.model_dump())
         draw(wanted.figure_dpi)
         log(wanted.model_dump())

@@ -39,7 +39,7 @@ from pipelines.signals import asked_to_leave
 FLIPPED = 0.5  # of images that mean the same when mirrored
 NAMES = {torch.float32: "32", torch.bfloat16: "bf16", torch.float16: "16"}
 # Keys of train: that are no part of the recipe.
-ELSEWHERE = ("precision", "device", "devices", "class_weights", "checkpoint_minutes")
+ELSEWHERE = ("precision", "device", "devices", "class_weights", "calibrate", "checkpoint_minutes")
 # What a model is made of; the other sections may change without training it again.
 SECTIONS = ("seed", "dataset", "split", "preprocess", "model", "augment", "train")
 

@@ -11,10 +11,7 @@ import numpy as np
 import torch
 from mlflow.models import set_model
 
-from fadeformer.inference import logits_of
-from fadeformer.models import create_model, load_weights
-from fadeformer.normalisation import Normalisation
-from fadeformer.tasks import TASKS
+from fadeformer.trained import Trained
 
 
 class FadeFormer(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
@@ -23,13 +20,10 @@ class FadeFormer(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
     def load_context(self, context: Any) -> None:
         """Builds the network on the CPU."""
         described = json.loads(Path(context.artifacts["architecture"]).read_text(encoding="utf-8"))
-        self.task = TASKS[described["task"]].with_head(described["head"])
-        self.normalisation = Normalisation(**described["normalise"])
-        self.model = create_model(**{**described["model"], "pretrained": False})
-        load_weights(self.model, Path(context.artifacts["weights"]))
+        self.trained = Trained(described, Path(context.artifacts["weights"]), torch.device("cpu"), precision="32")
 
     def predict(self, context: Any, model_input: np.ndarray, params: Any = None) -> np.ndarray:
-        """Scores of images.
+        """Calibrated scores of images.
 
         Args:
             context: not used.
@@ -39,9 +33,7 @@ class FadeFormer(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
         Returns:
             (images, classes), each in [0, 1].
         """
-        images = np.asarray(model_input, dtype=np.uint8)
-        logits = logits_of(self.model, images, 256, torch.device("cpu"), torch.float32, self.normalisation)
-        return self.task.probabilities(logits)
+        return self.trained.scores(np.asarray(model_input, dtype=np.uint8), 256)
 
 
 set_model(FadeFormer())

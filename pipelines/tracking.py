@@ -30,6 +30,7 @@ from fadeformer.errors import UserError
 from fadeformer.files import checksum
 from pipelines.store import REFUSALS, connect, told
 
+AT_ONCE = 1000  # metrics in one call, as many as MLflow takes
 MODEL = "model"  # name of the logged model in its run
 IDENTITY = "fadeformer.training"  # tag with the name that a training gave itself before it had a run
 
@@ -158,7 +159,9 @@ def log_metrics(metrics: Mapping[str, Any]) -> None:
     """Logs numbers of a nested dictionary under dotted names; leaves out what is no number, or is there already."""
     run = mlflow.active_run()
     there = MlflowClient().get_run(run.info.run_id).data.metrics if run else {}  # of a stage that was killed at its end
-    mlflow.log_metrics({name: value for name, value in flat(metrics).items() if there.get(name) != value})
+    new = [(name, value) for name, value in flat(metrics).items() if there.get(name) != value]
+    for start in range(0, len(new), AT_ONCE):
+        mlflow.log_metrics(dict(new[start : start + AT_ONCE]))
 
 
 def flat(metrics: Mapping[str, Any]) -> dict[str, float]:

@@ -17,10 +17,13 @@ import torch
 from prefect import flow, task
 from safetensors.torch import save_file
 
-from fadeformer import arrays, params
+from fadeformer import arrays, calibration, params
+from fadeformer.calibration import Calibration
 from fadeformer.checkpoints import Checkpoints
 from fadeformer.errors import Interrupted, UserError
 from fadeformer.files import read_json, whole_folder, write_json
+from fadeformer.inference import choose_device
+from fadeformer.trained import Trained
 from pipelines import begun, fitting, paths, stage, store, tracking
 from pipelines.journal import PATIENCE, Journal
 from pipelines.orchestrator import orchestrated
@@ -73,14 +76,25 @@ def write(begun_in: Path, folder: Path) -> dict[str, Any]:
     (folder / paths.WEIGHTS.name).write_bytes(buffer.getvalue())
     history = fitting.history(state["history"])
     history.to_csv(folder / paths.HISTORY.name, index=False)
-    described = read_json(begun_in / paths.ARCHITECTURE.name)
-    write_json(folder / paths.ARCHITECTURE.name, {**described, "best_epoch": state["best_epoch"]})
+    described = {**read_json(begun_in / paths.ARCHITECTURE.name), "best_epoch": state["best_epoch"]}
+    described["calibration"] = calibrated(described, folder / paths.WEIGHTS.name).described()
+    write_json(folder / paths.ARCHITECTURE.name, described)
     best = history[history["epoch"] == state["best_epoch"]].iloc[0]
     seconds = pd.DataFrame(state["history"])[["train_seconds", "val_seconds"]].to_numpy().sum()
     return {
         "epochs": state["epoch"], "best_epoch": state["best_epoch"], "val_loss": float(best["val_loss"]),
         "seconds": float(seconds),
     }  # fmt: skip
+
+
+def calibrated(described: dict[str, Any], weights: Path) -> Calibration:
+    """What makes the scores of the best epoch mean what they say, by val; nothing if train.calibrate is false."""
+    if not described["params"]["train"]["calibrate"]:
+        return calibration.NONE
+    settings, val = described["params"]["train"], arrays.read(paths.PROCESSED, "val")
+    device = choose_device("cpu" if settings["device"] == "cpu" else "auto")
+    trained = Trained({**described, "calibration": calibration.NONE.described()}, weights, device)
+    return calibration.fit(val.labels, trained.raw_scores(val.pixels, settings["batch_size"]), trained.task)
 
 
 @task(name="log the model to MLflow", persist_result=False)

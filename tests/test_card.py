@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from fadeformer import predictions
+from fadeformer import predictions, subgroups
 from fadeformer.arrays import Meta
 from fadeformer.card import model_card
 from fadeformer.operating import operating_points
@@ -29,7 +29,8 @@ def card(
         labels = np.array([[1, 0], [0, 1], [1, 1]]) if multi_label else np.array([[0], [1], [1]])
     scores = np.array([[0.9, 0.1], [0.4, 0.6], [0.7, 0.3]])
     index = pd.DataFrame({"split": "test", "id": ["a", "b", "c"], "group": None})
-    table = predictions.table(index, labels, scores, TASKS[task], classes)
+    known = pd.DataFrame({"sex": ["F", "M", "F"]})
+    table = predictions.table(index, labels, scores, TASKS[task], classes, subgroups=known)
     wanted = {"youden": None, "sensitivity": 0.8}
     points = operating_points(table, table, wanted, 0.9)
     operating = {"wanted": wanted, "confidence": 0.9, "points": points}
@@ -42,10 +43,12 @@ def card(
         "model": {"backbone": "fadevit_nano", "pretrained": False, "fade": fade},
         "best_epoch": 4,
         "weights": weights,
+        "calibration": {"slope": [0.5], "offset": [0.0]},
         "params": {"seed": 42, "train": {"epochs": 20, "monitor": "auc"}},
     }
     meta = Meta(dataset, 28, 1, {"train": 1234, "val": 3, "test": 3}, "published", leaks, [0.5], [0.2])
-    return model_card(meta, described, {"val": summary, "test": summary}, bounds, operating)
+    _, groups = subgroups.compare(table, [0, 40], draws=100, seed=0, confidence=0.9)
+    return model_card(meta, described, {"val": summary, "test": summary}, bounds, operating, groups)
 
 
 @pytest.mark.parametrize("task", ["binary-class", "multi-label, binary-class"])
@@ -57,11 +60,15 @@ def test_it_names_data_model_and_numbers(task):
     assert "epoch 4" in text
     assert "## Results on 3 test images" in text
     assert ("| Finding |" in text) == TASKS[task].multi_label
+    calibrated = "vector scaling of each finding" if TASKS[task].multi_label else "temperature 2"
+    assert f"| Calibration | {calibrated}, fitted on validation |" in text
+    assert "| sex | F | 2 | 2 |" in text
+    assert "none is worse beyond chance" in text
 
 
 def test_every_row_of_a_table_has_as_many_cells_as_its_head():
     tables = [block for block in card("multi-label, binary-class").split("\n\n") if block.startswith("|")]
-    assert len(tables) == 5
+    assert len(tables) == 6
     for table in tables:
         assert len({line.replace("\\|", "").count("|") for line in table.splitlines()}) == 1
 

@@ -6,13 +6,11 @@ import numpy as np
 import pandas as pd
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 
-from fadeformer import plots
+from fadeformer import bands, curve_plots, plots, summary
 from fadeformer.datasets.medmnist import SETS
 from tests.test_metrics import made
 
-FIGURES = (plots.confusion_matrix, plots.roc_curves, plots.pr_curves)
 HISTORY = pd.DataFrame(
     {
         "epoch": [1, 2, 3], "train_loss": [1.0, 0.6, 0.4], "val_loss": [1.1, 0.7, 0.8],
@@ -21,53 +19,54 @@ HISTORY = pd.DataFrame(
 )  # fmt: skip
 
 
-def texts(figure: Figure) -> str:
-    """All that is written in a figure, in one line."""
-    axes = figure.axes[0]
-    found = [*axes.get_xticklabels(), *axes.get_yticklabels()]
-    legend = axes.get_legend()
-    if legend:
-        found += legend.get_texts()
-    return " | ".join(text.get_text().replace("\n", " ") for text in found)
-
-
 def overlapping(labels: list) -> list[tuple[str, str]]:
     boxes = [(label.get_text(), label.get_window_extent()) for label in labels if label.get_text()]
     return [(a, b) for (a, one), (b, two) in itertools.combinations(boxes, 2) if one.shrunk(0.95, 0.95).overlaps(two)]
 
 
-@pytest.mark.parametrize("figure", FIGURES)
-@pytest.mark.parametrize(
-    ("task", "classes"),
-    [
-        ("binary-class", 2),
-        ("multi-class", 5),
-        ("multi-class", 30),
-        ("ordinal-regression", 5),
-        ("multi-label, binary-class", 14),
-    ],
-)
-def test_every_class_is_named_and_no_label_covers_another(figure, task, classes):
+TASKS = [
+    ("binary-class", 2), ("multi-class", 5), ("multi-class", 30), ("ordinal-regression", 5),
+    ("multi-label, binary-class", 14),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("task", "classes"), TASKS)
+def test_every_class_of_a_confusion_matrix_is_named_and_no_label_covers_another(task, classes):
     p = made(task, classes, 400, 0)
-    drawn = figure(p)
+    drawn = plots.confusion_matrix(p)
     FigureCanvasAgg(drawn).draw()
     axes = drawn.axes[0]
-    for name in p.classes[-1:] if classes == 2 and figure is not plots.confusion_matrix else p.classes:
-        assert name in texts(drawn)
+    labels = [*axes.get_xticklabels(), *axes.get_yticklabels()]
+    assert set(p.classes) <= {label.get_text().replace("\n", " ") for label in labels}
     assert not overlapping([label for label in axes.get_xticklabels() if label.get_visible()])
     assert not overlapping([label for label in axes.get_yticklabels() if label.get_visible()])
-    if axes.get_legend():
-        assert not overlapping(axes.get_legend().get_texts())
-        assert not axes.get_legend().get_window_extent().overlaps(axes.patch.get_window_extent())
-        assert axes.get_legend().get_window_extent().x1 <= drawn.bbox.x1
 
 
-@pytest.mark.parametrize("figure", FIGURES)
+@pytest.mark.parametrize("figure", [curve_plots.roc_curves, curve_plots.pr_curves])
+@pytest.mark.parametrize(("task", "classes"), TASKS)
+def test_every_curve_has_a_name_a_number_with_its_interval_and_a_band(figure, task, classes):
+    p = made(task, classes, 400, 0)
+    found, bounds = summary.summarise(p), summary.intervals(p, draws=100, seed=0, confidence=0.9)
+    drawn = figure(p, found, bounds, bands.bands(p, seed=0, confidence=0.9))
+    FigureCanvasAgg(drawn).draw()
+    key = "auc" if figure is curve_plots.roc_curves else "average_precision"
+    shown = p.classes[-1:] if classes == 2 else p.classes
+    told = {name: summary.told(found["per_class"][name][key], bounds["per_class"][name][key]) for name in shown}
+    if classes == 2:
+        (entry,) = drawn.axes[0].get_legend().get_texts()
+        assert all(part in entry.get_text() for part in (shown[0], told[shown[0]]))
+    else:
+        assert [axes.get_title() for axes in drawn.axes if axes.lines] == [f"{n}\n{t}" for n, t in told.items()]
+    assert all(axes.collections for axes in drawn.axes if axes.lines)
+    titles = [axes.title for axes in drawn.axes if axes.lines]
+    assert not overlapping([*titles, *drawn.legends[0].get_texts(), drawn.legends[0].get_title(), drawn._supxlabel])
+
+
 @pytest.mark.parametrize("name", ["bloodmnist", "dermamnist", "tissuemnist"])
-def test_long_names_stay_inside(figure, name):
+def test_long_names_stay_inside(name):
     p = made("multi-class", len(SETS[name].classes), 300, 1)
     p = type(p)(p.frame, p.task, SETS[name].classes)
-    drawn = figure(p)
+    drawn = plots.confusion_matrix(p)
     FigureCanvasAgg(drawn).draw()
     axes = drawn.axes[0]
     assert not overlapping(list(axes.get_yticklabels()))
@@ -76,9 +75,12 @@ def test_long_names_stay_inside(figure, name):
     assert axes.get_tightbbox().y0 >= 0
 
 
-@pytest.mark.parametrize("figure", [plots.roc_curves, plots.pr_curves])
+@pytest.mark.parametrize("figure", [curve_plots.roc_curves, curve_plots.pr_curves])
 def test_a_class_that_is_not_there_is_named_as_not_judged(figure):
-    assert "class 1 not judged" in texts(figure(made("multi-class", 3, 50, 0, absent=1)))
+    p = made("multi-class", 3, 50, 0, absent=1)
+    found, bounds = summary.summarise(p), summary.intervals(p, draws=100, seed=0, confidence=0.9)
+    drawn = figure(p, found, bounds, bands.bands(p, seed=0, confidence=0.9))
+    assert "not judged: class 1" in drawn.legends[0].get_title().get_text()
 
 
 def test_counts_of_a_confusion_matrix_are_those_of_the_images():
@@ -99,5 +101,5 @@ def test_training_curves_mark_the_epoch_that_was_kept():
 @pytest.mark.parametrize("dpi", [50, 100])
 def test_a_figure_is_saved_with_the_same_bytes(tmp_path, dpi):
     for name in ("a.png", "b.png"):
-        plots.save(plots.roc_curves(made("multi-class", 4, 100, 0)), tmp_path / name, dpi)
+        plots.save(plots.confusion_matrix(made("multi-class", 4, 100, 0)), tmp_path / name, dpi)
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()

@@ -49,7 +49,7 @@ ELSEWHERE = {
     "prefect deployment run pipeline/local --param 'train={\"epochs\": 1}' --watch": DEPLOYMENT,
 }
 HERE = {
-    "make repro", "dvc exp run -S train.learning_rate=3e-4 -S train.epochs=5", "dvc exp show", "dvc metrics show",
+    "make repro", "dvc exp run -S train.learning_rate=3e-4 -S train.epochs=5", "dvc exp show", "dvc metrics diff",
     "dvc plots show", "make ui", "make preset NAME=paper",
     "make preset NAME=retinamnist", "make help", "pre-commit install",
     "python benchmarks/overhead.py",
@@ -95,7 +95,7 @@ def test_what_a_run_leaves_is_there(project):
     named = [name for row in table.splitlines()[2:] for name in re.findall(r"`([^`]+)`", row.split("|")[1])]
     assert len(named) >= 10
     for name in named:
-        folder = "reports" if name in ("classes.json", "results.json", "intervals.json") else "."
+        folder = "reports" if name in ("results.json", "intervals.json", "subgroups.json") else "."
         assert (project.folder / folder / name).exists(), name
 
 
@@ -110,7 +110,7 @@ def test_experiments_are_run_shown_and_compared(project):
     project.run("dvc", "exp", "run", "-S", "train.learning_rate=3e-4", "-S", "train.epochs=5")
     shown = project.run("dvc", "exp", "show", "--csv")
     assert "0.0003" in shown
-    assert "test.auc" in project.run("dvc", "metrics", "show")
+    assert "test.overall.auc" in project.run("dvc", "metrics", "diff")
     assert "index.html" in project.run("dvc", "plots", "show")
 
 

@@ -22,7 +22,7 @@ def test_retinamnist_from_a_mirror_runs_to_a_decision(project: Project, real_dat
     meta = json.loads((project.folder / "data/processed/meta.json").read_text())
     assert meta["counts"] == {"train": 1080, "val": 120, "test": 400}
     assert "retinamnist" in project.run("dvc", "exp", "show", "--csv")
-    numbers = json.loads((project.folder / "reports/metrics.json").read_text())["test"]
+    numbers = json.loads((project.folder / "reports/metrics.json").read_text())["test"]["overall"]
     official = f"[AUC]{numbers['auc']:.3f}_[ACC]{numbers['accuracy']:.3f}"
     (result,) = (project.folder / "reports/medmnist").glob("retinamnist_test_*.csv")
     assert result.name == f"retinamnist_test_{official}@42.csv"
@@ -54,7 +54,7 @@ def run(project: Project, **dataset: str) -> dict:
         name: json.loads((project.folder / path).read_text())
         for name, path in {
             "meta": "data/processed/meta.json", "validation": "reports/validation/validation.json",
-            "decision": "reports/promotion.json", "metrics": "reports/metrics.json", "classes": "reports/classes.json",
+            "decision": "reports/promotion.json", "metrics": "reports/metrics.json",
             "results": "reports/results.json",
         }.items()
     }  # fmt: skip
@@ -66,11 +66,13 @@ def test_the_radiographs_of_nih_by_finding(project: Project, real_data):
     assert made["meta"]["counts"]["test"] == 251
     assert made["meta"]["split"].startswith("chestxray14-")
     assert made["decision"]["model"] == "fadenet-chestxray14"
-    judged = {name: values["auc"] for name, values in made["classes"]["test"].items()}
+    judged = {name: values["auc"] for name, values in made["metrics"]["test"]["per_class"].items()}
     without = [name for name, auc in judged.items() if auc is None]
     assert len(judged) == 14
     assert without  # in so small a sample
-    assert made["metrics"]["test"]["auc"] == pytest.approx(sum(a for a in judged.values() if a) / (14 - len(without)))
+    assert made["metrics"]["test"]["overall"]["auc"] == pytest.approx(
+        sum(a for a in judged.values() if a) / (14 - len(without))
+    )
     assert f"Not judged, for want of positives or negatives: {', '.join(without)}." in made["card"]
     warned = [e["sentence"] for e in made["validation"]["expectations"] if not e["passed"]]
     assert all(any(f" {name} (it has 0)" in sentence for sentence in warned) for name in without)
@@ -93,4 +95,4 @@ def test_mednist_in_folders_of_classes(project: Project, real_data):
     made = run(project, name="folder", root=f"{real_data}/mednist/mednist.zip")
     assert sum(made["meta"]["counts"].values()) == 1800
     assert made["decision"]["model"] == "fadenet-own-mednist"
-    assert made["metrics"]["test"]["auc"] > 0.5
+    assert made["metrics"]["test"]["overall"]["auc"] > 0.5

@@ -18,6 +18,7 @@ from tests.conftest import ROOT, Project
 pytestmark = pytest.mark.pipeline
 FIGURES = (
     "training_curves", "confusion_matrix", "roc_curves", "pr_curves", "auc_forest", "reliability", "decision_curves",
+    "score_histograms", "subgroup_forest", "gallery", "embedding",
 )  # fmt: skip
 
 
@@ -89,27 +90,29 @@ def test_numbers_are_the_same_everywhere(reproduced, mlflow):
     shown = json.loads(reproduced.run("dvc", "metrics", "show", "--json"))
     results = read(reproduced, "reports/results.json")
     assert shown[""]["data"]["reports/metrics.json"]["data"] == metrics
-    for name, value in metrics["test"].items():
-        assert logged[f"test.{name}"] == pytest.approx(value)
+    of_test = metrics["test"]["overall"]
+    for name, value in of_test.items():
+        assert logged[f"test.overall.{name}"] == pytest.approx(value)
     bounds = read(reproduced, "reports/intervals.json")["test"]["overall"]
     assert bounds["calibration_error"] is None
     known = {name for name, bound in bounds.items() if bound is not None}
     assert {"auc", "accuracy", "loss", "average_precision"} <= known
     for name in known:
-        assert [logged[f"interval.{name}.{end}"] for end in ("low", "high")] == pytest.approx(bounds[name])
+        assert [logged[f"test.interval.{name}.{end}"] for end in ("low", "high")] == pytest.approx(bounds[name])
     points = read(reproduced, "reports/operating_points.json")["points"]
-    of_basophils = points["youden"]["basophil"]["on_test"]["sensitivity"]
-    assert logged["operating_points.youden.basophil.on_test.sensitivity.low"] == pytest.approx(of_basophils["low"])
+    of_basophils = points["youden"]["basophil"]["on_test"]["sensitivity"]["value"]
+    assert logged["test.operating_points.youden.basophil.sensitivity"] == pytest.approx(of_basophils)
+    assert logged["test.per_class.basophil.auc"] == pytest.approx(metrics["test"]["per_class"]["basophil"]["auc"])
     assert set(pd.read_csv(reproduced.folder / "reports/curves/net_benefit.csv")["class"]) == set(points["youden"])
     for name in ("loss", "accuracy", "precision", "recall", "f1", "auc"):
-        assert results[f"test_{name}"] == metrics["test"][name]
+        assert results[f"test_{name}"] == of_test[name]
     assert set(results) == {
         *(f"test_{name}" for name in ("loss", "accuracy", "precision", "recall", "f1", "auc")),
         "train_losses", "val_losses", "train_accuracies", "val_accuracies", "config", "test_balanced_accuracy",
     }  # fmt: skip
-    balanced = {"value": metrics["test"]["balanced_accuracy"], "split": "published"}
+    balanced = {"value": of_test["balanced_accuracy"], "split": "published"}
     assert results["test_balanced_accuracy"] == balanced
-    assert read(reproduced, "reports/promotion.json")["auc"] == metrics["test"]["auc"]
+    assert read(reproduced, "reports/promotion.json")["auc"] == of_test["auc"]
 
 
 def test_dvc_shows_the_figures(reproduced):
@@ -127,7 +130,7 @@ def test_the_card_says_that_the_images_are_synthetic(reproduced, mlflow):
     assert "Synthetic: every image is drawn by a program" in card
     assert mlflow.get_model_version("fadenet-phantom", "1").description.replace("&emsp;", "") == card
     auc, bounds = (read(reproduced, f"reports/{name}.json")["test"] for name in ("metrics", "intervals"))
-    assert f"| AUC | {told(auc['auc'], bounds['overall']['auc'])} |" in card
+    assert f"| AUC | {told(auc['overall']['auc'], bounds['overall']['auc'])} |" in card
 
 
 # In an environment that has the requirements, but not this project.
@@ -187,7 +190,7 @@ def test_an_edit_of_evaluate_does_not_train(reproduced):
 
 
 def test_an_edit_of_train_does_not_download_and_a_worse_model_stays_a_challenger(reproduced, mlflow):
-    before = read(reproduced, "reports/metrics.json")["test"]["auc"]
+    before = read(reproduced, "reports/metrics.json")["test"]["overall"]["auc"]
     reproduced.change(train={"learning_rate": 1e-9}, promote={"min_auc": 0.0})
     output = reproduced.run("dvc", "repro")
     assert ran(output) == ["train", "evaluate", "promote"]

@@ -1,0 +1,132 @@
+"""ROC and precision-recall curves with their bands; each function returns a matplotlib figure.
+
+Up to three curves share a plot; of more classes each has a panel, since bands that overlap tell nothing.
+"""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+
+from fadeformer.metrics import pr_points, roc_points
+from fadeformer.plots import CHANCE, COLOURS, STYLES, panels, short
+from fadeformer.predictions import Predictions
+from fadeformer.summary import told
+
+TOGETHER = 3  # curves in one plot
+BAND = 0.18  # opacity
+
+
+def roc_curves(
+    predictions: Predictions, summary: Mapping[str, Any], intervals: Mapping[str, Any], bands: pd.DataFrame
+) -> Figure:
+    """Sensitivity against 1 - specificity of every class, with its AUC and bands.
+
+    Args:
+        predictions: of one split.
+        summary: of `fadeformer.summary.summarise`.
+        intervals: of `fadeformer.summary.intervals`.
+        bands: of `fadeformer.bands.bands`.
+    """
+    points = roc_points(predictions).rename(columns={"fpr": "x", "tpr": "y"})
+    labels = {name: ("AUC", told(*pair)) for name, pair in _values(summary, intervals, "auc").items()}
+    figure, plots = _drawn(points, bands[bands["curve"] == "roc"], labels, legend="lower right")
+    for axes in plots:
+        axes.plot([0, 1], [0, 1], **CHANCE)
+    title = "ROC" + _mean(summary, intervals, "auc", "AUC", len(labels))
+    return _titled(
+        figure, title, summary, ("1 - specificity (false positive rate)", "Sensitivity (true positive rate)")
+    )
+
+
+def pr_curves(
+    predictions: Predictions, summary: Mapping[str, Any], intervals: Mapping[str, Any], bands: pd.DataFrame
+) -> Figure:
+    """Precision against sensitivity of every class, with its average precision and bands; dotted: its prevalence.
+
+    Arguments are those of `roc_curves`.
+    """
+    points = pr_points(predictions).rename(columns={"recall": "x", "precision": "y"})
+    labels = {name: ("AP", told(*pair)) for name, pair in _values(summary, intervals, "average_precision").items()}
+    figure, plots = _drawn(points, bands[bands["curve"] == "pr"], labels, legend="lower left")
+    names = list(points["class"].unique())
+    for place, name in enumerate(names):
+        prevalence = summary["per_class"][name]["prevalence"]
+        axes = plots[place] if len(plots) > 1 else plots[0]
+        colour = COLOURS[place % len(COLOURS)] if len(plots) == 1 else CHANCE["color"]
+        axes.axhline(prevalence, color=colour, linestyle=CHANCE["linestyle"], linewidth=1)
+    mean = _mean(summary, intervals, "average_precision", "AP", len(labels))
+    return _titled(
+        figure, f"Precision-recall{mean}", summary, ("Recall (sensitivity)", "Precision (positive predictive value)"),
+        dotted="prevalence (chance)",
+    )  # fmt: skip
+
+
+def _values(summary: Mapping[str, Any], intervals: Mapping[str, Any], key: str) -> dict[str, tuple[Any, Any]]:
+    return {
+        name: (values[key], intervals["per_class"][name][key])
+        for name, values in summary["per_class"].items()
+        if values[key] is not None
+    }
+
+
+def _mean(summary: Mapping[str, Any], intervals: Mapping[str, Any], key: str, what: str, count: int) -> str:
+    value = summary["overall"][key]
+    if value is None or count < 3:
+        return ": no class can be judged" if value is None else ""
+    return f", mean {what} {told(value, intervals['overall'][key])}"
+
+
+def _drawn(
+    points: pd.DataFrame,
+    bands: pd.DataFrame,
+    labels: Mapping[str, tuple[str, str]],
+    *,
+    legend: Literal["lower right", "lower left"],
+) -> tuple[Figure, list[Axes]]:
+    names = list(points["class"].unique())
+    together = len(names) <= TOGETHER
+    figure, plots = panels(1 if together else len(names), side=2.2, alone=4.6)
+    for place, name in enumerate(names):
+        axes = plots[0 if together else place]
+        colour = COLOURS[place % len(COLOURS)] if together else COLOURS[0]
+        of_class, band = points[points["class"] == name], bands[bands["class"] == name]
+        what, value = labels[name]
+        style = STYLES[place] if together else "-"
+        axes.fill_between(band["x"], band["low"], band["high"], color=colour, alpha=BAND, linewidth=0)
+        axes.plot(of_class["x"], of_class["y"], color=colour, linestyle=style, label=f"{short(name)}\n{what} {value}")
+        if not together:
+            axes.set_title(f"{short(name)}\n{value}", fontsize=8)
+    if together and names:
+        plots[0].legend(loc=legend, fontsize=8, framealpha=0.85)
+    ticks = [0, 0.25, 0.5, 0.75, 1] if together else [0, 0.5, 1]
+    for axes in plots:
+        axes.set(xlim=(-0.01, 1.01), ylim=(-0.01, 1.01), aspect="equal", xticks=ticks, yticks=ticks)
+        axes.tick_params(labelsize=8)
+        axes.grid(alpha=0.3)
+    return figure, plots
+
+
+def _titled(
+    figure: Figure, title: str, summary: Mapping[str, Any], labels: tuple[str, str], dotted: str = "chance"
+) -> Figure:
+    figure.supxlabel(labels[0], fontsize=10)
+    figure.supylabel(labels[1], fontsize=10)
+    handles = [
+        Line2D([], [], color=COLOURS[0], label="curve"), Patch(color=COLOURS[0], alpha=BAND, label="interval"),
+        Line2D([], [], **CHANCE, label=dotted),
+    ]  # fmt: skip
+    left_out = ", ".join(short(name).replace("\n", " ") for name in summary["not_judged"])
+    lines = [title, *textwrap.wrap(f"not judged: {left_out}", 80)] if left_out else [title]
+    figure.legend(
+        handles=handles, loc="outside upper center", ncols=3, frameon=False, fontsize=8, title="\n".join(lines),
+        title_fontsize=10,
+    )  # fmt: skip
+    return figure

@@ -1,0 +1,71 @@
+"""A trained network with all that turns images into scores: what `models/` holds, wherever it is used."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from fadeformer import calibration
+from fadeformer.inference import choose_precision, logits_of
+from fadeformer.models import create_model, load_weights
+from fadeformer.normalisation import Normalisation
+from fadeformer.tasks import TASKS
+
+Floats = NDArray[np.float64]
+
+
+class Trained:
+    """Network, normalisation, head and calibration.
+
+    Args:
+        described: what `model.json` holds.
+        weights: `best_model.pth`, or safetensors.
+        device: where it runs.
+        precision: `32`, `bf16` or `16`; None for that of its training, but float32 on a CPU for float16.
+
+    Raises:
+        ValueError: the weights are damaged, or do not fit.
+    """
+
+    def __init__(
+        self, described: Mapping[str, Any], weights: Path, device: torch.device, precision: str | None = None
+    ) -> None:
+        self.task = TASKS[described["task"]].with_head(described["head"])
+        self.calibration = calibration.of_description(described["calibration"])
+        self.normalisation = Normalisation(**{name: tuple(v) for name, v in described["normalise"].items()})
+        self.model = create_model(**{**described["model"], "pretrained": False})
+        load_weights(self.model, weights)
+        self.model.to(device).eval()
+        self.device = device
+        trained_in = described["precision"]
+        told = "32" if trained_in == "16" and device.type == "cpu" else trained_in
+        self.precision = choose_precision(precision or told, device)
+
+    def scores(self, pixels: NDArray[np.uint8], batch_size: int) -> Floats:
+        """uint8 images (images, side, side, channels) to calibrated scores (images, classes)."""
+        return self.calibration(self.raw_scores(pixels, batch_size), self.task)
+
+    def raw_scores(self, pixels: NDArray[np.uint8], batch_size: int) -> Floats:
+        """Likewise, before calibration."""
+        logits = logits_of(self.model, pixels, batch_size, self.device, self.precision, self.normalisation)
+        return self.task.probabilities(logits)
+
+    def raw_scores_and_features(self, pixels: NDArray[np.uint8], batch_size: int) -> tuple[Floats, NDArray[np.float32]]:
+        """Scores before calibration, and what the classifier sees of each image, (images, channels)."""
+        found: list[NDArray[np.float32]] = []
+
+        def keep(_: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+            found.append(inputs[0].flatten(1).float().cpu().numpy())
+
+        head = self.model.get_classifier()  # type: ignore[operator]
+        hook = (head[0] if isinstance(head, tuple) else head).register_forward_pre_hook(keep)
+        try:
+            scores = self.raw_scores(pixels, batch_size)
+        finally:
+            hook.remove()
+        return scores, np.concatenate(found)
