@@ -24,6 +24,8 @@ from fadeformer import (
     params,
     plots,
     predictions,
+    published,
+    report,
     subgroups,
     summary,
 )
@@ -97,8 +99,8 @@ def measure(settings: dict[str, Any]) -> dict[str, float]:
     # The challenges' balanced accuracy is never told without the split that it is of.
     balanced = {"value": found["test"]["overall"]["balanced_accuracy"], "split": meta.split}
     config = {**described["params"], "evaluate": settings}
-    published = summary.published_results(found["test"], pd.read_csv(paths.HISTORY), config)
-    write_json(paths.RESULTS, {**published, "test_balanced_accuracy": balanced})
+    of_paper = summary.published_results(found["test"], pd.read_csv(paths.HISTORY), config)
+    write_json(paths.RESULTS, {**of_paper, "test_balanced_accuracy": balanced})
     with whole_file(paths.CARD) as path:
         card = model_card(meta, described, found, intervals, read_json(paths.OPERATING_POINTS), of_subgroups)
         path.write_text(card, encoding="utf-8")
@@ -151,6 +153,28 @@ def draw(dpi: int) -> None:
             plots.save(figure, folder / f"{name}.png", dpi)
 
 
+@task(name="write the report", persist_result=False)
+def write_report(run_id: str) -> None:
+    """One page of all that was found."""
+    table, meta = predictions.read(paths.PREDICTIONS), arrays.read_meta(paths.PROCESSED)
+    test = table.of("test")
+    page = report.report(
+        meta,
+        read_json(paths.ARCHITECTURE),
+        {"val": summary.summarise(table.of("val")), "test": summary.summarise(test)},
+        summary.summarise(test.before_calibration()),
+        read_json(paths.INTERVALS)["test"],
+        read_json(paths.OPERATING_POINTS),
+        read_json(paths.SUBGROUPS)["test"],
+        published.beside(meta),
+        {"sentences": []},
+        {path.stem: path.read_bytes() for path in sorted(paths.FIGURES.glob("*.png"))},
+        run_id,
+    )
+    with whole_file(paths.REPORT) as path:
+        path.write_text(page, encoding="utf-8")
+
+
 @task(name="log the evaluation to MLflow", persist_result=False)
 def log(settings: dict[str, Any]) -> None:
     """Adds numbers, figures and predictions to the run in which the model was trained."""
@@ -161,7 +185,7 @@ def log(settings: dict[str, Any]) -> None:
     tracking.log_metrics({"test": {"interval": told}})
     tracking.log_files(
         paths.PREDICTIONS, paths.EMBEDDING, paths.METRICS, paths.INTERVALS, paths.SUBGROUPS, paths.OPERATING_POINTS,
-        paths.RESULTS, paths.CARD,
+        paths.RESULTS, paths.CARD, paths.REPORT,
     )  # fmt: skip
     tracking.log_files(paths.FIGURES, under="figures")
     tracking.log_files(paths.MEDMNIST, under="medmnist")
@@ -180,6 +204,7 @@ def evaluate() -> str:
         predict(wanted.batch_size, wanted.subgroups)
         test = measure(wanted.model_dump())
         draw(wanted.figure_dpi)
+        write_report(run_id)
         log(wanted.model_dump())
     auc = "undefined" if test["auc"] is None else f"{test['auc']:.4f}"
     return (

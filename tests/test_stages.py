@@ -1,6 +1,7 @@
 """dvc.yaml lists for each stage exactly the sources, parameters and outputs that its module has."""
 
 import ast
+import tomllib
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from pipelines.__main__ import STAGES
 ROOT = Path(__file__).parents[1]
 DVC = YAML(typ="safe").load(ROOT / "dvc.yaml")
 LOCAL = ("fadeformer", "pipelines")
+PACKAGE_DATA = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]["fadeformer"]
 # Sources that stages import and that cannot change what they make.
 NO_INFLUENCE = {
     "fadeformer/__init__.py": "a docstring",
@@ -48,6 +50,8 @@ def sources_of(module: str) -> set[str]:
                 names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
             elif isinstance(node, ast.Constant) and str(node.value).endswith(".py"):  # a file handed to MLflow by name
                 names = [f"pipelines.{str(node.value).removesuffix('.py')}"]
+            elif isinstance(node, ast.Constant) and node.value in PACKAGE_DATA:
+                found.add(f"fadeformer/{node.value}")
             todo += [imported for imported in names if imported.split(".")[0] in LOCAL and is_module(imported)]
     return found
 
@@ -85,7 +89,7 @@ def test_command_runs_the_stage_of_that_name(stage):
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_sources_are_those_that_the_stage_imports(stage):
-    listed = {dep for dep in DVC["stages"][stage]["deps"] if dep.endswith(".py")}
+    listed = {dep for dep in DVC["stages"][stage]["deps"] if dep.startswith(LOCAL)}
     assert listed == sources_of(f"pipelines.{stage}") - NO_INFLUENCE.keys()
 
 
@@ -100,7 +104,7 @@ def test_outputs_and_data_dependencies_are_known_paths(stage):
     outs = [
         next(iter(out)) if isinstance(out, dict) else out for out in [*entry.get("outs", []), *entry.get("metrics", [])]
     ]
-    data = [dep for dep in entry["deps"] if not dep.endswith(".py") and not dep.startswith("${")]
+    data = [dep for dep in entry["deps"] if not dep.startswith(("${", "fadeformer/", "pipelines/"))]
     known = {value.as_posix() for name, value in vars(paths).items() if name.isupper()}
     assert {*outs, *data} <= known
     assert outs

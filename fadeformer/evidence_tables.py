@@ -1,0 +1,221 @@
+"""The tables that model card and report share: what the model is, of which data, and how good, cell by cell as text."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+
+from fadeformer.arrays import Meta
+from fadeformer.calibration import NONE, of_description
+from fadeformer.subgroups import worse
+from fadeformer.summary import told
+from fadeformer.tasks import Task
+
+NUMBERS = {
+    "auc": "AUC", "auc_micro": "AUC (micro)", "accuracy": "Accuracy", "balanced_accuracy": "Balanced accuracy",
+    "precision": "Precision (macro)", "recall": "Sensitivity (macro)", "specificity": "Specificity (macro)",
+    "f1": "F1 (macro)", "average_precision": "Average precision", "kappa": "Cohen's kappa",
+    "quadratic_kappa": "Kappa, quadratic weights", "calibration_error": "Calibration error (15 bins)",
+    "brier": "Brier score", "loss": "Loss, nats",
+}  # fmt: skip
+OF_CLASS = {
+    "support": "Images", "auc": "AUC", "recall": "Sensitivity", "specificity": "Specificity", "precision": "Precision",
+    "f1": "F1",
+}  # fmt: skip
+OF_SUBGROUP = ("auc", "balanced_accuracy", "recall", "specificity", "calibration_error")
+MEASURES = {"auc": "AUC", "recall": "sensitivity", "specificity": "specificity"}
+PUBLISHED = {"auc": "AUC", "accuracy": "Accuracy", "balanced_accuracy": "Balanced accuracy"}
+SHARES = ("Sensitivity", "Specificity", "Positive predictive value", "Negative predictive value")
+CHOSEN = {
+    "loss": "of the lowest validation loss", "accuracy": "of the highest validation accuracy",
+    "auc": "of the highest validation AUC",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of text under a head.
+
+    Attributes:
+        head: of each column; empty strings where the rows name themselves.
+        rows: as many cells each.
+    """
+
+    head: tuple[str, ...]
+    rows: list[tuple[str, ...]]
+
+
+def data(meta: Meta) -> Table:
+    """What the model was trained and judged on."""
+    card = meta.dataset
+    names = {"classes" if not meta.task.multi_label else "findings": ", ".join(meta.classes)}
+    return Table(
+        ("", ""),
+        [
+            ("Data set", f"{card['name']} ({card['file']})"),
+            ("SHA-256", str(card["sha256"])),
+            ("Licence", str(card["licence"])),
+            ("Task", str(card["task"])),
+            *((key.capitalize(), value) for key, value in names.items()),
+            ("Images", ", ".join(f"{split} {count:,}" for split, count in meta.counts.items())),
+            ("Split", meta.split),
+            ("Input", f"{meta.image_size} x {meta.image_size} pixels, {meta.channels} channel(s), uint8"),
+        ],
+    )
+
+
+def model(meta: Meta, described: Mapping[str, Any]) -> Table:
+    """What the model is; `described` is what `models/model.json` holds."""
+    network, settings = described["model"], described["params"]
+    fade = network["fade"]
+    return Table(
+        ("", ""),
+        [
+            ("Backbone", f"{network['backbone']}, {_origin(described)}"),
+            ("Fade layers", "none: the plain backbone" if fade is None else _fade(fade)),
+            ("Training", ", ".join(f"{key} {value}" for key, value in settings["train"].items())),
+            ("Seed", str(settings["seed"])),
+            ("Calibration", _calibration(described, meta.task)),
+            ("Weights kept", f"epoch {described['best_epoch']}, {CHOSEN[settings['train']['monitor']]}"),
+        ],
+    )
+
+
+def numbers(summary: Mapping[str, Any], intervals: Mapping[str, Any], confidence: float) -> Table:
+    """Every number over all classes.
+
+    Args:
+        summary: of `fadeformer.summary.summarise`, by split.
+        intervals: of `fadeformer.summary.intervals`, of test.
+        confidence: of the intervals.
+    """
+    test, val = summary["test"]["overall"], summary["val"]["overall"]
+    return Table(
+        ("", f"Test ({100 * confidence:g} % interval)", "Validation"),
+        [
+            (label, told(test[key], intervals["overall"][key]), _shown(val[key]))
+            for key, label in NUMBERS.items()
+            if key in test
+        ],
+    )
+
+
+def classes(meta: Meta, test: Mapping[str, Any], intervals: Mapping[str, Any]) -> Table:
+    """Numbers of each class or finding."""
+    return Table(
+        ("Class" if not meta.task.multi_label else "Finding", *OF_CLASS.values()),
+        [
+            (name, f"{values['support']:,}", *(told(values[key], bounds[key]) for key in OF_CLASS if key in bounds))
+            for (name, values), bounds in zip(test["per_class"].items(), intervals["per_class"].values(), strict=True)
+        ],
+    )
+
+
+def operating_points(operating: Mapping[str, Any]) -> Table:
+    """Thresholds and what they give; `operating` is what `reports/operating_points.json` holds."""
+    rules = {"youden": "largest sensitivity + specificity"}
+    rules |= {name: f"{name} at least {least:g}" for name, least in operating["wanted"].items() if least is not None}
+    rows = []
+    for rule, of_classes in operating["points"].items():
+        for name, point in of_classes.items():
+            shares = [] if point is None else list(point["on_test"].values())
+            cells = [told(s["value"], None if s["low"] is None else (s["low"], s["high"])) for s in shares]
+            limit = "not judged" if point is None else f"{point['threshold']:.4f}"
+            rows.append((rules[rule], name, limit, *(cells or [""] * len(SHARES))))
+    return Table(("Rule on validation", "Positive", "Score from", *SHARES), rows)
+
+
+def subgroups(found: Mapping[str, Any]) -> Table:
+    """Numbers of each subgroup; `found` is of `fadeformer.subgroups.compare`."""
+    rows = [
+        (
+            column, value, f"{of['images']:,}", f"{of['groups']:,}",
+            *(told(of["overall"][key], of["intervals"]["overall"][key]) for key in OF_SUBGROUP),
+        )
+        for column, values in found.items()
+        for value, of in values.items()
+    ]  # fmt: skip
+    return Table(("", "Value", "Images", "Patients or lesions", *(NUMBERS[key] for key in OF_SUBGROUP)), rows)
+
+
+def subgroups_verdict(found: Mapping[str, Any]) -> tuple[str, list[str]]:
+    """Whether a subgroup is worse than the whole, and a sentence for each that is."""
+    tests = sum(len(of["compared"]) for values in found.values() for of in values.values())
+    verdicts = [
+        f"{one['column']} {one['subgroup']}: {MEASURES[one['measure']]} of {one['class']} {one['value']:.3f}, in the"
+        f" whole {one['whole']:.3f} (adjusted p {one['p']:.2g})"
+        for one in worse(found)
+    ]
+    told_of = f"Compared with the whole in {tests:,} measures, and adjusted for that many:"
+    if not tests:
+        return "No subgroup has images enough to be compared with the whole.", []
+    return f"{told_of} {'worse beyond chance are' if verdicts else 'none is worse beyond chance.'}", verdicts
+
+
+def published(rows: pd.DataFrame, *, comparable: bool) -> Table:
+    """Published scores beside which ours may stand, or those that may not, with why.
+
+    Args:
+        rows: of `fadeformer.published.beside`.
+        comparable: which of them.
+    """
+    cells = []
+    for row in rows[rows["comparable"] == comparable].to_dict("records"):
+        scores = ["" if pd.isna(row[key]) else f"{row[key]:g}" for key in PUBLISHED]
+        cells.append(
+            (row["method"], row["resolution"], *scores, row["caveat" if comparable else "reason"], row["source"])
+        )
+    head = ("Method", "Pixels", *PUBLISHED.values(), "To bear in mind" if comparable else "Why not", "Source")
+    return Table(head, cells)
+
+
+def limits(meta: Meta, test: Mapping[str, Any], groups: int) -> list[str]:
+    """What a reader must bear in mind; `groups` is how many patients or lesions test has."""
+    found = [
+        "The validation images chose the epoch, so their numbers flatter.",
+        "Intervals tell what other test images would do, not another training.",
+    ]
+    if groups < test["images"]:
+        found.append(f"The test images come from {groups:,} patients or lesions, and so few are the intervals made of.")
+    if test["not_judged"]:
+        found.append(f"Not judged, for want of positives or negatives: {', '.join(test['not_judged'])}.")
+    if meta.cross_split_duplicates:
+        found.append(
+            f"**{meta.cross_split_duplicates} images stand in two splits**, as validate.max_cross_split_duplicates"
+            " allowed: the numbers may flatter."
+        )
+    return found
+
+
+def _fade(fade: Mapping[str, Any]) -> str:
+    """What decides the layers: `K` and `alpha` are the published variant's alone, `after_blocks` the other's."""
+    unused = ("after_blocks",) if fade["variant"] == "published" else ("K", "alpha")
+    told = {key: value for key, value in fade.items() if key not in unused}
+    return ", ".join(
+        f"{key} {', '.join(map(str, value)) if isinstance(value, list) else value}" for key, value in told.items()
+    )
+
+
+def _origin(described: Mapping[str, Any]) -> str:
+    weights = described["weights"]
+    if weights is not None:
+        return f"from the weights of {weights['file']} (SHA-256 `{weights['sha256']}`)"
+    return "pretrained" if described["model"]["pretrained"] else "from random weights"
+
+
+def _calibration(described: Mapping[str, Any], task: Task) -> str:
+    found = of_description(described["calibration"])
+    if found == NONE:
+        return "none: scores as the network gives them"
+    if task.multi_label:
+        return "vector scaling of each finding, fitted on validation"
+    return f"temperature {1 / found.slope[0]:.3g}, fitted on validation"
+
+
+def _shown(value: float | None) -> str:
+    if value is None:
+        return "undefined"
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4f}"

@@ -1,0 +1,167 @@
+"""The report: verdicts in words, and the page itself in a real browser, for sets of every kind."""
+
+import itertools
+import os
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from fadeformer import evidence_plots, plots, predictions, published, report, subgroups, summary
+from fadeformer.arrays import Meta
+from fadeformer.datasets.medmnist import SETS
+from fadeformer.operating import operating_points
+from fadeformer.tasks import TASKS
+
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
+KINDS = {"breastmnist": 2, "retinamnist": 5, "bloodmnist": 8, "organamnist": 11, "chestmnist": 14}
+RUN = "0123456789abcdef0123456789abcdef"
+
+
+def described(name: str) -> dict:
+    return {
+        "model": {"backbone": "fadevit_nano", "pretrained": False, "fade": None}, "best_epoch": 3, "weights": None,
+        "params": {"seed": 42, "dataset": {"name": name}, "train": {"epochs": 20, "monitor": "loss"}},
+        "calibration": {"slope": [0.5], "offset": [0.0]},
+    }  # fmt: skip
+
+
+def made(name: str, *, images: int = 200, skill: float = 2.0, leaks: int = 0, known: bool = True) -> SimpleNamespace:
+    """All that a report is made of, of a set with random scores."""
+    of, random = SETS[name], np.random.default_rng(0)
+    task, classes = TASKS[of.task], tuple(of.classes)
+    if task.multi_label:
+        labels = (random.random((images, len(classes))) < 0.2).astype(np.int64)
+        labels[:, 3] = 0
+        raw = 1 / (1 + np.exp(1.5 - random.normal(size=labels.shape) - skill * labels))
+    else:
+        labels = random.integers(0, len(classes), (images, 1))
+        logits = random.normal(size=(images, len(classes)))
+        logits[np.arange(images), labels[:, 0]] += skill
+        raw = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+    index = pd.DataFrame({"split": np.resize(["val", "test"], images), "id": np.arange(images), "group": None})
+    index["id"] = index["id"].astype(str)
+    columns = pd.DataFrame({"sex": random.choice(["F", "M"], images), "age": random.integers(0, 99, images)})
+    table = predictions.table(index, labels, raw, task, classes, raw, columns if known else None)
+    val, test = table.of("val"), table.of("test")
+    counts = {"train": 1000, "val": len(val.frame), "test": len(test.frame)}
+    dataset = {
+        "name": name, "file": f"{name}.npz", "sha256": "5e" * 32, "task": of.task, "classes": list(classes),
+        "licence": "CC BY 4.0", "note": "", "size": 28, "counts": counts,
+    }  # fmt: skip
+    meta = Meta(dataset, 28, 1, counts, "published", leaks, [0.5], [0.2])
+    intervals, found = subgroups.compare(test, [0, 40, 80], draws=100, seed=0, confidence=0.95)
+    wanted = {"youden": None, "sensitivity": 0.9}
+    points = operating_points(val, test, wanted, 0.95)
+    return SimpleNamespace(
+        meta=meta, test=test, described=described(name), intervals=intervals, subgroups=found,
+        summary={"val": summary.summarise(val), "test": summary.summarise(test)},
+        operating={"wanted": wanted, "confidence": 0.95, "points": points}, published=published.beside(meta),
+    )  # fmt: skip
+
+
+def verdicts(of: SimpleNamespace) -> dict[str, str]:
+    told = report.verdicts(
+        of.meta, of.summary["test"], of.summary["test"], of.intervals, 0.95, of.subgroups, of.published
+    )
+    return {sentence: kind for kind, sentence in told}
+
+
+def page(of: SimpleNamespace, folder: Path) -> Path:
+    folder.mkdir(exist_ok=True)
+    drawn = {
+        "confusion_matrix": plots.confusion_matrix(of.test),
+        "score_histograms": evidence_plots.score_histograms(of.test),
+    }
+    pngs = {}
+    for name in (*report.FIGURES, "gallery"):
+        plots.save(drawn.get(name, drawn["confusion_matrix"]), folder / f"{name}.png", 40)
+        pngs[name] = (folder / f"{name}.png").read_bytes()
+    text = report.report(
+        of.meta, of.described, of.summary, of.summary["test"], of.intervals, of.operating, of.subgroups, of.published,
+        {"sentences": ["A sentence on <explanations>."]}, pngs, RUN,
+    )  # fmt: skip
+    (folder / "index.html").write_text(text, encoding="utf-8")
+    return folder / "index.html"
+
+
+def test_the_verdict_tells_numbers_calibration_subgroups_and_published_scores():
+    told = verdicts(made("retinamnist"))
+    sentences = list(told)
+    assert sentences[0].startswith("AUC 0.")
+    assert "on 100 test images (95 % intervals)." in sentences[0]
+    assert any(sentence.startswith("Calibration error 0.") for sentence in sentences)
+    assert any("none is worse beyond chance" in sentence for sentence in sentences)
+    (beside,) = [sentence for sentence in sentences if "published AUCs that may be compared" in sentence]
+    assert told[beside] == "good"  # a skill that no published method has
+
+
+def test_the_verdict_warns_of_chance_leaks_and_classes_that_are_not_judged():
+    told = verdicts(made("breastmnist", images=60, skill=0.0, leaks=3, known=False))
+    assert next(iter(told.values())) == "bad"
+    assert "chance alone is not ruled out" in next(iter(told))
+    assert told["3 images stand in two splits, so the numbers may flatter."] == "bad"
+    assert "Nothing is known of these images by which they could be divided into subgroups." in told
+    without = next(sentence for sentence in verdicts(made("chestmnist")) if sentence.startswith("Not judged"))
+    assert without == f"Not judged, for want of images with or without: {SETS['chestmnist'].classes[3]}."
+
+
+def test_what_stands_in_the_page_is_escaped_and_nothing_points_outside(tmp_path):
+    of = made("bloodmnist")
+    of.meta.dataset["note"] = "a <script>alert(1)</script> note"
+    text = page(of, tmp_path).read_text()
+    assert "<script" not in text
+    assert "A sentence on &lt;explanations&gt;." in text
+    assert "http" not in text.replace("https://medmnist.com", "")
+    assert "monitor: loss" in text
+
+
+@pytest.fixture(scope="module")
+def browser():
+    if CHROMIUM is None:
+        if os.environ.get("FADEFORMER_BROWSER") == "required":
+            pytest.fail("no Chromium on this machine, and FADEFORMER_BROWSER asks for one")
+        pytest.skip("needs Chromium (apt-get install chromium)")
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as driver:
+        started = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-dev-shm-usage"])
+        yield started
+        started.close()
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_the_page_in_a_browser(browser, tmp_path, name):
+    of = made(name)
+    assert len(of.meta.classes) == KINDS[name]
+    path = page(of, tmp_path)
+    for width in (1200, 375):
+        tab = browser.new_page(viewport={"width": width, "height": 800})
+        messages, requests = [], []
+        tab.on("console", lambda message, found=messages: found.append(message.text))
+        tab.on("pageerror", lambda error, found=messages: found.append(str(error)))
+        tab.on("request", lambda request, found=requests: found.append(request.url))
+        tab.goto(path.as_uri())
+        assert messages == []
+        assert [url for url in requests if not url.startswith(("file:", "data:"))] == []
+        assert tab.evaluate("[...document.images].every(image => image.complete && image.naturalWidth > 0)")
+        assert tab.evaluate("document.images.length") == len(report.FIGURES) + 1
+        assert tab.evaluate("document.documentElement.scrollWidth") <= width
+        assert all(tab.evaluate("[...document.images].map(image => image.alt.length > 20)"))
+        # what a screen reader hears first, and in which order
+        levels = tab.evaluate("[...document.querySelectorAll('h1, h2, h3')].map(head => +head.tagName[1])")
+        assert levels[0] == 1
+        assert all(after - before <= 1 for before, after in itertools.pairwise(levels))
+        assert tab.evaluate("[...document.querySelectorAll('table')].every(table => table.caption)")
+        assert tab.evaluate("document.querySelectorAll('h2')[0].textContent") == "Verdict"
+        # the keyboard: first the way past the links, then the links, each to a place that is there
+        tab.keyboard.press("Tab")
+        assert tab.evaluate("document.activeElement.className") == "skip"
+        tab.keyboard.press("Enter")
+        assert tab.evaluate("document.activeElement.id") == "main"
+        links = tab.evaluate("[...document.querySelectorAll('nav a')].map(link => link.getAttribute('href').slice(1))")
+        assert all(tab.evaluate("id => document.getElementById(id) !== null", link) for link in links)
+        tab.close()
