@@ -13,8 +13,9 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from fadeformer import resampling
-from fadeformer.metrics import one_versus_rest, shown_classes
+from fadeformer.metrics import shown_classes
 from fadeformer.predictions import Predictions
+from fadeformer.tasks import one_versus_rest
 
 Floats = NDArray[np.float64]
 

@@ -17,8 +17,7 @@ from numpy.typing import NDArray
 from scipy.optimize import minimize, minimize_scalar
 from scipy.special import expit, log_softmax, softmax
 
-from fadeformer.metrics import TINY, one_versus_rest
-from fadeformer.tasks import Task
+from fadeformer.tasks import TINY, Task, one_versus_rest
 
 Floats = NDArray[np.float64]
 

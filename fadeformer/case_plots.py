@@ -11,9 +11,9 @@ import pandas as pd
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from fadeformer.metrics import one_versus_rest
 from fadeformer.plots import COLOURS, NAME_WIDTH, short
 from fadeformer.predictions import Predictions
+from fadeformer.tasks import one_versus_rest
 
 MARKS = ("o", "s", "^", "D", "v", "P", "X")
 IN_ONE_MAP = 7  # classes that colours tell apart

@@ -12,11 +12,12 @@ from matplotlib.lines import Line2D
 from numpy.typing import NDArray
 
 from fadeformer import resampling
-from fadeformer.metrics import one_versus_rest, shown_classes
+from fadeformer.metrics import shown_classes
 from fadeformer.plots import CHANCE, COLOURS, panels, short
 from fadeformer.predictions import Predictions
 from fadeformer.proportions import share_interval
 from fadeformer.summary import told
+from fadeformer.tasks import one_versus_rest
 
 BINS = 10  # of the reliability diagram, of equal mass
 FLOOR = -0.05  # of net benefit in the figure: far below 0 no threshold is of use

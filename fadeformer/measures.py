@@ -13,10 +13,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fadeformer.metrics import TINY, one_versus_rest
 from fadeformer.predictions import Predictions
 from fadeformer.ranked import Ranked
-from fadeformer.tasks import ORDINAL
+from fadeformer.tasks import ORDINAL, TINY, one_versus_rest
 
 Floats = NDArray[np.float64]
 Truth = NDArray[np.bool_]

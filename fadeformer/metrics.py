@@ -15,17 +15,11 @@ from sklearn.metrics import precision_recall_curve, roc_auc_score, roc_curve
 
 from fadeformer.predictions import Predictions
 from fadeformer.ranked import Ranked
-from fadeformer.tasks import TASKS, Task
+from fadeformer.tasks import TASKS, TINY, Task, one_versus_rest
 
 Labels = NDArray[np.int64]
 Scores = NDArray[np.float64]
-TINY = np.finfo(np.float64).tiny  # a score of 0 for what is true costs 708 nats, not infinity
 CURVE_POINTS = 400  # of one curve, so that a table of curves stays small
-
-
-def one_versus_rest(labels: Labels, classes: int, task: Task) -> NDArray[np.bool_]:
-    """Which classes or findings each image has: labels (images, labels) to (images, classes)."""
-    return labels.astype(bool) if task.multi_label else labels == np.arange(classes)
 
 
 def auc(labels: Labels, scores: Scores, task: Task) -> float | None:

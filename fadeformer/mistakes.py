@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 
-from fadeformer.metrics import one_versus_rest
 from fadeformer.predictions import Predictions
+from fadeformer.tasks import one_versus_rest
 
 COLUMNS = ("row", "id", "class", "true", "called", "score")
 

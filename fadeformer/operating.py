@@ -15,10 +15,11 @@ from numpy.typing import NDArray
 from sklearn.metrics import roc_curve
 
 from fadeformer import resampling
-from fadeformer.metrics import one_versus_rest, shown_classes
+from fadeformer.metrics import shown_classes
 from fadeformer.predictions import Predictions
 from fadeformer.proportions import share_interval
 from fadeformer.resampling import Interval
+from fadeformer.tasks import one_versus_rest
 
 Floats = NDArray[np.float64]
 Truth = NDArray[np.bool_]

@@ -15,8 +15,8 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from fadeformer.files import whole_file
-from fadeformer.metrics import one_versus_rest
 from fadeformer.predictions import Predictions
+from fadeformer.tasks import one_versus_rest
 
 # Okabe and Ito's colours, told apart with every kind of colour vision; line styles tell apart what repeats a colour.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")

@@ -24,6 +24,7 @@ if TYPE_CHECKING:  # torch takes seconds to import, and the stages that only rea
     from torch import Tensor
 
 ORDINAL = "ordinal-regression"
+TINY = float(np.finfo(np.float64).tiny)  # a score of 0 for what is true costs 708 nats, not infinity
 
 
 def _softmax_losses(logits: Tensor, targets: Tensor, weights: Tensor, gamma: float) -> Tensor:
@@ -199,3 +200,8 @@ TASKS: dict[str, Task] = {
         Task("multi-label, binary-class", *_LABELS),
     )
 }
+
+
+def one_versus_rest(labels: NDArray[np.int64], classes: int, task: Task) -> NDArray[np.bool_]:
+    """Which classes or findings each image has: labels (images, labels) to (images, classes)."""
+    return labels.astype(bool) if task.multi_label else labels == np.arange(classes)
