@@ -182,9 +182,9 @@ def _vit(backbone: str, pretrained: bool, options: dict[str, Any]) -> Any:
         vit = timm_model(backbone, pretrained=pretrained, num_classes=0, **options)
     except TypeError:  # an argument that this network lacks, such as img_size, or that no network has
         vit = timm_model(backbone)
-        if _is_vit(vit):
+        if is_vit(vit):
             raise
-    if not _is_vit(vit):
+    if not is_vit(vit):
         raise ValueError(
             f"{backbone} is not a ViT, which FadeNet needs: one width and one grid of patches through all blocks (such"
             " as vit_base_patch16_224, deit3_small_patch16_224, eva02_tiny_patch14_224 or fadevit_nano); set model.fade"
@@ -195,7 +195,8 @@ def _vit(backbone: str, pretrained: bool, options: dict[str, Any]) -> Any:
     return vit
 
 
-def _is_vit(model: nn.Module) -> bool:
+def is_vit(model: nn.Module) -> bool:
+    """Whether a network is a ViT of timm's: one width and one grid of patches through all blocks."""
     return all(hasattr(model, name) for name in PARTS) and hasattr(model.patch_embed, "dynamic_feat_size")
 
 

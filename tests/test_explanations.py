@@ -1,0 +1,264 @@
+"""Explanations of single predictions: they add up, they point at what decides, and they leave the model as it is."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional
+
+from fadeformer import explanations
+from fadeformer.explanations import fade_maps, grad_cam, is_flat, upsample
+from fadeformer.grid import rescaled_laplacian_operator
+from fadeformer.models import create_model
+from fadeformer.normalisation import IMAGENET
+
+GREY = IMAGENET.of(1)
+PUBLISHED = {"num_heads": 4}
+DIFFUSION = {"variant": "diffusion", "after_blocks": [1, "last"], "num_heads": 4, "dropout": 0.1}
+
+
+def network(backbone: str = "fadevit_nano", fade: dict | None = PUBLISHED, side: int = 28, in_chans: int = 1):
+    torch.manual_seed(0)
+    return create_model(
+        backbone=backbone, num_classes=3, image_size=side, in_chans=in_chans, pretrained=False, dropout=0.5,
+        drop_path=0.0, fade=fade,
+    ).eval()  # fmt: skip
+
+
+def noise(images: int = 5, side: int = 28, channels: int = 1):
+    return np.random.default_rng(0).integers(0, 256, (images, side, side, channels), dtype=np.uint8)
+
+
+CLASSES = np.array([0, 1, 2, 0, 1])
+
+
+def biased(model):
+    """The same with biases that are not 0, as training leaves them."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                parameter.normal_(std=0.1)
+    return model
+
+
+def state_of(model):
+    """All that an explanation might leave changed."""
+    hooks = [
+        len(module._forward_hooks) + len(module._forward_pre_hooks) + len(module._backward_hooks)
+        for module in model.modules()
+    ]
+    return {
+        "training": [module.training for module in model.modules()],
+        "requires_grad": [parameter.requires_grad for parameter in model.parameters()],
+        "grad": [parameter.grad is None for parameter in model.parameters()],
+        "hooks": hooks,
+        "weights": [value.clone() for value in model.state_dict().values()],
+    }
+
+
+def assert_same_state(one, two):
+    assert all(torch.equal(a, b) for a, b in zip(one.pop("weights"), two.pop("weights"), strict=True))
+    assert one == two
+
+
+@pytest.mark.parametrize("power", [0, 2, 3])
+@pytest.mark.parametrize("alpha", [0.5, 0.8])
+@pytest.mark.parametrize(("backbone", "heads", "side"), [("fadevit_nano", 4, 28), ("eva02_tiny_patch14_224", 3, 42)])
+def test_fade_maps_and_bias_sum_to_the_logit(backbone, heads, side, alpha, power):
+    fade = {"num_heads": heads, "alpha": alpha, "K": power}
+    model = biased(network(backbone, fade, side)).double()
+    maps = fade_maps(model, noise(side=side), GREY, CLASSES)
+    with torch.no_grad():
+        logits = model(GREY(torch.from_numpy(noise(side=side))).double()).numpy()[np.arange(5), CLASSES]
+    np.testing.assert_allclose(maps.logits, logits, atol=1e-10)
+    attention = maps.attention.sum(axis=(1, 2))
+    for laplacian in (maps.laplacian, maps.laplacian_outputs):
+        np.testing.assert_allclose(attention + laplacian.sum(axis=(1, 2)) + maps.bias, logits, atol=1e-8)
+    assert maps.alpha == pytest.approx(alpha)
+    assert np.abs(maps.bias).min() > 1e-4  # it is not by accident that it may be left out
+
+
+def test_in_float32_they_sum_to_the_logit_as_exactly_as_that_allows():
+    maps = fade_maps(network(), noise(), GREY, CLASSES)
+    whole = maps.attention.sum(axis=(1, 2)) + maps.laplacian.sum(axis=(1, 2)) + maps.bias
+    np.testing.assert_allclose(whole, maps.logits, atol=1e-5)
+
+
+def test_fade_maps_are_those_of_the_formula():
+    """Patch by patch, from the layer's whole attention matrix and whole Laplacian."""
+    model = biased(network(fade={"num_heads": 4, "alpha": 0.7, "K": 3})).double()
+    maps = fade_maps(model, noise(), GREY, CLASSES)
+    with torch.no_grad():
+        features = model.forward_features(GREY(torch.from_numpy(noise())).double())
+        layer, patches = model.attn, features.shape[2] * features.shape[3]
+        q, k, v = layer.qkv(features).flatten(2).chunk(3, dim=1)  # each B, C, N
+        q, k, v = (part.unflatten(1, (4, 32)).transpose(2, 3) for part in (q, k, v))  # B, heads, N, d
+        weights = torch.softmax(q @ k.mT / math.sqrt(32), dim=-1)
+        power = rescaled_laplacian_operator(*features.shape[2:], 3)
+        project = layer.proj.weight.flatten(1)
+        for image, wanted in enumerate(CLASSES):
+            toward = model.classifier.weight[wanted] @ project  # C
+            for n in (0, 17, patches - 1):
+                alone = torch.zeros_like(v[image])
+                alone[:, n] = v[image][:, n]
+                attended = (weights[image] @ alone).mean(dim=1).flatten()  # C, of the value of patch n and no other
+                diffused = (power @ alone).mean(dim=1).flatten()
+                output = (power @ v[image])[:, n].flatten() / patches
+                for name, expected in (
+                    ("attention", 0.7 * attended), ("laplacian", 0.3 * diffused), ("laplacian_outputs", 0.3 * output),
+                ):  # fmt: skip
+                    found = getattr(maps, name)[image].ravel()[n]
+                    assert found == pytest.approx(float(toward @ expected), abs=1e-8), name
+
+
+def test_the_two_views_of_the_laplacian_differ_but_not_in_their_sum():
+    maps = fade_maps(network(), noise(), GREY, CLASSES)
+    assert np.abs(maps.laplacian - maps.laplacian_outputs).max() > 0.1 * np.abs(maps.laplacian).max()
+    sums = [part.sum(axis=(1, 2)) for part in (maps.laplacian, maps.laplacian_outputs)]
+    np.testing.assert_allclose(*sums, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("backbone", "fade"), [("fadevit_nano", DIFFUSION), ("fadevit_nano", None), ("resnet18", None)]
+)
+def test_other_networks_have_no_fade_maps(backbone, fade):
+    with pytest.raises(ValueError, match="only a FadeNet of the variant published has fade maps; use grad_cam"):
+        fade_maps(network(backbone, fade), noise(), GREY, CLASSES)
+
+
+def test_without_a_classifier_there_is_no_logit():
+    model = network()
+    model.reset_classifier(0)
+    with pytest.raises(ValueError, match="has no classifier"):
+        fade_maps(model, noise(), GREY, CLASSES)
+
+
+@pytest.mark.parametrize(
+    ("backbone", "fade", "side", "grid"),
+    [
+        ("fadevit_nano", PUBLISHED, 28, 7), ("fadevit_nano", DIFFUSION, 28, 7), ("fadevit_nano", None, 28, 7),
+        ("vit_tiny_patch16_224", None, 48, 3), ("vit_tiny_patch16_224", PUBLISHED | {"num_heads": 3}, 48, 3),
+        ("deit_tiny_distilled_patch16_224", None, 48, 3), ("eva02_tiny_patch14_224", None, 42, 3),
+        ("resnet18", None, 96, 3), ("densenet121", None, 96, 3), ("swin_tiny_patch4_window7_224", None, 224, 7),
+        ("medvit_small", None, 96, 3),
+    ],
+)  # fmt: skip
+def test_grad_cam_of_every_kind_of_network(backbone, fade, side, grid):
+    model = network(backbone, fade, side)
+    before = state_of(model)
+    maps = grad_cam(model, noise(side=side), GREY, CLASSES)
+    assert maps.shape == (5, grid, grid)
+    assert maps.min() >= 0
+    assert maps.max() > 0
+    assert not is_flat(maps).all()
+    assert_same_state(state_of(model), before)
+
+
+def test_grad_cam_is_that_of_the_paper():
+    model = network("resnet18", None, 96)
+    found = grad_cam(model, noise(side=96), GREY, CLASSES)
+    features = model.forward_features(GREY(torch.from_numpy(noise(side=96)))).detach().requires_grad_()
+    logits = model.forward_head(features)[torch.arange(5), torch.from_numpy(CLASSES)]
+    (gradient,) = torch.autograd.grad(logits.sum(), features)
+    channels = gradient.mean(dim=(2, 3), keepdim=True)
+    expected = functional.relu((channels * features).sum(dim=1)).detach().numpy()
+    np.testing.assert_allclose(found, expected, atol=1e-6 * expected.max())
+
+
+def test_grad_cam_of_a_class_token_is_of_the_patches_that_go_into_the_last_block():
+    model = network("vit_tiny_patch16_224", None, 48)
+    found = grad_cam(model, noise(side=48), GREY, CLASSES)
+    images = GREY(torch.from_numpy(noise(side=48)))
+    with torch.no_grad():
+        tokens = model.blocks[:-1](model.norm_pre(model._pos_embed(model.patch_embed(images))))
+    patches = tokens[:, 1:].clone().requires_grad_()
+    last = model.norm(model.blocks[-1](torch.cat([tokens[:, :1], patches], dim=1)))
+    logits = model.head(last[:, 0])[torch.arange(5), torch.from_numpy(CLASSES)]
+    (gradient,) = torch.autograd.grad(logits.sum(), patches)
+    expected = functional.relu((gradient.mean(dim=1, keepdim=True) * patches).sum(dim=2)).detach().numpy()
+    np.testing.assert_allclose(found.reshape(5, 9), expected, atol=1e-6 * expected.max())
+
+
+@pytest.mark.parametrize("backbone", ["mixer_s32_224", "crossvit_tiny_240"])
+def test_a_network_without_a_map_of_places_is_told(backbone):
+    side = 240 if "240" in backbone else 224
+    model = network(backbone, None, side)
+    before = state_of(model)
+    with pytest.raises(ValueError, match="are no map of places, which Grad-CAM needs"):
+        grad_cam(model, noise(1, side), GREY, CLASSES[:1])
+    assert_same_state(state_of(model), before)
+
+
+def test_a_module_that_is_none_of_timms_is_told():
+    with pytest.raises(ValueError, match="Linear is no network of timm's kind"):
+        grad_cam(torch.nn.Linear(3, 3).eval(), noise(), GREY, CLASSES)
+
+
+@pytest.mark.parametrize("explain", [fade_maps, grad_cam])
+@pytest.mark.parametrize(
+    ("classes", "message"),
+    [
+        (np.array([0, 1]), r"one integer for each of 1 or more images, not int64 \(2,\)"),
+        (np.array([0.0, 1, 2, 0, 1]), "one integer for each"),
+        (np.array([0, 1, -1, 0, 1]), "classes holds -1"),
+        (np.array([0, 1, 3, 0, 1]), "classes holds 3, but the model has 3 outputs"),
+    ],
+)
+def test_classes_that_do_not_fit_are_told(explain, classes, message):
+    with pytest.raises(ValueError, match=message):
+        explain(network(), noise(), GREY, classes)
+
+
+@pytest.mark.parametrize("explain", [fade_maps, grad_cam])
+def test_a_model_in_training_is_refused(explain):
+    model = network()
+    model.blocks[1].train()
+    with pytest.raises(ValueError, match=r"in training mode; call model\.eval\(\) first"):
+        explain(model, noise(), GREY, CLASSES)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("explain", [fade_maps, grad_cam])
+def test_the_model_and_the_random_state_stay_as_they_are(explain, frozen):
+    model = network()
+    model.blocks.requires_grad_(not frozen)
+    before, random = state_of(model), torch.get_rng_state()
+    with torch.no_grad():  # where explanations may well be asked for
+        explain(model, noise(), GREY, CLASSES)
+    assert_same_state(state_of(model), before)
+    assert torch.equal(torch.get_rng_state(), random)
+
+
+def test_hooks_are_removed_when_the_network_fails(monkeypatch):
+    model = network("vit_tiny_patch16_224", None, 48)
+    before = state_of(model)
+    monkeypatch.setattr(model.blocks[-1], "forward", lambda _: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        grad_cam(model, noise(side=48), GREY, CLASSES)
+    assert_same_state(state_of(model), before)
+
+
+@pytest.mark.parametrize("explain", [lambda *given: fade_maps(*given).attention, grad_cam])
+def test_the_batch_size_does_not_matter_and_twice_is_the_same(explain, monkeypatch):
+    model = network()
+    whole = explain(model, noise(), GREY, CLASSES)
+    np.testing.assert_array_equal(explain(model, noise(), GREY, CLASSES), whole)
+    monkeypatch.setattr(explanations, "BATCH", 2)
+    np.testing.assert_allclose(explain(model, noise(), GREY, CLASSES), whole, atol=1e-5 * np.abs(whole).max())
+
+
+def test_upsampling_keeps_the_place():
+    grid = np.zeros((2, 7, 7))
+    grid[0, 2, 5], grid[1] = 1.0, 3.0
+    maps = upsample(grid, 28)
+    assert maps.shape == (2, 28, 28)
+    row, column = np.unravel_index(maps[0].argmax(), (28, 28))
+    assert (row // 4, column // 4) == (2, 5)
+    np.testing.assert_allclose(maps[1], 3.0)
+    assert maps[0].sum() == pytest.approx(16.0)  # a value inside spreads over the pixels of its patch
+
+
+def test_flat_maps_are_known():
+    maps = np.stack([np.zeros((3, 3)), np.full((3, 3), 0.1) + 1e-17, np.arange(9.0).reshape(3, 3)])
+    assert is_flat(maps).tolist() == [True, True, False]
