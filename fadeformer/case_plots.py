@@ -21,22 +21,19 @@ COLUMNS = 6  # images in a row
 CAPTION = 20  # characters in a line below an image
 
 
-def gallery(
-    wrong: pd.DataFrame, pixels: NDArray[np.uint8], maps: Mapping[str, Sequence[NDArray[np.float64] | None]]
-) -> Figure:
+def gallery(wrong: pd.DataFrame, pixels: NDArray[np.uint8], maps: Mapping[str, NDArray[np.float64]]) -> Figure:
     """The most wrong images with what was called, and below each what the model looked at.
 
     Args:
         wrong: of `fadeformer.mistakes.most_wrong`.
         pixels: of these images, uint8, (images, side, side, channels).
-        maps: by name, of each image (side, side), or None; what speaks against the class is below 0.
+        maps: by name, (images, side, side); what speaks against the class is below 0.
     """
     if wrong.empty:
         figure = Figure(figsize=(4.8, 1.2), layout="constrained")
         figure.text(0.5, 0.5, "No test image is wrong", ha="center", va="center")
         return figure
-    shown = {name: of for name, of in maps.items() if any(one is not None for one in of)}
-    columns, strips = min(COLUMNS, max(3, len(wrong))), 1 + len(shown)
+    columns, strips = min(COLUMNS, max(3, len(wrong))), 1 + len(maps)
     blocks = math.ceil(len(wrong) / columns)
     figure = Figure(figsize=(1.75 * columns, blocks * (0.75 + 1.65 * strips) + 0.4), layout="constrained")
     grid = figure.subplots(blocks * strips, columns, squeeze=False)
@@ -49,10 +46,8 @@ def gallery(
         top.imshow(image, cmap="gray", vmin=0, vmax=255)
         lines = [f"called: {row['called']}, {row['score']:.2f}", f"true: {row['true']}"]
         top.set_title("\n".join(_wrapped(line) for line in lines), fontsize=7)
-        for below, (name, of) in enumerate(shown.items(), start=1):
+        for below, (name, of) in enumerate(maps.items(), start=1):
             axes, found = grid[block * strips + below, column], of[place]
-            if found is None:
-                continue
             most = max(float(np.abs(found).max()), np.finfo(float).tiny)
             axes.imshow(image if image.ndim == 2 else image.mean(axis=2), cmap="gray", vmin=0, vmax=255)
             axes.imshow(found, cmap="PuOr_r", vmin=-most, vmax=most, alpha=0.6)

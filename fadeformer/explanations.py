@@ -231,7 +231,7 @@ def _batches(
     parameter = next(model.parameters())
     for start in range(0, len(pixels), BATCH):
         images = normalisation(torch.from_numpy(np.array(pixels[start : start + BATCH])).to(parameter.device))
-        yield images.to(parameter.dtype), torch.from_numpy(wanted[start : start + BATCH]).long().to(parameter.device)
+        yield images.to(parameter.dtype), torch.tensor(wanted[start : start + BATCH]).long().to(parameter.device)
 
 
 def _of_classes(logits: Tensor, wanted: Tensor) -> Tensor:

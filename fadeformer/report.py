@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,7 +55,7 @@ def report(
     operating: Mapping[str, Any],
     subgroups: Mapping[str, Any],
     published: pd.DataFrame,
-    explained: Mapping[str, Any],
+    explained: Sequence[str],
     figures: Mapping[str, bytes],
     run_id: str,
 ) -> str:
@@ -70,7 +70,7 @@ def report(
         operating: what `reports/operating_points.json` holds.
         subgroups: of `fadeformer.subgroups.compare`, of test.
         published: of `fadeformer.published.beside`.
-        explained: `methods` (name to what it shows, and how it may be trusted), sentences.
+        explained: what the maps of the gallery are and how far they can be trusted, sentences.
         figures: PNG by name.
         run_id: MLflow's, of the training.
     """

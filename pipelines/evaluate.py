@@ -13,6 +13,7 @@ from prefect import flow, task
 from fadeformer import (
     arrays,
     bands,
+    case_maps,
     case_plots,
     curve_plots,
     embedding,
@@ -122,8 +123,8 @@ def measure(settings: dict[str, Any]) -> dict[str, float]:
 
 
 @task(name="draw figures", persist_result=False)
-def draw(dpi: int) -> None:
-    """Every figure, as PNG and SVG."""
+def draw(dpi: int, seed: int) -> None:
+    """Every figure, as PNG and SVG, and what the model looked at in its worst mistakes."""
     test = predictions.read(paths.PREDICTIONS).of("test")
     history, best_epoch = pd.read_csv(paths.HISTORY), read_json(paths.ARCHITECTURE)["best_epoch"]
     found, told = summary.summarise(test), read_json(paths.INTERVALS)
@@ -131,7 +132,9 @@ def draw(dpi: int) -> None:
     curves = pd.read_csv(paths.CURVES / "bands.csv")
     before = read_json(paths.METRICS)["test"]["before_calibration"]["calibration_error"]
     wrong = mistakes.most_wrong(test, GALLERY)
-    pixels = arrays.read(paths.PROCESSED, "test").pixels[wrong["row"].to_numpy()]
+    pixels = arrays.read(paths.PROCESSED, "test").pixels
+    looked = case_maps.case_maps(trained(), wrong, pixels, test.scores.argmax(axis=1), seed)
+    write_json(paths.EXPLANATIONS, {**looked.numbers, "sentences": looked.sentences})
     places = pd.read_parquet(paths.EMBEDDING)
     figures = {
         "training_curves": plots.training_curves(history, best_epoch),
@@ -145,7 +148,7 @@ def draw(dpi: int) -> None:
         "subgroup_forest": evidence_plots.subgroup_forest(
             found, intervals, read_json(paths.SUBGROUPS)["test"], confidence
         ),
-        "gallery": case_plots.gallery(wrong, pixels, {}),
+        "gallery": case_plots.gallery(wrong, pixels[wrong["row"].to_numpy()], looked.maps),
         "embedding": case_plots.embedding(test, places, places.attrs["explained"]),
     }
     with whole_folder(paths.FIGURES) as folder:
@@ -167,7 +170,7 @@ def write_report(run_id: str) -> None:
         read_json(paths.OPERATING_POINTS),
         read_json(paths.SUBGROUPS)["test"],
         published.beside(meta),
-        {"sentences": []},
+        read_json(paths.EXPLANATIONS)["sentences"],
         {path.stem: path.read_bytes() for path in sorted(paths.FIGURES.glob("*.png"))},
         run_id,
     )
@@ -185,7 +188,7 @@ def log(settings: dict[str, Any]) -> None:
     tracking.log_metrics({"test": {"interval": told}})
     tracking.log_files(
         paths.PREDICTIONS, paths.EMBEDDING, paths.METRICS, paths.INTERVALS, paths.SUBGROUPS, paths.OPERATING_POINTS,
-        paths.RESULTS, paths.CARD, paths.REPORT,
+        paths.EXPLANATIONS, paths.RESULTS, paths.CARD, paths.REPORT,
     )  # fmt: skip
     tracking.log_files(paths.FIGURES, under="figures")
     tracking.log_files(paths.MEDMNIST, under="medmnist")
@@ -203,7 +206,7 @@ def evaluate() -> str:
     with tracking.run(run_id):
         predict(wanted.batch_size, wanted.subgroups)
         test = measure(wanted.model_dump())
-        draw(wanted.figure_dpi)
+        draw(wanted.figure_dpi, wanted.bootstrap_seed)
         write_report(run_id)
         log(wanted.model_dump())
     auc = "undefined" if test["auc"] is None else f"{test['auc']:.4f}"

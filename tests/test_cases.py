@@ -78,7 +78,7 @@ def test_figures_of_cases_scores_and_subgroups_cover_nothing(task, classes):
     intervals, found = subgroups.compare(p, [0, 18, 40, 60, 80], draws=100, seed=0, confidence=0.9)
     wrong = mistakes.most_wrong(p, 12)
     pixels = np.random.default_rng(0).integers(0, 256, (len(wrong), 28, 28, 3), dtype=np.uint8)
-    maps = {"attention": [np.full((28, 28), 0.1)] * len(wrong), "no map": [None] * len(wrong)}
+    maps = {"attention": np.full((len(wrong), 28, 28), 0.1)}
     places = embedding.places(np.random.default_rng(0).normal(size=(300, 8)).astype(np.float32), p.frame["id"])
     forest = evidence_plots.subgroup_forest(summary.summarise(p), intervals, found, 0.9)
     for figure in (

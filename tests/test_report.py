@@ -82,7 +82,7 @@ def page(of: SimpleNamespace, folder: Path) -> Path:
         pngs[name] = (folder / f"{name}.png").read_bytes()
     text = report.report(
         of.meta, of.described, of.summary, of.summary["test"], of.intervals, of.operating, of.subgroups, of.published,
-        {"sentences": ["A sentence on <explanations>."]}, pngs, RUN,
+        ["A sentence on <explanations>."], pngs, RUN,
     )  # fmt: skip
     (folder / "index.html").write_text(text, encoding="utf-8")
     return folder / "index.html"

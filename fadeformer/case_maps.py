@@ -1,0 +1,95 @@
+"""What a model looked at in its worst mistakes, and whether those maps depend on what it has learned."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from fadeformer.explanations import Floats, fade_maps, grad_cam, upsample
+from fadeformer.randomisation import methods_of, model_randomisation
+from fadeformer.trained import Trained
+
+CHECKED = 16  # test images in the sanity check
+NAMES = {"grad_cam": "Grad-CAM", "attention": "attention part", "laplacian": "Laplacian part"}
+
+
+@dataclass(frozen=True)
+class CaseMaps:
+    """Maps of some images, and how far they can be trusted.
+
+    Attributes:
+        maps: by name in words, (images, side, side); what speaks against the class is below 0.
+        numbers: `alpha` (None without a published Fade layer) and `randomisation` by method, as plain values.
+        sentences: the same for a reader.
+    """
+
+    maps: dict[str, Floats]
+    numbers: dict[str, Any]
+    sentences: list[str]
+
+
+def case_maps(
+    trained: Trained, wrong: pd.DataFrame, pixels: NDArray[np.uint8], called: NDArray[np.int64], seed: int
+) -> CaseMaps:
+    """Explains the worst mistakes, and checks the explanations on some images spread over test.
+
+    Args:
+        trained: the network.
+        wrong: of `fadeformer.mistakes.most_wrong`: rows and classes.
+        pixels: of all test images, uint8, (images, side, side, channels).
+        called: the class that each test image was called, (images,), or of findings the one of the highest score.
+        seed: of the sanity check.
+    """
+    cumulative = trained.task.spare_outputs > 0
+    model, normalisation = trained.model, trained.normalisation
+    methods = methods_of(model)
+    sample = np.unique(np.linspace(0, len(pixels) - 1, CHECKED).round().astype(int))
+    outputs = np.zeros_like(called) if cumulative else called
+    try:
+        checked = model_randomisation(
+            model, np.array(pixels[sample]), normalisation, outputs[sample], methods=methods, seed=seed
+        )
+    except ValueError as error:  # a network whose last map has no places
+        return CaseMaps({}, {"alpha": None, "randomisation": {}}, [f"This network cannot be explained: {error}."])
+    numbers: dict[str, Any] = {"alpha": None, "randomisation": {name: asdict(one) for name, one in checked.items()}}
+    sentences = [
+        _trust(NAMES[name], one.magnitude, one.changes, one.images, one.limit) for name, one in checked.items()
+    ]
+    if cumulative:
+        sentences.append(
+            "Of grades in an order, the maps are of the output that tells the lowest grade from the others."
+        )
+    maps: dict[str, Floats] = {}
+    if len(wrong):
+        rows, side, classes = wrong["row"].to_numpy(), pixels.shape[1], wrong["class"].to_numpy(dtype=np.int64)
+        given = np.array(pixels[rows]), normalisation, np.zeros_like(classes) if cumulative else classes
+        if "attention" in methods:
+            fade = fade_maps(model, *given)
+            numbers["alpha"] = fade.alpha
+            maps[f"attention part (alpha {fade.alpha:.2f})"] = upsample(fade.attention, side)
+            maps["Laplacian part"] = upsample(fade.laplacian, side)
+            sentences.insert(0, _alpha(fade.alpha))
+        maps[NAMES["grad_cam"]] = upsample(grad_cam(model, *given), side)
+    return CaseMaps(maps, numbers, sentences)
+
+
+def _alpha(alpha: float) -> str:
+    return (
+        f"FadeAttn weighs attention by alpha = {alpha:.3f} and the Laplacian by {1 - alpha:.3f}. Both maps, and a bias,"
+        " sum to the logit of the class: orange speaks for it, purple against it. Under the mean over the grid the"
+        " Laplacian part holds no neighbours, only what each patch says of the class (docs/fadeattn.md)."
+    )
+
+
+def _trust(name: str, magnitude: float | None, changes: bool, images: int, limit: float) -> str:
+    if magnitude is None:
+        return f"{name}: its maps are flat, so that nothing can be said of them."
+    verdict = "changes, as it should" if changes else "HARDLY CHANGES: it tells of the image more than of the model"
+    return (
+        f"{name} {verdict} when the weights are shuffled: mean rank correlation {magnitude:.2f} on {images} test images"
+        f" (below {limit:g} is taken for a change; Adebayo et al. 2018)."
+    )
