@@ -89,7 +89,7 @@ def mean_over_seeds(trainings: Sequence[Predictions], measure: Measure, confiden
     value, count = float(values.mean()), len(trainings)
     spread = float(values.std(ddof=1)) if count > 1 else None
     if measure == "auc":
-        found = _aucs(trainings)
+        found = _over_seeds(_aucs(trainings), count)
         interval = delong.interval(found, list(range(len(found.areas))), confidence)
     else:
         interval = _share(value, float(_covariance(trainings, measure).mean()), _groups(trainings[0]), confidence)
@@ -177,6 +177,14 @@ def _aucs(trainings: Sequence[Predictions]) -> delong.Aucs:
     curves = [(each.truth[:, c], each.scores[:, c]) for each in measures for c in judged]
     truths, scores = zip(*curves, strict=True)
     return delong.aucs(truths, scores, _groups(trainings[0]))
+
+
+def _over_seeds(found: delong.Aucs, trainings: int) -> delong.Aucs:
+    """The mean of each class's curves over the trainings. It has no more degrees of freedom than one training's has."""
+    curves = len(found.areas) // trainings
+    mean = np.kron(np.full(trainings, 1 / trainings), np.eye(curves))  # curves, curves of all trainings
+    degrees = found.degrees.reshape(trainings, curves).min(axis=0)
+    return delong.Aucs(mean @ found.areas, mean @ found.covariance @ mean.T, found.fewest[:curves], degrees)
 
 
 def _parts(measures: Measures, measure: Measure) -> Floats:
