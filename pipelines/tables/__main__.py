@@ -92,7 +92,7 @@ def write(found: Runs, file: Path, out: Path, with_data: bool) -> None:
         params=checksum(found.project / paths.PARAMS, "sha256"),
         machines=sorted({record["machine"] for record in finished.values()} | {here}),
         codes=sorted({record["code"] for record in finished.values()}),
-        seconds=sum(sum(record["seconds"].values()) for record in finished.values()),
+        seconds=sum(record["seconds"] for record in finished.values()),
         missing=[str(cell) for cell, record in records.items() if record is None],
     )
     text = report.markdown(found.grid, trained, costs(found, finished), report.nothing_published(), setting)

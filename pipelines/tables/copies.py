@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -23,17 +24,15 @@ GRACE = 30.0  # seconds that a stage may take to end: training writes a checkpoi
 
 
 class Failed(Exception):  # noqa: N818  it is told, and the other cells go on
-    """A stage that ended with an error.
+    """Stages that did not end well.
 
     Attributes:
-        stage: its name.
-        message: what it told, without a traceback.
-        log: all that it printed.
+        log: all that they printed.
     """
 
-    def __init__(self, stage: str, message: str, log: Path) -> None:
-        super().__init__(f"stage {stage} failed: {message}")
-        self.stage, self.message, self.log = stage, message, log
+    def __init__(self, message: str, log: Path) -> None:
+        super().__init__(message)
+        self.log = log
 
 
 def export(project: Path, folder: Path, changes: Mapping[str, Any]) -> None:
@@ -80,31 +79,29 @@ class Stages:
         self._running: set[subprocess.Popen[bytes]] = set()
         self._over = False
 
-    def run(self, stage: str, folder: Path, log: Path) -> float:
-        """Runs a stage to its end.
+    def run(self, names: Sequence[str], folder: Path, log: Path) -> float:
+        """Runs some stages to their end, in one process, which loads its libraries once.
 
         Args:
-            stage: its name.
+            names: of the stages, in their order.
             folder: of the working copy.
-            log: to which all that it prints is added.
+            log: to which all that they print is added.
 
         Returns:
             Seconds.
 
         Raises:
-            Failed: it did not end well, or was asked to end.
+            Failed: they did not end well, or were asked to end.
         """
         log.parent.mkdir(parents=True, exist_ok=True)
         began = time.monotonic()
         with log.open("ab") as file:
-            file.write(f"Running stage '{stage}'\n".encode())
-            file.flush()
             here = file.tell()
             with self._lock:
                 if self._over:
-                    raise Failed(stage, "not begun, since the grid is being stopped", log)
+                    raise Failed("not begun, since the grid is being stopped", log)
                 process = subprocess.Popen(
-                    [sys.executable, "-m", "pipelines", stage], cwd=folder, stdin=subprocess.DEVNULL, stdout=file,
+                    [sys.executable, "-m", "pipelines", *names], cwd=folder, stdin=subprocess.DEVNULL, stdout=file,
                     stderr=file, start_new_session=True,  # Ctrl-C reaches the grid alone, which ends its stages
                     env={**self.environment, "GIT_WORK_TREE": str(folder)},
                 )  # fmt: skip
@@ -113,7 +110,7 @@ class Stages:
         with self._lock:
             self._running.discard(process)
         if code != 0:
-            raise Failed(stage, _told(stage, log.read_bytes()[here:].decode(errors="replace"), code), log)
+            raise Failed(_told(names, log.read_bytes()[here:].decode(errors="replace"), code), log)
         return time.monotonic() - began
 
     def end(self) -> None:
@@ -131,13 +128,13 @@ class Stages:
                 time.sleep(0.05)
 
 
-def _told(stage: str, printed: str, code: int) -> str:
-    """The message of a stage that failed, which is the last thing that it prints; or the last line."""
-    _, found, message = printed.rpartition(f"\n{stage}: ")
+def _told(names: Sequence[str], printed: str, code: int) -> str:
+    """The message of a stage that failed, which is the last thing that it prints behind an empty line; or that line."""
+    messages = list(re.finditer(rf"^\n(?:{'|'.join(names)}): ", f"\n{printed}", re.MULTILINE))
+    if messages:
+        return " ".join(f"\n{printed}"[messages[-1].start() :].split())
     lines = [line for line in printed.splitlines() if line.strip()]
-    if found:
-        return " ".join(message.split())
-    return lines[-1].strip() if lines else f"it printed nothing, and its exit status was {code}"
+    return f"exit status {code}: {lines[-1].strip()}" if lines else f"exit status {code}, and nothing printed"
 
 
 def identity(project: Path) -> dict[str, str]:

@@ -128,7 +128,7 @@ class Runs:
         place, wanted = self.place(name), self.wanted(name)
         (place / "set.json").unlink(missing_ok=True)
         export(self.project, place / "work", self.changes(name))
-        seconds = sum(stages.run(stage, place / "work", place / "log") for stage in DATA_STAGES)
+        seconds = stages.run(DATA_STAGES, place / "work", place / "log")
         processed = place / "work" / paths.PROCESSED
         sums = {path.name: checksum(path, "sha256") for path in sorted(processed.iterdir()) if path.is_file()}
         write_json(place / "set.json", {"params": of_data(wanted), "data": begun.digest(sums), "seconds": seconds})
@@ -142,7 +142,7 @@ class Runs:
         (place / "cell.json").unlink(missing_ok=True)
         export(self.project, work, self.changes(cell))
         link(self.place(cell.images) / "work" / paths.PROCESSED, work / paths.PROCESSED)
-        seconds = {stage: stages.run(stage, work, place / "log") for stage in CELL_STAGES}
+        seconds = stages.run(CELL_STAGES, work, place / "log")
         with whole_file(place / paths.PREDICTIONS.name) as path:
             shutil.copy(work / paths.PREDICTIONS, path)
         described = read_json(work / paths.ARCHITECTURE)
@@ -156,7 +156,7 @@ class Runs:
             },
         )  # fmt: skip
         shutil.rmtree(work)  # the model is in MLflow
-        return sum(seconds.values())
+        return seconds
 
 
 def of_data(wanted: Params) -> dict[str, Any]:
