@@ -130,9 +130,9 @@ class Stages:
 
 def _told(names: Sequence[str], printed: str, code: int) -> str:
     """The message of a stage that failed, which is the last thing that it prints behind an empty line; or that line."""
-    messages = list(re.finditer(rf"^\n(?:{'|'.join(names)}): ", f"\n{printed}", re.MULTILINE))
+    messages = list(re.finditer(rf"^\n(?:{'|'.join(names)}): ", printed, re.MULTILINE))
     if messages:
-        return " ".join(f"\n{printed}"[messages[-1].start() :].split())
+        return " ".join(printed[messages[-1].start() :].split())
     lines = [line for line in printed.splitlines() if line.strip()]
     return f"exit status {code}: {lines[-1].strip()}" if lines else f"exit status {code}, and nothing printed"
 
