@@ -1,4 +1,4 @@
-.PHONY: help install repro test check ui preset lock clean
+.PHONY: help install repro test check ui preset tables lock clean
 .DEFAULT_GOAL := help
 PYTHON ?= python3.11
 VENV := .venv
@@ -37,6 +37,9 @@ ui: install  ## MLflow on this project's runs and models, at http://127.0.0.1:50
 
 preset: install  ## write a recipe into params.yaml: make preset NAME=paper
 	python -m pipelines.preset $(NAME)
+
+tables: install  ## train a grid and write docs/tables.md: make tables GRID=cpu DATA=FOLDER JOBS=2
+	python -m pipelines.tables $(GRID) $(if $(DATA),--data $(DATA)) --jobs $(or $(JOBS),1)
 
 lock:  ## renew requirements.lock from pyproject.toml, in an environment of its own
 	rm -rf .cache/lock && $(PYTHON) -m venv .cache/lock

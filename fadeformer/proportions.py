@@ -19,7 +19,7 @@ def wilson(hits: int, trials: int, confidence: float = 0.95) -> tuple[float, flo
     """
     if trials < 1:
         raise ValueError("a proportion of nothing has no interval")
-    return _score(hits / trials, trials, float(norm.ppf((1 + confidence) / 2)))
+    return score(hits / trials, trials, float(norm.ppf((1 + confidence) / 2)))
 
 
 def share_interval(
@@ -55,10 +55,11 @@ def share_interval(
         effective = float(clusters)
     else:
         effective = min(float(images), share * (1 - share) / variance) if variance > 0 else float(images)
-    return _score(share, effective, float(t.ppf((1 + confidence) / 2, clusters - 1)))
+    return score(share, effective, float(t.ppf((1 + confidence) / 2, clusters - 1)))
 
 
-def _score(share: float, trials: float, quantile: float) -> tuple[float, float]:
+def score(share: float, trials: float, quantile: float) -> tuple[float, float]:
+    """Wilson's interval of a share of so many trials, which need be no whole number, for a quantile of the error."""
     square = quantile * quantile
     middle = (share + square / (2 * trials)) / (1 + square / trials)
     half = quantile / (1 + square / trials) * math.sqrt(share * (1 - share) / trials + square / (4 * trials * trials))

@@ -1,7 +1,8 @@
-"""`python -m pipelines STAGE`: one stage by its name, Prefect's server coming up while its libraries load."""
+"""`python -m pipelines STAGE`: a stage by its name, or several, Prefect's server coming up while libraries load."""
 
 import gc
 import sys
+from functools import partial
 from importlib import import_module
 
 from pipelines import orchestrator, stage
@@ -11,10 +12,12 @@ FLOWS = ("train", "evaluate")
 
 
 def main() -> None:
-    """Runs the stage that the first argument names."""
-    if len(sys.argv) != 2 or sys.argv[1] not in STAGES:
+    """Runs the stages that the arguments name, one after the other, until one fails."""
+    names = sys.argv[1:]
+    if not names or not set(names) <= set(STAGES):
         sys.exit(f"usage: python -m pipelines {{{','.join(STAGES)}}}")
-    stage.run(sys.argv[1], lambda: load_and_run(sys.argv[1]))
+    for name in names:
+        stage.run(name, partial(load_and_run, name))
 
 
 def load_and_run(name: str) -> str:

@@ -32,6 +32,7 @@ from fadeformer.errors import UserError
 from fadeformer.files import read_json, write_json
 
 HOME = Path(".prefect")
+GRID = "pipelines.tables"
 STARTUP = 120.0  # seconds; the very first start creates Prefect's database
 POLL = 0.25  # seconds between two looks at whether a process is still there
 ENDING = 1.5  # seconds that a server may take to end
@@ -102,8 +103,8 @@ def _spawn(note: Path, owner: psutil.Process) -> tuple[str, psutil.Process]:
 
 
 @contextmanager
-def orchestrated() -> Iterator[None]:
-    """A server answers while the block runs.
+def orchestrated() -> Iterator[str]:
+    """A server answers while the block runs; gives its address.
 
     Raises:
         UserError: the server of `PREFECT_API_URL` does not answer, or the temporary one does not start.
@@ -115,7 +116,7 @@ def orchestrated() -> Iterator[None]:
     if given:
         if not _answers(given):
             raise UserError(f"PREFECT_API_URL is {given}, but no Prefect server answers there; start it, or unset it")
-        yield
+        yield given
         return
     start()
     server = _started[0]
@@ -130,7 +131,7 @@ def orchestrated() -> Iterator[None]:
         # Nobody listens to a heartbeat there, and a flow that has one ends only on the next full second.
         with temporary_settings({PREFECT_API_URL: server.url, PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None}):
             try:
-                yield
+                yield server.url
             finally:
                 APILogWorker.drain_all(timeout=5)  # what was logged goes to the server while it is there
         ends = server.ends
@@ -158,13 +159,16 @@ def _end(server: Server) -> None:
 
 
 def dvc() -> psutil.Process | None:
-    """The dvc that runs this stage: the nearest ancestor of that name, as dvc puts a shell in between."""
+    """The dvc that runs this stage: the nearest ancestor of that name, as dvc puts a shell in between.
+
+    Or the grid of `pipelines.tables`, which runs stages likewise.
+    """
     for ancestor in psutil.Process().parents():
         try:
             words = ancestor.cmdline()
         except psutil.Error:  # another user's, or gone
             continue
-        if "dvc" in [Path(word).name for word in words[:2]] or ("-m", "dvc") in pairwise(words):
+        if "dvc" in [Path(word).name for word in words[:2]] or {("-m", "dvc"), ("-m", GRID)} & set(pairwise(words)):
             return ancestor
     return None
 

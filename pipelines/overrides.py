@@ -67,14 +67,14 @@ def partial(section: type[BaseModel]) -> type[BaseModel]:
         kind = field.annotation if inner is None else partial(inner)
         if inner is None and field.metadata:
             kind = Annotated[kind, *field.metadata]
-        fields[field.alias or name] = (kind | None, Field(default=None))
+        fields[name] = (kind | None, Field(default=None, alias=field.alias))
     name = section.__name__.replace("Params", "Overrides")
     return create_model(name, __config__=ConfigDict(extra="forbid"), **fields)
 
 
 def given(section: BaseModel | None) -> dict[str, Any]:
     """The keys of a partial section that were given."""
-    return {} if section is None else section.model_dump(exclude_unset=True)
+    return {} if section is None else section.model_dump(exclude_unset=True, by_alias=True)
 
 
 def _merge(document: Any, changes: Mapping[str, Any]) -> None:

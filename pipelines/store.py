@@ -58,6 +58,11 @@ def _server() -> str | None:
     return uri if uri and uri != _own() else None
 
 
+def uri() -> str:
+    """What `MLFLOW_TRACKING_URI` has to name for a process in another folder to use the same store."""
+    return _server() or _own()
+
+
 def address() -> str:
     """Where MLflow keeps its runs, for people; without a password."""
     server = _server()

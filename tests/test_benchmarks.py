@@ -337,3 +337,27 @@ def test_lines_are_counted_from_where_a_phase_begins():
     assert [kills.printed(8, phase, log) for phase in ("writing", "evaluating")] == [3, 1]
     assert kills.printed(8, "writing", "taken up after epoch 8, batch 0 of the next, step 104\n") == 1
     assert kills.printed(8, "evaluating", log[:40]) == 0
+
+
+def test_the_table_of_costs_names_where_published_numbers_differ():
+    command = [
+        "benchmarks/complexity.py",
+        "--rounds",
+        "1",
+        "--timed",
+        "1",
+        "--batch",
+        "2",
+        "--networks",
+        "ViT-B/16",
+        "FadeNet",
+    ]
+    printed = subprocess.run([sys.executable, *command], cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    rows = {
+        cells[1]: cells[2:-1] for line in printed.splitlines() if len(cells := [c.strip() for c in line.split("|")]) > 3
+    }
+    assert rows["FadeNet"][0] == "88.17"
+    assert "86.6 M" in rows["FadeNet"][-1]
+    assert rows["ViT-B/16"][1:3] == ["35.13", "70.25"]  # at batch 2
+    assert rows["ViT-B/16"][5:] == ["550.57", "MACs, the products of attention half counted"]
+    assert "MACs of FadeNet over ViT-B/16: 1.015; by the published algorithm (581.54 G at batch 32) 1.035." in printed

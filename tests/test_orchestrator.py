@@ -188,3 +188,12 @@ def test_a_server_that_was_given_is_used_and_none_is_started(monkeypatch):
     monkeypatch.setenv("PREFECT_API_URL", "http://127.0.0.1:1/api")
     orchestrator.start()
     assert orchestrator._started == []
+
+
+def test_a_grid_runs_stages_as_dvc_does():
+    child = "from pipelines import orchestrator; found = orchestrator.dvc(); print(found and found.pid)"
+    parent = f"import os, subprocess, sys; print(os.getpid(), flush=True); subprocess.run(['python', '-c', {child!r}])"
+    for options, found in ((["-m", "pipelines.tables"], True), ([], False)):
+        command = [sys.executable, "-c", parent.replace("'python'", "sys.executable"), *options]
+        pid, told = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+        assert told == (pid if found else "None")

@@ -41,6 +41,7 @@ ELSEWHERE = {
     "dvc exp run -S model.fade.variant=diffusion": "tests/pipeline/test_reproduce.py",
     "dvc exp run -S model.backbone=resnet18 -S model.fade=null": "tests/pipeline/test_reproduce.py",
     "python benchmarks/fadenet.py layer": "tests/test_benchmarks.py",
+    "make tables GRID=cpu DATA=../data JOBS=2": "tests/test_tables.py",
     "prefect server start": DEPLOYMENT,
     "export PREFECT_API_URL=http://127.0.0.1:4200/api": DEPLOYMENT,
     "prefect work-pool create local --type process": DEPLOYMENT,

@@ -1,6 +1,7 @@
 """A stage ends in its summary, or in one message and a non-zero exit."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import pytest
 
 from fadeformer.errors import Interrupted, UserError
 from pipelines import orchestrator, stage
+from tests.conftest import ROOT
 
 
 def raising(error: BaseException):
@@ -104,6 +106,7 @@ FLOWS = """
 import time
 from prefect import flow, task
 from pipelines import orchestrator, stage
+from tests.conftest import ROOT
 from fadeformer.errors import Interrupted
 @task
 def work():
@@ -189,3 +192,11 @@ def test_a_stage_that_needs_no_torch_does_not_wait_for_it(name):
     code = f"import sys, pipelines.__main__, pipelines.{name}; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "False\n"
+
+
+def test_of_several_stages_the_first_that_fails_is_the_last(tmp_path):
+    command = [sys.executable, "-m", "pipelines", "download", "validate"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert re.findall(r"^(\w+): params\.yaml: cannot be read", done.stderr, re.MULTILINE) == ["download"]

@@ -1,0 +1,181 @@
+"""Tables 1 to 3 as Markdown, the first two from the predictions of the cells alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import pandas as pd
+
+from fadeformer import comparison
+from fadeformer.complexity import Cost
+from fadeformer.predictions import Predictions
+from fadeformer.summary import told
+from pipelines.tables.grid import Grid
+
+PUBLISHED = ("dataset", "resolution", "method", "auc", "accuracy", "balanced_accuracy", "comparable", "reason")
+Trained = Mapping[tuple[str, str], Mapping[int, Predictions]]  # predictions on test by set and network, by seed
+MIB = 2**20
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How the tables came to be.
+
+    Attributes:
+        command: that makes them.
+        grid: the YAML of the grid, as it was read.
+        params: SHA-256 of params.yaml, which holds what the grid does not change.
+        machines: on which the cells were trained, and what Table 3 was measured on.
+        codes: versions of the sources by which cells were trained.
+        seconds: of all trainings and evaluations.
+        missing: cells that are not finished.
+    """
+
+    command: str
+    grid: str
+    params: str
+    machines: Sequence[str]
+    codes: Sequence[str]
+    seconds: float
+    missing: Sequence[str]
+
+
+def markdown(
+    grid: Grid, trained: Trained, costs: Mapping[tuple[int, str], Cost], published: pd.DataFrame, setting: Setting
+) -> str:
+    """The whole document.
+
+    Args:
+        grid: what was wanted.
+        trained: what is finished.
+        costs: of Table 3, by side of the images and network.
+        published: rows of PUBLISHED; `dataset` is the name of a set in the grid, numbers lie in [0, 1] or are NaN.
+        setting: how the tables came to be.
+    """
+    parts = [
+        _head(setting), _table_1(grid, trained, published), _table_2(grid, trained), _table_3(grid, costs),
+        _settings(setting),
+    ]  # fmt: skip
+    return "\n\n".join(parts) + "\n"
+
+
+def _head(setting: Setting) -> str:
+    machines = "; ".join(setting.machines)
+    versions = "one version" if len(setting.codes) == 1 else f"{len(setting.codes)} versions"
+    lines = [
+        "# Tables", "", "```sh", setting.command, "```", "",
+        f"Trained and judged in {setting.seconds / 60:.0f} minutes of cells, by {versions} of the code"
+        f" ({', '.join(setting.codes) or 'none yet'}), on: {machines}.",
+    ]  # fmt: skip
+    if setting.missing:
+        lines += ["", f"**Not finished, and left out: {', '.join(setting.missing)}.**"]
+    return "\n".join(lines)
+
+
+def _table_1(grid: Grid, trained: Trained, published: pd.DataFrame) -> str:
+    rows = []
+    for name, images in grid.sets.items():
+        kind: comparison.Measure = images.accuracy
+        for network, described in grid.networks.items():
+            found = list(trained.get((name, network), {}).values())
+            if found:
+                cells = [_mean(comparison.mean_over_seeds(found, measure)) for measure in ("auc", kind)]
+                rows.append([images.title, described.title, str(len(found)), *cells, ""])
+        for row in published[published["dataset"] == name].to_dict("records"):
+            note = "comparable" if row["comparable"] else f"not comparable: {row['reason']}"
+            method = f"published: {row['method']}, {row['resolution']}"
+            rows.append([images.title, method, "", _plain(row["auc"]), _plain(row[kind]), note])
+    sets = [images.title for images in grid.sets.values() if images.accuracy == "balanced_accuracy"]
+    second = f"Accuracy is balanced accuracy on: {'; '.join(sets)}. " if sets else ""
+    return _section(
+        "Table 1: AUC and accuracy on test",
+        "Mean over seeds (95 % interval over other test images, the trainings as they are) ± standard deviation from"
+        f" seed to seed. {second}The interval of an AUC is DeLong's for the mean of all trainings' AUCs, that of an"
+        " accuracy Wilson's for as many images as would be as sure; patients and lesions count whole.",
+        ["set", "network", "seeds", "AUC", "accuracy", "published numbers"], rows,
+    )  # fmt: skip
+
+
+def _table_2(grid: Grid, trained: Trained) -> str:
+    rows = []
+    for name, images in grid.sets.items():
+        first = trained.get((name, grid.reference), {})
+        kind: comparison.Measure = images.accuracy
+        for network, described in grid.networks.items():
+            second = trained.get((name, network), {})
+            seeds = first.keys() & second.keys()
+            if network != grid.reference and seeds:
+                title = f"{grid.networks[grid.reference].title} - {described.title}"
+                cells = [
+                    cell
+                    for measure in ("auc", kind)
+                    for cell in _difference(comparison.difference(first, second, measure))
+                ]
+                rows.append([images.title, title, str(len(seeds)), *cells])
+    return _section(
+        "Table 2: paired differences on the same test images",
+        "What one training of the first is ahead of one of the second, the mean over seeds (not of an ensemble), with"
+        " its 95 % interval over other test images **and** other trainings: the variance over images (DeLong's, paired,"
+        " for AUCs) and that from seed to seed are added, and Student's t has the degrees of freedom of the sum; with a"
+        " single seed it is over test images alone. Standard errors of either kind stand beside it. In simulations such"
+        " an interval holds the truth in 93 to 99 % with three seeds, with two in 89 to 98 %. No correction for the"
+        f" {2 * len(rows)} differences is made: about one in twenty leaves zero out by chance.",
+        [
+            "set", "difference", "seeds", "AUC", "standard error: images, seeds", "accuracy",
+            "standard error: images, seeds",
+        ],
+        rows,
+    )  # fmt: skip
+
+
+def _table_3(grid: Grid, costs: Mapping[tuple[int, str], Cost]) -> str:
+    rows = [
+        [
+            f"{side} x {side}", grid.networks[network].title, f"{cost.parameters / 1e6:.2f}",
+            f"{cost.flops / 2e9:.4g}", f"{cost.memory / MIB:.0f}", f"{cost.speed:.0f}",
+        ]
+        for (side, network), cost in costs.items()
+    ]  # fmt: skip
+    one = next(iter(costs.values()), None)
+    batches = "" if one is None else f" MACs and memory are of {one.batch} images, speed of {one.timed_batch} at once."
+    return _section(
+        "Table 3: what the networks cost",
+        "Parameters in millions, multiply-adds (half of torch's FLOPs, attention counted), of the forward pass in"
+        f" float32 with the classes of the first set of that size.{batches} Memory is what the pass takes beyond"
+        " weights and input; speed is the median of interleaved rounds.",
+        ["images", "network", "M parameters", "G MACs", "memory, MiB", "images/s"], rows,
+    )  # fmt: skip
+
+
+def _settings(setting: Setting) -> str:
+    return (
+        "## Settings\n\nThe grid; all else is as in the `params.yaml` of SHA-256"
+        f" `{setting.params[:16]}`. The epoch is chosen on val, test is looked at once for each training.\n\n"
+        f"```yaml\n{setting.grid.rstrip()}\n```"
+    )
+
+
+def _section(title: str, text: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    table = [header, ["---"] * len(header), *rows]
+    lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in table]
+    return "\n".join([f"## {title}", "", text, "", *lines])
+
+
+def _mean(found: comparison.Mean | None) -> str:
+    if found is None:
+        return "undefined"
+    spread = "" if found.spread is None else f" ± {found.spread:.4f}"
+    return told(found.value, found.interval) + spread
+
+
+def _difference(found: comparison.Difference | None) -> list[str]:
+    if found is None:
+        return ["undefined", ""]
+    interval = "" if found.interval is None else f" ({found.interval[0]:+.4f} to {found.interval[1]:+.4f})"
+    seeds = "one seed" if found.of_seeds is None else f"{found.of_seeds:.4f}"
+    return [f"{found.value:+.4f}{interval}", f"{found.of_images:.4f}, {seeds}"]
+
+
+def _plain(value: float) -> str:
+    return "" if pd.isna(value) else f"{value:.3f}"
