@@ -1,12 +1,14 @@
 """Do 95 % intervals hold the truth 95 times in 100, and what do all numbers with their intervals cost?
 
     python benchmarks/evaluation.py coverage [--sets 1000] [--images 150] [--draws 1000]
+    python benchmarks/evaluation.py subgroups [--sets 200] [--draws 500]
     python benchmarks/evaluation.py speed [--images 25596] [--findings 14] [--draws 2000]
 
 The first draws sets of images from a population whose measures are known (those of 400,050 images), their labels in
 fixed shares, as the bootstrap keeps them, and counts how often each interval holds those measures: two classes, five
-grades, four findings, and two classes of patients with five images each. The second measures a multi-label set of the
-size of NIH's official test list, and the paired comparison of two models.
+grades, four findings, and two classes of patients with five images each. The second counts how often a subgroup is
+called worse where none is, and where one is. The third measures all numbers of a multi-label set of the size of NIH's
+official test list, with three columns of subgroups, and the paired comparison of two models.
 """
 
 from __future__ import annotations
@@ -22,12 +24,13 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from fadeformer import delong, predictions
+from fadeformer import bands, delong, predictions, subgroups
 from fadeformer.predictions import Predictions
 from fadeformer.proportions import wilson
 from fadeformer.summary import intervals, summarise
 from fadeformer.tasks import TASKS
 
+AGE_BANDS = (0, 18, 40, 60, 80)
 POPULATION = 400_050  # a multiple of the label patterns
 KINDS = {"binary-class": [0.6, 0.4], "ordinal-regression": [0.4, 0.15, 0.2, 0.15, 0.1]}
 FINDINGS = [0.4, 0.25, 0.2, 0.15]
@@ -99,6 +102,53 @@ def print_coverage(sets: int, images: int, draws: int) -> None:
     print(f"of {sets} sets, 99 in 100 shares of a true 95 % lie in {low:.1f} to {high:.1f}")
 
 
+def divided(kind: str, shift: float, seed: int) -> Predictions:
+    """A set with three columns of subgroups, in which diseased women score lower by some standard deviations."""
+    random = np.random.default_rng(seed)
+    images = {"five classes": 400, "two classes": 300, "two classes, patients": 600}[kind]
+    group = None
+    if kind == "five classes":
+        labels = random.choice(5, images, p=KINDS["ordinal-regression"])[:, None]
+        logits = 1.2 * random.normal(size=(images, 5)) - 0.9 * np.abs(labels - np.arange(5))
+    else:
+        labels = (random.random((images, 1)) < 0.3).astype(np.int64)
+        logits = np.stack([np.zeros(images), 1.8 * labels[:, 0] - 1.2 + random.normal(size=images)], axis=1)
+    known = pd.DataFrame(
+        {
+            "age": random.integers(10, 90, images), "sex": random.choice(["F", "M"], images),
+            "site": random.choice(list("abcd"), images, p=[0.4, 0.3, 0.2, 0.1]),
+        }
+    )  # fmt: skip
+    if kind == "two classes, patients":
+        patient = np.arange(images) // 5
+        group, known = [f"patient {i}" for i in patient], known.iloc[patient * 5].reset_index(drop=True)
+        logits[:, 1] += random.normal(size=images // 5)[patient]
+    logits[(known["sex"] == "F").to_numpy() & (labels[:, 0] == 1), 1] -= shift
+    index = pd.DataFrame({"split": "test", "id": np.arange(images).astype(str), "group": group})
+    task = TASKS["multi-class"]
+    classes = tuple(f"class {c}" for c in range(logits.shape[1]))
+    return predictions.table(index, labels, task.probabilities(logits), task, classes, subgroups=known)
+
+
+def called_worse(kind: str, shift: float, draws: int, seed: int) -> tuple[bool, bool]:
+    """Whether any subgroup, and whether women, are called worse."""
+    _, found = subgroups.compare(divided(kind, shift, seed), AGE_BANDS, draws=draws, seed=0, confidence=0.95)
+    flagged = subgroups.worse(found)
+    return bool(flagged), any(one["subgroup"] == "F" for one in flagged)
+
+
+def print_subgroups(sets: int, draws: int) -> None:
+    print(f"{sets} sets, {draws} draws; share in which a subgroup is called worse than the whole, %")
+    print("| | any | women |\n| --- | --- | --- |")
+    with ProcessPoolExecutor(os.cpu_count()) as workers:
+        for kind, shift in (
+            ("two classes", 0.0), ("five classes", 0.0), ("two classes, patients", 0.0), ("two classes", 1.0),
+        ):  # fmt: skip
+            found = list(workers.map(partial(called_worse, kind, shift, draws), range(sets), chunksize=10))
+            name = kind if not shift else f"{kind}, diseased women lower by {shift:g} SD"
+            print(f"| {name} | {' | '.join(f'{100 * share:.1f}' for share in np.mean(found, axis=0))} |")
+
+
 def print_speed(images: int, findings: int, draws: int) -> None:
     random = np.random.default_rng(0)
     labels = (random.random((images, findings)) < 0.05).astype(np.int64)
@@ -106,12 +156,19 @@ def print_speed(images: int, findings: int, draws: int) -> None:
     patients = random.integers(images // 9, size=images)
     index = pd.DataFrame({"split": "test", "id": np.arange(images).astype(str), "group": patients.astype(str)})
     task = TASKS[MULTI_LABEL]
+    known = pd.DataFrame(
+        {
+            "age": random.integers(1, 95, images), "sex": random.choice(["F", "M"], images),
+            "view": random.choice(["AP", "PA"], images),
+        }
+    )  # fmt: skip
     table = predictions.table(
-        index, labels, task.probabilities(logits), task, tuple(f"finding {c}" for c in range(findings))
+        index, labels, task.probabilities(logits), task, tuple(f"finding {c}" for c in range(findings)), subgroups=known
     )
     began = time.perf_counter()
     summarise(table)
-    intervals(table, draws=draws, seed=0, confidence=0.95)
+    subgroups.compare(table, AGE_BANDS, draws=draws, seed=0, confidence=0.95)
+    bands.bands(table, seed=0, confidence=0.95)
     took, memory = time.perf_counter() - began, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     told = f"{images:,} images, {findings} findings, {draws:,} draws, {os.cpu_count()} cores"
     print(f"{told}: {took:.1f} s, {memory:.2f} GiB")
@@ -127,14 +184,16 @@ def print_speed(images: int, findings: int, draws: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("table", choices=["coverage", "speed"])
-    parser.add_argument("--sets", type=int, default=1000)
+    parser.add_argument("table", choices=["coverage", "subgroups", "speed"])
+    parser.add_argument("--sets", type=int, help="1000 for coverage, 200 for subgroups")
     parser.add_argument("--images", type=int, help="150 for coverage, 25596 for speed")
     parser.add_argument("--findings", type=int, default=14)
-    parser.add_argument("--draws", type=int, help="1000 for coverage, 2000 for speed")
+    parser.add_argument("--draws", type=int, help="1000 for coverage, 500 for subgroups, 2000 for speed")
     wanted = parser.parse_args()
     if wanted.table == "coverage":
-        print_coverage(wanted.sets, wanted.images or 150, wanted.draws or 1000)
+        print_coverage(wanted.sets or 1000, wanted.images or 150, wanted.draws or 1000)
+    elif wanted.table == "subgroups":
+        print_subgroups(wanted.sets or 200, wanted.draws or 500)
     else:
         print_speed(wanted.images or 25_596, wanted.findings, wanted.draws or 2000)
 

@@ -265,6 +265,18 @@ def test_the_population_has_the_shares_that_it_is_said_to_have():
     np.testing.assert_allclose(np.bincount(grades) / 150, bench.KINDS["ordinal-regression"], atol=0.01)
 
 
+def test_the_table_of_subgroups_tells_how_often_one_is_called_worse(capsys):
+    bench = load("evaluation")
+    bench.print_subgroups(sets=4, draws=100)
+    rows = [line.split("|")[1:4] for line in capsys.readouterr().out.splitlines()[3:]]
+    assert [name.strip() for name, _, _ in rows][-1] == "two classes, diseased women lower by 1 SD"
+    assert all(0 <= float(women) <= float(any_of_them) <= 100 for _, any_of_them, women in rows)
+    women, lower = (bench.divided("two classes", shift, 0).scores[:, 1] for shift in (0.0, 1.0))
+    changed = women != lower
+    assert (lower[changed] < women[changed]).all()
+    assert 0 < changed.sum() < 100
+
+
 def test_the_cost_of_all_numbers_is_told(capsys):
     load("evaluation").print_speed(300, 3, 100)
     first, second = capsys.readouterr().out.splitlines()
