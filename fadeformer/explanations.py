@@ -12,7 +12,10 @@ on what was learned is a question for `fadeformer.randomisation`; whether it poi
 
 All maps are on the grid of patches; `upsample` brings them to the image's side. A patch's token has seen the whole
 image by the time that it gets here, so a map says at which place the network holds what it decides by, which need not
-be where that lies in the image.
+be where that lies in the image. Small FadeNets that had learned to see a bright square, without error, pointed at it in
+62 % of the images by the attention map and in 20 % by Grad-CAM, where chance is 8 %; in single ones of ten trainings
+that was anything from none to all. A small CNN did in all (ten trainings). So measure it (`fadeformer.pointing`) before
+a map is shown to anyone as the place of a finding.
 """
 
 from __future__ import annotations
@@ -127,12 +130,12 @@ def _branches(model: Any, features: Tensor, wanted: Tensor) -> tuple[Tensor, Ten
 def grad_cam(
     model: nn.Module, pixels: NDArray[np.uint8], normalisation: Normalisation, classes: NDArray[np.int64]
 ) -> Floats:
-    """Grad-CAM on the last map of the network in which places still stand for themselves.
+    """Grad-CAM on the last map of places from which gradients come in every network of its kind.
 
-    Of a ViT, and so of every FadeNet, that is what goes into its last block, without tokens that are no patches. What
-    comes out of it is too late: of the patches a class token is read without, no gradient reaches them there, and
-    where patches are pooled, the last blocks may have carried what decides to any of them. Of all other networks it is
-    the map that `forward_features` hands to `forward_head`: of a CNN, what its last layer leaves before the pooling.
+    Of a ViT, and so of every FadeNet, that is what goes into its last block, without tokens that are no patches: behind
+    that block none reach the patches of a network that reads its class token alone. (The published FadeNet pointed no
+    better from behind it, the diffusion variant worse.) Of all other networks it is the map that `forward_features`
+    hands to `forward_head`: of a CNN, what its last layer leaves before the pooling.
 
     Each channel weighs as much as its mean gradient, and only what speaks for the class is kept.
 
