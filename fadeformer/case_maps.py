@@ -14,6 +14,10 @@ from fadeformer.randomisation import methods_of, model_randomisation
 from fadeformer.trained import Trained
 
 CHECKED = 16  # test images in the sanity check
+PLACES = (
+    "A map tells at which place the network holds what it decides by. In a ViT that need not be where it lies in the image"
+    " (docs/evaluation.md)."
+)
 NAMES = {"grad_cam": "Grad-CAM", "attention": "attention part", "laplacian": "Laplacian part"}
 
 
@@ -59,6 +63,7 @@ def case_maps(
     sentences = [
         _trust(NAMES[name], one.magnitude, one.changes, one.images, one.limit) for name, one in checked.items()
     ]
+    sentences.append(PLACES)
     if cumulative:
         sentences.append(
             "Of grades in an order, the maps are of the output that tells the lowest grade from the others."
