@@ -15,8 +15,8 @@ from fadeformer.trained import Trained
 
 CHECKED = 16  # test images in the sanity check
 PLACES = (
-    "A map tells at which place the network holds what it decides by. In a ViT that need not be where it lies in the image"
-    " (docs/evaluation.md)."
+    "A map tells at which place the network holds what it decides by. In a ViT that need not be where it lies in the"
+    " image (docs/evaluation.md)."
 )
 NAMES = {"grad_cam": "Grad-CAM", "attention": "attention part", "laplacian": "Laplacian part"}
 
