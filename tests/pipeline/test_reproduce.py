@@ -120,7 +120,14 @@ def test_dvc_shows_the_figures(reproduced):
     page = (reproduced.folder / "plots" / "index.html").read_text()
     for name in FIGURES:
         assert f"{name}.png" in page
-    for name in ("train_loss", "val_accuracy", "ROC on test", '"class": "basophil"', '"field": "class"'):
+    for name in (
+        "train_loss",
+        "val_accuracy",
+        "ROC on test",
+        "Precision-recall on test",
+        '"class": "basophil"',
+        '"field": "class"',
+    ):
         assert name in page
     reproduced.run("rm", "-r", "plots")
 
