@@ -106,7 +106,6 @@ FLOWS = """
 import time
 from prefect import flow, task
 from pipelines import orchestrator, stage
-from tests.conftest import ROOT
 from fadeformer.errors import Interrupted
 @task
 def work():
