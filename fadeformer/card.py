@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 from fadeformer import evidence_tables
-from fadeformer.arrays import Meta
-from fadeformer.evidence_tables import Table
+from fadeformer.evidence_tables import Evidence, Table
 
 INTENDED = (
     "To try and to compare methods on images of the kind and population below. Not a medical device: no decision about"
@@ -16,67 +12,50 @@ INTENDED = (
 BAR = "\\|"  # in a cell
 
 
-def model_card(
-    meta: Meta,
-    described: Mapping[str, Any],
-    summary: Mapping[str, Any],
-    intervals: Mapping[str, Any],
-    operating: Mapping[str, Any],
-    subgroups: Mapping[str, Any],
-) -> str:
-    """Writes the card in Markdown.
-
-    Args:
-        meta: of the arrays the model was trained and judged on.
-        described: what `models/model.json` holds.
-        summary: of `fadeformer.summary.summarise`, by split.
-        intervals: of `fadeformer.summary.intervals`, of test.
-        operating: what `reports/operating_points.json` holds: `wanted`, `confidence` and `points`.
-        subgroups: of `fadeformer.subgroups.compare`, of test.
-    """
-    card, test = meta.dataset, summary["test"]
+def model_card(of: Evidence) -> str:
+    """Writes the card in Markdown."""
+    note, test = of.meta.dataset["note"], of.summary["test"]
     lines = [
-        f"# {described['model']['backbone']} on {card['name']}",
+        f"# {of.described['model']['backbone']} on {of.meta.dataset['name']}",
         "",
-        *([f"> **{card['note']}**", ""] if card["note"] else []),
+        *([f"> **{note}**", ""] if note else []),
         "## Intended use",
         "",
         INTENDED,
         "",
         "## Data",
         "",
-        *_table(evidence_tables.data(meta)),
+        *_table(evidence_tables.data(of)),
         "",
         "## Model",
         "",
-        *_table(evidence_tables.model(meta, described)),
+        *_table(evidence_tables.model(of)),
         "",
-        f"## Results on {test['images']:,} test images of the split {meta.split}",
+        f"## Results on {test['images']:,} test images of the split {of.meta.split}",
         "",
-        *_table(evidence_tables.numbers(summary, intervals, operating["confidence"])),
+        *_table(evidence_tables.numbers(of)),
         "",
-        *_table(evidence_tables.classes(meta, test, intervals)),
+        *_table(evidence_tables.classes(of)),
         "",
         "## Operating points, chosen on validation and judged on test",
         "",
-        *_table(evidence_tables.operating_points(operating)),
+        *_table(evidence_tables.operating_points(of)),
         "",
-        *_subgroups(subgroups),
+        *_subgroups(of),
         "## Limits",
         "",
-        " ".join(evidence_tables.limits(meta, test, intervals["groups"])),
+        " ".join(evidence_tables.limits(of)),
         "",
     ]
     return "\n".join(lines)
 
 
-def _subgroups(subgroups: Mapping[str, Any]) -> list[str]:
-    if not subgroups:
+def _subgroups(of: Evidence) -> list[str]:
+    if not of.subgroups:
         return []
-    verdict, sentences = evidence_tables.subgroups_verdict(subgroups)
+    verdict, sentences = evidence_tables.subgroups_verdict(of)
     listed = ["", *(f"- {sentence}" for sentence in sentences)] if sentences else []
-    table = _table(evidence_tables.subgroups(subgroups))
-    return ["## Subgroups of the test images", "", *table, "", verdict, *listed, ""]
+    return ["## Subgroups of the test images", "", *_table(evidence_tables.subgroups(of)), "", verdict, *listed, ""]
 
 
 def _table(table: Table) -> list[str]:

@@ -36,8 +36,29 @@ CHOSEN = {
 
 
 @dataclass(frozen=True)
+class Evidence:
+    """What model card and report are made of.
+
+    Attributes:
+        meta: of the arrays the model was trained and judged on.
+        described: what `models/model.json` holds.
+        summary: of `fadeformer.summary.summarise`, by split.
+        intervals: of `fadeformer.summary.intervals`, of test.
+        operating: what `reports/operating_points.json` holds: `wanted`, `confidence` and `points`.
+        subgroups: of `fadeformer.subgroups.compare`, of test.
+    """
+
+    meta: Meta
+    described: Mapping[str, Any]
+    summary: Mapping[str, Any]
+    intervals: Mapping[str, Any]
+    operating: Mapping[str, Any]
+    subgroups: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
 class Table:
-    """Rows of text under a head.
+    """Rows of text under a head; a cell may hold Markdown's marks of code and of strong words.
 
     Attributes:
         head: of each column; empty strings where the rows name themselves.
@@ -48,15 +69,15 @@ class Table:
     rows: list[tuple[str, ...]]
 
 
-def data(meta: Meta) -> Table:
+def data(of: Evidence) -> Table:
     """What the model was trained and judged on."""
-    card = meta.dataset
+    meta, card = of.meta, of.meta.dataset
     names = {"classes" if not meta.task.multi_label else "findings": ", ".join(meta.classes)}
     return Table(
         ("", ""),
         [
             ("Data set", f"{card['name']} ({card['file']})"),
-            ("SHA-256", str(card["sha256"])),
+            ("SHA-256", f"`{card['sha256']}`"),
             ("Licence", str(card["licence"])),
             ("Task", str(card["task"])),
             *((key.capitalize(), value) for key, value in names.items()),
@@ -67,8 +88,9 @@ def data(meta: Meta) -> Table:
     )
 
 
-def model(meta: Meta, described: Mapping[str, Any]) -> Table:
-    """What the model is; `described` is what `models/model.json` holds."""
+def model(of: Evidence) -> Table:
+    """What the model is, and how it was trained."""
+    meta, described = of.meta, of.described
     network, settings = described["model"], described["params"]
     fade = network["fade"]
     return Table(
@@ -84,38 +106,34 @@ def model(meta: Meta, described: Mapping[str, Any]) -> Table:
     )
 
 
-def numbers(summary: Mapping[str, Any], intervals: Mapping[str, Any], confidence: float) -> Table:
-    """Every number over all classes.
-
-    Args:
-        summary: of `fadeformer.summary.summarise`, by split.
-        intervals: of `fadeformer.summary.intervals`, of test.
-        confidence: of the intervals.
-    """
-    test, val = summary["test"]["overall"], summary["val"]["overall"]
+def numbers(of: Evidence) -> Table:
+    """Every number over all classes."""
+    test, val = of.summary["test"]["overall"], of.summary["val"]["overall"]
     return Table(
-        ("", f"Test ({100 * confidence:g} % interval)", "Validation"),
+        ("", f"Test ({100 * of.operating['confidence']:g} % interval)", "Validation"),
         [
-            (label, told(test[key], intervals["overall"][key]), _shown(val[key]))
+            (label, told(test[key], of.intervals["overall"][key]), _shown(val[key]))
             for key, label in NUMBERS.items()
             if key in test
         ],
     )
 
 
-def classes(meta: Meta, test: Mapping[str, Any], intervals: Mapping[str, Any]) -> Table:
+def classes(of: Evidence) -> Table:
     """Numbers of each class or finding."""
+    pairs = zip(of.summary["test"]["per_class"].items(), of.intervals["per_class"].values(), strict=True)
     return Table(
-        ("Class" if not meta.task.multi_label else "Finding", *OF_CLASS.values()),
+        ("Class" if not of.meta.task.multi_label else "Finding", *OF_CLASS.values()),
         [
             (name, f"{values['support']:,}", *(told(values[key], bounds[key]) for key in OF_CLASS if key in bounds))
-            for (name, values), bounds in zip(test["per_class"].items(), intervals["per_class"].values(), strict=True)
+            for (name, values), bounds in pairs
         ],
     )
 
 
-def operating_points(operating: Mapping[str, Any]) -> Table:
-    """Thresholds and what they give; `operating` is what `reports/operating_points.json` holds."""
+def operating_points(of: Evidence) -> Table:
+    """Thresholds and what they give."""
+    operating = of.operating
     rules = {"youden": "largest sensitivity + specificity"}
     rules |= {name: f"{name} at least {least:g}" for name, least in operating["wanted"].items() if least is not None}
     rows = []
@@ -128,26 +146,26 @@ def operating_points(operating: Mapping[str, Any]) -> Table:
     return Table(("Rule on validation", "Positive", "Score from", *SHARES), rows)
 
 
-def subgroups(found: Mapping[str, Any]) -> Table:
-    """Numbers of each subgroup; `found` is of `fadeformer.subgroups.compare`."""
+def subgroups(of: Evidence) -> Table:
+    """Numbers of each subgroup."""
     rows = [
         (
-            column, value, f"{of['images']:,}", f"{of['groups']:,}",
-            *(told(of["overall"][key], of["intervals"]["overall"][key]) for key in OF_SUBGROUP),
+            column, value, f"{one['images']:,}", f"{one['groups']:,}",
+            *(told(one["overall"][key], one["intervals"]["overall"][key]) for key in OF_SUBGROUP),
         )
-        for column, values in found.items()
-        for value, of in values.items()
+        for column, values in of.subgroups.items()
+        for value, one in values.items()
     ]  # fmt: skip
     return Table(("", "Value", "Images", "Patients or lesions", *(NUMBERS[key] for key in OF_SUBGROUP)), rows)
 
 
-def subgroups_verdict(found: Mapping[str, Any]) -> tuple[str, list[str]]:
-    """Whether a subgroup is worse than the whole, and a sentence for each that is."""
-    tests = sum(len(of["compared"]) for values in found.values() for of in values.values())
+def subgroups_verdict(of: Evidence) -> tuple[str, list[str]]:
+    """Whether a subgroup is worse than the whole, and a sentence for each measure in which one is."""
+    tests = sum(len(one["compared"]) for values in of.subgroups.values() for one in values.values())
     verdicts = [
         f"{one['column']} {one['subgroup']}: {MEASURES[one['measure']]} of {one['class']} {one['value']:.3f}, in the"
         f" whole {one['whole']:.3f} (adjusted p {one['p']:.2g})"
-        for one in worse(found)
+        for one in worse(of.subgroups)
     ]
     told_of = f"Compared with the whole in {tests:,} measures, and adjusted for that many:"
     if not tests:
@@ -172,8 +190,9 @@ def published(rows: pd.DataFrame, *, comparable: bool) -> Table:
     return Table(head, cells)
 
 
-def limits(meta: Meta, test: Mapping[str, Any], groups: int) -> list[str]:
-    """What a reader must bear in mind; `groups` is how many patients or lesions test has."""
+def limits(of: Evidence) -> list[str]:
+    """What a reader must bear in mind, in sentences that may hold Markdown's marks."""
+    meta, test, groups = of.meta, of.summary["test"], of.intervals["groups"]
     found = [
         "The validation images chose the epoch, so their numbers flatter.",
         "Intervals tell what other test images would do, not another training.",

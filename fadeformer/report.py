@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import base64
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup, escape
 from ruamel.yaml import YAML
 from ruamel.yaml.compat import StringIO
 
 from fadeformer import evidence_tables
-from fadeformer.arrays import Meta
 from fadeformer.card import INTENDED
+from fadeformer.evidence_tables import Evidence
 from fadeformer.summary import told
 
 GOOD, BAD, PLAIN = "good", "bad", "plain"
@@ -47,13 +49,8 @@ class Figure:
 
 
 def report(
-    meta: Meta,
-    described: Mapping[str, Any],
-    summary: Mapping[str, Any],
+    of: Evidence,
     uncalibrated: Mapping[str, Any],
-    intervals: Mapping[str, Any],
-    operating: Mapping[str, Any],
-    subgroups: Mapping[str, Any],
     published: pd.DataFrame,
     explained: Sequence[str],
     figures: Mapping[str, bytes],
@@ -62,63 +59,57 @@ def report(
     """Writes the page.
 
     Args:
-        meta: of the arrays the model was trained and judged on.
-        described: what `models/model.json` holds.
-        summary: of `fadeformer.summary.summarise`, by split.
-        uncalibrated: likewise of test, by the scores before calibration.
-        intervals: of `fadeformer.summary.intervals`, of test.
-        operating: what `reports/operating_points.json` holds.
-        subgroups: of `fadeformer.subgroups.compare`, of test.
+        of: what the model card is made of too.
+        uncalibrated: of `fadeformer.summary.summarise`, of test, by the scores before calibration.
         published: of `fadeformer.published.beside`.
         explained: what the maps of the gallery are and how far they can be trusted, sentences.
         figures: PNG by name.
         run_id: MLflow's, of the training.
     """
     pages = Environment(loader=PackageLoader("fadeformer", "."), autoescape=True, undefined=StrictUndefined)
+    pages.filters["marked"] = marked
     drawn = {
         name: Figure(name, *FIGURES.get(name, GALLERY), base64.b64encode(png).decode()) for name, png in figures.items()
     }
     stream = StringIO()
-    YAML().dump(described["params"], stream)
-    test = summary["test"]
-    verdict, worse = evidence_tables.subgroups_verdict(subgroups) if subgroups else ("", [])
+    YAML().dump(of.described["params"], stream)
+    verdict, worse = evidence_tables.subgroups_verdict(of) if of.subgroups else ("", [])
     return pages.get_template("report.html").render(
-        title=f"{described['model']['backbone']} on {meta.dataset['name']}",
-        note=meta.dataset["note"],
+        title=f"{of.described['model']['backbone']} on {of.meta.dataset['name']}",
+        note=of.meta.dataset["note"],
         intended=INTENDED,
-        verdicts=verdicts(meta, test, uncalibrated, intervals, operating["confidence"], subgroups, published),
-        data=evidence_tables.data(meta),
-        model=evidence_tables.model(meta, described),
-        numbers=evidence_tables.numbers(summary, intervals, operating["confidence"]),
-        classes=evidence_tables.classes(meta, test, intervals),
-        operating=evidence_tables.operating_points(operating),
-        subgroups=evidence_tables.subgroups(subgroups) if subgroups else None,
+        verdicts=verdicts(of, uncalibrated, published),
+        data=evidence_tables.data(of),
+        model=evidence_tables.model(of),
+        numbers=evidence_tables.numbers(of),
+        classes=evidence_tables.classes(of),
+        operating=evidence_tables.operating_points(of),
+        subgroups=evidence_tables.subgroups(of) if of.subgroups else None,
         subgroups_verdict=verdict,
         worse=worse,
         comparable=evidence_tables.published(published, comparable=True),
         not_comparable=evidence_tables.published(published, comparable=False),
-        limits=evidence_tables.limits(meta, test, intervals["groups"]),
+        limits=evidence_tables.limits(of),
         explained=explained,
         training=[drawn[name] for name in TRAINING],
         figures=[drawn[name] for name in FIGURES if name not in TRAINING],
         gallery=drawn["gallery"],
-        images=test["images"],
-        split=meta.split,
+        images=of.summary["test"]["images"],
+        split=of.meta.split,
         params=stream.getvalue(),
         run_id=run_id,
     )
 
 
-def verdicts(
-    meta: Meta,
-    test: Mapping[str, Any],
-    uncalibrated: Mapping[str, Any],
-    intervals: Mapping[str, Any],
-    confidence: float,
-    subgroups: Mapping[str, Any],
-    published: pd.DataFrame,
-) -> list[tuple[str, str]]:
+def marked(text: str) -> Markup:
+    """Text with Markdown's marks of code and of strong words, as HTML; all else in it is escaped."""
+    found = re.sub(r"`([^`]+)`", r"<code>\1</code>", str(escape(text)))
+    return Markup(re.sub(r"\*\*(.+?)\*\*", r"<strong>\1</strong>", found))  # noqa: S704 - it was escaped
+
+
+def verdicts(of: Evidence, uncalibrated: Mapping[str, Any], published: pd.DataFrame) -> list[tuple[str, str]]:
     """What a reader should know first: sentences, each `good`, `bad` or `plain`. Arguments are those of `report`."""
+    meta, test, intervals, confidence = of.meta, of.summary["test"], of.intervals, of.operating["confidence"]
     overall, bounds = test["overall"], intervals["overall"]
     area = told(overall["auc"], bounds["auc"])
     balanced = told(overall["balanced_accuracy"], bounds["balanced_accuracy"])
@@ -136,9 +127,9 @@ def verdicts(
     if before is not None and after is not None:
         changed = f"calibration error {after:.3f}, {before:.3f} before calibration on validation."
         found.append((GOOD if after <= before else PLAIN, changed[0].upper() + changed[1:]))
-    if subgroups:
-        verdict, worse = evidence_tables.subgroups_verdict(subgroups)
-        compared = any(of["compared"] for values in subgroups.values() for of in values.values())
+    if of.subgroups:
+        verdict, worse = evidence_tables.subgroups_verdict(of)
+        compared = any(one["compared"] for values in of.subgroups.values() for one in values.values())
         told_of = f"{len(worse)} measures of subgroups are worse than the whole beyond chance." if worse else verdict
         found.append((BAD if worse else GOOD if compared else PLAIN, told_of))
     else:

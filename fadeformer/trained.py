@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from fadeformer import calibration
-from fadeformer.inference import choose_precision, logits_of
+from fadeformer.inference import choose_device, choose_precision, logits_of
 from fadeformer.models import create_model, load_weights
 from fadeformer.normalisation import Normalisation
 from fadeformer.tasks import TASKS
@@ -25,7 +25,7 @@ class Trained:
     Args:
         described: what `model.json` holds.
         weights: `best_model.pth`, or safetensors.
-        device: where it runs.
+        device: where it runs; None for a GPU, if there is one and training did not keep to the CPU.
         precision: `32`, `bf16` or `16`; None for that of its training, but float32 on a CPU for float16.
 
     Raises:
@@ -33,8 +33,13 @@ class Trained:
     """
 
     def __init__(
-        self, described: Mapping[str, Any], weights: Path, device: torch.device, precision: str | None = None
+        self,
+        described: Mapping[str, Any],
+        weights: Path,
+        device: torch.device | None = None,
+        precision: str | None = None,
     ) -> None:
+        device = device or choose_device("cpu" if described["params"]["train"]["device"] == "cpu" else "auto")
         self.task = TASKS[described["task"]].with_head(described["head"])
         self.calibration = calibration.of_description(described["calibration"])
         self.normalisation = Normalisation(**{name: tuple(v) for name, v in described["normalise"].items()})

@@ -32,8 +32,8 @@ from fadeformer import (
 )
 from fadeformer.card import model_card
 from fadeformer.errors import UserError
+from fadeformer.evidence_tables import Evidence
 from fadeformer.files import read_json, whole_file, whole_folder, write_json
-from fadeformer.inference import choose_device
 from fadeformer.trained import Trained
 from pipelines import begun, paths, stage, tracking
 from pipelines.orchestrator import orchestrated
@@ -68,11 +68,22 @@ def predict(batch_size: int, wanted: str | list[str]) -> None:
 
 
 def trained() -> Trained:
-    """The network of models/, on the device that it was trained for."""
-    described = read_json(paths.ARCHITECTURE)
-    device = choose_device("cpu" if described["params"]["train"]["device"] == "cpu" else "auto")
-    torch.use_deterministic_algorithms(True, warn_only=device.type == "cuda")
-    return Trained(described, paths.WEIGHTS, device)
+    """The network of models/."""
+    found = Trained(read_json(paths.ARCHITECTURE), paths.WEIGHTS)
+    torch.use_deterministic_algorithms(True, warn_only=found.device.type == "cuda")
+    return found
+
+
+def evidence(found: dict[str, Any]) -> Evidence:
+    """What card and report are made of: numbers by split, and what lies in reports/ and models/."""
+    return Evidence(
+        meta=arrays.read_meta(paths.PROCESSED),
+        described=read_json(paths.ARCHITECTURE),
+        summary=found,
+        intervals=read_json(paths.INTERVALS)["test"],
+        operating=read_json(paths.OPERATING_POINTS),
+        subgroups=read_json(paths.SUBGROUPS)["test"],
+    )
 
 
 @task(name="measure", persist_result=False)
@@ -103,8 +114,7 @@ def measure(settings: dict[str, Any]) -> dict[str, float]:
     of_paper = summary.published_results(found["test"], pd.read_csv(paths.HISTORY), config)
     write_json(paths.RESULTS, {**of_paper, "test_balanced_accuracy": balanced})
     with whole_file(paths.CARD) as path:
-        card = model_card(meta, described, found, intervals, read_json(paths.OPERATING_POINTS), of_subgroups)
-        path.write_text(card, encoding="utf-8")
+        path.write_text(model_card(evidence(found)), encoding="utf-8")
     with whole_folder(paths.CURVES) as folder:
         metrics.roc_points(test).to_csv(folder / "roc.csv", index=False)
         metrics.pr_points(test).to_csv(folder / "pr.csv", index=False)
@@ -162,13 +172,8 @@ def write_report(run_id: str) -> None:
     table, meta = predictions.read(paths.PREDICTIONS), arrays.read_meta(paths.PROCESSED)
     test = table.of("test")
     page = report.report(
-        meta,
-        read_json(paths.ARCHITECTURE),
-        {"val": summary.summarise(table.of("val")), "test": summary.summarise(test)},
+        evidence({"val": summary.summarise(table.of("val")), "test": summary.summarise(test)}),
         summary.summarise(test.before_calibration()),
-        read_json(paths.INTERVALS)["test"],
-        read_json(paths.OPERATING_POINTS),
-        read_json(paths.SUBGROUPS)["test"],
         published.beside(meta),
         read_json(paths.EXPLANATIONS)["sentences"],
         {path.stem: path.read_bytes() for path in sorted(paths.FIGURES.glob("*.png"))},

@@ -22,7 +22,6 @@ from fadeformer.calibration import Calibration
 from fadeformer.checkpoints import Checkpoints
 from fadeformer.errors import Interrupted, UserError
 from fadeformer.files import read_json, whole_folder, write_json
-from fadeformer.inference import choose_device
 from fadeformer.trained import Trained
 from pipelines import begun, fitting, paths, stage, store, tracking
 from pipelines.journal import PATIENCE, Journal
@@ -89,11 +88,11 @@ def write(begun_in: Path, folder: Path) -> dict[str, Any]:
 
 def calibrated(described: dict[str, Any], weights: Path) -> Calibration:
     """What makes the scores of the best epoch mean what they say, by val; nothing if train.calibrate is false."""
-    if not described["params"]["train"]["calibrate"]:
+    settings = described["params"]["train"]
+    if not settings["calibrate"]:
         return calibration.NONE
-    settings, val = described["params"]["train"], arrays.read(paths.PROCESSED, "val")
-    device = choose_device("cpu" if settings["device"] == "cpu" else "auto")
-    trained = Trained({**described, "calibration": calibration.NONE.described()}, weights, device)
+    val = arrays.read(paths.PROCESSED, "val")
+    trained = Trained({**described, "calibration": calibration.NONE.described()}, weights)
     return calibration.fit(val.labels, trained.raw_scores(val.pixels, settings["batch_size"]), trained.task)
 
 

@@ -7,6 +7,7 @@ import pytest
 from fadeformer import predictions, subgroups
 from fadeformer.arrays import Meta
 from fadeformer.card import model_card
+from fadeformer.evidence_tables import Evidence
 from fadeformer.operating import operating_points
 from fadeformer.proportions import wilson
 from fadeformer.summary import intervals, summarise, told
@@ -48,7 +49,7 @@ def card(
     }
     meta = Meta(dataset, 28, 1, {"train": 1234, "val": 3, "test": 3}, "published", leaks, [0.5], [0.2])
     _, groups = subgroups.compare(table, [0, 40], draws=100, seed=0, confidence=0.9)
-    return model_card(meta, described, {"val": summary, "test": summary}, bounds, operating, groups)
+    return model_card(Evidence(meta, described, {"val": summary, "test": summary}, bounds, operating, groups))
 
 
 @pytest.mark.parametrize("task", ["binary-class", "multi-label, binary-class"])
@@ -63,7 +64,7 @@ def test_it_names_data_model_and_numbers(task):
     calibrated = "vector scaling of each finding" if TASKS[task].multi_label else "temperature 2"
     assert f"| Calibration | {calibrated}, fitted on validation |" in text
     assert "| sex | F | 2 | 2 |" in text
-    assert "none is worse beyond chance" in text
+    assert "No subgroup has images enough to be compared with the whole." in text  # of three images
 
 
 def test_every_row_of_a_table_has_as_many_cells_as_its_head():

@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import re
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,6 +14,7 @@ import pytest
 from fadeformer import evidence_plots, plots, predictions, published, report, subgroups, summary
 from fadeformer.arrays import Meta
 from fadeformer.datasets.medmnist import SETS
+from fadeformer.evidence_tables import Evidence
 from fadeformer.operating import operating_points
 from fadeformer.tasks import TASKS
 
@@ -56,17 +58,15 @@ def made(name: str, *, images: int = 200, skill: float = 2.0, leaks: int = 0, kn
     intervals, found = subgroups.compare(test, [0, 40, 80], draws=100, seed=0, confidence=0.95)
     wanted = {"youden": None, "sensitivity": 0.9}
     points = operating_points(val, test, wanted, 0.95)
-    return SimpleNamespace(
-        meta=meta, test=test, described=described(name), intervals=intervals, subgroups=found,
-        summary={"val": summary.summarise(val), "test": summary.summarise(test)},
-        operating={"wanted": wanted, "confidence": 0.95, "points": points}, published=published.beside(meta),
+    evidence = Evidence(
+        meta, described(name), {"val": summary.summarise(val), "test": summary.summarise(test)}, intervals,
+        {"wanted": wanted, "confidence": 0.95, "points": points}, found,
     )  # fmt: skip
+    return SimpleNamespace(meta=meta, test=test, evidence=evidence, published=published.beside(meta))
 
 
 def verdicts(of: SimpleNamespace) -> dict[str, str]:
-    told = report.verdicts(
-        of.meta, of.summary["test"], of.summary["test"], of.intervals, 0.95, of.subgroups, of.published
-    )
+    told = report.verdicts(of.evidence, of.evidence.summary["test"], of.published)
     return {sentence: kind for kind, sentence in told}
 
 
@@ -81,9 +81,8 @@ def page(of: SimpleNamespace, folder: Path) -> Path:
         plots.save(drawn.get(name, drawn["confusion_matrix"]), folder / f"{name}.png", 40)
         pngs[name] = (folder / f"{name}.png").read_bytes()
     text = report.report(
-        of.meta, of.described, of.summary, of.summary["test"], of.intervals, of.operating, of.subgroups, of.published,
-        ["A sentence on <explanations>."], pngs, RUN,
-    )  # fmt: skip
+        of.evidence, of.evidence.summary["test"], of.published, ["A sentence on <explanations>."], pngs, RUN
+    )
     (folder / "index.html").write_text(text, encoding="utf-8")
     return folder / "index.html"
 
@@ -117,6 +116,16 @@ def test_what_stands_in_the_page_is_escaped_and_nothing_points_outside(tmp_path)
     assert "A sentence on &lt;explanations&gt;." in text
     assert "http" not in text.replace("https://medmnist.com", "")
     assert "monitor: loss" in text
+
+
+def test_marks_of_markdown_are_html_in_the_page_and_all_else_is_escaped(tmp_path):
+    text = page(made("bloodmnist", leaks=2), tmp_path).read_text()
+    assert "<strong>2 images stand in two splits</strong>" in text
+    assert f"<code>{'5e' * 32}</code>" in text
+    body = re.sub(r"base64,[^\"]*", "", text)
+    assert "**" not in body
+    assert "`" not in body
+    assert report.marked("<b> `a<b` **c&d**") == "&lt;b&gt; <code>a&lt;b</code> <strong>c&amp;d</strong>"
 
 
 @pytest.fixture(scope="module")
