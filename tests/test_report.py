@@ -129,7 +129,7 @@ def test_marks_of_markdown_are_html_in_the_page_and_all_else_is_escaped(tmp_path
 
 
 @pytest.fixture(scope="module")
-def browser():
+def browser(tmp_path_factory):
     if CHROMIUM is None:
         if os.environ.get("FADEFORMER_BROWSER") == "required":
             pytest.fail("no Chromium on this machine, and FADEFORMER_BROWSER asks for one")
@@ -137,7 +137,11 @@ def browser():
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as driver:
-        started = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-dev-shm-usage"])
+        kept = str(tmp_path_factory.mktemp("chromium"))  # else it leaves folders in the user's home
+        started = driver.chromium.launch(
+            executable_path=CHROMIUM, args=["--no-sandbox", "--disable-dev-shm-usage"],
+            env={**os.environ, "HOME": kept, "XDG_CONFIG_HOME": kept, "XDG_CACHE_HOME": kept},
+        )  # fmt: skip
         yield started
         started.close()
 
