@@ -33,6 +33,7 @@ class Meta:
         cross_split_duplicates: images that stand in two splits by content, as the data gate was told to allow.
         channel_mean: of the pixels of train, by channel, in [0, 1].
         channel_std: their standard deviation, likewise.
+        aspect: what became of images that are not square, as `fadeformer.decode.resize` names it.
     """
 
     dataset: dict[str, Any]
@@ -43,6 +44,7 @@ class Meta:
     cross_split_duplicates: int
     channel_mean: list[float]
     channel_std: list[float]
+    aspect: str
 
     @property
     def task(self) -> Task:

@@ -96,7 +96,7 @@ def write(
         raise UserError(f"{source}: {int((~done).sum()):,} images of the manifest are gone; run `dvc repro validate`")
     manifest.drop(columns=[*OF_THE_FILES], errors="ignore").to_parquet(folder / "index.parquet", index=False)
     mean, std = channel_statistics(folder / "train.npy", threads)
-    meta = Meta(dict(dataset), image_size, channels, counts, split, cross_split_duplicates, mean, std)
+    meta = Meta(dict(dataset), image_size, channels, counts, split, cross_split_duplicates, mean, std, aspect)
     write_json(folder / "meta.json", asdict(meta))
     noted.unlink()
     return meta

@@ -101,6 +101,8 @@ def run(folder: Path | None) -> None:
                 "model": described, "task": meta.task.name, "head": wanted.model.head, "classes": list(meta.classes),
                 "normalise": asdict(normalisation), "precision": NAMES[precision], "weights": origin,
                 "params": made_with,
+                "input": {"image_size": meta.image_size, "channels": meta.channels, "aspect": meta.aspect},
+                "dataset": meta.dataset["name"],
             },
         )  # fmt: skip
         journal.start(wanted.flat(), meta)

@@ -47,7 +47,7 @@ def card(
         "calibration": {"slope": [0.5], "offset": [0.0]},
         "params": {"seed": 42, "train": {"epochs": 20, "monitor": "auc"}},
     }
-    meta = Meta(dataset, 28, 1, {"train": 1234, "val": 3, "test": 3}, "published", leaks, [0.5], [0.2])
+    meta = Meta(dataset, 28, 1, {"train": 1234, "val": 3, "test": 3}, "published", leaks, [0.5], [0.2], "squash")
     _, groups = subgroups.compare(table, [0, 40], draws=100, seed=0, confidence=0.9)
     return model_card(Evidence(meta, described, {"val": summary, "test": summary}, bounds, operating, groups))
 

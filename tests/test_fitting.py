@@ -14,7 +14,7 @@ MIRRORED = {"task": "multi-class", "classes": ["a", "b", "c"], "mirrors": True}
 
 
 def meta(**changes: object) -> Meta:
-    return Meta({**MIRRORED, **changes}, 28, 3, {}, "published", 0, [0.1, 0.2, 0.3], [0.4, 0.5, 0.0])
+    return Meta({**MIRRORED, **changes}, 28, 3, {}, "published", 0, [0.1, 0.2, 0.3], [0.4, 0.5, 0.0], "squash")
 
 
 def with_train(wanted, **changes: object):

@@ -35,7 +35,7 @@ from pipelines.journal import Journal
 CARD = {"name": "dots", "file": "dots.npz", "sha256": "ab" * 32, "size": 16, "note": "made up", "task": "binary-class"}
 META = Meta(
     dataset=CARD, image_size=16, channels=1, counts={"train": 1}, split="published", cross_split_duplicates=0,
-    channel_mean=[0.5], channel_std=[0.1],
+    channel_mean=[0.5], channel_std=[0.1], aspect="squash",
 )  # fmt: skip
 PARAMS = {"train.lr": 0.1, "seed": 1}
 FORK = multiprocessing.get_context("fork")

@@ -31,13 +31,13 @@ def meta(name="retinamnist", size=28, split="published", image_size=None, counts
     known = medmnist.SETS[name].counts if name in medmnist.SETS else (700, 100, 200)
     of_split = dict(zip(("train", "val", "test"), known, strict=True))
     dataset = {"name": name, "size": size, "counts": of_split}
-    return Meta(dataset, image_size or size, 3, counts or of_split, split, 0, [0.5] * 3, [0.2] * 3)
+    return Meta(dataset, image_size or size, 3, counts or of_split, split, 0, [0.5] * 3, [0.2] * 3, "squash")
 
 
 def nih(split="chestxray14-0123456789ab.csv", image_size=320, counts=NIH) -> Meta:
     """As that of NIH's radiographs, all of them, with val made here."""
     dataset = {"name": "chestxray14", "size": None, "counts": chestxray14.COUNTS}
-    return Meta(dataset, image_size, 3, counts, split, 0, [0.5] * 3, [0.2] * 3)
+    return Meta(dataset, image_size, 3, counts, split, 0, [0.5] * 3, [0.2] * 3, "squash")
 
 
 def found(rows: pd.DataFrame, method: str, resolution: str | None = None) -> pd.Series:
@@ -213,7 +213,9 @@ def test_a_sample_or_another_edition_is_another_data_set(name):
     else:
         card = chestxray14.facts({}, "", list(chestxray14.ARCHIVES), published=False)
     assert card.counts is None
-    ours = Meta({"name": name, "size": None, "counts": card.counts}, 320, 3, NIH, MADE.format(name), 0, [], [])
+    ours = Meta(
+        {"name": name, "size": None, "counts": card.counts}, 320, 3, NIH, MADE.format(name), 0, [], [], "squash"
+    )
     seen = published.beside(ours)
     assert not seen.empty
     assert not seen["comparable"].any()
@@ -231,7 +233,7 @@ def test_isic_has_no_published_split_and_so_nothing_to_compare_with():
     counts = {"train": 17_732, "val": 2_533, "test": 5_066}
     ours = Meta(
         {"name": "isic2019", "size": None, "counts": {"all": isic2019.PUBLISHED_IMAGES}}, 224, 3, counts,
-        MADE.format("isic2019"), 0, [], [],
+        MADE.format("isic2019"), 0, [], [], "squash",
     )  # fmt: skip
     seen = published.beside(ours)
     assert not seen["comparable"].any()

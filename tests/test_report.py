@@ -54,7 +54,7 @@ def made(name: str, *, images: int = 200, skill: float = 2.0, leaks: int = 0, kn
         "name": name, "file": f"{name}.npz", "sha256": "5e" * 32, "task": of.task, "classes": list(classes),
         "licence": "CC BY 4.0", "note": "", "size": 28, "counts": counts,
     }  # fmt: skip
-    meta = Meta(dataset, 28, 1, counts, "published", leaks, [0.5], [0.2])
+    meta = Meta(dataset, 28, 1, counts, "published", leaks, [0.5], [0.2], "squash")
     intervals, found = subgroups.compare(test, [0, 40, 80], draws=100, seed=0, confidence=0.95)
     wanted = {"youden": None, "sensitivity": 0.9}
     points = operating_points(val, test, wanted, 0.95)
