@@ -1,0 +1,30 @@
+"""`fadeformer COMMAND`: what is done with models once they are made; the stages that make them are run by `dvc repro`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from functools import partial
+from importlib import import_module
+
+from pipelines import stage
+
+COMMANDS = {  # module of pipelines.commands: what it does
+    "registry": "every decision about a model, and what is champion",
+}
+
+
+def main(words: list[str] | None = None) -> None:
+    """Runs the command that the arguments name; only its own module is imported."""
+    words = sys.argv[1:] if words is None else words
+    parser = argparse.ArgumentParser("fadeformer", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    wanted = next((word for word in words if not word.startswith("-")), None)
+    for name, told in COMMANDS.items():
+        command = commands.add_parser(name, help=told, description=told)
+        if name == wanted:
+            module = import_module(f"pipelines.commands.{name}")
+            module.add_arguments(command)
+            command.set_defaults(run=module.run)
+    arguments = parser.parse_args(words)
+    stage.run(arguments.command, partial(arguments.run, arguments))
