@@ -240,17 +240,14 @@ def told_to_mlflow(folder: Path) -> tuple[pd.DataFrame, list[str]]:
 
 
 def left_behind(copy: Copy) -> list[str]:
-    """Processes and unfinished files that nobody has cleared away, and models logged more than once."""
+    """Processes and unfinished files that nobody has cleared away."""
     deadline = time.monotonic() + 10  # Prefect's server ends by itself when its owner is gone
     while (servers := _running_in(copy.folder)) and time.monotonic() < deadline:
         time.sleep(0.2)
     hidden = [*copy.folder.glob(".models.*"), *copy.folder.glob("reports/.[!g]*"), *copy.folder.glob(".cache/train/*")]
-    with closing(sqlite3.connect(copy.folder / "mlruns" / "mlflow.db")) as store:
-        models = store.execute("select count(*) from logged_models where lifecycle_stage = 'active'").fetchone()[0]
     return [
         *(f"process {' '.join(process.cmdline())[:100]}" for process in servers),
         *(str(path.relative_to(copy.folder)) for path in hidden),
-        *([f"{models} logged models in MLflow"] if models != 1 else []),
     ]
 
 

@@ -163,6 +163,11 @@ def resize(image: Image.Image, side: int, aspect: Aspect = "squash") -> Image.Im
     raise ValueError(f"aspect is {aspect!r}; it must be 'squash', 'crop' or 'pad'")
 
 
+def fit(image: Image.Image, side: int, channels: int, aspect: Aspect) -> NDArray[np.uint8]:
+    """An image as it stands in the arrays, (side, side, channels); one that fits already stays as it is."""
+    return np.asarray(resize(to_channels(image, channels), side, aspect)).reshape(side, side, channels)
+
+
 def _scaled(image: Image.Image, height: int, width: int) -> Image.Image:
     return image if image.size == (width, height) else image.resize((width, height), Image.Resampling.BILINEAR)
 

@@ -106,7 +106,7 @@ def logits_of(
     parts = []
     starts = range(0, len(pixels), batch_size)
     with torch.inference_mode(), autocast(device, precision):
-        for start in tqdm(starts, desc="predict", unit="batch", leave=False, disable=None):
+        for start in tqdm(starts, desc="predict", unit="batch", leave=False, disable=None if len(starts) > 1 else True):
             each()
             images = torch.from_numpy(np.array(pixels[start : start + batch_size])).to(device)
             parts.append(model(normalisation(images)).double().cpu().numpy())

@@ -19,7 +19,7 @@ from PIL import Image
 from fadeformer.arrays import Meta
 from fadeformer.datasets import images
 from fadeformer.datasets.packed import TOLD
-from fadeformer.decode import Aspect, resize, to_channels
+from fadeformer.decode import Aspect, fit
 from fadeformer.errors import UnreadableError, UserError
 from fadeformer.files import whole_file, write_json
 
@@ -149,8 +149,3 @@ def channel_statistics(path: Path, threads: int | None = None) -> tuple[list[flo
     shares = counts / max(1, counts[0].sum())
     mean = shares @ values
     return mean.tolist(), np.sqrt(np.maximum(shares @ values**2 - mean**2, 0)).tolist()
-
-
-def fit(image: Image.Image, side: int, channels: int, aspect: Aspect) -> NDArray[np.uint8]:
-    """An image as it stands in the arrays, (side, side, channels); one that fits already stays as it is."""
-    return np.asarray(resize(to_channels(image, channels), side, aspect)).reshape(side, side, channels)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from fadeformer import arrays, gate, params, predictions
 from fadeformer.files import read_json, write_json
-from pipelines import paths, registry, stage, tracking
+from pipelines import packaged, paths, registry, stage, tracking
 
 
 def main() -> str:
@@ -17,7 +17,7 @@ def main() -> str:
     meta = arrays.read_meta(paths.PROCESSED)
     name = wanted.model_name.replace("{dataset}", meta.dataset["name"])
     with tracking.run(run_id):
-        version = registry.register(name, run_id)
+        version = registry.register(name, run_id, packaged.log(run_id).model_id)
         champion = registry.champion(name)
         rival = None if champion is None or champion == version else registry.test_predictions(champion)
         decision = gate.decide(predictions.read(paths.PREDICTIONS).of("test"), rival, min_auc=wanted.min_auc)

@@ -15,7 +15,6 @@ from fadeformer import predictions
 from fadeformer.errors import UserError
 from fadeformer.gate import Decision
 from fadeformer.predictions import Predictions
-from pipelines.tracking import MODEL
 
 CHAMPION = "champion"
 CHALLENGER = "challenger"
@@ -38,23 +37,16 @@ def champion(name: str) -> Version | None:
     return None if number is None else Version(name, str(number), client.get_model_version(name, str(number)).run_id)
 
 
-def register(name: str, run_id: str) -> Version:
-    """Registers the model of a run as a new version, or finds the version that it already is.
-
-    Raises:
-        UserError: the run has no model.
-    """
+def register(name: str, run_id: str, model_id: str) -> Version:
+    """Registers a package of a run (`pipelines.packaged`) as a new version, or finds the version that it already is."""
     client = MlflowClient()
     if not client.search_registered_models(f"name = '{name}'"):
         client.create_registered_model(name)
+    source = f"models:/{model_id}"
     for known in client.search_model_versions(f"name = '{name}' and run_id = '{run_id}'"):
-        return Version(name, str(known.version), run_id)
-    experiment = mlflow.get_run(run_id).info.experiment_id
-    logged = client.search_logged_models([experiment], f"source_run_id = '{run_id}'")
-    models = [model for model in logged if model.name == MODEL]
-    if not models:
-        raise UserError(f"MLflow run {run_id} has no model; `dvc repro -f train` makes one")
-    made = client.create_model_version(name, models[0].artifact_location, run_id, model_id=models[0].model_id)
+        if known.source == source:
+            return Version(name, str(known.version), run_id)
+    made = client.create_model_version(name, source, run_id, model_id=model_id)
     return Version(name, str(made.version), run_id)
 
 

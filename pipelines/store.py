@@ -20,8 +20,10 @@ from sqlalchemy.engine import make_url
 from sqlalchemy.exc import SQLAlchemyError
 
 from fadeformer.errors import UserError
+from fadeformer.files import whole_file
+from pipelines import moved
+from pipelines.moved import EXPERIMENT
 
-EXPERIMENT = "fadeformer"
 REFUSALS = {"RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"}  # of what is asked; the same again would be in vain
 PORTS = {"postgresql": 5432, "mysql": 3306, "mssql": 1433}
 
@@ -154,12 +156,14 @@ def connect() -> str:
         with FileLock(store / ".lock", timeout=MLFLOW_HTTP_REQUEST_TIMEOUT.get()):
             if not server and not (store / "mlflow.db").exists():
                 _make(store / "mlflow.db")
+            if not server:
+                _leave_mender(store / Path(moved.__file__).name)
             location = None if server else (store / "artifacts").as_uri()
             experiment = mlflow.get_experiment_by_name(EXPERIMENT)
             if experiment is None:
                 mlflow.create_experiment(EXPERIMENT, artifact_location=location)
             elif location and experiment.artifact_location.startswith("file:"):
-                _follow(store / "mlflow.db", experiment.artifact_location, location)
+                moved.follow(store / "mlflow.db", experiment.artifact_location, location)
     except (OSError, sqlite3.Error, Timeout) as error:
         raise Unreachable(error) from error
     if experiment is not None and experiment.lifecycle_stage != "active":
@@ -181,18 +185,9 @@ def _make(database: Path) -> None:
     begun.rename(database)
 
 
-def _follow(database: Path, before: str, now: str) -> None:
-    """Lets a store that was moved or copied with its project find its artifacts: MLflow keeps absolute addresses."""
-    if before == now:
-        return
-    places = {
-        "experiments": ["artifact_location"], "runs": ["artifact_uri"], "logged_models": ["artifact_location"],
-        "model_versions": ["source", "storage_location"],
-    }  # fmt: skip
-    with closing(sqlite3.connect(database, timeout=60)) as connection, connection:
-        for table, columns in places.items():
-            for column in columns:
-                connection.execute(
-                    f"update {table} set {column} = ? || substr({column}, ?) where substr({column}, 1, ?) = ?",  # noqa: S608  names of ours
-                    (now, len(before) + 1, len(before), before),
-                )
+def _leave_mender(place: Path) -> None:
+    """Puts what mends a store that was moved into the store itself."""
+    text = Path(moved.__file__).read_bytes()
+    if not place.is_file() or place.read_bytes() != text:
+        with whole_file(place) as temporary:
+            temporary.write_bytes(text)

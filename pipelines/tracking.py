@@ -6,7 +6,6 @@ import json
 import subprocess
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +15,12 @@ import pandas as pd
 from mlflow import MlflowClient
 from mlflow.data.code_dataset_source import CodeDatasetSource
 from mlflow.data.meta_dataset import MetaDataset
-from mlflow.entities import DatasetInput, InputTag, LoggedModelStatus, Metric, Param, RunInfo, RunTag
+from mlflow.entities import DatasetInput, InputTag, Metric, Param, RunTag
 from mlflow.exceptions import MlflowException
-from mlflow.models import ModelSignature
 from mlflow.tracking.context.registry import resolve_tags
-from mlflow.types import Schema, TensorSpec
 from mlflow.utils.mlflow_tags import MLFLOW_DATASET_CONTEXT
 from ruamel.yaml import YAML
 
-import fadeformer
 from fadeformer.arrays import Meta
 from fadeformer.errors import UserError
 from fadeformer.files import checksum
@@ -181,45 +177,6 @@ def log_files(*paths: Path, under: str | None = None) -> None:
             mlflow.log_artifacts(str(path), under)
         else:
             mlflow.log_artifact(str(path), under)
-
-
-def log_model(served: Path, weights: Path, architecture: Path, meta: Meta) -> None:
-    """Logs the model with code, signature and example, so that it loads without this project; a run has one.
-
-    Args:
-        served: the file that MLflow runs to load it.
-        weights: safetensors.
-        architecture: model.json.
-        meta: of the arrays it was trained on.
-    """
-    if _has_model(mlflow.active_run().info):
-        return
-    shape = (-1, meta.image_size, meta.image_size, meta.channels)
-    signature = ModelSignature(
-        inputs=Schema([TensorSpec(np.dtype(np.uint8), shape)]),
-        outputs=Schema([TensorSpec(np.dtype(np.float64), (-1, len(meta.classes)))]),
-    )
-    mlflow.pyfunc.log_model(
-        name=MODEL,
-        python_model=str(served),
-        artifacts={"weights": str(weights), "architecture": str(architecture)},
-        code_paths=[str(Path(fadeformer.__file__).parent)],
-        signature=signature,
-        input_example=np.zeros((1, *shape[1:]), np.uint8),
-        pip_requirements=[
-            f"{name}=={version(name)}"
-            for name in ("mlflow", "numpy", "pandas", "safetensors", "scipy", "timm", "torch", "torchvision", "tqdm")
-        ],
-    )
-
-
-def _has_model(run: RunInfo) -> bool:
-    """Whether a run has its model; what a stage that was killed has left of one is deleted."""
-    client = MlflowClient()
-    models = client.search_logged_models([run.experiment_id], f"source_run_id = '{run.run_id}'")
-    for begun in (model for model in models if model.status != LoggedModelStatus.READY):
-        client.delete_logged_model(begun.model_id)
-    return any(model.name == MODEL and model.status == LoggedModelStatus.READY for model in models)
 
 
 def _code_identity() -> dict[str, str]:

@@ -7,7 +7,6 @@ import logging
 import os
 import shutil
 import signal
-import tempfile
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,6 @@ from typing import Any
 import pandas as pd
 import torch
 from prefect import flow, task
-from safetensors.torch import save_file
 
 from fadeformer import arrays, calibration, params
 from fadeformer.calibration import Calibration
@@ -26,8 +24,6 @@ from fadeformer.trained import Trained
 from pipelines import begun, fitting, paths, stage, store, tracking
 from pipelines.journal import PATIENCE, Journal
 from pipelines.orchestrator import orchestrated
-
-SERVED = Path(__file__).with_name("served.py")
 
 
 @task(name="fit the network", persist_result=False)
@@ -96,14 +92,9 @@ def calibrated(described: dict[str, Any], weights: Path) -> Calibration:
     return calibration.fit(val.labels, trained.raw_scores(val.pixels, settings["batch_size"]), trained.task)
 
 
-@task(name="log the model to MLflow", persist_result=False)
-def log_model(folder: Path) -> None:
-    """Logs the model as it can be loaded anywhere."""
-    weights = torch.load(folder / paths.WEIGHTS.name, weights_only=True)
-    with tempfile.TemporaryDirectory() as temporary:
-        path = Path(temporary) / "weights.safetensors"
-        save_file(weights, path)
-        tracking.log_model(SERVED, path, folder / paths.ARCHITECTURE.name, arrays.read_meta(paths.PROCESSED))
+@task(name="log the history to MLflow", persist_result=False)
+def log_history(folder: Path) -> None:
+    """Leaves the history in the run; the model goes there as a package, once its operating points are known."""
     tracking.log_files(folder / paths.HISTORY.name)
 
 
@@ -125,7 +116,7 @@ def train() -> str:
             journal.metrics({"seconds": {"fit": result["seconds"]}})
             run_id = journal.settle()
             with tracking.run(run_id):
-                log_model(folder)
+                log_history(folder)
             write_json(folder / paths.RUN.name, {"mlflow_run_id": run_id})
         begun.finish(begun_in, run_id)
     best = f"epoch {result['best_epoch']} of {result['epochs']} is the best, val loss {result['val_loss']:.4f}"

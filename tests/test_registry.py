@@ -45,7 +45,7 @@ def version(name: str, quality: float, tmp_path) -> registry.Version:
         experiment = client.get_run(run_id).info.experiment_id
         made = client.create_logged_model(experiment, name=tracking.MODEL, source_run_id=run_id)
         client.finalize_logged_model(made.model_id, "READY")
-    return registry.register(name, run_id)
+    return registry.register(name, run_id, made.model_id)
 
 
 def judge(name: str, quality: float, tmp_path) -> list[str]:
@@ -67,9 +67,14 @@ def test_below_the_floor_there_is_no_champion(tmp_path):
     assert registry.champion("b") is None
 
 
-def test_a_run_is_registered_once(tmp_path):
+def test_a_package_is_one_version_and_another_package_of_the_run_another(tmp_path):
     first = version("c", 1.0, tmp_path)
-    assert registry.register("c", first.run_id) == first
+    client = MlflowClient()
+    known = client.get_model_version("c", first.number).source.removeprefix("models:/")
+    assert registry.register("c", first.run_id, known) == first
+    other = client.create_logged_model(client.get_run(first.run_id).info.experiment_id, source_run_id=first.run_id)
+    assert registry.register("c", first.run_id, other.model_id).number == "2"
+    assert registry.register("c", first.run_id, known) == first
 
 
 def test_the_decision_is_kept_as_tags(tmp_path):
@@ -81,13 +86,6 @@ def test_the_decision_is_kept_as_tags(tmp_path):
     alone = gate.decide(some_predictions(0.5), None, min_auc=0.99)
     registry.place(registry.Version("d", "2", ""), alone, "card")
     assert set(MlflowClient().get_model_version("d", "2").tags) == {"gate.min_auc"}  # no verdict of before stays
-
-
-def test_a_run_without_a_model_is_told():
-    with tracking.run() as run_id:
-        pass
-    with pytest.raises(UserError, match=f"MLflow run {run_id} has no model; `dvc repro -f train` makes one"):
-        registry.register("e", run_id)
 
 
 def test_a_champion_whose_predictions_are_gone_is_told():

@@ -154,7 +154,7 @@ assert importlib.util.find_spec("fadeformer") is None
 import mlflow, numpy as np
 mlflow.set_tracking_uri(sys.argv[1])
 model = mlflow.pyfunc.load_model("models:/fadenet-phantom@champion")
-scores = model.predict(np.load(sys.argv[2]))
+scores = model.predict(np.load(sys.argv[2])).filter(like="probability.").to_numpy()
 assert model.metadata.get_input_schema() and model.input_example is not None
 assert "/mlruns/artifacts/" in sys.modules["fadeformer"].__file__
 np.save(sys.argv[3], scores)

@@ -176,9 +176,6 @@ def test_a_model_that_dvc_has_not_noted_yet_is_not_trained_again(pieces):
     assert "epoch   1/" not in output
     assert [(pieces.folder / name).read_bytes() for name in ("models/best_model.pth", "models/run.json")] == before
     assert not (pieces.folder / ".models.killed").exists()
-    with closing(sqlite3.connect(pieces.folder / "mlruns" / "mlflow.db")) as store:
-        models = store.execute("select count(*) from logged_models group by source_run_id").fetchall()
-    assert {count for (count,) in models} == {1}
 
 
 def test_a_training_that_another_process_runs_is_not_begun_twice(pieces):

@@ -1,0 +1,106 @@
+"""The model as it leaves: one folder in MLflow's store that loads in a clean environment from its own files alone.
+
+`data/` has the weights as safetensors, `model.json` (network, classes, normalisation, input, calibration) and
+`operating_points.json`; `code/` the library and `served.py`. Nothing is pickled, and no file tells where it was made.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import tempfile
+from importlib.metadata import version
+from io import BytesIO
+from pathlib import Path
+
+import mlflow
+import numpy as np
+import pandas as pd
+from mlflow import MlflowClient
+from mlflow.entities import LoggedModel, LoggedModelOutput, LoggedModelStatus
+from mlflow.models import Model
+from PIL import Image
+
+import fadeformer
+from fadeformer.files import checksum, read_json
+from pipelines import paths
+from pipelines.tracking import MODEL
+
+SERVED = Path(__file__).with_name("served.py")
+CONTENT = "fadeformer.content"  # tag with the checksum of what is in a package
+# What loading needs, and what these do not bring in a version of their own choice; timm imports torchvision.
+REQUIREMENTS = (
+    "mlflow-skinny", "numpy", "pandas", "pillow", "safetensors", "scipy", "timm", "torch", "torchvision", "tqdm"
+)  # fmt: skip
+
+
+def log(run_id: str) -> LoggedModel:
+    """Packages what lies in models/ and reports/operating_points.json into a run, or finds that it is there.
+
+    What a stage that was killed has left of one is deleted.
+
+    Args:
+        run_id: of the run in which the model was trained.
+    """
+    client = MlflowClient()
+    content = checksum_of_content()
+    experiment = client.get_run(run_id).info.experiment_id
+    for model in client.search_logged_models([experiment], f"source_run_id = '{run_id}'"):
+        if model.status != LoggedModelStatus.READY:
+            client.delete_logged_model(model.model_id)
+        elif model.tags.get(CONTENT) == content:
+            return model
+    made = client.create_logged_model(experiment, name=MODEL, source_run_id=run_id, tags={CONTENT: content})
+    with tempfile.TemporaryDirectory() as temporary:
+        package = Path(temporary) / MODEL
+        _write(package, Model(artifact_path=MODEL, run_id=run_id, model_id=made.model_id), content)
+        client.log_model_artifacts(made.model_id, str(package))
+    client.log_outputs(run_id, [LoggedModelOutput(made.model_id, 0)])
+    return client.finalize_logged_model(made.model_id, LoggedModelStatus.READY)
+
+
+def checksum_of_content() -> str:
+    """SHA-256 of the weights, the architecture and the operating points."""
+    parts = (paths.WEIGHTS, paths.ARCHITECTURE, paths.OPERATING_POINTS)
+    return hashlib.sha256("".join(checksum(part, "sha256") for part in parts).encode()).hexdigest()
+
+
+def _write(package: Path, model: Model, content: str) -> None:
+    """Makes the folder. `mlflow.pyfunc.log_model` would write into it where MLflow keeps it, so it could not move."""
+    import torch  # takes seconds, and who finds that a package is there already needs none of it
+    from safetensors.torch import save_file
+
+    from fadeformer import scoring
+    from pipelines import served
+
+    described = read_json(paths.ARCHITECTURE)
+    data, code = (package.with_name("parts") / name for name in ("model", "code"))
+    data.mkdir(parents=True)
+    save_file(torch.load(paths.WEIGHTS, weights_only=True), data / scoring.WEIGHTS)
+    shutil.copyfile(paths.ARCHITECTURE, data / scoring.ARCHITECTURE)
+    shutil.copyfile(paths.OPERATING_POINTS, data / scoring.POINTS)
+    library = Path(fadeformer.__file__).parent
+    shutil.copytree(library, code / library.name, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copyfile(SERVED, code / SERVED.name)
+    mlflow.pyfunc.save_model(
+        package,
+        mlflow_model=model,
+        loader_module=SERVED.stem,
+        data_path=str(data),
+        code_paths=[str(code / library.name), str(code / SERVED.name)],
+        signature=served.signature(tuple(described["classes"])),
+        input_example=pd.DataFrame(
+            {served.IMAGE: [_black(described["input"]["image_size"], described["input"]["channels"])]}
+        ),
+        pip_requirements=[f"{name}=={version(name).partition('+')[0]}" for name in REQUIREMENTS],
+        model_config=served.CONFIG,
+        metadata={"content": content, "classes": described["classes"], "input": described["input"]},
+    )
+
+
+def _black(side: int, channels: int) -> bytes:
+    """An image that shows what the input looks like, as PNG."""
+    buffer = BytesIO()
+    pixels = np.zeros((side, side, 3) if channels == 3 else (side, side), np.uint8)
+    Image.fromarray(pixels).save(buffer, "PNG")
+    return buffer.getvalue()

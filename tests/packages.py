@@ -1,0 +1,80 @@
+"""Small models as `train` and `evaluate` leave them, but untrained: what is packaged, served and exported in tests."""
+
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from fadeformer.models import create_model
+from fadeformer.scoring import ARCHITECTURE, POINTS, WEIGHTS
+from fadeformer.trained import Trained
+
+FADE = {"variant": "published", "num_heads": 4, "dropout": 0.1, "K": 2, "alpha": 0.5, "after_blocks": ["last"]}
+KINDS = {  # task, head, classes, calibration
+    "binary": ("binary-class", "auto", ["benign", "malignant"], {"slope": [1.3], "offset": [0.0]}),
+    "multi-class": ("multi-class", "auto", ["a", "b", "c"], {"slope": [0.7], "offset": [0.0]}),
+    "grades": ("ordinal-regression", "cumulative", ["none", "mild", "severe"], {"slope": [1.2], "offset": [0.0]}),
+    "findings": (
+        "multi-label, binary-class", "auto", ["mass", "nodule"], {"slope": [1.5, 0.8], "offset": [0.3, -0.2]},
+    ),
+}  # fmt: skip
+
+
+def write_model(folder: Path, kind: str = "binary", *, side: int = 16, channels: int = 3, aspect: str = "pad") -> Path:
+    """Writes models/ and reports/operating_points.json into a folder, which it returns."""
+    task, head, classes, calibration = KINDS[kind]
+    torch.manual_seed(0)
+    network = {
+        "backbone": "fadevit_nano", "num_classes": len(classes) - (head == "cumulative"), "image_size": side,
+        "in_chans": channels, "pretrained": False, "dropout": 0.1, "drop_path": 0.0, "fade": FADE,
+    }  # fmt: skip
+    model = create_model(**network)
+    for weight in model.parameters():  # an untrained network says the same of every image
+        weight.data += 0.1 * torch.randn_like(weight)
+    described = {
+        "model": network, "task": task, "head": head, "classes": classes, "calibration": calibration,
+        "normalise": {"mean": [0.5] * channels, "std": [0.25] * channels}, "precision": "32", "weights": None,
+        "params": {"train": {"device": "cpu"}}, "best_epoch": 1, "dataset": "drawn",
+        "input": {"image_size": side, "channels": channels, "aspect": aspect},
+    }  # fmt: skip
+    judged = classes[1:] if kind == "binary" else classes
+    (folder / "models").mkdir(parents=True)
+    (folder / "reports").mkdir()
+    weights = folder / "models" / "best_model.pth"
+    torch.save(model.state_dict(), weights)
+    middle = np.median(Trained(described, weights).scores(images(20, side, channels), 20), axis=0)
+    points = {
+        "youden": {name: {"threshold": middle[classes.index(name)]} for name in judged},
+        "sensitivity": {name: {"threshold": 0.0} for name in judged},
+        "specificity": dict.fromkeys(judged),
+    }
+    (folder / "models" / ARCHITECTURE).write_text(json.dumps(described))
+    (folder / "reports" / POINTS).write_text(json.dumps({"wanted": {}, "confidence": 0.95, "points": points}))
+    return folder
+
+
+def gather(folder: Path) -> Path:
+    """The data of a package, out of what `write_model` wrote; returns their folder."""
+    package = folder / "package"
+    package.mkdir()
+    save_file(torch.load(folder / "models" / "best_model.pth", weights_only=True), package / WEIGHTS)
+    (package / ARCHITECTURE).write_bytes((folder / "models" / ARCHITECTURE).read_bytes())
+    (package / POINTS).write_bytes((folder / "reports" / POINTS).read_bytes())
+    return package
+
+
+def images(count: int, side: int = 16, channels: int = 3) -> np.ndarray:
+    """Random images of random colours, uint8, (images, side, side, channels)."""
+    draw = np.random.default_rng(0)
+    return (draw.random((count, side, side, channels)) * draw.random((count, 1, 1, channels)) * 256).astype(np.uint8)
+
+
+def png(pixels: np.ndarray) -> bytes:
+    """A file of one image."""
+    buffer = io.BytesIO()
+    Image.fromarray(pixels.squeeze()).save(buffer, "PNG")
+    return buffer.getvalue()

@@ -1,0 +1,164 @@
+"""A package in a real store: its files, that it is made once for a content, and that it goes where its folder goes."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import mlflow
+import numpy as np
+import pandas as pd
+import pytest
+from mlflow import MlflowClient
+from safetensors import safe_open
+
+from fadeformer.scoring import Scorer
+from pipelines import moved, packaged, registry, tracking
+from pipelines import store as mlflow_store
+from tests.packages import gather, images, png, write_model
+
+
+@pytest.fixture(scope="module", autouse=True)
+def project(tmp_path_factory) -> Path:
+    """A folder with a model and a store of its own."""
+    folder = write_model(tmp_path_factory.mktemp("project"))
+    before = mlflow.get_tracking_uri()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        mlflow_store.connect()
+        yield folder
+    mlflow.set_tracking_uri(before)
+
+
+@pytest.fixture(scope="module")
+def run_id() -> str:
+    with tracking.run() as made:
+        pass
+    return made
+
+
+@pytest.fixture(scope="module")
+def package(project, run_id) -> Path:
+    """The folder of the first package."""
+    return Path(mlflow.artifacts.download_artifacts(f"models:/{packaged.log(run_id).model_id}"))
+
+
+def test_a_package_has_weights_and_words_alone(project, package):
+    files = {path.relative_to(package).as_posix() for path in package.rglob("*") if path.is_file()}
+    assert {f"data/model/{name}" for name in ("weights.safetensors", "model.json", "operating_points.json")} <= files
+    assert {Path(name).suffix for name in files} <= {
+        "",
+        ".py",
+        ".txt",
+        ".yaml",
+        ".json",
+        ".safetensors",
+        ".csv",
+        ".html",
+    }
+    with safe_open(package / "data/model/weights.safetensors", "pt") as weights:
+        assert "classifier.weight" in weights.keys()  # noqa: SIM118  it is no dictionary
+    for name in files:
+        assert str(project).encode() not in (package / name).read_bytes(), name
+
+
+def test_requirements_are_exact_and_few(package):
+    names = [line.split("==") for line in (package / "requirements.txt").read_text().split()]
+    assert all(len(name) == 2 for name in names)
+    assert not {name for name, _ in names} & {"mlflow", "dvc", "prefect", "great-expectations", "matplotlib", "captum"}
+
+
+LOADED = """
+import sys, mlflow, numpy as np
+sys.meta_path = [finder for finder in sys.meta_path if "editable" not in str(finder)]
+model = mlflow.pyfunc.load_model(sys.argv[1])
+found = model.predict(np.load(sys.argv[2]))
+np.save(sys.argv[3], found.filter(like="probability.").to_numpy())
+import fadeformer
+print(fadeformer.__file__)
+print(*sorted({name.partition(".")[0] for name in sys.modules}))
+"""
+
+
+def load_elsewhere(uri: str, folder: Path, **environment: str) -> tuple[np.ndarray, str, set[str]]:
+    """Scores by a process in another folder, where its library lies, and what it imported."""
+    np.save(folder / "images.npy", images(5))
+    done = subprocess.run(
+        [sys.executable, "-c", LOADED, uri, str(folder / "images.npy"), str(folder / "scores.npy")],
+        cwd=folder, capture_output=True, text=True, check=False,
+        env={"PATH": os.environ["PATH"], "HOME": str(folder), "MLFLOW_DISABLE_TELEMETRY": "true", **environment},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    *_, library, imported = done.stdout.splitlines()
+    return np.load(folder / "scores.npy"), library, set(imported.split())
+
+
+def test_a_fresh_process_scores_the_same_and_imports_no_orchestrator(project, package, tmp_path):
+    scores, library, imported = load_elsewhere(str(package), tmp_path)
+    expected = Scorer(package / "data" / "model").scores(images(5))
+    np.testing.assert_allclose(scores, expected, atol=1e-6)
+    assert library.startswith(str(package))
+    assert not imported & {"pipelines", "dvc", "prefect", "great_expectations", "matplotlib", "captum", "sklearn"}
+
+
+def test_the_same_content_is_one_package_and_other_operating_points_another(project, run_id):
+    first = packaged.log(run_id)
+    client = MlflowClient()
+    begun = client.create_logged_model(first.experiment_id, name="model", source_run_id=run_id)  # a killed stage's
+    assert packaged.log(run_id).model_id == first.model_id
+    assert begun.model_id not in {model.model_id for model in client.search_logged_models([first.experiment_id])}
+    assert registry.register("m", run_id, first.model_id).number == "1"
+    path = project / "reports" / "operating_points.json"
+    before = path.read_text()
+    points = json.loads(before)
+    points["points"]["youden"]["malignant"]["threshold"] = 0.123
+    path.write_text(json.dumps(points))
+    other = packaged.log(run_id)
+    assert other.model_id != first.model_id
+    assert registry.register("m", run_id, other.model_id).number == "2"
+    client.set_registered_model_alias("m", "champion", "1")
+    path.write_text(before)
+    assert registry.register("m", run_id, packaged.log(run_id).model_id).number == "1"
+    assert packaged.log(run_id).tags[packaged.CONTENT] == packaged.checksum_of_content()
+
+
+def test_a_package_predicts_from_what_mlflow_hands_on(package):
+    model = mlflow.pyfunc.load_model(str(package))
+    pixels = images(4)
+    files = [png(image) for image in pixels]
+    expected = model.predict(pixels)
+    pd.testing.assert_frame_equal(model.predict(pd.DataFrame({"image": files})), expected)
+    pd.testing.assert_frame_equal(model.predict({"image": pixels}), expected)
+    assert len(model.predict(model.input_example)) == 1
+    assert model.predict(pixels, params={"operating_point": "sensitivity"})["decision"].unique() == ["malignant"]
+    np.testing.assert_allclose(
+        model.get_raw_model().scores(pixels), expected.filter(like="probability.").to_numpy(), atol=1e-6
+    )
+
+
+def test_limits_can_be_set_where_it_is_loaded(package):
+    model = mlflow.pyfunc.load_model(str(package), model_config={"max_pixels": 100})
+    with pytest.raises(mlflow.MlflowException, match="more than the limit of 100"):
+        model.predict(pd.DataFrame({"image": [png(images(1)[0])]}))
+    with pytest.raises(ValueError, match="model_config: max_pixels: only max_pixels and batch_size"):
+        mlflow.pyfunc.load_model(str(package), model_config={"max_pixels": 0})
+
+
+def test_a_store_that_was_moved_serves_without_this_project(project, run_id, tmp_path):
+    registry.register("moving", run_id, packaged.log(run_id).model_id)
+    MlflowClient().set_registered_model_alias("moving", "champion", "1")
+    expected = Scorer(gather(project)).scores(images(5))
+    elsewhere = tmp_path / "with a space"
+    shutil.copytree(project / "mlruns", elsewhere)
+    away = (project / "mlruns" / "artifacts").rename(project / "mlruns" / "away")
+    try:
+        subprocess.run([sys.executable, str(elsewhere / Path(moved.__file__).name)], check=True, cwd="/")
+        store = f"sqlite:///{elsewhere}/mlflow.db"
+        scores, library, _ = load_elsewhere("models:/moving@champion", tmp_path, MLFLOW_TRACKING_URI=store)
+    finally:
+        away.rename(project / "mlruns" / "artifacts")
+    np.testing.assert_allclose(scores, expected, atol=1e-6)
+    assert library.startswith(str(elsewhere))
