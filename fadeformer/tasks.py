@@ -79,12 +79,7 @@ def _right_findings(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def _right_grade(logits: Tensor, labels: Tensor) -> Tensor:
-    from torch.nn.functional import logsigmoid, pad
-
-    above = _cumulative_logits(logits)
-    between = pad(logsigmoid(logits[:, 1:]), (1, 1))  # as in _grades
-    likelihood = pad(logsigmoid(above), (1, 0)) + pad(logsigmoid(-above), (0, 1)) + between
-    return (likelihood.argmax(dim=1) == labels[:, 0]).float()
+    return (_log_grades(logits).argmax(dim=1) == labels[:, 0]).float()
 
 
 def _softmax(logits: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -111,6 +106,22 @@ def _grades(logits: NDArray[np.float64]) -> NDArray[np.float64]:
     under = np.pad(_log_sigmoid(-above), ((0, 0), (0, 1)))
     between = np.pad(_log_sigmoid(logits[:, 1:]), ((0, 0), (1, 1)))
     return np.asarray(np.exp(over + under + between))
+
+
+def _log_softmax(logits: Tensor) -> Tensor:
+    return logits.log_softmax(dim=1)
+
+
+def _as_they_are(logits: Tensor) -> Tensor:
+    return logits
+
+
+def _log_grades(logits: Tensor) -> Tensor:
+    """The logarithm of `_grades`."""
+    from torch.nn.functional import logsigmoid, pad
+
+    above = _cumulative_logits(logits)
+    return pad(logsigmoid(above), (1, 0)) + pad(logsigmoid(-above), (0, 1)) + pad(logsigmoid(logits[:, 1:]), (1, 1))
 
 
 def _most_likely(scores: NDArray[np.float64]) -> NDArray[np.int64]:
@@ -145,6 +156,7 @@ class Task:
         losses: logits (images, outputs), targets, weights of the classes and the focal gamma to losses (images,).
         right: logits and labels to the share of right decisions on each image (images,).
         probabilities: float64 logits (images, outputs) to scores (images, classes).
+        logs: the same in torch, as logarithms; of findings as logits.
         decide: scores (images, classes) to predicted labels (images, labels).
         balance: labels and the number of classes to weights (classes,) that even out how common they are.
     """
@@ -156,6 +168,7 @@ class Task:
     losses: Callable[[Tensor, Tensor, Tensor, float], Tensor]
     right: Callable[[Tensor, Tensor], Tensor]
     probabilities: Callable[[NDArray[np.float64]], NDArray[np.float64]]
+    logs: Callable[[Tensor], Tensor]
     decide: Callable[[NDArray[np.float64]], NDArray[np.int64]]
     balance: Callable[[NDArray[np.int64], int], NDArray[np.float64]]
 
@@ -184,12 +197,15 @@ class Task:
                 f"params.yaml: model.head is {head}, which needs grades in an order, but the task is {self.name}; set"
                 f" it to auto, or dataset.task to {ORDINAL} if the classes are grades"
             )
-        changes = {"spare_outputs": 1, "losses": _cumulative_losses, "right": _right_grade, "probabilities": _grades}
+        changes = {
+            "spare_outputs": 1, "losses": _cumulative_losses, "right": _right_grade, "probabilities": _grades,
+            "logs": _log_grades,
+        }  # fmt: skip
         return replace(self, **changes)  # type: ignore[arg-type]
 
 
-_CLASSES = (False, 0, _one_hot, _softmax_losses, _right_class, _softmax, _most_likely, _balanced)
-_LABELS = (True, 0, _findings, _sigmoid_losses, _right_findings, _sigmoid, _above_half, _against_absent)
+_CLASSES = (False, 0, _one_hot, _softmax_losses, _right_class, _softmax, _log_softmax, _most_likely, _balanced)
+_LABELS = (True, 0, _findings, _sigmoid_losses, _right_findings, _sigmoid, _as_they_are, _above_half, _against_absent)
 
 TASKS: dict[str, Task] = {
     task.name: task

@@ -16,6 +16,7 @@ for _name, _value in {
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
     "HF_HUB_DISABLE_TELEMETRY": "1",
+    "ORT_DISABLE_TELEMETRY": "1",  # else onnxruntime puts an identity of this machine into the home
     "MPLCONFIGDIR": str(_CACHE / "matplotlib"),
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
     "TORCH_HOME": str(_CACHE / "torch"),

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 import shutil
 import tempfile
 from importlib.metadata import version
@@ -18,12 +19,14 @@ import numpy as np
 import pandas as pd
 from mlflow import MlflowClient
 from mlflow.entities import LoggedModel, LoggedModelOutput, LoggedModelStatus
+from mlflow.exceptions import MlflowException
 from mlflow.models import Model
 from PIL import Image
 
 import fadeformer
+from fadeformer.errors import UserError
 from fadeformer.files import checksum, read_json
-from pipelines import paths
+from pipelines import paths, store
 from pipelines.tracking import MODEL
 
 SERVED = Path(__file__).with_name("served.py")
@@ -57,6 +60,46 @@ def log(run_id: str) -> LoggedModel:
         client.log_model_artifacts(made.model_id, str(package))
     client.log_outputs(run_id, [LoggedModelOutput(made.model_id, 0)])
     return client.finalize_logged_model(made.model_id, LoggedModelStatus.READY)
+
+
+def fetch(name: str) -> Path:
+    """The folder of a package, downloaded where it does not lie on this machine.
+
+    Args:
+        name: `models:/NAME@champion`, `models:/NAME/VERSION` or `models:/m-ID`, in this project's store or where
+            MLFLOW_TRACKING_URI says; or a package's folder.
+
+    Raises:
+        UserError: there is no such model, or it is none of this project's.
+    """
+    if re.match(r"\w+:/", name):
+        store.connect()
+    elif not Path(name).is_dir():
+        raise UserError(f"{name}: no such folder; name a package's folder, or a model such as models:/NAME@champion")
+    try:
+        folder = Path(mlflow.artifacts.download_artifacts(name))
+    except (MlflowException, OSError) as error:
+        raise UserError(
+            f"{name}: cannot be fetched from MLflow at {store.address()} ({str(error).strip().splitlines()[0]});"
+            " `fadeformer registry history` tells what there is"
+        ) from error
+    data(folder)
+    return folder
+
+
+def data(folder: Path) -> Path:
+    """Where the weights of a package lie.
+
+    Raises:
+        UserError: the folder is no package of this project's.
+    """
+    try:
+        flavour = Model.load(folder).flavors["python_function"]
+        if flavour["loader_module"] != SERVED.stem:
+            raise KeyError
+    except (MlflowException, OSError, KeyError) as error:
+        raise UserError(f"{folder}: is no package of this pipeline's; `dvc repro promote` makes one") from error
+    return Path(folder, flavour["data"])
 
 
 def checksum_of_content() -> str:

@@ -1,0 +1,121 @@
+"""A trained network as one graph, from uint8 images to calibrated scores, for programs that do not know this library.
+
+The graph holds normalisation, network, head and calibration in float32; its scores are those of `Trained` but for
+rounding. It takes any number of images of the network's size, and no files: who uses it decodes and resizes.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from fadeformer.errors import UserError
+from fadeformer.files import whole_file
+from fadeformer.scoring import Scorer
+
+TOLERANCE = 1e-5  # in a score
+IMAGES, SCORES = "images", "scores"  # input and output of the ONNX graph
+
+
+class Scoring(nn.Module):
+    """uint8 images (images, side, side, channels) to calibrated scores (images, classes), float32."""
+
+    slope: Tensor
+    offset: Tensor
+
+    def __init__(self, scorer: Scorer) -> None:
+        super().__init__()
+        trained = scorer.trained
+        self.model, self.normalisation, self.task = trained.model, trained.normalisation, trained.task
+        self.register_buffer("slope", torch.tensor(trained.calibration.slope))
+        self.register_buffer("offset", torch.tensor(trained.calibration.offset))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """As `Trained.scores`, all in torch."""
+        logs = self.task.logs(self.model(self.normalisation(images)))
+        scaled = self.slope * logs + self.offset  # the offset is 0 for exclusive classes
+        return scaled.sigmoid() if self.task.multi_label else scaled.softmax(dim=1)
+
+
+def export(scorer: Scorer, kind: str, path: Path) -> float:
+    """Writes the graph.
+
+    Args:
+        scorer: whose network it is.
+        kind: `onnx`, or `program` (what `torch.export.load` reads, a .pt2).
+        path: of the file.
+
+    Returns:
+        The largest difference between its scores and the scorer's, on random images.
+
+    Raises:
+        UserError: a package that writes or checks ONNX is missing, or the graph does not give the same scores.
+    """
+    if kind == "onnx":
+        missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if find_spec(name) is None]
+        if missing:
+            raise UserError(f"ONNX needs {' and '.join(missing)}: run `pip install {' '.join(missing)}`, then again")
+    side, channels = scorer.input["image_size"], scorer.input["channels"]
+    draw = np.random.default_rng(0)
+    two, three = (draw.integers(0, 256, (n, side, side, channels), dtype=np.uint8) for n in (2, 3))
+    with whole_file(path) as temporary, torch.inference_mode(False), torch.no_grad():
+        write, score = {"onnx": (_write_onnx, _score_onnx), "program": (_write_program, _score_program)}[kind]
+        batch = ({0: torch.export.Dim("batch")},)
+        write(Scoring(scorer).eval(), (torch.from_numpy(two),), batch, described(scorer), temporary)
+        difference = float(np.abs(score(temporary, three) - scorer.scores(three)).max())
+        if not difference <= TOLERANCE:
+            raise UserError(f"the exported graph gives other scores, by up to {difference:.2g}; it was not written")
+    return difference
+
+
+def described(scorer: Scorer) -> dict[str, str]:
+    """What a user of the graph must know, as text by name: in ONNX's metadata_props, and the program's extra files."""
+    points = {
+        rule: {name: point and point["threshold"] for name, point in found.items()}
+        for rule, found in scorer.points.items()
+    }
+    values = {
+        "classes": list(scorer.classes),
+        "input": scorer.input,
+        "task": scorer.described["task"],
+        "points": points,
+    }
+    return {f"fadeformer.{name}": json.dumps(value, ensure_ascii=False) for name, value in values.items()}
+
+
+def _write_onnx(graph: nn.Module, example: Any, batch: Any, told: dict[str, str], path: Path) -> None:
+    logging.getLogger("onnxscript").setLevel(logging.ERROR)  # it warns of what it does not make smaller
+    program = torch.onnx.export(
+        graph, example, dynamo=True, dynamic_shapes=batch, input_names=[IMAGES], output_names=[SCORES], verbose=False
+    )
+    if program is None:
+        raise RuntimeError("torch.onnx.export gave no program")
+    program.model.metadata_props.update(told)
+    program.save(path)
+
+
+def _score_onnx(path: Path, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    return np.asarray(session.run([SCORES], {IMAGES: pixels})[0])
+
+
+def _write_program(graph: nn.Module, example: Any, batch: Any, told: dict[str, str], path: Path) -> None:
+    program = torch.export.export(graph, example, dynamic_shapes=batch)
+    with path.open("wb") as file:
+        torch.export.save(program, file, extra_files=told)
+
+
+def _score_program(path: Path, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
+    with path.open("rb") as file:
+        program = torch.export.load(file)
+    return np.asarray(program.module()(torch.from_numpy(pixels)))
