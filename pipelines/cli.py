@@ -12,6 +12,7 @@ from pipelines import stage
 COMMANDS = {  # module of pipelines.commands: what it does
     "export": "a model as one ONNX graph or torch.export program",
     "registry": "every decision about a model, and what is champion",
+    "serve": "a model over HTTP, with limits for requests from strangers",
 }
 
 
