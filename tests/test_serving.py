@@ -194,7 +194,8 @@ def test_nothing_that_was_sent_is_logged(client, caplog, capfd):
     with caplog.at_level(logging.DEBUG):
         for document in (
             {"inputs": [patient]}, {patient: 1}, {"inputs": TEXTS, "params": {patient: 1}},
-            {"inputs": TEXTS, "params": {"operating_point": patient}}, {"dataframe_records": [{"image": 1, patient: 2}]},
+            {"inputs": TEXTS, "params": {"operating_point": patient}},
+            {"dataframe_records": [{"image": 1, patient: 2}]},
         ):  # fmt: skip
             answer = client.post(f"/invocations?{patient}", json=document)
             assert answer.status_code == 400

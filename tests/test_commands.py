@@ -1,0 +1,123 @@
+"""`fadeformer serve` and `fadeformer export` as a user runs them, in a project whose champion is a small package."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from urllib.error import URLError
+from urllib.request import Request, urlopen
+
+import mlflow
+import numpy as np
+import pytest
+from mlflow import MlflowClient
+
+from fadeformer.scoring import Scorer
+from pipelines import packaged, registry, tracking
+from pipelines import store as mlflow_store
+from tests.conftest import ROOT
+from tests.packages import images, png, write_model
+
+CHAMPION = "models:/fadenet-phantom@champion"
+COMMAND = [sys.executable, "-c", "from pipelines.cli import main; main()"]
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory) -> Path:
+    folder = write_model(tmp_path_factory.mktemp("project"))
+    before = mlflow.get_tracking_uri()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        mlflow_store.connect()
+        with tracking.run() as run_id:
+            pass
+        registry.register("fadenet-phantom", run_id, packaged.log(run_id).model_id)
+        MlflowClient().set_registered_model_alias("fadenet-phantom", "champion", "1")
+    mlflow.set_tracking_uri(before)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def expected(project) -> np.ndarray:
+    (package,) = project.glob("mlruns/artifacts/models/*/artifacts")
+    return Scorer(packaged.data(package)).scores(images(2))
+
+
+def environment(project: Path) -> dict[str, str]:
+    kept = {name: value for name, value in os.environ.items() if name != "MLFLOW_TRACKING_URI"}
+    return {**kept, "PYTHONPATH": str(ROOT), "HOME": str(project)}
+
+
+def run(project: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [*COMMAND, *words], cwd=project, env=environment(project), capture_output=True, text=True, check=False
+    )
+
+
+def test_the_champion_is_exported(project, expected):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    done = run(project, "export", CHAMPION, "--format", "onnx", "--out", "champion.onnx")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(f"export: champion.onnx gives the scores of {CHAMPION}, to ")
+    session = onnxruntime.InferenceSession(project / "champion.onnx", providers=["CPUExecutionProvider"])
+    (scores,) = session.run(["scores"], {"images": images(2)})
+    np.testing.assert_allclose(scores, expected, atol=1e-5)
+    assert not (project / ".cache" / "Microsoft").exists()  # where onnxruntime would note an identity of this machine
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (
+            ("export", "models:/nothing@champion", "--format", "onnx", "--out", "x.onnx"),
+            "cannot be fetched from MLflow",
+        ),
+        (("export", "nowhere", "--format", "onnx", "--out", "x.onnx"), "nowhere: no such folder"),
+        (("export", "models", "--format", "onnx", "--out", "x.onnx"), "models: is no package of this pipeline's"),
+        (("export", CHAMPION, "--format", "program", "--out", "x.onnx"), "ends with .pt2"),
+        (("serve", CHAMPION, "--max-images", "0"), "whole numbers above 0"),
+    ],
+)
+def test_what_cannot_be_is_told_in_one_line(project, words, told):
+    done = run(project, *words)
+    assert done.returncode == 1
+    assert told in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not list(project.glob("x.*"))
+
+
+def test_the_champion_is_served_and_its_log_tells_nothing_of_requests(project, expected):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    address, log = f"http://127.0.0.1:{port}", project / "serve.log"
+    with log.open("w") as file:
+        process = subprocess.Popen(
+            [*COMMAND, "serve", CHAMPION, "--port", str(port)], cwd=project, env=environment(project),
+            stdout=file, stderr=file, start_new_session=True,
+        )  # fmt: skip
+    try:
+        deadline = time.monotonic() + 120
+        while True:
+            try:
+                urlopen(f"{address}/ping", timeout=5).close()
+                break
+            except (URLError, OSError):
+                assert process.poll() is None, log.read_text()
+                assert time.monotonic() < deadline, log.read_text()
+                time.sleep(0.2)
+        for image, scores in zip(images(2), expected, strict=True):
+            request = Request(f"{address}/invocations?patient=Jane", png(image), {"content-type": "image/png"})
+            with urlopen(request, timeout=60) as answer:
+                (row,) = json.load(answer)["predictions"]
+            found = [row["probability.benign"], row["probability.malignant"]]
+            np.testing.assert_allclose(found, scores, atol=1e-6)
+    finally:
+        os.killpg(process.pid, signal.SIGTERM)
+        process.wait(30)
+    assert log.read_text().splitlines() == [f"serve: {CHAMPION} at {address}/invocations", "serve: ended"]
