@@ -69,6 +69,8 @@ class Scorer:
         """
         if isinstance(images, np.ndarray) and images.dtype.kind == "S":
             raise UserError("the images are of numpy's type S, which drops zero bytes at their end; use dtype=object")
+        if (isinstance(images, np.ndarray) and images.ndim == 0) or isinstance(images, (str, bytes)):
+            raise UserError("the images are not a list; one image is a list of one")
         if len(images) == 0:
             raise UserError("there are no images")
         if isinstance(images, np.ndarray) and images.ndim > 1:

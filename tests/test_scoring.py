@@ -57,6 +57,8 @@ def test_pixels_of_another_size_are_made_to_fit_as_files_are(scorer, shape):
     ("given", "reason"),
     [
         ([], "there are no images"),
+        ("text", "the images are not a list"),
+        (np.array(None), "the images are not a list"),
         (np.zeros((0, 16, 16, 3), np.uint8), "there are no images"),
         (np.zeros((2, 16, 16, 3)), "the array of images: is not made of whole numbers from 0 to 255"),
         (np.full((2, 16, 16, 3), 256), "the array of images: is not made of whole numbers from 0 to 255"),
