@@ -1,4 +1,4 @@
-"""`fadeformer COMMAND`: what is done with models once they are made; the stages that make them are run by `dvc repro`."""
+"""`fadeformer COMMAND`: what is done with models once they are made; `dvc repro` runs the stages that make them."""
 
 from __future__ import annotations
 

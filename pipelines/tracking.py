@@ -21,6 +21,7 @@ from mlflow.exceptions import MlflowException
 from mlflow.models import ModelSignature
 from mlflow.tracking.context.registry import resolve_tags
 from mlflow.types import Schema, TensorSpec
+from mlflow.utils import requirements_utils
 from mlflow.utils.mlflow_tags import MLFLOW_DATASET_CONTEXT
 from ruamel.yaml import YAML
 
@@ -194,6 +195,9 @@ def log_model(served: Path, weights: Path, architecture: Path, meta: Meta) -> No
     """
     if _has_model(mlflow.active_run().info):
         return
+    # What is required below is what runs here. To see that, MLflow would look for every file of every installed package
+    # in turn, for as long as loading torch takes; with a table of their modules, be it empty, it reads versions alone.
+    requirements_utils._MODULES_TO_PACKAGES = {}
     shape = (-1, meta.image_size, meta.image_size, meta.channels)
     signature = ModelSignature(
         inputs=Schema([TensorSpec(np.dtype(np.uint8), shape)]),

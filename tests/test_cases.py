@@ -3,8 +3,8 @@
 import numpy as np
 import pandas as pd
 import pytest
-from sklearn.decomposition import PCA
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from sklearn.decomposition import PCA
 
 from fadeformer import bands, case_plots, embedding, evidence_plots, mistakes, predictions, subgroups, summary
 from fadeformer.metrics import roc_points

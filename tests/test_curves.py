@@ -41,9 +41,11 @@ def test_many_scores_give_the_same_points_too():
     random = np.random.default_rng(0)
     truth, score = random.random(5000) < 0.3, random.random(5000).round(3)
     for corners in (True, False):
-        for ours, theirs in zip(
-            curves.roc(truth, score, corners=corners), sk.roc_curve(truth, score, drop_intermediate=corners), strict=True
-        ):
+        found, expected = (
+            curves.roc(truth, score, corners=corners),
+            sk.roc_curve(truth, score, drop_intermediate=corners),
+        )
+        for ours, theirs in zip(found, expected, strict=True):
             np.testing.assert_array_equal(ours, theirs)
 
 
