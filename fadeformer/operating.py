@@ -44,12 +44,12 @@ def threshold(truth: Truth, score: Floats, rule: str, least: float | None) -> fl
     false, true, scores = curves.roc(truth, score, corners=False)
     if rule == "youden":
         place = int(np.argmax(true - false))
-    elif rule == "sensitivity":
+    elif rule == "sensitivity" and least is not None:
         place = int(np.argmax(true >= least))  # the first, of the highest threshold
-    elif rule == "specificity":
+    elif rule == "specificity" and least is not None:
         place = int(np.flatnonzero(1 - false >= least)[-1])
     else:
-        raise ValueError(f"rule is {rule!r}; it is youden, sensitivity or specificity")
+        raise ValueError(f"rule is {rule!r} of {least}; it is youden, or sensitivity or specificity of a number")
     if place == 0:  # the curve begins where nothing is positive
         return float(np.nextafter(max(1.0, scores[1]), np.inf))
     above, below = float(scores[place]), float(scores[place + 1]) if place + 1 < len(scores) else 0.0

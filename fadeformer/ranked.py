@@ -1,6 +1,7 @@
 """Ranks, and the areas under a curve from scores that are sorted once, of images that each weigh so much.
 
-Areas are those of many samples at a time. Counts are whole numbers, so an AUC is exact but for its last division, whatever the order of the images.
+Areas are those of many samples at a time. Counts are whole numbers, so an AUC is exact but for its last division,
+whatever the order of the images.
 """
 
 from __future__ import annotations

@@ -1,1 +1,1 @@
-"""The commands of `fadeformer`, a module each: `add_arguments(parser)`, and `run(arguments)`, which gives its summary."""
+"""The commands of `fadeformer`, one module each: `add_arguments(parser)`, and `run(arguments)` to its summary."""
