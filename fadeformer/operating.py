@@ -49,7 +49,8 @@ def threshold(truth: Truth, score: Floats, rule: str, least: float | None) -> fl
     elif rule == "specificity" and least is not None:
         place = int(np.flatnonzero(1 - false >= least)[-1])
     else:
-        raise ValueError(f"rule is {rule!r} of {least}; it is youden, sensitivity or specificity, the last two of a number")
+        told = f"rule is {rule!r} of {least}; it is youden, sensitivity or specificity, these two of a number"
+        raise ValueError(told)
     if place == 0:  # the curve begins where nothing is positive
         return float(np.nextafter(max(1.0, scores[1]), np.inf))
     above, below = float(scores[place]), float(scores[place + 1]) if place + 1 < len(scores) else 0.0
