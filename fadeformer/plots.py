@@ -75,7 +75,14 @@ def confusion_matrix(predictions: Predictions) -> Figure:
 
 
 def save(figure: Figure, path: Path, dpi: int) -> None:
-    """Writes a PNG, and an SVG beside it, the same bytes for the same figure."""
+    """Writes a PNG, and an SVG beside it, the same bytes for the same figure.
+
+    The layout is made once, for both: matplotlib would make it anew, and draw the figure in vain, for each of the two.
+    """
+    figure.dpi = dpi
+    if (layout := figure.get_layout_engine()) is not None:
+        layout.execute(figure)
+        figure.set_layout_engine(None)
     with whole_file(path) as temporary:
         figure.savefig(temporary, dpi=dpi, format="png", metadata={"Software": None})
     # else every SVG has identifiers and a date of its own

@@ -2,9 +2,9 @@
 
 Prefect starts a temporary server by itself too, but one for each flow, and only when the flow begins, importing the
 whole server into the flow's process, and it leaves the server behind if that process is killed. Here one comes up while
-the first stage loads its libraries (`python -m pipelines STAGE`), and a note in `.prefect/` tells the next stage where
-it answers. It ends with its owner, the dvc that runs the stages or, without one, the stage itself, however that ends,
-and sooner when a stage fails or is the last with a flow.
+the stage before the first flow runs, or the first one loads its libraries (`python -m pipelines STAGE`), and a note in
+`.prefect/` tells the next stage where it answers. It ends with its owner, the dvc that runs the stages or, without one,
+the stage itself, however that ends, and sooner when a stage fails or is the last with a flow.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def start(last: bool = False) -> None:
     _forget_the_dead()
     noted = _read(note)
     process = _find(noted.get("server"))
-    if process and _find(noted["owner"]) == owner and _answers(noted["url"]):
+    if process and _find(noted["owner"]) == owner and (_answers(noted["url"]) or _comes_up(process)):
         url = noted["url"]
     else:
         if process:  # one that does not answer
@@ -82,6 +82,18 @@ def start(last: bool = False) -> None:
     names = {"server": _name(process), "owner": _name(owner), "stage": _name(this)}
     write_json(note, {"url": url, **names})
     _started.append(Server(url, process, note, ends=last or owner == this))
+
+
+def start_early() -> None:
+    """Begins to start it a stage before it is needed, if dvc runs this one: the first start takes longest."""
+    if dvc():
+        start()
+
+
+def leave() -> None:
+    """Leaves a server that was begun to the next stage."""
+    if _started and not _started[0].ends:
+        _started.clear()
 
 
 def _spawn(note: Path, owner: psutil.Process) -> tuple[str, psutil.Process]:
@@ -220,6 +232,11 @@ def _answers(url: str) -> bool:
             return bool(response.status == 200)
     except (OSError, ValueError):  # nobody there, or no address
         return False
+
+
+def _comes_up(process: psutil.Process) -> bool:
+    """Whether a server that does not answer yet may do so still."""
+    return time.time() - process.create_time() < STARTUP
 
 
 def _serve(port: int, note: Path, owner: psutil.Process | None) -> None:

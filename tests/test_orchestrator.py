@@ -28,6 +28,12 @@ STAGE = """
 import sys, time
 from pipelines import orchestrator
 kind, seconds = sys.argv[1].split(":")
+if kind == "early":
+    orchestrator.start_early()
+    print(orchestrator._started[0].process.pid if orchestrator._started else "none", flush=True)
+    orchestrator.leave()
+    orchestrator.give_up()
+    sys.exit()
 orchestrator.start(last=kind == "last")
 with orchestrator.orchestrated():
     print(orchestrator._started[0].process.pid, flush=True)
@@ -88,6 +94,27 @@ def test_the_stages_of_one_dvc_share_a_server_that_ends_with_the_last(run, tmp_p
     assert dvc.wait(60) == 0
     assert not orchestrator.alive(server)
     assert list((tmp_path / ".prefect").glob("*.json")) == []
+
+
+def test_a_server_that_still_comes_up_is_waited_for(run):
+    dvc = run("dvc", "early:0", "first:0", "last:0")
+    server = server_of(dvc)
+    assert server_of(dvc) == server == server_of(dvc)
+    assert dvc.wait(60) == 0
+    assert not orchestrator.alive(server)
+
+
+def test_a_server_that_no_flow_came_to_need_ends_with_dvc(run):
+    dvc = run("dvc", "early:0")
+    server = server_of(dvc)
+    assert dvc.wait(60) == 0
+    assert gone(server)
+
+
+def test_no_server_is_begun_early_where_no_dvc_runs_a_flow_next(run):
+    stage = run("stage.py", "early:0")
+    assert stage.stdout.readline() == "none\n"
+    assert stage.wait(60) == 0
 
 
 def test_a_server_ends_with_a_dvc_that_runs_no_last_stage(run):
