@@ -10,10 +10,21 @@ from pathlib import Path
 
 import numpy as np
 
-from fadeformer.datasets import chestxray14, download, facts, folder, isic2019, medmnist, npz, phantom, pins
+from fadeformer.datasets import (
+    chestxray14,
+    download,
+    facts,
+    folder,
+    isic2019,
+    medmnist,
+    npz,
+    phantom,
+    phantom_subjects,
+    pins,
+)
 from fadeformer.datasets.archives import listing
 from fadeformer.datasets.download import NotThere, Remote
-from fadeformer.datasets.facts import Facts
+from fadeformer.datasets.facts import SPLITS, Facts
 from fadeformer.errors import UserError
 from fadeformer.files import check_room, checksum, place
 
@@ -161,16 +172,24 @@ def _rows(path: Path) -> int | None:
 
 def _draw_phantom(images: int, size: int, task: str, seed: int, into: Path) -> Facts:
     archive = into / "phantom.npz"
-    np.savez(archive, **phantom.draw(images, size, seed, task))  # type: ignore[arg-type]
+    drawn = phantom.draw(images, size, seed, task)
+    np.savez(archive, **drawn)  # type: ignore[arg-type]
+    slides = {split: np.unique(drawn[f"{split}_groups"]).astype(np.int64) for split in SPLITS}
+    subjects = into / phantom_subjects.SUBJECTS
+    phantom_subjects.draw(slides, seed).to_csv(subjects, index=False, lineterminator="\n")
+    files = {path.name: checksum(path, "sha256") for path in (archive, subjects)}
     return Facts(
         name="phantom",
         file=archive.name,
-        sha256=checksum(archive, "sha256"),
+        sha256=files[archive.name],  # ids are made of it, and tell images and labels
         task=task,
         classes=phantom.classes_of(task),
         size=size,
         channels=3,
         counts=None,
         licence="MIT, as this project",
-        note="Synthetic: every image is drawn by a program. Results on it say nothing about patients.",
+        note="Synthetic: every image is drawn by a program, and ages, sexes and sites are made up."
+        " Results on it say nothing about patients.",
+        layout="phantom",
+        files=files,
     )
