@@ -1,8 +1,9 @@
 """Images as arrays: decoded and resized once (`fadeformer.preprocess`), then memory-mapped by all that reads them.
 
 A folder of arrays holds, for each split, `{split}.npy` (uint8, images x side x side x channels), beside `index.parquet`
-(one row per image: split, id, group, labels, and what else is known of it, such as age, sex and view) and `meta.json`
-(what a model and a reader must know of them).
+(one row per image: split, id, group, labels, and what else is known of it, such as age, sex and view), `meta.json`
+(what a model and a reader must know of them) and, where people have drawn boxes of lesions, `boxes.parquet` (as
+`fadeformer.boxes.of_arrays` gives them).
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from numpy.typing import NDArray
 from fadeformer.errors import UserError
 from fadeformer.files import read_json
 from fadeformer.tasks import TASKS, Task
+
+BOXES = "boxes.parquet"
 
 
 @dataclass(frozen=True)
@@ -93,3 +96,11 @@ def read(folder: Path, split: str) -> Images:
     labels = index[columns].to_numpy(dtype=np.int64)
     pixels = np.load(folder / f"{split}.npy", mmap_mode="r", allow_pickle=False)
     return Images(pixels, labels, index.drop(columns=columns))
+
+
+def read_boxes(folder: Path, split: str) -> pd.DataFrame | None:
+    """The boxes of one split's images; None where the data set has none."""
+    if not (folder / BOXES).is_file():
+        return None
+    boxes = pd.read_parquet(folder / BOXES)
+    return boxes[boxes["split"] == split].reset_index(drop=True)

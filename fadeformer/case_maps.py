@@ -10,6 +10,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from fadeformer.explanations import Floats, fade_maps, grad_cam, upsample
+from fadeformer.pointing import NAMES
 from fadeformer.randomisation import methods_of, model_randomisation
 from fadeformer.trained import Trained
 
@@ -18,7 +19,6 @@ PLACES = (
     "A map tells at which place the network holds what it decides by. In a ViT that need not be where it lies in the"
     " image (docs/evaluation.md)."
 )
-NAMES = {"grad_cam": "Grad-CAM", "attention": "attention part", "laplacian": "Laplacian part"}
 
 
 @dataclass(frozen=True)

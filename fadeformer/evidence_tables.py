@@ -190,6 +190,22 @@ def published(rows: pd.DataFrame, *, comparable: bool) -> Table:
     return Table(head, cells)
 
 
+def pointing(found: Mapping[str, Any]) -> Table:
+    """How often each explanation points into boxes, of each finding, in %.
+
+    Args:
+        found: of `fadeformer.pointing.points_at_boxes`.
+    """
+    methods = list(found["methods"].values())
+    parts = [("all", [of["overall"] for of in methods])]
+    parts += [(name, [of["per_class"][name] for of in methods]) for name in methods[0]["per_class"]]
+    rows = []
+    for name, each in parts:
+        shares = [_percent(of["share"], of["interval"]) for of in each]
+        rows.append((name, f"{each[0]['cases']:,}", _percent(each[0]["chance"]), *shares))
+    return Table(("Finding", "Images with a box", "Anywhere", *(of["name"] for of in methods)), rows)
+
+
 def limits(of: Evidence) -> list[str]:
     """What a reader must bear in mind, in sentences that may hold Markdown's marks."""
     meta, test, groups = of.meta, of.summary["test"], of.intervals["groups"]
@@ -232,6 +248,12 @@ def _calibration(described: Mapping[str, Any], task: Task) -> str:
     if task.multi_label:
         return "vector scaling of each finding, fitted on validation"
     return f"temperature {1 / found.slope[0]:.3g}, fitted on validation"
+
+
+def _percent(share: float | None, bounds: tuple[float, float] | None = None) -> str:
+    if share is None:
+        return "undefined"
+    return f"{100 * share:.0f}" + (f" ({100 * bounds[0]:.0f} to {100 * bounds[1]:.0f})" if bounds else "")
 
 
 def _shown(value: float | None) -> str:

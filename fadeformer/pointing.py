@@ -1,26 +1,44 @@
 """The pointing game: whether the largest value of a map lies on the lesion (Zhang et al. 2018).
 
-"Top-down neural attention by excitation backprop", Int. J. Comput. Vis. 126, doi:10.1007/s11263-017-1059-x. Boxes are
-x, y, w, h: left and upper edge, width and height, in pixels of the original image, whose left upper corner is 0, 0.
+"Top-down neural attention by excitation backprop", Int. J. Comput. Vis. 126, doi:10.1007/s11263-017-1059-x. A case is
+an image with one of its findings, of which there are one or more boxes: x, y, w, h, that is left and upper edge, width
+and height, in pixels of the array (`fadeformer.boxes` brings them there).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike, NDArray
 
-from fadeformer.datasets.chestxray14 import FINDINGS
-from fadeformer.decode import Aspect
-from fadeformer.errors import UserError
+from fadeformer.boxes import PLACE
 from fadeformer.explanations import Floats, is_flat
+from fadeformer.proportions import share_interval
+from fadeformer.randomisation import methods_of
+from fadeformer.resampling import group_numbers
+from fadeformer.trained import Trained
 
-BOX_COLUMNS = ("Image Index", "Finding Label", "Bbox [x", "y", "w", "h]")  # as commas part them
-RENAMED = {"Infiltrate": "Infiltration"}  # of the box list, to what all other tables of NIH's call it
+MOST = 1000  # cases at most; NIH has 984 boxes
+NAMES = {"grad_cam": "Grad-CAM", "attention": "Attention part", "laplacian": "Laplacian part"}
+
+
+@dataclass(frozen=True)
+class Pointed:
+    """Where the map of each case points; arrays of (cases,).
+
+    Attributes:
+        hit: whether it is largest inside a box.
+        chance: the share of the places of its grid at which it would be; NaN where no box is in the array.
+        flat: whether it has one value everywhere, and so points nowhere: no hit.
+    """
+
+    hit: NDArray[np.bool_]
+    chance: Floats
+    flat: NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
@@ -28,154 +46,168 @@ class Pointing:
     """How often maps point at the right place.
 
     Attributes:
-        hits: images whose map is largest inside a box.
-        images: that were judged.
+        hits: cases whose map is largest inside a box.
+        cases: that were judged.
         share: hits of them; None if there are none.
+        interval: of the share; None likewise, or if all cases are of one patient.
         chance: the share to expect of maps that point anywhere on their grid; None likewise.
-        flat: judged images whose map has one value everywhere, which points nowhere: no hits.
-        unreachable: judged images in whose boxes no middle of a patch lies, so that no map of this grid could hit.
-        outside: images that are not judged, since nothing of their boxes is in the array (aspect `crop`).
+        flat: judged cases whose map has one value everywhere: no hits.
+        unreachable: judged cases in whose boxes no middle of a patch lies, so that no map of this grid could hit.
+        outside: cases that are not judged, since nothing of their boxes is in the array (aspect `crop`).
     """
 
     hits: int
-    images: int
+    cases: int
     share: float | None
+    interval: tuple[float, float] | None
     chance: float | None
     flat: int
     unreachable: int
     outside: int
 
 
-def pointing(
-    maps: Floats,
-    boxes: Sequence[ArrayLike],
-    sizes: ArrayLike,
-    side: int,
-    aspect: Aspect,
-    margin: float = 0.0,
-) -> Pointing:
-    """Counts the images whose map is largest inside one of their boxes.
+def pointed(maps: Floats, boxes: Sequence[ArrayLike], side: int, margin: float = 0.0) -> Pointed:
+    """Whether each map is largest inside one of its boxes.
 
     The map's largest value stands at the middle of its patch, and so does that of its bilinear upsampling; of equal
     ones the first in reading order counts.
 
     Args:
-        maps: (images, height, width), of a grid of patches or upsampled.
-        boxes: of each image, (1 or more, 4), in pixels of the original.
-        sizes: (images, 2), width and height of each original, pixels.
+        maps: (cases, height, width), of a grid of patches or upsampled.
+        boxes: of each case, (boxes, 4), in pixels of the array; NaN where nothing of a box is in it.
         side: of the arrays that the maps were made from, pixels.
-        aspect: with which the arrays were made.
         margin: pixels of the array around a box that count as well; Zhang et al. allow 15 pixels of the original.
 
     Raises:
-        ValueError: boxes or sizes do not fit the maps, or are no boxes or sizes.
+        ValueError: boxes do not fit the maps, or are no boxes.
     """
-    sizes = np.asarray(sizes, dtype=np.float64)
-    if len(boxes) != len(maps) or sizes.shape != (len(maps), 2):
-        raise ValueError(f"{len(maps)} maps need as many boxes and sizes, not {len(boxes)} and {sizes.shape}")
+    given = [np.asarray(of, dtype=np.float64) for of in boxes]
+    if len(given) != len(maps) or any(of.ndim != 2 or of.shape[1] != len(PLACE) for of in given):
+        raise ValueError(
+            f"{len(maps)} maps need as many tables of boxes, rows of x, y, w and h; there are {len(given)}"
+        )
     height, width = maps.shape[1:]
     down, across = ((np.arange(n) + 0.5) * side / n for n in (height, width))  # middles of the patches
-    hits, chances, flat, outside = 0, [], 0, 0
-    for one, given, (original_width, original_height), is_empty in zip(maps, boxes, sizes, is_flat(maps), strict=True):
-        mapped = boxes_in_array(given, int(original_width), int(original_height), side, aspect)
-        if len(mapped) == 0:
-            outside += 1
+    flat = is_flat(maps)
+    hit, chance = np.zeros(len(maps), dtype=bool), np.full(len(maps), np.nan)
+    for case, (one, all_boxes) in enumerate(zip(maps, given, strict=True)):
+        kept = all_boxes[np.isfinite(all_boxes).all(axis=1)]
+        if not len(kept):
             continue
-        x, y, w, h = mapped.T[..., None]  # each boxes, 1
+        x, y, w, h = kept.T[..., None]  # each boxes, 1
         in_rows = (down >= y - margin) & (down < y + h + margin)  # boxes, height
         in_columns = (across >= x - margin) & (across < x + w + margin)  # boxes, width
         inside = (in_rows[:, :, None] & in_columns[:, None, :]).any(axis=0)  # height, width
-        chances.append(float(inside.mean()))
-        flat += int(is_empty)
-        hits += int(not is_empty and inside.flat[one.argmax()])
-    images = len(chances)
+        chance[case] = inside.mean()
+        hit[case] = not flat[case] and inside.flat[one.argmax()]
+    return Pointed(hit, chance, flat)
+
+
+def pointing(of: Pointed, groups: NDArray[np.int64], confidence: float) -> Pointing:
+    """Counts the cases.
+
+    Args:
+        of: the cases.
+        groups: number of each case's patient or lesion, (cases,); one image can be several cases.
+        confidence: of the interval, which is Wilson's, or where cases share a patient what `share_interval` says.
+    """
+    judged = np.isfinite(of.chance)
+    cases, hits = int(judged.sum()), int(of.hit[judged].sum())
     return Pointing(
         hits=hits,
-        images=images,
-        share=hits / images if images else None,
-        chance=float(np.mean(chances)) if images else None,
-        flat=flat,
-        unreachable=chances.count(0.0),
-        outside=outside,
+        cases=cases,
+        share=hits / cases if cases else None,
+        interval=share_interval(of.hit, judged, groups, confidence),
+        chance=float(of.chance[judged].mean()) if cases else None,
+        flat=int(of.flat[judged].sum()),
+        unreachable=int((of.chance[judged] == 0).sum()),
+        outside=int((~judged).sum()),
     )
 
 
-def boxes_in_array(boxes: ArrayLike, width: int, height: int, side: int, aspect: Aspect) -> Floats:
-    """Boxes of an original image to pixels of the square that `fadeformer.decode.resize` makes of it.
+def points_at_boxes(
+    trained: Trained,
+    boxes: pd.DataFrame,
+    index: pd.DataFrame,
+    pixels: NDArray[np.uint8],
+    classes: Sequence[str],
+    confidence: float,
+) -> dict[str, Any] | None:
+    """The pointing game of each explanation that a network has, over all findings and for each.
+
+    A map is of the finding that the box is of, whatever the network thought of it. Of more than `MOST` cases, so many
+    are judged that are spread evenly over the images.
 
     Args:
-        boxes: (boxes, 4).
-        width: of the original, pixels.
-        height: of the original, pixels.
-        side: of the square, pixels.
-        aspect: as there.
+        trained: the network.
+        boxes: of these images, as `fadeformer.arrays.read_boxes` gives them.
+        index: `id` and `group` of each image.
+        pixels: uint8, (images, side, side, channels).
+        classes: names of the findings.
+        confidence: of the intervals.
 
     Returns:
-        (boxes, 4), each cut at the square's edges; a box of which nothing is left is left out.
+        `confidence`, `known` and `cases` (of an image and a finding: how many there are, and how many were looked at),
+        `images` (of these) and `methods`: by key, its `name`, `overall` and `per_class`, which are `Pointing`s as plain
+        values. None if there are no boxes.
 
     Raises:
-        ValueError: these are no boxes, no size or no aspect.
+        ValueError: the network cannot be explained.
     """
-    given = np.asarray(boxes, dtype=np.float64)
-    if given.ndim != 2 or given.shape[1:] != (4,) or not np.isfinite(given).all() or (given[:, 2:] <= 0).any():
-        raise ValueError("boxes are rows of x, y, w and h, of which w and h are above 0")
-    if min(width, height, side) < 1:
-        raise ValueError(f"an image of {width} x {height} pixels, or an array of {side}, there is not")
-    scale, offset = _geometry(width, height, side, aspect)
-    begin = np.clip(given[:, :2] * scale + offset, 0, side)
-    end = np.clip((given[:, :2] + given[:, 2:]) * scale + offset, 0, side)
-    return np.concatenate([begin, end - begin], axis=1)[(end > begin).all(axis=1)]
+    if boxes.empty:
+        return None
+    row_of = pd.Series(np.arange(len(index)), index=index["id"])
+    pairs = np.stack([row_of.loc[boxes["id"]].to_numpy(), boxes["class"].to_numpy(dtype=np.int64)], axis=1)
+    cases, case_of = np.unique(pairs, axis=0, return_inverse=True)
+    known = len(cases)
+    chosen = np.unique(np.linspace(0, known - 1, min(known, MOST)).round().astype(int))
+    rows, of_finding = cases[chosen].T
+    values = boxes[PLACE].to_numpy(dtype=np.float64)
+    places = [values[case_of == case] for case in chosen]
+    groups = group_numbers(index["group"])[rows]
+    given = np.array(pixels[rows]), trained.normalisation, of_finding
+    methods: dict[str, Any] = {}
+    for name, method in methods_of(trained.model).items():
+        of = pointed(method(trained.model, *given), places, pixels.shape[1])
+        methods[name] = {
+            "name": NAMES[name],
+            "overall": asdict(pointing(of, groups, confidence)),
+            "per_class": {
+                classes[label]: asdict(
+                    pointing(_some(of, of_finding == label), groups[of_finding == label], confidence)
+                )
+                for label in np.unique(of_finding)
+            },
+        }
+    return {
+        "confidence": confidence, "known": known, "cases": len(chosen), "images": len(np.unique(rows)),
+        "methods": methods,
+    }  # fmt: skip
 
 
-def _geometry(width: int, height: int, side: int, aspect: Aspect) -> tuple[Floats, Floats]:
-    """Scale and offset, each of x and y, to the last pixel as `resize` computes them (a test compares)."""
-    size = np.array([width, height])
-    if aspect == "squash":
-        return side / size, np.zeros(2)
-    if aspect == "crop":
-        short = size.min()
-        return np.full(2, side / short), -((size - short) // 2) * side / short
-    if aspect == "pad":
-        long = size.max()
-        inner = np.maximum(1, (2 * size * side + long) // (2 * long))
-        return inner / size, ((side - inner) // 2).astype(np.float64)
-    raise ValueError(f"aspect is {aspect!r}; it must be 'squash', 'crop' or 'pad'")
+def _some(of: Pointed, rows: NDArray[np.bool_]) -> Pointed:
+    return Pointed(of.hit[rows], of.chance[rows], of.flat[rows])
 
 
-def read_boxes(path: Path) -> pd.DataFrame:
-    """Reads NIH's `BBox_List_2017.csv`: boxes of lesions that were drawn by hand, for some hundred images.
-
-    Its heading is `Image Index,Finding Label,Bbox [x,y,w,h],,,`, so its commas part it as they do the rows. Boxes are
-    in pixels of the published images, of 1024 x 1024. Its `Infiltrate` is `Infiltration` in all other tables.
-
-    Returns:
-        One row per box: `id` (the file's name), `finding`, and `x`, `y`, `w`, `h`.
-
-    Raises:
-        UserError: there is no such table, or a row of it is damaged.
-    """
-    try:
-        rows = pd.read_csv(path, dtype=str, index_col=False, skipinitialspace=True)
-    except (OSError, UnicodeDecodeError, pd.errors.ParserError, pd.errors.EmptyDataError) as error:
-        raise UserError(f"{path}: cannot be read as a table ({error}); fetch BBox_List_2017.csv again") from error
-    found = tuple(str(name).strip() for name in rows.columns[: len(BOX_COLUMNS)])
-    if found != BOX_COLUMNS:
-        raise UserError(
-            f"{path}: begins with the columns {', '.join(found)}, where NIH's BBox_List_2017.csv has"
-            f" {', '.join(BOX_COLUMNS)}; it is not that file"
+def sentences(found: dict[str, Any]) -> list[str]:
+    """What `points_at_boxes` found, for a reader."""
+    some = f", spread over the {found['known']:,} that are known" if found["cases"] < found["known"] else ""
+    told = [
+        f"Where people drew boxes: {found['cases']:,} findings in {found['images']:,} test images{some}; a map points"
+        " where it is largest (the pointing game, Zhang et al. 2018)."
+    ]
+    for of in found["methods"].values():
+        name, one = of["name"], of["overall"]
+        if one["share"] is None:
+            told.append(f"{name}: no box lies in the part of an image that the network sees.")
+            continue
+        bounds = ""
+        if one["interval"] is not None:
+            low, high = (f"{100 * bound:.0f}" for bound in one["interval"])
+            bounds = f" ({100 * found['confidence']:g} % interval {low} to {high} %)"
+        beyond = one["interval"] is not None and one["interval"][0] > one["chance"]
+        told.append(
+            f"{name} points into the box in {100 * one['share']:.0f} % of {one['cases']:,}{bounds}, where pointing"
+            f" anywhere would in {100 * one['chance']:.0f} %: {'more' if beyond else 'NOT SURELY MORE'} than chance."
         )
-    rows = rows.iloc[:, : len(BOX_COLUMNS)].set_axis(["id", "finding", "x", "y", "w", "h"], axis=1)
-    rows["finding"] = rows["finding"].replace(RENAMED)
-    _refuse(path, rows["id"].isna() | rows["finding"].isna(), "lacks an image or a finding")
-    _refuse(path, ~rows["finding"].isin(FINDINGS), "has a finding that is none of the fourteen")
-    numbers = rows[["x", "y", "w", "h"]].apply(pd.to_numeric, errors="coerce").astype(np.float64)
-    values = numbers.to_numpy()
-    is_box = np.isfinite(values).all(axis=1) & (values[:, :2] >= 0).all(axis=1) & (values[:, 2:] > 0).all(axis=1)
-    _refuse(path, ~is_box, "has no box: x and y are 0 or more, w and h above 0")
-    return rows.assign(**{name: numbers[name] for name in numbers})
-
-
-def _refuse(path: Path, wrong: pd.Series[bool] | NDArray[np.bool_], reason: str) -> None:
-    lines = np.flatnonzero(np.asarray(wrong)) + 2  # counted from 1, behind the heading
-    if len(lines):
-        raise UserError(f"{path}: line {lines[0]} {reason}; fetch it again")
+    return told

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,7 +52,7 @@ def report(
     of: Evidence,
     uncalibrated: Mapping[str, Any],
     published: pd.DataFrame,
-    explained: Sequence[str],
+    explained: Mapping[str, Any],
     figures: Mapping[str, bytes],
     run_id: str,
 ) -> str:
@@ -62,7 +62,7 @@ def report(
         of: what the model card is made of too.
         uncalibrated: of `fadeformer.summary.summarise`, of test, by the scores before calibration.
         published: of `fadeformer.published.beside`.
-        explained: what the maps of the gallery are and how far they can be trusted, sentences.
+        explained: what `reports/explanations.json` holds: `sentences`, and `pointing` where boxes are known.
         figures: PNG by name.
         run_id: MLflow's, of the training.
     """
@@ -90,7 +90,8 @@ def report(
         comparable=evidence_tables.published(published, comparable=True),
         not_comparable=evidence_tables.published(published, comparable=False),
         limits=evidence_tables.limits(of),
-        explained=explained,
+        explained=explained["sentences"],
+        pointing=evidence_tables.pointing(explained["pointing"]) if explained["pointing"] else None,
         training=[drawn[name] for name in TRAINING],
         figures=[drawn[name] for name in FIGURES if name not in TRAINING],
         gallery=drawn["gallery"],

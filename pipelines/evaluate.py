@@ -24,16 +24,20 @@ from fadeformer import (
     operating,
     params,
     plots,
+    pointing,
     predictions,
     published,
     report,
     subgroups,
     summary,
 )
+from fadeformer.arrays import Images
 from fadeformer.card import model_card
+from fadeformer.case_maps import CaseMaps
 from fadeformer.errors import UserError
 from fadeformer.evidence_tables import Evidence
 from fadeformer.files import read_json, whole_file, whole_folder, write_json
+from fadeformer.predictions import Predictions
 from fadeformer.trained import Trained
 from pipelines import begun, paths, stage, tracking
 from pipelines.orchestrator import orchestrated
@@ -142,9 +146,8 @@ def draw(dpi: int, seed: int) -> None:
     curves = pd.read_csv(paths.CURVES / "bands.csv")
     before = read_json(paths.METRICS)["test"]["before_calibration"]["calibration_error"]
     wrong = mistakes.most_wrong(test, GALLERY)
-    pixels = arrays.read(paths.PROCESSED, "test").pixels
-    looked = case_maps.case_maps(trained(), wrong, pixels, test.scores.argmax(axis=1), seed)
-    write_json(paths.EXPLANATIONS, {**looked.numbers, "sentences": looked.sentences})
+    images = arrays.read(paths.PROCESSED, "test")
+    looked = explain(wrong, test, images, seed, confidence)
     places = pd.read_parquet(paths.EMBEDDING)
     figures = {
         "training_curves": plots.training_curves(history, best_epoch),
@@ -158,12 +161,26 @@ def draw(dpi: int, seed: int) -> None:
         "subgroup_forest": evidence_plots.subgroup_forest(
             found, intervals, read_json(paths.SUBGROUPS)["test"], confidence
         ),
-        "gallery": case_plots.gallery(wrong, pixels[wrong["row"].to_numpy()], looked.maps),
+        "gallery": case_plots.gallery(wrong, images.pixels[wrong["row"].to_numpy()], looked.maps),
         "embedding": case_plots.embedding(test, places, places.attrs["explained"]),
     }
     with whole_folder(paths.FIGURES) as folder:
         for name, figure in figures.items():
             plots.save(figure, folder / f"{name}.png", dpi)
+
+
+def explain(wrong: pd.DataFrame, test: Predictions, images: Images, seed: int, confidence: float) -> CaseMaps:
+    """What the model looked at in its worst mistakes; how far that can be trusted, and where it points, are written."""
+    model = trained()
+    looked = case_maps.case_maps(model, wrong, images.pixels, test.scores.argmax(axis=1), seed)
+    boxes = arrays.read_boxes(paths.PROCESSED, "test")
+    began, pointed = time.perf_counter(), None
+    if boxes is not None and looked.numbers["randomisation"]:  # else the network cannot be explained
+        pointed = pointing.points_at_boxes(model, boxes, images.index, images.pixels, test.classes, confidence)
+        tracking.log_metrics({"seconds": {"pointing": time.perf_counter() - began}})
+    sentences = [*looked.sentences, *(pointing.sentences(pointed) if pointed is not None else ())]
+    write_json(paths.EXPLANATIONS, {**looked.numbers, "pointing": pointed, "sentences": sentences})
+    return looked
 
 
 @task(name="write the report", persist_result=False)
@@ -175,7 +192,7 @@ def write_report(run_id: str) -> None:
         evidence({"val": summary.summarise(table.of("val")), "test": summary.summarise(test)}),
         summary.summarise(test.before_calibration()),
         published.beside(meta),
-        read_json(paths.EXPLANATIONS)["sentences"],
+        read_json(paths.EXPLANATIONS),
         {path.stem: path.read_bytes() for path in sorted(paths.FIGURES.glob("*.png"))},
         run_id,
     )

@@ -1,4 +1,4 @@
-"""Stage preprocess: reads data/raw and data/manifest.parquet, writes data/processed (arrays, index, meta)."""
+"""Stage preprocess: reads data/raw and data/manifest.parquet, writes data/processed (arrays, index, boxes, meta)."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ from pathlib import Path
 import pandas as pd
 from filelock import FileLock, Timeout
 
-from fadeformer import params, preprocess
-from fadeformer.datasets import facts, manifest
+from fadeformer import arrays, params, preprocess
+from fadeformer.boxes import of_arrays
+from fadeformer.datasets import boxes, facts, manifest
 from fadeformer.datasets.facts import Facts
 from fadeformer.errors import UserError
-from fadeformer.files import checksum
+from fadeformer.files import checksum, whole_file
 from fadeformer.params import PreprocessParams
 from pipelines import paths, stage
 
@@ -38,6 +39,10 @@ def _write(found: Facts, side: int, wanted: PreprocessParams) -> str:
     rows = pd.read_parquet(paths.MANIFEST)
     settings = {"image_size": side, "channels": wanted.channels, "aspect": wanted.aspect}
     begun = _begun(json.dumps([settings, asdict(found), checksum(paths.MANIFEST, "sha256")]))
+    drawn = boxes.table(found, paths.RAW)
+    if drawn is not None:  # first, for what is begun counts as whole once the arrays are
+        with whole_file(begun / arrays.BOXES) as path:
+            of_arrays(drawn, rows, side, wanted.aspect).to_parquet(path, index=False)
     meta = preprocess.write(
         asdict(found),
         rows,

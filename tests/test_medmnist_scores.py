@@ -1,46 +1,52 @@
-"""MedMNIST's official AUC and accuracy, against its evaluator (3.0.2) written out, ties and absent classes too."""
+"""MedMNIST's official AUC and accuracy, against medmnist's own evaluator and its command line."""
 
 import math
+import os
+import re
+import subprocess
+import sys
 import warnings
 
 import numpy as np
 import pandas as pd
 import pytest
-from sklearn.metrics import accuracy_score, roc_auc_score
 
 from fadeformer import medmnist_results
+from fadeformer.datasets.medmnist import SETS
 from fadeformer.metrics import medmnist_accuracy, medmnist_auc
 from tests.test_metrics import made
 
 TASKS = ("binary-class", "multi-class", "ordinal-regression", "multi-label, binary-class")
+FLAGS = {"breastmnist": 28, "bloodmnist": 28, "retinamnist": 224, "chestmnist": 64}  # one of each task, and sizes
 
 
-def official(labels, scores, task):
-    """By the evaluator's rules, one curve after the other."""
-    labels, scores = labels.squeeze(), scores.squeeze()
-    if task == "binary-class":
-        return roc_auc_score(labels, scores[:, -1]), accuracy_score(labels, scores[:, -1] > 0.5)
-    if task == "multi-label, binary-class":
-        columns = range(labels.shape[1])
-        return (
-            sum(roc_auc_score(labels[:, c], scores[:, c]) for c in columns) / len(columns),
-            sum(accuracy_score(labels[:, c], scores[:, c] > 0.5) for c in columns) / len(columns),
-        )
-    area = sum(roc_auc_score((labels == c).astype(float), scores[:, c]) for c in range(scores.shape[1]))
-    return area / scores.shape[1], accuracy_score(labels, scores.argmax(axis=-1))
+@pytest.fixture(scope="module")
+def evaluator(tmp_path_factory):
+    """medmnist's module; when it is imported it makes a folder in the home."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HOME", str(tmp_path_factory.mktemp("home")))
+        import medmnist
+        from medmnist import evaluator
+    assert medmnist.__version__ == "3.0.2"  # of which fadeformer speaks
+    return evaluator
+
+
+def official(evaluator, labels, scores, task):
+    """Its AUC, NaN where a class or finding lacks positives or negatives, and its accuracy."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # scikit-learn warns of that
+        return evaluator.getAUC(labels, scores, task), evaluator.getACC(labels, scores, task)
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_official_numbers_are_equal_to_the_last_bits(task):
+def test_official_numbers_are_equal_to_the_last_bits(evaluator, task):
     absent = 0
     for seed in range(200):
         classes = 2 if task == "binary-class" else max(3, 2 + seed % 4)
         p = made(task, classes, 20 + seed % 30, seed, coarse=seed % 2 == 0, absent=1 if seed % 10 == 0 else None)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # a class without positives
-            area, share = official(p.labels, p.scores, task)
+        area, share = official(evaluator, p.labels, p.scores, task)
         found = medmnist_auc(p.labels, p.scores, task)
-        assert (found is None) == math.isnan(area)
+        assert (found is None) == math.isnan(area)  # ours has no NaN
         absent += found is None
         if found is not None:
             assert abs(found - area) < 1e-12
@@ -55,19 +61,34 @@ def test_scores_of_the_positive_class_alone_are_enough():
     assert isinstance(medmnist_auc(np.array([0, 1]), np.array([0.2, 0.7]), "binary-class"), float)
 
 
-@pytest.mark.parametrize("task", TASKS)
-@pytest.mark.parametrize(("size", "of_size"), [(28, ""), (224, "_224")])
-def test_the_result_file_reads_back_to_the_official_numbers(task, size, of_size, tmp_path):
-    p = made(task, 2 if task == "binary-class" else 4, 60, 0)
-    p.frame["id"] = [f"somemnist.npz/test/{i}" for i in range(60)]
+@pytest.mark.parametrize(("flag", "size"), FLAGS.items())
+def test_the_result_file_gives_our_numbers_on_medmnist_s_command_line(evaluator, flag, size, tmp_path):
+    of = SETS[flag]
+    p = made(of.task, len(of.classes), 80, 0)
+    assert p.task.name == evaluator.INFO[flag]["task"]
+    p.frame["id"] = [f"{flag}.npz/test/{i}" for i in range(80)]
     shuffled = type(p)(p.frame.sample(frac=1, random_state=0).reset_index(drop=True), p.task, p.classes)
-    path = medmnist_results.write(shuffled, tmp_path, flag="somemnist", size=size, split="test", run="42")
-    flag, *sizes, split = path.name.split("_[")[0].split("_")
-    assert (flag, "".join(f"_{s}" for s in sizes), split) == ("somemnist", of_size, "test")
-    scores = pd.read_csv(path, index_col=0, header=None).sort_index().to_numpy()  # as the evaluator reads it
+    path = medmnist_results.write(shuffled, tmp_path, flag=flag, size=size, split="test", run="42")
+    scores = pd.read_csv(path, index_col=0, header=None).sort_index().to_numpy()
     np.testing.assert_array_equal(scores, p.scores)
-    area, share = official(p.labels, scores, task)
-    assert f"_[AUC]{area:.3f}_[ACC]{share:.3f}@42.csv" in path.name
+    root = tmp_path / ".medmnist"
+    root.mkdir()
+    of_size = "" if size == 28 else f"_{size}"
+    np.savez(root / f"{flag}{of_size}.npz", test_labels=p.labels.astype(np.uint8))
+    before = path.read_bytes()
+    command = [sys.executable, "-m", "medmnist", "evaluate", str(path)]
+    environment = {**os.environ, "HOME": str(tmp_path)}
+    told = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert told.returncode == 0, told.stderr
+    area, share = map(float, re.findall(r"[01]\.[0-9]+", told.stdout))
+    assert abs(area - medmnist_auc(p.labels, p.scores, of.task)) < 1e-12
+    assert abs(share - medmnist_accuracy(p.labels, p.scores, of.task)) < 1e-12
+    # it writes what it read under the name that it gives such a file: ours
+    assert path.name == f"{flag}{of_size}_test_[AUC]{area:.3f}_[ACC]{share:.3f}@42.csv"
+    assert sorted(tmp_path.glob("*.csv")) == [path]
+    written = pd.read_csv(path, index_col=0, header=None)
+    np.testing.assert_array_equal(written.to_numpy(), p.scores)
+    assert path.read_bytes() == before
 
 
 def test_there_is_no_result_file_without_an_official_auc(tmp_path):

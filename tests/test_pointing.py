@@ -1,14 +1,24 @@
 """The pointing game, with boxes that are told in pixels of the original image."""
 
 import numpy as np
+import pandas as pd
 import pytest
-from PIL import Image
 
-from fadeformer.decode import resize
-from fadeformer.errors import UserError
-from fadeformer.pointing import boxes_in_array, pointing, read_boxes
+from fadeformer import evidence_tables, mistakes, pointing, predictions
+from fadeformer.arrays import Images
+from fadeformer.boxes import boxes_in_array
+from fadeformer.explanations import grad_cam, upsample
+from fadeformer.files import read_json
+from fadeformer.pointing import Pointing, pointed, points_at_boxes
+from fadeformer.proportions import wilson
+from pipelines import evaluate, paths
+from tests.test_case_maps import trained
 
-ASPECTS = ("squash", "crop", "pad")
+
+def played(maps, boxes, sizes, side, aspect, margin=0.0) -> Pointing:
+    """The game, with boxes in pixels of originals, each image of a patient of its own."""
+    mapped = [boxes_in_array(of, *size, side, aspect) for of, size in zip(boxes, sizes, strict=True)]
+    return pointing.pointing(pointed(maps, mapped, side, margin), np.arange(len(maps)), 0.95)
 
 
 def peaks(*places: tuple[int, int], grid: int = 4):
@@ -19,37 +29,11 @@ def peaks(*places: tuple[int, int], grid: int = 4):
     return maps
 
 
-@pytest.mark.parametrize("aspect", ASPECTS)
-@pytest.mark.parametrize(("width", "height"), [(300, 200), (200, 300), (301, 201), (1024, 1024), (77, 500)])
-@pytest.mark.parametrize("side", [64, 97])
-def test_boxes_go_where_resize_puts_the_pixels(aspect, width, height, side):
-    x, y, w, h = width // 3, height // 3, width // 4, height // 5
-    pixels = np.zeros((height, width), np.uint8)
-    pixels[y : y + h, x : x + w] = 255
-    array = np.asarray(resize(Image.fromarray(pixels), side, aspect)) / 255
-    mapped = boxes_in_array([(x, y, w, h)], width, height, side, aspect)
-    if len(mapped) == 0:
-        assert array.sum() == 0
-        return
-    left, top, across, down = mapped[0]
-    assert array.sum() == pytest.approx(across * down, rel=0.02, abs=1.5)
-    rows, columns = (array.sum(axis=axis) / array.sum() for axis in (1, 0))
-    middles = np.arange(side) + 0.5
-    assert rows @ middles == pytest.approx(top + down / 2, abs=0.3)
-    assert columns @ middles == pytest.approx(left + across / 2, abs=0.3)
-
-
-def test_what_a_crop_cuts_off_is_cut_off():
-    boxes = [(0, 0, 40, 100), (40, 0, 20, 50), (100, 10, 20, 20)]
-    mapped = boxes_in_array(boxes, 200, 100, 50, "crop")  # the middle, x from 50 to 150, at half the size
-    np.testing.assert_allclose(mapped, [(0, 0, 5, 25), (25, 5, 10, 10)])
-
-
 def test_pointing_counts():
     maps = peaks((0, 0), (1, 2), (3, 3))
     boxes = [[(0, 0, 50, 50)], [(0, 0, 10, 10), (100, 50, 50, 50)], [(0, 0, 50, 50)]]
-    told = pointing(maps, boxes, [(200, 200)] * 3, 28, "squash")
-    assert (told.hits, told.images, told.share) == (2, 3, pytest.approx(2 / 3))
+    told = played(maps, boxes, [(200, 200)] * 3, 28, "squash")
+    assert (told.hits, told.cases, told.share) == (2, 3, pytest.approx(2 / 3))
     assert told.chance == pytest.approx(1 / 16)
     assert (told.flat, told.unreachable, told.outside) == (0, 0, 0)
 
@@ -57,108 +41,143 @@ def test_pointing_counts():
 def test_width_and_height_are_not_mixed_up():
     maps = peaks((0, 3), (3, 0))
     right_above = [[(300, 0, 100, 50)]] * 2
-    told = pointing(maps, right_above, [(400, 200)] * 2, 28, "squash")
-    assert (told.hits, told.images) == (1, 2)
-    below = pointing(maps, [[(0, 150, 100, 50)]] * 2, [(400, 200)] * 2, 28, "squash")
-    assert (below.hits, below.images) == (1, 2)
+    told = played(maps, right_above, [(400, 200)] * 2, 28, "squash")
+    assert (told.hits, told.cases) == (1, 2)
+    below = played(maps, [[(0, 150, 100, 50)]] * 2, [(400, 200)] * 2, 28, "squash")
+    assert (below.hits, below.cases) == (1, 2)
 
 
 def test_the_aspect_decides_where_a_box_lies():
     maps = peaks((0, 0))
-    hits = {a: pointing(maps, [[(0, 0, 60, 50)]], [(400, 200)], 32, a).hits for a in ("squash", "pad")}
+    hits = {a: played(maps, [[(0, 0, 60, 50)]], [(400, 200)], 32, a).hits for a in ("squash", "pad")}
     assert hits == {"squash": 1, "pad": 0}  # padding moves the image's upper edge down by a quarter
-    cropped = pointing(maps, [[(0, 0, 60, 50)]], [(400, 200)], 32, "crop")
-    assert (cropped.images, cropped.outside, cropped.share, cropped.chance) == (0, 1, None, None)
+    cropped = played(maps, [[(0, 0, 60, 50)]], [(400, 200)], 32, "crop")
+    assert (cropped.cases, cropped.outside, cropped.share, cropped.chance) == (0, 1, None, None)
 
 
 def test_a_map_that_points_nowhere_hits_nothing():
-    told = pointing(np.zeros((1, 4, 4)), [[(0, 0, 200, 200)]], [(200, 200)], 28, "squash")
-    assert (told.hits, told.images, told.flat) == (0, 1, 1)
+    told = played(np.zeros((1, 4, 4)), [[(0, 0, 200, 200)]], [(200, 200)], 28, "squash")
+    assert (told.hits, told.cases, told.flat) == (0, 1, 1)
     assert told.chance == 1.0
 
 
 def test_a_box_between_the_middles_of_patches_cannot_be_hit():
     maps = peaks((0, 0))
     small = [[(0, 0, 10, 10)]]
-    told = pointing(maps, small, [(200, 200)], 28, "squash")
+    told = played(maps, small, [(200, 200)], 28, "squash")
     assert (told.hits, told.unreachable) == (0, 1)
-    wider = pointing(maps, small, [(200, 200)], 28, "squash", margin=3)
+    wider = played(maps, small, [(200, 200)], 28, "squash", margin=3)
     assert (wider.hits, wider.unreachable) == (1, 0)
 
 
 def test_upsampling_changes_no_hit():
-    from fadeformer.explanations import upsample
-
     rng = np.random.default_rng(1)
     maps = rng.random((50, 7, 7))
     boxes = np.concatenate([rng.integers(0, 600, (50, 2)), np.full((50, 2), 400)], axis=1)[:, None]
     given = boxes, [(1024, 1024)] * 50
-    coarse, fine = (pointing(part, *given, 28, "squash") for part in (maps, upsample(maps, 28)))
+    coarse, fine = (played(part, *given, 28, "squash") for part in (maps, upsample(maps, 28)))
     assert abs(coarse.hits - fine.hits) <= 3  # where a box's edge passes between two pixels of one patch
     assert 0 < coarse.hits < 50
 
 
-@pytest.mark.parametrize(
-    ("boxes", "sizes", "aspect", "message"),
-    [
-        ([], [(9, 9)], "squash", "1 maps need as many boxes and sizes"),
-        ([[(0, 0, 1, 1)]], [(9, 9, 3)], "squash", r"not 1 and \(1, 3\)"),
-        ([[(0, 0, 1, 0)]], [(9, 9)], "squash", "w and h are above 0"),
-        ([[(0, 0, 1)]], [(9, 9)], "squash", "rows of x, y, w and h"),
-        ([[(0, np.nan, 1, 1)]], [(9, 9)], "squash", "rows of x, y, w and h"),
-        ([[(0, 0, 1, 1)]], [(0, 9)], "squash", "0 x 9 pixels"),
-        ([[(0, 0, 1, 1)]], [(9, 9)], "stretch", "aspect is 'stretch'"),
-    ],
-)
-def test_what_does_not_fit_is_told(boxes, sizes, aspect, message):
-    with pytest.raises(ValueError, match=message):
-        pointing(peaks((0, 0)), boxes, sizes, 28, aspect)
+@pytest.mark.parametrize("boxes", [[], [[(0, 0, 1, 1)]] * 2, [[(0, 0, 1)]], [(0, 0, 1, 1)]])
+def test_what_does_not_fit_is_told(boxes):
+    with pytest.raises(ValueError, match="1 maps need as many tables of boxes"):
+        pointed(peaks((0, 0)), boxes, 28)
 
 
-HEADING = "Image Index,Finding Label,Bbox [x,y,w,h],,,\n"
-ROW = "00013118_008.png,Atelectasis,225.084745762712,547.019216763771,86.7796610169491,79.1864406779661,,,\n"
+def test_the_interval_is_wilson_s_and_wider_where_cases_share_a_patient():
+    maps = peaks(*[(0, 0)] * 10, *[(3, 3)] * 10)
+    of = pointed(maps, [[(0, 0, 7, 7)]] * 20, 28)
+    alone = pointing.pointing(of, np.arange(20), 0.95)
+    assert alone.interval == wilson(10, 20)
+    assert alone.chance == pytest.approx(1 / 16)
+    pairs = pointing.pointing(of, np.arange(20) // 2, 0.95)
+    assert pairs.share == alone.share
+    assert pairs.interval[0] < alone.interval[0] < alone.interval[1] < pairs.interval[1]
+    assert pointing.pointing(of, np.zeros(20, np.int64), 0.95).interval is None
 
 
-def test_nihs_boxes_are_read(tmp_path):
-    path = tmp_path / "BBox_List_2017.csv"
-    path.write_text(HEADING + ROW + "00014716_007.png,Infiltrate,686.1,131.5,185.49,313.49,,,\n")
-    rows = read_boxes(path)
-    assert list(rows.columns) == ["id", "finding", "x", "y", "w", "h"]
-    assert rows["finding"].tolist() == ["Atelectasis", "Infiltration"]
-    assert rows["id"].tolist() == ["00013118_008.png", "00014716_007.png"]
-    assert rows.loc[1, ["x", "y", "w", "h"]].tolist() == [686.1, 131.5, 185.49, 313.49]
-    assert (rows.dtypes[["x", "y", "w", "h"]] == np.float64).all()
+PIXELS = np.random.default_rng(0).integers(0, 256, (40, 28, 28, 1), dtype=np.uint8)
+INDEX = pd.DataFrame({"id": [f"i{n}" for n in range(40)], "group": [f"p{n // 2}" for n in range(40)]})
+FINDINGS = ("a", "b", "c", "d", "e")
 
 
-@pytest.mark.parametrize(
-    "heading", ["Image Index,Finding Label,Bbox [x,y,w,h]\n", HEADING.replace(",y,w,h", ", y, w, h")]
-)
-def test_other_editions_of_the_heading_are_read(tmp_path, heading):
-    path = tmp_path / "boxes.csv"
-    path.write_text(heading + ROW.replace(",,,", "," * (3 if ",,," in heading else 0)))
-    assert read_boxes(path).loc[0, "h"] == pytest.approx(79.1864406779661)
+def at_the_peak(model, label):
+    """A box of a patch, of the finding of that number, in every image: where Grad-CAM of the network is largest."""
+    maps = grad_cam(model.model, PIXELS, model.normalisation, np.full(40, label))
+    patch = 28 // maps.shape[1]
+    y, x = np.unravel_index(maps.reshape(40, -1).argmax(axis=1), maps.shape[1:])
+    size = np.full(40, float(patch))
+    return pd.DataFrame({"id": INDEX["id"], "class": label, "x": x * size, "y": y * size, "w": size, "h": size}), maps
 
 
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("", "cannot be read as a table"),
-        ("a,b\n1,2\n", "begins with the columns a, b"),
-        (HEADING + ROW + ROW.replace("Atelectasis", "Gout"), "line 3 has a finding that is none of the fourteen"),
-        (HEADING + ROW.replace("00013118_008.png", ""), "line 2 lacks an image or a finding"),
-        (HEADING + ROW.replace("86.7796610169491", "0"), "line 2 has no box"),
-        (HEADING + ROW.replace("225.084745762712", "left"), "line 2 has no box"),
-        (HEADING + ROW.replace("225.084745762712", "-3"), "line 2 has no box"),
-        (HEADING + ROW.replace("225.084745762712", "inf"), "line 2 has no box"),
-    ],
-)
-def test_a_damaged_list_of_boxes_is_told(tmp_path, text, message):
-    path = tmp_path / "BBox_List_2017.csv"
-    path.write_text(text)
-    with pytest.raises(UserError, match=message):
-        read_boxes(path)
+def test_each_map_is_of_the_finding_of_its_box_and_every_method_is_judged(tmp_path):
+    model = trained(tmp_path, task="multi-label, binary-class")
+    (first, maps), (second, _) = at_the_peak(model, 1), at_the_peak(model, 4)
+    boxes = pd.concat([first, second.iloc[:30]])
+    found = points_at_boxes(model, boxes.sample(frac=1, random_state=0), INDEX, PIXELS, FINDINGS, 0.95)
+    assert (found["known"], found["cases"], found["images"]) == (70, 70, 40)
+    assert list(found["methods"]) == ["grad_cam", "attention", "laplacian"]
+    cam = found["methods"]["grad_cam"]
+    assert {name: of["cases"] for name, of in cam["per_class"].items()} == {"b": 40, "e": 30}
+    empty = int((maps.reshape(40, -1).max(axis=1) == 0).sum())  # nothing speaks for the finding: points nowhere
+    assert cam["per_class"]["b"]["hits"] == 40 - empty
+    assert cam["per_class"]["b"]["flat"] == empty
+    assert cam["overall"]["chance"] == pytest.approx(1 / maps[0].size)
+    for of in found["methods"].values():
+        assert sum(one["hits"] for one in of["per_class"].values()) == of["overall"]["hits"]
+    exchanged = boxes.assign(**{"class": 5 - boxes["class"]})
+    other = points_at_boxes(model, exchanged, INDEX, PIXELS, FINDINGS, 0.95)["methods"]["grad_cam"]
+    assert other["overall"]["hits"] < cam["overall"]["hits"]
 
 
-def test_a_list_that_is_not_there_is_told(tmp_path):
-    with pytest.raises(UserError, match=r"BBox_List_2017\.csv: cannot be read"):
-        read_boxes(tmp_path / "BBox_List_2017.csv")
+def test_what_was_found_is_told_in_sentences_and_a_table(tmp_path):
+    model = trained(tmp_path, task="multi-label, binary-class")
+    boxes, _ = at_the_peak(model, 2)
+    nowhere = boxes.assign(id="i3", x=np.nan).iloc[:1].assign(**{"class": 0})
+    found = points_at_boxes(model, pd.concat([boxes, nowhere]), INDEX, PIXELS, FINDINGS, 0.95)
+    told = pointing.sentences(found)
+    assert told[0].startswith("Where people drew boxes: 41 findings in 40 test images;")
+    (cam,) = [sentence for sentence in told if sentence.startswith("Grad-CAM points into the box in ")]
+    assert " % of 40 (95 % interval " in cam
+    assert cam.endswith("where pointing anywhere would in 2 %: more than chance.")
+    table = evidence_tables.pointing(found)
+    assert table.head == ("Finding", "Images with a box", "Anywhere", "Grad-CAM", "Attention part", "Laplacian part")
+    assert [row[:3] for row in table.rows] == [("all", "40", "2"), ("a", "0", "undefined"), ("c", "40", "2")]
+    assert table.rows[1][3:] == ("undefined",) * 3
+
+
+def test_the_stage_writes_what_was_found_beside_the_other_explanations(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model = trained(tmp_path, task="multi-label, binary-class")
+    boxes, _ = at_the_peak(model, 2)
+    paths.PROCESSED.mkdir(parents=True)
+    told = {}
+    monkeypatch.setattr(evaluate, "trained", lambda: model)
+    monkeypatch.setattr(evaluate.tracking, "log_metrics", told.update)
+    labels = np.random.default_rng(1).integers(0, 2, (40, 5))
+    test = predictions.table(INDEX.assign(split="test"), labels, model.scores(PIXELS, 8), model.task, FINDINGS)
+    wrong = mistakes.most_wrong(test, 3)
+    images = Images(PIXELS, labels, INDEX)
+    evaluate.explain(wrong, test, images, 0, 0.95)
+    assert read_json(paths.EXPLANATIONS)["pointing"] is None
+    assert told == {}
+    boxes.assign(split="test").to_parquet(paths.PROCESSED / "boxes.parquet")
+    evaluate.explain(wrong, test, images, 0, 0.95)
+    written = read_json(paths.EXPLANATIONS)
+    assert written["pointing"]["methods"]["grad_cam"]["per_class"]["c"]["cases"] == 40
+    assert sum("points into the box" in sentence for sentence in written["sentences"]) == 3
+    assert set(written["randomisation"]) == set(written["pointing"]["methods"])
+    assert "pointing" in told["seconds"]
+
+
+def test_as_many_cases_as_the_bound_allows_spread_over_the_images(tmp_path, monkeypatch):
+    monkeypatch.setattr(pointing, "MOST", 7)
+    model = trained(tmp_path, fade=None, task="multi-label, binary-class")
+    boxes = pd.DataFrame({"id": INDEX["id"], "class": 0, "x": 0.0, "y": 0.0, "w": 9.0, "h": 9.0})
+    found = points_at_boxes(model, boxes, INDEX, PIXELS, FINDINGS, 0.95)
+    assert (found["known"], found["cases"], found["images"]) == (40, 7, 7)
+    assert list(found["methods"]) == ["grad_cam"]
+    assert "7 findings in 7 test images, spread over the 40 that are known;" in pointing.sentences(found)[0]
+    assert points_at_boxes(model, boxes.iloc[:0], INDEX, PIXELS, FINDINGS, 0.95) is None

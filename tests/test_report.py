@@ -70,7 +70,10 @@ def verdicts(of: SimpleNamespace) -> dict[str, str]:
     return {sentence: kind for kind, sentence in told}
 
 
-def page(of: SimpleNamespace, folder: Path) -> Path:
+EXPLAINED = {"sentences": ["A sentence on <explanations>."], "pointing": None}
+
+
+def page(of: SimpleNamespace, folder: Path, explained: dict = EXPLAINED) -> Path:
     folder.mkdir(exist_ok=True)
     drawn = {
         "confusion_matrix": plots.confusion_matrix(of.test),
@@ -81,7 +84,12 @@ def page(of: SimpleNamespace, folder: Path) -> Path:
         plots.save(drawn.get(name, drawn["confusion_matrix"]), folder / f"{name}.png", 40)
         pngs[name] = (folder / f"{name}.png").read_bytes()
     text = report.report(
-        of.evidence, of.evidence.summary["test"], of.published, ["A sentence on <explanations>."], pngs, RUN
+        of.evidence,
+        of.evidence.summary["test"],
+        of.published,
+        explained,
+        pngs,
+        RUN,
     )
     (folder / "index.html").write_text(text, encoding="utf-8")
     return folder / "index.html"
@@ -116,6 +124,20 @@ def test_what_stands_in_the_page_is_escaped_and_nothing_points_outside(tmp_path)
     assert "A sentence on &lt;explanations&gt;." in text
     assert "http" not in text.replace("https://medmnist.com", "")
     assert "monitor: loss" in text
+
+
+def test_how_often_maps_point_into_boxes_stands_below_the_gallery(tmp_path):
+    one = {"cases": 20, "share": 0.5, "interval": (0.299, 0.701), "chance": 0.071}
+    none = {"cases": 0, "share": None, "interval": None, "chance": None}
+    of = {"name": "Grad-CAM", "overall": one, "per_class": {"mass": one, "nodule": none}}
+    told = {"sentences": ["It points."], "pointing": {"methods": {"grad_cam": of}}}
+    text = page(made("chestmnist"), tmp_path, told).read_text()
+    assert "How often maps point into the box of a finding" not in page(made("chestmnist"), tmp_path).read_text()
+    cells = re.findall(r"<t[hd]\b[^>]*>([^<]*)", text[text.index("How often maps point into the box of a finding") :])
+    assert cells == [
+        "Finding", "Images with a box", "Anywhere", "Grad-CAM", "all", "20", "7", "50 (30 to 70)", "mass", "20", "7",
+        "50 (30 to 70)", "nodule", "0", "undefined", "undefined",
+    ]  # fmt: skip
 
 
 def test_marks_of_markdown_are_html_in_the_page_and_all_else_is_escaped(tmp_path):

@@ -9,7 +9,7 @@ from torch.nn import functional
 from fadeformer.explanations import fade_maps, grad_cam
 from fadeformer.models import create_model
 from fadeformer.normalisation import Normalisation
-from fadeformer.pointing import pointing
+from fadeformer.pointing import pointed, pointing
 from fadeformer.randomisation import model_randomisation
 
 SIDE, SQUARE = 28, 8
@@ -77,7 +77,7 @@ def told(model, explain):
         right = model(NORMALISATION(torch.from_numpy(pixels))).argmax(dim=1).numpy() == classes
     assert right.mean() > 0.95
     maps = explain(model, pixels[1::2], NORMALISATION, classes[1::2])
-    return pointing(maps, boxes[1::2, None], [(SIDE, SIDE)] * 64, SIDE, "squash")
+    return pointing(pointed(maps, boxes[1::2, None], SIDE), np.arange(64), 0.95)
 
 
 @pytest.mark.parametrize("seed", [0, 1])

@@ -2,7 +2,8 @@
 
 The group is the patient. The authors' lists part train and val from test; val is taken from the former by patient. That
 is not the split of ChestMNIST, which goes back to CheXNet's 70 / 10 / 20, so the two are not comparable. Addresses are
-those of NIH's own batch_download_zips.py, checksums those of its checksum file.
+those of NIH's own batch_download_zips.py, checksums those of its checksum file. Boxes of lesions, drawn by hand, are
+known of 880 test images (`fadeformer.datasets.boxes`).
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ ENTRIES = "Data_Entry_2017_v2020.csv"
 TRAIN_VAL_LIST = "train_val_list.txt"
 TEST_LIST = "test_list.txt"
 TABLES = (ENTRIES, TRAIN_VAL_LIST, TEST_LIST)  # no checksum of them is published
+BOXES = "BBox_List_2017.csv"  # likewise: copies of it differ in line ends and in how many digits they keep
 TABLES_AT = "https://huggingface.co/datasets/alkzar90/NIH-Chest-X-ray-dataset/resolve/main/data"
 FINDINGS = (
     "Atelectasis", "Cardiomegaly", "Effusion", "Infiltration", "Mass", "Nodule", "Pneumonia", "Pneumothorax",
@@ -55,7 +57,7 @@ def facts(files: dict[str, str], sha256: str, numbers: Sequence[int], published:
     """The card of the data set.
 
     Args:
-        files: SHA-256 of each file, archives first.
+        files: SHA-256 of each file, archives first; `BOXES` may be missing, which is told.
         sha256: of all of them.
         numbers: of the archives.
         published: whether these are the published files, and no sample of them.
@@ -64,6 +66,8 @@ def facts(files: dict[str, str], sha256: str, numbers: Sequence[int], published:
     told = f" A part: archives {', '.join(map(str, numbers))} of 12." if set(numbers) != set(ARCHIVES) else ""
     if not published:
         told = " A sample or another edition of it."
+    if BOXES not in files:
+        told += f" Without boxes of lesions: where it comes from there is no {BOXES}."
     return Facts(
         name="chestxray14",
         file=archive_name(numbers[0]),

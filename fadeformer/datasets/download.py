@@ -11,11 +11,11 @@ from typing import TypeVar
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
-from fadeformer.datasets.transfer import Brought, Patience, Remote, Stopped, Transfer
+from fadeformer.datasets.transfer import Brought, NotThere, Patience, Remote, Stopped, Transfer
 from fadeformer.errors import UserError
 from fadeformer.files import check_room
 
-__all__ = ["Brought", "Patience", "Remote", "bring"]
+__all__ = ["Brought", "NotThere", "Patience", "Remote", "bring"]
 
 PATIENCE = Patience()
 GRACE = 2.0  # seconds for threads to end; one that waits for an answer ends later by itself, and writes nothing
@@ -40,7 +40,7 @@ def bring(
 
     Raises:
         UserError: a file cannot be had or is not the right one, the disk is too small, or another process is at it.
-            What has arrived by then is kept, and taken up by the next call.
+            What has arrived by then is kept, and taken up by the next call. `NotThere` where a server has no such file.
     """
     names = [file.name for file in files]
     if len(set(names)) < len(names) or any(name in ("", "..") or Path(name).name != name for name in names):

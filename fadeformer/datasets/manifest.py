@@ -20,13 +20,14 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from fadeformer import similarity
-from fadeformer.datasets import chestxray14, images, isic2019, npz, packed, splits
+from fadeformer.datasets import chestxray14, images, isic2019, npz, packed, phantom_subjects, splits
 from fadeformer.datasets.facts import SPLITS, Facts
 from fadeformer.decode import resize, to_channels
 from fadeformer.files import checksum
 
 TABLES: dict[str, Callable[[Facts, Path], pd.DataFrame]] = {
     "npz": npz.table, "packed": packed.table, "isic2019": isic2019.table, "chestxray14": chestxray14.table,
+    "phantom": phantom_subjects.table,
 }  # fmt: skip
 SEEN = ("sha256", "height", "width", "mode", "brightness", "contrast")
 LEAKS = ("image_in_two_splits", "near_duplicate_in_two_splits", "group_in_two_splits")  # checks of the data gate

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import shutil
 from collections.abc import Sequence
@@ -9,10 +10,21 @@ from pathlib import Path
 
 import numpy as np
 
-from fadeformer.datasets import chestxray14, download, facts, folder, isic2019, medmnist, npz, phantom, pins
+from fadeformer.datasets import (
+    chestxray14,
+    download,
+    facts,
+    folder,
+    isic2019,
+    medmnist,
+    npz,
+    phantom,
+    phantom_subjects,
+    pins,
+)
 from fadeformer.datasets.archives import listing
-from fadeformer.datasets.download import Remote
-from fadeformer.datasets.facts import Facts
+from fadeformer.datasets.download import NotThere, Remote
+from fadeformer.datasets.facts import SPLITS, Facts
 from fadeformer.errors import UserError
 from fadeformer.files import check_room, checksum, place
 
@@ -71,7 +83,8 @@ def fetch(
         numbers = sorted(set(archives))
         remote = [_radiographs(number) for number in numbers]
         remote += [Remote(f"{chestxray14.TABLES_AT}/{file}", file) for file in chestxray14.TABLES]
-        files = _bring(remote, edition, mirror, downloads, lock, into)
+        boxes = Remote(f"{chestxray14.TABLES_AT}/{chestxray14.BOXES}", chestxray14.BOXES)
+        files = _bring(remote, edition, mirror, downloads, lock, into, optional=[boxes])
         found = chestxray14.facts(files, facts.digest(files), numbers, edition == "published")
     else:
         found = medmnist.fetch(name, size, mirror, downloads, into)
@@ -85,24 +98,37 @@ def _radiographs(number: int) -> Remote:
 
 
 def _bring(
-    remote: Sequence[Remote], edition: str, mirror: str | None, downloads: Path, lock: Path, into: Path
+    remote: Sequence[Remote],
+    edition: str,
+    mirror: str | None,
+    downloads: Path,
+    lock: Path,
+    into: Path,
+    optional: Sequence[Remote] = (),
 ) -> dict[str, str]:
-    """Brings files and compares those without a published checksum with their pins; SHA-256 of each by name."""
+    """Brings files and compares those without a published checksum with their pins; SHA-256 of each by name.
+
+    One of the optional files, which come last, is left out where there is none.
+    """
     names = ", ".join(file.name for file in remote)
+    remote, needed = [*remote, *optional], {file.name for file in remote}
     if edition != "published":
         remote = [file._replace(checksum=None) for file in remote]
     if mirror is None or mirror.startswith(("http://", "https://")):
         if mirror:
             remote = [file._replace(url=f"{mirror.rstrip('/')}/{file.name}") for file in remote]
         remedy = f"check the network, or set dataset.mirror to a folder that holds {names}"
-        brought = {
-            name: (file.path, file.sha256, file.size)
-            for name, file in download.bring(remote, downloads, remedy=remedy).items()
-        }
+        had = download.bring([file for file in remote if file.name in needed], downloads, remedy=remedy)
+        for file in (file for file in remote if file.name not in needed):
+            with contextlib.suppress(NotThere):
+                had |= download.bring([file], downloads, remedy=remedy)
+        brought = {name: (file.path, file.sha256, file.size) for name, file in had.items()}
     else:
         brought = {}
         for file in remote:
             path = Path(mirror).expanduser() / file.name
+            if not path.is_file() and file.name not in needed:
+                continue
             if not path.is_file():
                 raise UserError(f"{path}: no such file; dataset.mirror must be a folder or URL that holds {names}")
             if file.checksum is not None and (digest := checksum(path, file.checksum[0])) != file.checksum[1]:
@@ -146,16 +172,24 @@ def _rows(path: Path) -> int | None:
 
 def _draw_phantom(images: int, size: int, task: str, seed: int, into: Path) -> Facts:
     archive = into / "phantom.npz"
-    np.savez(archive, **phantom.draw(images, size, seed, task))  # type: ignore[arg-type]
+    drawn = phantom.draw(images, size, seed, task)
+    np.savez(archive, **drawn)  # type: ignore[arg-type]
+    slides = {split: np.unique(drawn[f"{split}_groups"]).astype(np.int64) for split in SPLITS}
+    subjects = into / phantom_subjects.SUBJECTS
+    phantom_subjects.draw(slides, seed).to_csv(subjects, index=False, lineterminator="\n")
+    files = {path.name: checksum(path, "sha256") for path in (archive, subjects)}
     return Facts(
         name="phantom",
         file=archive.name,
-        sha256=checksum(archive, "sha256"),
+        sha256=files[archive.name],  # ids are made of it, and tell images and labels
         task=task,
         classes=phantom.classes_of(task),
         size=size,
         channels=3,
         counts=None,
         licence="MIT, as this project",
-        note="Synthetic: every image is drawn by a program. Results on it say nothing about patients.",
+        note="Synthetic: every image is drawn by a program, and ages, sexes and sites are made up."
+        " Results on it say nothing about patients.",
+        layout="phantom",
+        files=files,
     )

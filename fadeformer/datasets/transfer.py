@@ -22,6 +22,7 @@ from fadeformer.files import FULL, told
 
 AS_IT_IS = {"Accept-Encoding": "identity"}  # a range counts bytes as they are sent, so they must not be compressed
 PASSING = (408, 425, 429)  # with every 5xx: the server may answer otherwise in a while
+NOT_THERE = (404, 410)
 FIRST_CONTACT = 2  # retries while no server has answered at all: the address is wrong, or there is no network
 
 
@@ -50,6 +51,10 @@ class Patience(NamedTuple):
     longest_wait: float = 60.0
     longest_asked: float = 600.0  # a server that asks for a longer pause (Retry-After) is left to the user
     silence: float = 30.0  # without a byte for so long, a connection counts as lost
+
+
+class NotThere(UserError):  # noqa: N818  a kind of the user's error
+    """The server is there, and has no such file."""
 
 
 class Dropped(Exception):  # noqa: N818  no error yet: the next attempt may go well
@@ -204,6 +209,8 @@ class Transfer:
             raise Dropped("the file has become shorter; begun anew")
         if answer.status_code >= 500 or answer.status_code in PASSING:
             raise Dropped(status, _retry_after(answer))
+        if answer.status_code in NOT_THERE:
+            raise NotThere(str(self._error(status)))
         if answer.status_code not in (200, 206):
             raise self._error(status)
         coding = answer.headers.get("Content-Encoding", "identity")

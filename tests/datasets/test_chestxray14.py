@@ -1,15 +1,21 @@
 """NIH ChestX-ray14's files, a few images of them."""
 
+import http.server
 import io
+import shutil
 import tarfile
+import threading
+from functools import partial
 
 import numpy as np
 import pandas as pd
 import pytest
 from PIL import Image
 
-from fadeformer.datasets import chestxray14
+from fadeformer import arrays
+from fadeformer.datasets import boxes, chestxray14
 from fadeformer.errors import UserError
+from pipelines import overrides, paths, preprocess
 from tests.datasets.conftest import built
 
 PATIENTS = 60
@@ -17,6 +23,26 @@ HEAD = (
     "Image Index,Finding Labels,Follow-up #,Patient ID,Patient Age,Patient {sex},View Position,"
     "OriginalImage[Width,Height],OriginalImagePixelSpacing[x,y]{end}"
 )
+
+
+# Mass and Infiltrate of a test image of those below, and a box of none of them.
+BOXES = """Image Index,Finding Label,Bbox [x,y,w,h]
+00000051_000.png,Mass,512,256,128,64
+00000051_000.png,Infiltrate,0,0,1024,512
+00009999_000.png,Mass,512,256,128,64
+"""
+# NIH's rows of the images of the sample.
+OF_THE_SAMPLE = """Image Index,Finding Label,Bbox [x,y,w,h],,,
+00000181_061.png,Atelectasis,209.8983051,568.714132,213.6949153,254.9152542,,,
+00000149_006.png,Atelectasis,603.6610169,460.2395557,249.4915254,90.03389831,,,
+00000211_010.png,Atelectasis,353.0847458,535.0870134,101.9661017,168.1355932,,,
+00000147_001.png,Atelectasis,617.6507937,599.2296296,100.7746032,179.8772487,,,
+00000072_000.png,Atelectasis,356.5037037,567.805291,127.8645503,82.35343915,,,
+00000211_016.png,Infiltrate,237.3079365,465.9470899,230.8063492,328.3301587,,,
+00000032_037.png,Infiltrate,339.1661376,119.1957672,172.2920635,351.0857143,,,
+00000193_019.png,Pneumonia,703.7155556,616.997934,218.4533333,249.1733333,,,
+00000150_002.png,Pneumonia,601.3968254,595.978836,215.6359788,180.9608466,,,
+"""
 
 
 def png(seed: int, mode: str) -> bytes:
@@ -173,6 +199,105 @@ def test_patients_that_were_saved_as_fractions_are_the_same(fetch, mirror):
     rows.to_csv(path, index=False)
     (mirror.parent / "dataset.lock").unlink()
     assert chestxray14.table(*fetch())["group"].tolist() == before.tolist()
+
+
+def test_without_boxes_the_card_says_so_and_with_them_says_nothing(fetch, mirror):
+    facts, folder = fetch()
+    assert facts.note.endswith(" Without boxes of lesions: where it comes from there is no BBox_List_2017.csv.")
+    assert boxes.table(facts, folder) is None
+    (mirror / chestxray14.BOXES).write_text(BOXES)
+    with_boxes, folder = fetch()
+    assert "boxes" not in with_boxes.note
+    assert with_boxes.sha256 != facts.sha256
+    found = boxes.table(with_boxes, folder)
+    assert found["class"].tolist() == [4, 3, 4]  # Mass, Infiltrate
+    assert found["frame_width"].tolist() == [1024] * 3
+
+
+def test_a_list_of_boxes_is_pinned_like_the_other_tables(fetch, mirror):
+    (mirror / chestxray14.BOXES).write_text(BOXES)
+    fetch()
+    (mirror / chestxray14.BOXES).write_text(BOXES.replace("512,", "511,"))
+    with pytest.raises(UserError, match=r"BBox_List_2017\.csv: sha256 is"):
+        fetch()
+
+
+def test_a_server_without_boxes_is_told_and_one_that_fails_stops(fetch, mirror):
+    refused = set()
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def send_head(self):
+            if self.path[1:] in refused:
+                self.send_error(403)
+                return None
+            return super().send_head()
+
+        def log_message(self, *_):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, directory=str(mirror))) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_port}"
+        assert "Without boxes of lesions" in fetch(mirror=address)[0].note
+        (mirror / chestxray14.BOXES).write_text(BOXES)
+        refused.add(chestxray14.BOXES)
+        with pytest.raises(UserError, match=r"BBox_List_2017\.csv: cannot be downloaded \(403"):
+            fetch(mirror=address)
+        refused.clear()
+        assert chestxray14.BOXES in fetch(mirror=address)[0].files
+        server.shutdown()
+
+
+def preprocessed(facts, folder, tmp_path, monkeypatch, small):
+    """The stage's arrays of what was fetched."""
+    monkeypatch.chdir(tmp_path)
+    paths.RAW.parent.mkdir()
+    shutil.move(folder, paths.RAW)
+    found = built(facts, paths.RAW, tmp_path / "splits")
+    found.rows.attrs["split"] = found.split
+    found.rows.to_parquet(paths.MANIFEST)
+    preprocess.main()
+    return found.rows
+
+
+def test_boxes_lie_beside_the_arrays_of_their_images(fetch, mirror, tmp_path, monkeypatch, small):
+    (mirror / chestxray14.BOXES).write_text(BOXES)
+    overrides.apply(small, {"preprocess": {"image_size": 16}})
+    preprocessed(*fetch(), tmp_path, monkeypatch, small)
+    found = arrays.read_boxes(paths.PROCESSED, "test")
+    assert found.drop(columns="split").to_dict("records") == [
+        {"id": names()[100], "class": 4, "x": 8, "y": 4, "w": 2, "h": 1},
+        {"id": names()[100], "class": 3, "x": 0, "y": 0, "w": 16, "h": 8},
+    ]  # the third is of an image that is not there
+    assert arrays.read_boxes(paths.PROCESSED, "val").empty
+
+
+def test_without_boxes_there_is_no_table_of_them(fetch, tmp_path, monkeypatch, small):
+    overrides.apply(small, {"preprocess": {"image_size": 16}})
+    preprocessed(*fetch(), tmp_path, monkeypatch, small)
+    assert arrays.read_boxes(paths.PROCESSED, "test") is None
+
+
+@pytest.mark.real_data
+def test_nihs_boxes_on_the_real_sample(fetched, real_data, tmp_path, monkeypatch, small):
+    mirror = tmp_path / "mirror"
+    mirror.mkdir()
+    for path in (real_data / "chestxray14").iterdir():
+        (mirror / path.name).symlink_to(path)
+    (mirror / chestxray14.BOXES).write_text(OF_THE_SAMPLE)
+    overrides.apply(small, {"preprocess": {"image_size": 32}})
+    facts, folder = fetched(name="chestxray14", mirror=str(mirror), edition="other", archives=[1])
+    rows = preprocessed(facts, folder, tmp_path, monkeypatch, small)
+    held = pd.concat(arrays.read_boxes(paths.PROCESSED, split) for split in ("train", "val", "test"))
+    assert len(held) == 9
+    of_test = arrays.read_boxes(paths.PROCESSED, "test").set_index("id")
+    assert sorted(of_test.index) == ["00000032_037.png", "00000149_006.png"]
+    assert of_test.loc["00000149_006.png", ["x", "y", "w", "h"]].tolist() == pytest.approx(
+        [603.6610169 / 32, 460.2395557 / 32, 249.4915254 / 32, 90.03389831 / 32]
+    )
+    # what is in a box is among the findings of its image
+    labels = rows.set_index("id")[[f"label_{i}" for i in range(14)]]
+    assert all(labels.loc[name, f"label_{label}"] == 1 for name, label in held[["id", "class"]].itertuples(index=False))
 
 
 @pytest.mark.real_data

@@ -9,8 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fadeformer.datasets import phantom
+from fadeformer.datasets import chance, phantom, phantom_cells, phantom_subjects
 from fadeformer.datasets.facts import SPLITS
+from fadeformer.errors import UserError
+from tests.datasets.conftest import built
 
 # Anything else might differ in the last bit from one processor to another.
 EXACT = {
@@ -38,7 +40,7 @@ def test_the_bytes_are_these_on_every_machine(size, expected):
 
 
 def test_only_operations_are_used_that_are_exact():
-    tree = ast.parse(inspect.getsource(phantom))
+    tree = ast.parse("\n".join(inspect.getsource(module) for module in (phantom, phantom_cells, chance)))
     used = {
         node.attr
         for node in ast.walk(tree)
@@ -98,3 +100,57 @@ def test_the_other_tasks_have_all_their_labels_in_every_split(task):
             assert (labels.sum(axis=0) > 0).all()
     again = phantom.draw(400, 28, 3, task)
     assert digest(again) == digest(made)
+
+
+SLIDES = {"train": np.arange(28), "val": np.arange(28, 32), "test": np.arange(32, 40)}
+
+
+@given(seed=st.integers(0, 2**40))
+def test_each_split_has_as_many_patients_of_each_sex_and_clinic(seed):
+    subjects = phantom_subjects.draw(SLIDES, seed)
+    assert subjects["slide"].tolist() == list(range(40))
+    assert subjects["age"].between(20, 89).all()
+    for slides in SLIDES.values():
+        of = subjects[subjects["slide"].isin(slides)]
+        for column in ("sex", "site"):
+            assert of[column].value_counts().tolist() == [len(slides) // 2] * 2
+    assert phantom_subjects.draw(SLIDES, seed).equals(subjects)
+
+
+def test_patients_are_these_on_every_machine_and_others_with_another_seed():
+    subjects = phantom_subjects.draw(SLIDES, 7)
+    assert subjects.loc[subjects["slide"] >= 36, ["age", "sex", "site"]].values.tolist() == [
+        [26, "M", "made-up clinic A"],
+        [71, "F", "made-up clinic A"],
+        [88, "F", "made-up clinic B"],
+        [81, "M", "made-up clinic A"],
+    ]
+    assert not phantom_subjects.draw(SLIDES, 8)["age"].equals(subjects["age"])
+
+
+def test_age_sex_and_site_of_a_slide_reach_the_manifest_and_leave_images_and_ids_alone(fetched, tmp_path):
+    facts, folder = fetched(name="phantom", images=200, size=16, seed=3)
+    with np.load(folder / "phantom.npz") as archive:
+        assert digest(dict(archive)) == digest(phantom.draw(200, 16, 3))
+    rows = built(facts, folder, tmp_path / "splits").rows
+    assert (
+        rows["id"]
+        .str.startswith(f"phantom-{hashlib.sha256((folder / 'phantom.npz').read_bytes()).hexdigest()[:8]}/")
+        .all()
+    )
+    assert (rows.groupby("group")[["age", "sex", "site"]].nunique() == 1).all().all()
+    subjects = phantom_subjects.draw(
+        {split: np.unique(rows.loc[rows["split"] == split, "group"].astype(int)) for split in SPLITS}, 3
+    )
+    expected = subjects.set_index("slide").loc[rows["group"].astype(int)]
+    for column in ("age", "sex", "site"):
+        assert rows[column].tolist() == expected[column].tolist()
+    assert "made up" in facts.note
+
+
+@pytest.mark.parametrize("text", ["", "slide,age\n0,3\n", "slide,age,sex,site\n0,30,F,A\n"])
+def test_a_damaged_table_of_patients_is_told(fetched, text):
+    facts, folder = fetched(name="phantom", images=200, size=16, seed=3)
+    (folder / phantom_subjects.SUBJECTS).write_text(text)
+    with pytest.raises(UserError, match=r"subjects\.csv: damaged .*dvc repro -f download"):
+        phantom_subjects.table(facts, folder)

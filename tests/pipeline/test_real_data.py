@@ -4,7 +4,9 @@ import json
 
 import pytest
 
+from fadeformer.datasets.chestxray14 import BOXES
 from tests.conftest import Project
+from tests.datasets.test_chestxray14 import OF_THE_SAMPLE
 from tests.pipeline.test_reproduce import ran
 
 pytestmark = [pytest.mark.pipeline, pytest.mark.real_data]
@@ -61,8 +63,11 @@ def run(project: Project, **dataset: str) -> dict:
     return {**read, "output": output, "card": (project.folder / "reports/model_card.md").read_text()}
 
 
-def test_the_radiographs_of_nih_by_finding(project: Project, real_data):
-    made = run(project, name="chestxray14", mirror=f"{real_data}/chestxray14", edition="other", archives="[1]")
+def test_the_radiographs_of_nih_by_finding(project: Project, real_data, tmp_path):
+    for path in (real_data / "chestxray14").iterdir():
+        (tmp_path / path.name).symlink_to(path)
+    (tmp_path / BOXES).write_text(OF_THE_SAMPLE)
+    made = run(project, name="chestxray14", mirror=str(tmp_path), edition="other", archives="[1]")
     assert made["meta"]["counts"]["test"] == 251
     assert made["meta"]["split"].startswith("chestxray14-")
     assert made["decision"]["model"] == "fadenet-chestxray14"
@@ -77,6 +82,11 @@ def test_the_radiographs_of_nih_by_finding(project: Project, real_data):
     warned = [e["sentence"] for e in made["validation"]["expectations"] if not e["passed"]]
     assert all(any(f" {name} (it has 0)" in sentence for sentence in warned) for name in without)
     assert "NaN" not in json.dumps(made["metrics"])
+    found = json.loads((project.folder / "reports/explanations.json").read_text())["pointing"]
+    assert (found["cases"], found["images"]) == (2, 2)  # of the nine boxes of the sample
+    assert set(found["methods"]) == {"grad_cam", "attention", "laplacian"}
+    assert set(found["methods"]["attention"]["per_class"]) == {"Atelectasis", "Infiltration"}
+    assert "Where people drew boxes: 2 findings in 2 test images" in (project.folder / "reports/index.html").read_text()
 
 
 def test_the_lesions_of_isic_and_the_split_that_their_balanced_accuracy_is_of(project: Project, real_data):

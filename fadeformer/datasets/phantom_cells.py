@@ -1,0 +1,183 @@
+"""Cells of the phantom's blood smears: what each kind looks like, and how it is painted.
+
+Only operations are used that IEEE 754 defines to the last bit, as `fadeformer.datasets.phantom` explains.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from fadeformer.datasets.chance import Chance, Plane, Range
+
+Colour = tuple[float, float, float]
+
+BACKGROUND: Colour = (0.93, 0.91, 0.89)
+RED_CELL: Colour = (0.86, 0.64, 0.63)
+TYPICAL: dict[str, Colour] = {"cytoplasm": (0.82, 0.77, 0.85), "nucleus": (0.43, 0.27, 0.56)}
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What a kind of cell looks like; lengths are fractions of half the image's side.
+
+    Attributes:
+        share: of all cells.
+        radius: of the cell.
+        nucleus: radius of the nucleus (of all lobes together) as a fraction of the cell's.
+        lobes: fewest and most lobes.
+        spread: distance of the lobes from the middle, as a fraction of the nucleus' radius.
+        indent: depth of the dent in a nucleus of one lobe.
+        granules: fewest and most.
+        grain: radius of a granule.
+        opacity: of granules.
+        cytoplasm: its colour.
+        nucleus_colour: its colour.
+        granule_colour: its colour.
+    """
+
+    share: float
+    radius: Range
+    nucleus: Range
+    lobes: tuple[int, int]
+    spread: Range
+    indent: Range
+    granules: tuple[int, int]
+    grain: Range
+    opacity: Range
+    cytoplasm: Colour
+    nucleus_colour: Colour
+    granule_colour: Colour
+
+
+KINDS: dict[str, Kind] = {
+    "neutrophil": Kind(
+        0.40, (0.50, 0.70), (0.52, 0.68), (2, 5), (0.45, 0.72), (0.0, 0.0), (6, 22), (0.025, 0.045), (0.05, 0.40),
+        (0.90, 0.79, 0.83), (0.42, 0.26, 0.55), (0.80, 0.56, 0.66),
+    ),
+    "lymphocyte": Kind(
+        0.25, (0.38, 0.62), (0.72, 0.92), (1, 1), (0.0, 0.0), (0.0, 0.35), (0, 5), (0.025, 0.04), (0.05, 0.35),
+        (0.70, 0.77, 0.91), (0.37, 0.23, 0.53), (0.60, 0.40, 0.60),
+    ),
+    "monocyte": Kind(
+        0.15, (0.52, 0.78), (0.60, 0.82), (1, 2), (0.15, 0.40), (0.10, 0.70), (0, 10), (0.02, 0.04), (0.05, 0.30),
+        (0.76, 0.76, 0.85), (0.48, 0.34, 0.61), (0.66, 0.52, 0.66),
+    ),
+    "eosinophil": Kind(
+        0.13, (0.50, 0.70), (0.50, 0.68), (2, 3), (0.45, 0.70), (0.0, 0.0), (14, 40), (0.04, 0.075), (0.15, 0.80),
+        (0.91, 0.77, 0.76), (0.43, 0.27, 0.56), (0.89, 0.50, 0.38),
+    ),
+    "basophil": Kind(
+        0.07, (0.46, 0.66), (0.52, 0.74), (1, 3), (0.20, 0.55), (0.0, 0.3), (12, 36), (0.04, 0.08), (0.20, 0.85),
+        (0.82, 0.75, 0.87), (0.45, 0.31, 0.60), (0.30, 0.18, 0.48),
+    ),
+}  # fmt: skip
+
+
+class Canvas:
+    """An image being painted; positions run from -1 to 1 in both directions."""
+
+    def __init__(self, size: int, colour: Colour) -> None:
+        steps = (np.arange(size) + 0.5) * (2.0 / size) - 1.0
+        self.x, self.y = np.meshgrid(steps, steps)
+        self.pixel = 2.0 / size
+        self.planes = [np.full((size, size), value) for value in colour]
+
+    def ellipse(self, at: tuple[float, float], radii: tuple[float, float], along: tuple[float, float]) -> Plane:
+        """Coverage in [0, 1] of an ellipse whose first radius points `along`, its edge as wide as a pixel."""
+        x, y = self.x - at[0], self.y - at[1]
+        u = (x * along[0] + y * along[1]) / radii[0]
+        v = (y * along[0] - x * along[1]) / radii[1]
+        distance = (1.0 - np.sqrt(u * u + v * v)) * min(radii)
+        return _smooth(distance / self.pixel + 0.5)
+
+    def paint(self, cover: Plane, colour: Colour) -> None:
+        """Lays a colour over what is there."""
+        for plane, value in zip(self.planes, colour, strict=True):
+            plane += cover * (value - plane)
+
+    def blur(self, amount: float) -> None:
+        """Mixes in the mean of the neighbours: 0 is sharp, 1 a [1 2 1] stencil in both directions."""
+        for plane in self.planes:
+            for axis in (0, 1):
+                padded = np.pad(plane, [(1, 1) if axis == a else (0, 0) for a in (0, 1)], mode="edge")
+                low, high = (padded[:-2], padded[2:]) if axis == 0 else (padded[:, :-2], padded[:, 2:])
+                plane += amount * 0.25 * ((low + high) - 2.0 * plane)
+
+
+def white_cell(canvas: Canvas, kind: Kind, middle: tuple[float, float], scale: float, chance: Chance) -> None:
+    """Paints a white cell near a place, of that fraction of its kind's size, with what touches it."""
+    vivid = chance.within((0.15, 1.0))  # how far the cell took its own stain rather than any cell's
+    at = middle[0] + chance.within((-0.16, 0.16)), middle[1] + chance.within((-0.16, 0.16))
+    radius = scale * chance.within(kind.radius)
+    along = chance.direction()
+    stretch = chance.within((0.85, 1.0))
+    canvas.paint(
+        0.95 * canvas.ellipse(at, (radius, radius * stretch), along), _mix(TYPICAL["cytoplasm"], kind.cytoplasm, vivid)
+    )
+    _nucleus(canvas, kind, at, radius, _mix(TYPICAL["nucleus"], kind.nucleus_colour, vivid), chance)
+    _granules(canvas, kind, at, radius, vivid, chance)
+    for _ in range(int(chance.within((0.0, 1.6)))):  # a neighbour that touches the cell
+        red_cell(canvas, chance, beside=(at, radius))
+
+
+def red_cell(canvas: Canvas, chance: Chance, beside: tuple[tuple[float, float], float] | None = None) -> None:
+    """Paints a red cell anywhere, or beside a cell of that middle and radius."""
+    radius = chance.within((0.24, 0.34))
+    along = chance.direction()
+    if beside is None:
+        at = chance.within((-1.1, 1.1)), chance.within((-1.1, 1.1))
+    else:
+        (x, y), reach = beside
+        gap = reach + radius * chance.within((0.75, 1.0))
+        at = x + along[0] * gap, y + along[1] * gap
+    radii = radius, radius * chance.within((0.8, 1.0))
+    canvas.paint(0.9 * canvas.ellipse(at, radii, along), RED_CELL)
+    pallor = chance.within((0.1, 0.5))
+    canvas.paint(pallor * canvas.ellipse(at, (radii[0] * 0.45, radii[1] * 0.45), along), BACKGROUND)
+
+
+def _nucleus(
+    canvas: Canvas, kind: Kind, at: tuple[float, float], radius: float, colour: Colour, chance: Chance
+) -> None:
+    whole = radius * chance.within(kind.nucleus)
+    lobes = chance.count(kind.lobes)
+    spread = chance.within(kind.spread)
+    along = chance.direction()
+    cover = np.zeros_like(canvas.x)
+    for lobe in range(lobes):
+        place = 0.0 if lobes == 1 else 2.0 * lobe / (lobes - 1) - 1.0  # from -1 to 1 along an arc
+        bend = chance.within((0.3, 0.6)) * (1.0 - place * place)
+        x = at[0] + whole * spread * (place * along[0] - bend * along[1])
+        y = at[1] + whole * spread * (place * along[1] + bend * along[0])
+        size = whole * (1.0 - 0.55 * spread if lobes > 1 else 1.0) * chance.within((0.85, 1.0))
+        shape = canvas.ellipse((x, y), (size, size * chance.within((0.75, 1.0))), chance.direction())
+        cover = np.maximum(cover, shape)
+    indent = chance.within(kind.indent)
+    if lobes == 1 and indent > 0.05:
+        dent = at[0] + whole * along[0], at[1] + whole * along[1]
+        cover = cover * (1.0 - canvas.ellipse(dent, (whole * indent, whole * indent), along))
+    canvas.paint(chance.within((0.80, 0.95)) * cover, colour)
+
+
+def _granules(canvas: Canvas, kind: Kind, at: tuple[float, float], radius: float, vivid: float, chance: Chance) -> None:
+    opacity = chance.within(kind.opacity)
+    colour = _mix(TYPICAL["cytoplasm"], kind.granule_colour, 0.5 + 0.5 * vivid)
+    for _ in range(chance.count(kind.granules)):
+        along = chance.direction()
+        reach = 0.9 * radius * float(np.sqrt(chance.within((0.0, 1.0))))
+        grain = chance.within(kind.grain)
+        place = at[0] + along[0] * reach, at[1] + along[1] * reach
+        canvas.paint(opacity * canvas.ellipse(place, (grain, grain), (1.0, 0.0)), colour)
+
+
+def _mix(one: Colour, other: Colour, share: float) -> Colour:
+    red, green, blue = (a + share * (b - a) for a, b in zip(one, other, strict=True))
+    return red, green, blue
+
+
+def _smooth(t: Plane) -> Plane:
+    """0 below 0, 1 above 1, and 3 t^2 - 2 t^3 between."""
+    t = np.clip(t, 0.0, 1.0)
+    return t * t * (3.0 - 2.0 * t)

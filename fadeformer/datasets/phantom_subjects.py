@@ -1,0 +1,63 @@
+"""Who the phantom's slides are of: made-up patients of made-up clinics, so that its reports have subgroups to show.
+
+Each slide is of one patient. Age, sex and site come from a generator of their own and know nothing of the images and
+labels, so that a subgroup in which a model is worse is worse by chance alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from fadeformer.datasets import npz
+from fadeformer.datasets.chance import Chance
+from fadeformer.datasets.facts import SPLITS, Facts
+from fadeformer.errors import UserError
+
+SUBJECTS = "subjects.csv"
+COLUMNS = ("age", "sex", "site")
+SEXES = ("F", "M")
+SITES = ("made-up clinic A", "made-up clinic B")
+AGES = (20, 89)  # years
+
+
+def draw(slides: Mapping[str, NDArray[np.int64]], seed: int) -> pd.DataFrame:
+    """Draws the patients, as many of each sex and of each clinic in a split as its number of slides allows.
+
+    Args:
+        slides: of each split, the number of every slide once.
+        seed: of the phantom.
+
+    Returns:
+        One row per slide: `slide`, `age`, `sex` and `site`.
+    """
+    parts = []
+    for number, split in enumerate(SPLITS):
+        chance, count = Chance(seed, 4, number), len(slides[split])
+        ages = [chance.count(AGES) for _ in range(count)]
+        sex, site = (np.argsort(chance.generator.random(count), kind="stable") % 2 for _ in range(2))
+        parts.append(
+            pd.DataFrame({
+                "slide": slides[split], "age": ages, "sex": [SEXES[i] for i in sex], "site": [SITES[i] for i in site]
+            })
+        )  # fmt: skip
+    return pd.concat(parts, ignore_index=True)
+
+
+def table(facts: Facts, folder: Path) -> pd.DataFrame:
+    """One row per image, as `npz.table` gives it, with age, sex and site of the patient that its slide is of.
+
+    Raises:
+        UserError: the archive or the table of patients is damaged.
+    """
+    rows = npz.table(facts, folder)
+    path = folder / SUBJECTS
+    try:
+        known = pd.read_csv(path, dtype={"slide": "string"}).set_index("slide")[list(COLUMNS)].loc[rows["group"]]
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{path}: damaged ({error}); run `dvc repro -f download`") from error
+    return rows.assign(**{name: known[name].to_numpy() for name in COLUMNS})
