@@ -1,4 +1,4 @@
-"""`fadeformer COMMAND`: what is done with models once they are made; the stages that make them are run by `dvc repro`."""
+"""`fadeformer COMMAND`: what is done with models once they are made; the stages that make them run by `dvc repro`."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from importlib import import_module
 from pipelines import stage
 
 COMMANDS = {  # module of pipelines.commands: what it does
+    "predict": "predict images on the disk by a model",
     "registry": "every decision about a model, and what is champion",
 }
 

@@ -183,7 +183,7 @@ def log_files(*paths: Path, under: str | None = None) -> None:
             mlflow.log_artifact(str(path), under)
 
 
-def log_model(served: Path, weights: Path, architecture: Path, meta: Meta) -> None:
+def log_model(served: Path, weights: Path, architecture: Path, meta: Meta, with_it: Mapping[str, Path]) -> None:
     """Logs the model with code, signature and example, so that it loads without this project; a run has one.
 
     Args:
@@ -191,6 +191,7 @@ def log_model(served: Path, weights: Path, architecture: Path, meta: Meta) -> No
         weights: safetensors.
         architecture: model.json.
         meta: of the arrays it was trained on.
+        with_it: other files that belong to the model, by name.
     """
     if _has_model(mlflow.active_run().info):
         return
@@ -202,7 +203,8 @@ def log_model(served: Path, weights: Path, architecture: Path, meta: Meta) -> No
     mlflow.pyfunc.log_model(
         name=MODEL,
         python_model=str(served),
-        artifacts={"weights": str(weights), "architecture": str(architecture)},
+        artifacts={"weights": str(weights), "architecture": str(architecture)}
+        | {k: str(v) for k, v in with_it.items()},
         code_paths=[str(Path(fadeformer.__file__).parent)],
         signature=signature,
         input_example=np.zeros((1, *shape[1:]), np.uint8),

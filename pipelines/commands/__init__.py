@@ -1,1 +1,1 @@
-"""The commands of `fadeformer`, a module each: `add_arguments(parser)`, and `run(arguments)`, which returns its summary."""
+"""Commands of `fadeformer`, a module each: `add_arguments(parser)`, and `run(arguments)`, which gives its summary."""
