@@ -72,7 +72,7 @@ def case_maps(
     if len(wrong):
         maps = maps_of(trained, np.array(pixels[wrong["row"].to_numpy()]), wrong["class"].to_numpy(dtype=np.int64))
         if "attention" in methods:
-            numbers["alpha"] = float(model.attn.alpha)  # type: ignore[union-attr, arg-type]
+            numbers["alpha"] = model.attn.alpha.item()  # type: ignore[union-attr, operator]
             sentences.insert(0, _alpha(numbers["alpha"]))
     return CaseMaps(maps, numbers, sentences)
 

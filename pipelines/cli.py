@@ -29,3 +29,7 @@ def main(words: list[str] | None = None) -> None:
             command.set_defaults(run=module.run)
     arguments = parser.parse_args(words)
     stage.run(arguments.command, partial(arguments.run, arguments))
+
+
+if __name__ == "__main__":
+    main()
