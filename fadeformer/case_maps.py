@@ -70,16 +70,37 @@ def case_maps(
         )
     maps: dict[str, Floats] = {}
     if len(wrong):
-        rows, side, classes = wrong["row"].to_numpy(), pixels.shape[1], wrong["class"].to_numpy(dtype=np.int64)
-        given = np.array(pixels[rows]), normalisation, np.zeros_like(classes) if cumulative else classes
+        maps = maps_of(trained, np.array(pixels[wrong["row"].to_numpy()]), wrong["class"].to_numpy(dtype=np.int64))
         if "attention" in methods:
-            fade = fade_maps(model, *given)
-            numbers["alpha"] = fade.alpha
-            maps[f"attention part (alpha {fade.alpha:.2f})"] = upsample(fade.attention, side)
-            maps["Laplacian part"] = upsample(fade.laplacian, side)
-            sentences.insert(0, _alpha(fade.alpha))
-        maps[NAMES["grad_cam"]] = upsample(grad_cam(model, *given), side)
+            numbers["alpha"] = model.attn.alpha.item()  # type: ignore[union-attr, operator]
+            sentences.insert(0, _alpha(numbers["alpha"]))
     return CaseMaps(maps, numbers, sentences)
+
+
+def maps_of(trained: Trained, pixels: NDArray[np.uint8], classes: NDArray[np.int64]) -> dict[str, Floats]:
+    """Every map that a network has of some images.
+
+    Args:
+        trained: the network.
+        pixels: uint8, (images, side, side, channels).
+        classes: that are explained, (images,); of a cumulative head the output is that of the lowest grade.
+
+    Returns:
+        By name in words, (images, side, side).
+
+    Raises:
+        ValueError: it has none, for its last map has no places.
+    """
+    side = pixels.shape[1]
+    outputs = np.zeros_like(classes) if trained.task.spare_outputs > 0 else classes
+    given = pixels, trained.normalisation, outputs
+    maps: dict[str, Floats] = {}
+    if "attention" in methods_of(trained.model):
+        fade = fade_maps(trained.model, *given)
+        maps[f"{NAMES['attention']} (alpha {fade.alpha:.2f})"] = upsample(fade.attention, side)
+        maps[NAMES["laplacian"]] = upsample(fade.laplacian, side)
+    maps[NAMES["grad_cam"]] = upsample(grad_cam(trained.model, *given), side)
+    return maps
 
 
 def _alpha(alpha: float) -> str:

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pandas as pd
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
@@ -47,13 +48,24 @@ def gallery(wrong: pd.DataFrame, pixels: NDArray[np.uint8], maps: Mapping[str, N
         lines = [f"called: {row['called']}, {row['score']:.2f}", f"true: {row['true']}"]
         top.set_title("\n".join(_wrapped(line) for line in lines), fontsize=7)
         for below, (name, of) in enumerate(maps.items(), start=1):
-            axes, found = grid[block * strips + below, column], of[place]
-            most = max(float(np.abs(found).max()), np.finfo(float).tiny)
-            axes.imshow(image if image.ndim == 2 else image.mean(axis=2), cmap="gray", vmin=0, vmax=255)
-            axes.imshow(found, cmap="PuOr_r", vmin=-most, vmax=most, alpha=0.6)
+            axes = grid[block * strips + below, column]
+            overlay(axes, image, of[place])
             if column == 0:
                 axes.set_title(name, fontsize=7, loc="left")
     return figure
+
+
+def overlay(axes: Axes, image: NDArray[np.uint8], found: NDArray[np.float64]) -> None:
+    """A map laid on its image in grey: orange speaks for the class, purple against it.
+
+    Args:
+        axes: where it is drawn.
+        image: (side, side) or (side, side, 3).
+        found: (side, side).
+    """
+    most = max(float(np.abs(found).max()), np.finfo(float).tiny)
+    axes.imshow(image if image.ndim == 2 else image.mean(axis=2), cmap="gray", vmin=0, vmax=255)
+    axes.imshow(found, cmap="PuOr_r", vmin=-most, vmax=most, alpha=0.6)
 
 
 def embedding(predictions: Predictions, places: pd.DataFrame, explained: Sequence[float]) -> Figure:

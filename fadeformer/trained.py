@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from fadeformer import calibration
-from fadeformer.inference import choose_device, choose_precision, logits_of
+from fadeformer.inference import autocast, choose_device, choose_precision, logits_of
 from fadeformer.models import create_model, load_weights
 from fadeformer.normalisation import Normalisation
 from fadeformer.tasks import TASKS
@@ -60,6 +62,31 @@ class Trained:
         logits = logits_of(self.model, pixels, batch_size, self.device, self.precision, self.normalisation)
         return self.task.probabilities(logits)
 
+    @contextmanager
+    def listening(self) -> Iterator[Callable[[NDArray[np.uint8]], tuple[Floats, NDArray[np.float32]]]]:
+        """Gives a function from one batch of images to calibrated scores and features; threads may call it at once."""
+        heard = threading.local()
+
+        def keep(_: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+            heard.features = inputs[0].detach().flatten(1).float().cpu().numpy()
+
+        def see(pixels: NDArray[np.uint8]) -> tuple[Floats, NDArray[np.float32]]:
+            with torch.inference_mode(), autocast(self.device, self.precision):
+                images = self.normalisation(torch.from_numpy(pixels).to(self.device))
+                logits = self.model(images).double().cpu().numpy()
+            return self.calibration(self.task.probabilities(logits), self.task), heard.features
+
+        hook = self._classifier().register_forward_pre_hook(keep)
+        try:
+            yield see
+        finally:
+            hook.remove()
+
+    def _classifier(self) -> torch.nn.Module:
+        head = self.model.get_classifier()  # type: ignore[operator]
+        first: torch.nn.Module = head[0] if isinstance(head, tuple) else head  # a tuple of two in distilled networks
+        return first
+
     def raw_scores_and_features(self, pixels: NDArray[np.uint8], batch_size: int) -> tuple[Floats, NDArray[np.float32]]:
         """Scores before calibration, and what the classifier sees of each image, (images, channels)."""
         found: list[NDArray[np.float32]] = []
@@ -67,8 +94,7 @@ class Trained:
         def keep(_: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
             found.append(inputs[0].flatten(1).float().cpu().numpy())
 
-        head = self.model.get_classifier()  # type: ignore[operator]
-        hook = (head[0] if isinstance(head, tuple) else head).register_forward_pre_hook(keep)
+        hook = self._classifier().register_forward_pre_hook(keep)
         try:
             scores = self.raw_scores(pixels, batch_size)
         finally:

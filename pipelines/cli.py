@@ -11,6 +11,7 @@ from pipelines import stage
 
 COMMANDS = {  # module of pipelines.commands: what it does
     "export": "a model as one ONNX graph or torch.export program",
+    "predict": "predict images on the disk by a model",
     "registry": "every decision about a model, and what is champion",
     "serve": "a model over HTTP, with limits for requests from strangers",
 }
@@ -30,3 +31,7 @@ def main(words: list[str] | None = None) -> None:
             command.set_defaults(run=module.run)
     arguments = parser.parse_args(words)
     stage.run(arguments.command, partial(arguments.run, arguments))
+
+
+if __name__ == "__main__":
+    main()

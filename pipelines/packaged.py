@@ -1,7 +1,8 @@
 """The model as it leaves: one folder in MLflow's store that loads in a clean environment from its own files alone.
 
-`data/` has the weights as safetensors, `model.json` (network, classes, normalisation, input, calibration) and
-`operating_points.json`; `code/` the library and `served.py`. Nothing is pickled, and no file tells where it was made.
+`data/` has the weights as safetensors, `model.json` (network, classes, normalisation, input, calibration),
+`unfamiliar.safetensors` and `operating_points.json`; `code/` the library and `served.py`. Nothing is pickled, and no
+file tells where it was made.
 """
 
 from __future__ import annotations
@@ -104,8 +105,8 @@ def data(folder: Path) -> Path:
 
 
 def checksum_of_content() -> str:
-    """SHA-256 of the weights, the architecture and the operating points."""
-    parts = (paths.WEIGHTS, paths.ARCHITECTURE, paths.OPERATING_POINTS)
+    """SHA-256 of the weights, the architecture, what the network knows and the operating points."""
+    parts = (paths.WEIGHTS, paths.ARCHITECTURE, paths.FAMILIAR, paths.OPERATING_POINTS)
     return hashlib.sha256("".join(checksum(part, "sha256") for part in parts).encode()).hexdigest()
 
 
@@ -123,6 +124,7 @@ def _write(package: Path, model: Model, content: str) -> None:
     save_file(torch.load(paths.WEIGHTS, weights_only=True), data / scoring.WEIGHTS)
     shutil.copyfile(paths.ARCHITECTURE, data / scoring.ARCHITECTURE)
     shutil.copyfile(paths.OPERATING_POINTS, data / scoring.POINTS)
+    shutil.copyfile(paths.FAMILIAR, data / paths.FAMILIAR.name)
     library = Path(fadeformer.__file__).parent
     shutil.copytree(library, code / library.name, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copyfile(SERVED, code / SERVED.name)

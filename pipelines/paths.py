@@ -18,6 +18,7 @@ BEGUN = Path(".cache/train")  # trainings that have begun and not ended, outside
 MODELS = Path("models")
 WEIGHTS = MODELS / "best_model.pth"
 ARCHITECTURE = MODELS / "model.json"
+FAMILIAR = MODELS / "unfamiliar.safetensors"
 HISTORY = MODELS / "history.csv"
 RUN = MODELS / "run.json"
 REPORTS = Path("reports")

@@ -12,7 +12,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import NoReturn
+from typing import NamedTuple, NoReturn
 
 import psutil
 
@@ -34,16 +34,31 @@ class _OneLine(logging.Filter):
         return True
 
 
-def run(name: str, main: Callable[[], str]) -> None:
-    """Runs `main` and prints the summary it returns.
+class Ended(NamedTuple):
+    """How a command ended that may end well in more than one way.
+
+    Attributes:
+        summary: for people.
+        status: of the process; 0 says that all is well, 1 is that of errors.
+    """
+
+    summary: str
+    status: int
+
+
+def run(name: str, main: Callable[[], str | Ended]) -> None:
+    """Runs `main`, prints the summary it returns, and exits with its status if it returns one.
 
     Ends the process with one message, and status 1 on a UserError, or 128 and its number where a signal asked for it.
     """
+    status = 0
     for logger in ("prefect.flow_runs", "prefect.task_runs"):
         logging.getLogger(logger).addFilter(_OneLine())
     try:
         with _terminable(), _ends_with(orchestrator.dvc()):
-            print(f"{name}: {main()}")
+            ended = main()
+            summary, status = ended if isinstance(ended, Ended) else (ended, 0)
+            print(f"{name}: {summary}")
     except UserError as error:
         _exit(f"{name}: {error}")
     except OSError as error:
@@ -61,6 +76,8 @@ def run(name: str, main: Callable[[], str]) -> None:
         _exit(f"{name}: interrupted", 128 + signal.SIGINT)
     finally:
         gc.freeze()  # else the interpreter searches every object of torch, Prefect and MLflow before it exits: 2 s
+    if status:
+        sys.exit(status)
 
 
 def _exit(message: str, status: int = 1) -> NoReturn:

@@ -65,6 +65,11 @@ def uri() -> str:
     return _server() or _own()
 
 
+def exists() -> bool:
+    """Whether there is a store: a server that is named, or the project's own once a stage has made it."""
+    return _server() is not None or (project() / "mlruns" / "mlflow.db").exists()
+
+
 def address() -> str:
     """Where MLflow keeps its runs, for people; without a password."""
     server = _server()

@@ -15,12 +15,13 @@ import pandas as pd
 import torch
 from prefect import flow, task
 
-from fadeformer import arrays, calibration, params
+from fadeformer import arrays, calibration, params, unfamiliar
 from fadeformer.calibration import Calibration
 from fadeformer.checkpoints import Checkpoints
 from fadeformer.errors import Interrupted, UserError
 from fadeformer.files import read_json, whole_folder, write_json
 from fadeformer.trained import Trained
+from fadeformer.unfamiliar import Familiar
 from pipelines import begun, fitting, paths, stage, store, tracking
 from pipelines.journal import PATIENCE, Journal
 from pipelines.orchestrator import orchestrated
@@ -72,7 +73,9 @@ def write(begun_in: Path, folder: Path) -> dict[str, Any]:
     history = fitting.history(state["history"])
     history.to_csv(folder / paths.HISTORY.name, index=False)
     described = {**read_json(begun_in / paths.ARCHITECTURE.name), "best_epoch": state["best_epoch"]}
-    described["calibration"] = calibrated(described, folder / paths.WEIGHTS.name).described()
+    fitted, known = fit_outputs(described, folder / paths.WEIGHTS.name)
+    described["calibration"], described["unfamiliar"] = fitted.described(), {"limit": known.limit}
+    unfamiliar.write(known, folder / paths.FAMILIAR.name)
     write_json(folder / paths.ARCHITECTURE.name, described)
     best = history[history["epoch"] == state["best_epoch"]].iloc[0]
     seconds = pd.DataFrame(state["history"])[["train_seconds", "val_seconds"]].to_numpy().sum()
@@ -82,14 +85,20 @@ def write(begun_in: Path, folder: Path) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def calibrated(described: dict[str, Any], weights: Path) -> Calibration:
-    """What makes the scores of the best epoch mean what they say, by val; nothing if train.calibrate is false."""
+def fit_outputs(described: dict[str, Any], weights: Path) -> tuple[Calibration, Familiar]:
+    """What is fitted to the scores and features of the best epoch.
+
+    Returns:
+        What makes the scores mean what they say, by val (nothing if train.calibrate is false), and what images the
+        network knows, by train and val.
+    """
     settings = described["params"]["train"]
-    if not settings["calibrate"]:
-        return calibration.NONE
-    val = arrays.read(paths.PROCESSED, "val")
+    train, val = (arrays.read(paths.PROCESSED, split) for split in ("train", "val"))
     trained = Trained({**described, "calibration": calibration.NONE.described()}, weights)
-    return calibration.fit(val.labels, trained.raw_scores(val.pixels, settings["batch_size"]), trained.task)
+    scores, of_val = trained.raw_scores_and_features(val.pixels, settings["batch_size"])
+    _, of_train = trained.raw_scores_and_features(train.pixels, settings["batch_size"])
+    known = unfamiliar.fit(of_train, train.labels, trained.task, of_val)
+    return calibration.fit(val.labels, scores, trained.task) if settings["calibrate"] else calibration.NONE, known
 
 
 @task(name="log the history to MLflow", persist_result=False)

@@ -373,3 +373,31 @@ def test_the_table_of_costs_names_where_published_numbers_differ():
     assert rows["ViT-B/16"][1:3] == ["35.13", "70.25"]  # at batch 2
     assert rows["ViT-B/16"][5:] == ["550.57", "MACs, the products of attention half counted"]
     assert "MACs of FadeNet over ViT-B/16: 1.015; by the published algorithm (581.54 G at batch 32) 1.035." in printed
+
+
+def test_the_benchmark_of_predict_compares_speed_and_memory(capsys, monkeypatch, one_thread):
+    monkeypatch.setattr(sys, "argv", ["predict.py", "--images", "40", "--side", "28", "--repeats", "1", "--many", "50"])
+    bench = load("predict")
+    monkeypatch.setattr(bench, "peak", lambda images, side, backbone: 100.0)
+    bench.main()
+    lines = capsys.readouterr().out.splitlines()
+    assert re.match(r"ours, files to table +\d+ images/s   ours by this 1.00, by processor time 1.00", lines[1])
+    assert [line[:30] for line in lines[4:]] == ["peak memory for      5 images ", "peak memory for     50 images "]
+
+
+def test_scores_of_unfamiliar_images_are_judged_alike():
+    bench, random = load("unfamiliar"), np.random.default_rng(0)
+    labels = random.integers(0, 2, (300, 1))
+
+    def seen(shift):
+        features = (random.normal(size=(300, 4)) + 6 * labels + shift).astype(np.float32)
+        return np.stack([-features.sum(axis=1), features.sum(axis=1)], axis=1), features
+
+    train, val, test = seen(0), seen(0), seen(0)
+    given = train, labels, val, labels, TASKS["multi-class"]
+    for name, score in bench.scores(*given).items():
+        known, far, same = bench.row(score, val, test, {"far": seen([30, -30, 30, -30]), "same": test})
+        assert float(known.split()[0]) < 15
+        assert same.startswith("0.500, ")
+        if name.startswith("distance"):
+            assert far == "1.000, 100 %"

@@ -2,15 +2,20 @@
 
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
+import sys
 import time
 from pathlib import Path
 from urllib.error import URLError
 from urllib.request import urlopen
 
+import numpy as np
+import pandas as pd
 import pytest
+from PIL import Image
 
 from pipelines.__main__ import STAGES
 from tests.conftest import ROOT, Project
@@ -37,6 +42,7 @@ ELSEWHERE = {
     "python benchmarks/training.py": "tests/test_benchmarks.py",
     "python benchmarks/kills.py": "tests/test_benchmarks.py",
     "python benchmarks/evaluation.py coverage": "tests/test_benchmarks.py",
+    "python benchmarks/predict.py": "tests/test_benchmarks.py",
     "dvc exp run -S train.devices=2 -S train.precision=32": "tests/pipeline/test_resume.py",
     "dvc exp run -S model.fade.variant=diffusion": "tests/pipeline/test_reproduce.py",
     "dvc exp run -S model.backbone=resnet18 -S model.fade=null": "tests/pipeline/test_reproduce.py",
@@ -51,11 +57,12 @@ ELSEWHERE = {
     "prefect worker start --pool local": DEPLOYMENT,
     "prefect deployment run pipeline/local --param 'train={\"epochs\": 1}' --watch": DEPLOYMENT,
 }
+PREDICT = "fadeformer predict data/own/scans --model models:/fadenet-phantom@champion --out predictions.csv"
 HERE = {
     "make repro", "dvc exp run -S train.learning_rate=3e-4 -S train.epochs=5", "dvc exp show", "dvc metrics diff",
     "dvc plots show", "make ui", "make preset NAME=paper",
     "make preset NAME=retinamnist", "make help", "pre-commit install",
-    "python benchmarks/overhead.py",
+    "python benchmarks/overhead.py", PREDICT,
 }  # fmt: skip
 
 
@@ -115,6 +122,28 @@ def test_experiments_are_run_shown_and_compared(project):
     assert "0.0003" in shown
     assert "test.overall.auc" in project.run("dvc", "metrics", "diff")
     assert "index.html" in project.run("dvc", "plots", "show")
+
+
+@pytest.mark.pipeline
+def test_images_are_predicted_by_the_champion(project):
+    """As by the served model; in a command's place of `data/own/scans` there are images of test."""
+    pixels = np.load(project.folder / "data" / "processed" / "test.npy")[:8]
+    scans = project.folder / "data" / "own" / "scans"
+    scans.mkdir(parents=True)
+    for number, image in enumerate(pixels):
+        Image.fromarray(image).save(scans / f"{number}.png")
+    told = project.run(sys.executable, "-m", "pipelines.cli", *PREDICT.split()[1:])
+    assert "8 images, 0 of them unreadable" in told
+    found = pd.read_csv(project.folder / "predictions.csv")
+    shutil.rmtree(scans)
+    (project.folder / "predictions.csv").unlink()
+    load = "import mlflow, numpy as np; mlflow.set_tracking_uri('sqlite:///mlruns/mlflow.db');"
+    load += "model = mlflow.pyfunc.load_model('models:/fadenet-phantom@champion');"
+    load += "np.save('served.npy', model.predict(np.load('data/processed/test.npy')[:8]))"
+    project.run("python", "-c", load)
+    served = np.load(project.folder / "served.npy")
+    assert found.iloc[:, 1:6].to_numpy() == pytest.approx(served, abs=0.02)  # float32, or the precision of training
+    (project.folder / "served.npy").unlink()
 
 
 @pytest.mark.pipeline

@@ -39,6 +39,14 @@ def test_the_summary_is_printed(capsys):
     assert capsys.readouterr().out == "download: three images\n"
 
 
+def test_a_command_may_end_well_with_a_status_of_its_own(capsys):
+    with pytest.raises(SystemExit) as ended:
+        stage.run("predict", lambda: stage.Ended("two images, one of them unreadable", 3))
+    assert ended.value.code == 3
+    assert capsys.readouterr().out == "predict: two images, one of them unreadable\n"
+    stage.run("predict", lambda: stage.Ended("two images", 0))
+
+
 def test_an_error_for_people_is_the_message_and_the_exit_is_not_0(ending):
     assert ending(raising(UserError("lower the learning rate"))) == ("train: lower the learning rate", 1)
 

@@ -95,7 +95,7 @@ def scans(root: Path, salt: Path) -> Iterator[tuple[str, str]]:
     root = root.expanduser()
     top, _ = _layout([member.name for member in archives.listing(root)])
     for name, data in archives.members(root):
-        if _is_dicom(name, data) and not dicom.is_no_image(data):
+        if is_dicom(name, data) and not dicom.is_no_image(data):
             yield _hidden(name.removeprefix(top), _salt(salt)), name
 
 
@@ -147,7 +147,7 @@ def _pack(
         wanted = archives.members(root, lambda name: name != table and name not in too_large)
         for name, data in tqdm(wanted, desc=root.name, unit="file", disable=None):
             short = name.removeprefix(top)
-            if not _is_dicom(name, data):
+            if not is_dicom(name, data):
                 if PurePosixPath(name).suffix.lower() in SUFFIXES:
                     put(short, data, short, {})
                 else:
@@ -165,7 +165,8 @@ def _pack(
     return pd.DataFrame(rows), sorted([*left_out, *too_large])
 
 
-def _is_dicom(name: str, data: bytes) -> bool:
+def is_dicom(name: str, data: bytes) -> bool:
+    """Whether a file is DICOM, by its name or its first bytes."""
     return data[128:132] == b"DICM" or PurePosixPath(name).suffix.lower() in DICOM
 
 

@@ -1,0 +1,153 @@
+"""How fast and in how much memory `fadeformer predict` goes from files to a table, beside the bare model.
+
+    python benchmarks/predict.py [--images 2000] [--side 64] [--repeats 3] [--backbone fadevit_nano] [--many 10000]
+
+The bare model has the same images as one uint8 array in memory: in batches of 256 with all of torch's threads,
+and as `predict` runs it, in batches of 32 in as many threads as there are cores. All are taken in turns, by the clock
+and by the processor's time, which other programs on the machine change less. Peak memory is that of a process of its
+own, for a tenth of `--many` images and for all.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from fadeformer import decisions, inputs, predicting, unfamiliar
+from fadeformer.datasets import phantom
+from fadeformer.inference import logits_of
+from fadeformer.models import create_model
+from fadeformer.parts import Parts
+from fadeformer.trained import Trained
+from fadeformer.unfamiliar import Familiar
+
+CLASSES = ("a", "b", "c", "d", "e")
+FADE = {"variant": "published", "after_blocks": ["last"], "num_heads": 4, "dropout": 0.0, "K": 3, "alpha": 0.5}
+
+
+def network(folder: Path, backbone: str, side: int) -> Trained:
+    """A network that has learned nothing, which costs the same."""
+    made = {
+        "backbone": backbone, "num_classes": len(CLASSES), "image_size": side, "in_chans": 3, "pretrained": False,
+        "dropout": 0.0, "drop_path": 0.0, "fade": FADE,
+    }  # fmt: skip
+    torch.manual_seed(0)
+    torch.save(create_model(**made).state_dict(), folder / "weights.pth")
+    described = {
+        "model": made, "task": "multi-class", "head": "auto", "precision": "32",
+        "normalise": {"mean": [0.5] * 3, "std": [0.25] * 3}, "calibration": {"slope": [1.0], "offset": [0.0]},
+    }  # fmt: skip
+    return Trained(described, folder / "weights.pth", torch.device("cpu"))
+
+
+def write(folder: Path, images: int, side: int) -> np.ndarray:
+    """PNGs of the phantom, of which a few are repeated."""
+    drawn = phantom.draw(300, side, seed=0)["train_images"]
+    folder.mkdir()
+    for number in range(images):
+        Image.fromarray(drawn[number % len(drawn)]).save(folder / f"{number:06}.png")
+    return drawn[np.arange(images) % len(drawn)]
+
+
+def known(trained: Trained) -> Familiar:
+    """Of features that mean nothing."""
+    features = np.random.default_rng(0).normal(size=(50, trained.model.num_features)).astype(np.float32)
+    return unfamiliar.fit(features, np.zeros((50, 1), np.int64), trained.task, features)
+
+
+def ours(trained: Trained, familiar: Familiar, folder: Path, side: int, out: Path) -> None:
+    """All that the command does but for loading the model."""
+    images, _ = inputs.find([str(folder)])
+    table = Parts(out, str(time.time()))
+    rule = decisions.rule(trained.task, CLASSES, None, "youden")
+    for rows in predicting.predict(
+        trained, familiar, rule, images, image_size=side, channels=3, aspect="squash", threads=None
+    ):
+        table.add(rows)
+    table.finish()
+
+
+def bare(trained: Trained, pixels: np.ndarray, batch: int) -> None:
+    """The model on what is ready."""
+    torch.set_num_threads(os.cpu_count() or 1)
+    logits_of(trained.model, pixels, batch, trained.device, trained.precision, trained.normalisation)
+
+
+def bare_in_threads(trained: Trained, pixels: np.ndarray) -> None:
+    """Likewise, as `predict` runs it."""
+    torch.set_num_threads(1)
+
+    def one(start: int) -> None:
+        with torch.inference_mode():
+            trained.model(trained.normalisation(torch.from_numpy(pixels[start : start + predicting.BATCH])))
+
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(one, range(0, len(pixels), predicting.BATCH)))
+
+
+def peak(images: int, side: int, backbone: str) -> float:
+    """MiB of a process of its own."""
+    command = [sys.executable, __file__, "--peak", "--images", str(images), "--side", str(side), "--backbone", backbone]
+    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--images", type=int, default=2000)
+    parser.add_argument("--side", type=int, default=64)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--backbone", default="fadevit_nano")
+    parser.add_argument("--many", type=int, default=10_000)
+    parser.add_argument("--peak", action="store_true", help=argparse.SUPPRESS)
+    wanted = parser.parse_args()
+    with tempfile.TemporaryDirectory() as temporary:
+        base = Path(temporary)
+        trained = network(base, wanted.backbone, wanted.side)
+        familiar = known(trained)
+        pixels = write(base / "images", wanted.images, wanted.side)
+        if wanted.peak:
+            del pixels
+            ours(trained, familiar, base / "images", wanted.side, base / "out.csv")
+            print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+            return
+        ways = {
+            "ours, files to table": lambda: ours(trained, familiar, base / "images", wanted.side, base / "out.csv"),
+            "bare model, batches of 256": lambda: bare(trained, pixels, 256),
+            "bare model, batches of 32 in threads": lambda: bare_in_threads(trained, pixels),
+        }
+        seconds: dict[str, list[float]] = {name: [] for name in ways}
+        busy: dict[str, list[float]] = {name: [] for name in ways}
+        for _ in range(wanted.repeats):
+            for name, way in ways.items():
+                began = time.perf_counter(), time.process_time()
+                way()
+                seconds[name].append(time.perf_counter() - began[0])
+                busy[name].append(time.process_time() - began[1])
+    on = f"{wanted.backbone}, {os.cpu_count()} cores, {wanted.repeats} turns"
+    print(f"{wanted.images} PNGs of {wanted.side} pixels, {on}")
+    first = "ours, files to table"
+    for name in ways:
+        by_clock, by_work = (
+            statistics.median(other / own for other, own in zip(of[name], of[first], strict=True))
+            for of in (seconds, busy)
+        )
+        rate = wanted.images / statistics.median(seconds[name])
+        print(f"{name:38}{rate:8.0f} images/s   ours by this {by_clock:.2f}, by processor time {by_work:.2f}")
+    for images in (wanted.many // 10, wanted.many):
+        print(f"peak memory for {images:6,} images {peak(images, wanted.side, wanted.backbone):6.0f} MiB")
+
+
+if __name__ == "__main__":
+    main()

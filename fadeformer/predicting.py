@@ -1,0 +1,161 @@
+"""Many images through a network, from files to rows of a table, in memory that does not grow with them.
+
+Threads each take a batch, decode it and, on a CPU, run the network on it with one thread of torch's: so decoding and
+network overlap without waiting for one another, and no sum depends on how many cores there are. On a GPU one batch at a
+time goes through the network while the other threads decode. Which images make a batch depends on their row alone.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
+from itertools import islice
+
+import numpy as np
+import pandas as pd
+import torch
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from fadeformer.decisions import Rule
+from fadeformer.decode import Aspect, fit
+from fadeformer.errors import UnreadableError, UserError
+from fadeformer.inputs import Input
+from fadeformer.trained import Floats, Trained
+from fadeformer.unfamiliar import Familiar
+
+Pixels = NDArray[np.uint8]
+BATCH = 32  # images that go through the network at once
+PART = 64 * BATCH  # rows that are handed on at once
+AHEAD = 2  # batches for each thread that may wait, under way or as rows; their pixels are gone once they are rows
+OWN = ("name", "decision", "unfamiliar", "is_unfamiliar", "problem")  # columns beside those of the classes
+
+
+def predict(
+    trained: Trained,
+    familiar: Familiar,
+    rule: Rule,
+    images: Sequence[Input],
+    *,
+    image_size: int,
+    channels: int,
+    aspect: Aspect,
+    threads: int | None,
+    first: int = 0,
+    explain: Callable[[list[str], Pixels, NDArray[np.int64]], None] | None = None,
+) -> Iterator[pd.DataFrame]:
+    """Predicts images in their order.
+
+    Args:
+        trained: the network.
+        familiar: what it knows.
+        rule: how scores become a decision.
+        images: in the order of the rows.
+        image_size: side that the network sees, pixels.
+        channels: 1 (grey) or 3 (colour).
+        aspect: what becomes of an image that is not square.
+        threads: that decode; None for one on each core. Memory grows with them, not with the images.
+        first: row to begin with, a multiple of `PART`.
+        explain: called with names, pixels and called classes of each batch, one batch at a time.
+
+    Yields:
+        `PART` rows at once, at the end fewer: `name`, a score for each class, `decision`, `unfamiliar` (distance),
+        `is_unfamiliar` and `problem`. Of an image that cannot be read only name and problem are filled.
+
+    Raises:
+        UserError: a class is called as a column of its own.
+    """
+    if clash := set(OWN) & set(rule.classes):
+        raise UserError(f"the class {clash.pop()!r} has the name of a column; train the model with another name for it")
+    threads = threads or os.cpu_count() or 1
+    alone = threading.Lock() if explain is not None or trained.device.type != "cpu" else nullcontext()
+
+    def work(some: Sequence[Input]) -> pd.DataFrame:
+        pixels, problems = _decoded(some, image_size, channels, aspect)
+        there = np.array([not problem for problem in problems])
+        scores, far = np.full((len(some), len(rule.classes)), np.nan), np.full(len(some), np.nan)
+        if there.any():
+            readable = pixels[there]
+            with alone:
+                scores[there], features = see(readable)
+                if explain is not None:
+                    names = [image.name for image, ok in zip(some, there, strict=True) if ok]
+                    explain(names, readable, _foremost(rule, scores[there]))
+            far[there] = familiar.distance(features)
+        return _rows(some, scores, far, problems, rule, familiar.limit)
+
+    starts = iter(range(first, len(images), BATCH))
+    waiting: deque[Future[pd.DataFrame]] = deque()
+    part: list[pd.DataFrame] = []
+    with (
+        trained.listening() as see,
+        _one_thread_each(trained.device),
+        ThreadPoolExecutor(threads, "predict") as pool,
+        tqdm(total=len(images), initial=first, desc="predict", unit="image", disable=None) as progress,
+    ):
+        try:
+            while True:
+                wanted = AHEAD * threads - len(waiting)
+                waiting.extend(pool.submit(work, images[start : start + BATCH]) for start in islice(starts, wanted))
+                if not waiting:
+                    break
+                part.append(rows := waiting.popleft().result())
+                progress.update(len(rows))
+                if len(part) == PART // BATCH:
+                    yield pd.concat(part, ignore_index=True)
+                    part = []
+        finally:
+            for future in waiting:
+                future.cancel()
+    if part:
+        yield pd.concat(part, ignore_index=True)
+
+
+def _decoded(some: Sequence[Input], image_size: int, channels: int, aspect: Aspect) -> tuple[Pixels, list[str]]:
+    """Pixels as in training, (images, side, side, channels), and of each image why it cannot be read, if it cannot."""
+    pixels = np.zeros((len(some), image_size, image_size, channels), np.uint8)
+    problems = []
+    for place, image in enumerate(some):
+        try:
+            pixels[place] = fit(image.read(), image_size, channels, aspect)
+            problems.append("")
+        except UnreadableError as error:
+            problems.append(error.reason)
+    return pixels, problems
+
+
+def _foremost(rule: Rule, scores: Floats) -> NDArray[np.int64]:
+    """The class that an image is called; of findings the one of the highest score."""
+    return np.asarray((scores if rule.task.multi_label else rule.called(scores)).argmax(axis=1), dtype=np.int64)
+
+
+def _rows(
+    some: Sequence[Input], scores: Floats, far: Floats, problems: list[str], rule: Rule, limit: float
+) -> pd.DataFrame:
+    there = [not problem for problem in problems]
+    words = iter(rule.words(scores[np.array(there)]))
+    columns = {
+        "name": pd.array([image.name for image in some], dtype="string"),
+        **{name: scores[:, c] for c, name in enumerate(rule.classes)},
+        "decision": pd.array([next(words) if ok else pd.NA for ok in there], dtype="string"),
+        "unfamiliar": far,
+        "is_unfamiliar": pd.array([far[i] > limit if ok else pd.NA for i, ok in enumerate(there)], dtype="boolean"),
+        "problem": pd.array([problem or pd.NA for problem in problems], dtype="string"),
+    }
+    return pd.DataFrame(columns)
+
+
+@contextmanager
+def _one_thread_each(device: torch.device) -> Iterator[None]:
+    """Lets torch compute with one thread in each of ours: the same sums for any number of them."""
+    before = torch.get_num_threads()
+    if device.type == "cpu":
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -1,0 +1,109 @@
+"""`fadeformer predict`: scores, decisions and what is unfamiliar of images on the disk, as a table."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import tempfile
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from fadeformer import decisions, inputs, overlays, packaged, parts, predicting, unfamiliar
+from fadeformer.errors import UserError
+from fadeformer.files import read_json
+from fadeformer.packaged import Packaged
+from fadeformer.parts import Parts
+from fadeformer.trained import Trained
+from pipelines.stage import Ended
+
+PROBLEMS = 3  # exit status where some files could not be read
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What to predict, by which model, and where to write it."""
+    parser.add_argument("paths", nargs="+", metavar="PATH", help="image, DICOM file, folder, zip or pattern")
+    parser.add_argument(
+        "--model",
+        required=True,
+        help="models:/NAME@ALIAS, models:/NAME/VERSION, runs:/ID/model, or a folder as models/",
+    )
+    parser.add_argument("--out", required=True, type=Path, metavar="FILE", help="table to write: .csv or .parquet")
+    parser.add_argument("--point", choices=decisions.POINTS, default="youden", help="operating point (default: youden)")
+    parser.add_argument(
+        "--operating-points", type=Path, metavar="FILE", help="thresholds in place of those that the model carries"
+    )
+    parser.add_argument(
+        "--explain", type=Path, metavar="DIR", help="folder for a PNG of each image: what was looked at"
+    )
+    parser.add_argument("--threads", type=int, metavar="N", help="that decode (default: one on each core)")
+
+
+def run(arguments: argparse.Namespace) -> Ended:
+    """Predicts, or goes on with what was begun."""
+    if arguments.threads is not None and arguments.threads < 1:
+        raise UserError(f"--threads is {arguments.threads}; it must be 1 or more")
+    parts.check(arguments.out)
+    images, left_out = inputs.find(arguments.paths)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(arguments.model)
+        if arguments.model.startswith(("models:/", "runs:/")):
+            from pipelines import registry  # MLflow takes seconds to import, and a folder does without it
+
+            folder = registry.download(arguments.model, Path(temporary))
+        model = packaged.find(folder, arguments.model, arguments.operating_points)
+        return _predict(arguments, images, left_out, model)
+
+
+def _predict(arguments: argparse.Namespace, images: list[inputs.Input], left_out: int, model: Packaged) -> Ended:
+    described = model.described
+    trained = trained_of(model)
+    classes = tuple(described["classes"])
+    points = None if model.points is None else read_json(model.points)
+    rule = decisions.rule(trained.task, classes, points, arguments.point)
+    familiar = unfamiliar.read(model.familiar, described["unfamiliar"]["limit"])
+    table = Parts(arguments.out, _key(arguments, images, model, trained))
+    if table.stale:
+        print(f"{table.folder} was begun with other images, model or options, and is begun afresh")
+    elif table.done:
+        print(f"{table.folder} has {min(len(images), table.done * predicting.PART):,} rows, and is gone on with")
+    explain = arguments.explain and partial(overlays.write, trained, classes, arguments.explain)
+    for rows in predicting.predict(
+        trained, familiar, rule, images, **described["input"], threads=arguments.threads,
+        first=table.done * predicting.PART, explain=explain,
+    ):  # fmt: skip
+        table.add(rows)
+    unreadable = far = 0
+    for rows in table:
+        unreadable += int(rows["problem"].notna().sum())
+        far += int(rows["is_unfamiliar"].sum())
+    table.finish()
+    told = [
+        f"{len(images):,} images, {unreadable:,} of them unreadable",
+        f"{far:,} unfamiliar (further than {familiar.limit:.1f})",
+        *([f"{left_out:,} other files left out"] if left_out else []),
+        rule.told,
+        f"written to {arguments.out}",
+    ]
+    return Ended("; ".join(told), PROBLEMS if unreadable else 0)
+
+
+def trained_of(model: Packaged) -> Trained:
+    """The network, on a GPU if there is one; raises UserError where its weights are damaged."""
+    try:
+        trained = Trained(model.described, model.weights)
+    except ValueError as error:
+        raise UserError(f"{error}; fetch the model again, or train it again") from error
+    torch.use_deterministic_algorithms(True, warn_only=trained.device.type == "cuda")
+    return trained
+
+
+def _key(arguments: argparse.Namespace, images: list[inputs.Input], model: Packaged, trained: Trained) -> str:
+    """Of all that decides the table: model, images by size and time, point, device, libraries."""
+    digest = hashlib.sha256(model.identity().encode())
+    decides = [arguments.point, arguments.explain, trained.device, trained.precision, torch.__version__]
+    digest.update(repr([str(value) for value in decides]).encode())
+    for image in images:
+        digest.update(repr((image.name, str(image.path.resolve()), image.size, image.changed)).encode())
+    return digest.hexdigest()

@@ -1,0 +1,418 @@
+"""`fadeformer predict`: every kind of input, the columns, decisions, resuming after a kill, memory, and each error."""
+
+import json
+import shutil
+import subprocess
+import sys
+import threading
+import time
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from PIL import Image
+from pydicom.data import get_testdata_file
+
+from fadeformer import decisions, overlays, predicting, unfamiliar
+from fadeformer.inputs import Input
+from fadeformer.models import create_model
+from fadeformer.preprocess import fit
+from fadeformer.tasks import TASKS
+from fadeformer.trained import Trained
+from pipelines import cli
+from tests.conftest import ROOT
+from tests.test_case_maps import FADE
+from tests.test_dicom import made as dicom_file
+
+CLASSES = ["red", "green", "blue"]
+PATIENT = "Doe^Jane"
+
+
+def model(folder, *, task="multi-class", classes=CLASSES, fade=FADE, channels=3):
+    """A model's folder as training leaves it, of a network that has learned nothing."""
+    folder.mkdir()
+    network = {
+        "backbone": "fadevit_nano", "num_classes": len(classes), "image_size": 28, "in_chans": channels,
+        "pretrained": False, "dropout": 0.0, "drop_path": 0.0, "fade": fade,
+    }  # fmt: skip
+    torch.manual_seed(0)
+    torch.save(create_model(**network).state_dict(), folder / "best_model.pth")
+    described = {
+        "model": network, "task": task, "head": "auto", "precision": "32", "classes": list(classes),
+        "normalise": {"mean": [0.5] * channels, "std": [0.25] * channels},
+        "calibration": {"slope": [1.0], "offset": [0.0]},
+        "input": {"image_size": 28, "channels": channels, "aspect": "pad"}, "params": {"train": {"device": "cpu"}},
+    }  # fmt: skip
+    trained = Trained(described, folder / "best_model.pth")
+    random = np.random.default_rng(0)
+    known = random.integers(0, 256, (60, 28, 28, channels), dtype=np.uint8)
+    _, features = trained.raw_scores_and_features(known, 32)
+    labels = random.integers(0, 2, (60, len(classes))) if trained.task.multi_label else np.arange(60)[:, None] % 3
+    familiar = unfamiliar.fit(features, labels, trained.task, features)
+    unfamiliar.write(familiar, folder / "unfamiliar.safetensors")
+    described["unfamiliar"] = {"limit": familiar.limit}
+    (folder / "model.json").write_text(json.dumps(described))
+    return folder
+
+
+@pytest.fixture
+def fixed(tmp_path):
+    return model(tmp_path / "model")
+
+
+@pytest.fixture
+def images(tmp_path):
+    """Forty pictures of several shapes in a folder with folders, and a file that is none."""
+    folder = tmp_path / "images"
+    (folder / "more").mkdir(parents=True)
+    random = np.random.default_rng(1)
+    for number in range(40):
+        shape = [(28, 28, 3), (50, 30, 3), (20, 64)][number % 3]
+        place = folder / "more" if number % 2 else folder
+        Image.fromarray(random.integers(0, 256, shape, dtype=np.uint8)).save(place / f"{number:02}.png")
+    (folder / "notes.txt").write_text("no image")
+    return folder
+
+
+def predict(*words):
+    """Runs the command in this process; gives its exit status."""
+    try:
+        cli.main(["predict", *map(str, words)])
+    except SystemExit as ended:
+        return ended.code
+    return 0
+
+
+def refused(capsys, *words):
+    assert predict(*words) == 1
+    return capsys.readouterr().err.strip()
+
+
+def test_every_image_has_a_row_with_the_scores_of_the_model(fixed, images, tmp_path, capsys):
+    assert predict(images, "--model", fixed, "--out", tmp_path / "p.csv") == 0
+    told = capsys.readouterr().out
+    assert "predict: 40 images, 0 of them unreadable" in told
+    assert "1 other files left out" in told
+    table = pd.read_csv(tmp_path / "p.csv")
+    assert list(table) == ["name", *CLASSES, "decision", "unfamiliar", "is_unfamiliar", "problem"]
+    assert table["name"].tolist() == sorted(p.relative_to(images).as_posix() for p in images.rglob("*.png"))
+    described = json.loads((fixed / "model.json").read_text())
+    trained = Trained(described, fixed / "best_model.pth")
+    pixels = np.stack([fit(Image.open(images / name), 28, 3, "pad") for name in table["name"]])
+    expected = trained.scores(pixels, 64)
+    assert table[CLASSES].to_numpy() == pytest.approx(expected, abs=1e-6)
+    assert table["decision"].tolist() == [CLASSES[c] for c in expected.argmax(axis=1)]
+    familiar = unfamiliar.read(fixed / "unfamiliar.safetensors", described["unfamiliar"]["limit"])
+    far = familiar.distance(trained.raw_scores_and_features(pixels, 64)[1])
+    assert table["unfamiliar"].to_numpy() == pytest.approx(far, rel=1e-4)
+    assert (table["is_unfamiliar"] == (table["unfamiliar"] > familiar.limit)).all()
+    assert table["is_unfamiliar"].any()
+    assert table["problem"].isna().all()
+
+
+def test_any_number_of_threads_and_both_formats_hold_the_same(fixed, images, tmp_path):
+    for threads in (1, 3):
+        predict(images, "--model", fixed, "--out", tmp_path / f"{threads}.csv", "--threads", threads)
+    assert (tmp_path / "1.csv").read_bytes() == (tmp_path / "3.csv").read_bytes()
+    predict(images, "--model", fixed, "--out", tmp_path / "p.parquet")
+    written, csv = pd.read_parquet(tmp_path / "p.parquet"), pd.read_csv(tmp_path / "1.csv")
+    assert written[CLASSES].to_numpy().tolist() == csv[CLASSES].to_numpy().tolist()
+    assert written["decision"].tolist() == csv["decision"].tolist()
+
+
+def test_zips_files_and_patterns_give_the_same_scores_under_their_names(fixed, images, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with zipfile.ZipFile("scans.zip", "w") as packed:
+        for path in sorted(images.rglob("*.*")):
+            packed.write(path, path.relative_to(images))
+    tables = {}
+    for out, paths in {
+        "folder": ["images"], "zip": ["scans.zip"], "pattern": ["images/**/*.png"], "both": ["scans.zip", "images"],
+        "one": ["images/00.png"], "twice": ["images/00.png", "images/0*.png"],
+    }.items():  # fmt: skip
+        assert predict(*paths, "--model", fixed, "--out", f"{out}.csv") == 0
+        tables[out] = pd.read_csv(f"{out}.csv", index_col="name")
+    pd.testing.assert_frame_equal(tables["zip"], tables["folder"])
+    assert tables["pattern"].index.tolist() == [f"images/{name}" for name in tables["folder"].index]
+    assert tables["pattern"]["red"].tolist() == tables["folder"]["red"].tolist()
+    assert len(tables["both"]) == 80
+    assert {"scans.zip/more/01.png", "images/more/01.png"} < set(tables["both"].index)
+    assert tables["one"].index.tolist() == ["00.png"]
+    assert tables["twice"].index.tolist() == [f"images/0{n}.png" for n in (0, 2, 4, 6, 8)]
+
+
+def test_dicom_is_read_without_a_word_of_the_patient(fixed, images, tmp_path, capsys):
+    scans = tmp_path / "scans"
+    scans.mkdir()
+    grey = np.arange(64 * 64, dtype=np.uint16).reshape(64, 64)
+    known = {"PatientName": PATIENT, "PatientID": "4711-0815", "PatientBirthDate": "19500101"}
+    (scans / "a.dcm").write_bytes(dicom_file(grey, **known))
+    (scans / "IM0001").write_bytes(dicom_file(grey, **known))  # told by its mark alone
+    (scans / "series.dcm").write_bytes(dicom_file(grey, NumberOfFrames=2, PixelData=2 * grey.tobytes(), **known))
+    (scans / "DICOMDIR").write_bytes(Path(get_testdata_file("DICOMDIR")).read_bytes())
+    with zipfile.ZipFile(tmp_path / "scans.zip", "w") as packed:
+        for path in scans.iterdir():
+            packed.write(path, path.name)
+    for given in (scans, tmp_path / "scans.zip"):
+        out = tmp_path / f"{given.name}.csv"
+        assert predict(given, "--model", fixed, "--out", out) == 3
+        assert "1 other files left out" in capsys.readouterr().out
+        table = pd.read_csv(out)
+        assert table["name"].tolist() == ["IM0001", "a.dcm", "series.dcm"]
+        assert table["red"][0] == table["red"][1]
+        assert table["problem"][2] == "holds 2 frames, where one is expected; export the one wanted"
+        for word in (PATIENT, "4711", "0815", "1950"):
+            assert word not in out.read_text()
+
+
+def test_files_that_cannot_be_read_have_a_reason_and_the_rest_is_written(fixed, images, tmp_path, capsys):
+    whole = (images / "00.png").read_bytes()
+    bad = {"cut.png": whole[:200], "empty.png": b"", "page.png": b"<html>", "text.dcm": b"hello"}
+    for name, data in bad.items():
+        (images / name).write_bytes(data)
+    (images / "torn.png").symlink_to(images / "00.png")
+    out = tmp_path / "p.csv"
+    assert predict(images, "--model", fixed, "--out", out) == 3
+    assert "45 images, 4 of them unreadable" in capsys.readouterr().out
+    table = pd.read_csv(out, index_col="name")
+    told = table["problem"].dropna()
+    assert set(told.index) == set(bad)
+    assert told["cut.png"] == "is cut off; fetch it again"
+    assert told["empty.png"].startswith("the file is empty")
+    assert told["text.dcm"].startswith("is no DICOM file")
+    assert table.loc[list(bad)].drop(columns="problem").isna().all(axis=None)
+    good = table.drop(index=list(bad))
+    assert good["decision"].notna().all()
+    assert good[CLASSES].sum(axis=1).to_numpy() == pytest.approx(1)
+
+
+def test_a_damaged_member_of_a_zip_is_told_and_the_others_are_read(fixed, images, tmp_path):
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as packed:
+        for name in ("00.png", "02.png", "04.png"):
+            packed.write(images / name, name)
+    data = bytearray((tmp_path / "a.zip").read_bytes())
+    data[data.index(b"02.png") + 300] ^= 0xFF
+    (tmp_path / "a.zip").write_bytes(bytes(data))
+    assert predict(tmp_path / "a.zip", "--model", fixed, "--out", tmp_path / "p.csv") == 3
+    table = pd.read_csv(tmp_path / "p.csv", index_col="name")
+    assert "the checksum of '02.png' is wrong" in table["problem"]["02.png"]
+    assert table["problem"].notna().sum() == 1
+
+
+RULE = {"points": {"youden": {"b": {"threshold": 0.2}}, "sensitivity": {"b": {"threshold": 0.05}}}}
+
+
+def test_of_two_classes_the_last_one_s_threshold_decides():
+    scores = np.array([[0.9, 0.1], [0.7, 0.3], [0.2, 0.8], [0.8, 0.2]])
+    two = TASKS["binary-class"], ("a", "b")
+    assert decisions.rule(*two, RULE, "youden").words(scores) == ["a", "b", "b", "b"]
+    assert decisions.rule(*two, RULE, "sensitivity").words(scores) == ["b", "b", "b", "b"]
+    without = decisions.rule(*two, None, "youden")
+    assert without.words(scores) == ["a", "a", "b", "a"]
+    assert without.told == "decided at 0.5, since the model carries no operating points"
+    with pytest.raises(decisions.UserError, match="have no specificity"):
+        decisions.rule(*two, RULE, "specificity")
+
+
+def test_findings_are_named_above_their_thresholds_and_one_that_val_could_not_judge_is_told():
+    points = {"points": {"youden": {"x": {"threshold": 0.3}, "y": {"threshold": 0.9}, "z": None}}}
+    rule = decisions.rule(TASKS["multi-label, binary-class"], ("x", "y", "z"), points, "youden")
+    scores = np.array([[0.4, 0.95, 0.6], [0.2, 0.8, 0.4], [0.31, 0.1, 0.1]])
+    assert rule.words(scores) == ["x; y; z", "no finding", "x"]
+    assert rule.told == "decided at the operating point youden, but at 0.5 for z, which val could not judge"
+
+
+def test_the_model_s_own_points_or_a_file_of_them_decide(images, tmp_path, capsys):
+    folder = model(tmp_path / "two", task="binary-class", classes=["a", "b"])
+    out = tmp_path / "p.csv"
+    predict(images, "--model", folder, "--out", out)
+    assert "decided at 0.5, since the model carries no operating points" in capsys.readouterr().out
+    limit = float(pd.read_csv(out)["b"].median())
+    points = {"points": {"youden": {"b": {"threshold": limit}}, "specificity": {"b": {"threshold": 2.0}}}}
+    (folder / "operating_points.json").write_text(json.dumps(points))
+    predict(images, "--model", folder, "--out", out)
+    assert "decided at the operating point youden" in capsys.readouterr().out
+    table = pd.read_csv(out)
+    assert ((table["decision"] == "b") == (table["b"] >= limit)).all()
+    assert table["decision"].nunique() == 2
+    shutil.move(folder / "operating_points.json", tmp_path / "points.json")
+    more = ("--operating-points", tmp_path / "points.json", "--point", "specificity")
+    predict(images, "--model", folder, "--out", out, *more)
+    assert set(pd.read_csv(out)["decision"]) == {"a"}
+
+
+SLOW = """
+import time
+from fadeformer import inputs, predicting
+predicting.PART, read = 2 * predicting.BATCH, inputs.Input.read
+def slowly(self):
+    time.sleep(0.01)
+    return read(self)
+inputs.Input.read = slowly
+from pipelines import cli
+cli.main()
+"""
+
+
+@pytest.mark.parametrize("ending", ["csv", "parquet"])
+def test_killed_and_started_again_it_ends_with_the_same_bytes(fixed, tmp_path, ending, monkeypatch, capsys):
+    monkeypatch.setattr(predicting, "PART", 2 * predicting.BATCH)
+    folder = tmp_path / "many"
+    folder.mkdir()
+    random = np.random.default_rng(2)
+    for number in range(300):
+        Image.fromarray(random.integers(0, 256, (28, 28, 3), dtype=np.uint8)).save(folder / f"{number:03}.bmp")
+    (folder / "017.bmp").write_bytes(b"no image")
+    whole, out = tmp_path / f"whole.{ending}", tmp_path / f"killed.{ending}"
+    words = ["--model", str(fixed), "--threads", "1"]
+    assert predict(folder, *words, "--out", whole) == 3
+    command = [sys.executable, "-c", SLOW, "predict", str(folder), *words, "--out", str(out)]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    parts = tmp_path / f".{out.name}.parts"
+    while process.poll() is None and not (parts / "000001.parquet").exists():
+        time.sleep(0.005)
+    process.kill()
+    process.wait()
+    assert (parts / "000001.parquet").exists()
+    assert not (parts / "000004.parquet").exists()
+    assert not out.exists()
+    read = []
+    monkeypatch.setattr(Input, "read", lambda self, before=Input.read: read.append(self.name) or before(self))
+    capsys.readouterr()
+    assert predict(folder, *words, "--out", out) == 3
+    assert "rows, and is gone on with" in capsys.readouterr().out
+    assert min(read) >= "128.bmp"  # what was done is not read again
+    assert out.read_bytes() == whole.read_bytes()
+    assert not parts.exists()
+
+
+def test_what_was_begun_with_another_image_is_begun_afresh(fixed, images, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(predicting, "PART", predicting.BATCH)
+    out, whole = tmp_path / "p.csv", tmp_path / "whole.csv"
+    with monkeypatch.context() as patch:
+        patch.setattr(predicting, "_rows", _fails_at("more/01.png", predicting._rows))
+        with pytest.raises(ZeroDivisionError):
+            predict(images, "--model", fixed, "--out", out, "--threads", 1)
+    assert (tmp_path / ".p.csv.parts" / "000000.parquet").exists()
+    Image.fromarray(np.full((28, 28, 3), 7, np.uint8)).save(images / "00.png")
+    assert predict(images, "--model", fixed, "--out", out) == 0
+    assert "begun with other images, model or options, and is begun afresh" in capsys.readouterr().out
+    predict(images, "--model", fixed, "--out", whole)
+    assert out.read_bytes() == whole.read_bytes()
+
+
+def _fails_at(name, rows):
+    """Stops in the second batch."""
+
+    def fail(some, *rest):
+        return 1 / 0 if some[0].name > name else rows(some, *rest)
+
+    return fail
+
+
+def test_no_more_pixels_are_alive_than_a_batch_for_each_thread(fixed, images, tmp_path, monkeypatch):
+    alive, most, lock = 0, 0, threading.Lock()
+
+    class Counted(np.ndarray):
+        def __del__(self):
+            nonlocal alive
+            with lock:
+                alive -= self.counted if hasattr(self, "counted") else 0
+
+    def decoded(some, *rest, before=predicting._decoded):
+        nonlocal alive, most
+        pixels, problems = before(some, *rest)
+        counted = pixels.view(Counted)
+        counted.counted = len(some)
+        with lock:
+            alive += len(some)
+            most = max(most, alive)
+        return counted, problems
+
+    # `readable` is a copy of these pixels, so that twice as many are alive at most
+    monkeypatch.setattr(predicting, "_decoded", decoded)
+    monkeypatch.setattr(predicting, "BATCH", 4)
+    monkeypatch.setattr(predicting, "PART", 16)
+    many = [images, *(shutil.copytree(images, tmp_path / f"copy-{copy}") for copy in range(5))]
+    predict(*many, "--model", fixed, "--out", tmp_path / "p.csv", "--threads", 2)
+    assert len(pd.read_csv(tmp_path / "p.csv")) == 240
+    assert 0 < most <= 2 * 4
+
+
+def test_explain_writes_an_overlay_for_each_image(fixed, images, tmp_path):
+    (images / "bad.png").write_bytes(b"")
+    before = predict(images, "--model", fixed, "--out", tmp_path / "plain.csv")
+    folder = tmp_path / "maps"
+    assert predict(images / "more", "--model", fixed, "--out", tmp_path / "p.csv", "--explain", folder) == 0
+    assert before == 3
+    assert {path.name for path in folder.iterdir()} == {f"{path.name}.png" for path in (images / "more").iterdir()}
+    with Image.open(folder / "01.png.png") as found:
+        assert found.width > 3 * found.height  # the image and three maps side by side
+    plain = model(tmp_path / "plain", fade=None)
+    assert predict(images / "00.png", "--model", plain, "--out", tmp_path / "p.csv", "--explain", folder) == 0
+    with Image.open(folder / "00.png.png") as found:
+        assert found.width < 2.5 * found.height  # Grad-CAM alone
+
+
+def test_an_overlay_never_leaves_its_folder(tmp_path):
+    assert overlays.place_of(tmp_path, "../a/./b.png") == tmp_path / "__" / "a" / "b.png.png"
+    assert overlays.place_of(tmp_path, "/scans/b.png") == tmp_path / "scans" / "b.png.png"
+
+
+def test_a_class_that_is_called_as_a_column_is_refused(images, tmp_path, capsys):
+    folder = model(tmp_path / "odd", classes=["name", "b", "c"])
+    told = refused(capsys, images, "--model", folder, "--out", tmp_path / "p.csv")
+    assert "the class 'name' has the name of a column" in told
+
+
+def test_errors_of_use_are_one_message_each(fixed, images, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    (tmp_path / "none").mkdir()
+    shutil.make_archive("packed", "tar", images)
+    (tmp_path / "old").mkdir()
+    for name in ("best_model.pth", "model.json"):
+        shutil.copy(fixed / name, tmp_path / "old" / name)
+    to = ("--model", fixed, "--out", "p.csv")
+    for words, message in {
+        ("gone.png", *to): "predict: gone.png: no such file or folder",
+        ("images/*.jpg", *to): "predict: images/*.jpg: no file matches this pattern",
+        ("none", *to): "predict: none: holds no image (.bmp, ",
+        ("packed.tar", *to): "predict: packed.tar: a tar is read from front to back only; unpack it",
+        ("images", "--model", fixed, "--out", "p.txt"): "predict: p.txt: must end in .csv or .parquet",
+        ("images", "--model", fixed, "--out", "gone/p.csv"): "predict: gone: no such folder; make it",
+        ("images", "--model", "none", "--out", "p.csv"): "predict: none: holds no model (model.json and weights",
+        ("images", "--model", "old", "--out", "p.csv"): "predict: old: the model was made by an older version",
+        ("images", *to, "--operating-points", "gone.json"): "predict: gone.json: no such file",
+        ("images", *to, "--threads", "0"): "predict: --threads is 0; it must be 1 or more",
+        ("images", "--model", "models:/a@champion", "--out", "p.csv"): "mlruns: no MLflow store is there",
+    }.items():
+        told = refused(capsys, *words)
+        assert message in told
+        assert len(told.splitlines()) == 1
+    assert not list(tmp_path.glob(".*"))
+    assert not (tmp_path / "mlruns").exists()
+
+
+@pytest.mark.parametrize(("number", "told"), [(28, "No space left on device; free some"), (13, "Permission denied")])
+def test_a_disk_that_takes_no_more_is_told_and_what_was_done_is_kept(
+    fixed, images, tmp_path, capsys, monkeypatch, number, told
+):
+    monkeypatch.setattr(predicting, "PART", predicting.BATCH)
+    written = []
+
+    def full(self, path, before=pd.DataFrame.to_parquet, **options):
+        if written:
+            raise OSError(number, told.split(";")[0], str(path))
+        written.append(path)
+        before(self, path, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pd.DataFrame, "to_parquet", full)
+        assert told in refused(capsys, images, "--model", fixed, "--out", tmp_path / "p.csv")
+    assert not (tmp_path / "p.csv").exists()
+    assert predict(images, "--model", fixed, "--out", tmp_path / "p.csv") == 0
+    assert "32 rows, and is gone on with" in capsys.readouterr().out
