@@ -52,7 +52,7 @@ def model_card(of: Evidence) -> str:
 
 def _subgroups(of: Evidence) -> list[str]:
     if not of.subgroups:
-        return []
+        return [evidence_tables.UNDIVIDED, ""]
     verdict, sentences = evidence_tables.subgroups_verdict(of)
     listed = ["", *(f"- {sentence}" for sentence in sentences)] if sentences else []
     return ["## Subgroups of the test images", "", *_table(evidence_tables.subgroups(of)), "", verdict, *listed, ""]

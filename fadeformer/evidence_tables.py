@@ -26,6 +26,7 @@ OF_CLASS = {
     "f1": "F1",
 }  # fmt: skip
 OF_SUBGROUP = ("auc", "balanced_accuracy", "recall", "specificity", "calibration_error")
+UNDIVIDED = "The images are not divided into subgroups: nothing is known to divide them by, or it was not asked for."
 MEASURES = {"auc": "AUC", "recall": "sensitivity", "specificity": "specificity"}
 PUBLISHED = {"auc": "AUC", "accuracy": "Accuracy", "balanced_accuracy": "Balanced accuracy"}
 SHARES = ("Sensitivity", "Specificity", "Positive predictive value", "Negative predictive value")

@@ -26,13 +26,15 @@ FIGURES = {
     "confusion_matrix": ("Confusion matrix", "How many images of each class were called what, on test."),
     "roc_curves": ("ROC curves", "Sensitivity against 1 - specificity of each class, with the interval as a band."),
     "pr_curves": ("Precision-recall curves", "Precision against sensitivity of each class; dotted: its prevalence."),
-    "auc_forest": ("AUC of each class", "AUC of each class with its interval and number of images, the best first."),
     "reliability": ("Reliability", "Share that came true against the score, before and after calibration."),
     "score_histograms": ("Scores", "Scores of the images with and without each class."),
     "decision_curves": ("Decision curves", "Net benefit of the model by threshold probability, beside all and none."),
+    "auc_forest": ("AUC of each class", "AUC of each class with its interval and number of images, the best first."),
     "subgroup_forest": ("Subgroups", "AUC and balanced accuracy of each subgroup with intervals, beside all images."),
     "embedding": ("Map of the features", "Where test images lie by what the classifier sees of them, by label."),
 }  # fmt: skip
+SIDE_BY_SIDE = 5  # classes up to which two figures beside each other can be read
+INTERVAL = re.compile(r"[\d.]+ \([\d.]+ to [\d.]+\)")
 GALLERY = (
     "Most confident mistakes", "The test images that were called wrongly with the highest score, with what was called."
 )  # fmt: skip
@@ -63,11 +65,12 @@ def report(
         uncalibrated: of `fadeformer.summary.summarise`, of test, by the scores before calibration.
         published: of `fadeformer.published.beside`.
         explained: what `reports/explanations.json` holds: `sentences`, and `pointing` where boxes are known.
-        figures: PNG by name.
+        figures: PNG by name; that of the subgroups may be missing.
         run_id: MLflow's, of the training.
     """
     pages = Environment(loader=PackageLoader("fadeformer", "."), autoescape=True, undefined=StrictUndefined)
     pages.filters["marked"] = marked
+    pages.tests["interval"] = lambda text: INTERVAL.fullmatch(text) is not None
     drawn = {
         name: Figure(name, *FIGURES.get(name, GALLERY), base64.b64encode(png).decode()) for name, png in figures.items()
     }
@@ -93,7 +96,9 @@ def report(
         explained=explained["sentences"],
         pointing=evidence_tables.pointing(explained["pointing"]) if explained["pointing"] else None,
         training=[drawn[name] for name in TRAINING],
-        figures=[drawn[name] for name in FIGURES if name not in TRAINING],
+        undivided=evidence_tables.UNDIVIDED,
+        many=len(of.meta.classes) > SIDE_BY_SIDE,
+        figures=[drawn[name] for name in FIGURES if name not in TRAINING and name in drawn],
         gallery=drawn["gallery"],
         images=of.summary["test"]["images"],
         split=of.meta.split,
@@ -134,7 +139,7 @@ def verdicts(of: Evidence, uncalibrated: Mapping[str, Any], published: pd.DataFr
         told_of = f"{len(worse)} measures of subgroups are worse than the whole beyond chance." if worse else verdict
         found.append((BAD if worse else GOOD if compared else PLAIN, told_of))
     else:
-        found.append((PLAIN, "Nothing is known of these images by which they could be divided into subgroups."))
+        found.append((PLAIN, evidence_tables.UNDIVIDED))
     found.append(_beside(overall["auc"], bounds["auc"], published))
     if test["not_judged"]:
         found.append((BAD, f"Not judged, for want of images with or without: {', '.join(test['not_judged'])}."))

@@ -158,12 +158,11 @@ def draw(dpi: int, seed: int) -> None:
         "reliability": evidence_plots.reliability(test, (before, found["overall"]["calibration_error"]), confidence),
         "score_histograms": evidence_plots.score_histograms(test),
         "decision_curves": evidence_plots.decision_curves(operating.net_benefit(test)),
-        "subgroup_forest": evidence_plots.subgroup_forest(
-            found, intervals, read_json(paths.SUBGROUPS)["test"], confidence
-        ),
         "gallery": case_plots.gallery(wrong, images.pixels[wrong["row"].to_numpy()], looked.maps),
         "embedding": case_plots.embedding(test, places, places.attrs["explained"]),
     }
+    if of_subgroups := read_json(paths.SUBGROUPS)["test"]:
+        figures["subgroup_forest"] = evidence_plots.subgroup_forest(found, intervals, of_subgroups, confidence)
     with whole_folder(paths.FIGURES) as folder:
         for name, figure in figures.items():
             plots.save(figure, folder / f"{name}.png", dpi)

@@ -7,7 +7,7 @@ import pytest
 from fadeformer import predictions, subgroups
 from fadeformer.arrays import Meta
 from fadeformer.card import model_card
-from fadeformer.evidence_tables import Evidence
+from fadeformer.evidence_tables import UNDIVIDED, Evidence
 from fadeformer.operating import operating_points
 from fadeformer.proportions import wilson
 from fadeformer.summary import intervals, summarise, told
@@ -23,6 +23,7 @@ def card(
     leaks: int = 0,
     fade: dict | None = FADE,
     weights: dict | None = None,
+    sexes: bool = True,
 ) -> str:
     multi_label = TASKS[task].multi_label
     classes = ("mass", "nodule | small") if multi_label else ("normal", "pneumonia")
@@ -30,7 +31,7 @@ def card(
         labels = np.array([[1, 0], [0, 1], [1, 1]]) if multi_label else np.array([[0], [1], [1]])
     scores = np.array([[0.9, 0.1], [0.4, 0.6], [0.7, 0.3]])
     index = pd.DataFrame({"split": "test", "id": ["a", "b", "c"], "group": None})
-    known = pd.DataFrame({"sex": ["F", "M", "F"]})
+    known = pd.DataFrame({"sex": ["F", "M", "F"]}) if sexes else None
     table = predictions.table(index, labels, scores, TASKS[task], classes, subgroups=known)
     wanted = {"youden": None, "sensitivity": 0.8}
     points = operating_points(table, table, wanted, 0.9)
@@ -64,7 +65,14 @@ def test_it_names_data_model_and_numbers(task):
     calibrated = "vector scaling of each finding" if TASKS[task].multi_label else "temperature 2"
     assert f"| Calibration | {calibrated}, fitted on validation |" in text
     assert "| sex | F | 2 | 2 |" in text
+    assert UNDIVIDED not in text
     assert "No subgroup has images enough to be compared with the whole." in text  # of three images
+
+
+def test_without_subgroups_a_sentence_stands_in_their_place():
+    text = card("binary-class", sexes=False)
+    assert UNDIVIDED in text
+    assert "Subgroups" not in text
 
 
 def test_every_row_of_a_table_has_as_many_cells_as_its_head():

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from fadeformer import evidence_plots, plots, predictions, published, report, subgroups, summary
+from fadeformer import evidence_plots, evidence_tables, plots, predictions, published, report, subgroups, summary
 from fadeformer.arrays import Meta
 from fadeformer.datasets.medmnist import SETS
 from fadeformer.evidence_tables import Evidence
@@ -19,6 +19,7 @@ from fadeformer.operating import operating_points
 from fadeformer.tasks import TASKS
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
+A4 = 680  # pixels of CSS between margins of 15 mm
 KINDS = {"breastmnist": 2, "retinamnist": 5, "bloodmnist": 8, "organamnist": 11, "chestmnist": 14}
 RUN = "0123456789abcdef0123456789abcdef"
 
@@ -80,7 +81,8 @@ def page(of: SimpleNamespace, folder: Path, explained: dict = EXPLAINED) -> Path
         "score_histograms": evidence_plots.score_histograms(of.test),
     }
     pngs = {}
-    for name in (*report.FIGURES, "gallery"):
+    left_out = () if of.evidence.subgroups else ("subgroup_forest",)
+    for name in {*report.FIGURES, "gallery"}.difference(left_out):
         plots.save(drawn.get(name, drawn["confusion_matrix"]), folder / f"{name}.png", 40)
         pngs[name] = (folder / f"{name}.png").read_bytes()
     text = report.report(
@@ -111,7 +113,7 @@ def test_the_verdict_warns_of_chance_leaks_and_classes_that_are_not_judged():
     assert next(iter(told.values())) == "bad"
     assert "chance alone is not ruled out" in next(iter(told))
     assert told["3 images stand in two splits, so the numbers may flatter."] == "bad"
-    assert "Nothing is known of these images by which they could be divided into subgroups." in told
+    assert evidence_tables.UNDIVIDED in told
     without = next(sentence for sentence in verdicts(made("chestmnist")) if sentence.startswith("Not judged"))
     assert without == f"Not judged, for want of images with or without: {SETS['chestmnist'].classes[3]}."
 
@@ -124,6 +126,16 @@ def test_what_stands_in_the_page_is_escaped_and_nothing_points_outside(tmp_path)
     assert "A sentence on &lt;explanations&gt;." in text
     assert "http" not in text.replace("https://medmnist.com", "")
     assert "monitor: loss" in text
+
+
+def test_without_subgroups_a_sentence_stands_for_table_and_figure(tmp_path):
+    with_them = page(made("retinamnist"), tmp_path / "with").read_text()
+    without = page(made("retinamnist", known=False), tmp_path / "without").read_text()
+    assert 'id="subgroup_forest"' in with_them
+    assert evidence_tables.UNDIVIDED not in with_them
+    assert "subgroup_forest" not in re.sub(r"<style>.*</style>", "", without, flags=re.DOTALL)
+    assert f"<p>{evidence_tables.UNDIVIDED}</p>" in without
+    assert "Patients or lesions" not in without
 
 
 def test_how_often_maps_point_into_boxes_stands_below_the_gallery(tmp_path):
@@ -191,6 +203,8 @@ def test_the_page_in_a_browser(browser, tmp_path, name):
         assert levels[0] == 1
         assert all(after - before <= 1 for before, after in itertools.pairwise(levels))
         assert tab.evaluate("[...document.querySelectorAll('table')].every(table => table.caption)")
+        wide = "[...document.querySelectorAll('caption span')].map(of => of.getBoundingClientRect().right)"
+        assert max(tab.evaluate(wide)) <= width  # a caption wraps, however far its table scrolls
         assert tab.evaluate("document.querySelectorAll('h2')[0].textContent") == "Verdict"
         # the keyboard: first the way past the links, then the links, each to a place that is there
         tab.keyboard.press("Tab")
@@ -200,3 +214,15 @@ def test_the_page_in_a_browser(browser, tmp_path, name):
         links = tab.evaluate("[...document.querySelectorAll('nav a')].map(link => link.getAttribute('href').slice(1))")
         assert all(tab.evaluate("id => document.getElementById(id) !== null", link) for link in links)
         tab.close()
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_nothing_is_cut_off_or_folded_away_on_paper(browser, tmp_path, name):
+    tab = browser.new_page(viewport={"width": A4, "height": 1000})
+    tab.emulate_media(media="print")
+    tab.goto(page(made(name), tmp_path).as_uri())
+    edges = "[...document.querySelectorAll('table, img, pre')].map(of => of.getBoundingClientRect().right)"
+    assert max(tab.evaluate(edges)) <= A4
+    assert tab.evaluate("document.querySelector('details table').getBoundingClientRect().height") > 100
+    assert not tab.evaluate("document.querySelector('nav').checkVisibility()")
+    tab.close()
