@@ -7,7 +7,7 @@ import pytest
 from tests.conftest import Project
 from tests.pipeline.test_reproduce import ran
 
-pytestmark = [pytest.mark.pipeline, pytest.mark.real_data]
+pytestmark = [pytest.mark.pipeline, pytest.mark.real_data, pytest.mark.usefixtures("shared_server")]
 QUICK = ("-S", "train.epochs=1")
 
 

@@ -9,6 +9,7 @@ import sqlite3
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 
@@ -35,6 +36,14 @@ def pieces(tmp_path_factory: pytest.TempPathFactory) -> Project:
     project.commit("small")
     project.run("dvc", "repro", "preprocess")
     return project
+
+
+@pytest.fixture
+def shared_server(pieces: Project, prefect_server: str) -> Iterator[None]:
+    """Of the project whose trainings are stopped, where it is not its own server that matters."""
+    pieces.environment["PREFECT_API_URL"] = prefect_server
+    yield
+    del pieces.environment["PREFECT_API_URL"]
 
 
 @pytest.fixture(scope="module")
@@ -153,6 +162,7 @@ def test_ctrl_c_does_the_same(pieces):
     assert re.search(r"^train: stopped by SIGINT (in epoch \d, after step|at once)", output, re.MULTILINE), output
 
 
+@pytest.mark.usefixtures("shared_server")
 def test_other_parameters_train_afresh_and_say_so(pieces):
     """The one before was stopped and is kept."""
     assert len(begun(pieces)) == 1
@@ -167,6 +177,7 @@ def test_other_parameters_train_afresh_and_say_so(pieces):
     assert not begun(pieces)
 
 
+@pytest.mark.usefixtures("shared_server")
 def test_a_model_that_dvc_has_not_noted_yet_is_not_trained_again(pieces):
     """The stage was killed after its last line; DVC removes models/ and runs it again."""
     before = [(pieces.folder / name).read_bytes() for name in ("models/best_model.pth", "models/run.json")]
@@ -181,6 +192,7 @@ def test_a_model_that_dvc_has_not_noted_yet_is_not_trained_again(pieces):
     assert {count for (count,) in models} == {1}
 
 
+@pytest.mark.usefixtures("shared_server")
 def test_a_training_that_another_process_runs_is_not_begun_twice(pieces):
     pieces.change(train={**SELDOM, "epochs": 200, "early_stopping_patience": 200})
     with running(pieces, "python", "-m", "pipelines", "train") as process:
@@ -190,6 +202,7 @@ def test_a_training_that_another_process_runs_is_not_begun_twice(pieces):
         assert "another process trains the very same; wait until it has ended" in output
 
 
+@pytest.mark.usefixtures("shared_server")
 def test_without_mlflow_training_goes_on_and_is_told_later(pieces):
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
@@ -219,6 +232,7 @@ def steady(pieces: Project) -> pd.DataFrame:
     return pd.read_csv(pieces.folder / "models" / "history.csv")
 
 
+@pytest.mark.usefixtures("shared_server")
 def test_two_processes_come_to_the_history_of_one(pieces, steady):
     pieces.change(train={"devices": 2})
     pieces.run("python", "-m", "pipelines", "train")
@@ -229,6 +243,7 @@ def test_two_processes_come_to_the_history_of_one(pieces, steady):
     assert steady["train_loss"].nunique() == len(steady)
 
 
+@pytest.mark.usefixtures("shared_server")
 def test_two_machines_do_so_too(pieces, steady):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -244,6 +259,7 @@ def test_two_machines_do_so_too(pieces, steady):
         assert found[name].to_numpy() == pytest.approx(steady[name].to_numpy(), abs=1e-5), name
 
 
+@pytest.mark.usefixtures("shared_server")
 def test_an_error_in_one_of_several_processes_is_one_message(pieces):
     pieces.change(train={"devices": 2, "batch_size": 2})
     output = pieces.run("python", "-m", "pipelines", "train", check=False)
