@@ -16,6 +16,7 @@ from filelock import FileLock
 from fadeformer import params
 from fadeformer.params import Params
 from pipelines import orchestrator, overrides
+from tests import CORES
 
 # No deadline: how fast a machine is says nothing about the code. Always the same examples, so that a test fails or not.
 hypothesis.settings.register_profile("project", deadline=None, derandomize=True)
@@ -23,6 +24,7 @@ hypothesis.settings.load_profile("project")
 
 ROOT = Path(__file__).parents[1]
 REAL_DATA = ROOT.parent / "shared" / "datasets"
+EVERY_CORE = {"OMP_NUM_THREADS": str(CORES)}  # where the same bytes are asked for, whichever thread comes first
 # The shipped params.yaml, made small: every key that is not here keeps its value.
 SMALL = {
     "dataset": {"images": 200, "size": 16},
@@ -30,6 +32,21 @@ SMALL = {
     "evaluate": {"figure_dpi": 50},
     "promote": {"min_auc": 0.0},
 }
+
+
+# Files whose tests take longest, longest first: a worker that began one of them last would keep the others waiting.
+LONGEST = (
+    "pipeline/test_resume.py", "pipeline/test_reproduce.py", "pipeline/test_errors.py", "pipeline/test_networks.py",
+    "pipeline/test_real_data.py", "test_readme.py", "test_orchestrator.py", "test_tables.py",
+    "pipeline/test_deployment.py", "test_bad_data.py", "test_benchmarks.py", "datasets/test_manifest.py",
+    "test_report.py", "test_complexity.py",
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Puts the files that take longest first; the tests of a file keep their order."""
+    rank = {ROOT / "tests" / name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: rank.get(item.path, len(rank)))
 
 
 @pytest.fixture
@@ -70,6 +87,7 @@ class Project:
         self.environment = {
             "PATH": search, "HOME": str(self.home), "TMPDIR": str(self.temporary), "PWD": str(self.folder),
             "LANG": "C.UTF-8", "TERM": "dumb",
+            **{name: os.environ[name] for name in ("OMP_NUM_THREADS",) if name in os.environ},
         }  # fmt: skip
 
     def run(self, *command: str, check: bool = True, timeout: float = 500, **environment: str) -> str:

@@ -12,7 +12,7 @@ from mlflow import MlflowClient
 
 from fadeformer.summary import told
 from pipelines.__main__ import STAGES
-from tests.conftest import ROOT, Kept, Project
+from tests.conftest import EVERY_CORE, ROOT, Kept, Project
 
 pytestmark = pytest.mark.pipeline
 FIGURES = (
@@ -32,7 +32,7 @@ def read(project: Project, name: str) -> dict:
 @pytest.fixture(scope="module")
 def reproduced(project: Project, kept: Kept) -> Project:
     """Reproduced here, whatever other modules have: what it prints, and leaves outside of the project, is looked at."""
-    project.first_output = project.run("dvc", "repro")
+    project.first_output = project.run("dvc", "repro", **EVERY_CORE)
     kept.take(project)
     return project
 
@@ -187,7 +187,7 @@ def test_a_second_run_has_nothing_to_do(reproduced):
 def test_a_forced_run_gives_the_same_bytes(reproduced):
     names = ("reports/metrics.json", "models/best_model.pth")
     before = [(reproduced.folder / name).read_bytes() for name in names]
-    output = reproduced.run("dvc", "repro", "--force")
+    output = reproduced.run("dvc", "repro", "--force", **EVERY_CORE)
     assert tuple(ran(output)) == STAGES
     assert [(reproduced.folder / name).read_bytes() for name in names] == before
     assert read(reproduced, "reports/promotion.json")["version"] == "2"  # the same AUC is not below the champion's

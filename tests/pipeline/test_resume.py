@@ -18,7 +18,7 @@ import pandas as pd
 import pytest
 
 from fadeformer.state import COST
-from tests.conftest import SMALL, Project, clone
+from tests.conftest import EVERY_CORE, SMALL, Project, clone
 
 pytestmark = pytest.mark.pipeline
 
@@ -51,7 +51,7 @@ def whole(pieces: Project, tmp_path_factory: pytest.TempPathFactory) -> Project:
     """A copy of it, whose training is never interrupted."""
     project = Project(tmp_path_factory.mktemp("whole"))
     shutil.copytree(pieces.folder, project.folder)
-    project.run("dvc", "repro", "evaluate")
+    project.run("dvc", "repro", "evaluate", **EVERY_CORE)
     return project
 
 
@@ -107,11 +107,11 @@ def told_to_mlflow(project: Project) -> tuple[pd.DataFrame, dict[str, str]]:
 def test_killed_at_any_moment_it_comes_to_the_same_bytes(whole, pieces):
     moments = np.random.default_rng(0)
     for reached in (1, 11, 22):
-        with running(pieces, "dvc", "repro", "evaluate") as process:
+        with running(pieces, "dvc", "repro", "evaluate", **EVERY_CORE) as process:
             wait_for_step(pieces, process, reached)
             time.sleep(0.1 * moments.random())
             os.killpg(process.pid, signal.SIGKILL)
-    output = pieces.run("dvc", "repro", "evaluate")
+    output = pieces.run("dvc", "repro", "evaluate", **EVERY_CORE)
     assert "going on with the training that was begun in .cache/train/" in output
     assert re.search(r"taken up after epoch \d, batch \d of the next, step (2[2-9]|30)", output)
     for name in RESULTS:
