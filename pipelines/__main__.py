@@ -26,7 +26,7 @@ def load_and_run(name: str) -> str:
     if name in FLOWS:
         orchestrator.start(last=name == FLOWS[-1])
     elif name == BEFORE:
-        orchestrator.start_early()
+        orchestrator.start_early(name)
     try:
         gc.disable()  # what libraries make while they load stays: searching it for garbage is a quarter of their time
         main_of_stage = import_module(f"pipelines.{name}").main

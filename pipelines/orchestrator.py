@@ -84,9 +84,13 @@ def start(last: bool = False) -> None:
     _started.append(Server(url, process, note, ends=last or owner == this))
 
 
-def start_early() -> None:
-    """Begins to start it a stage before it is needed, if dvc runs this one: the first start takes longest."""
-    if dvc():
+def start_early(stage: str) -> None:
+    """Begins to start it a stage before it is needed, since the first start takes longest.
+
+    Not where no dvc runs the stages, or one that was asked for this stage, and so for none that comes after it.
+    """
+    owner = dvc()
+    if owner and stage not in owner.cmdline():
         start()
 
 

@@ -4,14 +4,19 @@ import os
 import shutil
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import hypothesis
+import psutil
 import pytest
+from filelock import FileLock
 
 from fadeformer import params
 from fadeformer.params import Params
-from pipelines import overrides
+from pipelines import orchestrator, overrides
+from tests import CORES
 
 # No deadline: how fast a machine is says nothing about the code. Always the same examples, so that a test fails or not.
 hypothesis.settings.register_profile("project", deadline=None, derandomize=True)
@@ -19,6 +24,7 @@ hypothesis.settings.load_profile("project")
 
 ROOT = Path(__file__).parents[1]
 REAL_DATA = ROOT.parent / "shared" / "datasets"
+EVERY_CORE = {"OMP_NUM_THREADS": str(CORES)}  # where the same bytes are asked for, whichever thread comes first
 # The shipped params.yaml, made small: every key that is not here keeps its value.
 SMALL = {
     "dataset": {"images": 200, "size": 16},
@@ -26,6 +32,21 @@ SMALL = {
     "evaluate": {"figure_dpi": 50},
     "promote": {"min_auc": 0.0},
 }
+
+
+# Files whose tests take longest, longest first: a worker that began one of them last would keep the others waiting.
+LONGEST = (
+    "pipeline/test_resume.py", "pipeline/test_reproduce.py", "pipeline/test_errors.py", "pipeline/test_networks.py",
+    "pipeline/test_real_data.py", "test_readme.py", "test_orchestrator.py", "test_tables.py",
+    "pipeline/test_deployment.py", "test_bad_data.py", "test_benchmarks.py", "datasets/test_manifest.py",
+    "test_report.py", "test_complexity.py",
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Puts the files that take longest first; the tests of a file keep their order."""
+    rank = {ROOT / "tests" / name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: rank.get(item.path, len(rank)))
 
 
 @pytest.fixture
@@ -66,6 +87,7 @@ class Project:
         self.environment = {
             "PATH": search, "HOME": str(self.home), "TMPDIR": str(self.temporary), "PWD": str(self.folder),
             "LANG": "C.UTF-8", "TERM": "dumb",
+            **{name: os.environ[name] for name in ("OMP_NUM_THREADS",) if name in os.environ},
         }  # fmt: skip
 
     def run(self, *command: str, check: bool = True, timeout: float = 500, **environment: str) -> str:
@@ -112,8 +134,68 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Project:
     return copy
 
 
+class Kept:
+    """A reproduced project: whichever module needs one first makes it, in whichever of xdist's workers; others copy it.
+
+    Args:
+        folder: where it is kept.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.lock = folder, FileLock(folder.with_suffix(".lock"))
+
+    def give(self, project: Project) -> None:
+        """Brings a project to where it is after one `dvc repro`."""
+        with self.lock:
+            if self.folder.is_dir():
+                shutil.rmtree(project.folder)
+                shutil.copytree(self.folder, project.folder, symlinks=True)
+            else:
+                project.run("dvc", "repro")
+                self.take(project)
+
+    def take(self, project: Project) -> None:
+        """Keeps a copy of a project that was reproduced, if none is kept yet."""
+        with self.lock:
+            if not self.folder.is_dir():
+                begun = self.folder.with_suffix(".begun")
+                shutil.copytree(project.folder, begun, symlinks=True)
+                begun.rename(self.folder)
+
+
+@pytest.fixture(scope="session")
+def kept(tmp_path_factory: pytest.TempPathFactory) -> Kept:
+    base = tmp_path_factory.getbasetemp()
+    return Kept((base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "reproduced")
+
+
 @pytest.fixture(scope="module")
-def reproduced(project: Project) -> Project:
+def reproduced(project: Project, kept: Kept) -> Project:
     """The same after one `dvc repro`; its tests run in their order, each from where the one before left it."""
-    project.first_output = project.run("dvc", "repro")
+    kept.give(project)
     return project
+
+
+@pytest.fixture(scope="session")
+def prefect_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Address of a server for tests that are not about how a project starts and ends its own, which takes long."""
+    home = tmp_path_factory.mktemp("prefect")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(orchestrator, "HOME", home)
+        patch.setenv("PREFECT_HOME", str(home))
+        url, process = orchestrator._spawn(home / "note.json", psutil.Process())
+    deadline = time.monotonic() + orchestrator.STARTUP
+    while not orchestrator._answers(url):
+        assert orchestrator.alive(process), (home / "server.log").read_text()
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    yield url
+    process.terminate()
+
+
+@pytest.fixture
+def shared_server(project: Project, prefect_server: str) -> Iterator[None]:
+    """The flows of the project run on that server, for one test."""
+    project.environment["PREFECT_API_URL"] = prefect_server
+    yield
+    del project.environment["PREFECT_API_URL"]

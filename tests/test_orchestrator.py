@@ -17,7 +17,7 @@ from pipelines import orchestrator
 # What dvc does with stages: a shell for each, to which it leaves Ctrl-C, and the first that fails is the last.
 DVC = """
 import signal, subprocess, sys
-for stage in sys.argv[1:]:
+for stage in filter(lambda word: ":" in word, sys.argv[1:]):
     shell = subprocess.Popen(["sh", "-c", f"{sys.executable} stage.py {stage}; exit $?"])
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if shell.wait() != 0:
@@ -29,7 +29,7 @@ import sys, time
 from pipelines import orchestrator
 kind, seconds = sys.argv[1].split(":")
 if kind == "early":
-    orchestrator.start_early()
+    orchestrator.start_early("before")
     print(orchestrator._started[0].process.pid if orchestrator._started else "none", flush=True)
     orchestrator.leave()
     orchestrator.give_up()
@@ -111,8 +111,9 @@ def test_a_server_that_no_flow_came_to_need_ends_with_dvc(run):
     assert gone(server)
 
 
-def test_no_server_is_begun_early_where_no_dvc_runs_a_flow_next(run):
-    stage = run("stage.py", "early:0")
+@pytest.mark.parametrize("command", [("stage.py", "early:0"), ("dvc", "before", "early:0")])
+def test_no_server_is_begun_early_where_no_flow_comes_next(run, command):
+    stage = run(*command)
     assert stage.stdout.readline() == "none\n"
     assert stage.wait(60) == 0
 

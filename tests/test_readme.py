@@ -116,6 +116,7 @@ def test_python_of_the_readme_runs_in_that_folder(project):
 
 
 @pytest.mark.pipeline
+@pytest.mark.usefixtures("shared_server")
 def test_experiments_are_run_shown_and_compared(project):
     project.run("dvc", "exp", "run", "-S", "train.learning_rate=3e-4", "-S", "train.epochs=5")
     shown = project.run("dvc", "exp", "show", "--csv")
@@ -178,6 +179,7 @@ def test_the_ui_answers_on_this_machine_only(project):
 
 
 @pytest.mark.pipeline
+@pytest.mark.usefixtures("shared_server")
 def test_the_benchmark_tells_every_stage(project):
     table = project.run("python", "benchmarks/overhead.py")
     for stage in (*STAGES, "in all"):

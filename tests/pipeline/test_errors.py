@@ -73,6 +73,7 @@ def test_a_typo_in_params_yaml(reproduced, stops):
     assert "params.yaml: key train.learning_rate is missing" in message
 
 
+@pytest.mark.usefixtures("shared_server")
 def test_a_typo_is_told_before_anything_runs(reproduced, stops, weights):
     reproduced.run("dvc", "repro")
     misspell(reproduced)
@@ -158,6 +159,7 @@ def test_no_network_for_pretrained_weights(reproduced, stops):
     assert "set model.pretrained to false" in message
 
 
+@pytest.mark.usefixtures("shared_server")
 def test_weights_that_do_not_fit(reproduced, stops):
     shutil.copy(reproduced.folder / "models" / "best_model.pth", reproduced.folder / "start.pth")
     diffusion = {"variant": "diffusion", "after_blocks": [1, "last"]}
@@ -167,6 +169,7 @@ def test_weights_that_do_not_fit(reproduced, stops):
     assert "left over: attn.alpha, " in message
 
 
+@pytest.mark.usefixtures("shared_server")
 def test_weights_that_are_not_there(reproduced, stops):
     reproduced.change(model={"weights": "nowhere.pth"})
     message = stops("train", "python", "-m", "pipelines", "train")
@@ -179,6 +182,7 @@ def test_a_model_that_is_not_there(reproduced, stops):
     assert "models/run.json: not found; run `dvc repro train` first" in message
 
 
+@pytest.mark.usefixtures("shared_server")
 def test_a_dead_mlflow_server(reproduced, stops, nobody):
     reproduced.run("dvc", "repro")
     message = stops("evaluate", "python", "-m", "pipelines", "evaluate", MLFLOW_TRACKING_URI=nobody)
@@ -190,6 +194,7 @@ def test_a_dead_prefect_server(stops, nobody):
     assert f"PREFECT_API_URL is {nobody}/api, but no Prefect server answers there" in message
 
 
+@pytest.mark.usefixtures("shared_server")
 def test_a_full_disk(reproduced, stops):
     reproduced.run("dvc", "repro")
     before = (reproduced.folder / "data" / "processed" / "train.npy").read_bytes()

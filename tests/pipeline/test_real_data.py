@@ -9,7 +9,7 @@ from tests.conftest import Project
 from tests.datasets.test_chestxray14 import OF_THE_SAMPLE
 from tests.pipeline.test_reproduce import ran
 
-pytestmark = [pytest.mark.pipeline, pytest.mark.real_data]
+pytestmark = [pytest.mark.pipeline, pytest.mark.real_data, pytest.mark.usefixtures("shared_server")]
 QUICK = ("-S", "train.epochs=1")
 
 

@@ -8,12 +8,11 @@ import sqlite3
 import numpy as np
 import pandas as pd
 import pytest
-import torch
 from mlflow import MlflowClient
 
 from fadeformer.summary import told
 from pipelines.__main__ import STAGES
-from tests.conftest import ROOT, Project
+from tests.conftest import EVERY_CORE, ROOT, Kept, Project
 
 pytestmark = pytest.mark.pipeline
 FIGURES = (
@@ -28,6 +27,14 @@ def ran(output: str) -> list[str]:
 
 def read(project: Project, name: str) -> dict:
     return json.loads((project.folder / name).read_text())
+
+
+@pytest.fixture(scope="module")
+def reproduced(project: Project, kept: Kept) -> Project:
+    """Reproduced here, whatever other modules have: what it prints, and leaves outside of the project, is looked at."""
+    project.first_output = project.run("dvc", "repro", **EVERY_CORE)
+    kept.take(project)
+    return project
 
 
 @pytest.fixture
@@ -180,7 +187,7 @@ def test_a_second_run_has_nothing_to_do(reproduced):
 def test_a_forced_run_gives_the_same_bytes(reproduced):
     names = ("reports/metrics.json", "models/best_model.pth")
     before = [(reproduced.folder / name).read_bytes() for name in names]
-    output = reproduced.run("dvc", "repro", "--force")
+    output = reproduced.run("dvc", "repro", "--force", **EVERY_CORE)
     assert tuple(ran(output)) == STAGES
     assert [(reproduced.folder / name).read_bytes() for name in names] == before
     assert read(reproduced, "reports/promotion.json")["version"] == "2"  # the same AUC is not below the champion's
@@ -197,11 +204,13 @@ def test_an_edit_of_promote_promotes_alone_and_a_refusal_is_a_decision(reproduce
     assert mlflow.get_registered_model("fadenet-phantom").aliases == {"champion": 2}  # none is demoted silently
 
 
+@pytest.mark.usefixtures("shared_server")
 def test_an_edit_of_evaluate_does_not_train(reproduced):
     reproduced.change(evaluate={"figure_dpi": 60})
     assert ran(reproduced.run("dvc", "repro")) == ["evaluate", "promote"]
 
 
+@pytest.mark.usefixtures("shared_server")
 def test_an_edit_of_train_does_not_download_and_a_worse_model_stays_a_challenger(reproduced, mlflow):
     before = read(reproduced, "reports/metrics.json")["test"]["overall"]["auc"]
     reproduced.change(train={"learning_rate": 1e-9}, promote={"min_auc": 0.0})
@@ -239,42 +248,6 @@ def test_no_file_store_appears(reproduced):
     with sqlite3.connect(reproduced.folder / "mlruns" / "mlflow.db") as store:
         (uri,) = store.execute("select artifact_location from experiments where name = 'fadeformer'").fetchone()
     assert uri == (reproduced.folder / "mlruns" / "artifacts").as_uri()
-
-
-@pytest.fixture
-def afterwards(reproduced):
-    """Puts params.yaml back, whatever becomes of the test."""
-    yield
-    (reproduced.folder / "start.pth").unlink(missing_ok=True)
-    reproduced.run("git", "checkout", "params.yaml")
-
-
-@pytest.mark.usefixtures("afterwards")
-def test_training_starts_from_weights_and_again_when_they_change(reproduced):
-    start = reproduced.folder / "start.pth"
-    shutil.copy(reproduced.folder / "models" / "best_model.pth", start)
-    reproduced.change(model={"weights": "start.pth"}, train={"epochs": 1, "learning_rate": 1e-9})
-    assert ran(reproduced.run("dvc", "repro")) == ["train", "evaluate", "promote"]
-    before = torch.load(start, weights_only=True)
-    after = torch.load(reproduced.folder / "models" / "best_model.pth", weights_only=True)
-    torch.testing.assert_close(after["attn.qkv.weight"], before["attn.qkv.weight"], rtol=0, atol=1e-6)
-    assert "from the weights of start.pth" in (reproduced.folder / "reports/model_card.md").read_text()
-    torch.save({name: value * 0.9 if value.is_floating_point() else value for name, value in before.items()}, start)
-    assert ran(reproduced.run("dvc", "repro"))[0] == "train"
-
-
-@pytest.mark.usefixtures("afterwards")
-@pytest.mark.parametrize(
-    "changes",
-    [
-        ["model.fade.variant=diffusion", "model.fade.after_blocks=[1,last]"],
-        ["model.backbone=resnet18", "model.fade=null"],
-    ],
-)
-def test_other_networks_go_the_same_way(reproduced, changes):
-    options = [option for change in (*changes, "train.epochs=1") for option in ("-S", change)]
-    assert ran(reproduced.run("dvc", "exp", "run", *options)) == ["train", "evaluate", "promote"]
-    assert read(reproduced, "reports/promotion.json")["decision"] in ("promoted", "refused")
 
 
 def test_the_shipped_lock_of_requirements_is_what_is_tested():

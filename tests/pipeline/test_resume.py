@@ -9,6 +9,7 @@ import sqlite3
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 
@@ -17,7 +18,7 @@ import pandas as pd
 import pytest
 
 from fadeformer.state import COST
-from tests.conftest import SMALL, Project, clone
+from tests.conftest import EVERY_CORE, SMALL, Project, clone
 
 pytestmark = pytest.mark.pipeline
 
@@ -37,12 +38,20 @@ def pieces(tmp_path_factory: pytest.TempPathFactory) -> Project:
     return project
 
 
+@pytest.fixture
+def shared_server(pieces: Project, prefect_server: str) -> Iterator[None]:
+    """Of the project whose trainings are stopped, where it is not its own server that matters."""
+    pieces.environment["PREFECT_API_URL"] = prefect_server
+    yield
+    del pieces.environment["PREFECT_API_URL"]
+
+
 @pytest.fixture(scope="module")
 def whole(pieces: Project, tmp_path_factory: pytest.TempPathFactory) -> Project:
     """A copy of it, whose training is never interrupted."""
     project = Project(tmp_path_factory.mktemp("whole"))
     shutil.copytree(pieces.folder, project.folder)
-    project.run("dvc", "repro", "evaluate")
+    project.run("dvc", "repro", "evaluate", **EVERY_CORE)
     return project
 
 
@@ -98,11 +107,11 @@ def told_to_mlflow(project: Project) -> tuple[pd.DataFrame, dict[str, str]]:
 def test_killed_at_any_moment_it_comes_to_the_same_bytes(whole, pieces):
     moments = np.random.default_rng(0)
     for reached in (1, 11, 22):
-        with running(pieces, "dvc", "repro", "evaluate") as process:
+        with running(pieces, "dvc", "repro", "evaluate", **EVERY_CORE) as process:
             wait_for_step(pieces, process, reached)
             time.sleep(0.1 * moments.random())
             os.killpg(process.pid, signal.SIGKILL)
-    output = pieces.run("dvc", "repro", "evaluate")
+    output = pieces.run("dvc", "repro", "evaluate", **EVERY_CORE)
     assert "going on with the training that was begun in .cache/train/" in output
     assert re.search(r"taken up after epoch \d, batch \d of the next, step (2[2-9]|30)", output)
     for name in RESULTS:
@@ -153,6 +162,7 @@ def test_ctrl_c_does_the_same(pieces):
     assert re.search(r"^train: stopped by SIGINT (in epoch \d, after step|at once)", output, re.MULTILINE), output
 
 
+@pytest.mark.usefixtures("shared_server")
 def test_other_parameters_train_afresh_and_say_so(pieces):
     """The one before was stopped and is kept."""
     assert len(begun(pieces)) == 1
@@ -167,6 +177,7 @@ def test_other_parameters_train_afresh_and_say_so(pieces):
     assert not begun(pieces)
 
 
+@pytest.mark.usefixtures("shared_server")
 def test_a_model_that_dvc_has_not_noted_yet_is_not_trained_again(pieces):
     """The stage was killed after its last line; DVC removes models/ and runs it again."""
     before = [(pieces.folder / name).read_bytes() for name in ("models/best_model.pth", "models/run.json")]
@@ -178,6 +189,7 @@ def test_a_model_that_dvc_has_not_noted_yet_is_not_trained_again(pieces):
     assert not (pieces.folder / ".models.killed").exists()
 
 
+@pytest.mark.usefixtures("shared_server")
 def test_a_training_that_another_process_runs_is_not_begun_twice(pieces):
     pieces.change(train={**SELDOM, "epochs": 200, "early_stopping_patience": 200})
     with running(pieces, "python", "-m", "pipelines", "train") as process:
@@ -187,6 +199,7 @@ def test_a_training_that_another_process_runs_is_not_begun_twice(pieces):
         assert "another process trains the very same; wait until it has ended" in output
 
 
+@pytest.mark.usefixtures("shared_server")
 def test_without_mlflow_training_goes_on_and_is_told_later(pieces):
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
@@ -216,6 +229,7 @@ def steady(pieces: Project) -> pd.DataFrame:
     return pd.read_csv(pieces.folder / "models" / "history.csv")
 
 
+@pytest.mark.usefixtures("shared_server")
 def test_two_processes_come_to_the_history_of_one(pieces, steady):
     pieces.change(train={"devices": 2})
     pieces.run("python", "-m", "pipelines", "train")
@@ -226,6 +240,7 @@ def test_two_processes_come_to_the_history_of_one(pieces, steady):
     assert steady["train_loss"].nunique() == len(steady)
 
 
+@pytest.mark.usefixtures("shared_server")
 def test_two_machines_do_so_too(pieces, steady):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -241,6 +256,7 @@ def test_two_machines_do_so_too(pieces, steady):
         assert found[name].to_numpy() == pytest.approx(steady[name].to_numpy(), abs=1e-5), name
 
 
+@pytest.mark.usefixtures("shared_server")
 def test_an_error_in_one_of_several_processes_is_one_message(pieces):
     pieces.change(train={"devices": 2, "batch_size": 2})
     output = pieces.run("python", "-m", "pipelines", "train", check=False)

@@ -1,0 +1,48 @@
+"""What a model is made of and starts from is a matter of params.yaml: other networks, and weights of the user's own."""
+
+import json
+import shutil
+
+import pytest
+import torch
+
+from tests.pipeline.test_reproduce import ran
+
+pytestmark = [pytest.mark.pipeline, pytest.mark.usefixtures("shared_server")]
+
+
+@pytest.fixture
+def afterwards(reproduced):
+    """Puts params.yaml back, whatever becomes of the test."""
+    yield
+    (reproduced.folder / "start.pth").unlink(missing_ok=True)
+    reproduced.run("git", "checkout", "params.yaml")
+
+
+@pytest.mark.usefixtures("afterwards")
+def test_training_starts_from_weights_and_again_when_they_change(reproduced):
+    start = reproduced.folder / "start.pth"
+    shutil.copy(reproduced.folder / "models" / "best_model.pth", start)
+    reproduced.change(model={"weights": "start.pth"}, train={"epochs": 1, "learning_rate": 1e-9})
+    assert ran(reproduced.run("dvc", "repro")) == ["train", "evaluate", "promote"]
+    before = torch.load(start, weights_only=True)
+    after = torch.load(reproduced.folder / "models" / "best_model.pth", weights_only=True)
+    torch.testing.assert_close(after["attn.qkv.weight"], before["attn.qkv.weight"], rtol=0, atol=1e-6)
+    assert "from the weights of start.pth" in (reproduced.folder / "reports/model_card.md").read_text()
+    torch.save({name: value * 0.9 if value.is_floating_point() else value for name, value in before.items()}, start)
+    assert ran(reproduced.run("dvc", "repro", "train")) == ["train"]
+
+
+@pytest.mark.usefixtures("afterwards")
+@pytest.mark.parametrize(
+    "changes",
+    [
+        ["model.fade.variant=diffusion", "model.fade.after_blocks=[1,last]"],
+        ["model.backbone=resnet18", "model.fade=null"],
+    ],
+)
+def test_other_networks_go_the_same_way(reproduced, changes):
+    options = [option for change in (*changes, "train.epochs=1") for option in ("-S", change)]
+    assert ran(reproduced.run("dvc", "exp", "run", *options)) == ["train", "evaluate", "promote"]
+    decision = json.loads((reproduced.folder / "reports/promotion.json").read_text())["decision"]
+    assert decision in ("promoted", "refused")
