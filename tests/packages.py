@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
+from fadeformer import unfamiliar
 from fadeformer.models import create_model
 from fadeformer.scoring import ARCHITECTURE, POINTS, WEIGHTS
 from fadeformer.trained import Trained
@@ -46,7 +47,13 @@ def write_model(folder: Path, kind: str = "binary", *, side: int = 16, channels:
     (folder / "reports").mkdir()
     weights = folder / "models" / "best_model.pth"
     torch.save(model.state_dict(), weights)
-    middle = np.median(Trained(described, weights).scores(images(20, side, channels), 20), axis=0)
+    trained = Trained(described, weights)
+    middle = np.median(trained.scores(images(20, side, channels), 20), axis=0)
+    _, features = trained.raw_scores_and_features(images(20, side, channels), 20)
+    labels = np.zeros((20, len(classes) if kind == "findings" else 1), np.int64)
+    known = unfamiliar.fit(features, labels, trained.task, features)
+    unfamiliar.write(known, folder / "models" / "unfamiliar.safetensors")
+    described["unfamiliar"] = {"limit": known.limit}
     points = {
         "youden": {name: {"threshold": middle[classes.index(name)]} for name in judged},
         "sensitivity": {name: {"threshold": 0.0} for name in judged},
