@@ -12,7 +12,6 @@ from pipelines import stage
 COMMANDS = {  # module of pipelines.commands: what it does
     "export": "a model as one ONNX graph or torch.export program",
     "predict": "predict images on the disk by a model",
-    "registry": "every decision about a model, and what is champion",
     "serve": "a model over HTTP, with limits for requests from strangers",
 }
 

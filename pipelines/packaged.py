@@ -11,9 +11,11 @@ import hashlib
 import re
 import shutil
 import tempfile
+from collections.abc import Mapping
 from importlib.metadata import version
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import mlflow
 import numpy as np
@@ -22,6 +24,7 @@ from mlflow import MlflowClient
 from mlflow.entities import LoggedModel, LoggedModelOutput, LoggedModelStatus
 from mlflow.exceptions import MlflowException
 from mlflow.models import Model
+from mlflow.pyfunc import PyFuncModel
 from mlflow.utils import requirements_utils
 from PIL import Image
 
@@ -83,10 +86,15 @@ def fetch(name: str) -> Path:
     except (MlflowException, OSError) as error:
         raise UserError(
             f"{name}: cannot be fetched from MLflow at {store.address()} ({str(error).strip().splitlines()[0]});"
-            " `fadeformer registry history` tells what there is"
+            " `make ui` shows what there is"
         ) from error
     data(folder)
     return folder
+
+
+def load(folder: Path, config: Mapping[str, Any]) -> PyFuncModel:
+    """The model of a package's folder, some of its settings changed; its code is the package's own."""
+    return mlflow.pyfunc.load_model(str(folder), model_config=dict(config))
 
 
 def data(folder: Path) -> Path:
