@@ -87,10 +87,11 @@ def start(last: bool = False) -> None:
 def start_early(stage: str) -> None:
     """Begins to start it a stage before it is needed, since the first start takes longest.
 
-    Not where no dvc runs the stages, or one that was asked for this stage, and so for none that comes after it.
+    Not where no dvc runs the stages, or one that was asked for this stage, and so for none that comes after it; nor in
+    a grid, whose trainings run in other folders.
     """
     owner = dvc()
-    if owner and stage not in owner.cmdline():
+    if owner and not {stage, GRID} & set(owner.cmdline()):
         start()
 
 

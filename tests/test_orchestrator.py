@@ -111,7 +111,9 @@ def test_a_server_that_no_flow_came_to_need_ends_with_dvc(run):
     assert gone(server)
 
 
-@pytest.mark.parametrize("command", [("stage.py", "early:0"), ("dvc", "before", "early:0")])
+@pytest.mark.parametrize(
+    "command", [("stage.py", "early:0"), ("dvc", "before", "early:0"), ("dvc", orchestrator.GRID, "early:0")]
+)
 def test_no_server_is_begun_early_where_no_flow_comes_next(run, command):
     stage = run(*command)
     assert stage.stdout.readline() == "none\n"
