@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,7 +47,12 @@ class Rule:
     def words(self, scores: NDArray[np.float64]) -> list[str]:
         """The decision about each image: a class, or findings, which may be none."""
         names = np.array(self.classes, dtype=object)
-        return [BETWEEN.join(names[row]) or NOTHING for row in self.called(scores)]
+        return [listed(names[row]) for row in self.called(scores)]
+
+
+def listed(names: Iterable[str]) -> str:
+    """What an image is called, as one text."""
+    return BETWEEN.join(names) or NOTHING
 
 
 def rule(task: Task, classes: tuple[str, ...], points: Mapping[str, Any] | None, point: str) -> Rule:

@@ -15,10 +15,10 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import expit, logit, ndtr, ndtri, stdtrit  # scipy.stats has the same, and takes a second to load
+from scipy.special import expit, logit
+from scipy.stats import norm, rankdata, t
 
 from fadeformer.proportions import wilson
-from fadeformer.ranked import ranks
 
 Floats = NDArray[np.float64]
 Truth = NDArray[np.bool_]
@@ -83,9 +83,9 @@ def components(truth: Truth, score: Floats) -> tuple[Floats, Floats]:
     positives, negatives = int(truth.sum()), int((~truth).sum())
     if not positives or not negatives:
         raise ValueError(f"an AUC needs positives and negatives; there are {positives} and {negatives}")
-    order = ranks(score)
-    outranks = (order[truth] - ranks(score[truth])) / negatives
-    is_outranked = 1 - (order[~truth] - ranks(score[~truth])) / positives
+    ranks = rankdata(score)
+    outranks = (ranks[truth] - rankdata(score[truth])) / negatives
+    is_outranked = 1 - (ranks[~truth] - rankdata(score[~truth])) / positives
     return outranks, is_outranked
 
 
@@ -102,7 +102,7 @@ def interval(found: Aucs, curves: Sequence[int], confidence: float) -> tuple[flo
     if area in (0.0, 1.0):
         return wilson(round(area * fewest), fewest, confidence)
     degrees = _degrees(variances[:, None], found.degrees[curves][:, None])[0]
-    half = float(stdtrit(degrees, (1 + confidence) / 2)) * math.sqrt(max(variance, 0.0)) / (area * (1 - area))
+    half = t.ppf((1 + confidence) / 2, degrees) * math.sqrt(max(variance, 0.0)) / (area * (1 - area))
     return float(expit(logit(area) - half)), float(expit(logit(area) + half))
 
 
@@ -138,9 +138,9 @@ def difference(
     if not math.isfinite(variance):
         raise ValueError("a comparison needs positives and negatives of two groups each")
     error = math.sqrt(max(variance, 0.0))
-    half = float(ndtri((1 + confidence) / 2)) * error
+    half = float(norm.ppf((1 + confidence) / 2)) * error
     of_equals = 1.0 if value == 0 else 0.0  # scores in the same order have no error
-    p = float(2 * ndtr(-abs(value) / error)) if error > 0 else of_equals
+    p = float(2 * norm.sf(abs(value) / error)) if error > 0 else of_equals
     return Difference(value, error, value - half, value + half, p)
 
 

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
+from sklearn.metrics import precision_recall_curve, roc_auc_score, roc_curve
 
-from fadeformer import curves
 from fadeformer.predictions import Predictions
 from fadeformer.ranked import Ranked
 from fadeformer.tasks import TASKS, TINY, Task, one_versus_rest
@@ -58,18 +58,16 @@ def medmnist_auc(labels: Labels, scores: Scores, task: str) -> float | None:
     Returns:
         None where a class or finding lacks positives or negatives: the evaluator gives NaN there.
     """
-    from sklearn.metrics import roc_auc_score  # which the evaluator calls; it takes a second to load
-
     labels, scores = labels.squeeze(), scores.squeeze()
     if task == "binary-class":
-        pairs = [(labels, scores if scores.ndim == 1 else scores[:, -1])]
+        curves = [(labels, scores if scores.ndim == 1 else scores[:, -1])]
     elif TASKS[task].multi_label:
-        pairs = list(zip(labels.T, scores.T, strict=True))
+        curves = list(zip(labels.T, scores.T, strict=True))
     else:
-        pairs = [(labels == c, score) for c, score in enumerate(scores.T)]
-    if any(len(np.unique(truth)) < 2 for truth, _ in pairs):
+        curves = [(labels == c, score) for c, score in enumerate(scores.T)]
+    if any(len(np.unique(truth)) < 2 for truth, _ in curves):
         return None
-    return float(sum(roc_auc_score(truth, score) for truth, score in pairs) / len(pairs))
+    return float(sum(roc_auc_score(truth, score) for truth, score in curves) / len(curves))
 
 
 def medmnist_accuracy(labels: Labels, scores: Scores, task: str) -> float:
@@ -86,7 +84,7 @@ def medmnist_accuracy(labels: Labels, scores: Scores, task: str) -> float:
 
 def roc_points(predictions: Predictions) -> pd.DataFrame:
     """ROC curves of the classes that can be judged: class, fpr, tpr."""
-    return _curves(predictions, "fpr", "tpr", lambda truth, score: curves.roc(truth, score, corners=True)[:2])
+    return _curves(predictions, "fpr", "tpr", lambda truth, score: roc_curve(truth, score)[:2])
 
 
 def pr_points(predictions: Predictions) -> pd.DataFrame:
@@ -95,7 +93,7 @@ def pr_points(predictions: Predictions) -> pd.DataFrame:
 
 
 def _pr_curve(truth: NDArray[np.bool_], score: Scores) -> tuple[Scores, Scores]:
-    precision, recall = curves.precision_recall(truth, score)
+    precision, recall, _ = precision_recall_curve(truth, score, drop_intermediate=True)
     return recall, precision
 
 

@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
+from sklearn.metrics import roc_curve
 
-from fadeformer import curves, resampling
+from fadeformer import resampling
 from fadeformer.metrics import shown_classes
 from fadeformer.predictions import Predictions
 from fadeformer.proportions import share_interval
@@ -41,17 +42,16 @@ def threshold(truth: Truth, score: Floats, rule: str, least: float | None) -> fl
     """
     if truth.all() or not truth.any():
         return None
-    false, true, scores = curves.roc(truth, score, corners=False)
+    false, true, scores = roc_curve(truth, score, drop_intermediate=False)
     if rule == "youden":
         place = int(np.argmax(true - false))
-    elif rule == "sensitivity" and least is not None:
+    elif rule == "sensitivity":
         place = int(np.argmax(true >= least))  # the first, of the highest threshold
-    elif rule == "specificity" and least is not None:
+    elif rule == "specificity":
         place = int(np.flatnonzero(1 - false >= least)[-1])
     else:
-        told = f"rule is {rule!r} of {least}; it is youden, sensitivity or specificity, these two of a number"
-        raise ValueError(told)
-    if place == 0:  # the curve begins where nothing is positive
+        raise ValueError(f"rule is {rule!r}; it is youden, sensitivity or specificity")
+    if place == 0:  # roc_curve begins where nothing is positive
         return float(np.nextafter(max(1.0, scores[1]), np.inf))
     above, below = float(scores[place]), float(scores[place + 1]) if place + 1 < len(scores) else 0.0
     middle = (above + below) / 2

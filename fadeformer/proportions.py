@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import ndtri, stdtrit  # scipy.stats has the same, and takes a second to load
+from scipy.stats import norm, t
 
 Truth = NDArray[np.bool_]
 
@@ -19,7 +19,7 @@ def wilson(hits: int, trials: int, confidence: float = 0.95) -> tuple[float, flo
     """
     if trials < 1:
         raise ValueError("a proportion of nothing has no interval")
-    return score(hits / trials, trials, float(ndtri((1 + confidence) / 2)))
+    return score(hits / trials, trials, float(norm.ppf((1 + confidence) / 2)))
 
 
 def share_interval(
@@ -55,7 +55,7 @@ def share_interval(
         effective = float(clusters)
     else:
         effective = min(float(images), share * (1 - share) / variance) if variance > 0 else float(images)
-    return score(share, effective, float(stdtrit(clusters - 1, (1 + confidence) / 2)))
+    return score(share, effective, float(t.ppf((1 + confidence) / 2, clusters - 1)))
 
 
 def score(share: float, trials: float, quantile: float) -> tuple[float, float]:

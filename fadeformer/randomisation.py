@@ -19,12 +19,12 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from scipy.stats import spearmanr
 from torch import Tensor, nn
 
 from fadeformer.explanations import Floats, fade_maps, grad_cam, is_flat
 from fadeformer.fadenet import FadeNet
 from fadeformer.normalisation import Normalisation
-from fadeformer.ranked import ranks
 
 Method = Callable[[nn.Module, NDArray[np.uint8], Normalisation, NDArray[np.int64]], Floats]
 
@@ -113,7 +113,7 @@ def rank_correlations(maps: Floats, others: Floats) -> Floats:
     maps, others = np.abs(maps), np.abs(others)
     found = np.full(len(maps), np.nan)
     for i in np.flatnonzero(~is_flat(maps) & ~is_flat(others)):
-        found[i] = np.corrcoef(ranks(maps[i].ravel()), ranks(others[i].ravel()))[1, 0]
+        found[i] = spearmanr(maps[i].ravel(), others[i].ravel()).statistic
     return found
 
 

@@ -1,7 +1,6 @@
-"""Ranks, and the areas under a curve from scores that are sorted once, of images that each weigh so much.
+"""The areas under a curve, from scores that are sorted once: of images that each weigh so much, many samples at a time.
 
-Areas are those of many samples at a time. Counts are whole numbers, so an AUC is exact but for its last division,
-whatever the order of the images.
+Counts are whole numbers, so an AUC is exact but for its last division, whatever the order of the images.
 """
 
 from __future__ import annotations
@@ -54,10 +53,3 @@ class Ranked:
         precision = np.divide(true, true + false, out=np.zeros_like(true), where=true > 0)
         average = (positives * precision).sum(axis=1, keepdims=True)
         return (area / (all_positives * all_negatives))[:, 0], (average / all_positives)[:, 0]
-
-
-def ranks(score: Floats) -> Floats:
-    """Place of each score from the lowest, counted from 1; those that are the same share their mean, (scores,)."""
-    _, place, counts = np.unique(score, return_inverse=True, return_counts=True)
-    last = np.cumsum(counts)
-    return (last - (counts - 1) / 2)[place]

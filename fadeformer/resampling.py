@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
-from scipy.special import ndtr, stdtrit  # scipy.stats has the same, and takes a second to load
+from scipy.stats import norm, t
 
 Numbers = NDArray[np.int64]
 Weights = NDArray[np.float32]  # whole numbers, and sums of them up to 2**24, are exact
@@ -100,11 +100,11 @@ def percentiles(samples: NDArray[np.float64], groups: int, confidence: float) ->
     defined = samples[np.isfinite(samples)]
     if len(defined) < ENOUGH * len(samples) or groups < 2:
         return None
-    tail = 100 * ndtr(-quantile(groups, confidence))
+    tail = 100 * norm.sf(quantile(groups, confidence))
     low, high = np.percentile(defined, [tail, 100 - tail])
     return float(low), float(high)
 
 
 def quantile(groups: int, confidence: float) -> float:
     """By how many standard deviations of the samples an interval reaches either way: a little more than Student's t."""
-    return float(np.sqrt(groups / (groups - 1)) * stdtrit(groups - 1, (1 + confidence) / 2))
+    return float(np.sqrt(groups / (groups - 1)) * t.ppf((1 + confidence) / 2, groups - 1))

@@ -17,21 +17,19 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
+from fadeformer.decisions import listed
 from fadeformer.decode import PIXELS, decode, fit
 from fadeformer.errors import UnreadableError, UserError
 from fadeformer.files import read_json
+from fadeformer.model_files import DESCRIPTION, POINTS, WEIGHTS
 from fadeformer.trained import Trained
 
 Pixels = NDArray[np.uint8]
 Floats = NDArray[np.float64]
 
-WEIGHTS = "weights.safetensors"
-ARCHITECTURE = "model.json"
-POINTS = "operating_points.json"
 PROBABILITY = "probability."  # column of a class's calibrated score
 POSITIVE = "positive."  # column of whether it reaches the operating point
 DECISION = "decision"
-TOGETHER = "|"  # between the findings of a decision
 
 
 class Scorer:
@@ -44,7 +42,7 @@ class Scorer:
     """
 
     def __init__(self, folder: Path, max_pixels: int = PIXELS, batch_size: int = 256) -> None:
-        self.described = read_json(folder / ARCHITECTURE)
+        self.described = read_json(folder / DESCRIPTION)
         self.points: dict[str, dict[str, Any]] = read_json(folder / POINTS)["points"]
         self.trained = Trained(self.described, folder / WEIGHTS, torch.device("cpu"), precision="32")
         self.classes: tuple[str, ...] = tuple(self.described["classes"])
@@ -120,14 +118,13 @@ class Scorer:
         return len(self.classes) == 2 and not self.trained.task.multi_label
 
     def decisions(self, scores: Floats, positive: NDArray[np.object_]) -> list[str | None]:
-        """Findings that are positive, joined by |; of two exclusive classes the positive one; of more the likeliest.
+        """Findings that are positive, listed; of two exclusive classes the positive one; of more the likeliest.
 
         None stands where two classes have no threshold, since val or test has only one of them.
         """
         if self.trained.task.multi_label or self._is_binary:
-            named = ((name for name, is_so in zip(self.classes, row, strict=True) if is_so) for row in positive)
-            told = [TOGETHER.join(names) for names in named]
-            return [text or None for text in told] if self._is_binary else list(told)
+            named = [[name for name, is_so in zip(self.classes, row, strict=True) if is_so] for row in positive]
+            return [listed(names) if names or not self._is_binary else None for names in named]
         return [self.classes[place] for place in scores.argmax(axis=1)]
 
     def columns(self, images: Any, operating_point: str) -> dict[str, Any]:

@@ -29,12 +29,14 @@ from mlflow.utils import requirements_utils
 from PIL import Image
 
 import fadeformer
+from fadeformer import model_files
 from fadeformer.errors import UserError
 from fadeformer.files import checksum, read_json
 from pipelines import paths, store
 from pipelines.tracking import MODEL
 
 SERVED = Path(__file__).with_name("served.py")
+ANSWER = 60  # seconds that MLflow may take for each
 CONTENT = "fadeformer.content"  # tag with the checksum of what is in a package
 # What loading needs, and what these do not bring in a version of their own choice; timm imports torchvision.
 REQUIREMENTS = (
@@ -71,25 +73,36 @@ def fetch(name: str) -> Path:
     """The folder of a package, downloaded where it does not lie on this machine.
 
     Args:
-        name: `models:/NAME@champion`, `models:/NAME/VERSION` or `models:/m-ID`, in this project's store or where
-            MLFLOW_TRACKING_URI says; or a package's folder.
+        name: `models:/NAME@champion`, `models:/NAME/VERSION`, `models:/m-ID` or `runs:/ID/model`, in this project's
+            store or where MLFLOW_TRACKING_URI says; or a package's folder.
 
     Raises:
-        UserError: there is no such model, or it is none of this project's.
+        UserError: there is no such model, no store of this project, or it is none of this project's models.
+        Unreachable: MLflow is.
     """
     if re.match(r"\w+:/", name):
-        store.connect()
-    elif not Path(name).is_dir():
+        folder = _downloaded(name)
+    elif (folder := Path(name)).is_dir():
+        pass
+    else:
         raise UserError(f"{name}: no such folder; name a package's folder, or a model such as models:/NAME@champion")
-    try:
-        folder = Path(mlflow.artifacts.download_artifacts(name))
-    except (MlflowException, OSError) as error:
-        raise UserError(
-            f"{name}: cannot be fetched from MLflow at {store.address()} ({str(error).strip().splitlines()[0]});"
-            " `make ui` shows what there is"
-        ) from error
     data(folder)
     return folder
+
+
+def _downloaded(uri: str) -> Path:
+    """Where the files of a model in the store lie: in a local store where they are, else brought here."""
+    if not store.exists():
+        raise UserError(f"{store.address()}: no MLflow store is there; run `dvc repro`, or set MLFLOW_TRACKING_URI")
+    with store.patience(ANSWER):
+        store.connect()
+        try:
+            return Path(mlflow.artifacts.download_artifacts(uri))
+        except (MlflowException, OSError) as error:
+            reason = str(error).strip().splitlines()[0][:300]
+            raise UserError(
+                f"{uri}: MLflow at {store.address()} has no such model ({reason}); `make ui` shows what there is"
+            ) from error
 
 
 def load(folder: Path, config: Mapping[str, Any]) -> PyFuncModel:
@@ -123,16 +136,15 @@ def _write(package: Path, model: Model, content: str) -> None:
     import torch  # takes seconds, and who finds that a package is there already needs none of it
     from safetensors.torch import save_file
 
-    from fadeformer import scoring
     from pipelines import served
 
     described = read_json(paths.ARCHITECTURE)
     data, code = (package.with_name("parts") / name for name in ("model", "code"))
     data.mkdir(parents=True)
-    save_file(torch.load(paths.WEIGHTS, weights_only=True), data / scoring.WEIGHTS)
-    shutil.copyfile(paths.ARCHITECTURE, data / scoring.ARCHITECTURE)
-    shutil.copyfile(paths.OPERATING_POINTS, data / scoring.POINTS)
-    shutil.copyfile(paths.FAMILIAR, data / paths.FAMILIAR.name)
+    save_file(torch.load(paths.WEIGHTS, weights_only=True), data / model_files.WEIGHTS)
+    shutil.copyfile(paths.ARCHITECTURE, data / model_files.DESCRIPTION)
+    shutil.copyfile(paths.OPERATING_POINTS, data / model_files.POINTS)
+    shutil.copyfile(paths.FAMILIAR, data / model_files.FAMILIAR)
     library = Path(fadeformer.__file__).parent
     shutil.copytree(library, code / library.name, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copyfile(SERVED, code / SERVED.name)

@@ -15,11 +15,9 @@ from fadeformer import predictions
 from fadeformer.errors import UserError
 from fadeformer.gate import Decision
 from fadeformer.predictions import Predictions
-from pipelines import store
 
 CHAMPION = "champion"
 CHALLENGER = "challenger"
-ANSWER = 60  # seconds that MLflow may take for each
 CELL = " | &emsp;"  # between cells of a table: MLflow's page sets them edge to edge
 
 
@@ -50,28 +48,6 @@ def register(name: str, run_id: str, model_id: str) -> Version:
             return Version(name, str(known.version), run_id)
     made = client.create_model_version(name, source, run_id, model_id=model_id)
     return Version(name, str(made.version), run_id)
-
-
-def download(uri: str, folder: Path) -> Path:
-    """Brings the files of a model into a folder.
-
-    Args:
-        uri: models:/NAME@ALIAS, models:/NAME/VERSION or runs:/ID/model.
-        folder: where they go.
-
-    Raises:
-        UserError: there is no such model, or no store of this project.
-        Unreachable: MLflow is.
-    """
-    if not store.exists():
-        raise UserError(f"{store.address()}: no MLflow store is there; run `dvc repro`, or set MLFLOW_TRACKING_URI")
-    with store.patience(ANSWER):
-        store.connect()
-        try:
-            return Path(mlflow.artifacts.download_artifacts(artifact_uri=uri, dst_path=str(folder)))
-        except (MlflowException, OSError) as error:
-            reason = str(error).strip().splitlines()[0][:300]
-            raise UserError(f"{uri}: MLflow at {store.address()} has no such model ({reason})") from error
 
 
 def test_predictions(version: Version) -> Predictions:

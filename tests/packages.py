@@ -2,17 +2,22 @@
 
 import io
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+import mlflow
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save_file
 
 from fadeformer import unfamiliar
+from fadeformer.model_files import DESCRIPTION, FAMILIAR, POINTS, TRAINED, WEIGHTS
 from fadeformer.models import create_model
-from fadeformer.scoring import ARCHITECTURE, POINTS, WEIGHTS
 from fadeformer.trained import Trained
+from pipelines import store
 
 FADE = {"variant": "published", "num_heads": 4, "dropout": 0.1, "K": 2, "alpha": 0.5, "after_blocks": ["last"]}
 KINDS = {  # task, head, classes, calibration
@@ -45,31 +50,43 @@ def write_model(folder: Path, kind: str = "binary", *, side: int = 16, channels:
     judged = classes[1:] if kind == "binary" else classes
     (folder / "models").mkdir(parents=True)
     (folder / "reports").mkdir()
-    weights = folder / "models" / "best_model.pth"
+    weights = folder / "models" / TRAINED
     torch.save(model.state_dict(), weights)
     trained = Trained(described, weights)
     middle = np.median(trained.scores(images(20, side, channels), 20), axis=0)
     _, features = trained.raw_scores_and_features(images(20, side, channels), 20)
     labels = np.zeros((20, len(classes) if kind == "findings" else 1), np.int64)
     known = unfamiliar.fit(features, labels, trained.task, features)
-    unfamiliar.write(known, folder / "models" / "unfamiliar.safetensors")
+    unfamiliar.write(known, folder / "models" / FAMILIAR)
     described["unfamiliar"] = {"limit": known.limit}
     points = {
         "youden": {name: {"threshold": middle[classes.index(name)]} for name in judged},
         "sensitivity": {name: {"threshold": 0.0} for name in judged},
         "specificity": dict.fromkeys(judged),
     }
-    (folder / "models" / ARCHITECTURE).write_text(json.dumps(described))
+    (folder / "models" / DESCRIPTION).write_text(json.dumps(described))
     (folder / "reports" / POINTS).write_text(json.dumps({"wanted": {}, "confidence": 0.95, "points": points}))
     return folder
+
+
+@contextmanager
+def project_with_store(folder: Path) -> Iterator[Path]:
+    """A project's folder with a model, in which what is in the block runs, and MLflow's store of its own there."""
+    before = mlflow.get_tracking_uri()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(write_model(folder))
+        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        store.connect()
+        yield folder
+    mlflow.set_tracking_uri(before)
 
 
 def gather(folder: Path) -> Path:
     """The data of a package, out of what `write_model` wrote; returns their folder."""
     package = folder / "package"
     package.mkdir()
-    save_file(torch.load(folder / "models" / "best_model.pth", weights_only=True), package / WEIGHTS)
-    (package / ARCHITECTURE).write_bytes((folder / "models" / ARCHITECTURE).read_bytes())
+    save_file(torch.load(folder / "models" / TRAINED, weights_only=True), package / WEIGHTS)
+    (package / DESCRIPTION).write_bytes((folder / "models" / DESCRIPTION).read_bytes())
     (package / POINTS).write_bytes((folder / "reports" / POINTS).read_bytes())
     return package
 

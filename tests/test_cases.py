@@ -4,7 +4,6 @@ import numpy as np
 import pandas as pd
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from sklearn.decomposition import PCA
 
 from fadeformer import bands, case_plots, embedding, evidence_plots, mistakes, predictions, subgroups, summary
 from fadeformer.metrics import roc_points
@@ -69,15 +68,6 @@ def test_directions_of_most_spread():
     assert abs(np.corrcoef(found["x"], features[:, 0])[0, 1]) > 0.99
     assert abs(np.corrcoef(found["y"], features[:, 1])[0, 1]) > 0.99
     assert sum(found.attrs["explained"]) > 0.99
-
-
-@pytest.mark.parametrize("shape", [(60, 9), (7, 20), (5, 5), (12, 2)])
-def test_places_are_the_principal_components_of_scikit_learn(shape):
-    features = np.random.default_rng(1).normal(size=shape).astype(np.float32) * np.linspace(5, 1, shape[1], dtype="f4")
-    found = embedding.places(features, pd.Series([f"i{k}" for k in range(len(features))]))
-    expected = PCA(2).fit(features.astype(np.float64))
-    np.testing.assert_allclose(found[["x", "y"]], expected.transform(features.astype(np.float64)), atol=1e-9)
-    assert found.attrs["explained"] == pytest.approx(expected.explained_variance_ratio_.tolist())
 
 
 def test_features_that_are_all_alike_lie_in_one_place():

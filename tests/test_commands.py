@@ -11,16 +11,14 @@ from pathlib import Path
 from urllib.error import URLError
 from urllib.request import Request, urlopen
 
-import mlflow
 import numpy as np
 import pytest
 from mlflow import MlflowClient
 
 from fadeformer.scoring import Scorer
 from pipelines import packaged, registry, tracking
-from pipelines import store as mlflow_store
 from tests.conftest import ROOT
-from tests.packages import images, png, write_model
+from tests.packages import images, png, project_with_store
 
 CHAMPION = "models:/fadenet-phantom@champion"
 COMMAND = [sys.executable, "-c", "from pipelines.cli import main; main()"]
@@ -28,17 +26,11 @@ COMMAND = [sys.executable, "-c", "from pipelines.cli import main; main()"]
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory) -> Path:
-    folder = write_model(tmp_path_factory.mktemp("project"))
-    before = mlflow.get_tracking_uri()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
-        mlflow_store.connect()
+    with project_with_store(tmp_path_factory.mktemp("project")) as folder:
         with tracking.run() as run_id:
             pass
         registry.register("fadenet-phantom", run_id, packaged.log(run_id).model_id)
         MlflowClient().set_registered_model_alias("fadenet-phantom", "champion", "1")
-    mlflow.set_tracking_uri(before)
     return folder
 
 
@@ -73,10 +65,7 @@ def test_the_champion_is_exported(project, expected):
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        (
-            ("export", "models:/nothing@champion", "--format", "onnx", "--out", "x.onnx"),
-            "cannot be fetched from MLflow",
-        ),
+        (("export", "models:/nothing@champion", "--format", "onnx", "--out", "x.onnx"), "has no such model"),
         (("export", "nowhere", "--format", "onnx", "--out", "x.onnx"), "nowhere: no such folder"),
         (("export", "models", "--format", "onnx", "--out", "x.onnx"), "models: is no package of this pipeline's"),
         (("export", CHAMPION, "--format", "program", "--out", "x.onnx"), "ends with .pt2"),

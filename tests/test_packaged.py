@@ -14,23 +14,17 @@ import pytest
 from mlflow import MlflowClient
 from safetensors import safe_open
 
+from fadeformer.errors import UserError
 from fadeformer.scoring import Scorer
 from pipelines import moved, packaged, registry, tracking
-from pipelines import store as mlflow_store
-from tests.packages import gather, images, png, write_model
+from tests.packages import gather, images, png, project_with_store
 
 
 @pytest.fixture(scope="module", autouse=True)
 def project(tmp_path_factory) -> Path:
     """A folder with a model and a store of its own."""
-    folder = write_model(tmp_path_factory.mktemp("project"))
-    before = mlflow.get_tracking_uri()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
-        mlflow_store.connect()
+    with project_with_store(tmp_path_factory.mktemp("project")) as folder:
         yield folder
-    mlflow.set_tracking_uri(before)
 
 
 @pytest.fixture(scope="module")
@@ -162,3 +156,34 @@ def test_a_store_that_was_moved_serves_without_this_project(project, run_id, tmp
         away.rename(project / "mlruns" / "artifacts")
     np.testing.assert_allclose(scores, expected, atol=1e-6)
     assert library.startswith(str(elsewhere))
+
+
+def test_a_package_is_fetched_by_each_kind_of_address(run_id):
+    made = packaged.log(run_id)
+    number = registry.register("fetched", run_id, made.model_id).number
+    MlflowClient().set_registered_model_alias("fetched", "champion", number)
+    names = (
+        "models:/fetched@champion",
+        f"models:/fetched/{number}",
+        f"models:/{made.model_id}",
+        f"runs:/{run_id}/model",
+    )
+    folders = {name: packaged.fetch(name) for name in names}
+    folders["a folder"] = packaged.fetch(str(folders[names[0]]))
+    files = ["model.json", "operating_points.json", "unfamiliar.safetensors", "weights.safetensors"]
+    for folder in folders.values():
+        assert sorted(path.name for path in packaged.data(folder).iterdir()) == files
+
+
+@pytest.mark.parametrize("uri", ["models:/m@nobody", "models:/m/99", "models:/unheard@champion", "runs:/0123/model"])
+def test_a_model_that_is_not_there_is_told(uri):
+    with pytest.raises(UserError, match=f"^{uri}: MLflow at .*mlruns has no such model"):
+        packaged.fetch(uri)
+
+
+def test_without_a_store_none_is_made(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    with pytest.raises(UserError, match="no MLflow store is there; run `dvc repro`"):
+        packaged.fetch("models:/a@champion")
+    assert not list(tmp_path.iterdir())

@@ -88,41 +88,6 @@ def test_the_decision_is_kept_as_tags(tmp_path):
     assert set(MlflowClient().get_model_version("d", "2").tags) == {"gate.min_auc"}  # no verdict of before stays
 
 
-def test_a_model_s_files_are_brought_by_each_kind_of_address(tmp_path):
-    (tmp_path / "model.json").write_text("{}")
-    made = judged_with_files("f", tmp_path)
-    for number, uri in enumerate(["models:/f@champion", f"models:/f/{made.number}", f"runs:/{made.run_id}/model"]):
-        folder = tmp_path / str(number)
-        folder.mkdir()
-        assert [path.read_text() for path in registry.download(uri, folder).rglob("model.json")] == ["{}"]
-
-
-def judged_with_files(name: str, tmp_path) -> registry.Version:
-    made = version(name, 1.0, tmp_path)
-    (model,) = MlflowClient().search_logged_models(
-        [MlflowClient().get_run(made.run_id).info.experiment_id], f"source_run_id = '{made.run_id}'"
-    )
-    (tmp_path / "files").mkdir()
-    (tmp_path / "model.json").rename(tmp_path / "files" / "model.json")
-    MlflowClient().log_model_artifacts(model.model_id, str(tmp_path / "files"))
-    registry.place(made, gate.decide(some_predictions(1.0), None, min_auc=0.6), "card")
-    return made
-
-
-@pytest.mark.parametrize("uri", ["models:/f@nobody", "models:/f/99", "models:/unheard@champion", "runs:/0123/model"])
-def test_a_model_that_is_not_there_is_told(uri, tmp_path):
-    with pytest.raises(UserError, match=f"^{uri}: MLflow at .*mlruns has no such model"):
-        registry.download(uri, tmp_path)
-
-
-def test_without_a_store_none_is_made(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    with pytest.raises(UserError, match="no MLflow store is there; run `dvc repro`"):
-        registry.download("models:/a@champion", tmp_path)
-    assert not list(tmp_path.iterdir())
-
-
 def test_a_champion_whose_predictions_are_gone_is_told():
     with tracking.run() as run_id:
         pass

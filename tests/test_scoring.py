@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from fadeformer.decisions import BETWEEN, NOTHING
 from fadeformer.decode import fit
 from fadeformer.errors import UserError
 from fadeformer.scoring import Scorer
@@ -100,7 +101,7 @@ def test_columns_hold_probabilities_and_decisions(kind, tmp_path):
         if kind == "binary":
             assert positive == [decision]
         elif kind == "findings":
-            assert "|".join(positive) == decision
+            assert decision == (BETWEEN.join(positive) or NOTHING)
         else:
             assert decision == classes[scores[row].argmax()]
 

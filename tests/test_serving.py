@@ -14,8 +14,7 @@ from mlflow.pyfunc import scoring_server
 
 from fadeformer.scoring import Scorer
 from pipelines import packaged, serving, tracking
-from pipelines import store as mlflow_store
-from tests.packages import images, png, write_model
+from tests.packages import images, png, project_with_store
 
 JSON = {"content-type": "application/json"}
 TEXTS = [base64.b64encode(png(image)).decode() for image in images(3)]
@@ -35,16 +34,10 @@ FORMS = [
 @pytest.fixture(scope="module")
 def package(tmp_path_factory):
     """The folder of a package, and in it the path that no answer may tell."""
-    folder = write_model(tmp_path_factory.mktemp("served"))
-    before = mlflow.get_tracking_uri()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
-        mlflow_store.connect()
+    with project_with_store(tmp_path_factory.mktemp("served")):
         with tracking.run() as run_id:
             pass
         yield packaged.fetch(f"models:/{packaged.log(run_id).model_id}")
-    mlflow.set_tracking_uri(before)
 
 
 @pytest.fixture(scope="module")

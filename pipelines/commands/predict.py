@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import tempfile
+import re
 from functools import partial
 from pathlib import Path
 
 import torch
 
-from fadeformer import decisions, inputs, overlays, packaged, parts, predicting, unfamiliar
+from fadeformer import decisions, inputs, model_files, overlays, parts, predicting, unfamiliar
 from fadeformer.errors import UserError
 from fadeformer.files import read_json
-from fadeformer.packaged import Packaged
+from fadeformer.model_files import ModelFiles
 from fadeformer.parts import Parts
 from fadeformer.trained import Trained
 from pipelines.stage import Ended
@@ -46,17 +46,16 @@ def run(arguments: argparse.Namespace) -> Ended:
         raise UserError(f"--threads is {arguments.threads}; it must be 1 or more")
     parts.check(arguments.out)
     images, left_out = inputs.find(arguments.paths)
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(arguments.model)
-        if arguments.model.startswith(("models:/", "runs:/")):
-            from pipelines import registry  # MLflow takes seconds to import, and a folder does without it
+    folder = Path(arguments.model)
+    if re.match(r"\w+:/", arguments.model):
+        from pipelines import packaged  # MLflow takes seconds to import, and a folder does without it
 
-            folder = registry.download(arguments.model, Path(temporary))
-        model = packaged.find(folder, arguments.model, arguments.operating_points)
-        return _predict(arguments, images, left_out, model)
+        folder = packaged.fetch(arguments.model)
+    model = model_files.find(folder, arguments.model, arguments.operating_points)
+    return _predict(arguments, images, left_out, model)
 
 
-def _predict(arguments: argparse.Namespace, images: list[inputs.Input], left_out: int, model: Packaged) -> Ended:
+def _predict(arguments: argparse.Namespace, images: list[inputs.Input], left_out: int, model: ModelFiles) -> Ended:
     described = model.described
     trained = trained_of(model)
     classes = tuple(described["classes"])
@@ -89,7 +88,7 @@ def _predict(arguments: argparse.Namespace, images: list[inputs.Input], left_out
     return Ended("; ".join(told), PROBLEMS if unreadable else 0)
 
 
-def trained_of(model: Packaged) -> Trained:
+def trained_of(model: ModelFiles) -> Trained:
     """The network, on a GPU if there is one; raises UserError where its weights are damaged."""
     try:
         trained = Trained(model.described, model.weights)
@@ -99,7 +98,7 @@ def trained_of(model: Packaged) -> Trained:
     return trained
 
 
-def _key(arguments: argparse.Namespace, images: list[inputs.Input], model: Packaged, trained: Trained) -> str:
+def _key(arguments: argparse.Namespace, images: list[inputs.Input], model: ModelFiles, trained: Trained) -> str:
     """Of all that decides the table: model, images by size and time, point, device, libraries."""
     digest = hashlib.sha256(model.identity().encode())
     decides = [arguments.point, arguments.explain, trained.device, trained.precision, torch.__version__]

@@ -13,13 +13,14 @@ from fadeformer.errors import UserError
 from fadeformer.files import checksum, read_json
 
 DESCRIPTION = "model.json"
-WEIGHTS = ("weights.safetensors", "best_model.pth")
+WEIGHTS = "weights.safetensors"  # of a package
+TRAINED = "best_model.pth"  # as training leaves them
 FAMILIAR = "unfamiliar.safetensors"
 POINTS = "operating_points.json"
 
 
 @dataclass(frozen=True)
-class Packaged:
+class ModelFiles:
     """Files of one model.
 
     Attributes:
@@ -49,7 +50,7 @@ class Packaged:
         return hashlib.sha256("".join(checksum(file, "sha256") for file in files).encode()).hexdigest()
 
 
-def find(folder: Path, called: str, points: Path | None = None) -> Packaged:
+def find(folder: Path, called: str, points: Path | None = None) -> ModelFiles:
     """Finds a model's files in a folder, or in its `data/model/`, where a package of MLflow has them.
 
     Args:
@@ -61,15 +62,15 @@ def find(folder: Path, called: str, points: Path | None = None) -> Packaged:
         UserError: there is no model, or one that was made before models told of their images and of what they know.
     """
     for place in (folder, folder / "data" / "model"):
-        weights = next((place / name for name in WEIGHTS if (place / name).is_file()), None)
+        weights = next((place / name for name in (WEIGHTS, TRAINED) if (place / name).is_file()), None)
         if weights is not None and (place / DESCRIPTION).is_file():
             break
     else:
-        raise UserError(f"{called}: holds no model ({DESCRIPTION} and {' or '.join(WEIGHTS)}); run `dvc repro train`")
+        raise UserError(f"{called}: holds no model ({DESCRIPTION} and {WEIGHTS} or {TRAINED}); run `dvc repro train`")
     if points is not None and not points.is_file():
         raise UserError(f"{points}: no such file; `dvc repro evaluate` makes reports/{POINTS}")
     own = place / POINTS
-    found = Packaged(place, weights, points or (own if own.is_file() else None))
+    found = ModelFiles(place, weights, points or (own if own.is_file() else None))
     missing = [name for name in ("input", "unfamiliar") if name not in found.described]
     if missing or not found.familiar.is_file():
         raise UserError(
