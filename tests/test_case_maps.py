@@ -34,13 +34,13 @@ WRONG = pd.DataFrame({"row": [3, 7], "class": [4, 0]})
 def test_maps_have_the_image_s_side_and_sum_to_what_the_logits_differ_by(tmp_path):
     model = trained(tmp_path)
     found = case_maps(model, WRONG, PIXELS, np.zeros(20, np.int64), 0)
-    assert list(found.maps) == ["attention part (alpha 0.50)", "Laplacian part", "Grad-CAM"]
+    assert list(found.maps) == ["Attention part (alpha 0.50)", "Laplacian part", "Grad-CAM"]
     assert all(of.shape == (2, 28, 28) for of in found.maps.values())
     assert found.numbers["alpha"] == pytest.approx(0.5)
     assert set(found.numbers["randomisation"]) == {"grad_cam", "attention", "laplacian"}
     assert len(found.sentences) == 5
     others = case_maps(model, WRONG.assign(**{"class": [1, 1]}), PIXELS, np.zeros(20, np.int64), 0)
-    assert not np.allclose(found.maps["attention part (alpha 0.50)"], others.maps["attention part (alpha 0.50)"])
+    assert not np.allclose(found.maps["Attention part (alpha 0.50)"], others.maps["Attention part (alpha 0.50)"])
     again = case_maps(model, WRONG, PIXELS, np.zeros(20, np.int64), 0)
     assert again.numbers == found.numbers
 

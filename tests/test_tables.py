@@ -311,5 +311,5 @@ def test_a_grid_is_trained_and_goes_on_where_a_cell_is_gone(project: Project):
     assert re.findall(r"^(\S+): trained and judged", output, re.MULTILINE) == [CELLS[2]]
     assert (kept / CELLS[2] / "predictions.parquet").read_bytes() == before[CELLS[2]]
     assert written.read_text().split("Trained and judged")[1].split("\n", 1)[1] == first.split("Trained and judged")[1].split("\n", 1)[1]  # fmt: skip  # noqa: E501
-    assert project.run("git", "status", "--short").split("\n")[:-1] == ["?? docs/tables.md", "?? tiny.yaml"]
+    assert project.run("git", "status", "--short").split("\n")[:-1] == [" M docs/tables.md", "?? tiny.yaml"]
     assert list(project.temporary.iterdir()) == []

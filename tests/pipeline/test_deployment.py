@@ -118,7 +118,7 @@ def test_the_server_saw_every_flow_and_task_by_its_name(finished, address):
     tasks = {task["name"].rsplit("-", 1)[0] for task in ask(address, "task_runs")}
     assert tasks == {
         "download", "validate", "preprocess", "train", "evaluate", "promote", "fit the network", "write the model",
-        "log the model to MLflow", "predict", "measure", "draw figures", "write the report",
+        "log the history to MLflow", "predict", "measure", "draw figures", "write the report",
         "log the evaluation to MLflow",
     }  # fmt: skip
 
