@@ -44,7 +44,7 @@ def write(
     except ValueError as error:
         raise UserError(f"this network cannot be explained: {error}; leave --explain out") from error
     for place, name in enumerate(names):
-        figure = Figure(figsize=(SIDE * (1 + len(maps)), SIDE + 0.15), layout="constrained")
+        figure = Figure(figsize=(SIDE * (1 + len(maps)), SIDE + 0.3), layout="constrained")
         first, *others = figure.subplots(1, 1 + len(maps))
         image = pixels[place].squeeze()
         first.imshow(image, cmap="gray", vmin=0, vmax=255)
