@@ -1,5 +1,9 @@
 """Images through a network: in order, in evaluation mode, whatever the batch."""
 
+import os
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -110,3 +114,19 @@ def test_attention_in_bfloat16_on_a_cpu_is_computed_in_float32():
     expected.bfloat16().float().square().sum().backward()
     for part, other in zip(parts, wide, strict=True):
         assert torch.equal(part.grad, other.grad.bfloat16())
+
+
+@pytest.mark.parametrize(("given", "found"), [(None, "AVX512_CORE_BF16"), ("SSE41", "SSE41")])
+def test_amx_is_left_alone_unless_the_environment_says_otherwise(given, found):
+    environment = {name: value for name, value in os.environ.items() if name != "ONEDNN_MAX_CPU_ISA"}
+    program = (
+        "import os, torch, fadeformer; torch.nn.functional.conv2d(torch.ones(4, 3, 16, 16), torch.ones(8, 3, 3, 3));"
+        " print('capped at', os.environ['ONEDNN_MAX_CPU_ISA'])"
+    )
+    told = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True,
+        env={**environment, "ONEDNN_VERBOSE": "1", **({} if given is None else {"ONEDNN_MAX_CPU_ISA": given})},
+    ).stdout  # fmt: skip
+    assert f"capped at {found}" in told
+    assert "AMX" not in told
+    assert ("isa:Intel SSE4.1" in told) == (given == "SSE41")  # what stands there reaches oneDNN
