@@ -20,6 +20,8 @@ from scipy.stats import norm, rankdata, t
 
 from fadeformer.proportions import wilson
 
+ROUNDING = 1e-13  # of a variance, relative to those that it is the difference of
+
 Floats = NDArray[np.float64]
 Truth = NDArray[np.bool_]
 
@@ -132,12 +134,36 @@ def difference(
     Raises:
         ValueError: there are no positives or negatives, or in one group only.
     """
-    found = aucs([truth, truth], [first, second], groups)
-    contrast = np.array([1.0, -1.0])
+    return mean_difference([truth], [first], [second], groups, confidence)
+
+
+def mean_difference(
+    truths: Sequence[Truth],
+    first: Sequence[Floats],
+    second: Sequence[Floats],
+    groups: NDArray[np.int64] | None = None,
+    confidence: float = 0.95,
+) -> Difference:
+    """Paired comparison of the means of two models' AUCs over some classes or findings.
+
+    Args:
+        truths: of each class, which images are positive, (images,).
+        first: scores of one model for each class, (images,).
+        second: of the other.
+        groups: number of each image's patient or lesion; None where every image stands alone.
+        confidence: of the interval.
+
+    Raises:
+        ValueError: there are no positives or negatives of a class, or in one group only.
+    """
+    found = aucs([*truths, *truths], [*first, *second], groups)
+    contrast = np.repeat([1.0, -1.0], len(truths)) / len(truths)
     value, variance = float(contrast @ found.areas), float(contrast @ found.covariance @ contrast)
     if not math.isfinite(variance):
         raise ValueError("a comparison needs positives and negatives of two groups each")
-    error = math.sqrt(max(variance, 0.0))
+    if variance < ROUNDING * found.covariance.diagonal().max():  # of scores in the same order only rounding is left
+        variance = 0.0
+    error = math.sqrt(variance)
     half = float(norm.ppf((1 + confidence) / 2)) * error
     of_equals = 1.0 if value == 0 else 0.0  # scores in the same order have no error
     p = float(2 * norm.sf(abs(value) / error)) if error > 0 else of_equals

@@ -252,6 +252,14 @@ class PromoteParams(Section):
 
     model_name: Annotated[str, Field(pattern=r"^([\w .-]|\{dataset\})+$")]  # what MLflow takes, and no quotes
     min_auc: Fraction
+    min_class_auc: Fraction | None
+    min_subgroup_auc: Fraction | dict[str, Fraction] | None
+    min_cases: Annotated[int, Field(ge=1)]
+    max_ece: Fraction | None
+    operating_point: Literal["youden", "sensitivity", "specificity"]
+    min_sensitivity: Fraction | None
+    margin: Fraction
+    min_gain: Fraction | None
 
 
 class Params(Section):

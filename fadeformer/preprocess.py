@@ -102,6 +102,34 @@ def write(
     return meta
 
 
+def decoded(
+    manifest: pd.DataFrame, source: Path, path: Path, *, image_size: int, channels: int, aspect: Aspect
+) -> NDArray[np.uint8]:
+    """Every image of a manifest as one array, (images, side, side, channels), mapped into memory.
+
+    Args:
+        manifest: one row per image.
+        source: where the manifest's archives lie.
+        path: of the array, a `.npy`.
+        image_size: side of the array, pixels.
+        channels: 1 (grey) or 3 (colour).
+        aspect: what becomes of an image that is not square.
+
+    Raises:
+        UserError: an image cannot be read.
+    """
+    found = np.lib.format.open_memmap(path, "w+", np.uint8, (len(manifest), image_size, image_size, channels))
+
+    def work(_: int, image: Image.Image) -> NDArray[np.uint8]:
+        return fit(image, image_size, channels, aspect)
+
+    for position, pixels in images.each(manifest, source, work, what="arrays", threads=None):
+        if isinstance(pixels, UnreadableError):
+            raise pixels
+        found[position] = pixels
+    return found
+
+
 def _opened(path: Path, shape: tuple[int, ...]) -> BinaryIO:
     """An array's file, at the place of its first element; a new one has its whole length at once."""
     exists = path.exists()

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import base64
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import pandas as pd
-from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup, escape
 from ruamel.yaml import YAML
 from ruamel.yaml.compat import StringIO
 
-from fadeformer import evidence_tables
+from fadeformer import evidence_tables, pages
 from fadeformer.card import INTENDED
 from fadeformer.evidence_tables import Evidence
 from fadeformer.summary import told
@@ -34,7 +31,6 @@ FIGURES = {
     "embedding": ("Map of the features", "Where test images lie by what the classifier sees of them, by label."),
 }  # fmt: skip
 SIDE_BY_SIDE = 5  # classes up to which two figures beside each other can be read
-INTERVAL = re.compile(r"[\d.]+ \([\d.]+ to [\d.]+\)")
 GALLERY = (
     "Most confident mistakes", "The test images that were called wrongly with the highest score, with what was called."
 )  # fmt: skip
@@ -68,16 +64,13 @@ def report(
         figures: PNG by name; that of the subgroups may be missing.
         run_id: MLflow's, of the training.
     """
-    pages = Environment(loader=PackageLoader("fadeformer", "."), autoescape=True, undefined=StrictUndefined)
-    pages.filters["marked"] = marked
-    pages.tests["interval"] = lambda text: INTERVAL.fullmatch(text) is not None
     drawn = {
         name: Figure(name, *FIGURES.get(name, GALLERY), base64.b64encode(png).decode()) for name, png in figures.items()
     }
     stream = StringIO()
     YAML().dump(of.described["params"], stream)
     verdict, worse = evidence_tables.subgroups_verdict(of) if of.subgroups else ("", [])
-    return pages.get_template("report.html").render(
+    return pages.template("report.html").render(
         title=f"{of.described['model']['backbone']} on {of.meta.dataset['name']}",
         note=of.meta.dataset["note"],
         intended=INTENDED,
@@ -105,12 +98,6 @@ def report(
         params=stream.getvalue(),
         run_id=run_id,
     )
-
-
-def marked(text: str) -> Markup:
-    """Text with Markdown's marks of code and of strong words, as HTML; all else in it is escaped."""
-    found = re.sub(r"`([^`]+)`", r"<code>\1</code>", str(escape(text)))
-    return Markup(re.sub(r"\*\*(.+?)\*\*", r"<strong>\1</strong>", found))  # noqa: S704 - it was escaped
 
 
 def verdicts(of: Evidence, uncalibrated: Mapping[str, Any], published: pd.DataFrame) -> list[tuple[str, str]]:

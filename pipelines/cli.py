@@ -12,6 +12,8 @@ from pipelines import stage
 COMMANDS = {  # module of pipelines.commands: what it does
     "export": "a model as one ONNX graph or torch.export program",
     "predict": "predict images on the disk by a model",
+    "promote": "judge a model again, promote it by force, or take a champion back",
+    "registry": "what was decided about models",
     "serve": "a model over HTTP, with limits for requests from strangers",
 }
 

@@ -8,15 +8,13 @@ told more.
 
 from __future__ import annotations
 
-import errno
-import json
-import os
 import time
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+from fadeformer import lines
 from fadeformer.arrays import Meta
 from fadeformer.errors import UserError
 from fadeformer.files import read_json, write_json
@@ -214,31 +212,10 @@ class Journal:
         self._delivered = delivered
 
     def _read(self) -> list[dict[str, Any]]:
-        if not self._file.is_file():
-            return []
-        lines = self._file.read_bytes().splitlines(keepends=True)
-        if lines and not lines[-1].endswith(b"\n"):
-            os.truncate(self._file, sum(map(len, lines[:-1])))
-            del lines[-1]
-        try:
-            return [json.loads(line) for line in lines]
-        except ValueError as error:
-            raise UserError(
-                f"{self._file}, which keeps what a training tells MLflow, is damaged ({error}); remove"
-                f" {self._file.parent} to train anew"
-            ) from error
+        return lines.read(self._file, f"remove {self._file.parent} to train anew", mend=True)
 
     def _write(self, kind: str, **record: Any) -> None:
         """Appends a record, whole or not at all; raises OSError when the disk is full."""
         record = {"kind": kind, "time": time.time_ns() // 10**6, **record}
-        line = (json.dumps(record, ensure_ascii=False) + "\n").encode()
-        with self._file.open("ab", buffering=0) as file:
-            size = file.tell()
-            try:
-                if file.write(line) < len(line):
-                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self._file))
-                os.fsync(file)
-            except BaseException:
-                file.truncate(size)
-                raise
+        lines.append(self._file, record)
         self._records.append(record)

@@ -1,45 +1,142 @@
-"""Stage promote: reads predictions and the run's id, registers the model, writes reports/promotion.json: the gate."""
+"""Stage promote: reads what was found of a model, registers it and decides about the champion: the registry gate.
+
+Writes reports/promotion.json and promotion.html. What was decided stands in the ledger (`pipelines.ledger`) first.
+"""
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
-from fadeformer import arrays, gate, params, predictions
-from fadeformer.files import read_json, write_json
-from pipelines import packaged, paths, registry, stage, tracking
+from fadeformer import arrays, gate, params, predictions, promotion
+from fadeformer.arrays import Meta
+from fadeformer.files import read_json, whole_file, write_json
+from fadeformer.gate import Asked, Candidate
+from fadeformer.params import PromoteParams
+from fadeformer.predictions import Predictions
+from fadeformer.verdict import Decision
+from pipelines import ledger, packaged, paths, registry, stage, store, tracking, verdict_table
+from pipelines.ledger import Subject
 
 
 def main() -> str:
     """Registers the version and decides about the alias; a refusal is a decision, not an error."""
+    return judge(None)
+
+
+def judge(forced: str | None) -> str:
+    """Judges what lies in models/ and reports/.
+
+    Args:
+        forced: why it is promoted whatever comes of it; None: by the rules alone.
+    """
     wanted = params.load(paths.PARAMS).promote
     run_id = read_json(paths.RUN)["mlflow_run_id"]
     meta = arrays.read_meta(paths.PROCESSED)
-    name = wanted.model_name.replace("{dataset}", meta.dataset["name"])
+    name = model_name(wanted, meta)
+    test = predictions.read(paths.PREDICTIONS).of("test")
     with tracking.run(run_id):
-        version = registry.register(name, run_id, packaged.log(run_id).model_id)
-        champion = registry.champion(name)
-        rival = None if champion is None or champion == version else registry.test_predictions(champion)
-        decision = gate.decide(predictions.read(paths.PREDICTIONS).of("test"), rival, min_auc=wanted.min_auc)
-        aliases = registry.place(version, decision, paths.CARD.read_text(encoding="utf-8"))
-        write_json(
-            paths.PROMOTION,
-            {
-                "model": name, "version": version.number, "mlflow_run_id": run_id,
-                "decision": "promoted" if decision.promoted else "refused",
-                "aliases": aliases,
-                "previous_champion": champion.number if champion else None,
-                "reason": decision.reason,
-                "auc": decision.auc, "champion_auc": decision.champion_auc,
-                "cross_split_duplicates": meta.cross_split_duplicates,
-                "rules": [asdict(rule) for rule in decision.rules],
-            },
-        )  # fmt: skip
+        package = packaged.log(run_id)
+        with ledger.opened(name):
+            version = registry.register(name, run_id, package.model_id)
+        registry.describe(version, paths.CARD.read_text(encoding="utf-8"))
+        subject = Subject(version.number, run_id, packaged.checksum_of_content(), _data(meta, test))
+        decision, entry = _decide(name, subject, test, wanted, forced)
+        _write(name, decision, entry, meta)
         tracking.log_settings("promote", wanted.model_dump())
-        tracking.log_files(paths.PROMOTION, *filter(Path.is_file, [paths.LOCK]))
+        tracking.log_files(paths.PROMOTION, paths.PROMOTION_PAGE, *filter(Path.is_file, [paths.LOCK]))
+    verdict_table.show(decision)
+    return _summary(name, decision, entry)
+
+
+def model_name(wanted: PromoteParams, meta: Meta) -> str:
+    """The name of the registered model."""
+    return wanted.model_name.replace("{dataset}", meta.dataset["name"])
+
+
+def roll_back(name: str, to: str | None, reason: str) -> str:
+    """Makes an earlier champion of a registered model the champion again.
+
+    Args:
+        name: of the registered model.
+        to: its version; None for the one before the present.
+        reason: why, in words.
+    """
+    store.connect()
+    with ledger.opened(name) as book:
+        entry = book.roll_back(to, reason)
+    gone = ", ".join(one["version"] for one in entry["taken_back"])
+    return f"ROLLED BACK {name} version {entry['to']} is champion again; taken back: version {gone} ({reason})"
+
+
+def _decide(
+    name: str, subject: Subject, test: Predictions, wanted: PromoteParams, forced: str | None
+) -> tuple[Decision, dict[str, Any]]:
+    """Judges against the champion of the moment; where another process has changed it meanwhile, against that one."""
+    asked, champions = Asked(**wanted.model_dump(exclude={"model_name"})), registry.versions(name)
+    number = registry.aliases(name).get(registry.CHAMPION)
+    while True:
+        of_champion = None
+        if number is not None and number != subject.version:
+            from pipelines import rival  # it may have to decode images, and what reads them takes a while to import
+
+            of_champion = rival.predictions_of(champions[number], test)
+        with ledger.opened(name) as book:
+            if book.champion != number:
+                number, champions = book.champion, registry.versions(name)
+                continue
+            candidate = _candidate(test, book.taken_back(subject))
+            decision = gate.decide(candidate, of_champion, asked, forced)
+            return decision, book.decide(subject, decision)
+
+
+def _candidate(test: Predictions, taken_back: str | None) -> Candidate:
+    intervals = read_json(paths.INTERVALS)
+    return Candidate(
+        test,
+        intervals["test"],
+        intervals["confidence"],
+        read_json(paths.SUBGROUPS)["test"],
+        read_json(paths.OPERATING_POINTS)["points"],
+        read_json(paths.VALIDATED)["passed"],
+        taken_back,
+    )
+
+
+def _data(meta: Meta, test: Predictions) -> dict[str, Any]:
+    """What the model was trained and judged on, as the ledger tells it."""
+    return {
+        "name": meta.dataset["name"], "sha256": meta.dataset["sha256"], "split": meta.split, "images": meta.counts,
+        "test_images": test.identity(), "cross_split_duplicates": meta.cross_split_duplicates,
+    }  # fmt: skip
+
+
+def _write(name: str, decision: Decision, entry: dict[str, Any], meta: Meta) -> None:
+    number = entry["version"]
+    told = {
+        "model": name, "version": number, "mlflow_run_id": entry["run_id"],
+        "decision": "promoted" if decision.promoted else "refused",
+        "forced": decision.forced is not None,
+        "aliases": [alias for alias, of in entry["aliases"].items() if of == number],
+        "previous_champion": entry["from"],
+        "reason": decision.reason,
+        "auc": decision.auc, "champion_auc": decision.champion_auc,
+        "cross_split_duplicates": meta.cross_split_duplicates,
+        "ledger_entry": entry["number"],
+        **decision.as_dict(),
+    }  # fmt: skip
+    write_json(paths.PROMOTION, told)
+    with whole_file(paths.PROMOTION_PAGE) as path:
+        path.write_text(promotion.page(told, ledger.history(name)), encoding="utf-8")
+
+
+def _summary(name: str, decision: Decision, entry: dict[str, Any]) -> str:
+    version = f"{name} version {entry['version']}"
     if decision.promoted:
-        return f"PROMOTED {name} version {version.number} is champion ({decision.reason})"
-    return f"REFUSED {name} version {version.number} stays {' and '.join(aliases)} ({decision.reason})"
+        return f"PROMOTED {version} is champion ({decision.reason})"
+    held = [alias for alias, of in entry["aliases"].items() if of == entry["version"]]
+    stays = f"stays {' and '.join(held)}" if held else "gets no alias"
+    return f"REFUSED {version} {stays} ({decision.reason})"
 
 
 if __name__ == "__main__":

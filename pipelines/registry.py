@@ -1,42 +1,80 @@
-"""MLflow's model registry: versions and the aliases `champion` and `challenger`."""
+"""MLflow's model registry: versions, their tags, and the aliases `champion`, `challenger` and `previous`."""
 
 from __future__ import annotations
 
+import json
 import re
 import tempfile
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import mlflow
 from mlflow import MlflowClient
+from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 
 from fadeformer import predictions
 from fadeformer.errors import UserError
-from fadeformer.gate import Decision
 from fadeformer.predictions import Predictions
+from pipelines.store import told
 
-CHAMPION = "champion"
-CHALLENGER = "challenger"
+CHAMPION, CHALLENGER, PREVIOUS = "champion", "challenger", "previous"
+OURS = (CHAMPION, CHALLENGER, PREVIOUS)
+FORCED, ROLLED_BACK = "forced", "rolled_back"  # tags that stay for ever, with the reason
+ENTRY, GATE = "ledger.", "gate."  # what tags with an entry of the ledger, or a rule's verdict, begin with
 CELL = " | &emsp;"  # between cells of a table: MLflow's page sets them edge to edge
+
+Aliases = dict[str, str]
 
 
 @dataclass(frozen=True)
 class Version:
-    """A registered version and the run in which it was trained."""
+    """A registered version and the run in which it was trained.
+
+    Attributes:
+        name: of the registered model.
+        number: of the version.
+        run_id: MLflow's.
+        entries: what the ledger says of it, each as JSON.
+    """
 
     name: str
     number: str
     run_id: str
+    entries: tuple[str, ...] = field(default=(), compare=False)
 
 
-def champion(name: str) -> Version | None:
-    """The version of a registered model under the alias `champion`, if there is one."""
-    client = MlflowClient()
-    number = client.get_registered_model(name).aliases.get(CHAMPION)
-    return None if number is None else Version(name, str(number), client.get_model_version(name, str(number)).run_id)
+@told()
+def versions(name: str) -> dict[str, Version]:
+    """All versions of a registered model by number; none where there is no such model."""
+    found: list[ModelVersion] = []
+    token = None
+    while True:
+        page = MlflowClient().search_model_versions(f"name = '{name}'", page_token=token)
+        found += page
+        token = page.token
+        if not token:
+            break
+    return {
+        str(one.version): Version(
+            name, str(one.version), one.run_id, tuple(text for key, text in one.tags.items() if key.startswith(ENTRY))
+        )
+        for one in found
+    }
 
 
+@told()
+def aliases(name: str) -> Aliases:
+    """The versions under the aliases of this project, by alias; none where there is no such model."""
+    if not MlflowClient().search_registered_models(f"name = '{name}'"):
+        return {}
+    found = MlflowClient().get_registered_model(name).aliases
+    return {alias: str(found[alias]) for alias in OURS if alias in found}
+
+
+@told()
 def register(name: str, run_id: str, model_id: str) -> Version:
     """Registers a package of a run (`pipelines.packaged`) as a new version, or finds the version that it already is."""
     client = MlflowClient()
@@ -69,23 +107,40 @@ def test_predictions(version: Version) -> Predictions:
         return predictions.read(Path(path)).of("test")
 
 
-def place(version: Version, decision: Decision, card: str) -> list[str]:
-    """Gives a version the alias it earned, the decision as tags, the card as description; returns all its aliases.
+@told()
+def describe(version: Version, card: str) -> None:
+    """Makes a model card a version's description."""
+    MlflowClient().update_model_version(version.name, version.number, re.sub(r" \| (?!---)", CELL, card))
 
-    A champion that is judged again and refused keeps its alias until another one takes it: none is demoted silently.
+
+@told()
+def follow(entry: Mapping[str, Any]) -> None:
+    """Makes aliases and tags what an entry of the ledger says, wherever a process that was killed has left them.
+
+    The champion moves first, and in one step: there is no moment in which the alias is gone. What an entry says of
+    a version that was deleted since is left out.
     """
-    client = MlflowClient()
-    client.update_model_version(version.name, version.number, re.sub(r" \| (?!---)", CELL, card))
-    tags = {f"gate.{r.name}": f"{'passed' if r.passed else 'failed'}: {r.rule}: {r.figures}" for r in decision.rules}
-    for stale in client.get_model_version(version.name, version.number).tags.keys() - tags.keys():
-        if stale.startswith("gate."):
-            client.delete_model_version_tag(version.name, version.number, stale)
-    for name, value in tags.items():
-        client.set_model_version_tag(version.name, version.number, name, value)
-    if decision.promoted:
-        client.set_registered_model_alias(version.name, CHAMPION, version.number)
-        if CHALLENGER in client.get_model_version(version.name, version.number).aliases:
-            client.delete_registered_model_alias(version.name, CHALLENGER)
-    elif champion(version.name) != version:
-        client.set_registered_model_alias(version.name, CHALLENGER, version.number)
-    return list(client.get_model_version(version.name, version.number).aliases)
+    client, name = MlflowClient(), str(entry["model"])
+    there, now = versions(name), aliases(name)
+    for alias in OURS:
+        wanted = entry["aliases"].get(alias)
+        if wanted in there and now.get(alias) != wanted:
+            client.set_registered_model_alias(name, alias, wanted)
+        elif wanted is None and alias in now:
+            client.delete_registered_model_alias(name, alias)
+    number = str(entry["version"])
+    for gone in entry["taken_back"]:
+        if gone["version"] in there:
+            client.set_model_version_tag(name, gone["version"], ROLLED_BACK, str(entry["reason"]))
+    if number not in there:
+        return
+    tags = {f"{GATE}{r['name']}": f"{r['verdict']}: {r['rule']}: {r['figures']}" for r in entry["rules"]}
+    if tags:
+        for stale in client.get_model_version(name, number).tags.keys() - tags.keys():
+            if stale.startswith(GATE):
+                client.delete_model_version_tag(name, number, stale)
+    if entry["action"] == "forced":
+        tags[FORCED] = str(entry["reason"])
+    tags[f"{ENTRY}{entry['number']:05d}"] = json.dumps(dict(entry), ensure_ascii=False)
+    for tag, text in tags.items():
+        client.set_model_version_tag(name, number, tag, text)

@@ -48,7 +48,7 @@ def main() -> str:
         offending = pd.concat([found.rows.head(0), *(check.rows for check in checks)], ignore_index=True)
         offending.to_csv(folder / "offending_rows.csv", index=False)
         _with_rows(found.near, found.rows, facts).to_csv(folder / "near_duplicates.csv", index=False)
-        write_json(folder / "validation.json", _summary(found, checks, leaks, allowed, len(near)))
+        write_json(folder / paths.VALIDATED.name, _summary(found, checks, leaks, allowed, len(near)))
     stopped = [check for check in checks if check.stops]
     warned = [check for check in checks if not check.passed and not check.stops]
     if warned:

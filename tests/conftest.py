@@ -30,7 +30,13 @@ SMALL = {
     "dataset": {"images": 200, "size": 16},
     "train": {"epochs": 6, "batch_size": 32, "device": "cpu"},
     "evaluate": {"figure_dpi": 50},
-    "promote": {"min_auc": 0.0},
+    "promote": {
+        "min_auc": 0.0,
+        "min_class_auc": None,
+        "min_subgroup_auc": None,
+        "max_ece": None,
+        "min_sensitivity": None,
+    },
 }
 
 

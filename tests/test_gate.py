@@ -1,55 +1,205 @@
-"""Who becomes champion, and why not."""
+"""Who becomes champion, and why not: what is asked of one model, and of two."""
+
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
 import pytest
 
-from fadeformer import gate, predictions
+from fadeformer import gate, operating, predictions, subgroups, summary
+from fadeformer.gate import Asked, Candidate
 from fadeformer.predictions import Predictions
 from fadeformer.tasks import TASKS
 
+NOTHING = Asked(
+    min_auc=0.0, min_class_auc=None, min_subgroup_auc=None, min_cases=20, max_ece=None, operating_point="youden",
+    min_sensitivity=None, margin=0.02, min_gain=None,
+)  # fmt: skip
+POINTS = {"youden": None, "sensitivity": 0.9, "specificity": 0.9}
+CLASSES = ("normal", "benign", "malignant")
 
-def judged(quality: float, *, seed: int = 0, images: int = 200, first: int = 0) -> Predictions:
-    """Binary predictions whose AUC grows with quality; seed decides the noise, first the ids."""
-    random = np.random.default_rng(seed)
-    labels = (np.arange(images) % 2)[:, None]
-    logits = random.normal(size=(images, 2)) + quality * np.eye(2)[labels[:, 0]]
+
+def judged(
+    quality: float, *, images: int = 600, seed: int = 0, noise: float = 1.0, classes: tuple[str, ...] = CLASSES,
+    labels: np.ndarray | None = None, first: int = 0, sex: bool = True,
+) -> Predictions:  # fmt: skip
+    """Predictions whose AUC grows with quality: what `seed` draws is shared by all models, `noise` is a model's own."""
+    shared = np.random.default_rng(0).normal(size=(images, len(classes)))
+    own = np.random.default_rng(seed + 1).normal(size=shared.shape)
+    if labels is None:
+        labels = np.arange(images) % len(classes)
+    task = TASKS["multi-class" if len(classes) > 2 else "binary-class"]
+    logits = shared + noise * 0.3 * own + quality * np.eye(len(classes))[labels]
     index = pd.DataFrame({"split": "test", "id": [f"test/{first + i}" for i in range(images)], "group": None})
-    task = TASKS["binary-class"]
-    return predictions.table(index, labels, task.probabilities(logits), task, ("normal", "pneumonia"))
+    known = pd.DataFrame({"sex": np.where(np.arange(images) % 20 < 10, "female", "male")}) if sex else None
+    return predictions.table(index, labels[:, None], task.probabilities(logits), task, classes, subgroups=known)
 
 
-GOOD, BETTER, BAD = judged(2.0), judged(3.0), judged(0.2)
+def candidate(test: Predictions, **changes: object) -> Candidate:
+    """All that evaluate would have found of it; val is like test."""
+    bounds, of_subgroups = subgroups.compare(test, [0.0], draws=100, seed=0, confidence=0.95)
+    points = operating.operating_points(test, test, POINTS, 0.95)
+    return replace(Candidate(test, bounds, 0.95, of_subgroups, points, data_passed=True), **changes)
 
 
-@pytest.mark.parametrize(
-    ("challenger", "champion", "min_auc", "promoted", "reason"),
-    [
-        (GOOD, None, 0.8, True, "test AUC at least 0.8: 0.9"),
-        (BAD, None, 0.8, False, "test AUC at least 0.8: 0.6"),
-        (BETTER, GOOD, 0.8, True, "test AUC not below that of the champion"),
-        (GOOD, BETTER, 0.8, False, "test AUC not below that of the champion"),
-        (GOOD, GOOD, 0.8, True, "test AUC not below that of the champion"),
-        (BETTER, GOOD, 1.0, False, "test AUC at least 1"),
-        (
-            BETTER,
-            judged(2.0, first=1),
-            0.8,
-            False,
-            "judged on other test images; give this model its own promote.model_name",
-        ),
-        (BETTER, judged(2.0, images=100), 0.8, False, "judged on other test images"),
-    ],
-)
-def test_decision(challenger, champion, min_auc, promoted, reason):
-    decision = gate.decide(challenger, champion, min_auc=min_auc)
-    assert decision.promoted == promoted
-    assert reason in decision.reason
+GOOD = judged(2.0)
+OF_GOOD = candidate(GOOD)
 
 
-def test_a_test_set_that_cannot_be_judged_promotes_nobody():
-    of_one_class = GOOD.frame[GOOD.frame["label"] == 0]
-    decision = gate.decide(Predictions(of_one_class, GOOD.task, GOOD.classes), None, min_auc=0.0)
+def rules(decision: gate.Decision) -> dict[str, str]:
+    return {rule.name: rule.verdict for rule in decision.rules}
+
+
+def one(decision: gate.Decision, name: str) -> gate.Rule:
+    return next(rule for rule in decision.rules if rule.name == name)
+
+
+def test_what_is_asked_is_shown_with_its_figures():
+    asked = replace(
+        NOTHING, min_auc=0.8, min_class_auc=0.8, min_subgroup_auc=0.8, max_ece=0.3, min_sensitivity=0.6
+    )  # fmt: skip
+    decision = gate.decide(OF_GOOD, None, asked)
+    assert decision.promoted
+    assert set(rules(decision).values()) == {"passed"}
+    assert list(rules(decision)) == [
+        "data_gate", "finite_scores", "min_auc", "min_class_auc", "min_subgroup_auc", "max_ece", "min_sensitivity",
+    ]  # fmt: skip
+    assert [part.name for part in one(decision, "min_class_auc").parts] == list(CLASSES)
+    assert [part.name for part in one(decision, "min_subgroup_auc").parts] == ["sex female", "sex male"]
+    assert decision.auc == summary.summarise(GOOD)["overall"]["auc"]
+
+
+def test_the_lower_bound_counts_and_not_the_value():
+    low, high = OF_GOOD.intervals["overall"]["auc"]
+    value = summary.summarise(GOOD)["overall"]["auc"]
+    assert low < value < high
+    assert gate.decide(OF_GOOD, None, replace(NOTHING, min_auc=low)).promoted
+    refused = gate.decide(OF_GOOD, None, replace(NOTHING, min_auc=(low + value) / 2))
+    assert rules(refused)["min_auc"] == "failed"
+    assert refused.reason.startswith(f"lower bound of the test AUC at least {(low + value) / 2:g}: 0.")
+
+
+def test_a_bound_is_passed_by_exactly_what_it_asks():
+    area = summary.summarise(GOOD)["per_class"]["benign"]["auc"]
+    parts = one(gate.decide(OF_GOOD, None, replace(NOTHING, min_class_auc=area)), "min_class_auc").parts
+    assert next(part for part in parts if part.name == "benign").verdict == "passed"
+    parts = one(
+        gate.decide(OF_GOOD, None, replace(NOTHING, min_class_auc=np.nextafter(area, 1))), "min_class_auc"
+    ).parts
+    assert next(part for part in parts if part.name == "benign").verdict == "failed"
+
+
+def test_a_rare_class_is_not_judged_and_a_common_one_that_is_bad_stops():
+    labels = np.r_[np.zeros(300), np.ones(293), np.full(7, 2)].astype(int)
+    rare = candidate(judged(2.0, labels=labels))
+    decision = gate.decide(rare, None, replace(NOTHING, min_class_auc=0.7, min_sensitivity=0.99))
+    assert [
+        (part.verdict, part.figures) for part in one(decision, "min_class_auc").parts if part.name == "malignant"
+    ] == [("not judged", "n = 7")]
+    assert one(decision, "min_class_auc").figures == "2 keep it, 1 not judged"
+    assert one(decision, "min_sensitivity").verdict == "failed"
+    assert "malignant" not in one(decision, "min_sensitivity").figures
+    assert rules(gate.decide(rare, None, replace(NOTHING, min_class_auc=0.7, min_cases=7)))["min_class_auc"] == "passed"
+    every = gate.decide(rare, None, replace(NOTHING, min_class_auc=0.7, min_cases=301))
+    assert one(every, "min_class_auc").verdict == "not judged"
+    assert every.promoted
+
+
+def test_of_two_classes_one_is_told():
+    binary = candidate(judged(2.0, classes=("normal", "pneumonia")))
+    decision = gate.decide(binary, None, replace(NOTHING, min_class_auc=0.8, min_sensitivity=0.5))
+    for name in ("min_class_auc", "min_sensitivity"):
+        assert [part.name for part in one(decision, name).parts] == ["pneumonia"]
+
+
+def test_subgroups_by_column_and_one_that_is_not_known():
+    by_column = gate.decide(OF_GOOD, None, replace(NOTHING, min_subgroup_auc={"sex": 0.8}))
+    assert rules(by_column)["min_subgroup_auc"] == "passed"
+    missing = gate.decide(OF_GOOD, None, replace(NOTHING, min_subgroup_auc={"sex": 0.8, "site": 0.8}))
+    assert not missing.promoted
+    assert one(missing, "min_subgroup_auc").figures == (
+        "site is not known of the test images (known: sex); see evaluate.subgroups"
+    )
+    undivided = gate.decide(candidate(judged(2.0, sex=False)), None, replace(NOTHING, min_subgroup_auc=0.8))
+    assert one(undivided, "min_subgroup_auc").figures == "nothing to judge"
+    assert undivided.promoted
+
+
+def test_a_subgroup_that_is_bad_stops_what_is_good_as_a_whole():
+    frame = GOOD.frame.copy()
+    men = frame["subgroup_sex"] == "male"
+    columns = [f"score_{c}" for c in range(3)]
+    frame.loc[men, columns] = frame.loc[men, columns].sample(frac=1, random_state=0).to_numpy()
+    unfair = candidate(Predictions(frame, GOOD.task, GOOD.classes))
+    decision = gate.decide(unfair, None, replace(NOTHING, min_auc=0.65, min_subgroup_auc=0.7))
+    assert [name for name, verdict in rules(decision).items() if verdict == "failed"] == ["min_subgroup_auc"]
+    assert one(decision, "min_subgroup_auc").figures.startswith("sex male 0.")
+
+
+@pytest.mark.parametrize("wrong", [np.nan, np.inf, -0.1, 1.5])
+def test_scores_that_are_none_are_named_and_nothing_else_is_computed(wrong):
+    frame = GOOD.frame.copy()
+    frame.loc[7, "score_1"] = wrong
+    broken = replace(OF_GOOD, test=Predictions(frame, GOOD.task, GOOD.classes))
+    decision = gate.decide(broken, GOOD, NOTHING)
+    assert list(rules(decision)) == ["data_gate", "finite_scores"]
+    assert one(decision, "finite_scores").figures == "1 images have others, such as test/7"
+    assert not decision.promoted
+    of_champion = gate.decide(OF_GOOD, Predictions(frame, GOOD.task, GOOD.classes), NOTHING)
+    assert rules(of_champion)["champion_finite"] == "failed"
+    assert of_champion.champion_auc is None
+
+
+def test_the_calibration_error():
+    error = summary.summarise(GOOD)["overall"]["calibration_error"]
+    assert gate.decide(OF_GOOD, None, replace(NOTHING, max_ece=error)).promoted
+    assert rules(gate.decide(OF_GOOD, None, replace(NOTHING, max_ece=error * 0.99)))["max_ece"] == "failed"
+
+
+def test_a_test_set_of_one_class_promotes_nobody():
+    decision = gate.decide(candidate(judged(2.0, labels=np.zeros(600, int))), None, NOTHING)
     assert not decision.promoted
     assert decision.auc is None
-    assert "undefined" in decision.reason
+    assert "undefined" in one(decision, "min_auc").figures
+
+
+def test_non_inferiority_by_the_paired_difference():
+    worse = candidate(judged(1.9, seed=1))
+    compared = gate.compared(worse.test, GOOD, 0.95)
+    assert compared.low < compared.value < 0
+    inside = gate.decide(worse, GOOD, replace(NOTHING, margin=-compared.low + 1e-6))
+    assert inside.promoted
+    assert one(inside, "not_inferior").figures.startswith(f"difference {compared.value:+.4f}")
+    assert rules(gate.decide(worse, GOOD, replace(NOTHING, margin=-compared.low - 1e-6)))["not_inferior"] == "failed"
+    assert inside.champion_auc == summary.summarise(GOOD)["overall"]["auc"]
+
+
+def test_the_comparison_does_not_hang_on_the_order_of_the_rows():
+    other = judged(1.5, seed=1)
+    shuffled = Predictions(other.frame.sample(frac=1, random_state=0), other.task, other.classes)
+    assert gate.compared(shuffled, GOOD, 0.95) == gate.compared(other, GOOD, 0.95)
+    assert gate.compared(GOOD, GOOD, 0.95).low == 0
+
+
+def test_superiority_where_a_gain_is_asked_for():
+    better = candidate(judged(2.6, seed=1))
+    low = gate.compared(better.test, GOOD, 0.95).low
+    assert low > 0
+    assert gate.decide(better, GOOD, replace(NOTHING, min_gain=0.0)).promoted
+    assert rules(gate.decide(better, GOOD, replace(NOTHING, min_gain=low)))["better"] == "failed"
+    assert not gate.decide(OF_GOOD, GOOD, replace(NOTHING, min_gain=0.0)).promoted  # the same is not better
+    assert "not_inferior" not in rules(gate.decide(better, GOOD, replace(NOTHING, min_gain=0.0)))
+
+
+def test_force_promotes_and_is_told():
+    decision = gate.decide(OF_GOOD, None, replace(NOTHING, min_auc=1.0), forced="the old one cannot read DICOM")
+    assert decision.promoted
+    assert not decision.passed
+    assert decision.reason.startswith(
+        "FORCED: the old one cannot read DICOM; without force: lower bound of the test AUC"
+    )
+
+
+def test_all_of_it_is_plain_values():
+    decision = gate.decide(OF_GOOD, GOOD, NOTHING)
+    assert [rule["name"] for rule in decision.as_dict()["rules"]] == list(rules(decision))

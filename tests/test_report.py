@@ -11,7 +11,17 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from fadeformer import evidence_plots, evidence_tables, plots, predictions, published, report, subgroups, summary
+from fadeformer import (
+    evidence_plots,
+    evidence_tables,
+    pages,
+    plots,
+    predictions,
+    published,
+    report,
+    subgroups,
+    summary,
+)  # fmt: skip
 from fadeformer.arrays import Meta
 from fadeformer.datasets.medmnist import SETS
 from fadeformer.evidence_tables import Evidence
@@ -159,7 +169,7 @@ def test_marks_of_markdown_are_html_in_the_page_and_all_else_is_escaped(tmp_path
     body = re.sub(r"base64,[^\"]*", "", text)
     assert "**" not in body
     assert "`" not in body
-    assert report.marked("<b> `a<b` **c&d**") == "&lt;b&gt; <code>a&lt;b</code> <strong>c&amp;d</strong>"
+    assert pages.marked("<b> `a<b` **c&d**") == "&lt;b&gt; <code>a&lt;b</code> <strong>c&amp;d</strong>"
 
 
 @pytest.fixture(scope="module")

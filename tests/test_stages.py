@@ -17,7 +17,6 @@ LOCAL = ("fadeformer", "pipelines")
 PACKAGE_DATA = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]["fadeformer"]
 # Sources that stages import and that cannot change what they make.
 NO_INFLUENCE = {
-    "fadeformer/__init__.py": "a docstring",
     "fadeformer/datasets/__init__.py": "a docstring",
     "fadeformer/errors.py": "the type of error that stops a stage",
     "fadeformer/explain.py": "how errors in params.yaml are told",
@@ -26,6 +25,7 @@ NO_INFLUENCE = {
     "pipelines/orchestrator.py": "which Prefect server sees the stage",
     "pipelines/paths.py": "the outputs that dvc.yaml lists itself",
     "pipelines/stage.py": "how errors are printed",
+    "pipelines/verdict_table.py": "how a decision is printed",
 }
 
 
@@ -51,9 +51,15 @@ def sources_of(module: str) -> set[str]:
             elif isinstance(node, ast.Constant) and str(node.value).endswith(".py"):  # a file handed to MLflow by name
                 names = [f"pipelines.{str(node.value).removesuffix('.py')}"]
             elif isinstance(node, ast.Constant) and node.value in PACKAGE_DATA:
-                found.add(f"fadeformer/{node.value}")
+                found |= page(str(node.value))
             todo += [imported for imported in names if imported.split(".")[0] in LOCAL and is_module(imported)]
     return found
+
+
+def page(name: str) -> set[str]:
+    """A template, and those that it names."""
+    text = (ROOT / "fadeformer" / name).read_text()
+    return {f"fadeformer/{one}" for one in (name, *PACKAGE_DATA) if one == name or f'"{one}"' in text}
 
 
 def is_module(name: str) -> bool:

@@ -1,0 +1,70 @@
+"""The page of a decision of the gate: its rules with their verdicts and figures, and what was decided before."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from fadeformer import pages
+from fadeformer.evidence_tables import Table
+
+SHOWN = 200  # decisions of the ledger, the newest
+MARKS = {"passed": "passed", "failed": "**failed**", "not judged": "not judged"}
+
+
+@dataclass(frozen=True)
+class Parts(Table):
+    """What a rule found of each class, finding or subgroup, and the rule in words."""
+
+    caption: str
+
+
+def page(told: Mapping[str, Any], entries: Sequence[Mapping[str, Any]]) -> str:
+    """Writes the page.
+
+    Args:
+        told: what `reports/promotion.json` holds.
+        entries: of the ledger about this model, oldest first.
+    """
+    promoted, version = told["decision"] == "promoted", f"{told['model']} version {told['version']}"
+    held = " and ".join(told["aliases"])
+    stays = f"It stays {held}." if held else "It gets no alias."
+    head = ("Rule", "Verdict", "Figures")
+    return pages.template("verdict.html").render(
+        title=f"Decision about {version}",
+        model=told["model"],
+        promoted=promoted,
+        verdict="Promoted." if promoted else "Refused.",
+        outcome=f"{version} is champion." if promoted else stays,
+        forced=told["reason"] if told["forced"] else None,
+        rules=Table(head, [(rule["rule"], MARKS[rule["verdict"]], rule["figures"]) for rule in told["rules"]]),
+        parts=[
+            Parts(
+                ("", "Verdict", "Figures"),
+                [(part["name"], MARKS[part["verdict"]], part["figures"]) for part in rule["parts"]],
+                rule["rule"],
+            )
+            for rule in told["rules"]
+            if rule["parts"]
+        ],
+        history=history(entries),
+    )
+
+
+def history(entries: Sequence[Mapping[str, Any]]) -> Table:
+    """The ledger, the newest first."""
+    rows: list[tuple[str, ...]] = [
+        (
+            str(entry["number"]), entry["time"].partition("+")[0].replace("T", " "), entry["action"], entry["version"],
+            moved(entry), "" if entry["auc"] is None else f"{entry['auc']:.4f}", entry["who"], entry["reason"],
+        )
+        for entry in reversed(entries[-SHOWN:])
+    ]  # fmt: skip
+    return Table(("No.", "Time (UTC)", "Decision", "Version", "Champion", "AUC", "By", "Reason"), rows)
+
+
+def moved(entry: Mapping[str, Any]) -> str:
+    """The champion before and after a decision, or the one that stayed."""
+    before, after = entry["from"] or "none", entry["to"] or "none"
+    return str(after) if before == after else f"{before} → {after}"

@@ -1,0 +1,57 @@
+"""What the present champion says of the test images that a challenger is judged on."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from fadeformer import arrays, predictions, preprocess
+from fadeformer.errors import UserError
+from fadeformer.predictions import Predictions
+from pipelines import packaged, paths, registry
+from pipelines.registry import Version
+
+
+def predictions_of(champion: Version, test: Predictions) -> Predictions:
+    """The champion's predictions: those it was judged by, or where the test images are others now, new ones.
+
+    Args:
+        champion: the version.
+        test: the challenger's predictions.
+
+    Raises:
+        UserError: its files are gone, or cannot be used any more.
+    """
+    kept = registry.test_predictions(champion)
+    if kept.task.name != test.task.name or kept.classes != test.classes or kept.identity() == test.identity():
+        return kept  # of other classes no comparison is possible, which the gate tells
+    from fadeformer.scoring import Scorer  # torch takes seconds, and is needed here alone
+
+    told = f"champion {champion.name} version {champion.number}"
+    print(f"the test images are not those that {told} was judged on: it predicts them now")
+    try:
+        scorer = Scorer(packaged.data(packaged.fetch(f"models:/{champion.name}/{champion.number}")))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{told} cannot predict the new test images: its package cannot be loaded ({type(error).__name__}:"
+            f" {error}); give this model its own promote.model_name, or roll back to another champion"
+        ) from error
+    with tempfile.TemporaryDirectory() as folder:
+        pixels, index = _images(scorer.input, Path(folder))
+        scores = scorer.scores(pixels)
+    rows = index.set_index("id").index.get_indexer(test.frame["id"])
+    return predictions.table(test.frame, test.labels, scores[rows], test.task, test.classes)
+
+
+def _images(wanted: dict[str, object], folder: Path) -> tuple[NDArray[np.uint8], pd.DataFrame]:
+    """The test images as a champion sees them, decoded anew where this run's arrays are of another kind; and rows."""
+    meta, split = arrays.read_meta(paths.PROCESSED), arrays.read(paths.PROCESSED, "test")
+    if wanted == {"image_size": meta.image_size, "channels": meta.channels, "aspect": meta.aspect}:
+        return split.pixels, split.index
+    rows = pd.read_parquet(paths.MANIFEST)
+    rows = rows[rows["split"] == "test"].reset_index(drop=True)
+    return preprocess.decoded(rows, paths.RAW, folder / "test.npy", **wanted), rows  # type: ignore[arg-type]

@@ -1,0 +1,50 @@
+"""The gate's verdicts and the ledger as tables on the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from fadeformer import promotion
+from fadeformer.verdict import FAILED, NOT_JUDGED, PASSED, Decision
+
+STYLES = {PASSED: "green", FAILED: "bold red", NOT_JUDGED: "yellow"}
+PLAIN_WIDTH = 120  # columns where nobody looks at a terminal
+
+
+def show(decision: Decision) -> None:
+    """Prints each rule, and of a rule that did not pass each part that was the reason."""
+    table = _table("rule", "verdict", "figures")
+    for rule in decision.rules:
+        table.add_row(rule.rule, Text(rule.verdict, STYLES[rule.verdict]), rule.figures)
+    _print(table)
+
+
+def show_history(entries: Iterable[Mapping[str, Any]]) -> None:
+    """Prints the ledger, a decision a row, the oldest first."""
+    table = _table("no.", "time (UTC)", "model", "version", "decision", "champion", "AUC", "by", "reason")
+    for entry in entries:
+        area = "" if entry["auc"] is None else f"{entry['auc']:.4f}"
+        table.add_row(
+            str(entry["number"]), entry["time"].partition("+")[0].replace("T", " "), entry["model"], entry["version"],
+            entry["action"], promotion.moved(entry), area, entry["who"], entry["reason"],
+        )  # fmt: skip
+    _print(table)
+
+
+def _table(*columns: str) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for name in columns:
+        table.add_column(name, overflow="fold", no_wrap=name in ("no.", "verdict", "version", "decision", "AUC"))
+    return table
+
+
+def _print(table: Table) -> None:
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console = Console(highlight=False, width=PLAIN_WIDTH)
+    console.print(table)
