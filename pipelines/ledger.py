@@ -13,12 +13,12 @@ from __future__ import annotations
 
 import json
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import psutil
 from filelock import FileLock, Timeout
@@ -27,8 +27,9 @@ from fadeformer import lines
 from fadeformer.errors import UserError
 from fadeformer.verdict import Decision
 from pipelines import registry, store
-from pipelines.registry import CHALLENGER, CHAMPION, PREVIOUS, Aliases
+from pipelines.registry import CHALLENGER, CHAMPION, PREVIOUS, Aliases, Version
 
+Rival = TypeVar("Rival")
 PATIENCE = 600  # seconds that another promotion may take
 REMEDY = "move it aside: what it told is still with the versions of the registry"
 
@@ -227,6 +228,38 @@ def opened(name: str) -> Iterator[Ledger]:
         yield Ledger(name)
     finally:
         lock.release()
+
+
+def judge(
+    name: str,
+    subject: Subject,
+    prepare: Callable[[Version], Rival],
+    decide: Callable[[Rival | None, str | None], Decision],
+) -> tuple[Decision, dict[str, Any]]:
+    """Judges a version against the champion of the moment.
+
+    What takes long is done without the lock; where another process has made another champion meanwhile, it is done
+    again for that one.
+
+    Args:
+        name: of the registered model.
+        subject: the version.
+        prepare: gives what the champion is compared by.
+        decide: gives the decision, from that (None where there is no champion but the version itself) and from why the
+            version was taken back once (None where it was not).
+
+    Returns:
+        The decision, and the ledger's entry about it.
+    """
+    number = registry.aliases(name).get(CHAMPION)
+    while True:
+        compared = number is not None and number != subject.version
+        found = prepare(registry.versions(name)[str(number)]) if compared else None
+        with opened(name) as book:
+            if book.champion == number:
+                decision = decide(found, book.taken_back(subject))
+                return decision, book.decide(subject, decision)
+            number = book.champion
 
 
 def history(name: str | None) -> list[dict[str, Any]]:

@@ -17,6 +17,7 @@ from fadeformer.predictions import Predictions
 from fadeformer.verdict import Decision
 from pipelines import ledger, packaged, paths, registry, stage, store, tracking, verdict_table
 from pipelines.ledger import Subject
+from pipelines.registry import Version
 
 
 def main() -> str:
@@ -41,7 +42,13 @@ def judge(forced: str | None) -> str:
             version = registry.register(name, run_id, package.model_id)
         registry.describe(version, paths.CARD.read_text(encoding="utf-8"))
         subject = Subject(version.number, run_id, packaged.checksum_of_content(), _data(meta, test))
-        decision, entry = _decide(name, subject, test, wanted, forced)
+        asked = Asked(**wanted.model_dump(exclude={"model_name"}))
+        decision, entry = ledger.judge(
+            name,
+            subject,
+            lambda champion: _rival(champion, test),
+            lambda of_champion, taken_back: gate.decide(_candidate(test, taken_back), of_champion, asked, forced),
+        )
         _write(name, decision, entry, meta)
         tracking.log_settings("promote", wanted.model_dump())
         tracking.log_files(paths.PROMOTION, paths.PROMOTION_PAGE, *filter(Path.is_file, [paths.LOCK]))
@@ -69,25 +76,10 @@ def roll_back(name: str, to: str | None, reason: str) -> str:
     return f"ROLLED BACK {name} version {entry['to']} is champion again; taken back: version {gone} ({reason})"
 
 
-def _decide(
-    name: str, subject: Subject, test: Predictions, wanted: PromoteParams, forced: str | None
-) -> tuple[Decision, dict[str, Any]]:
-    """Judges against the champion of the moment; where another process has changed it meanwhile, against that one."""
-    asked, champions = Asked(**wanted.model_dump(exclude={"model_name"})), registry.versions(name)
-    number = registry.aliases(name).get(registry.CHAMPION)
-    while True:
-        of_champion = None
-        if number is not None and number != subject.version:
-            from pipelines import rival  # it may have to decode images, and what reads them takes a while to import
+def _rival(champion: Version, test: Predictions) -> Predictions:
+    from pipelines import rival  # it may have to decode images, and what reads them takes a while to import
 
-            of_champion = rival.predictions_of(champions[number], test)
-        with ledger.opened(name) as book:
-            if book.champion != number:
-                number, champions = book.champion, registry.versions(name)
-                continue
-            candidate = _candidate(test, book.taken_back(subject))
-            decision = gate.decide(candidate, of_champion, asked, forced)
-            return decision, book.decide(subject, decision)
+    return rival.predictions_of(champion, test)
 
 
 def _candidate(test: Predictions, taken_back: str | None) -> Candidate:

@@ -203,3 +203,82 @@ def test_force_promotes_and_is_told():
 def test_all_of_it_is_plain_values():
     decision = gate.decide(OF_GOOD, GOOD, NOTHING)
     assert [rule["name"] for rule in decision.as_dict()["rules"]] == list(rules(decision))
+
+
+def without_class(labels: np.ndarray) -> Candidate:
+    return candidate(judged(2.0, labels=labels))
+
+
+def with_nan() -> Predictions:
+    frame = GOOD.frame.copy()
+    frame.loc[3, "score_0"] = np.nan
+    return Predictions(frame, GOOD.task, GOOD.classes)
+
+
+def in_one_patient() -> Predictions:
+    return Predictions(GOOD.frame.assign(group="p1"), GOOD.task, GOOD.classes)
+
+
+SMALL_SET = judged(2.0, images=30)
+ASKED = replace(NOTHING, min_auc=0.8, min_class_auc=0.7, min_subgroup_auc=0.7, max_ece=0.3, min_sensitivity=0.5)
+# Challenger and champion, what is asked beyond ASKED, and the rules that are broken: none of them, and it is promoted.
+DECISIONS = {
+    "the first model, good": (OF_GOOD, None, {}, []),
+    "the first model, below the floor": (OF_GOOD, None, {"min_auc": 0.97}, ["min_auc"]),
+    "the first model, no better than chance": (
+        candidate(judged(0.0)), None, {}, ["min_auc", "min_class_auc", "min_subgroup_auc", "min_sensitivity"],
+    ),
+    "an equal one": (OF_GOOD, GOOD, {}, []),
+    "an equal one, no margin": (OF_GOOD, GOOD, {"margin": 0.0}, []),
+    "an equal one where a gain is asked": (OF_GOOD, GOOD, {"min_gain": 0.0}, ["better"]),
+    "a better one": (candidate(judged(3.0, seed=1)), GOOD, {}, []),
+    "a better one where a gain is asked": (candidate(judged(3.0, seed=1)), GOOD, {"min_gain": 0.01}, []),
+    "a better one where more is asked": (candidate(judged(3.0, seed=1)), GOOD, {"min_gain": 0.5}, ["better"]),
+    "worse within the margin": (candidate(judged(1.8, seed=1)), GOOD, {"margin": 0.02}, []),
+    "worse within the margin, not for certain": (
+        candidate(judged(1.8, seed=1)), GOOD, {"margin": 0.015}, ["not_inferior"],
+    ),
+    "worse": (candidate(judged(1.5, seed=1)), GOOD, {}, ["not_inferior"]),
+    "worse, however large the margin, below the floor": (
+        candidate(judged(1.0, seed=1)), GOOD, {"margin": 1.0}, ["min_auc"],
+    ),
+    "a small test set, by its lower bound": (candidate(SMALL_SET), None, {"min_auc": 0.9}, ["min_auc"]),
+    "a small test set, classes too rare to be judged": (candidate(SMALL_SET), None, {"min_auc": 0.7}, []),
+    "a small test set, as good as the champion for all one can see": (
+        candidate(judged(2.0, images=30, seed=1)), SMALL_SET, {"min_auc": 0.7}, ["not_inferior"],
+    ),
+    "one patient alone": (
+        candidate(in_one_patient()), in_one_patient(), {"min_auc": 0.0, "margin": 0.0}, ["min_auc", "not_inferior"],
+    ),
+    "a subgroup that is not known": (OF_GOOD, None, {"min_subgroup_auc": {"site": 0.7}}, ["min_subgroup_auc"]),
+    "no subgroups at all": (candidate(judged(2.0, sex=False)), None, {}, []),
+    "a subgroup below its floor": (OF_GOOD, None, {"min_subgroup_auc": {"sex": 0.99}}, ["min_subgroup_auc"]),
+    "a changed test set": (OF_GOOD, judged(2.0, first=1), {}, ["same_test_images"]),
+    "a test set of which a label was changed": (
+        OF_GOOD, judged(2.0, labels=(np.arange(600) + (np.arange(600) == 5)) % 3), {}, ["same_test_images"],
+    ),
+    "other classes": (OF_GOOD, judged(2.0, classes=("a", "b", "c")), {}, ["same_classes"]),
+    "another task": (OF_GOOD, judged(2.0, classes=("normal", "pneumonia")), {}, ["same_classes"]),
+    "NaN": (replace(OF_GOOD, test=with_nan()), None, {}, ["finite_scores"]),
+    "NaN of the champion": (OF_GOOD, with_nan(), {}, ["champion_finite"]),
+    "an absent class": (without_class(np.arange(600) % 2), None, {}, []),
+    "a class with 7 images": (without_class(np.r_[np.arange(593) % 2, np.full(7, 2)]), None, {}, []),
+    "one class alone": (without_class(np.zeros(600, int)), None, {}, ["min_auc"]),
+    "calibration error": (OF_GOOD, None, {"max_ece": 0.001}, ["max_ece"]),
+    "sensitivity": (OF_GOOD, None, {"min_sensitivity": 0.99}, ["min_sensitivity"]),
+    "sensitivity at another point": (
+        OF_GOOD, None, {"min_sensitivity": 0.85, "operating_point": "sensitivity"}, [],
+    ),
+    "data that were not let pass": (replace(OF_GOOD, data_passed=False), None, {}, ["data_gate"]),
+    "taken back before": (replace(OF_GOOD, rolled_back="wrong on the new scanner"), None, {}, ["not_rolled_back"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", DECISIONS)
+def test_a_decision(case):
+    of, champion, more, broken = DECISIONS[case]
+    asked = replace(ASKED, **more)
+    decision = gate.decide(of, champion, asked)
+    assert [name for name, verdict in rules(decision).items() if verdict == "failed"] == broken
+    assert decision.promoted == (not broken)
+    assert gate.decide(of, champion, asked, forced="because").promoted

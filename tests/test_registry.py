@@ -5,19 +5,13 @@ import subprocess
 import sys
 
 import mlflow
-import numpy as np
-import pandas as pd
 import pytest
 from mlflow import MlflowClient
 
-from fadeformer import gate, predictions
 from fadeformer.errors import UserError
-from fadeformer.tasks import TASKS
 from pipelines import registry, tracking
 from pipelines import store as mlflow_store
 from tests.conftest import ROOT
-
-TASK = TASKS["binary-class"]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -30,17 +24,8 @@ def store(tmp_path_factory):
         yield
 
 
-def some_predictions(quality: float):
-    labels = (np.arange(40) % 2)[:, None]
-    logits = np.random.default_rng(0).normal(size=(40, 2)) + quality * np.eye(2)[labels[:, 0]]
-    index = pd.DataFrame({"split": "test", "id": [str(i) for i in range(40)], "group": None})
-    return predictions.table(index, labels, TASK.probabilities(logits), TASK, ("no", "yes"))
-
-
-def version(name: str, quality: float, tmp_path) -> registry.Version:
+def version(name: str) -> registry.Version:
     with tracking.run() as run_id:
-        predictions.write(some_predictions(quality), tmp_path / "predictions.parquet")
-        tracking.log_files(tmp_path / "predictions.parquet")
         client = MlflowClient()
         experiment = client.get_run(run_id).info.experiment_id
         made = client.create_logged_model(experiment, name=tracking.MODEL, source_run_id=run_id)
@@ -48,27 +33,8 @@ def version(name: str, quality: float, tmp_path) -> registry.Version:
     return registry.register(name, run_id, made.model_id)
 
 
-def judge(name: str, quality: float, tmp_path) -> list[str]:
-    challenger = version(name, quality, tmp_path)
-    champion = registry.champion(name)
-    rival = registry.test_predictions(champion) if champion else None
-    return registry.place(challenger, gate.decide(some_predictions(quality), rival, min_auc=0.6), "card")
-
-
-def test_champion_and_challenger_change_places_by_merit(tmp_path):
-    assert judge("a", 1.0, tmp_path) == ["champion"]
-    assert judge("a", 0.5, tmp_path) == ["challenger"]
-    assert judge("a", 2.0, tmp_path) == ["champion"]
-    assert MlflowClient().get_registered_model("a").aliases == {"champion": 3, "challenger": 2}
-
-
-def test_below_the_floor_there_is_no_champion(tmp_path):
-    assert judge("b", 0.0, tmp_path) == ["challenger"]
-    assert registry.champion("b") is None
-
-
-def test_a_package_is_one_version_and_another_package_of_the_run_another(tmp_path):
-    first = version("c", 1.0, tmp_path)
+def test_a_package_is_one_version_and_another_package_of_the_run_another():
+    first = version("c")
     client = MlflowClient()
     known = client.get_model_version("c", first.number).source.removeprefix("models:/")
     assert registry.register("c", first.run_id, known) == first
@@ -77,15 +43,26 @@ def test_a_package_is_one_version_and_another_package_of_the_run_another(tmp_pat
     assert registry.register("c", first.run_id, known) == first
 
 
-def test_the_decision_is_kept_as_tags(tmp_path):
-    judge("d", 1.0, tmp_path)
-    judge("d", 0.5, tmp_path)
-    tags = MlflowClient().get_model_version("d", "2").tags
-    assert tags["gate.not_below_champion"].startswith("failed: test AUC not below that of the champion: 0.")
-    assert tags["gate.same_test_images"].startswith("passed")
-    alone = gate.decide(some_predictions(0.5), None, min_auc=0.99)
-    registry.place(registry.Version("d", "2", ""), alone, "card")
-    assert set(MlflowClient().get_model_version("d", "2").tags) == {"gate.min_auc"}  # no verdict of before stays
+def test_a_model_that_is_not_registered_has_no_versions_and_no_aliases():
+    assert registry.versions("nobody") == {}
+    assert registry.aliases("nobody") == {}
+
+
+def test_versions_are_all_there_however_many(monkeypatch):
+    monkeypatch.setattr(MlflowClient, "search_model_versions", one_a_page(MlflowClient.search_model_versions))
+    for _ in range(3):
+        version("many")
+    assert set(registry.versions("many")) == {"1", "2", "3"}
+
+
+def one_a_page(search):
+    return lambda client, query, page_token=None: search(client, query, max_results=1, page_token=page_token)
+
+
+def test_a_card_is_the_description():
+    one = version("card")
+    registry.describe(one, "| a | b |\n| --- | --- |")
+    assert MlflowClient().get_model_version("card", one.number).description == "| a | &emsp;b |\n| --- | --- |"
 
 
 def test_a_champion_whose_predictions_are_gone_is_told():

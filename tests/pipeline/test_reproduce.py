@@ -84,6 +84,7 @@ def test_one_finished_run_holds_parameters_history_figures_and_data(reproduced, 
         "results.json",
         "model_card.md",
         "promotion.json",
+        "promotion.html",
         "dvc.lock",
     } <= artifacts
     figures = {file.path for file in mlflow.list_artifacts(run.info.run_id, "figures")}
@@ -190,7 +191,7 @@ def test_a_forced_run_gives_the_same_bytes(reproduced):
     output = reproduced.run("dvc", "repro", "--force", **EVERY_CORE)
     assert tuple(ran(output)) == STAGES
     assert [(reproduced.folder / name).read_bytes() for name in names] == before
-    assert read(reproduced, "reports/promotion.json")["version"] == "2"  # the same AUC is not below the champion's
+    assert read(reproduced, "reports/promotion.json")["version"] == "2"  # the same AUC is not lower than the champion's
 
 
 def test_an_edit_of_promote_promotes_alone_and_a_refusal_is_a_decision(reproduced, mlflow):
@@ -200,8 +201,8 @@ def test_an_edit_of_promote_promotes_alone_and_a_refusal_is_a_decision(reproduce
     assert "promote: REFUSED fadenet-phantom version 2" in output
     decision = read(reproduced, "reports/promotion.json")
     assert decision["decision"] == "refused"
-    assert decision["reason"].startswith("test AUC at least 1: 0.")
-    assert mlflow.get_registered_model("fadenet-phantom").aliases == {"champion": 2}  # none is demoted silently
+    assert decision["reason"].startswith("lower bound of the test AUC at least 1: 0.")
+    assert mlflow.get_registered_model("fadenet-phantom").aliases == {"champion": 2, "previous": 1}  # nobody is demoted
 
 
 @pytest.mark.usefixtures("shared_server")
@@ -218,8 +219,10 @@ def test_an_edit_of_train_does_not_download_and_a_worse_model_stays_a_challenger
     assert ran(output) == ["train", "evaluate", "promote"]
     decision = read(reproduced, "reports/promotion.json")
     assert decision["auc"] < before == decision["champion_auc"]
-    assert mlflow.get_registered_model("fadenet-phantom").aliases == {"champion": 2, "challenger": 3}
-    assert "test AUC not below that of the champion" in decision["reason"]
+    assert mlflow.get_registered_model("fadenet-phantom").aliases == {
+        "champion": 2, "challenger": 3, "previous": 1,
+    }  # fmt: skip
+    assert "test AUC not lower than the champion's by more than 0.02, at 95 %" in decision["reason"]
     assert len(mlflow.search_model_versions("name = 'fadenet-phantom'")) == 3
 
 

@@ -1,0 +1,126 @@
+"""The gate in a project: against a champion of other test images, by force, taken back, and what is told of it all."""
+
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+from mlflow import MlflowClient
+
+from tests.pipeline.test_reproduce import ran
+
+pytestmark = [pytest.mark.pipeline, pytest.mark.usefixtures("shared_server")]
+NAME = "fadenet-phantom"
+
+
+def decision(project) -> dict:
+    return json.loads((project.folder / "reports/promotion.json").read_text())
+
+
+def aliases(project) -> dict[str, str]:
+    client = MlflowClient(f"sqlite:///{project.folder}/mlruns/mlflow.db")
+    return {alias: str(number) for alias, number in client.get_registered_model(NAME).aliases.items()}
+
+
+def of(found: dict, name: str) -> dict:
+    return next(rule for rule in found["rules"] if rule["name"] == name)
+
+
+def test_the_champion_predicts_test_images_that_it_was_not_judged_on(reproduced):
+    first = decision(reproduced)
+    assert (first["decision"], first["aliases"], first["ledger_entry"]) == ("promoted", ["champion"], 1)
+    reproduced.change(
+        dataset={"seed": 8}, preprocess={"image_size": 20}, train={"epochs": 1, "learning_rate": 1e-9},
+        evaluate={"subgroups": []}, promote={"min_subgroup_auc": {"sex": 0.5}, "min_class_auc": 0.5},
+    )  # fmt: skip
+    output = reproduced.run("dvc", "repro")
+    assert f"the test images are not those that champion {NAME} version 1 was judged on: it predicts them now" in output
+    assert f"promote: REFUSED {NAME} version 2 stays challenger" in output
+    found = decision(reproduced)
+    assert of(found, "same_test_images")["verdict"] == "passed"
+    assert of(found, "not_inferior")["verdict"] == "failed"
+    assert of(found, "min_subgroup_auc")["figures"].startswith("sex is not known of the test images (known: none)")
+    assert found["champion_auc"] > found["auc"] + 0.05  # a trained network on new images, and one that learned nothing
+    assert aliases(reproduced) == {"champion": "1", "challenger": "2"}
+    shown = next(line for line in output.splitlines() if line.startswith("test AUC not lower than the champion's"))
+    assert " failed " in shown
+    page = (reproduced.folder / "reports/promotion.html").read_text()
+    assert "Refused." in page
+    assert "test AUC not lower than the champion&#39;s by more than 0.02, at 95 %" in page
+
+
+def test_the_champion_sees_them_as_it_is_used_to(reproduced):
+    """Its scores of the new images are those of its own package for the images as they lie in data/raw."""
+    told = of(decision(reproduced), "not_inferior")["figures"]
+    script = (
+        "import numpy as np, pandas as pd; from pathlib import Path;"
+        "from fadeformer import predictions; from fadeformer.preprocess import decoded;"
+        "from fadeformer.scoring import Scorer;"
+        "from pipelines import packaged; from fadeformer.metrics import auc;"
+        f"scorer = Scorer(packaged.data(packaged.fetch('models:/{NAME}/1')));"
+        "rows = pd.read_parquet('data/manifest.parquet').query(\"split == 'test'\");"
+        "pixels = decoded(rows, Path('data/raw'), Path('test.npy'), **scorer.input);"
+        "test = predictions.read(Path('reports/predictions.parquet')).of('test');"
+        "print('AUC', auc(test.labels, scorer.scores(pixels), test.task))"
+    )
+    output = reproduced.run("python", "-c", script, PYTHONPATH=str(reproduced.folder))
+    (reproduced.folder / "test.npy").unlink()
+    found = decision(reproduced)
+    assert float(output.split("AUC ")[1]) == pytest.approx(found["champion_auc"])
+    assert told.startswith(f"difference {found['auc'] - found['champion_auc']:+.4f}")
+
+
+def test_by_force_with_a_reason_and_never_forgotten(reproduced):
+    output = reproduced.run("fadeformer", "promote", "--force", check=False)
+    assert reproduced.code == 1
+    assert "promote: --reason is missing; say in words why" in output
+    output = reproduced.run("fadeformer", "promote", "--force", "--reason", "the old one cannot read DICOM")
+    assert f"PROMOTED {NAME} version 2 is champion (FORCED: the old one cannot read DICOM; without force: " in output
+    found = decision(reproduced)
+    assert (found["decision"], found["forced"], found["ledger_entry"]) == ("promoted", True, 3)
+    assert aliases(reproduced) == {"champion": "2", "previous": "1"}
+    assert "By force:" in (reproduced.folder / "reports/promotion.html").read_text()
+    client = MlflowClient(f"sqlite:///{reproduced.folder}/mlruns/mlflow.db")
+    assert client.get_model_version(NAME, "2").tags["forced"].startswith("FORCED: the old one cannot read DICOM")
+
+
+def test_taken_back_and_not_promoted_again(reproduced):
+    reason = "misses every lesion of the new scanner"
+    output = reproduced.run("fadeformer", "promote", "--rollback", "--reason", reason)
+    assert f"ROLLED BACK {NAME} version 1 is champion again; taken back: version 2 ({reason})" in output
+    assert aliases(reproduced) == {"champion": "1"}
+    reproduced.change(promote={"min_subgroup_auc": None, "min_class_auc": None, "margin": 1.0, "min_auc": 0.0})
+    assert ran(reproduced.run("dvc", "repro")) == ["promote"]
+    found = decision(reproduced)
+    assert found["decision"] == "refused"
+    assert found["reason"] == f"was not taken back before: taken back: {reason}"
+    assert aliases(reproduced) == {"champion": "1"}
+    output = reproduced.run("fadeformer", "promote", "--rollback", "--reason", reason, check=False)
+    assert reproduced.code == 1
+    assert f"promote: {NAME} has no champion before version 1 to go back to" in output
+
+
+def test_the_history_is_told(reproduced):
+    output = reproduced.run("fadeformer", "registry", "history")
+    for action in ("promoted", "refused", "forced", "rolled back"):
+        assert action in output
+    entries = [
+        json.loads(line) for line in reproduced.run("fadeformer", "registry", "history", "--json").splitlines()[:-1]
+    ]
+    assert [entry["action"] for entry in entries] == ["promoted", "refused", "forced", "rolled back", "refused"]
+    assert "5 decisions in" in output
+    output = reproduced.run("fadeformer", "registry", "history", "--model", "nobody", check=False)
+    assert reproduced.code == 1
+    assert "nothing was decided about nobody yet; `dvc repro` decides" in output
+
+
+def test_scores_that_are_no_numbers_are_refused(reproduced):
+    path = reproduced.folder / "reports/predictions.parquet"
+    table = pd.read_parquet(path)
+    attributes = table.attrs
+    table.loc[table["split"] == "test", "score_0"] = np.nan
+    table.attrs = attributes
+    table.to_parquet(path, index=False)
+    output = reproduced.run("fadeformer", "promote")
+    assert "every score is a number from 0 to 1: 40 images have others" in output
+    assert decision(reproduced)["auc"] is None

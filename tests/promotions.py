@@ -1,0 +1,45 @@
+"""A process that promotes versions of one model one after the other: `python -m tests.promotions MODEL VERSION...`.
+
+Each version has a quality, its number of an order that the arguments give, and becomes champion where it is better than
+the champion. What was decided before, by this process until it was killed or by any other, is not decided again.
+"""
+
+import sys
+
+from fadeformer.verdict import FAILED, PASSED, Decision, Rule
+from pipelines import ledger, registry, store
+from pipelines.ledger import Subject
+from pipelines.registry import Version
+
+
+def decision(quality: int, champion: int | None) -> Decision:
+    """By quality alone."""
+    better = champion is None or quality > champion
+    rule = Rule("better", "better than the champion", PASSED if better else FAILED, f"{quality} against {champion}")
+    return Decision((rule,), quality / 100, None if champion is None else champion / 100)
+
+
+def quality_of(version: Version | str) -> int:
+    """Of version n of 20 that of n * 7 modulo 20, so that the better ones come in no order."""
+    return int(version if isinstance(version, str) else version.number) * 7 % 20
+
+
+def main() -> None:
+    """Decides about each version that the arguments name."""
+    name, *numbers = sys.argv[1:]
+    store.connect()
+    for number in numbers:
+        with ledger.opened(name) as book:
+            done = any(entry["version"] == number for entry in book.entries)
+        if not done:
+            run_id = registry.versions(name)[number].run_id
+            ledger.judge(
+                name,
+                Subject(number, run_id, f"content of {number}"),
+                quality_of,
+                lambda champion, _, number=number: decision(quality_of(number), champion),
+            )
+
+
+if __name__ == "__main__":
+    main()

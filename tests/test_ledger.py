@@ -1,0 +1,381 @@
+"""The ledger, the aliases and the tags agree, whoever is killed when, and whatever other hands do to the registry."""
+
+import itertools
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from mlflow import MlflowClient
+
+from fadeformer import lines
+from fadeformer.errors import UserError
+from fadeformer.verdict import FAILED, PASSED, Decision, Rule
+from pipelines import ledger, registry, tracking
+from pipelines import store as mlflow_store
+from pipelines.ledger import Subject
+from tests import promotions
+from tests.conftest import ROOT
+
+
+@pytest.fixture(scope="module", autouse=True)
+def store(tmp_path_factory):
+    """An MLflow store of its own; every test uses another model name."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path_factory.mktemp("store"))
+        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        mlflow_store.connect()
+        yield
+
+
+def registered(name: str, count: int) -> list[Subject]:
+    """Versions that are only rows of the store."""
+    with tracking.run() as run_id:
+        client = MlflowClient()
+        experiment = client.get_run(run_id).info.experiment_id
+        for _ in range(count):
+            made = client.create_logged_model(experiment, name=tracking.MODEL, source_run_id=run_id)
+            client.finalize_logged_model(made.model_id, "READY")
+            registry.register(name, run_id, made.model_id)
+    return [Subject(str(n), run_id, f"content of {n}", {"name": "phantom"}) for n in range(1, count + 1)]
+
+
+def decision(promoted: bool, forced: str | None = None) -> Decision:
+    rule = Rule("min_auc", "lower bound of the test AUC at least 0.9", PASSED if promoted else FAILED, "0.95")
+    return Decision((rule,), 0.95, None, forced)
+
+
+GOOD, BAD = decision(True), decision(False)
+
+
+def decide(name: str, subject: Subject, found: Decision) -> dict:
+    with ledger.opened(name) as book:
+        return book.decide(subject, found)
+
+
+def roll_back(name: str, to: str | None = None, reason: str = "fails on the new scanner") -> dict:
+    with ledger.opened(name) as book:
+        return book.roll_back(to, reason)
+
+
+def aliases(name: str) -> dict[str, str]:
+    return {alias: str(number) for alias, number in MlflowClient().get_registered_model(name).aliases.items()}
+
+
+def agree(name: str) -> None:
+    """What must hold at any time at which nobody is at work."""
+    entries = ledger.history(name)
+    assert [entry["number"] for entry in entries] == list(range(1, len(entries) + 1))
+    for before, after in itertools.pairwise(entries):
+        assert after["from"] == before["to"]
+    assert aliases(name) == entries[-1]["aliases"]
+    tagged = {}
+    for version in MlflowClient().search_model_versions(f"name = '{name}'"):
+        tags = {key: text for key, text in version.tags.items() if key.startswith("ledger.")}
+        tagged |= {key: json.loads(text) for key, text in tags.items()}
+        mine = [entry for entry in entries if entry["version"] == str(version.version)]
+        assert len(tags) == len(mine)
+        judged = [entry for entry in mine if entry["rules"]]
+        if judged:
+            (rule,) = judged[-1]["rules"]
+            verdict = f"{rule['verdict']}: {rule['rule']}: {rule['figures']}"
+            assert version.tags[f"gate.{rule['name']}"] == verdict
+    assert tagged == {f"ledger.{entry['number']:05d}": entry for entry in entries}
+
+
+# What is done to versions 1, 2, 3 ... in turn; the aliases after it, and what the last entry calls it.
+P, R, F, B = "promote", "refuse", "force", "roll back"
+CASES = {
+    "the first model passes": ([(P, "1")], {"champion": "1"}, "promoted"),
+    "the first model is refused": ([(R, "1")], {"challenger": "1"}, "refused"),
+    "a better one": ([(P, "1"), (P, "2")], {"champion": "2", "previous": "1"}, "promoted"),
+    "a worse one": ([(P, "1"), (R, "2")], {"champion": "1", "challenger": "2"}, "refused"),
+    "a worse one, then a better one": (
+        [(P, "1"), (R, "2"), (P, "3")], {"champion": "3", "previous": "1", "challenger": "2"}, "promoted",
+    ),
+    "the challenger on a second look": (
+        [(P, "1"), (R, "2"), (P, "2")], {"champion": "2", "previous": "1"}, "promoted",
+    ),
+    "the champion judged again": ([(P, "1"), (P, "1")], {"champion": "1"}, "kept"),
+    "the champion judged again and refused": (
+        [(P, "1"), (P, "2"), (R, "2")], {"champion": "2", "previous": "1"}, "refused",
+    ),
+    "an old champion judged again and better": (
+        [(P, "1"), (P, "2"), (P, "1")], {"champion": "1", "previous": "2"}, "promoted",
+    ),
+    "an old champion judged again and worse": (
+        [(P, "1"), (P, "2"), (R, "1")], {"champion": "2", "previous": "1", "challenger": "1"}, "refused",
+    ),
+    "forced": ([(P, "1"), (F, "2")], {"champion": "2", "previous": "1"}, "forced"),
+    "rolled back": ([(P, "1"), (P, "2"), (B, None)], {"champion": "1"}, "rolled back"),
+    "rolled back by one of three": (
+        [(P, "1"), (P, "2"), (P, "3"), (B, None)], {"champion": "2", "previous": "1"}, "rolled back",
+    ),
+    "rolled back by two": ([(P, "1"), (P, "2"), (P, "3"), (B, "1")], {"champion": "1"}, "rolled back"),
+    "rolled back twice": ([(P, "1"), (P, "2"), (P, "3"), (B, None), (B, None)], {"champion": "1"}, "rolled back"),
+    "rolled back, then a new one": (
+        [(P, "1"), (P, "2"), (B, None), (P, "3")], {"champion": "3", "previous": "1"}, "promoted",
+    ),
+    "rolled back, then refused for that": ([(P, "1"), (P, "2"), (B, None), (R, "2")], {"champion": "1"}, "refused"),
+    "rolled back, then forced": (
+        [(P, "1"), (P, "2"), (B, None), (F, "2")], {"champion": "2", "previous": "1"}, "forced",
+    ),
+    "rolled back with a challenger": (
+        [(P, "1"), (P, "2"), (R, "3"), (B, None)], {"champion": "1", "challenger": "3"}, "rolled back",
+    ),
+}  # fmt: skip
+
+
+def play(name: str, steps: list[tuple[str, str | None]], subjects: list[Subject]) -> dict:
+    last = {}
+    for step, number in steps:
+        if step == B:
+            last = roll_back(name, number)
+        else:
+            forced = "no other reads DICOM" if step == F else None
+            last = decide(name, subjects[int(number) - 1], decision(step == P, forced))
+    return last
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_case(case):
+    steps, expected, action = CASES[case]
+    last = play(case, steps, registered(case, 3))
+    assert last["action"] == action
+    assert aliases(case) == expected
+    agree(case)
+
+
+def test_who_when_what_and_why_are_told():
+    entry = decide("told", registered("told", 1)[0], GOOD)
+    assert {"who", "time", "from", "to", "data", "rules", "reason", "auc"} <= entry.keys()
+    assert (entry["from"], entry["to"], entry["data"]) == (None, "1", {"name": "phantom"})
+    assert entry["rules"][0]["figures"] == "0.95"
+    assert entry["time"].endswith("+00:00")
+    text = ledger.path().read_text()
+    assert str(Path.cwd()) not in text  # a ledger goes where its store goes
+
+
+def test_what_was_taken_back_stays_so_under_another_number():
+    first, second, third = registered("content", 3)
+    play("content", [(P, "1"), (P, "2"), (B, None)], [first, second, third])
+    again = Subject(third.version, third.run_id, second.content)
+    with ledger.opened("content") as book:
+        assert book.taken_back(second) == book.taken_back(again) == "fails on the new scanner"
+        assert book.taken_back(first) is None
+        assert book.taken_back(third) is None
+    assert MlflowClient().get_model_version("content", "2").tags["rolled_back"] == "fails on the new scanner"
+    decide("content", second, decision(False, "the scanner was repaired"))
+    with ledger.opened("content") as book:
+        assert book.taken_back(second) is None
+    tags = MlflowClient().get_model_version("content", "2").tags
+    assert tags["forced"].startswith("FORCED: the scanner was repaired; without force: lower bound")
+
+
+def test_forced_stays_marked_when_it_is_judged_again():
+    subjects = registered("marked", 1)
+    play("marked", [(F, "1"), (P, "1")], subjects)
+    assert "forced" in MlflowClient().get_model_version("marked", "1").tags
+    assert [entry["action"] for entry in ledger.history("marked")] == ["forced", "kept"]
+
+
+def test_there_is_nothing_to_go_back_to():
+    subjects = registered("alone", 3)
+    decide("alone", subjects[0], GOOD)
+    with pytest.raises(UserError, match="alone has no champion before version 1 to go back to"):
+        roll_back("alone")
+    play("alone", [(R, "2"), (P, "3")], subjects)
+    with pytest.raises(
+        UserError, match="version 2 of alone is not one to go back to; champions before version 3 were 1"
+    ):
+        roll_back("alone", "2")
+    with pytest.raises(UserError, match="version 3 of alone is not one to go back to"):
+        roll_back("alone", "3")
+
+
+def test_other_hands_are_noted():
+    subjects = registered("hands", 3)
+    decide("hands", subjects[0], GOOD)
+    client = MlflowClient()
+    client.set_registered_model_alias("hands", "champion", "2")
+    client.set_registered_model_alias("hands", "mine", "3")  # none of ours
+    entry = decide("hands", subjects[2], GOOD)
+    outside = ledger.history("hands")[1]
+    assert outside["action"] == "changed outside"
+    assert outside["reason"] == "found in the registry: champion from 1 to 2"
+    assert (outside["from"], outside["to"]) == ("1", "2")
+    assert (entry["from"], entry["to"], entry["aliases"]["previous"]) == ("2", "3", "2")
+    client.delete_registered_model_alias("hands", "mine")
+    agree("hands")
+    client.delete_registered_model_alias("hands", "champion")
+    assert decide("hands", subjects[0], BAD)["from"] is None
+    assert ledger.history("hands")[3]["reason"] == "found in the registry: champion from 3 to None"
+
+
+def test_a_champion_that_was_deleted_is_none_to_go_back_to():
+    subjects = registered("deleted", 3)
+    play("deleted", [(P, "1"), (P, "2"), (P, "3")], subjects)
+    MlflowClient().delete_model_version("deleted", "2")
+    assert roll_back("deleted")["to"] == "1"
+    assert aliases("deleted") == {"champion": "1"}
+
+
+def test_a_ledger_that_is_gone_comes_back_from_the_registry(tmp_path):
+    subjects = registered("gone", 2)
+    play("gone", [(P, "1"), (R, "2"), (P, "2")], subjects)
+    before = ledger.history("gone")
+    shutil.move(ledger.path(), tmp_path / "ledger.jsonl")
+    with ledger.opened("gone") as book:
+        assert book.entries == before
+    assert ledger.history("gone") == before
+    rest = lines.read(tmp_path / "ledger.jsonl", "")
+    for record in rest:  # of the other tests
+        if record.get("model") != "gone":
+            lines.append(ledger.path(), record)
+
+
+def test_a_torn_line_is_cut_and_a_damaged_ledger_is_told():
+    subjects = registered("torn", 2)
+    decide("torn", subjects[0], GOOD)
+    with ledger.path().open("ab") as file:
+        file.write(b'{"kind": "decided", "mod')
+    assert len(ledger.history("torn")) == 1  # a reader leaves it alone
+    decide("torn", subjects[1], GOOD)
+    agree("torn")
+    whole = ledger.path().read_bytes()
+    ledger.path().write_bytes(b"{nonsense\n" + whole)
+    with pytest.raises(UserError, match=r"ledger.jsonl is damaged .* move it aside"):
+        decide("torn", subjects[1], GOOD)
+    ledger.path().write_bytes(whole)
+
+
+class Killed(BaseException):
+    """Stands for a kill: nothing in the way of an `except Exception` stops it."""
+
+
+CALLS = (
+    (lines, "append"), (MlflowClient, "set_registered_model_alias"), (MlflowClient, "delete_registered_model_alias"),
+    (MlflowClient, "set_model_version_tag"), (MlflowClient, "delete_model_version_tag"),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("after", [False, True])
+@pytest.mark.parametrize("steps", [[(P, "2")], [(R, "2")], [(F, "3")], [(B, None)]], ids=lambda steps: steps[0][0])
+def test_killed_before_or_after_any_step_the_next_one_ends_consistent(steps, after, monkeypatch):
+    """Each call that changes something is the last one once; then somebody else comes."""
+    for place in range(1, 100):
+        name = f"killed {steps[0][0]} {after} {place}"
+        subjects = registered(name, 4)
+        play(name, [(P, "1"), (P, "4"), (R, "2")], subjects)
+        calls = 0
+
+        def counted(function):
+            def call(*arguments, **named):
+                nonlocal calls
+                calls += 1
+                if calls == place and not after:  # noqa: B023
+                    raise Killed
+                function(*arguments, **named)
+                if calls == place:  # noqa: B023
+                    raise Killed
+
+            return call
+
+        with monkeypatch.context() as patch:
+            for owner, function in CALLS:
+                patch.setattr(owner, function, counted(getattr(owner, function)))
+            try:
+                play(name, steps, subjects)
+                ended = True
+            except Killed:
+                ended = False
+        with ledger.opened(name):
+            pass
+        agree(name)
+        assert "champion" in aliases(name)
+        if ended:
+            assert place > 3
+            return
+    pytest.fail("there is no end to it")
+
+
+@pytest.fixture(scope="module")
+def postgresql(tmp_path_factory) -> Iterator[str]:
+    """Address of a PostgreSQL server of this test alone; skipped where there is none, unless CI says there must be."""
+    found = sorted(Path("/usr/lib/postgresql").glob("*/bin/pg_ctl"))
+    if not found:
+        if os.environ.get("FADEFORMER_POSTGRESQL") == "required":
+            pytest.fail("PostgreSQL is not installed, but FADEFORMER_POSTGRESQL requires it")
+        pytest.skip("needs PostgreSQL (apt-get install postgresql)")
+    folder = Path("/tmp") / f"fadeformer-postgresql-{os.getpid()}"
+    folder.mkdir()
+    user = {}
+    if os.geteuid() == 0:  # it does not run as root
+        shutil.chown(folder, "postgres", "postgres")
+        user = {"user": "postgres", "group": "postgres", "extra_groups": []}
+    programs, data = found[-1].parent, folder / "data"
+
+    def run(*command: str) -> None:
+        subprocess.run(
+            [str(programs / command[0]), *command[1:]],
+            check=True,
+            cwd=folder,
+            stdout=subprocess.DEVNULL,
+            timeout=60,
+            **user,
+        )
+
+    run("initdb", "-D", str(data), "-A", "trust", "-U", "tester", "--no-sync")
+    run("pg_ctl", "-D", str(data), "-w", "-l", str(folder / "log"), "-o", f"-h '' -k {folder}", "start")
+    try:
+        run("createdb", "-h", str(folder), "-U", "tester", "registry")
+        yield f"postgresql://tester@/registry?host={folder}"
+    finally:
+        run("pg_ctl", "-D", str(data), "-m", "immediate", "stop")
+        shutil.rmtree(folder)
+
+
+@pytest.mark.parametrize("database", ["sqlite", "postgresql"])
+def test_twenty_promotions_by_four_processes_with_kills(database, request, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    if database == "postgresql":
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", request.getfixturevalue("postgresql"))
+    mlflow_store.connect()
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", mlflow_store.uri())
+    name, dice = "at once", random.Random(0)  # noqa: S311
+    registered(name, 20)
+    shares = [[str(number) for number in range(first, 21, 4)] for first in range(1, 5)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+
+    def begin(share: list[str]) -> subprocess.Popen[bytes]:
+        return subprocess.Popen([sys.executable, "-m", "tests.promotions", name, *share], env=environment)
+
+    running, kills = [begin(share) for share in shares], 0
+    deadline = time.monotonic() + 300
+    while any(process.poll() is None for process in running):
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+        at_work = len(ledger.history(name))
+        if kills < 6 and at_work > 2 * kills:  # while something is decided, not while all are still loading
+            place = dice.randrange(4)
+            if running[place].poll() is None:
+                running[place].send_signal(signal.SIGKILL)
+                running[place].wait()
+                running[place], kills = begin(shares[place]), kills + 1
+    assert kills == 6
+    assert [process.returncode for process in running] == [0, 0, 0, 0]
+    entries = ledger.history(name)
+    assert sorted(int(entry["version"]) for entry in entries) == list(range(1, 21))  # each once
+    agree(name)
+    best = max((str(number) for number in range(1, 21)), key=promotions.quality_of)
+    assert aliases(name)["champion"] == best
+    for entry in entries:  # each against the champion of its moment
+        better = entry["from"] is None or promotions.quality_of(entry["version"]) > promotions.quality_of(entry["from"])
+        assert entry["action"] == ("promoted" if better else "refused")
