@@ -43,7 +43,7 @@ def page(told: Mapping[str, Any], entries: Sequence[Mapping[str, Any]]) -> str:
             Parts(
                 ("", "Verdict", "Figures"),
                 [(part["name"], MARKS[part["verdict"]], part["figures"]) for part in rule["parts"]],
-                rule["rule"],
+                rule["rule"][0].upper() + rule["rule"][1:],
             )
             for rule in told["rules"]
             if rule["parts"]

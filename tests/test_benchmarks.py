@@ -179,6 +179,17 @@ def test_the_benchmark_of_preprocess_compares_speed_and_bytes():
     assert "taken up: the same bytes" in printed
 
 
+def test_the_gate_promotes_equals_and_not_the_worse():
+    command = ["benchmarks/promotion.py", "--pairs", "40", "--sizes", "2000", "--margin", "0.05"]
+    printed = subprocess.run([sys.executable, *command], cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    of_85, of_95 = (line.split() for line in printed.splitlines() if re.match(r"(0\.\d+) +2000 ", line))
+    assert (of_85[0], of_95[0]) == ("0.85", "0.95")
+    for row in (of_85, of_95):  # better, equal, worse by half, one and two margins
+        assert float(row[3]) == 100
+        assert float(row[-1]) == 0
+    assert "most of those worse by 2 margins: 0.0 % (0.0 to 8.8)" in printed
+
+
 def test_the_benchmark_of_the_gate_finds_what_it_planted():
     command = ["benchmarks/gate.py", "--rows", "3000"]
     printed = subprocess.run([sys.executable, *command], cwd=ROOT, check=True, capture_output=True, text=True).stdout
