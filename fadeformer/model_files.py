@@ -17,6 +17,7 @@ WEIGHTS = "weights.safetensors"  # of a package
 TRAINED = "best_model.pth"  # as training leaves them
 FAMILIAR = "unfamiliar.safetensors"
 POINTS = "operating_points.json"
+REFERENCE = "reference.parquet"
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,11 @@ class ModelFiles:
     def familiar(self) -> Path:
         """Of `fadeformer.unfamiliar`."""
         return self.folder / FAMILIAR
+
+    @property
+    def reference(self) -> Path:
+        """Of `fadeformer.reference`; a model of an older version has none."""
+        return self.folder / REFERENCE
 
     def identity(self) -> str:
         """SHA-256 of all that decides what the model says of an image."""

@@ -10,10 +10,11 @@ from __future__ import annotations
 import os
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from itertools import islice
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -47,6 +48,7 @@ def predict(
     threads: int | None,
     first: int = 0,
     explain: Callable[[list[str], Pixels, NDArray[np.int64]], None] | None = None,
+    more: Callable[[Pixels, NDArray[np.float32]], Mapping[str, NDArray[Any]]] | None = None,
 ) -> Iterator[pd.DataFrame]:
     """Predicts images in their order.
 
@@ -61,6 +63,7 @@ def predict(
         threads: that decode; None for one on each core. Memory grows with them, not with the images.
         first: row to begin with, a multiple of `PART`.
         explain: called with names, pixels and called classes of each batch, one batch at a time.
+        more: gives further columns from pixels and what the classifier sees of a batch.
 
     Yields:
         `PART` rows at once, at the end fewer: `name`, a score for each class, `decision`, `unfamiliar` (distance),
@@ -78,6 +81,7 @@ def predict(
         pixels, problems = _decoded(some, image_size, channels, aspect)
         there = np.array([not problem for problem in problems])
         scores, far = np.full((len(some), len(rule.classes)), np.nan), np.full(len(some), np.nan)
+        further: Mapping[str, NDArray[Any]] = {}
         if there.any():
             readable = pixels[there]
             with alone:
@@ -86,7 +90,10 @@ def predict(
                     names = [image.name for image, ok in zip(some, there, strict=True) if ok]
                     explain(names, readable, _foremost(rule, scores[there]))
             far[there] = familiar.distance(features)
-        return _rows(some, scores, far, problems, rule, familiar.limit)
+            further = more(readable, features) if more is not None else {}
+        rows = _rows(some, scores, far, problems, rule, familiar.limit)
+        columns = pd.DataFrame(dict(further), index=np.flatnonzero(there))
+        return rows.join(columns) if more is not None else rows
 
     starts = iter(range(first, len(images), BATCH))
     waiting: deque[Future[pd.DataFrame]] = deque()

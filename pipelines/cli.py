@@ -10,6 +10,7 @@ from importlib import import_module
 from pipelines import stage
 
 COMMANDS = {  # module of pipelines.commands: what it does
+    "drift": "whether new images are like those that a model was made with",
     "export": "a model as one ONNX graph or torch.export program",
     "predict": "predict images on the disk by a model",
     "promote": "judge a model again, promote it by force, or take a champion back",

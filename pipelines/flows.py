@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock
-from prefect import flow, task
+from prefect import State, flow, task
+from prefect.states import Completed, Failed
 
 from fadeformer import params
 from pipelines import overrides, paths
@@ -110,3 +111,20 @@ def pipeline(
     with FileLock(".prefect/pipeline.lock"), overrides.applied(paths.PARAMS, changes):  # one run in a folder at a time
         for stage in STAGES:
             reproduce(stage)
+
+
+@flow(name="drift", persist_result=False, log_prints=True)
+def drift(images: list[str], model: str, out: str = "reports/drift", most: int = 5000) -> State[None]:
+    """Whether new images are like those that a model was made with; the run fails where they are not.
+
+    Args:
+        images: files, folders, zips or patterns.
+        model: such as models:/NAME@champion.
+        out: folder for the page.
+        most: images that are looked at, drawn from more.
+    """
+    from pipelines.commands.drift import compare  # torch, which the pipeline's own flow does without
+
+    ended = compare(images, model, Path(out), most)
+    print(ended.summary)
+    return Failed(message=ended.summary) if ended.status else Completed(message=ended.summary)

@@ -1,8 +1,8 @@
 """The model as it leaves: one folder in MLflow's store that loads in a clean environment from its own files alone.
 
 `data/` has the weights as safetensors, `model.json` (network, classes, normalisation, input, calibration),
-`unfamiliar.safetensors` and `operating_points.json`; `code/` the library and `served.py`. Nothing is pickled, and no
-file tells where it was made.
+`unfamiliar.safetensors`, `reference.parquet` (what new images are compared with) and `operating_points.json`; `code/`
+the library and `served.py`. Nothing is pickled, and no file tells where it was made.
 """
 
 from __future__ import annotations
@@ -145,6 +145,7 @@ def _write(package: Path, model: Model, content: str) -> None:
     shutil.copyfile(paths.ARCHITECTURE, data / model_files.DESCRIPTION)
     shutil.copyfile(paths.OPERATING_POINTS, data / model_files.POINTS)
     shutil.copyfile(paths.FAMILIAR, data / model_files.FAMILIAR)
+    shutil.copyfile(paths.REFERENCE, data / model_files.REFERENCE)
     library = Path(fadeformer.__file__).parent
     shutil.copytree(library, code / library.name, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copyfile(SERVED, code / SERVED.name)

@@ -19,6 +19,7 @@ MODELS = Path("models")
 WEIGHTS = MODELS / "best_model.pth"
 ARCHITECTURE = MODELS / "model.json"
 FAMILIAR = MODELS / "unfamiliar.safetensors"
+REFERENCE = MODELS / "reference.parquet"
 HISTORY = MODELS / "history.csv"
 RUN = MODELS / "run.json"
 REPORTS = Path("reports")

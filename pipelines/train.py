@@ -15,7 +15,7 @@ import pandas as pd
 import torch
 from prefect import flow, task
 
-from fadeformer import arrays, calibration, params, unfamiliar
+from fadeformer import arrays, calibration, params, reference, unfamiliar
 from fadeformer.calibration import Calibration
 from fadeformer.checkpoints import Checkpoints
 from fadeformer.errors import Interrupted, UserError
@@ -73,9 +73,10 @@ def write(begun_in: Path, folder: Path) -> dict[str, Any]:
     history = fitting.history(state["history"])
     history.to_csv(folder / paths.HISTORY.name, index=False)
     described = {**read_json(begun_in / paths.ARCHITECTURE.name), "best_epoch": state["best_epoch"]}
-    fitted, known = fit_outputs(described, folder / paths.WEIGHTS.name)
+    fitted, known, seen = fit_outputs(described, folder / paths.WEIGHTS.name)
     described["calibration"], described["unfamiliar"] = fitted.described(), {"limit": known.limit}
     unfamiliar.write(known, folder / paths.FAMILIAR.name)
+    seen.to_parquet(folder / paths.REFERENCE.name, index=False)
     write_json(folder / paths.ARCHITECTURE.name, described)
     best = history[history["epoch"] == state["best_epoch"]].iloc[0]
     seconds = pd.DataFrame(state["history"])[["train_seconds", "val_seconds"]].to_numpy().sum()
@@ -85,20 +86,22 @@ def write(begun_in: Path, folder: Path) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def fit_outputs(described: dict[str, Any], weights: Path) -> tuple[Calibration, Familiar]:
+def fit_outputs(described: dict[str, Any], weights: Path) -> tuple[Calibration, Familiar, pd.DataFrame]:
     """What is fitted to the scores and features of the best epoch.
 
     Returns:
-        What makes the scores mean what they say, by val (nothing if train.calibrate is false), and what images the
-        network knows, by train and val.
+        What makes the scores mean what they say, by val (nothing if train.calibrate is false), what images the network
+        knows, by train and val, and what new images are compared with, of val.
     """
     settings = described["params"]["train"]
     train, val = (arrays.read(paths.PROCESSED, split) for split in ("train", "val"))
     trained = Trained({**described, "calibration": calibration.NONE.described()}, weights)
-    scores, of_val = trained.raw_scores_and_features(val.pixels, settings["batch_size"])
+    raw, of_val = trained.raw_scores_and_features(val.pixels, settings["batch_size"])
     _, of_train = trained.raw_scores_and_features(train.pixels, settings["batch_size"])
     known = unfamiliar.fit(of_train, train.labels, trained.task, of_val)
-    return calibration.fit(val.labels, scores, trained.task) if settings["calibrate"] else calibration.NONE, known
+    fitted = calibration.fit(val.labels, raw, trained.task) if settings["calibrate"] else calibration.NONE
+    scores, classes = fitted(raw, trained.task), tuple(described["classes"])
+    return fitted, known, reference.table(val.pixels, scores, known.distance(of_val), of_val, classes)
 
 
 @task(name="log the history to MLflow", persist_result=False)

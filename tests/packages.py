@@ -13,8 +13,8 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from fadeformer import unfamiliar
-from fadeformer.model_files import DESCRIPTION, FAMILIAR, POINTS, TRAINED, WEIGHTS
+from fadeformer import reference, unfamiliar
+from fadeformer.model_files import DESCRIPTION, FAMILIAR, POINTS, REFERENCE, TRAINED, WEIGHTS
 from fadeformer.models import create_model
 from fadeformer.trained import Trained
 from pipelines import store
@@ -59,6 +59,9 @@ def write_model(folder: Path, kind: str = "binary", *, side: int = 16, channels:
     known = unfamiliar.fit(features, labels, trained.task, features)
     unfamiliar.write(known, folder / "models" / FAMILIAR)
     described["unfamiliar"] = {"limit": known.limit}
+    seen = images(20, side, channels)
+    scores, distances = trained.scores(seen, 20), known.distance(features)
+    reference.table(seen, scores, distances, features, tuple(classes)).to_parquet(folder / "models" / REFERENCE)
     points = {
         "youden": {name: {"threshold": middle[classes.index(name)]} for name in judged},
         "sensitivity": {name: {"threshold": 0.0} for name in judged},

@@ -170,7 +170,9 @@ def test_a_package_is_fetched_by_each_kind_of_address(run_id):
     )
     folders = {name: packaged.fetch(name) for name in names}
     folders["a folder"] = packaged.fetch(str(folders[names[0]]))
-    files = ["model.json", "operating_points.json", "unfamiliar.safetensors", "weights.safetensors"]
+    files = [
+            "model.json", "operating_points.json", "reference.parquet", "unfamiliar.safetensors", "weights.safetensors",
+        ]  # fmt: skip
     for folder in folders.values():
         assert sorted(path.name for path in packaged.data(folder).iterdir()) == files
 

@@ -54,6 +54,7 @@ ELSEWHERE = {
     "make tables GRID=cpu DATA=../data JOBS=2": "tests/test_tables.py",
     "fadeformer serve models:/fadenet-phantom@champion --port 5001": "tests/test_commands.py",
     "fadeformer export models:/fadenet-phantom@champion --format onnx --out champion.onnx": "tests/test_commands.py",
+    "fadeformer drift data/own/scans --model models:/fadenet-phantom@champion": DEPLOYMENT,
     "prefect server start": DEPLOYMENT,
     "export PREFECT_API_URL=http://127.0.0.1:4200/api": DEPLOYMENT,
     "prefect work-pool create local --type process": DEPLOYMENT,

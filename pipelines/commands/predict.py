@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import re
 from functools import partial
 from pathlib import Path
 
 import torch
 
-from fadeformer import decisions, inputs, model_files, overlays, parts, predicting, unfamiliar
+from fadeformer import decisions, inputs, overlays, parts, predicting, unfamiliar
 from fadeformer.errors import UserError
 from fadeformer.files import read_json
 from fadeformer.model_files import ModelFiles
 from fadeformer.parts import Parts
 from fadeformer.trained import Trained
+from pipelines import named_model
 from pipelines.stage import Ended
 
 PROBLEMS = 3  # exit status where some files could not be read
@@ -24,11 +24,7 @@ PROBLEMS = 3  # exit status where some files could not be read
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What to predict, by which model, and where to write it."""
     parser.add_argument("paths", nargs="+", metavar="PATH", help="image, DICOM file, folder, zip or pattern")
-    parser.add_argument(
-        "--model",
-        required=True,
-        help="models:/NAME@ALIAS, models:/NAME/VERSION, runs:/ID/model, or a folder as models/",
-    )
+    parser.add_argument("--model", required=True, help=named_model.HELP)
     parser.add_argument("--out", required=True, type=Path, metavar="FILE", help="table to write: .csv or .parquet")
     parser.add_argument("--point", choices=decisions.POINTS, default="youden", help="operating point (default: youden)")
     parser.add_argument(
@@ -46,18 +42,13 @@ def run(arguments: argparse.Namespace) -> Ended:
         raise UserError(f"--threads is {arguments.threads}; it must be 1 or more")
     parts.check(arguments.out)
     images, left_out = inputs.find(arguments.paths)
-    folder = Path(arguments.model)
-    if re.match(r"\w+:/", arguments.model):
-        from pipelines import packaged  # MLflow takes seconds to import, and a folder does without it
-
-        folder = packaged.fetch(arguments.model)
-    model = model_files.find(folder, arguments.model, arguments.operating_points)
+    model = named_model.find(arguments.model, arguments.operating_points)
     return _predict(arguments, images, left_out, model)
 
 
 def _predict(arguments: argparse.Namespace, images: list[inputs.Input], left_out: int, model: ModelFiles) -> Ended:
     described = model.described
-    trained = trained_of(model)
+    trained = named_model.load(model)
     classes = tuple(described["classes"])
     points = None if model.points is None else read_json(model.points)
     rule = decisions.rule(trained.task, classes, points, arguments.point)
@@ -86,16 +77,6 @@ def _predict(arguments: argparse.Namespace, images: list[inputs.Input], left_out
         f"written to {arguments.out}",
     ]
     return Ended("; ".join(told), PROBLEMS if unreadable else 0)
-
-
-def trained_of(model: ModelFiles) -> Trained:
-    """The network, on a GPU if there is one; raises UserError where its weights are damaged."""
-    try:
-        trained = Trained(model.described, model.weights)
-    except ValueError as error:
-        raise UserError(f"{error}; fetch the model again, or train it again") from error
-    torch.use_deterministic_algorithms(True, warn_only=trained.device.type == "cuda")
-    return trained
 
 
 def _key(arguments: argparse.Namespace, images: list[inputs.Input], model: ModelFiles, trained: Trained) -> str:

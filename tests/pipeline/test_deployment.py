@@ -10,8 +10,10 @@ from pathlib import Path
 from urllib.error import URLError
 from urllib.request import Request, urlopen
 
+import numpy as np
 import psutil
 import pytest
+from PIL import Image
 
 from tests.conftest import Project
 
@@ -149,3 +151,24 @@ def test_a_run_that_is_cancelled_ends_its_stage_and_leaves_nothing_behind(projec
     soon(lambda: states()["pipeline"] == "CANCELLED")
     assert states()["train"] in ("CRASHED", "FAILED")  # the stage told its end, and by a signal of its own
     assert project.run("git", "status", "--short", "params.yaml") == ""
+
+
+def test_drift_is_told_by_the_command_and_by_the_state_of_a_run(project, finished, address):
+    scans = project.folder / "data" / "own" / "scans"
+    scans.mkdir(parents=True)
+    pixels = np.load(project.folder / "data/processed/test.npy")
+    for number, image in enumerate(pixels):
+        Image.fromarray(255 - image).save(scans / f"{number}.png")
+    output = project.run(
+        "fadeformer", "drift", "data/own/scans", "--model", "models:/fadenet-phantom@champion", check=False
+    )
+    assert project.code == 4
+    assert "image brightness" in output
+    assert (project.folder / "reports/drift/index.html").is_file()
+    output = project.run(
+        "prefect", "deployment", "run", "drift/local", "--watch", check=False, PREFECT_API_URL=address
+    )  # fmt: skip
+    assert project.code != 0
+    assert "Failed" in output
+    last = max((run for run in ask(address, "flow_runs")), key=lambda run: run["created"])
+    assert "image brightness" in last["state"]["message"]

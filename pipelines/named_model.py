@@ -1,0 +1,44 @@
+"""A model by its name in MLflow's registry or by its folder, ready to be used on images of the disk."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import torch
+
+from fadeformer import model_files
+from fadeformer.errors import UserError
+from fadeformer.model_files import ModelFiles
+from fadeformer.trained import Trained
+
+HELP = "models:/NAME@ALIAS, models:/NAME/VERSION, runs:/ID/model, or a folder as models/"
+
+
+def find(name: str, points: Path | None = None) -> ModelFiles:
+    """The files of a model, brought here where they are not.
+
+    Args:
+        name: as `HELP` tells.
+        points: a file of operating points that takes the place of the model's own.
+
+    Raises:
+        UserError: there is no such model.
+        Unreachable: MLflow is.
+    """
+    folder = Path(name)
+    if re.match(r"\w+:/", name):
+        from pipelines import packaged  # MLflow takes seconds to import, and a folder does without it
+
+        folder = packaged.fetch(name)
+    return model_files.find(folder, name, points)
+
+
+def load(model: ModelFiles) -> Trained:
+    """The network, on a GPU if there is one; raises UserError where its weights are damaged."""
+    try:
+        trained = Trained(model.described, model.weights)
+    except ValueError as error:
+        raise UserError(f"{error}; fetch the model again, or train it again") from error
+    torch.use_deterministic_algorithms(True, warn_only=trained.device.type == "cuda")
+    return trained

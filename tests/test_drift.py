@@ -1,0 +1,147 @@
+"""Drift: told where images have moved, not told where they have not, and each error in one message."""
+
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+
+from fadeformer import drift, drift_page, reference
+from fadeformer.errors import UserError
+from pipelines import cli
+from tests.packages import images, write_model
+
+
+def drawn(count: int, seed: int, *, brighter: float = 0.0, features: float = 0.0, sure: float = 0.0) -> pd.DataFrame:
+    """Numbers of some images, some of them moved by so many standard deviations."""
+    random = np.random.default_rng(seed)
+    columns = {
+        "score mass": 1 / (1 + np.exp(-random.normal(size=count) - sure)),
+        reference.DISTANCE: random.chisquare(8, count),
+        "image brightness": 100 + 20 * (random.normal(size=count) + brighter),
+        "image contrast": 30 + random.normal(size=count),
+    }
+    seen = random.normal(size=(count, 16))
+    seen[:, :3] += features
+    return pd.DataFrame({**columns, **{f"feature {n}": column for n, column in enumerate(seen.T)}})
+
+
+def test_images_of_the_same_kind_are_rarely_called_others():
+    alarms = [drift.compare(drawn(200, seed), drawn(150, 1000 + seed)).found for seed in range(60)]
+    assert sum(map(bool, alarms)) <= 4
+
+
+@pytest.mark.parametrize(
+    ("moved", "found"),
+    [
+        ({"brighter": 1.0}, ["image brightness"]), ({"sure": 1.0}, ["score mass"]), ({"features": 0.8}, ["features"]),
+        ({"brighter": -1.0, "features": 0.8}, ["image brightness", "features"]),
+    ],
+)  # fmt: skip
+def test_what_has_moved_is_named(moved, found):
+    result = drift.compare(drawn(400, 0), drawn(300, 1, **moved))
+    assert result.found == found
+    assert result.images == 300
+    if "features" not in found:
+        assert result.columns[0].name == found[0]
+
+
+def test_a_difference_that_is_certain_and_small_is_no_drift():
+    result = drift.compare(drawn(20_000, 0), drawn(20_000, 1, brighter=0.1))
+    brightness = next(column for column in result.columns if column.name == "image brightness")
+    assert brightness.p < 1e-6
+    assert brightness.distance < drift.LARGE
+    assert result.found == []
+
+
+def test_what_could_not_be_read_is_left_out_and_too_few_are_told():
+    new = drawn(40, 1)
+    new.loc[:9, "image contrast"] = np.nan
+    assert drift.compare(drawn(40, 0), new).images == 30
+    new.loc[:20, "image contrast"] = np.nan
+    with pytest.raises(UserError, match="there are 19 images that can be compared, and 20 are needed"):
+        drift.compare(drawn(40, 0), new)
+    with pytest.raises(UserError, match="the model carries numbers of 10 images that can be compared"):
+        drift.compare(drawn(10, 0), drawn(40, 1))
+
+
+def test_statistics_are_those_of_the_pixels():
+    pixels = np.zeros((3, 4, 4, 3), np.uint8)
+    pixels[1] = 255
+    pixels[2, :, ::2, 0] = 90
+    found = reference.seen(pixels, np.ones((3, 2), np.float32))
+    assert found["image brightness"].tolist() == [0, 255, 15]
+    assert found["image contrast"].tolist() == [0, 0, 15]
+    assert found["image sharpness"].tolist() == [0, 0, 15]
+    assert found["image black"].tolist() == [1, 0, 0.5]
+    assert found["image red"].tolist() == [0, 0, 30]
+    assert {"feature 0", "feature 1"} <= found.keys()
+    assert "image red" not in reference.seen(pixels[..., :1], np.ones((3, 2), np.float32))
+
+
+def test_at_most_so_many_images_are_kept():
+    count = reference.MOST + 5
+    pixels, scores = np.zeros((count, 2, 2, 1), np.uint8), np.zeros((count, 1))
+    kept = reference.table(pixels, scores, np.arange(count), np.zeros((count, 2), np.float32), ("mass",))
+    assert len(kept) == reference.MOST
+    assert kept[reference.DISTANCE].is_monotonic_increasing
+
+
+def test_the_page_tells_all_of_it():
+    known, new = drawn(100, 0), drawn(90, 1, brighter=2.0)
+    text = drift_page.page(drift.compare(known, new), known, new, model="models", images="scans <1>", unreadable=2)
+    assert "These have moved: image brightness." in text
+    assert "Drift of scans &lt;1&gt;" in text
+    assert "images could not be read" in text
+    assert "<strong>drifted</strong>" in text
+    same = drift_page.page(drift.compare(known, known), known, known, model="m", images="i", unreadable=0)
+    assert "No drift." in same
+    assert "could not be read" not in same
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A model, and the images whose numbers it carries."""
+    monkeypatch.chdir(write_model(tmp_path))
+    (tmp_path / "same").mkdir()
+    (tmp_path / "dark").mkdir()
+    for number, pixels in enumerate(images(20)):
+        Image.fromarray(pixels).save(tmp_path / "same" / f"{number}.png")
+        Image.fromarray(pixels // 8).save(tmp_path / "dark" / f"{number}.png")
+    (tmp_path / "dark" / "torn.png").write_bytes(b"no image")
+    return tmp_path
+
+
+def test_the_command_tells_by_page_json_and_status(folder, capsys):
+    cli.main(["drift", "same", "--model", "models", "--out", "out"])
+    assert "drift: no drift in 20 images; out/index.html" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["drift", "dark", "--model", "models", "--out", "out"])
+    assert ended.value.code == 4
+    assert "image brightness" in capsys.readouterr().out
+    told = json.loads((folder / "out" / "drift.json").read_text())
+    assert told["unreadable"] == 1
+    assert told["images"] == 20
+    assert "image brightness" in told["drifted"]
+    assert str(folder) not in (folder / "out" / "index.html").read_text()
+
+
+def test_more_images_than_wanted_are_drawn_from(folder, capsys):
+    for number in range(20, 60):
+        Image.fromarray(images(1)[0]).save(folder / "same" / f"{number}.png")
+    with pytest.raises(SystemExit):
+        cli.main(["drift", "same", "--model", "models", "--most", "25"])
+    assert "in 25 images; reports/drift/index.html" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        cli.main(["drift", "same", "--model", "models", "--most", "5"])
+    assert "--most is 5; at least 20 images are needed" in capsys.readouterr().err
+
+
+def test_a_model_without_numbers_is_told(folder, capsys):
+    (folder / "models" / "reference.parquet").unlink()
+    with pytest.raises(SystemExit):
+        cli.main(["drift", "same", "--model", "models"])
+    assert "drift: models: carries no numbers of what it has seen (reference.parquet: FileNotFoundError)" in (
+        capsys.readouterr().err
+    )
