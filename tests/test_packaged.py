@@ -51,6 +51,7 @@ def test_a_package_has_weights_and_words_alone(project, package):
         ".json",
         ".safetensors",
         ".csv",
+        ".parquet",
         ".html",
     }
     with safe_open(package / "data/model/weights.safetensors", "pt") as weights:
