@@ -52,6 +52,8 @@ class Subject:
 class Ledger:
     """What was decided about one registered model, and what the registry says of it now.
 
+    Of another registry, such as a server that was used before, nothing is taken over but what was taken back.
+
     Attributes:
         name: of the registered model.
         entries: what was decided about it, oldest first.
@@ -60,11 +62,14 @@ class Ledger:
 
     def __init__(self, name: str) -> None:
         self.name = name
+        self._registry = registry.identity(name)
         self._versions = registry.versions(name)
         records = lines.read(path(), REMEDY, mend=True)
         records += self._lost(records)
-        mine = [record for record in records if record.get("model") == name]
-        self.entries = sorted((r for r in mine if r["kind"] == "decided"), key=lambda entry: entry["number"])
+        decided = [record for record in records if record["kind"] == "decided" and record["model"] == name]
+        self._everywhere = sorted(decided, key=lambda entry: (entry["time"], entry["number"]))
+        here = [entry for entry in decided if entry["registry"] == self._registry]
+        self.entries = sorted(here, key=lambda entry: entry["number"])
         followed = {record["entry"] for record in records if record["kind"] == "followed"}
         for entry in self.entries[-1:]:  # all before it were followed before it was written
             if entry["id"] not in followed:
@@ -84,13 +89,17 @@ class Ledger:
 
     def taken_back(self, subject: Subject) -> str | None:
         """Why a version, or one of the same content, was taken back; None where it was not, or came back by force."""
-        for entry in reversed(self.entries):
-            same = subject.content is not None and entry["content"] == subject.content
-            if entry["action"] == "forced" and (entry["version"] == subject.version or same):
+
+        def is_it(entry: Mapping[str, Any], one: Mapping[str, Any]) -> bool:
+            if one["content"] is not None and one["content"] == subject.content:
+                return True
+            return bool(entry["registry"] == self._registry and one["version"] == subject.version)
+
+        for entry in reversed(self._everywhere):
+            if entry["action"] == "forced" and is_it(entry, entry):
                 return None
-            for one in entry["taken_back"]:
-                if one["version"] == subject.version or (one["content"] and one["content"] == subject.content):
-                    return str(entry["reason"])
+            if any(is_it(entry, one) for one in entry["taken_back"]):
+                return str(entry["reason"])
         return None
 
     def decide(self, subject: Subject, decision: Decision) -> dict[str, Any]:
@@ -180,14 +189,15 @@ class Ledger:
         entry = {
             "kind": "decided", "id": uuid.uuid4().hex, "number": self.entries[-1]["number"] + 1 if self.entries else 1,
             "time": datetime.now(UTC).isoformat(timespec="seconds"), "who": psutil.Process().username(),
-            "model": self.name, "action": action, "version": subject.version, "run_id": subject.run_id,
-            "content": subject.content, "from": self.champion, "to": aliases.get(CHAMPION), "aliases": dict(aliases),
-            "line": line, "reason": reason, "data": dict(subject.data), "taken_back": [], "auc": None,
-            "champion_auc": None, "rules": [], **more,
+            "model": self.name, "registry": self._registry, "action": action, "version": subject.version,
+            "run_id": subject.run_id, "content": subject.content, "from": self.champion, "to": aliases.get(CHAMPION),
+            "aliases": dict(aliases), "line": line, "reason": reason, "data": dict(subject.data), "taken_back": [],
+            "auc": None, "champion_auc": None, "rules": [], **more,
         }  # fmt: skip
         lines.append(path(), entry)
         self._follow(entry)
         self.entries.append(entry)
+        self._everywhere.append(entry)
         self.aliases = dict(aliases)
         return entry
 

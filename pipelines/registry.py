@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import tempfile
+import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +24,7 @@ from pipelines.store import told
 CHAMPION, CHALLENGER, PREVIOUS = "champion", "challenger", "previous"
 OURS = (CHAMPION, CHALLENGER, PREVIOUS)
 FORCED, ROLLED_BACK = "forced", "rolled_back"  # tags that stay for ever, with the reason
+IDENTITY = "fadeformer.registry"  # tag of a registered model
 ENTRY, GATE = "ledger.", "gate."  # what tags with an entry of the ledger, or a rule's verdict, begin with
 CELL = " | &emsp;"  # between cells of a table: MLflow's page sets them edge to edge
 
@@ -72,6 +74,22 @@ def aliases(name: str) -> Aliases:
         return {}
     found = MlflowClient().get_registered_model(name).aliases
     return {alias: str(found[alias]) for alias in OURS if alias in found}
+
+
+@told()
+def identity(name: str) -> str | None:
+    """What tells a registered model from one of the same name in another registry, or after it was deleted; a tag.
+
+    None where there is no such model.
+    """
+    client = MlflowClient()
+    if not client.search_registered_models(f"name = '{name}'"):
+        return None
+    found = client.get_registered_model(name).tags.get(IDENTITY)
+    if found is None:
+        found = uuid.uuid4().hex
+        client.set_registered_model_tag(name, IDENTITY, found)
+    return str(found)
 
 
 @told()

@@ -15,7 +15,7 @@ from filelock import FileLock
 
 from fadeformer import params
 from fadeformer.params import Params
-from pipelines import orchestrator, overrides
+from pipelines import orchestrator, overrides, store
 from tests import CORES
 
 # No deadline: how fast a machine is says nothing about the code. Always the same examples, so that a test fails or not.
@@ -78,6 +78,16 @@ def real_data(request: pytest.FixtureRequest) -> Path:
             pytest.fail(f"{REAL_DATA} is not there, but FADEFORMER_REAL_DATA requires it")
         pytest.skip("the real data sets do not lie beside this project")
     return REAL_DATA
+
+
+@pytest.fixture(scope="module")
+def own_store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """An MLflow store of a module, in whose folder its tests run; each of them uses another model name."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path_factory.mktemp("store"))
+        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        store.connect()
+        yield
 
 
 class Project:

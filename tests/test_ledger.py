@@ -24,15 +24,7 @@ from pipelines.ledger import Subject
 from tests import promotions
 from tests.conftest import ROOT
 
-
-@pytest.fixture(scope="module", autouse=True)
-def store(tmp_path_factory):
-    """An MLflow store of its own; every test uses another model name."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(tmp_path_factory.mktemp("store"))
-        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
-        mlflow_store.connect()
-        yield
+pytestmark = pytest.mark.usefixtures("own_store")
 
 
 def registered(name: str, count: int) -> list[Subject]:
@@ -239,6 +231,22 @@ def test_a_ledger_that_is_gone_comes_back_from_the_registry(tmp_path):
     for record in rest:  # of the other tests
         if record.get("model") != "gone":
             lines.append(ledger.path(), record)
+
+
+def test_another_registry_has_a_line_of_its_own_and_what_was_taken_back_stays_so():
+    subjects = registered("elsewhere", 3)
+    play("elsewhere", [(P, "1"), (P, "2"), (B, None)], subjects)
+    MlflowClient().delete_registered_model("elsewhere")  # as if another server were asked
+    again = registered("elsewhere", 2)
+    with ledger.opened("elsewhere") as book:
+        assert (book.champion, book.line, book.entries) == (None, [], [])
+        assert book.taken_back(again[1]) == "fails on the new scanner"  # of the same content
+        assert book.taken_back(again[0]) is None
+        other = Subject("2", again[1].run_id, "of another training")
+        assert book.taken_back(other) is None
+    entry = decide("elsewhere", again[0], GOOD)
+    assert (entry["number"], entry["from"], entry["action"]) == (1, None, "promoted")
+    assert len(ledger.history("elsewhere")) == 4
 
 
 def test_a_torn_line_is_cut_and_a_damaged_ledger_is_told():

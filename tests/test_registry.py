@@ -13,15 +13,7 @@ from pipelines import registry, tracking
 from pipelines import store as mlflow_store
 from tests.conftest import ROOT
 
-
-@pytest.fixture(scope="module", autouse=True)
-def store(tmp_path_factory):
-    """An MLflow store of its own; every test uses another model name."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(tmp_path_factory.mktemp("store"))
-        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
-        mlflow_store.connect()
-        yield
+pytestmark = pytest.mark.usefixtures("own_store")
 
 
 def version(name: str) -> registry.Version:
