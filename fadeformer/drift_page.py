@@ -78,7 +78,7 @@ def _columns(found: Drift) -> Table:
 def distributions(found: Drift, known: pd.DataFrame, new: pd.DataFrame) -> Figure:
     """Distribution functions of the columns that moved furthest; arguments are those of `page`."""
     shown = found.columns[:SHOWN]
-    figure, plots = panels(len(shown), side=2.1, alone=4.2)
+    figure, plots = panels(len(shown), side=2.1, alone=4.2, share_x=False)
     for axes, column in zip(plots, shown, strict=True):
         for rows, colour, style in ((known, COLOURS[0], "-"), (new, COLOURS[1], "--")):
             values = np.sort(rows[column.name].dropna().to_numpy())

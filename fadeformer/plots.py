@@ -90,20 +90,23 @@ def save(figure: Figure, path: Path, dpi: int) -> None:
         figure.savefig(temporary, format="svg", metadata={"Date": None})
 
 
-def panels(count: int, *, side: float, alone: float, share_y: bool = True) -> tuple[Figure, list[Axes]]:
+def panels(
+    count: int, *, side: float, alone: float, share_x: bool = True, share_y: bool = True
+) -> tuple[Figure, list[Axes]]:
     """A figure with a panel for each of some classes, in as many rows as columns.
 
     Args:
         count: of panels.
         side: of one of many, inches.
         alone: of a single one.
-        share_y: whether all have one scale.
+        share_x: whether all have one scale below.
+        share_y: whether all have one scale beside.
     """
     columns = max(1, min(6, math.ceil(math.sqrt(count))))
     rows = max(1, math.ceil(count / columns))
     inches = alone if count <= 1 else side
     figure = Figure(figsize=(max(4.8, inches * columns), 0.9 + inches * 0.95 * rows), layout="constrained")
-    grid = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=share_y)
+    grid = figure.subplots(rows, columns, squeeze=False, sharex=share_x, sharey=share_y)
     for axes in list(grid.flat)[count:]:
         axes.set_axis_off()
     shown = list(grid.flat)[:count]
