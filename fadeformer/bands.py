@@ -6,6 +6,7 @@ read (Fawcett 2006, doi:10.1016/j.patrec.2005.10.010, calls it vertical averagin
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -82,3 +83,9 @@ class _Curve:
                 reached = np.searchsorted(of_true, GRID, side="left").clip(max=len(of_true) - 1)
                 pr[row] = precision[row, reached]
         return roc, pr
+
+
+def read(path: Path) -> pd.DataFrame:
+    """What `bands` gave, from a CSV; classes may be called 0, or NA."""
+    numbers = dict.fromkeys(("x", "low", "high"), "")
+    return pd.read_csv(path, dtype={"class": str}, keep_default_na=False, na_values=numbers)

@@ -10,6 +10,8 @@ from typing import Any
 import pandas as pd
 from ruamel.yaml import YAML
 from ruamel.yaml.compat import StringIO
+from ruamel.yaml.nodes import ScalarNode, SequenceNode
+from ruamel.yaml.representer import RoundTripRepresenter
 
 from fadeformer import evidence_tables, pages
 from fadeformer.card import INTENDED
@@ -34,6 +36,20 @@ SIDE_BY_SIDE = 5  # classes up to which two figures beside each other can be rea
 GALLERY = (
     "Most confident mistakes", "The test images that were called wrongly with the highest score, with what was called."
 )  # fmt: skip
+
+
+class _Told(RoundTripRepresenter):
+    """YAML as params.yaml has it: null where there is nothing, lists in one line."""
+
+    def represent_none(self, data: None) -> ScalarNode:
+        return self.represent_scalar("tag:yaml.org,2002:null", "null")
+
+    def represent_list(self, data: list[Any]) -> SequenceNode:
+        return self.represent_sequence("tag:yaml.org,2002:seq", data, flow_style=True)
+
+
+_Told.add_representer(type(None), _Told.represent_none)
+_Told.add_representer(list, _Told.represent_list)
 
 
 @dataclass(frozen=True)
@@ -67,8 +83,9 @@ def report(
     drawn = {
         name: Figure(name, *FIGURES.get(name, GALLERY), base64.b64encode(png).decode()) for name, png in figures.items()
     }
-    stream = StringIO()
-    YAML().dump(of.described["params"], stream)
+    stream, yaml = StringIO(), YAML()
+    yaml.Representer = _Told
+    yaml.dump(of.described["params"], stream)
     verdict, worse = evidence_tables.subgroups_verdict(of) if of.subgroups else ("", [])
     return pages.template("report.html").render(
         title=f"{of.described['model']['backbone']} on {of.meta.dataset['name']}",
@@ -145,6 +162,6 @@ def _beside(area: float | None, bound: tuple[float, float] | None, published: pd
     above, below = int((rows["auc"] > high).sum()), int((rows["auc"] < low).sum())
     return (
         BAD if above == len(rows) else GOOD if below > above else PLAIN,
-        f"Of {len(rows)} published AUCs that may be compared, {below} lie below the interval of ours, {above} above it"
-        f" and {len(rows) - below - above} in it.",
+        f"Published AUCs that may be compared: {below} below the interval of ours, {above} above it and"
+        f" {len(rows) - below - above} in it.",
     )

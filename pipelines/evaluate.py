@@ -143,7 +143,7 @@ def draw(dpi: int, seed: int) -> None:
     history, best_epoch = pd.read_csv(paths.HISTORY), read_json(paths.ARCHITECTURE)["best_epoch"]
     found, told = summary.summarise(test), read_json(paths.INTERVALS)
     confidence, intervals = told["confidence"], told["test"]
-    curves = pd.read_csv(paths.CURVES / "bands.csv")
+    curves = bands.read(paths.CURVES / "bands.csv")
     before = read_json(paths.METRICS)["test"]["before_calibration"]["calibration_error"]
     wrong = mistakes.most_wrong(test, GALLERY)
     images = arrays.read(paths.PROCESSED, "test")

@@ -9,6 +9,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from fadeformer import bands, curve_plots, plots, summary
 from fadeformer.datasets.medmnist import SETS
+from fadeformer.predictions import Predictions
 from tests.test_metrics import made
 
 HISTORY = pd.DataFrame(
@@ -73,6 +74,18 @@ def test_long_names_stay_inside(name):
     assert not overlapping(list(axes.get_xticklabels()))
     assert axes.get_tightbbox().x0 >= 0
     assert axes.get_tightbbox().y0 >= 0
+
+
+def test_classes_that_are_called_by_digits_keep_their_bands(tmp_path):
+    p = made("ordinal-regression", 5, 400, 0)
+    p = Predictions(p.frame, p.task, ("0", "1", "2", "NA", "1.50"))
+    bands.bands(p, seed=0, confidence=0.9).to_csv(tmp_path / "bands.csv", index=False)
+    found, bounds = summary.summarise(p), summary.intervals(p, draws=100, seed=0, confidence=0.9)
+    drawn = curve_plots.roc_curves(p, found, bounds, bands.read(tmp_path / "bands.csv"))
+    for axes in drawn.axes:
+        if axes.lines:
+            (band,) = axes.collections
+            assert len(band.get_paths()[0].vertices) > 100
 
 
 @pytest.mark.parametrize("figure", [curve_plots.roc_curves, curve_plots.pr_curves])

@@ -114,7 +114,7 @@ def test_the_verdict_tells_numbers_calibration_subgroups_and_published_scores():
     assert "on 100 test images (95 % intervals)." in sentences[0]
     assert any(sentence.startswith("Calibration error 0.") for sentence in sentences)
     assert any("none is worse beyond chance" in sentence for sentence in sentences)
-    (beside,) = [sentence for sentence in sentences if "published AUCs that may be compared" in sentence]
+    (beside,) = [sentence for sentence in sentences if "Published AUCs that may be compared" in sentence]
     assert told[beside] == "good"  # a skill that no published method has
 
 
