@@ -10,7 +10,7 @@ import pandas as pd
 
 from fadeformer.arrays import Meta
 from fadeformer.calibration import NONE, of_description
-from fadeformer.subgroups import worse
+from fadeformer.subgroups import OVERALL, worse
 from fadeformer.summary import told
 from fadeformer.tasks import Task
 
@@ -164,7 +164,7 @@ def subgroups_verdict(of: Evidence) -> tuple[str, list[str]]:
     """Whether a subgroup is worse than the whole, and a sentence for each measure in which one is."""
     tests = sum(len(one["compared"]) for values in of.subgroups.values() for one in values.values())
     verdicts = [
-        f"{one['column']} {one['subgroup']}: {MEASURES[one['measure']]} of {one['class']} {one['value']:.3f}, in the"
+        f"{one['column']} {one['subgroup']}: {MEASURES[one['measure']]} {_of(one['class'])} {one['value']:.3f}, in the"
         f" whole {one['whole']:.3f} (adjusted p {one['p']:.2g})"
         for one in worse(of.subgroups)
     ]
@@ -172,6 +172,10 @@ def subgroups_verdict(of: Evidence) -> tuple[str, list[str]]:
     if not tests:
         return "No subgroup has images enough to be compared with the whole.", []
     return f"{told_of} {'worse beyond chance are' if verdicts else 'none is worse beyond chance.'}", verdicts
+
+
+def _of(name: str) -> str:
+    return name if name == OVERALL else f"of {name}"
 
 
 def published(rows: pd.DataFrame, *, comparable: bool) -> Table:
