@@ -34,7 +34,7 @@ class Asked:
         min_auc: least lower bound of the test AUC.
         min_class_auc: least AUC of each class or finding.
         min_subgroup_auc: least AUC of each subgroup: of all columns, or by column.
-        min_cases: positives, and negatives, of a class in what is judged; with fewer it is not.
+        min_cases: patients, lesions or single images with a class, and without it; with fewer it is not judged.
         max_ece: largest calibration error.
         operating_point: `youden`, `sensitivity` or `specificity`.
         min_sensitivity: least sensitivity of each class at that point.
@@ -97,7 +97,7 @@ def decide(of: Candidate, champion: Predictions | None, asked: Asked, forced: st
         *_classes(of, found, asked),
         *_subgroups(of, asked),
         *_calibration(found["overall"]["calibration_error"], asked),
-        *_sensitivity(of, found, asked),
+        *_sensitivity(of, asked),
     ]
     best = None
     if champion is not None:
@@ -138,10 +138,12 @@ def _classes(of: Candidate, found: Mapping[str, Any], asked: Asked) -> Iterator[
     if least is None:
         return
 
+    cases = _cases(of.test)
+
     def part(name: str) -> Part:
         of_class = found["per_class"][name]
-        if few := _few(of_class["support"], found["images"], asked.min_cases):
-            return Part(name, NOT_JUDGED, few)
+        if cases[name] < asked.min_cases:
+            return Part(name, NOT_JUDGED, f"n = {cases[name]}")
         passed = of_class["auc"] >= least
         return Part(
             name, kept(passed), told(of_class["auc"], of.intervals["per_class"][name]["auc"])
@@ -168,13 +170,14 @@ def _subgroups(of: Candidate, asked: Asked) -> Iterator[Rule]:
                 yield _subgroup(f"{column} {value}", one, least)
 
     def _subgroup(name: str, one: Mapping[str, Any], least: float) -> Part:
+        supports = {of_class: one["per_class"][of_class]["support"] for of_class in _judged(of.test)}
         areas = [
             one["per_class"][of_class]["auc"]
-            for of_class in _judged(of.test)
-            if not _few(one["per_class"][of_class]["support"], one["images"], asked.min_cases)
+            for of_class, support in supports.items()
+            if min(support, one["images"] - support) >= asked.min_cases
         ]
-        if not areas:
-            return Part(name, NOT_JUDGED, f"n = {one['images']}")
+        if not areas or one["groups"] < asked.min_cases:
+            return Part(name, NOT_JUDGED, f"n = {min(one['images'], one['groups'])}")
         area = float(np.mean(areas))
         return Part(name, kept(area >= least), f"{area:.4f} (n = {one['images']})")
 
@@ -192,14 +195,16 @@ def _calibration(error: float | None, asked: Asked) -> Iterator[Rule]:
         yield Rule("max_ece", rule, kept(error <= asked.max_ece), f"{error:.4f}")
 
 
-def _sensitivity(of: Candidate, found: Mapping[str, Any], asked: Asked) -> Iterator[Rule]:
+def _sensitivity(of: Candidate, asked: Asked) -> Iterator[Rule]:
     least = asked.min_sensitivity
     if least is None:
         return
 
+    cases = _cases(of.test)
+
     def part(name: str) -> Part:
-        if few := _few(found["per_class"][name]["support"], found["images"], asked.min_cases):
-            return Part(name, NOT_JUDGED, few)
+        if cases[name] < asked.min_cases:
+            return Part(name, NOT_JUDGED, f"n = {cases[name]}")
         point = of.points[asked.operating_point].get(name)
         if point is None:
             return Part(name, NOT_JUDGED, "no threshold, since validation lacks images with or without it")
@@ -276,7 +281,11 @@ def _judged(predictions: Predictions) -> list[str]:
     return [predictions.classes[c] for c in shown_classes(predictions)]
 
 
-def _few(positives: int, images: int, least: int) -> str | None:
-    """`n = 7` where positives or negatives are fewer than asked."""
-    fewest = min(positives, images - positives)
-    return f"n = {fewest}" if fewest < least else None
+def _cases(predictions: Predictions) -> dict[str, int]:
+    """Of each class the fewer of: patients, lesions or single images with it, and without it."""
+    groups = resampling.group_numbers(predictions.frame["group"])
+    truth = one_versus_rest(predictions.labels, len(predictions.classes), predictions.task)
+    return {
+        name: min(len(np.unique(groups[is_so])) for is_so in (truth[:, c], ~truth[:, c]))
+        for c, name in enumerate(predictions.classes)
+    }

@@ -105,6 +105,17 @@ def test_a_rare_class_is_not_judged_and_a_common_one_that_is_bad_stops():
     assert every.promoted
 
 
+def test_patients_are_counted_where_they_are_known():
+    groups = [f"patient {place % 15}" for place in range(600)]
+    few = candidate(Predictions(GOOD.frame.assign(group=groups), GOOD.task, GOOD.classes))
+    asked = replace(NOTHING, min_class_auc=0.99, min_subgroup_auc=0.99, min_sensitivity=0.99, min_cases=16)
+    decision = gate.decide(few, None, asked)
+    for name in ("min_class_auc", "min_subgroup_auc", "min_sensitivity"):
+        assert one(decision, name).verdict == "not judged"
+        assert {part.figures for part in one(decision, name).parts} <= {"n = 5", "n = 15"}
+    assert not gate.decide(few, None, replace(asked, min_cases=5)).promoted
+
+
 def test_of_two_classes_one_is_told():
     binary = candidate(judged(2.0, classes=("normal", "pneumonia")))
     decision = gate.decide(binary, None, replace(NOTHING, min_class_auc=0.8, min_sensitivity=0.5))
