@@ -176,8 +176,10 @@ def _subgroups(of: Candidate, asked: Asked) -> Iterator[Rule]:
             for of_class, support in supports.items()
             if min(support, one["images"] - support) >= asked.min_cases
         ]
-        if not areas or one["groups"] < asked.min_cases:
-            return Part(name, NOT_JUDGED, f"n = {min(one['images'], one['groups'])}")
+        if one["groups"] < asked.min_cases:
+            return Part(name, NOT_JUDGED, f"n = {one['groups']}")
+        if not areas:
+            return Part(name, NOT_JUDGED, f"n = {one['groups']}, of no class enough")
         area = float(np.mean(areas))
         return Part(name, kept(area >= least), f"{area:.4f} (n = {one['images']})")
 
