@@ -43,7 +43,7 @@ def page(found: Drift, known: pd.DataFrame, new: pd.DataFrame, *, model: str, im
     apart = "can be told apart from" if found.features_drifted else "are like"
     return pages.template("drift.html").render(
         title=f"Drift of {images}",
-        found=bool(found.found),
+        good=not found.found,
         verdict="Drift." if found.found else "No drift.",
         outcome=(f"These have moved: {what}." if found.found else "Scores, features and pixels are like those of val."),
         unreadable=unreadable,

@@ -90,14 +90,14 @@ def decide(of: Candidate, champion: Predictions | None, asked: Asked, forced: st
         rules.append(Rule("not_rolled_back", "was not taken back before", FAILED, f"taken back: {of.rolled_back}"))
     if rules[1].verdict == FAILED:  # nothing that follows could be computed
         return Decision(tuple(rules), None, None, forced)
-    found = summarise(of.test)
+    found, cases = summarise(of.test), _cases(of.test)
     area = found["overall"]["auc"]
     rules += [
         _min_auc(of, area, asked),
-        *_classes(of, found, asked),
+        *_classes(of, found, cases, asked),
         *_subgroups(of, asked),
         *_calibration(found["overall"]["calibration_error"], asked),
-        *_sensitivity(of, asked),
+        *_sensitivity(of, cases, asked),
     ]
     best = None
     if champion is not None:
@@ -133,21 +133,16 @@ def _min_auc(of: Candidate, area: float | None, asked: Asked) -> Rule:
     return Rule("min_auc", rule, kept(bounds[0] >= asked.min_auc), told(area, bounds))
 
 
-def _classes(of: Candidate, found: Mapping[str, Any], asked: Asked) -> Iterator[Rule]:
+def _classes(of: Candidate, found: Mapping[str, Any], cases: Mapping[str, int], asked: Asked) -> Iterator[Rule]:
     least = asked.min_class_auc
     if least is None:
         return
 
-    cases = _cases(of.test)
-
     def part(name: str) -> Part:
-        of_class = found["per_class"][name]
         if cases[name] < asked.min_cases:
             return Part(name, NOT_JUDGED, f"n = {cases[name]}")
-        passed = of_class["auc"] >= least
-        return Part(
-            name, kept(passed), told(of_class["auc"], of.intervals["per_class"][name]["auc"])
-        )  # fmt: skip
+        area = found["per_class"][name]["auc"]
+        return Part(name, kept(area >= least), told(area, of.intervals["per_class"][name]["auc"]))
 
     what = "finding" if of.test.task.multi_label else "class"
     yield of_parts("min_class_auc", f"AUC of each {what} at least {least:g}", map(part, _judged(of.test)))
@@ -167,9 +162,9 @@ def _subgroups(of: Candidate, asked: Asked) -> Iterator[Rule]:
                 yield Part(column, FAILED, told_of)
                 continue
             for value, one in of.subgroups[column].items():
-                yield _subgroup(f"{column} {value}", one, least)
+                yield part(f"{column} {value}", one, least)
 
-    def _subgroup(name: str, one: Mapping[str, Any], least: float) -> Part:
+    def part(name: str, one: Mapping[str, Any], least: float) -> Part:
         supports = {of_class: one["per_class"][of_class]["support"] for of_class in _judged(of.test)}
         areas = [
             one["per_class"][of_class]["auc"]
@@ -197,12 +192,10 @@ def _calibration(error: float | None, asked: Asked) -> Iterator[Rule]:
         yield Rule("max_ece", rule, kept(error <= asked.max_ece), f"{error:.4f}")
 
 
-def _sensitivity(of: Candidate, asked: Asked) -> Iterator[Rule]:
+def _sensitivity(of: Candidate, cases: Mapping[str, int], asked: Asked) -> Iterator[Rule]:
     least = asked.min_sensitivity
     if least is None:
         return
-
-    cases = _cases(of.test)
 
     def part(name: str) -> Part:
         if cases[name] < asked.min_cases:
@@ -235,14 +228,11 @@ def _against(of: Candidate, champion: Predictions, asked: Asked) -> tuple[list[R
     best = auc(champion.labels, champion.scores, champion.task)
     difference = compared(of.test, champion, of.confidence)
     percent = f"{100 * of.confidence:g} %"
-    if asked.min_gain is not None:
-        name = "better"
-        rule = f"test AUC higher than the champion's by more than {asked.min_gain:g}, at {percent}"
+    name = "not_inferior" if asked.min_gain is None else "better"
+    if asked.min_gain is None:
+        rule = f"test AUC not lower than the champion's by more than {asked.margin:g}, at {percent}"
     else:
-        name, rule = (
-            "not_inferior",
-            f"test AUC not lower than the champion's by more than {asked.margin:g}, at {percent}",
-        )
+        rule = f"test AUC higher than the champion's by more than {asked.min_gain:g}, at {percent}"
     if difference is None:
         figures = "cannot be compared: no class has positives and negatives of two patients, lesions or images each"
         return [*rules, Rule(name, rule, FAILED, figures)], best

@@ -10,6 +10,7 @@ from fadeformer import pages
 from fadeformer.evidence_tables import Table
 
 SHOWN = 200  # decisions of the ledger, the newest
+COLUMNS = ("No.", "Time (UTC)", "Decision", "Version", "Champion", "AUC", "By", "Reason")  # of the ledger
 MARKS = {"passed": "passed", "failed": "**failed**", "not judged": "not judged"}
 
 
@@ -34,7 +35,7 @@ def page(told: Mapping[str, Any], entries: Sequence[Mapping[str, Any]]) -> str:
     return pages.template("verdict.html").render(
         title=f"Decision about {version}",
         model=told["model"],
-        promoted=promoted,
+        good=promoted,
         verdict="Promoted." if promoted else "Refused.",
         outcome=f"{version} is champion." if promoted else stays,
         forced=told["reason"] if told["forced"] else None,
@@ -54,17 +55,19 @@ def page(told: Mapping[str, Any], entries: Sequence[Mapping[str, Any]]) -> str:
 
 def history(entries: Sequence[Mapping[str, Any]]) -> Table:
     """The ledger, the newest first."""
-    rows: list[tuple[str, ...]] = [
-        (
-            str(entry["number"]), entry["time"].partition("+")[0].replace("T", " "), entry["action"], entry["version"],
-            moved(entry), "" if entry["auc"] is None else f"{entry['auc']:.4f}", entry["who"], entry["reason"],
-        )
-        for entry in reversed(entries[-SHOWN:])
-    ]  # fmt: skip
-    return Table(("No.", "Time (UTC)", "Decision", "Version", "Champion", "AUC", "By", "Reason"), rows)
+    return Table(tuple(COLUMNS), [tuple(row(entry).values()) for entry in reversed(entries[-SHOWN:])])
 
 
-def moved(entry: Mapping[str, Any]) -> str:
+def row(entry: Mapping[str, Any]) -> dict[str, str]:
+    """An entry of the ledger as text, by column."""
+    cells = (
+        str(entry["number"]), entry["time"].partition("+")[0].replace("T", " "), entry["action"], entry["version"],
+        _moved(entry), "" if entry["auc"] is None else f"{entry['auc']:.4f}", entry["who"], entry["reason"],
+    )  # fmt: skip
+    return dict(zip(COLUMNS, cells, strict=True))
+
+
+def _moved(entry: Mapping[str, Any]) -> str:
     """The champion before and after a decision, or the one that stayed."""
     before, after = entry["from"] or "none", entry["to"] or "none"
     return str(after) if before == after else f"{before} → {after}"

@@ -108,9 +108,7 @@ class Ledger:
         aliases, line = dict(self.aliases), self.line
         if decision.promoted and number != before:
             line = [*(one for one in line if one != number), number]
-            aliases |= {CHAMPION: number, PREVIOUS: line[-2]} if len(line) > 1 else {CHAMPION: number}
-            if aliases.get(CHALLENGER) == number:
-                del aliases[CHALLENGER]
+            aliases = self._aliases_of(line, out=[number])
         elif not decision.promoted and number != before and self.taken_back(subject) is None:
             aliases[CHALLENGER] = number
         if decision.forced is not None:
@@ -146,12 +144,19 @@ class Ledger:
             )
         kept = line[: line.index(target) + 1]
         gone = line[len(kept) :]
-        aliases = {name: number for name, number in self.aliases.items() if name not in (CHAMPION, PREVIOUS)}
-        aliases |= {CHAMPION: target, PREVIOUS: kept[-2]} if len(kept) > 1 else {CHAMPION: target}
-        if aliases.get(CHALLENGER) in (target, *gone):
-            del aliases[CHALLENGER]
+        aliases = self._aliases_of(kept, out=[target, *gone])
         taken = [{"version": number, "content": self._of(number).content} for number in gone]
         return self._write("rolled back", self._of(target), aliases, kept, reason, taken_back=taken)
+
+    def _aliases_of(self, line: list[str], out: list[str]) -> Aliases:
+        """Champion and previous by a line of champions, and the challenger, unless it is one of `out`."""
+        challenger = self.aliases.get(CHALLENGER)
+        found = {CHAMPION: line[-1]}
+        if len(line) > 1:
+            found[PREVIOUS] = line[-2]
+        if challenger is not None and challenger not in out:
+            found[CHALLENGER] = challenger
+        return found
 
     def _of(self, number: str) -> Subject:
         """What is known of a version from what was decided about it."""

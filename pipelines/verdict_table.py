@@ -26,20 +26,16 @@ def show(decision: Decision) -> None:
 
 def show_history(entries: Iterable[Mapping[str, Any]]) -> None:
     """Prints the ledger, a decision a row, the oldest first."""
-    table = _table("no.", "time (UTC)", "model", "version", "decision", "champion", "AUC", "by", "reason")
+    table = _table("Model", *promotion.COLUMNS)
     for entry in entries:
-        area = "" if entry["auc"] is None else f"{entry['auc']:.4f}"
-        table.add_row(
-            str(entry["number"]), entry["time"].partition("+")[0].replace("T", " "), entry["model"], entry["version"],
-            entry["action"], promotion.moved(entry), area, entry["who"], entry["reason"],
-        )  # fmt: skip
+        table.add_row(entry["model"], *promotion.row(entry).values())
     _print(table)
 
 
 def _table(*columns: str) -> Table:
     table = Table(box=None, pad_edge=False, header_style="bold")
     for name in columns:
-        table.add_column(name, overflow="fold", no_wrap=name in ("no.", "verdict", "version", "decision", "AUC"))
+        table.add_column(name, overflow="fold", no_wrap=name in ("No.", "verdict", "Version", "Decision", "AUC"))
     return table
 
 
