@@ -9,7 +9,7 @@ at 95 % confidence, one that is worse by more in fewer.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -139,13 +139,18 @@ def _classes(of: Candidate, found: Mapping[str, Any], cases: Mapping[str, int], 
         return
 
     def part(name: str) -> Part:
-        if cases[name] < asked.min_cases:
-            return Part(name, NOT_JUDGED, f"n = {cases[name]}")
         area = found["per_class"][name]["auc"]
         return Part(name, kept(area >= least), told(area, of.intervals["per_class"][name]["auc"]))
 
     what = "finding" if of.test.task.multi_label else "class"
-    yield of_parts("min_class_auc", f"AUC of each {what} at least {least:g}", map(part, _judged(of.test)))
+    yield of_parts("min_class_auc", f"AUC of each {what} at least {least:g}", _each(of, cases, asked, part))
+
+
+def _each(of: Candidate, cases: Mapping[str, int], asked: Asked, judge: Callable[[str], Part]) -> Iterator[Part]:
+    """The classes one by one, those with too few cases not judged."""
+    for name in _judged(of.test):
+        few = cases[name] < asked.min_cases
+        yield Part(name, NOT_JUDGED, f"n = {cases[name]}") if few else judge(name)
 
 
 def _subgroups(of: Candidate, asked: Asked) -> Iterator[Rule]:
@@ -198,8 +203,6 @@ def _sensitivity(of: Candidate, cases: Mapping[str, int], asked: Asked) -> Itera
         return
 
     def part(name: str) -> Part:
-        if cases[name] < asked.min_cases:
-            return Part(name, NOT_JUDGED, f"n = {cases[name]}")
         point = of.points[asked.operating_point].get(name)
         if point is None:
             return Part(name, NOT_JUDGED, "no threshold, since validation lacks images with or without it")
@@ -208,7 +211,7 @@ def _sensitivity(of: Candidate, cases: Mapping[str, int], asked: Asked) -> Itera
         return Part(name, kept(share["value"] >= least), told(share["value"], bounds))
 
     rule = f"sensitivity at the operating point {asked.operating_point} at least {least:g}"
-    yield of_parts("min_sensitivity", rule, map(part, _judged(of.test)))
+    yield of_parts("min_sensitivity", rule, _each(of, cases, asked, part))
 
 
 def _against(of: Candidate, champion: Predictions, asked: Asked) -> tuple[list[Rule], float | None]:
