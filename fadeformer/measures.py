@@ -115,26 +115,33 @@ class Measures:
                 "f1": 2 * hits / (positives + alarms),
                 "brier": squares / whole[:, None],
             }  # fmt: skip
-            per_class["auc"], per_class["average_precision"] = np.full((2, *positives.shape), np.nan)
-            for c, ranked in enumerate(self._ranked):
-                if ranked is not None:
-                    per_class["auc"][:, c], per_class["average_precision"][:, c] = ranked.areas(weights)
+            areas = self.areas(weights)
+            per_class |= areas.per_class
             accuracy, loss, brier = (scalars / whole[:, None]).T
             overall = {
                 "loss": loss, "accuracy": accuracy, "balanced_accuracy": self._balanced(per_class),
                 **{name: _mean(np.nan_to_num(per_class[name][:, self.seen])) for name in ("precision", "recall", "f1")},
                 "specificity": _mean(per_class["specificity"][:, self.judged]),
-                "auc": self._auc(per_class["auc"]),
-                "average_precision": _mean(per_class["average_precision"][:, self.judged]),
+                **{name: areas.overall.pop(name) for name in ("auc", "average_precision")},
                 "brier": brier,
                 "calibration_error": _mean(np.stack([np.abs(g).sum(axis=1) / whole for g in gaps], axis=1))
                 if gaps else np.full(len(whole), np.nan),
             }  # fmt: skip
-            if self._pooled is not None and (len(self.judged) > 2 or not self.exclusive):
-                overall["auc_micro"], overall["average_precision_micro"] = self._pooled.areas(weights)
+            overall |= areas.overall
             if self.exclusive:
                 overall |= self._kappas(weights, positives, alarms, accuracy, whole)
         return Measured(overall, per_class)
+
+    def areas(self, weights: NDArray[np.floating[Any]]) -> Measured:
+        """AUCs and average precisions alone, likewise."""
+        auc, average_precision = np.full((2, len(weights), len(self.judged)), np.nan)
+        for c, ranked in enumerate(self._ranked):
+            if ranked is not None:
+                auc[:, c], average_precision[:, c] = ranked.areas(weights)
+        overall = {"auc": self._auc(auc), "average_precision": _mean(average_precision[:, self.judged])}
+        if self._pooled is not None and (len(self.judged) > 2 or not self.exclusive):
+            overall["auc_micro"], overall["average_precision_micro"] = self._pooled.areas(weights)
+        return Measured(overall, {"auc": auc, "average_precision": average_precision})
 
     def _auc(self, per_class: Floats) -> Floats:
         if self.exclusive and per_class.shape[1] == 2:

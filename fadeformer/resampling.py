@@ -67,6 +67,21 @@ def weights(groups: Numbers, stratum: Numbers, draws: int, seed: np.random.SeedS
     return drawn[:, groups]
 
 
+def halves(groups: Numbers, stratum: Numbers, draws: int, seed: int) -> Weights:
+    """Weights of 1 for half of the groups of each stratum and 0 for the others, (draws, images).
+
+    No image is there twice. What is too high by c / n in n images is so by 2 c / n in half of them, and so by as much
+    more there as here. Of an odd number as often one more as one less is drawn.
+    """
+    random = np.random.default_rng(seed)
+    drawn = np.zeros((draws, len(stratum)), dtype=np.float32)
+    for value in np.unique(stratum):
+        members = np.flatnonzero(stratum == value)
+        for number, row in enumerate(drawn):
+            row[random.permutation(members)[: (len(members) + number % 2) // 2]] = 1
+    return drawn[:, groups]
+
+
 def over_samples(
     measure: Callable[[Weights], Found], groups: Numbers, stratum: Numbers, draws: int, seed: int
 ) -> list[Found]:

@@ -22,6 +22,7 @@ from fadeformer.predictions import Predictions
 from fadeformer.proportions import share_interval
 from fadeformer.resampling import Interval
 
+HALVES = 200  # samples of half of the images
 CALIBRATED = ("loss", "brier", "calibration_error")  # what calibration is for
 
 
@@ -54,9 +55,10 @@ def intervals(predictions: Predictions, *, draws: int, seed: int, confidence: fl
     """The interval of every number of `summarise`.
 
     AUCs have DeLong's, proportions Wilson's, all else that of a bootstrap that draws patients or lesions whole, class
-    by class: its percentiles; for average precisions, which are too high in samples that repeat images, its spread on
-    the scale of log odds (Boyd et al. 2013, doi:10.1007/978-3-642-40994-3_29). The calibration error has none: it is
-    too high in every sample, by more than its spread (docs/evaluation.md).
+    by class: its percentiles; for average precisions and the pooled AUC its spread on the scale of log odds (Boyd et
+    al. 2013, doi:10.1007/978-3-642-40994-3_29), less what half of the images have too much, as the average precision of
+    few images is too high and that of samples that repeat images more so. The calibration error has none: it is too
+    high in every sample, by more than its spread (docs/evaluation.md).
 
     Args:
         predictions: of one split.
@@ -97,15 +99,18 @@ def intervals_of(
     """
     count = int(groups.max()) + 1
     point = measures.of(np.ones((1, len(groups))))
+    with np.errstate(invalid="ignore", divide="ignore"):  # half of a few may have no image of a class
+        half = measures.areas(resampling.halves(groups, resampling.strata(measures.truth, groups), HALVES, 0))
     overall = {
-        name: _bootstrapped(name, float(point.overall[name][0]), values, count, confidence)
+        name: _bootstrapped(name, float(point.overall[name][0]), values, half.overall.get(name), count, confidence)
         for name, values in samples.overall.items()
     }
     per_class: dict[str, dict[str, Interval]] = {name: {} for name in classes}
     for key, values in samples.per_class.items():
         for c, name in enumerate(classes):
             value = float(point.per_class[key][0, c])
-            per_class[name][key] = _bootstrapped(key, value, values[:, c], count, confidence)
+            of_half = half.per_class[key][:, c] if key in half.per_class else None
+            per_class[name][key] = _bootstrapped(key, value, values[:, c], of_half, count, confidence)
     if measures.exclusive:
         every = np.ones(len(groups), dtype=bool)
         overall["accuracy"] = share_interval(measures.right.astype(bool), every, groups, confidence)
@@ -196,15 +201,28 @@ def published_results(test: Mapping[str, Any], history: pd.DataFrame, config: Ma
     }
 
 
-def _bootstrapped(name: str, value: float, samples: NDArray[np.float64], groups: int, confidence: float) -> Interval:
+def _bootstrapped(
+    name: str,
+    value: float,
+    samples: NDArray[np.float64],
+    half: NDArray[np.float64] | None,
+    groups: int,
+    confidence: float,
+) -> Interval:
     bounds = resampling.percentiles(samples, groups, confidence)
     if bounds is None or name == "calibration_error" or np.ptp(samples[np.isfinite(samples)]) == 0:
         return None
-    if name.startswith("average_precision") and 0 < value < 1:
-        inside = samples[(samples > 0) & (samples < 1)]
-        half = resampling.quantile(groups, confidence) * logit(inside).std(ddof=1) if len(inside) > 1 else math.inf
-        return float(expit(logit(value) - half)), float(expit(logit(value) + half))
+    if half is not None and 0 < value < 1:
+        spread, of_half = _log_odds(samples), _log_odds(half)
+        too_high = float(of_half.mean()) - logit(value) if len(of_half) else 0.0
+        reach = resampling.quantile(groups, confidence) * spread.std(ddof=1) if len(spread) > 1 else math.inf
+        return float(expit(logit(value) - too_high - reach)), float(expit(logit(value) - too_high + reach))
     return bounds
+
+
+def _log_odds(samples: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Of those samples that have some."""
+    return np.asarray(logit(samples[(samples > 0) & (samples < 1)]))
 
 
 def _plain(value: float) -> float | None:

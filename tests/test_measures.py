@@ -1,13 +1,14 @@
 """Measures of weighted images are those of the images repeated; DeLong and bootstrap agree with slow plain versions."""
 
 import numpy as np
+import pandas as pd
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from scipy import stats
+from scipy import special, stats
 from sklearn import metrics as sk
 
-from fadeformer import delong, metrics, proportions, resampling, summary
+from fadeformer import delong, metrics, predictions, proportions, resampling, summary
 from fadeformer.measures import Measures
 from fadeformer.predictions import Predictions
 from fadeformer.proportions import wilson
@@ -229,6 +230,38 @@ def test_few_groups_make_wider_percentiles():
     assert many[1] == pytest.approx(stats.norm.ppf(0.975), abs=0.05)
     assert few[1] == pytest.approx(np.sqrt(8 / 7) * stats.t.ppf(0.975, 7), abs=0.15)
     assert resampling.percentiles(samples, 1, 0.95) is None
+
+
+def test_half_of_the_groups_of_each_stratum_is_drawn_whole():
+    groups, stratum = np.repeat(np.arange(9), 2), np.array([0, 0, 0, 0, 0, 0, 1, 1, 1])
+    drawn = resampling.halves(groups, stratum, 400, seed=0)
+    assert set(np.unique(drawn)) == {0.0, 1.0}
+    assert (drawn[:, ::2] == drawn[:, 1::2]).all()  # both images of a group
+    of_group = drawn[:, ::2]
+    assert (of_group[:, :6].sum(axis=1) == 3).all()
+    assert np.bincount(of_group[:, 6:].sum(axis=1).astype(int)).tolist() == [0, 200, 200]
+    assert of_group.mean(axis=0) == pytest.approx(np.full(9, 0.5), abs=0.1)
+
+
+def test_intervals_of_average_precision_allow_for_its_being_too_high_of_few_images():
+    def log_odds(images: int, seed: int) -> tuple[float, float]:
+        """Of the average precision of a rare class, and of the middle of its interval."""
+        random, labels = np.random.default_rng(seed), (np.arange(images) % 10 == 0).astype(np.int64)[:, None]
+        score = special.expit(random.normal(size=images) + 1.5 * labels[:, 0])
+        index = pd.DataFrame({"split": "test", "id": [str(i) for i in range(images)], "group": None})
+        scores = np.stack([1 - score, score], axis=1)
+        p = predictions.table(index, labels, scores, TASKS["binary-class"], ("a", "b"))
+        value = summary.summarise(p)["per_class"]["b"]["average_precision"]
+        if images > 1000:
+            return float(special.logit(value)), np.nan
+        bounds = summary.intervals(p, draws=100, seed=0, confidence=0.95)["per_class"]["b"]["average_precision"]
+        return float(special.logit(value)), float(special.logit(bounds).mean())
+
+    truth, _ = log_odds(400_000, 0)
+    values, middles = np.array([log_odds(80, seed) for seed in range(1, 151)]).T
+    too_high = values.mean() - truth
+    assert too_high > 5 * values.std() / np.sqrt(len(values))
+    assert abs(middles.mean() - truth) < too_high / 2
 
 
 @pytest.mark.parametrize(("task", "classes"), [("binary-class", 2), ("ordinal-regression", 5), (MULTI_LABEL, 4)])

@@ -51,6 +51,22 @@ def test_an_error_for_people_is_the_message_and_the_exit_is_not_0(ending):
     assert ending(raising(UserError("lower the learning rate"))) == ("train: lower the learning rate", 1)
 
 
+def test_a_reader_that_has_enough_of_the_output_is_no_error():
+    code = "from pipelines import stage\nstage.run('registry', lambda: '\\n'.join(map(str, range(200_000))))"
+    with subprocess.Popen(
+        [sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout.readline() == "registry: 0\n"
+        process.stdout.close()
+        assert process.stderr.read() == ""
+    assert process.returncode == 128 + signal.SIGPIPE
+
+
+def test_another_pipe_that_breaks_is_one():
+    with pytest.raises(BrokenPipeError):
+        stage.run("train", raising(BrokenPipeError()))
+
+
 def test_an_error_of_the_program_keeps_its_traceback():
     with pytest.raises(ZeroDivisionError):
         stage.run("train", raising(ZeroDivisionError()))
