@@ -1,4 +1,4 @@
-.PHONY: help install repro test check ui preset tables lock clean
+.PHONY: help install repro test check ui deploy preset tables lock clean
 .DEFAULT_GOAL := help
 PYTHON ?= python3.11
 VENV := .venv
@@ -34,6 +34,9 @@ ui: install  ## MLflow on this project's runs and models, at http://127.0.0.1:50
 	mkdir -p mlruns
 	mlflow server --host 127.0.0.1 --port $(or $(PORT),5000) --workers 1 \
 	  --backend-store-uri "sqlite:///mlruns/mlflow.db?timeout=60" --artifacts-destination mlruns/artifacts
+
+deploy: install  ## this project's deployments, on the Prefect server of PREFECT_API_URL: make deploy GPUS=2
+	python -m pipelines.deploy --at-once $(or $(GPUS),1)
 
 preset: install  ## write a recipe into params.yaml: make preset NAME=paper
 	python -m pipelines.preset $(NAME)

@@ -8,6 +8,13 @@ class UserError(Exception):
     """
 
 
+class PassingError(UserError):
+    """One that may pass by itself: a server that does not answer, another process at the same work.
+
+    A stage exits with status 75, sysexits' EX_TEMPFAIL, so that a deployment run tries again, and with no other.
+    """
+
+
 class UnreadableError(UserError):
     """One image that cannot be used. A data set may hold some of them: who reads it says how many are too many.
 

@@ -111,7 +111,7 @@ def reliability(predictions: Predictions, errors: tuple[float | None, float | No
         below.hist(score, bins=np.linspace(0, 1, 41).tolist(), color=colour, histtype="step", linestyle=style)
     title = f"Reliability with {100 * confidence:g} % intervals"
     axes.set(ylabel=f"Share: {short(what)}", title=title, ylim=(-0.02, 1.02), xlim=(-0.02, 1.02))
-    axes.legend(loc="upper left", frameon=False, fontsize=8)
+    figure.legend(loc="outside upper center", frameon=False, fontsize=8)
     axes.grid(alpha=0.3)
     below.set(xlabel="Score", ylabel="Count")
     return figure

@@ -19,7 +19,7 @@ from filelock import FileLock, Timeout
 from ruamel.yaml import YAML
 
 from fadeformer import params
-from fadeformer.errors import UserError
+from fadeformer.errors import PassingError, UserError
 from fadeformer.files import checksum, read_json, write_json
 from pipelines import paths, store
 
@@ -53,7 +53,8 @@ def taken_up() -> Iterator[Path]:
                 write_json(folder / MADE_OF, parts)
             yield folder
     except Timeout as error:
-        raise UserError(f"{_near(folder)}: another process trains the very same; wait until it has ended") from error
+        told = f"{_near(folder)}: another process trains the very same; wait until it has ended"
+        raise PassingError(told) from error
 
 
 def finish(folder: Path, run_id: str) -> None:

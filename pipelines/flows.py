@@ -1,77 +1,46 @@
-"""The whole pipeline as one Prefect flow, for deployments: `dvc repro` by stage, with overrides of params.yaml."""
+"""The flows of deployments: the whole pipeline, its last stages again, a grid of pipelines, and the watch for drift.
+
+In a working copy (`pipelines.working_copy`) what a run changes in params.yaml stays, and with the results becomes a DVC
+experiment; in the user's own folder params.yaml is afterwards what it was.
+"""
 
 from __future__ import annotations
 
-import os
-import signal
-import subprocess
-import sys
-import threading
-from contextlib import suppress
+import itertools
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
+from contextvars import copy_context
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from filelock import FileLock
-from prefect import State, flow, task
+from prefect import State, flow
+from prefect.artifacts import create_table_artifact
+from prefect.concurrency.sync import concurrency
+from prefect.deployments import run_deployment
+from prefect.runtime import flow_run
 from prefect.states import Completed, Failed
+from pydantic import Field
 
 from fadeformer import params
-from pipelines import overrides, paths
+from fadeformer.errors import UserError
+from pipelines import overrides, paths, run_artifacts, working_copy
 from pipelines.__main__ import STAGES
+from pipelines.reproducing import reproduce
 
-DatasetOverrides: Any = overrides.partial(params.DatasetParams)
-SplitOverrides: Any = overrides.partial(params.SplitParams)
-ValidateOverrides: Any = overrides.partial(params.ValidateParams)
-PreprocessOverrides: Any = overrides.partial(params.PreprocessParams)
-ModelOverrides: Any = overrides.partial(params.ModelParams)
-AugmentOverrides: Any = overrides.partial(params.AugmentParams)
-TrainOverrides: Any = overrides.partial(params.TrainParams)
-EvaluateOverrides: Any = overrides.partial(params.EvaluateParams)
-PromoteOverrides: Any = overrides.partial(params.PromoteParams)
-GRACE = 15.0  # seconds that a stage may take to end; Prefect's worker gives the whole run 30
-
-
-@task(task_run_name="{stage}", persist_result=False)
-def reproduce(stage: str) -> None:
-    """Brings one stage up to date by DVC, its output going to the log; a signal to end goes on to DVC and the stage."""
-    command = [sys.executable, "-m", "dvc", "repro", stage]
-    search = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env={**os.environ, "PATH": search},
-        start_new_session=True,  # a group of their own, so that a signal reaches DVC, its shell and the stage
-    )  # fmt: skip
-    try:
-        last = _print(process)
-    except BaseException:  # Prefect's TerminationSignal when the run is cancelled or its worker stops, or Ctrl-C
-        _terminate(process)
-        raise
-    if process.wait() != 0:
-        raise RuntimeError(f"stage {stage} failed: {last}")
-
-
-def _print(process: subprocess.Popen[str]) -> str:
-    """Prints what a process and those below it print, until all have ended, and gives the last line."""
-    last = ""
-    for line in process.stdout or ():
-        if line.strip():
-            print(line.rstrip())
-            last = line.strip()
-    return last
-
-
-def _terminate(process: subprocess.Popen[str]) -> None:
-    """Asks a group of processes to end and waits until they have: training writes a checkpoint first."""
-
-    def signal_all(number: int) -> None:
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, number)
-
-    last_resort = threading.Timer(GRACE, signal_all, [signal.SIGKILL])
-    last_resort.start()
-    signal_all(signal.SIGTERM)
-    _print(process)
-    process.wait()
-    last_resort.cancel()
+PROMOTING = "fadeformer-promote"  # Prefect's concurrency limit that keeps promotions on several machines apart
+PRESENT = overrides.present(Path(__file__).parents[1] / paths.PARAMS)  # what the forms in Prefect's UI begin with
+DatasetOverrides: Any = overrides.partial(params.DatasetParams, "dataset", PRESENT)
+SplitOverrides: Any = overrides.partial(params.SplitParams, "split", PRESENT)
+ValidateOverrides: Any = overrides.partial(params.ValidateParams, "validate", PRESENT)
+PreprocessOverrides: Any = overrides.partial(params.PreprocessParams, "preprocess", PRESENT)
+ModelOverrides: Any = overrides.partial(params.ModelParams, "model", PRESENT)
+AugmentOverrides: Any = overrides.partial(params.AugmentParams, "augment", PRESENT)
+TrainOverrides: Any = overrides.partial(params.TrainParams, "train", PRESENT)
+EvaluateOverrides: Any = overrides.partial(params.EvaluateParams, "evaluate", PRESENT)
+PromoteOverrides: Any = overrides.partial(params.PromoteParams, "promote", PRESENT)
+Hours = Annotated[float, Field(gt=0)]
 
 
 @flow(name="pipeline", persist_result=False, log_prints=True)
@@ -86,6 +55,7 @@ def pipeline(
     train: TrainOverrides | None = None,
     evaluate: EvaluateOverrides | None = None,
     promote: PromoteOverrides | None = None,
+    hours: Hours | None = None,
 ) -> None:
     """From download to promote; each argument overrides keys of its section of params.yaml for this run.
 
@@ -100,6 +70,7 @@ def pipeline(
         train: how to train.
         evaluate: predictions, numbers, figures.
         promote: the registry gate.
+        hours: that a stage may take, after which it stops with a checkpoint; not given: as long as it takes.
     """
     sections = {
         "dataset": dataset, "split": split, "validate": validate, "preprocess": preprocess, "model": model,
@@ -108,9 +79,71 @@ def pipeline(
     changes: dict[str, Any] = {name: overrides.given(section) for name, section in sections.items() if section}
     if seed is not None:
         changes["seed"] = seed
-    with FileLock(".prefect/pipeline.lock"), overrides.applied(paths.PARAMS, changes):  # one run in a folder at a time
-        for stage in STAGES:
-            reproduce(stage)
+    with _workspace(changes):
+        _reproduce(STAGES, hours)
+        run_artifacts.show_numbers()
+        run_artifacts.show_verdict()
+
+
+@flow(name="evaluation", persist_result=False, log_prints=True)
+def evaluation(of: str, evaluate: EvaluateOverrides | None = None, hours: Hours | None = None) -> None:
+    """Evaluates a model again that an earlier run has trained, and judges it by what is found now.
+
+    Args:
+        of: the DVC experiment or commit that holds it.
+        evaluate: overrides of predictions, numbers, figures.
+        hours: that a stage may take.
+    """
+    with _workspace({"evaluate": overrides.given(evaluate)} if evaluate else {}, of):
+        _reproduce(("evaluate", "promote"), hours)
+        run_artifacts.show_numbers()
+        run_artifacts.show_verdict()
+
+
+@flow(name="promotion", persist_result=False, log_prints=True)
+def promotion(of: str, promote: PromoteOverrides | None = None, hours: Hours | None = None) -> None:
+    """Judges a model again that an earlier run has evaluated.
+
+    Args:
+        of: the DVC experiment or commit that holds it.
+        promote: overrides of the registry gate.
+        hours: that a stage may take.
+    """
+    with _workspace({"promote": overrides.given(promote)} if promote else {}, of):
+        _reproduce(("promote",), hours)
+        run_artifacts.show_verdict()
+
+
+@flow(name="grid", persist_result=False, log_prints=True)
+def grid(
+    vary: dict[str, list[Any]], fixed: dict[str, Any] | None = None, deployment: str = "pipeline/train"
+) -> State[None]:
+    """A run of the whole pipeline for each combination of some values, side by side on the workers; then a table.
+
+    Args:
+        vary: keys of params.yaml and their values, such as {"train.learning_rate": [0.001, 0.0003], "seed": [1, 2]}.
+        fixed: keys that are the same in every run, such as {"train.epochs": 30}.
+        deployment: which is run.
+    """
+    rows = [dict(zip(vary, values, strict=True)) for values in itertools.product(*vary.values())]
+    if not rows:
+        raise UserError("vary names no values; a grid is such as {'seed': [1, 2, 3]}")
+
+    def run(row: Mapping[str, Any]) -> dict[str, Any]:
+        named = ", ".join(f"{key}={value}" for key, value in row.items())
+        given = overrides.nested({**(fixed or {}), **row})
+        done = run_deployment(deployment, parameters=given, flow_run_name=named, timeout=None, poll_interval=2)
+        found = run_artifacts.of_run(done.id) if done.state and done.state.is_completed() else {}
+        return {**row, "state": done.state.name if done.state else "Pending", **found}
+
+    with ThreadPoolExecutor(len(rows)) as waiting:
+        told = [waiting.submit(copy_context().run, run, row) for row in rows]
+        table = [one.result() for one in told]
+    create_table_artifact(table, key="grid", description=f"{len(rows)} runs of {deployment}")
+    failed = [row for row in table if row["state"] != "Completed"]
+    if failed:
+        return Failed(message=f"{len(failed)} of {len(rows)} runs did not end Completed")
+    return Completed(message=f"{len(rows)} runs")
 
 
 @flow(name="drift", persist_result=False, log_prints=True)
@@ -128,3 +161,30 @@ def drift(images: list[str], model: str, out: str = "reports/drift", most: int =
     ended = compare(images, model, Path(out), most)
     print(ended.summary)
     return Failed(message=ended.summary) if ended.status else Completed(message=ended.summary)
+
+
+@contextmanager
+def _workspace(changes: Mapping[str, Any], of: str | None = None) -> Iterator[None]:
+    """The folder in which a run works, params.yaml changed; a working copy is saved as an experiment at the end."""
+    if not working_copy.here():
+        if of is not None:
+            raise UserError(f"{of} is brought into a working copy; here `dvc exp apply {of}` and `dvc repro` do that")
+        with FileLock(".prefect/pipeline.lock"), overrides.applied(paths.PARAMS, changes):  # one run in a folder
+            yield
+        return
+    if of is not None:
+        working_copy.go_to(of)
+    if changes:
+        overrides.apply(paths.PARAMS, changes)
+    yield
+    name = working_copy.keep(f"{flow_run.name}-{str(flow_run.id)[:8]}")
+    run_artifacts.show_experiment(name, working_copy.repository())
+    run_artifacts.show_links()
+    working_copy.end()
+
+
+def _reproduce(stages: tuple[str, ...], hours: float | None) -> None:
+    for stage in stages:
+        apart = stage == "promote" and working_copy.here()
+        with concurrency(PROMOTING, strict=True) if apart else nullcontext():
+            reproduce(stage, hours)

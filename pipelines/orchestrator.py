@@ -73,7 +73,7 @@ def start(last: bool = False) -> None:
     _forget_the_dead()
     noted = _read(note)
     process = _find(noted.get("server"))
-    if process and _find(noted["owner"]) == owner and (_answers(noted["url"]) or _comes_up(process)):
+    if process and _find(noted["owner"]) == owner and (answers(noted["url"]) or _comes_up(process)):
         url = noted["url"]
     else:
         if process:  # one that does not answer
@@ -131,7 +131,7 @@ def orchestrated() -> Iterator[str]:
 
     given = os.environ.get("PREFECT_API_URL")
     if given:
-        if not _answers(given):
+        if not answers(given):
             raise UserError(f"PREFECT_API_URL is {given}, but no Prefect server answers there; start it, or unset it")
         yield given
         return
@@ -140,7 +140,7 @@ def orchestrated() -> Iterator[str]:
     ends = True  # a stage that fails is the last, and takes the server with it
     try:
         deadline = time.monotonic() + STARTUP
-        while not _answers(server.url):
+        while not answers(server.url):
             if not alive(server.process) or time.monotonic() > deadline:
                 raise UserError(f"Prefect's temporary server did not start; {HOME / 'server.log'} tells why")
             time.sleep(0.05)
@@ -231,7 +231,8 @@ def _not_a_link(record: logging.LogRecord) -> bool:
     return not record.getMessage().startswith("View at ")
 
 
-def _answers(url: str) -> bool:
+def answers(url: str) -> bool:
+    """Whether a Prefect server is at an address."""
     try:
         with urlopen(f"{url.rstrip('/')}/health", timeout=5) as response:  # noqa: S310  an address of the user's own
             return bool(response.status == 200)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any, NamedTuple, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, create_model
 from ruamel.yaml import YAML
@@ -59,17 +60,72 @@ def applied(path: Path, changes: Mapping[str, Any]) -> Iterator[None]:
             print(f"{path} was edited during the run: it keeps that edit, and the run's overrides {dict(changes)}")
 
 
-def partial(section: type[BaseModel]) -> type[BaseModel]:
-    """A section of params.yaml of which every key may be left out; Prefect makes a form of it."""
+def partial(section: type[BaseModel], key: str = "", present: Present | None = None) -> type[BaseModel]:
+    """A section of params.yaml of which every key may be left out; Prefect makes a form of it.
+
+    Args:
+        section: its type.
+        key: of the section, such as `train`; that of all of params.yaml is empty.
+        present: what the form begins with, and what explains it.
+    """
     fields: dict[str, Any] = {}
     for name, field in section.model_fields.items():
+        called = f"{key}.{field.alias or name}".lstrip(".")
         inner = next((c for c in (field.annotation, *get_args(field.annotation)) if _is_section(c)), None)
-        kind = field.annotation if inner is None else partial(inner)
+        kind = field.annotation if inner is None else partial(inner, called, present)
         if inner is None and field.metadata:
             kind = Annotated[kind, *field.metadata]
-        fields[name] = (kind | None, Field(default=None, alias=field.alias))
+        begins = {"default": present.values.get(called), "description": present.told.get(called)} if present else {}
+        fields[name] = (kind | None, Field(**{"default": None, **begins}, alias=field.alias))
     name = section.__name__.replace("Params", "Overrides")
     return create_model(name, __config__=ConfigDict(extra="forbid"), **fields)
+
+
+class Present(NamedTuple):
+    """What params.yaml says now, by dotted keys.
+
+    Attributes:
+        values: of all that is no section.
+        told: the comment beside each key.
+    """
+
+    values: Mapping[str, Any]
+    told: Mapping[str, str]
+
+
+def present(path: Path) -> Present:
+    """Reads params.yaml, which must be valid."""
+    return Present(params.load(path).flat(), comments(path.read_text(encoding="utf-8")))
+
+
+def comments(text: str) -> dict[str, str]:
+    """The comment beside each key of params.yaml, by its dotted name, and those of the lines below it that go on."""
+    found: dict[str, str] = {}
+    above: list[tuple[int, str]] = []  # indents and names of the sections around a line
+    last = ""
+    for line in text.splitlines():
+        if key := re.match(r"( *)(\w+):", line):
+            while above and above[-1][0] >= len(key[1]):
+                above.pop()
+            above.append((len(key[1]), key[2]))
+            last = ".".join(name for _, name in above)
+            if comment := re.search(r"\s# *(.*)", line):
+                found[last] = comment[1]
+        elif last in found and (more := re.match(r"\s+# *(.*)", line)):
+            found[last] += f" {more[1]}"
+    return found
+
+
+def nested(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """Dotted keys as sections: {"train.epochs": 3} as {"train": {"epochs": 3}}."""
+    found: dict[str, Any] = {}
+    for key, value in flat.items():
+        *sections, name = key.split(".")
+        place = found
+        for section in sections:
+            place = place.setdefault(section, {})
+        place[name] = value
+    return found
 
 
 def given(section: BaseModel | None) -> dict[str, Any]:

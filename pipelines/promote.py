@@ -41,7 +41,7 @@ def judge(forced: str | None) -> str:
         with ledger.opened(name):
             version = registry.register(name, run_id, package.model_id)
         registry.describe(version, paths.CARD.read_text(encoding="utf-8"))
-        subject = Subject(version.number, run_id, packaged.checksum_of_content(), _data(meta, test))
+        subject = Subject(version.number, run_id, package.tags[packaged.CONTENT], _data(meta, test))
         asked = Asked(**wanted.model_dump(exclude={"model_name"}))
         decision, entry = ledger.judge(
             name,

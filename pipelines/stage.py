@@ -16,7 +16,7 @@ from typing import NamedTuple, NoReturn
 
 import psutil
 
-from fadeformer.errors import Interrupted, UserError
+from fadeformer.errors import Interrupted, PassingError, UserError
 from fadeformer.files import FULL
 from pipelines import orchestrator
 
@@ -49,7 +49,8 @@ class Ended(NamedTuple):
 def run(name: str, main: Callable[[], str | Ended]) -> None:
     """Runs `main`, prints the summary it returns, and exits with its status if it returns one.
 
-    Ends the process with one message, and status 1 on a UserError, or 128 and its number where a signal asked for it.
+    Ends the process with one message, and status 1 on a UserError, 75 on a PassingError,
+    or 128 and its number where a signal asked for it.
     """
     status = 0
     for logger in ("prefect.flow_runs", "prefect.task_runs"):
@@ -58,9 +59,16 @@ def run(name: str, main: Callable[[], str | Ended]) -> None:
         with _terminable(), _ends_with(orchestrator.dvc()):
             ended = main()
             summary, status = ended if isinstance(ended, Ended) else (ended, 0)
-            print(f"{name}: {summary}")
+            print(f"{name}: {summary}", flush=True)
+    except PassingError as error:
+        _exit(f"{name}: {error}", os.EX_TEMPFAIL)
     except UserError as error:
         _exit(f"{name}: {error}")
+    except BrokenPipeError:
+        if not _nobody_reads():
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more before it exits
+        sys.exit(128 + signal.SIGPIPE)
     except OSError as error:
         if error.errno in FULL:
             where = f"{error.filename}: " if error.filename else ""
@@ -83,6 +91,13 @@ def run(name: str, main: Callable[[], str | Ended]) -> None:
 def _exit(message: str, status: int = 1) -> NoReturn:
     print(f"\n{message}", file=sys.stderr)
     sys.exit(status)
+
+
+def _nobody_reads() -> bool:
+    """Whether the output goes to a pipe whose reader has enough of it, as `head` has."""
+    output = select.poll()
+    output.register(sys.stdout, 0)
+    return any(event & select.POLLERR for _, event in output.poll(0))
 
 
 @contextmanager

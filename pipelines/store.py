@@ -19,16 +19,18 @@ from mlflow.store.db.utils import _initialize_tables, create_sqlalchemy_engine
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import SQLAlchemyError
 
-from fadeformer.errors import UserError
+from fadeformer.errors import PassingError, UserError
 from fadeformer.files import whole_file
 from pipelines import moved
 from pipelines.moved import EXPERIMENT
 
 REFUSALS = {"RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"}  # of what is asked; the same again would be in vain
+RUNS = Path(".cache/runs")  # where deployment runs have their working copies
+COPY = Path(".cache/copy.json")  # in a copy: of what it is one
 PORTS = {"postgresql": 5432, "mysql": 3306, "mssql": 1433}
 
 
-class Unreachable(UserError):  # noqa: N818  it is not here, which is no error of its own
+class Unreachable(PassingError):  # noqa: N818  it is not here, which is no error of its own
     """MLflow cannot be reached, or cannot write now; later it may.
 
     Attributes:
@@ -44,10 +46,11 @@ class Unreachable(UserError):  # noqa: N818  it is not here, which is no error o
 
 
 def project() -> Path:
-    """The project's folder; an experiment that DVC runs in a temporary copy belongs to the real one."""
+    """The project's folder; an experiment of DVC or a deployment run in a copy below it belongs to the real one."""
     here = Path.cwd()
-    copies = [parent for parent in here.parents if parent.name == ".dvc"]
-    return copies[-1].parent if copies else here
+    homes = [parent.parent for parent in here.parents if parent.name == ".dvc"]
+    homes += [one.parents[len(RUNS.parts)] for one in (here, *here.parents) if (one / COPY).is_file()]
+    return min(homes, key=lambda home: len(home.parts), default=here)
 
 
 def _own() -> str:

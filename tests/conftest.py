@@ -42,10 +42,10 @@ SMALL = {
 
 # Files whose tests take longest, longest first: a worker that began one of them last would keep the others waiting.
 LONGEST = (
-    "pipeline/test_resume.py", "pipeline/test_reproduce.py", "pipeline/test_errors.py", "pipeline/test_networks.py",
-    "pipeline/test_real_data.py", "test_readme.py", "test_orchestrator.py", "test_tables.py",
-    "pipeline/test_deployment.py", "test_bad_data.py", "test_benchmarks.py", "datasets/test_manifest.py",
-    "test_report.py", "test_complexity.py",
+    "pipeline/test_deployment.py", "pipeline/test_resume.py", "pipeline/test_reproduce.py", "pipeline/test_errors.py",
+    "pipeline/test_networks.py", "pipeline/test_real_data.py", "test_readme.py", "test_orchestrator.py",
+    "test_tables.py", "test_bad_data.py", "test_benchmarks.py", "datasets/test_manifest.py", "test_report.py",
+    "test_complexity.py",
 )  # fmt: skip
 
 
@@ -201,7 +201,7 @@ def prefect_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         patch.setenv("PREFECT_HOME", str(home))
         url, process = orchestrator._spawn(home / "note.json", psutil.Process())
     deadline = time.monotonic() + orchestrator.STARTUP
-    while not orchestrator._answers(url):
+    while not orchestrator.answers(url):
         assert orchestrator.alive(process), (home / "server.log").read_text()
         assert time.monotonic() < deadline
         time.sleep(0.1)

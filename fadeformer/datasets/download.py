@@ -12,7 +12,7 @@ from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from fadeformer.datasets.transfer import Brought, NotThere, Patience, Remote, Stopped, Transfer
-from fadeformer.errors import UserError
+from fadeformer.errors import PassingError
 from fadeformer.files import check_room
 
 __all__ = ["Brought", "NotThere", "Patience", "Remote", "bring"]
@@ -50,7 +50,7 @@ def bring(
         with FileLock(folder.parent / f".{folder.name}.lock", timeout=0):  # two writers of one part would mix it up
             return _bring([Transfer(file, folder, remedy, patience) for file in files], folder, parallel)
     except Timeout as error:
-        raise UserError(
+        raise PassingError(
             f"{folder}: another process is downloading into this folder; wait until it has ended, then run again"
         ) from error
 

@@ -17,7 +17,7 @@ from urllib3.exceptions import HTTPError, InvalidHeader, ProtocolError, ReadTime
 from urllib3.util import Retry
 
 from fadeformer.datasets.part import AT_ONCE, Origin, Part, digests
-from fadeformer.errors import UserError
+from fadeformer.errors import PassingError, UserError
 from fadeformer.files import FULL, told
 
 AS_IT_IS = {"Accept-Encoding": "identity"}  # a range counts bytes as they are sent, so they must not be compressed
@@ -165,9 +165,9 @@ class Transfer:
         retries, first, longest, longest_asked, _ = self.patience
         self._go_on()
         if fruitless >= (min(retries, FIRST_CONTACT) if self._answer is None else retries):
-            raise self._error(str(drop)) from drop
+            raise self._error(str(drop), PassingError) from drop
         if drop.pause > longest_asked:
-            raise self._error(f"{drop}; the server asks to come back in {drop.pause:.0f} s") from drop
+            raise self._error(f"{drop}; the server asks to come back in {drop.pause:.0f} s", PassingError) from drop
         # The random share keeps clients that were dropped together from coming back together.
         pause = max(drop.pause, min(longest, first * 2**fruitless) * random.uniform(0.5, 1))  # noqa: S311
         _say(f"{self.file.name}: {drop}; next attempt in {pause:.0f} s")
@@ -294,9 +294,9 @@ class Transfer:
             return Dropped("the connection broke off")
         return Dropped("no connection") if isinstance(error, requests.ConnectionError) else self._error(str(error))
 
-    def _error(self, what: str) -> UserError:
+    def _error(self, what: str, kind: type[UserError] = UserError) -> UserError:
         kept = f"; what has arrived, {told(self.part.size)}, is kept" if self.part.size else ""
-        return UserError(f"{self.file.url}: cannot be downloaded ({what}); {self.remedy}{kept}")
+        return kind(f"{self.file.url}: cannot be downloaded ({what}); {self.remedy}{kept}")
 
 
 def _say(text: str) -> None:

@@ -1,4 +1,4 @@
-"""The whole pipeline as a deployment: a Prefect server and a process worker run it with an override."""
+"""Deployments: a Prefect server and process workers run the pipeline, in copies and in the user's folder."""
 
 import json
 import socket
@@ -35,6 +35,8 @@ def started(project: Project, address: str) -> Iterator[Callable[..., Path]]:
 
     def start(*command: str) -> Path:
         log = project.folder.parent / f"{command[1]}.log"
+        if log.exists():
+            log.rename(log.with_suffix(".before"))
         environment = {**project.environment, "PREFECT_API_URL": address}
         with log.open("w") as file:
             process = subprocess.Popen(command, cwd=project.folder, env=environment, stdout=file, stderr=file)
@@ -59,12 +61,17 @@ def finished(project: Project, address: str, started) -> str:
         soon(lambda: answers(f"{address}/health"))
     except AssertionError:
         pytest.fail(log.read_text())
-    prefect = ("prefect", "--no-prompt")
-    project.run(*prefect, "work-pool", "create", "local", "--type", "process", PREFECT_API_URL=address)
-    project.run(*prefect, "deploy", "--all", PREFECT_API_URL=address)
+    project.run("python", "-m", "pipelines.deploy", PREFECT_API_URL=address)
+    project.run("python", "-m", "pipelines.deploy", "--at-once", "2", PREFECT_API_URL=address)  # changes what is there
     started("prefect", "worker", "start", "--pool", "local")
-    command = ("deployment", "run", "pipeline/local", "--param", 'train={"epochs": 1}', "--watch")
-    return project.run("prefect", *command, PREFECT_API_URL=address)
+    options = ("--param", 'train={"epochs": 1}', "--flow-run-name", "first", "--watch")
+    return project.run("prefect", "deployment", "run", "pipeline/train", *options, PREFECT_API_URL=address)
+
+
+@pytest.fixture(scope="module")
+def experiment(project: Project, finished: str) -> str:
+    """Name of the DVC experiment that the run left."""
+    return left(project, "first")
 
 
 def answers(url: str) -> bool:
@@ -75,9 +82,9 @@ def answers(url: str) -> bool:
         return False
 
 
-def soon(true: Callable[[], object]) -> object:
+def soon(true: Callable[[], object], patience: float = PATIENCE) -> object:
     """Waits until something is true, and gives it."""
-    deadline = time.monotonic() + PATIENCE
+    deadline = time.monotonic() + patience
     while not (value := true()):
         assert time.monotonic() < deadline
         time.sleep(0.3)
@@ -95,27 +102,69 @@ def stages(project: Project) -> list[list[str]]:
     return found
 
 
-def ask(address: str, what: str) -> list[dict]:
-    request = Request(f"{address}/{what}/filter", data=b"{}", headers={"Content-Type": "application/json"})
+def ask(address: str, what: str, **wanted: object) -> list[dict]:
+    body = json.dumps(wanted).encode()
+    request = Request(f"{address}/{what}/filter", data=body, headers={"Content-Type": "application/json"})
     with urlopen(request, timeout=30) as response:
         return json.load(response)
+
+
+def run_named(address: str, name: str) -> dict:
+    (found,) = ask(address, "flow_runs", flow_runs={"name": {"any_": [name]}})
+    return found
+
+
+def artifacts(address: str, name: str) -> dict[str, str]:
+    """What the page of a run shows, by key."""
+    run = run_named(address, name)["id"]
+    found = ask(address, "artifacts", artifacts={"flow_run_id": {"any_": [run]}})
+    return {artifact["key"]: artifact["data"] for artifact in found}
+
+
+def left(project: Project, run: str) -> str:
+    """Name of the DVC experiment that a run has left."""
+    (name,) = [name for name in project.run("dvc", "exp", "list", "--name-only").split() if name.startswith(f"{run}-")]
+    return name
+
+
+def commit_of(project: Project, experiment: str) -> str:
+    return project.run("git", "for-each-ref", "--format=%(objectname)", f"refs/exps/*/*/{experiment}").strip()
 
 
 def test_the_run_ends_completed(finished):
     assert "Completed" in finished
 
 
-def test_the_override_was_used_and_params_yaml_is_as_it_was(project, finished):
-    settings = json.loads((project.folder / "models/model.json").read_text())["params"]
-    assert settings["train"]["epochs"] == 1
-    assert project.run("git", "status", "--short", "params.yaml") == ""
-    assert json.loads((project.folder / "reports/promotion.json").read_text())["decision"] == "promoted"
+def test_its_parameters_and_results_are_an_experiment_and_the_users_folder_is_as_it_was(project, experiment):
+    assert experiment.startswith("first-")
+    changed = project.run("git", "diff", "--unified=0", f"main..{commit_of(project, experiment)}", "--", "params.yaml")
+    lines = [line.split("#")[0].split() for line in changed.splitlines() if line.startswith(("+ ", "- "))]
+    assert lines == [["-", "epochs:", "6"], ["+", "epochs:", "1"]]
+    assert project.run("git", "status", "--short") == ""
+    assert not (project.folder / "models").exists()
+    (entry,) = map(json.loads, history(project))
+    assert entry["action"] == "promoted"
+
+
+def test_the_page_of_a_run_shows_numbers_verdict_and_experiment(finished, address, experiment):
+    shown = artifacts(address, "first")
+    assert set(shown) == {"metrics", "verdict", "experiment"}  # MLflow has no server here, and so no page
+    assert "auc" in [row["measure"] for row in json.loads(shown["metrics"])]
+    assert shown["verdict"].startswith("# fadenet-phantom version 1: promoted")
+    assert experiment in shown["experiment"]
+
+
+def test_the_form_begins_with_the_values_of_params_yaml_and_explains_them(finished, address):
+    (train,) = [one for one in ask(address, "deployments") if one["name"] == "train"]
+    form = train["parameter_openapi_schema"]["definitions"]["TrainOverrides"]["properties"]
+    assert form["batch_size"]["default"] == 32
+    assert form["batch_size"]["description"] == "images of one step, over all devices"
 
 
 def test_the_server_saw_every_flow_and_task_by_its_name(finished, address):
     flows = {flow["id"]: flow["name"] for flow in ask(address, "flows")}
     runs = ask(address, "flow_runs")
-    assert {flows[run["flow_id"]] for run in runs} == {"pipeline", "train", "evaluate"}
+    assert sorted(flows[run["flow_id"]] for run in runs) == ["evaluate", "pipeline", "train"]
     assert {run["state_type"] for run in runs} == {"COMPLETED"}
     tasks = {task["name"].rsplit("-", 1)[0] for task in ask(address, "task_runs")}
     assert tasks == {
@@ -126,7 +175,7 @@ def test_the_server_saw_every_flow_and_task_by_its_name(finished, address):
 
 
 def test_a_value_that_params_yaml_would_refuse_is_refused_at_submission(project, finished, address):
-    command = ("deployment", "run", "pipeline/local", "--param", 'train={"epochs": 0}')
+    command = ("deployment", "run", "pipeline/train", "--param", 'train={"epochs": 0}')
     output = project.run("prefect", *command, check=False, PREFECT_API_URL=address)
     assert project.code != 0
     assert "minimum" in output
@@ -153,7 +202,68 @@ def test_a_run_that_is_cancelled_ends_its_stage_and_leaves_nothing_behind(projec
     assert project.run("git", "status", "--short", "params.yaml") == ""
 
 
-def test_drift_is_told_by_the_command_and_by_the_state_of_a_run(project, finished, address):
+def test_an_experiment_is_evaluated_and_judged_again_without_another_training(project, address, experiment):
+    again = ("--param", f"of={experiment}", "--watch")
+    command = ("deployment", "run", "evaluation/evaluate", *again, "--param", 'evaluate={"confidence": 0.9}')
+    project.run("prefect", *command, "--flow-run-name", "narrower", PREFECT_API_URL=address)
+    assert len(ask(address, "flow_runs", flows={"name": {"any_": ["train"]}})) == 2  # the first, and the cancelled one
+    first, second = (artifacts(address, name)["metrics"] for name in ("first", "narrower"))
+    assert [row["val"] for row in json.loads(first)] == [row["val"] for row in json.loads(second)]
+    assert first != second
+    name = left(project, "narrower")
+    command = ("deployment", "run", "promotion/promote", "--param", f"of={name}", "--watch")
+    strict = ("--param", 'promote={"min_auc": 1.0}', "--flow-run-name", "stricter")
+    assert "Completed" in project.run("prefect", *command, *strict, PREFECT_API_URL=address)
+    assert ": refused" in artifacts(address, "stricter")["verdict"].splitlines()[0]
+
+
+def test_a_grid_runs_each_combination_and_shows_a_table(project, finished, address):
+    options = ("--param", 'vary={"seed": [1, 2]}', "--param", 'fixed={"train.epochs": 1}', "--flow-run-name", "seeds")
+    output = project.run("prefect", "deployment", "run", "grid/benchmark", *options, "--watch", PREFECT_API_URL=address)
+    assert "Completed" in output
+    rows = json.loads(artifacts(address, "seeds")["grid"])
+    assert [(row["seed"], row["state"]) for row in rows] == [(1, "Completed"), (2, "Completed")]
+    assert all("(" in row["test AUC"] and row["decision"].startswith("fadenet-phantom version") for row in rows)
+
+
+def test_a_run_whose_worker_is_killed_goes_on_from_its_checkpoint_on_another(project, finished, started, address):
+    long = json.dumps({"epochs": 40, "early_stopping_patience": 40})
+    options = ("--param", f"train={long}", "--flow-run-name", "long")
+    project.run("prefect", "deployment", "run", "pipeline/train", *options, PREFECT_API_URL=address)
+    log = project.folder.parent / "worker.log"
+    soon(lambda: "epoch   3/40" in log.read_text())
+    for process in workers(project):
+        for one in (process, *process.children(recursive=True)):
+            one.kill()
+    log = started("prefect", "worker", "start", "--pool", "local")
+    soon(lambda: run_named(address, "long")["state_type"] == "COMPLETED", 300)
+    printed = log.read_text()
+    assert "going on with the training that was begun" in printed
+    assert "epoch   2/40" not in printed
+    assert "epoch  40/40" in printed
+    assert run_named(address, "long")["run_count"] == 2
+    runs = [json.loads(line)["run_id"] for line in history(project)]
+    assert runs.count(runs[-1]) == 1
+    kept = project.run("git", "show", f"{commit_of(project, left(project, 'long'))}:models/history.csv").splitlines()[
+        1:
+    ]
+    assert [row.split(",")[0] for row in kept] == [str(epoch) for epoch in range(1, 41)]
+
+
+def workers(project: Project) -> list[psutil.Process]:
+    return [
+        process
+        for process in psutil.process_iter(["cmdline", "cwd"])
+        if process.info["cwd"] == str(project.folder) and {"worker", "start"} <= set(process.info["cmdline"] or ())
+    ]
+
+
+def history(project: Project) -> list[str]:
+    return project.run("fadeformer", "registry", "history", "--json").splitlines()[:-1]
+
+
+def test_drift_is_told_by_the_command_and_by_the_state_of_a_run(project, experiment, address):
+    project.run("dvc", "exp", "apply", experiment)  # as the run's page says
     scans = project.folder / "data" / "own" / "scans"
     scans.mkdir(parents=True)
     pixels = np.load(project.folder / "data/processed/test.npy")

@@ -1,5 +1,6 @@
 """What a model is made of and starts from is a matter of params.yaml: other networks, and weights of the user's own."""
 
+import csv
 import json
 import shutil
 
@@ -34,15 +35,22 @@ def test_training_starts_from_weights_and_again_when_they_change(reproduced):
 
 
 @pytest.mark.usefixtures("afterwards")
-@pytest.mark.parametrize(
-    "changes",
-    [
-        ["model.fade.variant=diffusion", "model.fade.after_blocks=[1,last]"],
-        ["model.backbone=resnet18", "model.fade=null"],
-    ],
-)
-def test_other_networks_go_the_same_way(reproduced, changes):
-    options = [option for change in (*changes, "train.epochs=1") for option in ("-S", change)]
+def test_other_networks_go_the_same_way(reproduced):
+    options = ("-S", "model.fade.variant=diffusion", "-S", "model.fade.after_blocks=[1,last]", "-S", "train.epochs=1")
     assert ran(reproduced.run("dvc", "exp", "run", *options)) == ["train", "evaluate", "promote"]
     decision = json.loads((reproduced.folder / "reports/promotion.json").read_text())["decision"]
     assert decision in ("promoted", "refused")
+
+
+@pytest.mark.usefixtures("afterwards")
+def test_and_beside_the_workspace_in_a_temporary_folder(reproduced):
+    before = (reproduced.folder / "models/model.json").read_bytes()
+    options = ("--temp", "--name", "beside", "-S", "model.backbone=resnet18", "-S", "model.fade=null")
+    absolute = str(reproduced.folder / ".cache/dvc")
+    reproduced.run("dvc", "exp", "run", *options, "-S", "train.epochs=1", DVC_SITE_CACHE_DIR=absolute)
+    assert (reproduced.folder / "models/model.json").read_bytes() == before
+    shown = csv.DictReader(reproduced.run("dvc", "exp", "show", "--csv").splitlines())
+    (row,) = [row for row in shown if row["Experiment"] == "beside"]
+    assert row["model.backbone"] == "resnet18"
+    last = json.loads((reproduced.folder / "mlruns/ledger.jsonl").read_text().splitlines()[-2])
+    assert last["kind"] == "decided"  # in the project's own ledger

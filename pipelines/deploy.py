@@ -1,0 +1,101 @@
+"""`make deploy`: what a Prefect server needs for this project's deployments; once more changes only what is new.
+
+A work pool, a queue for trainings that runs as many at a time as there are GPUs, the limit that keeps promotions apart,
+the deployments of prefect.yaml, and two automations: a run whose heartbeat fails has crashed, and a deployment's run
+that has crashed is scheduled again, to go on from its checkpoint on whichever worker comes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+from datetime import timedelta
+from pathlib import Path
+
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.objects import StateType
+from prefect.events.actions import ChangeFlowRunState
+from prefect.events.schemas.automations import AutomationCore, EventTrigger, Posture
+from prefect.events.schemas.events import ResourceSpecification
+from prefect.exceptions import ObjectAlreadyExists, ObjectNotFound
+
+from fadeformer.errors import PassingError, UserError
+from pipelines import orchestrator, stage
+from pipelines.flows import PROMOTING
+
+POOL, QUEUE, TAG = "local", "training", "fadeformer"
+SILENCE = timedelta(seconds=90)  # three heartbeats, of which prefect.toml has one in 30 s
+ENDS = ("Completed", "Failed", "Cancelled", "Crashed")
+AUTOMATIONS = (
+    AutomationCore(
+        name="fadeformer: a run without heartbeat has crashed",
+        trigger=EventTrigger(
+            after={"prefect.flow-run.heartbeat"},
+            expect={"prefect.flow-run.heartbeat", *(f"prefect.flow-run.{end}" for end in ENDS)},
+            match=ResourceSpecification({"prefect.resource.id": ["prefect.flow-run.*"]}),
+            for_each={"prefect.resource.id"},
+            posture=Posture.Proactive,
+            threshold=1,
+            within=SILENCE,
+        ),
+        actions=[ChangeFlowRunState(state=StateType.CRASHED, message="no heartbeat: its machine or worker is gone")],
+    ),
+    AutomationCore(
+        name="fadeformer: a crashed run of a deployment is scheduled again",
+        trigger=EventTrigger(
+            expect={"prefect.flow-run.Crashed"},
+            match=ResourceSpecification({"prefect.resource.id": ["prefect.flow-run.*"]}),
+            match_related=ResourceSpecification(
+                {"prefect.resource.role": ["tag"], "prefect.resource.id": [f"prefect.tag.{TAG}"]}
+            ),
+            for_each={"prefect.resource.id"},
+            posture=Posture.Reactive,
+            threshold=1,
+        ),
+        actions=[ChangeFlowRunState(state=StateType.SCHEDULED, message="scheduled again after a crash")],
+    ),
+)
+
+
+def main() -> str:
+    """Makes what is not there, on the server of `PREFECT_API_URL`."""
+    parser = argparse.ArgumentParser(prog="python -m pipelines.deploy", description=__doc__)
+    parser.add_argument("--at-once", type=int, default=1, metavar="N", help="trainings at a time, such as GPUs (1)")
+    at_once = parser.parse_args().at_once
+    if at_once < 1:
+        raise UserError("--at-once is 1 or more")
+    server = os.environ.get("PREFECT_API_URL")
+    if not server:
+        raise UserError("PREFECT_API_URL is not set; `prefect server start`, then set it to that server's address")
+    if not orchestrator.answers(server):
+        raise PassingError(f"PREFECT_API_URL is {server}, but no Prefect server answers there; start it")
+    with get_client(sync_client=True) as client:
+        try:
+            client.read_work_pool(POOL)
+        except ObjectNotFound:
+            _prefect("work-pool", "create", POOL, "--type", "process")
+        try:
+            queue = client.create_work_queue(QUEUE, work_pool_name=POOL)
+        except ObjectAlreadyExists:
+            queue = client.read_work_queue_by_name(QUEUE, work_pool_name=POOL)
+        client.update_work_queue(queue.id, concurrency_limit=at_once)
+        client.upsert_global_concurrency_limit_by_name(PROMOTING, 1)
+        for automation in AUTOMATIONS:
+            for known in client.read_automations_by_name(automation.name):
+                client.delete_automation(known.id)
+            client.create_automation(automation)
+    _prefect("deploy", "--all")
+    return f"{server} has the deployments of prefect.yaml; {at_once} at a time in the queue {QUEUE}"
+
+
+def _prefect(*words: str) -> None:
+    program = Path(sys.executable).with_name("prefect")
+    done = subprocess.run([str(program), "--no-prompt", *words], capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise UserError(f"`prefect {' '.join(words)}` failed:\n{done.stderr}{done.stdout}".rstrip())
+
+
+if __name__ == "__main__":
+    stage.run("deploy", main)

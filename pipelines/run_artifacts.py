@@ -1,0 +1,91 @@
+"""What a deployment run shows on its page in Prefect: the numbers, the gate's verdict, and where everything lies."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+from uuid import UUID
+
+from prefect import get_client
+from prefect.artifacts import create_link_artifact, create_markdown_artifact, create_table_artifact
+from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterFlowRunId
+
+from fadeformer import summary
+from fadeformer.files import read_json
+from pipelines import paths
+
+RUN_PAGE = "{server}/#/experiments/{experiment}/runs/{run}"
+
+
+def show_numbers() -> None:
+    """The overall measures of val and test, the latter with intervals, as a table."""
+    numbers, bounds = read_json(paths.METRICS), read_json(paths.INTERVALS)["test"]["overall"]
+    rows = [
+        {
+            "measure": name.replace("_", " "),
+            "test": summary.told(value, bounds.get(name)),
+            "val": summary.told(of_val, None),
+        }
+        for (name, value), of_val in zip(
+            numbers["test"]["overall"].items(), numbers["val"]["overall"].values(), strict=True
+        )
+    ]
+    create_table_artifact(rows, key="metrics", description="Numbers of test with their intervals, and of val")
+
+
+def show_verdict() -> None:
+    """What the registry gate decided, rule by rule."""
+    create_markdown_artifact(verdict(read_json(paths.PROMOTION)), key="verdict", description="The registry gate")
+
+
+def verdict(promotion: Mapping[str, Any]) -> str:
+    """The same as Markdown.
+
+    Args:
+        promotion: as reports/promotion.json has it.
+    """
+    forced = " by force" if promotion["forced"] else ""
+    rows = [(rule["rule"], rule["verdict"], rule["figures"]) for rule in promotion["rules"]]
+    cells = [" | ".join(cell.replace("|", "\\|") for cell in row) for row in rows]
+    return "\n".join(
+        [
+            f"# {promotion['model']} version {promotion['version']}: {promotion['decision']}{forced}",
+            "", promotion["reason"], "", "| rule | verdict | figures |", "| --- | --- | --- |",
+            *(f"| {row} |" for row in cells),
+        ]
+    )  # fmt: skip
+
+
+def show_links() -> None:
+    """The MLflow run and the report in it, where MLflow is a server with pages."""
+    from pipelines import tracking  # takes a while to import
+
+    run = read_json(paths.RUN)["mlflow_run_id"]
+    server = tracking.server()
+    if server is None:
+        return
+    page = RUN_PAGE.format(server=server, experiment=tracking.experiment_of(run), run=run)
+    create_link_artifact(page, key="mlflow-run", link_text="MLflow run", description=f"MLflow run {run}")
+    create_link_artifact(f"{page}/artifacts/{paths.REPORT.name}", key="report", link_text="Report")
+
+
+def show_experiment(name: str, repository: str) -> None:
+    """How to have parameters and results in one's own workspace."""
+    text = f"`dvc exp pull {repository} {name}`, then `dvc exp apply {name}`"
+    create_markdown_artifact(text, key="experiment", description="The DVC experiment that holds this run")
+
+
+def of_run(flow_run_id: UUID) -> dict[str, str]:
+    """Test AUC and decision of another run, from the artifacts that it left."""
+    with get_client(sync_client=True) as client:
+        found = client.read_artifacts(
+            artifact_filter=ArtifactFilter(flow_run_id=ArtifactFilterFlowRunId(any_=[flow_run_id]))
+        )
+    by_key = {artifact.key: artifact.data for artifact in found}
+    told = {}
+    if "metrics" in by_key:
+        told["test AUC"] = next(row["test"] for row in json.loads(by_key["metrics"]) if row["measure"] == "auc")
+    if "verdict" in by_key:
+        told["decision"] = by_key["verdict"].splitlines()[0].removeprefix("# ")
+    return told
