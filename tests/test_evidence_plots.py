@@ -44,7 +44,7 @@ def test_the_points_of_the_reliability_diagram_are_the_shares_of_the_bins(task, 
     p = made(task, classes, 600, 0, absent=absent)
     figure = evidence_plots.reliability(p, (0.456, 0.123), 0.95)
     FigureCanvasAgg(figure).draw()
-    assert "0.123" in figure.axes[0].get_legend().get_texts()[-1].get_text()
+    assert "0.123" in figure.legends[0].get_texts()[-1].get_text()
     (line,) = [line for line in figure.axes[0].lines if line.get_marker() == "o"]
     place, share = line.get_data()
     assert len(place) == 10
