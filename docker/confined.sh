@@ -4,10 +4,11 @@
 #
 #     docker/confined.sh localhost/fadeformer-trainer FOLDER [COMMAND ...]
 #
-# Wants root. Variables whose names begin with MLFLOW, PREFECT, FADEFORMER, AWS or PG are passed on. NETWORK=host keeps the
-# network, for a server that is to be asked from outside.
+# Wants root. Variables whose names begin with MLFLOW, PREFECT, FADEFORMER, AWS or PG are passed on. NETWORK=host keeps
+# the network, for a server that is to be asked from outside.
 set -eu
-image=${1:?usage: docker/confined.sh IMAGE FOLDER [COMMAND ...]} work=${2:?usage: docker/confined.sh IMAGE FOLDER [COMMAND ...]}
+[ $# -ge 2 ] || { echo "usage: docker/confined.sh IMAGE FOLDER [COMMAND ...]" >&2; exit 2; }
+image=$1 work=$2
 shift 2
 configured() { buildah inspect --type image --format "$1" "$image"; }
 # Entry point and command have no blanks within their words.

@@ -11,13 +11,13 @@ COPY docker/mlflow.lock ./
 RUN python3.11 -m venv /opt/venv \
  && /opt/venv/bin/pip install --no-cache-dir --no-deps --requirement mlflow.lock \
  && /opt/venv/bin/pip uninstall --yes pip setuptools \
- && MLFLOW_DISABLE_TELEMETRY=true /opt/venv/bin/python -c "import boto3, mlflow.server.auth, mlflow.server.fastapi_app, psycopg"
+ && MLFLOW_DISABLE_TELEMETRY=true /opt/venv/bin/python -c "import boto3, psycopg, mlflow.server.auth"
 
 FROM ${BASE}
 # tini passes signals on, to the server's workers too.
 RUN apt-get update \
  && apt-get install --yes --no-install-recommends 'tini=0.19.*' \
- && rm -rf /var/lib/apt/lists/* \
+ && rm -rf /var/lib/apt/lists/* /var/cache/apt/* \
  && useradd --uid 10002 --user-group --no-create-home --home-dir /tmp/home --shell /usr/sbin/nologin mlflow
 COPY --from=build /opt/venv /opt/venv
 COPY docker/credentials.py docker/mlflow_start.py /opt/start/
@@ -30,5 +30,5 @@ WORKDIR /tmp
 USER 10002:10002
 EXPOSE 5000
 HEALTHCHECK --interval=30s --timeout=10s --start-period=120s --retries=3 \
-    CMD ["python", "-c", "from urllib.request import urlopen; urlopen('http://127.0.0.1:5000/health', timeout=5)"]
+    CMD ["python", "-c", "from urllib.request import urlopen; urlopen('http://127.0.0.1:5000/health')"]
 ENTRYPOINT ["tini", "-g", "--", "python", "/opt/start/mlflow_start.py"]

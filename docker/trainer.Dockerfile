@@ -13,8 +13,8 @@ COPY pyproject.toml requirements.lock ./
 # What the project needs to run, in the versions of the lock; what only its tests and checks need stays out. Torch comes
 # first and alone, so that its index is asked for nothing else.
 RUN python3.11 -m venv /opt/venv \
- && python3.11 -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['dependencies'], sep='\n')" \
-    > runtime.txt \
+ && python3.11 -c "import tomllib; project = tomllib.load(open('pyproject.toml', 'rb'))['project']; \
+print(*project['dependencies'], sep='\n')" > runtime.txt \
  && grep -E '^torch(vision)?==' requirements.lock > torch.txt \
  && /opt/venv/bin/pip install --no-cache-dir ${TORCH_INDEX:+--no-deps --index-url "${TORCH_INDEX}"} \
     --constraint requirements.lock --requirement torch.txt \
@@ -27,11 +27,11 @@ COPY pipelines pipelines
 RUN /opt/venv/bin/pip install --no-cache-dir --no-deps --editable . && /opt/venv/bin/pip check
 
 FROM ${BASE} AS trainer
-# tini passes signals on and takes note of processes that end; git names the code and keeps experiments, in a volume that
-# may belong to root and be writable by a group, which git would not trust.
+# tini passes signals on and takes note of processes that end; git names the code and keeps experiments, in a volume
+# that may belong to root and be writable by a group, which git would not trust.
 RUN apt-get update \
  && apt-get install --yes --no-install-recommends 'git=1:2.*' 'tini=0.19.*' \
- && rm -rf /var/lib/apt/lists/* \
+ && rm -rf /var/lib/apt/lists/* /var/cache/apt/* \
  && useradd --uid 10001 --user-group --no-create-home --home-dir /tmp/home --shell /usr/sbin/nologin fadeformer \
  && install --directory --owner fadeformer --group fadeformer /work \
  && git config --system --add safe.directory '*' \
@@ -56,5 +56,5 @@ FROM trainer AS worker
 # For the health check alone; Kubernetes asks from outside and sets 0.0.0.0.
 ENV PREFECT_WORKER_WEBSERVER_HOST=127.0.0.1
 HEALTHCHECK --interval=30s --timeout=10s --start-period=120s --retries=3 \
-    CMD ["python", "-c", "from urllib.request import urlopen; urlopen('http://127.0.0.1:8080/health', timeout=5)"]
+    CMD ["python", "-c", "from urllib.request import urlopen; urlopen('http://127.0.0.1:8080/health')"]
 CMD ["worker"]

@@ -38,11 +38,13 @@ def main() -> None:
     Path.home().mkdir(parents=True, exist_ok=True)  # in /tmp, which is empty when a container starts
     if command[0] == "server":
         credentials.require("Prefect's server", _secrets_of_the_server())
-        _become("prefect", "server", "start", "--host", "0.0.0.0", *command[1:])  # noqa: S104  ports are published by choice
+        everywhere = "0.0.0.0"  # noqa: S104  in a container, whose ports are published by choice
+        _become("prefect", "server", "start", "--host", everywhere, *command[1:])
     if command[0] == "worker" and not os.environ.get("PREFECT_API_URL"):
         sys.exit("the worker does not start: PREFECT_API_URL is missing; set it to the server's address, with /api")
     credentials.require("the worker" if command[0] == "worker" else command[0], _secrets_of_the_client())
     lay(CODE, Path.cwd())
+    os.environ["PWD"] = str(Path.cwd())  # which a shell would have set; prefect.yaml names it
     if command[0] == "worker":
         pool = os.environ.get("FADEFORMER_POOL", "local")
         _become("prefect", "worker", "start", "--pool", pool, "--type", "process", "--with-healthcheck", *command[1:])
