@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -145,6 +146,8 @@ def _last_line(done: subprocess.CompletedProcess[str]) -> str:
 
 
 def _become(*command: str) -> None:
+    # A worker that is told to end sends itself this signal, which a shell has what it starts in the background ignore.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     try:
         os.execvp(command[0], command)  # noqa: S606  in place of this process, so that signals reach it
     except OSError as error:
