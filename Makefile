@@ -1,4 +1,4 @@
-.PHONY: help install repro test check ui preset tables images up down lock clean
+.PHONY: help install repro test check ui preset tables lock clean
 .DEFAULT_GOAL := help
 PYTHON ?= python3.11
 VENV := .venv
@@ -48,6 +48,7 @@ preset: install  ## write a recipe into params.yaml: make preset NAME=paper
 tables: install  ## train a grid and write docs/tables.md: make tables GRID=cpu DATA=FOLDER JOBS=2
 	python -m pipelines.tables $(GRID) $(if $(DATA),--data $(DATA)) --jobs $(or $(JOBS),1)
 
+.PHONY: images up down
 images:  ## build the images: make images CUDA=1 TAG=cuda BASE=docker.io/library/python@sha256:DIGEST
 	for target in trainer worker; do $(BUILD) $(if $(CUDA),--build-arg TORCH_INDEX=) --target $$target \
 	  --file docker/trainer.Dockerfile --tag localhost/fadeformer-$$target:$(TAG) . || exit 1; done
