@@ -5,6 +5,13 @@ VENV := .venv
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 export MLFLOW_DISABLE_TELEMETRY := true
 PIP := python -m pip --disable-pip-version-check
+TAG ?= latest
+PROFILE ?= cpu
+# The docker command is also there where no engine runs.
+DOCKER = $(shell docker info > /dev/null 2>&1 && echo docker)
+BUILDER = $(if $(DOCKER),docker build,buildah build --layers --format docker)
+BUILD = $(BUILDER) $(if $(BASE),--build-arg BASE=$(BASE)) $(FLAGS)
+COMPOSE = $(if $(DOCKER),docker compose,podman-compose) --env-file docker/.env --file docker/compose.yaml
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -43,6 +50,21 @@ preset: install  ## write a recipe into params.yaml: make preset NAME=paper
 
 tables: install  ## train a grid and write docs/tables.md: make tables GRID=cpu DATA=FOLDER JOBS=2
 	python -m pipelines.tables $(GRID) $(if $(DATA),--data $(DATA)) --jobs $(or $(JOBS),1)
+
+.PHONY: images up down
+images:  ## build the images: make images CUDA=1 TAG=cuda BASE=docker.io/library/python@sha256:DIGEST
+	for target in trainer worker; do $(BUILD) $(if $(CUDA),--build-arg TORCH_INDEX=) --target $$target \
+	  --file docker/trainer.Dockerfile --tag localhost/fadeformer-$$target:$(TAG) . || exit 1; done
+	$(BUILD) --file docker/mlflow.Dockerfile --tag localhost/fadeformer-mlflow:$(TAG) .
+
+up: docker/.env  ## start the database, MLflow, Prefect and a worker: make up PROFILE=gpu
+	$(COMPOSE) --profile $(PROFILE) up --detach
+
+down: docker/.env  ## stop them; what they keep stays in their volumes
+	$(COMPOSE) --profile cpu --profile gpu down
+
+docker/.env:
+	@echo "copy docker/env.example to docker/.env and fill in what has no default (docs/containers.md)" >&2; exit 1
 
 lock:  ## renew requirements.lock from pyproject.toml, in an environment of its own
 	rm -rf .cache/lock && $(PYTHON) -m venv .cache/lock

@@ -27,6 +27,8 @@ FORCED, ROLLED_BACK = "forced", "rolled_back"  # tags that stay for ever, with t
 IDENTITY = "fadeformer.registry"  # tag of a registered model
 ENTRY, GATE = "ledger.", "gate."  # what tags with an entry of the ledger, or a rule's verdict, begin with
 CELL = " | &emsp;"  # between cells of a table: MLflow's page sets them edge to edge
+LONGEST = 5000  # characters of a description that MLflow keeps in a database other than SQLite
+ELSEWHERE = "\n\nThe rest stands in `model_card.md` of the run."
 
 Aliases = dict[str, str]
 
@@ -127,8 +129,15 @@ def test_predictions(version: Version) -> Predictions:
 
 @told()
 def describe(version: Version, card: str) -> None:
-    """Makes a model card a version's description."""
-    MlflowClient().update_model_version(version.name, version.number, re.sub(r" \| (?!---)", CELL, card))
+    """Makes a model card a version's description; its first lines where the store takes no more."""
+    client, text = MlflowClient(), re.sub(r" \| (?!---)", CELL, card)
+    try:
+        client.update_model_version(version.name, version.number, text)
+    except MlflowException:
+        if len(text) <= LONGEST:
+            raise
+        head = text[: LONGEST - len(ELSEWHERE)].rpartition("\n")[0]
+        client.update_model_version(version.name, version.number, head + ELSEWHERE)
 
 
 @told()

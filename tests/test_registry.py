@@ -7,6 +7,7 @@ import sys
 import mlflow
 import pytest
 from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
 
 from fadeformer.errors import UserError
 from pipelines import registry, tracking
@@ -55,6 +56,25 @@ def test_a_card_is_the_description():
     one = version("card")
     registry.describe(one, "| a | b |\n| --- | --- |")
     assert MlflowClient().get_model_version("card", one.number).description == "| a | &emsp;b |\n| --- | --- |"
+
+
+def test_of_a_long_card_there_is_what_a_database_takes(monkeypatch):
+    def update(client, name, number, text):
+        if len(text) > 5000:
+            raise MlflowException("value too long for type character varying(5000)")
+        whole(client, name, number, text)
+
+    whole = MlflowClient.update_model_version
+    monkeypatch.setattr(MlflowClient, "update_model_version", update)
+    one = version("long")
+    registry.describe(one, "".join(f"line {number}\n" for number in range(1000)))
+    found = MlflowClient().get_model_version("long", one.number).description
+    lines = found.splitlines()
+    assert 4900 < len(found) <= 5000
+    assert lines[:-2] == [f"line {number}" for number in range(len(lines) - 2)]
+    assert lines[-2:] == ["", "The rest stands in `model_card.md` of the run."]
+    with pytest.raises(UserError):
+        registry.describe(registry.Version("nobody", "1", one.run_id), "short")
 
 
 def test_a_champion_whose_predictions_are_gone_is_told():

@@ -1,0 +1,13 @@
+#!/bin/sh
+# A database for MLflow and one for Prefect, each with an owner that sees nothing of the other. PostgreSQL's image runs
+# this once, when its volume is empty. Passwords come from the environment, not from psql's arguments.
+set -eu
+psql --set ON_ERROR_STOP=1 --no-psqlrc --quiet --username postgres --dbname postgres <<'SQL'
+\getenv mlflow MLFLOW_DB_PASSWORD
+\getenv prefect PREFECT_DB_PASSWORD
+CREATE ROLE mlflow LOGIN PASSWORD :'mlflow';
+CREATE ROLE prefect LOGIN PASSWORD :'prefect';
+CREATE DATABASE mlflow OWNER mlflow;
+CREATE DATABASE prefect OWNER prefect;
+REVOKE ALL ON DATABASE mlflow, prefect, postgres FROM PUBLIC;
+SQL
