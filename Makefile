@@ -73,4 +73,4 @@ lock:  ## renew requirements.lock from pyproject.toml, in an environment of its 
 	  | sed -E '/^(nvidia-|cuda-|triton)/ s/$$/ ; sys_platform == "linux"/' > requirements.lock
 
 clean:  ## remove what the stages made, unfinished trainings too; mlruns/ and downloads stay
-	rm -rf data/raw data/manifest.parquet data/processed models reports/[!.]* .models.* data/.[!g]* reports/.[!g]* .cache/train
+	rm -rf data/raw data/manifest.parquet data/processed models reports/[!.]* .models.* data/.[!g]* reports/.[!g]* .cache/train .cache/runs

@@ -17,7 +17,7 @@ from typing import Annotated, Any
 from filelock import FileLock
 from prefect import State, flow
 from prefect.artifacts import create_table_artifact
-from prefect.concurrency.sync import concurrency
+from prefect.concurrency.sync import ConcurrencySlotAcquisitionError, concurrency
 from prefect.deployments import run_deployment
 from prefect.runtime import flow_run
 from prefect.states import Completed, Failed
@@ -185,6 +185,15 @@ def _workspace(changes: Mapping[str, Any], of: str | None = None) -> Iterator[No
 
 def _reproduce(stages: tuple[str, ...], hours: float | None) -> None:
     for stage in stages:
-        apart = stage == "promote" and working_copy.here()
-        with concurrency(PROMOTING, strict=True) if apart else nullcontext():
+        with _alone() if stage == "promote" and working_copy.here() else nullcontext():
             reproduce(stage, hours)
+
+
+@contextmanager
+def _alone() -> Iterator[None]:
+    """No other run promotes meanwhile, on any machine."""
+    try:
+        with concurrency(PROMOTING, strict=True):
+            yield
+    except ConcurrencySlotAcquisitionError as error:
+        raise UserError(f"Prefect has no concurrency limit {PROMOTING}; `make deploy` makes it ({error})") from error
