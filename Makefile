@@ -52,8 +52,8 @@ tables: install  ## train a grid and write docs/tables.md: make tables GRID=cpu 
 	python -m pipelines.tables $(GRID) $(if $(DATA),--data $(DATA)) --jobs $(or $(JOBS),1)
 
 .PHONY: images up down
-images:  ## build the images: make images CUDA=1 TAG=cuda BASE=docker.io/library/python@sha256:DIGEST
-	for target in trainer worker; do $(BUILD) $(if $(CUDA),--build-arg TORCH_INDEX=) --target $$target \
+images:  ## build the images: make images TORCH_INDEX=URL TAG=cpu BASE=docker.io/library/python@sha256:DIGEST
+	for target in trainer worker; do $(BUILD) $(if $(TORCH_INDEX),--build-arg TORCH_INDEX=$(TORCH_INDEX)) --target $$target \
 	  --file docker/trainer.Dockerfile --tag localhost/fadeformer-$$target:$(TAG) . || exit 1; done
 	$(BUILD) --file docker/mlflow.Dockerfile --tag localhost/fadeformer-mlflow:$(TAG) .
 

@@ -6,8 +6,8 @@
 ARG BASE=docker.io/library/python:3.11-slim-bookworm
 
 FROM ${BASE} AS build
-# Wheels of torch without CUDA, a tenth of the size; an empty TORCH_INDEX takes those with CUDA.
-ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
+# Address of PyTorch's wheels without CUDA, a tenth of the size (its installation page has it); empty: those with CUDA.
+ARG TORCH_INDEX=
 WORKDIR /src
 COPY pyproject.toml requirements.lock ./
 # What the project needs to run, in the versions of the lock; what only its tests and checks need stays out. Torch comes

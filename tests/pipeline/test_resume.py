@@ -195,7 +195,7 @@ def test_a_training_that_another_process_runs_is_not_begun_twice(pieces):
     with running(pieces, "python", "-m", "pipelines", "train") as process:
         wait_for_step(pieces, process, STEPS)
         output = pieces.run("python", "-m", "pipelines", "train", check=False)
-        assert pieces.code == 1
+        assert pieces.code == os.EX_TEMPFAIL
         assert "another process trains the very same; wait until it has ended" in output
 
 
@@ -208,7 +208,7 @@ def test_without_mlflow_training_goes_on_and_is_told_later(pieces):
     pieces.change(train=SELDOM)
     before = told_to_mlflow(pieces)[1]
     output = pieces.run("python", "-m", "pipelines", "train", check=False, MLFLOW_TRACKING_URI=nobody)
-    assert pieces.code == 1
+    assert pieces.code == os.EX_TEMPFAIL
     assert output.count("cannot be reached: training goes on") == 1
     assert "Traceback" not in output
     assert re.search(r"^train: .*the training is finished and kept in", output, re.MULTILINE), output
