@@ -17,7 +17,8 @@ from typing import Annotated, Any
 from filelock import FileLock
 from prefect import State, flow
 from prefect.artifacts import create_table_artifact
-from prefect.concurrency.sync import ConcurrencySlotAcquisitionError, concurrency
+from prefect.concurrency.asyncio import ConcurrencySlotAcquisitionError
+from prefect.concurrency.sync import concurrency
 from prefect.deployments import run_deployment
 from prefect.runtime import flow_run
 from prefect.states import Completed, Failed
@@ -45,16 +46,16 @@ Hours = Annotated[float, Field(gt=0)]
 
 @flow(name="pipeline", persist_result=False, log_prints=True)
 def pipeline(
-    seed: int | None = None,
-    dataset: DatasetOverrides | None = None,
-    split: SplitOverrides | None = None,
-    validate: ValidateOverrides | None = None,
-    preprocess: PreprocessOverrides | None = None,
-    model: ModelOverrides | None = None,
-    augment: AugmentOverrides | None = None,
-    train: TrainOverrides | None = None,
-    evaluate: EvaluateOverrides | None = None,
-    promote: PromoteOverrides | None = None,
+    seed: Annotated[int, Field(ge=0)] = PRESENT.values["seed"],
+    dataset: DatasetOverrides = DatasetOverrides(),
+    split: SplitOverrides = SplitOverrides(),
+    validate: ValidateOverrides = ValidateOverrides(),
+    preprocess: PreprocessOverrides = PreprocessOverrides(),
+    model: ModelOverrides = ModelOverrides(),
+    augment: AugmentOverrides = AugmentOverrides(),
+    train: TrainOverrides = TrainOverrides(),
+    evaluate: EvaluateOverrides = EvaluateOverrides(),
+    promote: PromoteOverrides = PromoteOverrides(),
     hours: Hours | None = None,
 ) -> None:
     """From download to promote; each argument overrides keys of its section of params.yaml for this run.
@@ -76,17 +77,15 @@ def pipeline(
         "dataset": dataset, "split": split, "validate": validate, "preprocess": preprocess, "model": model,
         "augment": augment, "train": train, "evaluate": evaluate, "promote": promote,
     }  # fmt: skip
-    changes: dict[str, Any] = {name: overrides.given(section) for name, section in sections.items() if section}
-    if seed is not None:
-        changes["seed"] = seed
-    with _workspace(changes):
+    changes: dict[str, Any] = {name: overrides.given(section) for name, section in sections.items()}
+    with _workspace({"seed": seed, **changes}):
         _reproduce(STAGES, hours)
         run_artifacts.show_numbers()
         run_artifacts.show_verdict()
 
 
 @flow(name="evaluation", persist_result=False, log_prints=True)
-def evaluation(of: str, evaluate: EvaluateOverrides | None = None, hours: Hours | None = None) -> None:
+def evaluation(of: str, evaluate: EvaluateOverrides = EvaluateOverrides(), hours: Hours | None = None) -> None:
     """Evaluates a model again that an earlier run has trained, and judges it by what is found now.
 
     Args:
@@ -94,14 +93,14 @@ def evaluation(of: str, evaluate: EvaluateOverrides | None = None, hours: Hours 
         evaluate: overrides of predictions, numbers, figures.
         hours: that a stage may take.
     """
-    with _workspace({"evaluate": overrides.given(evaluate)} if evaluate else {}, of):
+    with _workspace({"evaluate": overrides.given(evaluate)}, of):
         _reproduce(("evaluate", "promote"), hours)
         run_artifacts.show_numbers()
         run_artifacts.show_verdict()
 
 
 @flow(name="promotion", persist_result=False, log_prints=True)
-def promotion(of: str, promote: PromoteOverrides | None = None, hours: Hours | None = None) -> None:
+def promotion(of: str, promote: PromoteOverrides = PromoteOverrides(), hours: Hours | None = None) -> None:
     """Judges a model again that an earlier run has evaluated.
 
     Args:
@@ -109,7 +108,7 @@ def promotion(of: str, promote: PromoteOverrides | None = None, hours: Hours | N
         promote: overrides of the registry gate.
         hours: that a stage may take.
     """
-    with _workspace({"promote": overrides.given(promote)} if promote else {}, of):
+    with _workspace({"promote": overrides.given(promote)}, of):
         _reproduce(("promote",), hours)
         run_artifacts.show_verdict()
 
@@ -174,8 +173,7 @@ def _workspace(changes: Mapping[str, Any], of: str | None = None) -> Iterator[No
         return
     if of is not None:
         working_copy.go_to(of)
-    if changes:
-        overrides.apply(paths.PARAMS, changes)
+    overrides.apply(paths.PARAMS, changes)
     yield
     name = working_copy.keep(f"{flow_run.name}-{str(flow_run.id)[:8]}")
     run_artifacts.show_experiment(name, working_copy.repository())

@@ -66,19 +66,25 @@ def partial(section: type[BaseModel], key: str = "", present: Present | None = N
     Args:
         section: its type.
         key: of the section, such as `train`; that of all of params.yaml is empty.
-        present: what the form begins with, and what explains it.
+        present: what the form begins with, and what explains it; without it every key begins with nothing.
     """
     fields: dict[str, Any] = {}
     for name, field in section.model_fields.items():
         called = f"{key}.{field.alias or name}".lstrip(".")
         inner = next((c for c in (field.annotation, *get_args(field.annotation)) if _is_section(c)), None)
-        kind = field.annotation if inner is None else partial(inner, called, present)
-        if inner is None and field.metadata:
-            kind = Annotated[kind, *field.metadata]
-        begins = {"default": present.values.get(called), "description": present.told.get(called)} if present else {}
-        fields[name] = (kind | None, Field(**{"default": None, **begins}, alias=field.alias))
+        if inner is not None:
+            kind: Any = partial(inner, called, present)
+            begins = kind() if present and any(other.startswith(f"{called}.") for other in present.values) else None
+            optional = inner is not field.annotation
+        else:
+            kind = Annotated[field.annotation, *field.metadata] if field.metadata else field.annotation
+            begins, optional = present.values.get(called) if present else None, False
+        if present is None or optional:
+            kind = kind | None
+        told = present.told.get(called) if present else None
+        fields[name] = (kind, Field(default=begins, alias=field.alias, description=told))
     name = section.__name__.replace("Params", "Overrides")
-    return create_model(name, __config__=ConfigDict(extra="forbid"), **fields)
+    return create_model(name, __config__=ConfigDict(extra="forbid", serialize_by_alias=True), **fields)
 
 
 class Present(NamedTuple):

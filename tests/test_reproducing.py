@@ -7,7 +7,8 @@ import pytest
 from prefect import flow
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
-from fadeformer.errors import PassingError
+from fadeformer.errors import PassingError, UserError
+from pipelines import flows
 from pipelines.reproducing import reproduce
 
 STAGES = """
@@ -57,3 +58,12 @@ def test_after_its_hours_a_stage_is_asked_to_end(stages):
     with pytest.raises(RuntimeError, match="had not ended after"):
         reproduce.fn("long", hours=3 / 3600)
     assert (stages / "checkpoint").read_text() == "kept\n"
+
+
+def test_a_server_without_the_limit_of_promotions_is_told(prefect_server):
+    with (
+        temporary_settings({PREFECT_API_URL: prefect_server}),
+        pytest.raises(UserError, match="`make deploy` makes it"),
+        flows._alone(),
+    ):
+        pytest.fail("it promotes")
