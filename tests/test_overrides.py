@@ -108,3 +108,17 @@ def test_a_deployment_form_gives_only_what_was_filled_in(epochs, dropout):
 def test_a_deployment_form_refuses_what_params_yaml_would(wrong):
     with pytest.raises(ValidationError):
         flows.TrainOverrides(**wrong)
+
+
+def test_a_form_that_is_sent_as_it_begins_changes_nothing(tmp_path):
+    """As Prefect's page sends it: every value that is in sight."""
+    path = tmp_path / "params.yaml"
+    shutil.copy(ROOT / "params.yaml", path)
+    begins = {name: of["default"] for name, of in flows.pipeline.parameters.properties.items() if "default" in of}
+    sent = flows.pipeline.validate_parameters(begins)
+    assert {"seed", "dataset", "train", "promote"} <= {name for name, value in sent.items() if value is not None}
+    changes = {name: overrides.given(value) for name, value in sent.items() if name not in ("seed", "hours")}
+    assert changes["train"]["epochs"] == params.load(path).train.epochs
+    assert changes["model"]["fade"]["K"] == params.load(path).model.fade.K
+    overrides.apply(path, {**changes, "seed": sent["seed"]})
+    assert params.load(path) == params.load(ROOT / "params.yaml")
