@@ -1,5 +1,6 @@
 """Deployments: a Prefect server and process workers run the pipeline, in copies and in the user's folder."""
 
+import csv
 import json
 import socket
 import subprocess
@@ -245,10 +246,8 @@ def test_a_run_whose_worker_is_killed_goes_on_from_its_checkpoint_on_another(pro
     assert run_named(address, "long")["run_count"] == 2
     runs = [json.loads(line)["run_id"] for line in history(project)]
     assert runs.count(runs[-1]) == 1
-    kept = project.run("git", "show", f"{commit_of(project, left(project, 'long'))}:models/history.csv").splitlines()[
-        1:
-    ]
-    assert [row.split(",")[0] for row in kept] == [str(epoch) for epoch in range(1, 21)]
+    kept = project.run("git", "show", f"{commit_of(project, left(project, 'long'))}:models/history.csv")
+    assert [row["epoch"] for row in csv.DictReader(kept.splitlines())] == [str(epoch) for epoch in range(1, 21)]
 
 
 def workers(project: Project) -> list[psutil.Process]:
