@@ -158,7 +158,8 @@ def mean_difference(
     """
     found = aucs([*truths, *truths], [*first, *second], groups)
     contrast = np.repeat([1.0, -1.0], len(truths)) / len(truths)
-    value, variance = float(contrast @ found.areas), float(contrast @ found.covariance @ contrast)
+    one, other = np.split(found.areas, 2)
+    value, variance = float((one - other).mean()), float(contrast @ found.covariance @ contrast)  # of equals exactly 0
     if not math.isfinite(variance):
         raise ValueError("a comparison needs positives and negatives of two groups each")
     if variance < ROUNDING * found.covariance.diagonal().max():  # of scores in the same order only rounding is left

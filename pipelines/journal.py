@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from fadeformer import lines
 from fadeformer.arrays import Meta
-from fadeformer.errors import UserError
+from fadeformer.errors import PassingError, UserError
 from fadeformer.files import read_json, write_json
 from pipelines import store, tracking
 
@@ -121,7 +121,7 @@ class Journal:
                 break
             except store.Unreachable as error:
                 if not left:
-                    raise UserError(
+                    raise PassingError(
                         f"MLflow at {store.address()} cannot be reached ({error.reason}); the training is finished"
                         f" and kept in {self._file.parent}: {error.remedy}, then run again; nothing is trained again"
                     ) from error

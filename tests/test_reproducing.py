@@ -24,6 +24,7 @@ stages:
 def stages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with four stages, in which the test works."""
     (tmp_path / "dvc.yaml").write_text(STAGES)
+    monkeypatch.setenv("DVC_NO_ANALYTICS", "true")
     subprocess.run(["dvc", "init", "--quiet", "--no-scm"], cwd=tmp_path, check=True)
     monkeypatch.chdir(tmp_path)
     return tmp_path

@@ -1,7 +1,7 @@
 """The working copy of a deployment run: at its commit, beside others, and what it made comes back as an experiment."""
 
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -46,6 +46,14 @@ def copy(repository: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], P
         return folder
 
     return make
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quiet() -> Iterator[None]:
+    """DVC reports nothing of a project that does not tell it so itself."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DVC_NO_ANALYTICS", "true")
+        yield
 
 
 def run(folder: Path, *command: str) -> str:
