@@ -122,7 +122,7 @@ class Measures:
                 "loss": loss, "accuracy": accuracy, "balanced_accuracy": self._balanced(per_class),
                 **{name: _mean(np.nan_to_num(per_class[name][:, self.seen])) for name in ("precision", "recall", "f1")},
                 "specificity": _mean(per_class["specificity"][:, self.judged]),
-                **{name: areas.overall.pop(name) for name in ("auc", "average_precision")},
+                **{name: areas.overall[name] for name in ("auc", "average_precision")},
                 "brier": brier,
                 "calibration_error": _mean(np.stack([np.abs(g).sum(axis=1) / whole for g in gaps], axis=1))
                 if gaps else np.full(len(whole), np.nan),

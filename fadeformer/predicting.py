@@ -32,7 +32,7 @@ from fadeformer.unfamiliar import Familiar
 Pixels = NDArray[np.uint8]
 BATCH = 32  # images that go through the network at once
 PART = 64 * BATCH  # rows that are handed on at once
-AHEAD = 8  # batches for each thread that may wait, under way or as rows; their pixels are gone once they are rows
+AHEAD = 2  # batches for each thread that may wait, under way or as rows; their pixels are gone once they are rows
 OWN = ("name", "decision", "unfamiliar", "is_unfamiliar", "problem")  # columns beside those of the classes
 
 

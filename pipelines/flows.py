@@ -78,10 +78,7 @@ def pipeline(
         "augment": augment, "train": train, "evaluate": evaluate, "promote": promote,
     }  # fmt: skip
     changes: dict[str, Any] = {name: overrides.given(section) for name, section in sections.items()}
-    with _workspace({"seed": seed, **changes}):
-        _reproduce(STAGES, hours)
-        run_artifacts.show_numbers()
-        run_artifacts.show_verdict()
+    _run(STAGES, {"seed": seed, **changes}, hours)
 
 
 @flow(name="evaluation", persist_result=False, log_prints=True)
@@ -93,10 +90,7 @@ def evaluation(of: str, evaluate: EvaluateOverrides = EvaluateOverrides(), hours
         evaluate: overrides of predictions, numbers, figures.
         hours: that a stage may take.
     """
-    with _workspace({"evaluate": overrides.given(evaluate)}, of):
-        _reproduce(("evaluate", "promote"), hours)
-        run_artifacts.show_numbers()
-        run_artifacts.show_verdict()
+    _run(("evaluate", "promote"), {"evaluate": overrides.given(evaluate)}, hours, of)
 
 
 @flow(name="promotion", persist_result=False, log_prints=True)
@@ -108,9 +102,7 @@ def promotion(of: str, promote: PromoteOverrides = PromoteOverrides(), hours: Ho
         promote: overrides of the registry gate.
         hours: that a stage may take.
     """
-    with _workspace({"promote": overrides.given(promote)}, of):
-        _reproduce(("promote",), hours)
-        run_artifacts.show_verdict()
+    _run(("promote",), {"promote": overrides.given(promote)}, hours, of)
 
 
 @flow(name="grid", persist_result=False, log_prints=True)
@@ -162,6 +154,17 @@ def drift(images: list[str], model: str, out: str = "reports/drift", most: int =
     return Failed(message=ended.summary) if ended.status else Completed(message=ended.summary)
 
 
+def _run(stages: tuple[str, ...], changes: Mapping[str, Any], hours: float | None, of: str | None = None) -> None:
+    """Brings stages up to date, of which promote is the last, and shows what they found."""
+    with _workspace(changes, of):
+        for stage in stages:
+            with _alone() if stage == "promote" and working_copy.here() else nullcontext():
+                reproduce(stage, hours)
+        if "evaluate" in stages:
+            run_artifacts.show_numbers()
+        run_artifacts.show_verdict()
+
+
 @contextmanager
 def _workspace(changes: Mapping[str, Any], of: str | None = None) -> Iterator[None]:
     """The folder in which a run works, params.yaml changed; a working copy is saved as an experiment at the end."""
@@ -174,17 +177,12 @@ def _workspace(changes: Mapping[str, Any], of: str | None = None) -> Iterator[No
     if of is not None:
         working_copy.go_to(of)
     overrides.apply(paths.PARAMS, changes)
+    working_copy.pull()
     yield
     name = working_copy.keep(f"{flow_run.name}-{str(flow_run.id)[:8]}")
     run_artifacts.show_experiment(name, working_copy.repository())
     run_artifacts.show_links()
     working_copy.end()
-
-
-def _reproduce(stages: tuple[str, ...], hours: float | None) -> None:
-    for stage in stages:
-        with _alone() if stage == "promote" and working_copy.here() else nullcontext():
-            reproduce(stage, hours)
 
 
 @contextmanager

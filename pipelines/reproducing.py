@@ -42,7 +42,7 @@ def reproduce(stage: str, hours: float | None = None) -> None:
         PassingError: what the stage needs does not answer; it is tried again.
         RuntimeError: it failed, or took too long.
     """
-    pull = ["--pull", "--allow-missing"] if working_copy.here() and working_copy.has_remote() else []
+    pull = ["--pull"] if working_copy.here() and working_copy.has_remote() else []
     command = [sys.executable, "-m", "dvc", "repro", *pull, stage]
     search = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     process = subprocess.Popen(

@@ -108,6 +108,12 @@ def has_remote() -> bool:
     return bool(_run("dvc", "config", "core.remote", check=False).strip())
 
 
+def pull() -> None:
+    """Brings what the copy's dvc.lock and DVC's run cache name from the default remote, if there is one."""
+    if has_remote():
+        _run("dvc", "pull", "--run-cache", "--allow-missing")
+
+
 def keep(name: str) -> str:
     """Saves parameters and results as a DVC experiment, pushes it, and the results to DVC's remote if there is one.
 

@@ -83,7 +83,7 @@ def make(project: Project, *arguments: str, **options: object) -> str:
 def test_every_command_has_its_test():
     assert set(commands()) == HERE | ELSEWHERE.keys()
     deployment = (ROOT / "tests/pipeline/test_deployment.py").read_text()
-    assert "'train={\"epochs\": 1}'" in deployment
+    assert '\'train={"epochs": 1}\', "--watch"' in deployment
 
 
 @pytest.mark.parametrize("link", re.findall(r"\]\((?!http)([^)#]+)", README))

@@ -1,5 +1,6 @@
 """The working copy of a deployment run: at its commit, beside others, and what it made comes back as an experiment."""
 
+import shutil
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -103,10 +104,16 @@ def test_results_go_to_dvcs_remote_and_come_back_from_it(copy, repository, tmp_p
     try:
         folder = copy("pushed")
         assert working_copy.has_remote()
+        working_copy.pull()  # of which nothing is there yet
         (folder / "params.yaml").write_text("seed: 3\n")
         run(folder, "dvc", "repro", "--quiet")
         working_copy.keep("pushed")
-        assert any((tmp_path / "remote").rglob("*"))
+        shutil.rmtree(repository / ".dvc" / "cache")
+        other = copy("pulled")
+        working_copy.go_to("pushed")
+        working_copy.pull()
+        assert "Running stage" not in run(other, "dvc", "repro", "--pull")
+        assert (other / "doubled.txt").read_text() == "seed: 3\n"
     finally:
         run(repository, "dvc", "remote", "remove", "--local", "there")
     copy("without")

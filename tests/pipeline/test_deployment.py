@@ -65,7 +65,7 @@ def finished(project: Project, address: str, started) -> str:
     project.run("python", "-m", "pipelines.deploy", PREFECT_API_URL=address)
     project.run("python", "-m", "pipelines.deploy", "--at-once", "2", PREFECT_API_URL=address)  # changes what is there
     started("prefect", "worker", "start", "--pool", "local")
-    options = ("--param", 'train={"epochs": 1}', "--flow-run-name", "first", "--watch")
+    options = ("--param", 'train={"epochs": 1}', "--watch", "--flow-run-name", "first")
     return project.run("prefect", "deployment", "run", "pipeline/train", *options, PREFECT_API_URL=address)
 
 
