@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from fadeformer.datasets.chance import Chance
 from fadeformer.datasets.facts import SPLITS
-from fadeformer.datasets.phantom_cells import BACKGROUND, KINDS, Canvas, Kind, red_cell, white_cell
+from fadeformer.datasets.phantom_cells import BACKGROUND, KINDS, Canvas, Kind, red_cells, white_cell
 
 PER_SLIDE = 50  # images
 SHARES = {"train": 0.7, "val": 0.1, "test": 0.2}  # of the slides
@@ -112,8 +112,7 @@ def _field(kinds: list[Kind], size: int, slide: Chance, chance: Chance) -> NDArr
     tint = tuple(slide.within((0.92, 1.06)) for _ in range(3))
     strength = slide.within((0.75, 1.05))
     canvas = Canvas(size, BACKGROUND)
-    for _ in range(chance.count((3, 8))):
-        red_cell(canvas, chance)
+    red_cells(canvas, chance.count((3, 8)), chance)
     if len(kinds) == 1:
         white_cell(canvas, kinds[0], (0.0, 0.0), 1.0, chance)
     else:
@@ -125,8 +124,8 @@ def _field(kinds: list[Kind], size: int, slide: Chance, chance: Chance) -> NDArr
         canvas.blur(blur)
     exposure = chance.within((0.93, 1.05))
     noise = chance.within((0.01, 0.045))
-    planes = []
-    for plane, factor, clear in zip(canvas.planes, tint, BACKGROUND, strict=True):
-        stained = clear + strength * (plane - clear)
-        planes.append(stained * factor * exposure + noise * chance.bell((size, size)))
-    return np.floor(np.clip(np.stack(planes, axis=-1), 0.0, 1.0) * 255.0 + 0.5).astype(np.uint8)
+    clear = np.array(BACKGROUND)[:, None, None]
+    stained = clear + strength * (canvas.planes - clear)
+    grain = np.stack([chance.bell((size, size)) for _ in range(3)])
+    seen = stained * np.array(tint)[:, None, None] * exposure + noise * grain
+    return np.floor(np.clip(seen, 0.0, 1.0) * 255.0 + 0.5).astype(np.uint8).transpose(1, 2, 0)
