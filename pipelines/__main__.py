@@ -5,11 +5,15 @@ import sys
 from functools import partial
 from importlib import import_module
 
-from pipelines import orchestrator, stage
+from pipelines import beside, orchestrator, stage
 
 STAGES = ("download", "validate", "preprocess", "train", "evaluate", "promote")
 FLOWS = ("train", "evaluate")
 BEFORE = "preprocess"  # where it has run, a flow follows
+BESIDE = {
+    "validate": "pipelines.expectations",
+    "evaluate": "pipelines.network",
+}  # module of which a stage has a process beside its own
 
 
 def main() -> None:
@@ -23,6 +27,8 @@ def main() -> None:
 
 def load_and_run(name: str) -> str:
     """Runs a stage and gives its summary."""
+    if name in BESIDE:
+        beside.start(BESIDE[name])
     if name in FLOWS:
         orchestrator.start(last=name == FLOWS[-1])
     elif name == BEFORE:
@@ -37,6 +43,7 @@ def load_and_run(name: str) -> str:
             orchestrator.leave()
         return summary
     finally:
+        beside.give_up()
         orchestrator.give_up()
 
 

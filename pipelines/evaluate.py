@@ -5,77 +5,38 @@ from __future__ import annotations
 import time
 from typing import Any
 
-import numpy as np
 import pandas as pd
-import torch
 from prefect import flow, task
 
 from fadeformer import (
     arrays,
     bands,
-    case_maps,
-    case_plots,
-    curve_plots,
-    embedding,
-    evidence_plots,
     medmnist_results,
     metrics,
-    mistakes,
     operating,
     params,
-    plots,
-    pointing,
     predictions,
     published,
     report,
     subgroups,
     summary,
 )
-from fadeformer.arrays import Images
 from fadeformer.card import model_card
-from fadeformer.case_maps import CaseMaps
 from fadeformer.errors import UserError
 from fadeformer.evidence_tables import Evidence
 from fadeformer.files import read_json, whole_file, whole_folder, write_json
-from fadeformer.predictions import Predictions
-from fadeformer.trained import Trained
-from pipelines import begun, paths, stage, tracking
+from pipelines import begun, beside, drawing, paths, stage, tracking
+from pipelines.drawing import Drawing
 from pipelines.orchestrator import orchestrated
 
 GALLERY = 12  # images
+NETWORK = "pipelines.network"  # the process that has torch loaded; this one loads Prefect, MLflow and matplotlib
 
 
 @task(name="predict", persist_result=False)
 def predict(batch_size: int, wanted: str | list[str]) -> None:
     """Scores of every image of val and test, as predictions.parquet, and where test images lie by their features."""
-    meta = arrays.read_meta(paths.PROCESSED)
-    model = trained()
-    splits = {split: arrays.read(paths.PROCESSED, split) for split in ("val", "test")}
-    began = time.perf_counter()
-    of_val = model.raw_scores(splits["val"].pixels, batch_size)
-    of_test, features = model.raw_scores_and_features(splits["test"].pixels, batch_size)
-    tracking.log_metrics({"seconds": {"predict": time.perf_counter() - began}})
-    raw, index = np.concatenate([of_val, of_test]), pd.concat([of.index for of in splits.values()], ignore_index=True)
-    table = predictions.table(
-        index,
-        np.concatenate([of.labels for of in splits.values()]),
-        model.calibration(raw, model.task),
-        meta.task,
-        meta.classes,
-        raw,
-        subgroups.chosen(index.drop(columns=["split", "id", "group"]), wanted),
-    )
-    with whole_file(paths.PREDICTIONS) as path:
-        predictions.write(table, path)
-    with whole_file(paths.EMBEDDING) as path:
-        embedding.places(features, splits["test"].index["id"]).to_parquet(path, index=False)
-
-
-def trained() -> Trained:
-    """The network of models/."""
-    found = Trained(read_json(paths.ARCHITECTURE), paths.WEIGHTS)
-    torch.use_deterministic_algorithms(True, warn_only=found.device.type == "cuda")
-    return found
+    tracking.log_metrics({"seconds": {"predict": beside.start(NETWORK).call("predict", batch_size, wanted)}})
 
 
 def evidence(found: dict[str, Any]) -> Evidence:
@@ -137,49 +98,17 @@ def measure(settings: dict[str, Any]) -> dict[str, float]:
 
 
 @task(name="draw figures", persist_result=False)
-def draw(dpi: int, seed: int) -> None:
-    """Every figure, as PNG and SVG, and what the model looked at in its worst mistakes."""
-    test = predictions.read(paths.PREDICTIONS).of("test")
-    history, best_epoch = pd.read_csv(paths.HISTORY), read_json(paths.ARCHITECTURE)["best_epoch"]
-    found, told = summary.summarise(test), read_json(paths.INTERVALS)
-    confidence, intervals = told["confidence"], told["test"]
-    curves = bands.read(paths.CURVES / "bands.csv")
-    before = read_json(paths.METRICS)["test"]["before_calibration"]["calibration_error"]
-    wrong = mistakes.most_wrong(test, GALLERY)
-    images = arrays.read(paths.PROCESSED, "test")
-    looked = explain(wrong, test, images, seed, confidence)
-    places = pd.read_parquet(paths.EMBEDDING)
-    figures = {
-        "training_curves": plots.training_curves(history, best_epoch),
-        "confusion_matrix": plots.confusion_matrix(test),
-        "roc_curves": curve_plots.roc_curves(test, found, intervals, curves),
-        "pr_curves": curve_plots.pr_curves(test, found, intervals, curves),
-        "auc_forest": evidence_plots.auc_forest(test, found, intervals, confidence),
-        "reliability": evidence_plots.reliability(test, (before, found["overall"]["calibration_error"]), confidence),
-        "score_histograms": evidence_plots.score_histograms(test),
-        "decision_curves": evidence_plots.decision_curves(operating.net_benefit(test)),
-        "gallery": case_plots.gallery(wrong, images.pixels[wrong["row"].to_numpy()], looked.maps),
-        "embedding": case_plots.embedding(test, places, places.attrs["explained"]),
-    }
-    if of_subgroups := read_json(paths.SUBGROUPS)["test"]:
-        figures["subgroup_forest"] = evidence_plots.subgroup_forest(found, intervals, of_subgroups, confidence)
+def draw(dpi: int) -> None:
+    """Every figure, as PNG and SVG, by both processes; what was begun to be explained is waited for."""
+    network = beside.start(NETWORK)
+    maps, seconds = network.result()
+    if seconds is not None:
+        tracking.log_metrics({"seconds": {"pointing": seconds}})
+    drawn_of = Drawing(GALLERY, maps)
     with whole_folder(paths.FIGURES) as folder:
-        for name, figure in figures.items():
-            plots.save(figure, folder / f"{name}.png", dpi)
-
-
-def explain(wrong: pd.DataFrame, test: Predictions, images: Images, seed: int, confidence: float) -> CaseMaps:
-    """What the model looked at in its worst mistakes; how far that can be trusted, and where it points, are written."""
-    model = trained()
-    looked = case_maps.case_maps(model, wrong, images.pixels, test.scores.argmax(axis=1), seed)
-    boxes = arrays.read_boxes(paths.PROCESSED, "test")
-    began, pointed = time.perf_counter(), None
-    if boxes is not None and looked.numbers["randomisation"]:  # else the network cannot be explained
-        pointed = pointing.points_at_boxes(model, boxes, images.index, images.pixels, test.classes, confidence)
-        tracking.log_metrics({"seconds": {"pointing": time.perf_counter() - began}})
-    sentences = [*looked.sentences, *(pointing.sentences(pointed) if pointed is not None else ())]
-    write_json(paths.EXPLANATIONS, {**looked.numbers, "pointing": pointed, "sentences": sentences})
-    return looked
+        network.begin("draw", drawing.HALF, drawn_of, folder, dpi)
+        drawing.draw([name for name in drawing.FIGURES if name not in drawing.HALF], drawn_of, folder, dpi)
+        network.result()
 
 
 @task(name="write the report", persist_result=False)
@@ -226,8 +155,9 @@ def evaluate() -> str:
     begun.forget(run_id)
     with tracking.run(run_id):
         predict(wanted.batch_size, wanted.subgroups)
+        beside.start(NETWORK).begin("explain", GALLERY, wanted.bootstrap_seed, wanted.confidence)  # meanwhile
         test = measure(wanted.model_dump())
-        draw(wanted.figure_dpi, wanted.bootstrap_seed)
+        draw(wanted.figure_dpi)
         write_report(run_id)
         log(wanted.model_dump())
     auc = "undefined" if test["auc"] is None else f"{test['auc']:.4f}"
@@ -239,8 +169,11 @@ def evaluate() -> str:
 
 def main() -> str:
     """Runs the flow."""
-    with orchestrated():
-        return evaluate()
+    try:
+        with orchestrated():
+            return evaluate()
+    finally:
+        beside.give_up()
 
 
 if __name__ == "__main__":

@@ -4,14 +4,14 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from fadeformer import evidence_tables, mistakes, pointing, predictions
+from fadeformer import evidence_tables, pointing, predictions
 from fadeformer.arrays import Images
 from fadeformer.boxes import boxes_in_array
 from fadeformer.explanations import grad_cam, upsample
 from fadeformer.files import read_json
 from fadeformer.pointing import Pointing, pointed, points_at_boxes
 from fadeformer.proportions import wilson
-from pipelines import evaluate, paths
+from pipelines import network, paths
 from tests.test_case_maps import trained
 
 
@@ -153,23 +153,23 @@ def test_the_stage_writes_what_was_found_beside_the_other_explanations(tmp_path,
     model = trained(tmp_path, task="multi-label, binary-class")
     boxes, _ = at_the_peak(model, 2)
     paths.PROCESSED.mkdir(parents=True)
-    told = {}
-    monkeypatch.setattr(evaluate, "trained", lambda: model)
-    monkeypatch.setattr(evaluate.tracking, "log_metrics", told.update)
     labels = np.random.default_rng(1).integers(0, 2, (40, 5))
     test = predictions.table(INDEX.assign(split="test"), labels, model.scores(PIXELS, 8), model.task, FINDINGS)
-    wrong = mistakes.most_wrong(test, 3)
-    images = Images(PIXELS, labels, INDEX)
-    evaluate.explain(wrong, test, images, 0, 0.95)
+    paths.PREDICTIONS.parent.mkdir()
+    predictions.write(test, paths.PREDICTIONS)
+    monkeypatch.setattr(network, "trained", lambda: model)
+    monkeypatch.setattr(network.arrays, "read", lambda folder, split: Images(PIXELS, labels, INDEX))
+    maps, seconds = network.explain(3, 0, 0.95)
+    assert {of.shape for of in maps.values()} == {(3, *PIXELS.shape[1:3])}
     assert read_json(paths.EXPLANATIONS)["pointing"] is None
-    assert told == {}
+    assert seconds is None
     boxes.assign(split="test").to_parquet(paths.PROCESSED / "boxes.parquet")
-    evaluate.explain(wrong, test, images, 0, 0.95)
+    _, seconds = network.explain(3, 0, 0.95)
     written = read_json(paths.EXPLANATIONS)
     assert written["pointing"]["methods"]["grad_cam"]["per_class"]["c"]["cases"] == 40
     assert sum("points into the box" in sentence for sentence in written["sentences"]) == 3
     assert set(written["randomisation"]) == set(written["pointing"]["methods"])
-    assert "pointing" in told["seconds"]
+    assert seconds > 0
 
 
 def test_as_many_cases_as_the_bound_allows_spread_over_the_images(tmp_path, monkeypatch):

@@ -22,6 +22,7 @@ NO_INFLUENCE = {
     "fadeformer/explain.py": "how errors in params.yaml are told",
     "fadeformer/params.py": "holds no default: what it lets through stands in params.yaml, whose sections are listed",
     "pipelines/__init__.py": "where the tools keep their caches",
+    "pipelines/beside.py": "in which process a part of the work is done",
     "pipelines/orchestrator.py": "which Prefect server sees the stage",
     "pipelines/paths.py": "the outputs that dvc.yaml lists itself",
     "pipelines/stage.py": "how errors are printed",
@@ -50,6 +51,8 @@ def sources_of(module: str) -> set[str]:
                 names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
             elif isinstance(node, ast.Constant) and str(node.value).endswith(".py"):  # a file handed to MLflow by name
                 names = [f"pipelines.{str(node.value).removesuffix('.py')}"]
+            elif isinstance(node, ast.Constant) and str(node.value).startswith("pipelines."):  # for a process beside
+                names = [str(node.value)]
             elif isinstance(node, ast.Constant) and node.value in PACKAGE_DATA:
                 found |= page(str(node.value))
             todo += [imported for imported in names if imported.split(".")[0] in LOCAL and is_module(imported)]

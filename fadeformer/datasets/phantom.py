@@ -128,4 +128,5 @@ def _field(kinds: list[Kind], size: int, slide: Chance, chance: Chance) -> NDArr
     stained = clear + strength * (canvas.planes - clear)
     grain = np.stack([chance.bell((size, size)) for _ in range(3)])
     seen = stained * np.array(tint)[:, None, None] * exposure + noise * grain
-    return np.floor(np.clip(seen, 0.0, 1.0) * 255.0 + 0.5).astype(np.uint8).transpose(1, 2, 0)
+    pixels: NDArray[np.uint8] = np.floor(np.clip(seen, 0.0, 1.0) * 255.0 + 0.5).astype(np.uint8)
+    return pixels.transpose(1, 2, 0)
