@@ -17,7 +17,7 @@ Colour = tuple[float, float, float]
 Pair = tuple[float, float]
 Ellipse = tuple[Pair, Pair, Pair]  # middle, radii, and the unit vector along which the first radius points
 
-AT_ONCE = 2**16  # pixels of ellipses that are computed together, as long as the processor's cache holds them
+AT_ONCE = 65_536  # pixels of ellipses that are computed together, as long as the processor's cache holds them
 
 BACKGROUND: Colour = (0.93, 0.91, 0.89)
 RED_CELL: Colour = (0.86, 0.64, 0.63)
@@ -91,7 +91,7 @@ class Canvas:
 
     def ellipses(self, shapes: Sequence[Ellipse]) -> Iterator[Plane]:
         """Coverage in [0, 1] of each of some ellipses, its edge as wide as a pixel; of small images many at once."""
-        many = max(1, AT_ONCE // len(self.steps) ** 2)
+        many = max(1, AT_ONCE // (len(self.steps) * len(self.steps)))
         for first in range(0, len(shapes), many):
             some = np.array(shapes[first : first + many], dtype=np.float64)  # ellipses, 3, 2
             at, radii, along = some.transpose(1, 2, 0)[..., None, None]  # each 2, ellipses, 1, 1
