@@ -18,7 +18,7 @@ from mlflow.data.meta_dataset import MetaDataset
 from mlflow.entities import DatasetInput, InputTag, Metric, Param, RunTag
 from mlflow.exceptions import MlflowException
 from mlflow.tracking.context.registry import resolve_tags
-from mlflow.utils.mlflow_tags import MLFLOW_DATASET_CONTEXT
+from mlflow.utils.mlflow_tags import MLFLOW_DATASET_CONTEXT, MLFLOW_SOURCE_NAME
 from ruamel.yaml import YAML
 
 from fadeformer.arrays import Meta
@@ -28,6 +28,7 @@ from pipelines import store
 from pipelines.store import REFUSALS, connect, told
 
 AT_ONCE = 1000  # metrics in one call, as many as MLflow takes
+SOURCE = "python -m pipelines train"
 MODEL = "model"  # name of the logged model in its run
 IDENTITY = "fadeformer.training"  # tag with the name that a training gave itself before it had a run
 
@@ -112,6 +113,7 @@ def describe(meta: Meta) -> dict[str, str]:
             "dataset.sha256": card["sha256"],
             "dataset.note": card["note"],
             "dataset.split": meta.split,
+            MLFLOW_SOURCE_NAME: SOURCE,  # else the path of this program on this machine
             **_code_identity(),
             **_lock_identity(),
         }
