@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from prefect import State, task
+from prefect.runtime import flow_run
 
 from fadeformer.errors import PassingError
 from pipelines import working_copy
@@ -45,8 +46,10 @@ def reproduce(stage: str, hours: float | None = None) -> None:
     pull = ["--pull"] if working_copy.here() and working_copy.has_remote() else []
     command = [sys.executable, "-m", "dvc", "repro", *pull, stage]
     search = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+    named = {"MLFLOW_RUN_NAME": flow_run.name} if working_copy.here() else {}  # each trains a model there
     process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env={**os.environ, "PATH": search},
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        env={**os.environ, "PATH": search, **named},
         start_new_session=True,  # a group of their own, so that a signal reaches DVC, its shell and the stage
     )  # fmt: skip
     clock = threading.Timer(hours * 3600, _signal, [process, signal.SIGTERM]) if hours else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -18,7 +19,7 @@ from mlflow.data.meta_dataset import MetaDataset
 from mlflow.entities import DatasetInput, InputTag, Metric, Param, RunTag
 from mlflow.exceptions import MlflowException
 from mlflow.tracking.context.registry import resolve_tags
-from mlflow.utils.mlflow_tags import MLFLOW_DATASET_CONTEXT, MLFLOW_SOURCE_NAME
+from mlflow.utils.mlflow_tags import MLFLOW_DATASET_CONTEXT, MLFLOW_RUN_NAME, MLFLOW_SOURCE_NAME
 from ruamel.yaml import YAML
 
 from fadeformer.arrays import Meta
@@ -114,6 +115,7 @@ def describe(meta: Meta) -> dict[str, str]:
             "dataset.note": card["note"],
             "dataset.split": meta.split,
             MLFLOW_SOURCE_NAME: SOURCE,  # else the path of this program on this machine
+            **_given_name(),
             **_code_identity(),
             **_lock_identity(),
         }
@@ -192,6 +194,12 @@ def log_files(*paths: Path, under: str | None = None) -> None:
             mlflow.log_artifacts(str(path), under)
         else:
             mlflow.log_artifact(str(path), under)
+
+
+def _given_name() -> dict[str, str]:
+    """What whoever started this called it: a deployment run, or a DVC experiment; else MLflow makes up a name."""
+    name = os.environ.get("MLFLOW_RUN_NAME") or os.environ.get("DVC_EXP_NAME")
+    return {MLFLOW_RUN_NAME: name} if name else {}
 
 
 def _code_identity() -> dict[str, str]:

@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import hypothesis
 import psutil
@@ -24,6 +25,7 @@ hypothesis.settings.load_profile("project")
 
 ROOT = Path(__file__).parents[1]
 REAL_DATA = ROOT.parent / "shared" / "datasets"
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 EVERY_CORE = {"OMP_NUM_THREADS": str(CORES)}  # where the same bytes are asked for, whichever thread comes first
 # The shipped params.yaml, made small: every key that is not here keeps its value.
 SMALL = {
@@ -190,6 +192,25 @@ def reproduced(project: Project, kept: Kept) -> Project:
     """The same after one `dvc repro`; its tests run in their order, each from where the one before left it."""
     kept.give(project)
     return project
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """Chromium, driven by playwright; the test is skipped where there is none, and fails where CI asks for one."""
+    if CHROMIUM is None:
+        if os.environ.get("FADEFORMER_BROWSER") == "required":
+            pytest.fail("no Chromium on this machine, and FADEFORMER_BROWSER asks for one")
+        pytest.skip("needs Chromium (apt-get install chromium)")
+    from playwright.sync_api import sync_playwright  # only where there is a browser
+
+    with sync_playwright() as driver:
+        kept = str(tmp_path_factory.mktemp("chromium"))  # else it leaves folders in the user's home
+        started = driver.chromium.launch(
+            executable_path=CHROMIUM, args=["--no-sandbox", "--disable-dev-shm-usage"],
+            env={**os.environ, "HOME": kept, "XDG_CONFIG_HOME": kept, "XDG_CACHE_HOME": kept},
+        )  # fmt: skip
+        yield started
+        started.close()
 
 
 @pytest.fixture(scope="session")

@@ -1,9 +1,7 @@
 """The report: verdicts in words, and the page itself in a real browser, for sets of every kind."""
 
 import itertools
-import os
 import re
-import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -28,7 +26,6 @@ from fadeformer.evidence_tables import Evidence
 from fadeformer.operating import operating_points
 from fadeformer.tasks import TASKS
 
-CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 A4 = 680  # pixels of CSS between margins of 15 mm
 KINDS = {"breastmnist": 2, "retinamnist": 5, "bloodmnist": 8, "organamnist": 11, "chestmnist": 14}
 RUN = "0123456789abcdef0123456789abcdef"
@@ -170,24 +167,6 @@ def test_marks_of_markdown_are_html_in_the_page_and_all_else_is_escaped(tmp_path
     assert "**" not in body
     assert "`" not in body
     assert pages.marked("<b> `a<b` **c&d**") == "&lt;b&gt; <code>a&lt;b</code> <strong>c&amp;d</strong>"
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory):
-    if CHROMIUM is None:
-        if os.environ.get("FADEFORMER_BROWSER") == "required":
-            pytest.fail("no Chromium on this machine, and FADEFORMER_BROWSER asks for one")
-        pytest.skip("needs Chromium (apt-get install chromium)")
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as driver:
-        kept = str(tmp_path_factory.mktemp("chromium"))  # else it leaves folders in the user's home
-        started = driver.chromium.launch(
-            executable_path=CHROMIUM, args=["--no-sandbox", "--disable-dev-shm-usage"],
-            env={**os.environ, "HOME": kept, "XDG_CONFIG_HOME": kept, "XDG_CACHE_HOME": kept},
-        )  # fmt: skip
-        yield started
-        started.close()
 
 
 @pytest.mark.parametrize("name", KINDS)

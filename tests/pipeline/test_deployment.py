@@ -2,12 +2,14 @@
 
 import csv
 import json
+import os
 import socket
 import subprocess
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 from urllib.error import URLError
 from urllib.request import Request, urlopen
 
@@ -155,6 +157,64 @@ def test_the_page_of_a_run_shows_numbers_verdict_and_experiment(finished, addres
     assert experiment in shown["experiment"]
 
 
+def shown(tab: Any, name: str) -> None:
+    """Keeps what a page shows, for README.md, where FADEFORMER_SCREENSHOTS names a folder."""
+    if folder := os.environ.get("FADEFORMER_SCREENSHOTS"):
+        tab.wait_for_timeout(2000)  # until what moves into view has come
+        tab.screenshot(path=str(Path(folder) / f"{name}.png"))
+
+
+@pytest.fixture
+def tab(browser) -> Iterator[Any]:
+    """A page of a browser whose waits are long enough for a busy machine; what its programs threw is an error."""
+    page = browser.new_page(viewport={"width": 1400, "height": 900})
+    page.set_default_timeout(1000 * PATIENCE)
+    thrown: list[str] = []
+    page.on("pageerror", lambda error: thrown.append(str(error)))
+    yield page
+    page.close()
+    assert thrown == []
+
+
+@pytest.fixture(scope="module")
+def mlflow(project: Project, experiment: str, started) -> str:
+    """Address of MLflow's pages on the project's store, as `make ui` shows them."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    store = (
+        "--backend-store-uri",
+        "sqlite:///mlruns/mlflow.db?timeout=60",
+        "--artifacts-destination",
+        "mlruns/artifacts",
+    )
+    started("mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1", *store)
+    soon(lambda: answers(f"http://127.0.0.1:{port}/health"))
+    return f"http://127.0.0.1:{port}"
+
+
+def test_a_browser_shows_the_form_of_a_run_with_its_values_and_comments(finished, address, tab):
+    (train,) = [one for one in ask(address, "deployments") if one["name"] == "train"]
+    tab.goto(f"{address.removesuffix('/api')}/deployments/deployment/{train['id']}/run")
+    tab.get_by_text("side of an image, pixels: 28 | 64 | 128 | 224 for MedMNIST, 16 to 1024 for phantom").wait_for()
+    shown(tab, "prefect-form")
+    tab.get_by_text("images of one step, over all devices").scroll_into_view_if_needed()
+    values = tab.evaluate("[...document.querySelectorAll('input')].map(input => input.value)")
+    assert {"42", "16", "32"} <= set(values)  # seed, dataset.size and train.batch_size
+
+
+def test_a_browser_shows_stages_numbers_and_verdict_of_a_run(finished, address, tab):
+    tab.goto(f"{address.removesuffix('/api')}/runs/flow-run/{run_named(address, 'first')['id']}")
+    tab.get_by_text("Completed").first.wait_for()
+    shown(tab, "prefect-run")
+    tab.get_by_text("Artifacts", exact=True).click()
+    tab.get_by_text("Numbers of test with their intervals, and of val").wait_for()
+    tab.get_by_text("verdict", exact=True).click()
+    tab.get_by_role("cell", name="the data gate let the data pass").wait_for()
+    assert tab.get_by_text("fadenet-phantom version 1: promoted").is_visible()
+    shown(tab, "prefect-verdict")
+
+
 def test_the_form_begins_with_the_values_of_params_yaml_and_explains_them(finished, address):
     (train,) = [one for one in ask(address, "deployments") if one["name"] == "train"]
     form = train["parameter_openapi_schema"]["definitions"]["TrainOverrides"]["properties"]
@@ -248,6 +308,32 @@ def test_a_run_whose_worker_is_killed_goes_on_from_its_checkpoint_on_another(pro
     assert runs.count(runs[-1]) == 1
     kept = project.run("git", "show", f"{commit_of(project, left(project, 'long'))}:models/history.csv")
     assert [row["epoch"] for row in csv.DictReader(kept.splitlines())] == [str(epoch) for epoch in range(1, 21)]
+
+
+def test_a_browser_lists_runs_and_compares_two_with_charts(mlflow, address, tab):
+    tab.goto(f"{mlflow}/#/experiments/1/runs")
+    first = tab.get_by_role("link", name="first", exact=True)
+    first.wait_for()
+    identity = first.get_attribute("href").rsplit("/", 1)[1]
+    other = tab.get_by_role("link", name="seed=1", exact=True).get_attribute("href").rsplit("/", 1)[1]
+    shown(tab, "mlflow-runs")
+    tab.goto(f'{mlflow}/#/compare-runs?runs=["{identity}","{other}"]&experiments=["1"]')
+    tab.get_by_text("Comparing 2 Runs from 1 Experiment").wait_for()
+    tab.locator(".js-plotly-plot svg").first.wait_for()
+    assert tab.get_by_role("link", name=identity).is_visible()
+    shown(tab, "mlflow-compare")
+    tab.goto(f"{mlflow}/#/experiments/1/runs?compareRunsMode=CHART")
+    tab.locator(".js-plotly-plot svg").first.wait_for()
+    shown(tab, "mlflow-charts")
+
+
+def test_a_browser_shows_card_and_aliases_of_a_version(mlflow, project, tab):
+    champion = [entry for entry in map(json.loads, history(project)) if entry["action"] == "promoted"][-1]["version"]
+    tab.goto(f"{mlflow}/#/models/fadenet-phantom/versions/{champion}")
+    tab.get_by_text("Intended use").wait_for()
+    assert tab.get_by_text("Not a medical device").first.is_visible()
+    assert tab.get_by_text("champion").first.is_visible()
+    shown(tab, "mlflow-version")
 
 
 def workers(project: Project) -> list[psutil.Process]:
