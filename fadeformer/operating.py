@@ -17,7 +17,7 @@ from sklearn.metrics import roc_curve
 from fadeformer import resampling
 from fadeformer.metrics import shown_classes
 from fadeformer.predictions import Predictions
-from fadeformer.proportions import share_interval
+from fadeformer.proportions import predictive_interval, share_interval
 from fadeformer.resampling import Interval
 from fadeformer.tasks import one_versus_rest
 
@@ -85,15 +85,19 @@ def operating_points(
             if limit is None or of_class.all() or not of_class.any():
                 found[rule][name] = None
                 continue
-            parts = _parts(of_class, score >= limit)
+            called = score >= limit
+            parts = _parts(of_class, called)
+            bounds = {
+                "sensitivity": share_interval(called, of_class, groups, confidence),
+                "specificity": share_interval(~called, ~of_class, groups, confidence),
+                "positive_predictive_value": predictive_interval(called, of_class, groups, confidence),
+                "negative_predictive_value": predictive_interval(~called, ~of_class, groups, confidence),
+            }
             on_val = _parts(truth_val[:, c], val.scores[:, c] >= limit)
             found[rule][name] = {
                 "threshold": limit,
                 "on_val": {share: _share(*on_val[share]) for share in ("sensitivity", "specificity")},
-                "on_test": {
-                    share: _told(_share(*part), share_interval(*part, groups, confidence))
-                    for share, part in parts.items()
-                },
+                "on_test": {share: _told(_share(*part), bounds[share]) for share, part in parts.items()},
             }
     return found
 

@@ -19,7 +19,7 @@ from scipy.special import expit, logit
 from fadeformer import delong, resampling
 from fadeformer.measures import Measured, Measures
 from fadeformer.predictions import Predictions
-from fadeformer.proportions import share_interval
+from fadeformer.proportions import predictive_interval, share_interval
 from fadeformer.resampling import Interval
 
 HALVES = 200  # samples of half of the images
@@ -54,11 +54,12 @@ def summarise(predictions: Predictions) -> dict[str, Any]:
 def intervals(predictions: Predictions, *, draws: int, seed: int, confidence: float) -> dict[str, Any]:
     """The interval of every number of `summarise`.
 
-    AUCs have DeLong's, proportions Wilson's, all else that of a bootstrap that draws patients or lesions whole, class
-    by class: its percentiles; for average precisions and the pooled AUC its spread on the scale of log odds (Boyd et
-    al. 2013, doi:10.1007/978-3-642-40994-3_29), less what half of the images have too much, as the average precision of
-    few images is too high and that of samples that repeat images more so. The calibration error has none: it is too
-    high in every sample, by more than its spread (docs/evaluation.md).
+    AUCs have DeLong's, proportions Wilson's, precision one that follows from two of these; all else that of a bootstrap
+    that draws patients or lesions whole, class by class: its percentiles, wider where a class has few; for average
+    precisions and the pooled AUC its spread on the scale of log odds (Boyd et al. 2013,
+    doi:10.1007/978-3-642-40994-3_29), less what half of the images have too much, as the average precision of few
+    images is too high and that of samples that repeat images more so. The calibration error has none: it is too high in
+    every sample, by more than its spread (docs/evaluation.md).
 
     Args:
         predictions: of one split.
@@ -98,27 +99,33 @@ def intervals_of(
         confidence: such as 0.95.
     """
     count = int(groups.max()) + 1
-    point = measures.of(np.ones((1, len(groups))))
+    point, stratum = measures.of(np.ones((1, len(groups)))), resampling.strata(measures.truth, groups)
     with np.errstate(invalid="ignore", divide="ignore"):  # half of a few may have no image of a class
-        half = measures.areas(resampling.halves(groups, resampling.strata(measures.truth, groups), HALVES, 0))
+        half = measures.areas(resampling.halves(groups, stratum, HALVES, 0))
+    in_stratum = max(min(count, 2), count // len(np.unique(stratum)))
     overall = {
-        name: _bootstrapped(name, float(point.overall[name][0]), values, half.overall.get(name), count, confidence)
+        name: _bootstrapped(name, float(point.overall[name][0]), values, half.overall.get(name), in_stratum, confidence)
         for name, values in samples.overall.items()
     }
+    rarer = [
+        min(len(np.unique(groups[measures.truth[:, c]])), len(np.unique(groups[~measures.truth[:, c]])))
+        for c in range(len(classes))
+    ]
     per_class: dict[str, dict[str, Interval]] = {name: {} for name in classes}
     for key, values in samples.per_class.items():
         for c, name in enumerate(classes):
             value = float(point.per_class[key][0, c])
             of_half = half.per_class[key][:, c] if key in half.per_class else None
-            per_class[name][key] = _bootstrapped(key, value, values[:, c], of_half, count, confidence)
+            drawn_from = rarer[c] if of_half is None else count
+            per_class[name][key] = _bootstrapped(key, value, values[:, c], of_half, drawn_from, confidence)
     if measures.exclusive:
         every = np.ones(len(groups), dtype=bool)
         overall["accuracy"] = share_interval(measures.right.astype(bool), every, groups, confidence)
     for c, name in enumerate(classes):
         truth, decided = measures.truth[:, c], measures.decided[:, c]
-        shares = {"recall": (decided, truth), "specificity": (~decided, ~truth), "precision": (truth, decided)}
-        for key, (hits, trials) in shares.items():
+        for key, (hits, trials) in {"recall": (decided, truth), "specificity": (~decided, ~truth)}.items():
             per_class[name][key] = share_interval(hits, trials, groups, confidence)
+        per_class[name]["precision"] = predictive_interval(decided, truth, groups, confidence)
         per_class[name]["auc"] = None
     judged = np.flatnonzero(measures.judged).tolist()
     overall["auc"] = None

@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from scipy import special, stats
+from scipy import optimize, special, stats
 from sklearn import metrics as sk
 
 from fadeformer import delong, metrics, predictions, proportions, resampling, summary
@@ -222,6 +222,65 @@ def test_a_share_of_clustered_images_is_as_sure_as_its_patients():
     assert 0.7 < low < wilson(20, 20)[0]
     assert proportions.share_interval(every, groups == 3, groups, 0.95) is None
     assert proportions.share_interval(every, ~every, groups, 0.95) is None
+
+
+def plain_precision(true, positives, false, negatives):
+    """Where (false rate - ratio x sensitivity)^2 is the sum of the squares of what its limits are away from each."""
+    p0, p1 = false / negatives, true / positives
+    (l0, u0), (l1, u1) = wilson(false, negatives), wilson(true, positives)
+    low = optimize.brentq(lambda x: (p0 - x * p1) ** 2 - (p0 - l0) ** 2 - (x * (u1 - p1)) ** 2, 0, p0 / p1)
+    high = optimize.brentq(lambda x: (p0 - x * p1) ** 2 - (u0 - p0) ** 2 - (x * (p1 - l1)) ** 2, p0 / p1, 1e6)
+    return tuple(1 / (1 + ratio * negatives / positives) for ratio in (high, low))
+
+
+def counted(true, positives, false, negatives):
+    """Which images are called, and which are positive."""
+    called = np.arange(positives + negatives) < true
+    called[positives : positives + false] = True
+    return called, np.arange(positives + negatives) < positives
+
+
+@pytest.mark.parametrize("counts", [(12, 15, 9, 135), (40, 60, 20, 90), (3, 50, 30, 60), (59, 60, 1, 90)])
+def test_precision_is_as_sure_as_the_two_rates_that_make_it(counts):
+    called, truth = counted(*counts)
+    found = proportions.predictive_interval(called, truth, np.arange(len(truth)), 0.95)
+    assert found == pytest.approx(plain_precision(*counts))
+    assert found[0] < truth[called].mean() < found[1]
+
+
+def test_precision_of_no_mistake_and_of_nothing_else_has_an_interval_on_one_side():
+    called, truth = counted(20, 30, 0, 60)
+    low, high = proportions.predictive_interval(called, truth, np.arange(90), 0.95)
+    assert (0.75 < low < 0.9, high) == (True, 1)
+    called, truth = counted(0, 30, 10, 60)
+    low, high = proportions.predictive_interval(called, truth, np.arange(90), 0.95)
+    assert (low, 0.2 < high < 0.5) == (0, True)
+    assert proportions.predictive_interval(~called & called, truth, np.arange(90), 0.95) is None
+    assert proportions.predictive_interval(called, truth | ~truth, np.arange(90), 0.95) is None
+
+
+def test_precision_of_patients_whose_images_are_called_alike_is_surer_than_of_ones_that_are_not():
+    random = np.random.default_rng(0)
+    groups, truth = np.repeat(np.arange(40), 4), np.tile([True, True, False, False], 40)
+    level = random.random(40)
+    alike = random.random(160) < level[groups]
+    apart = random.random(160) < np.where(truth, level[groups], 1 - level[groups])  # as many, but of other patients
+    widths = [np.ptp(proportions.predictive_interval(called, truth, groups, 0.95)) for called in (alike, apart)]
+    assert widths[0] < 0.7 * widths[1]
+
+
+@pytest.mark.parametrize("patients", [False, True])
+def test_intervals_of_precision_hold_the_truth(patients):
+    random, held = np.random.default_rng(1), []
+    truth, groups = np.tile([True, False, True, False, False], 30), np.arange(150) // (5 if patients else 1)
+    precision = 0.4 * 0.7 / (0.4 * 0.7 + 0.6 * 0.2)
+    for _ in range(600):
+        shared = random.normal(size=int(groups.max()) + 1)[groups] if patients else random.normal(size=150)
+        score = (shared + random.normal(size=150)) / np.sqrt(2)
+        called = score > np.where(truth, stats.norm.ppf(0.3), stats.norm.ppf(0.8))
+        low, high = proportions.predictive_interval(called, truth, groups, 0.95)
+        held.append(low <= precision <= high)
+    assert 0.925 < np.mean(held) < 0.98
 
 
 def test_few_groups_make_wider_percentiles():
