@@ -1,4 +1,4 @@
-"""A deployment on one machine without containers: the servers of docker/compose.yaml, with the same passwords asked for.
+"""A deployment on one machine without containers: the servers of docker/compose.yaml, and as many passwords.
 
 PostgreSQL and an S3 server hold what MLflow's server and Prefect's keep. Two workers stand for two machines: each has a
 folder, a home and a temporary folder of its own, and both share what machines of a deployment share, which is
@@ -6,8 +6,8 @@ folder, a home and a temporary folder of its own, and both share what machines o
 can be added. `environment` is that of a person who deploys from a clone of the repository.
 """
 
+import base64
 import json
-import os
 import secrets
 import subprocess
 import sys
@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 from urllib.error import HTTPError, URLError
 from urllib.request import Request, urlopen
 
@@ -102,6 +103,7 @@ class Cluster:
             place.mkdir(parents=True, exist_ok=True)
             environment[variable] = str(place)
         environment["FADEFORMER_HOME"] = str(self.home)
+        environment["PREFECT_CLIENT_RETRY_EXTRA_CODES"] = "500"  # as in docker/compose.yaml
         options = ("--pool", "local", "--name", name, "--work-queue", queue, "--limit", "1")
         self._begin(name, "prefect", "worker", "start", *options, folder=folder / "pwd", environment=environment)
 
@@ -131,20 +133,15 @@ class Cluster:
         self.postgresql.remove()
 
     def ask(self, what: str, **wanted: object) -> list[dict]:
-        """What Prefect's server has of a kind, such as flow_runs."""
+        """All that Prefect's server has of a kind, such as flow_runs."""
         found: list[dict] = []
-        while page := self.request(f"{what}/filter", {**wanted, "offset": len(found)}):
+        while page := _ask(f"{self.prefect}/{what}/filter", self._prefect_login, {**wanted, "offset": len(found)}):
             found += page
-            if len(page) < 200:
-                break
         return found
 
-    def request(self, path: str, body: object = None) -> list[dict]:
-        """Asks Prefect's server, with its password."""
-        headers = {"Content-Type": "application/json", "Authorization": basic(*self._prefect_login.split(":"))}
-        data = None if body is None else json.dumps(body).encode()
-        with urlopen(Request(f"{self.prefect}/{path}", data=data, headers=headers), timeout=60) as response:
-            return json.load(response)
+    def ask_mlflow(self, path: str, body: object = None) -> dict:
+        """What MLflow's server answers to its user `trainer`."""
+        return _ask(f"{self.mlflow}/api/2.0/mlflow/{path}", f"trainer:{self.secrets['trainer']}", body)
 
     def bucket(self, name: str) -> dict[str, int]:
         """Sizes of a bucket's objects by name, read with the keys of its user."""
@@ -156,9 +153,12 @@ class Cluster:
         return boto3.client("s3", endpoint_url=self.objects, region_name="us-east-1", **keys)
 
     def every_secret(self) -> dict[str, str]:
-        """Each of them, by what it is for."""
+        """Each of them, by what it is for; logins also as HTTP has them."""
+        logins = {"prefect": "admin", "admin": "admin", "trainer": "trainer"}
+        encoded = {f"login {name}": basic(user, self.secrets[name])[6:] for name, user in logins.items()}
         return {
             **self.secrets,
+            **encoded,
             **{f"secret key of {name}": keys["AWS_SECRET_ACCESS_KEY"] for name, keys in self.keys.items()},
         }
 
@@ -251,10 +251,15 @@ def running(project: Project) -> Iterator[Cluster]:
         cluster.close()
 
 
+def _ask(url: str, login: str, body: object) -> Any:
+    headers = {"Content-Type": "application/json", "Authorization": basic(*login.split(":"))}
+    data = None if body is None else json.dumps(body).encode()
+    with urlopen(Request(url, data=data, headers=headers), timeout=60) as response:
+        return json.load(response)
+
+
 def basic(user: str, password: str) -> str:
     """The header that shows a name and a password."""
-    import base64
-
     return f"Basic {base64.b64encode(f'{user}:{password}'.encode()).decode()}"
 
 

@@ -61,7 +61,7 @@ def main(port: int, place: Path, buckets: list[str]) -> None:
     threaded_moto_server.MotoRequestHandler = Handler
     server = threaded_moto_server.ThreadedMotoServer("127.0.0.1", port, verbose=False)
     server.start()
-    print("start", flush=True)
+    print("start", flush=True)  # noqa: T201  the answer
     for line in sys.stdin:
         if line.strip() == "start":
             server.start()
@@ -70,7 +70,7 @@ def main(port: int, place: Path, buckets: list[str]) -> None:
             for connection in list(open_connections):
                 with suppress(OSError):  # it has just ended by itself
                     connection.shutdown(socket.SHUT_RDWR)
-        print(line.strip(), flush=True)
+        print(line.strip(), flush=True)  # noqa: T201
 
 
 if __name__ == "__main__":
