@@ -61,6 +61,11 @@ class PostgreSQL:
         """As when the machine loses its power."""
         self._run("pg_ctl", "--mode", "immediate", "stop")
 
+    def ask(self, statement: str, *words: str) -> subprocess.CompletedProcess[str]:
+        """Has the administrator run a statement."""
+        command = [str(PROGRAMS[-1] / "psql"), "--no-psqlrc", "--username", "postgres", *words, "--command", statement]
+        return subprocess.run(command, env=self.environment, check=True, capture_output=True, text=True)
+
     def remove(self) -> None:
         if (self.folder / "data" / "postmaster.pid").exists():
             self.stop()

@@ -90,9 +90,9 @@ class Cluster:
         for name in ("worker-1", "worker-2"):
             self.start_worker(name, "training")
 
-    def run(self, *command: str, check: bool = True) -> str:
+    def run(self, *command: str, check: bool = True, timeout: float = 500) -> str:
         """Runs a command of a person in the project."""
-        return self.project.run(*command, check=check, **self.environment)
+        return self.project.run(*command, check=check, timeout=timeout, **self.environment)
 
     def start_worker(self, name: str, queue: str) -> None:
         """Starts a worker as on a machine of its own; as the documentation says, one for each GPU."""
@@ -281,10 +281,12 @@ def answers(url: str) -> bool:
         return False
 
 
-def soon(true: Callable[[], object], patience: float = PATIENCE, tell: Callable[[], str] = str) -> object:
-    """Waits until something is true, and gives it."""
+def soon(
+    true: Callable[[], object], patience: float = PATIENCE, tell: Callable[[], str] = str, pause: float = 0.3
+) -> object:
+    """Waits until something is true, and gives it; else fails with what there is to tell."""
     deadline = time.monotonic() + patience
     while not (value := true()):
         assert time.monotonic() < deadline, tell()
-        time.sleep(0.3)
+        time.sleep(pause)
     return value
