@@ -68,7 +68,7 @@ docker/.env:
 
 lock:  ## renew requirements.lock from pyproject.toml, in an environment of its own
 	rm -rf .cache/lock && $(PYTHON) -m venv .cache/lock
-	.cache/lock/bin/python -m pip install --quiet ".[test,dev]"
+	.cache/lock/bin/python -m pip install --quiet ".[s3,servers,test,dev]"
 	.cache/lock/bin/python -m pip freeze --exclude fadeformer \
 	  | sed -E '/^(nvidia-|cuda-|triton)/ s/$$/ ; sys_platform == "linux"/' > requirements.lock
 

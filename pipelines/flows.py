@@ -28,7 +28,7 @@ from fadeformer import params
 from fadeformer.errors import UserError
 from pipelines import overrides, paths, run_artifacts, working_copy
 from pipelines.__main__ import STAGES
-from pipelines.reproducing import reproduce
+from pipelines.reproducing import keep, pull, reproduce
 
 PROMOTING = "fadeformer-promote"  # Prefect's concurrency limit that keeps promotions on several machines apart
 PRESENT = overrides.present(Path(__file__).parents[1] / paths.PARAMS)  # what the forms in Prefect's UI begin with
@@ -177,9 +177,9 @@ def _workspace(changes: Mapping[str, Any], of: str | None = None) -> Iterator[No
     if of is not None:
         working_copy.go_to(of)
     overrides.apply(paths.PARAMS, changes)
-    working_copy.pull()
+    pull()
     yield
-    name = working_copy.keep(f"{flow_run.name}-{str(flow_run.id)[:8]}")
+    name = keep(f"{flow_run.name}-{str(flow_run.id)[:8]}")
     run_artifacts.show_experiment(name, working_copy.repository())
     run_artifacts.show_links()
     working_copy.end()

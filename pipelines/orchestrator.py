@@ -28,7 +28,7 @@ from urllib.request import urlopen
 
 import psutil
 
-from fadeformer.errors import UserError
+from fadeformer.errors import PassingError, UserError
 from fadeformer.files import read_json, write_json
 
 HOME = Path(".prefect")
@@ -124,7 +124,8 @@ def orchestrated() -> Iterator[str]:
     """A server answers while the block runs; gives its address.
 
     Raises:
-        UserError: the server of `PREFECT_API_URL` does not answer, or the temporary one does not start.
+        PassingError: the server of `PREFECT_API_URL` does not answer.
+        UserError: the temporary one does not start.
     """
     from prefect.logging.handlers import APILogWorker
     from prefect.settings import PREFECT_API_URL, PREFECT_FLOWS_HEARTBEAT_FREQUENCY, temporary_settings
@@ -132,7 +133,9 @@ def orchestrated() -> Iterator[str]:
     given = os.environ.get("PREFECT_API_URL")
     if given:
         if not answers(given):
-            raise UserError(f"PREFECT_API_URL is {given}, but no Prefect server answers there; start it, or unset it")
+            raise PassingError(
+                f"PREFECT_API_URL is {given}, but no Prefect server answers there; start it, or unset it"
+            )
         yield given
         return
     start()

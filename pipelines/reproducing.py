@@ -21,6 +21,7 @@ from pipelines import working_copy
 GRACE = 15.0  # seconds that a stage may take to end; Prefect's worker gives the whole run 30
 PAUSES = [15.0, 30.0, 60.0, 120.0]  # seconds before each further attempt
 PASSING = re.compile(rf"exited with {os.EX_TEMPFAIL}\b")  # as DVC tells of a stage that may go well next time
+OF_A_REMOTE = re.compile(r"ERROR: (unexpected error - |failed to (connect|download|fetch|pull|transfer)\b)")
 
 
 def _may_pass(task: object, run: object, state: State[Any]) -> bool:
@@ -28,10 +29,14 @@ def _may_pass(task: object, run: object, state: State[Any]) -> bool:
     return isinstance(state.data, PassingError)
 
 
-@task(
-    task_run_name="{stage}", persist_result=False, retries=len(PAUSES), retry_delay_seconds=PAUSES,
-    retry_condition_fn=_may_pass,
-)  # fmt: skip
+RETRIED: dict[str, Any] = {
+    "persist_result": False, "retries": len(PAUSES), "retry_delay_seconds": PAUSES, "retry_condition_fn": _may_pass,
+}  # fmt: skip
+pull = task(working_copy.pull, name="bring results", task_run_name="bring results", **RETRIED)
+keep = task(working_copy.keep, name="keep results", task_run_name="keep results", **RETRIED)
+
+
+@task(task_run_name="{stage}", **RETRIED)
 def reproduce(stage: str, hours: float | None = None) -> None:
     """Brings one stage up to date by DVC; a signal to end goes on to DVC and the stage.
 
@@ -40,11 +45,11 @@ def reproduce(stage: str, hours: float | None = None) -> None:
         hours: after which it is asked to end, as a signal would; training writes a checkpoint first.
 
     Raises:
-        PassingError: what the stage needs does not answer; it is tried again.
+        PassingError: what the stage needs, or DVC's remote, does not answer; it is tried again.
         RuntimeError: it failed, or took too long.
     """
-    pull = ["--pull"] if working_copy.here() and working_copy.has_remote() else []
-    command = [sys.executable, "-m", "dvc", "repro", *pull, stage]
+    pulls = working_copy.here() and working_copy.has_remote()
+    command = [sys.executable, "-m", "dvc", "repro", *(["--pull"] if pulls else []), stage]
     search = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     named = {"MLFLOW_RUN_NAME": flow_run.name} if working_copy.here() else {}  # each trains a model there
     process = subprocess.Popen(
@@ -70,6 +75,8 @@ def reproduce(stage: str, hours: float | None = None) -> None:
         raise RuntimeError(f"stage {stage} had not ended after {hours:g} h; run again to go on from where it was")
     told = next((line for line in printed if line.startswith(("ERROR: ", f"{stage}: "))), (printed or [""])[-1])
     if any(PASSING.search(line) for line in printed):
+        raise PassingError(told)
+    if pulls and OF_A_REMOTE.match(told) and not working_copy.IN_VAIN.search(told):
         raise PassingError(told)
     raise RuntimeError(f"stage {stage} failed: {told}")
 

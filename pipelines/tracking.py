@@ -40,6 +40,7 @@ def run(run_id: str | None = None) -> Iterator[str]:
 
     Raises:
         UserError: no run of that id is in the store.
+        Unreachable: MLflow is, also for what is asked of it in the block.
     """
     connect()
     if run_id is not None and stage_of(run_id) != "active":
@@ -47,7 +48,7 @@ def run(run_id: str | None = None) -> Iterator[str]:
             f"MLflow has no run {run_id}, in which this model was trained, or it was deleted; `dvc repro -f train`"
             " makes one"
         )
-    with mlflow.start_run(run_id=run_id) as active:
+    with told(), mlflow.start_run(run_id=run_id) as active:
         yield active.info.run_id
 
 

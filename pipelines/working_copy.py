@@ -17,13 +17,19 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from fadeformer.errors import UserError
+from fadeformer.errors import PassingError, UserError
 from fadeformer.files import read_json, write_json
 from pipelines.store import COPY, RUNS
 
 ENDED = Path(".cache/ended")  # in a copy whose run has ended well: the next one removes it
 MOST = 5  # starts of one run, each but the first after a crash
 PASSWORD = re.compile(r"://[^/@]*:[^/@]*@")
+# What the same attempt would end with once more: a remote that is not there, may not be used, or lacks a package.
+IN_VAIN = re.compile(
+    r"access ?denied|forbidden|\b40[13]\b|no ?such ?bucket|credential|SignatureDoesNotMatch|InvalidAccessKey"
+    r"|permission denied|is supported, but requires|does not (appear to be|exist)",
+    re.IGNORECASE,
+)
 
 
 def check_out(repository: str, revision: str) -> dict[str, str]:
@@ -109,9 +115,13 @@ def has_remote() -> bool:
 
 
 def pull() -> None:
-    """Brings what the copy's dvc.lock and DVC's run cache name from the default remote, if there is one."""
+    """Brings what the copy's dvc.lock and DVC's run cache name from the default remote, if there is one.
+
+    Raises:
+        PassingError: it does not answer.
+    """
     if has_remote():
-        _run("dvc", "pull", "--run-cache", "--allow-missing")
+        _transfer("dvc", "pull", "--run-cache", "--allow-missing")
 
 
 def keep(name: str) -> str:
@@ -119,11 +129,14 @@ def keep(name: str) -> str:
 
     Args:
         name: of the experiment; one of that name is replaced.
+
+    Raises:
+        PassingError: a remote does not answer.
     """
     _run("dvc", "exp", "save", "--force", "--name", name)
     if has_remote():
-        _run("dvc", "push", "--run-cache")
-    _run("dvc", "exp", "push", "--force", "--no-cache", "origin", name)
+        _transfer("dvc", "push", "--run-cache")
+    _transfer("dvc", "exp", "push", "--force", "--no-cache", "origin", name)
     return name
 
 
@@ -162,6 +175,14 @@ def _clone(repository: str, revision: str, folder: Path) -> None:
         shutil.copy(settings, folder / ".dvc" / settings.name)
     _run("dvc", "config", "--local", "cache.dir", str(home / ".dvc" / "cache"), cwd=folder)
     write_json(folder / COPY, {"repository": repository, "revision": found})
+
+
+def _transfer(*command: str) -> None:
+    """Runs what reaches for a remote."""
+    try:
+        _run(*command)
+    except UserError as error:
+        raise error if IN_VAIN.search(str(error)) else PassingError(str(error)) from error
 
 
 def _git(*words: str, cwd: Path | None = None, check: bool = True) -> str:

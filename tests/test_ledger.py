@@ -23,6 +23,7 @@ from pipelines import store as mlflow_store
 from pipelines.ledger import Subject
 from tests import promotions
 from tests.conftest import ROOT
+from tests.postgresql import PostgreSQL, require
 
 pytestmark = pytest.mark.usefixtures("own_store")
 
@@ -315,39 +316,15 @@ def test_killed_before_or_after_any_step_the_next_one_ends_consistent(steps, aft
 
 
 @pytest.fixture(scope="module")
-def postgresql(tmp_path_factory) -> Iterator[str]:
+def postgresql() -> Iterator[str]:
     """Address of a PostgreSQL server of this test alone; skipped where there is none, unless CI says there must be."""
-    found = sorted(Path("/usr/lib/postgresql").glob("*/bin/pg_ctl"))
-    if not found:
-        if os.environ.get("FADEFORMER_POSTGRESQL") == "required":
-            pytest.fail("PostgreSQL is not installed, but FADEFORMER_POSTGRESQL requires it")
-        pytest.skip("needs PostgreSQL (apt-get install postgresql)")
-    folder = Path("/tmp") / f"fadeformer-postgresql-{os.getpid()}"
-    folder.mkdir()
-    user = {}
-    if os.geteuid() == 0:  # it does not run as root
-        shutil.chown(folder, "postgres", "postgres")
-        user = {"user": "postgres", "group": "postgres", "extra_groups": []}
-    programs, data = found[-1].parent, folder / "data"
-
-    def run(*command: str) -> None:
-        subprocess.run(
-            [str(programs / command[0]), *command[1:]],
-            check=True,
-            cwd=folder,
-            stdout=subprocess.DEVNULL,
-            timeout=60,
-            **user,
-        )
-
-    run("initdb", "-D", str(data), "-A", "trust", "-U", "tester", "--no-sync")
-    run("pg_ctl", "-D", str(data), "-w", "-l", str(folder / "log"), "-o", f"-h '' -k {folder}", "start")
+    require()
+    server = PostgreSQL("secret")
     try:
-        run("createdb", "-h", str(folder), "-U", "tester", "registry")
-        yield f"postgresql://tester@/registry?host={folder}"
+        server.ask("create database registry")
+        yield f"postgresql://postgres:secret@127.0.0.1:{server.port}/registry"
     finally:
-        run("pg_ctl", "-D", str(data), "-m", "immediate", "stop")
-        shutil.rmtree(folder)
+        server.remove()
 
 
 @pytest.mark.parametrize("database", ["sqlite", "postgresql"])

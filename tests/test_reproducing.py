@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 
 from fadeformer.errors import PassingError
+from fadeformer.files import write_json
 from pipelines.reproducing import reproduce
+from pipelines.store import COPY
 from tests.conftest import ROOT
 
 STAGES = """
@@ -63,6 +65,19 @@ def test_what_does_not_answer_may_pass_and_what_is_wrong_does_not():
         reproduce.fn("down")
     with pytest.raises(RuntimeError, match=r"stage shut failed: shut: the data gate is shut$"):
         reproduce.fn("shut")
+
+
+def test_a_remote_of_results_that_does_not_answer_may_pass(stages, monkeypatch):
+    for key in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(key, "x")
+    for command in (
+        ("add", "--default", "results", "s3://bucket/dvc"), ("modify", "results", "endpointurl", "http://127.0.0.1:9"),
+    ):  # fmt: skip
+        subprocess.run(["dvc", "remote", *command], check=True)
+    write_json(stages / COPY, {"repository": "", "revision": ""})
+    with pytest.raises(PassingError, match="Could not connect"):
+        reproduce.fn("later")
+    assert not (stages / "once").exists()
 
 
 @pytest.mark.parametrize(("stage", "ended", "starts"), [("later", "COMPLETED", 2), ("shut", "FAILED", 1)])

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from fadeformer.errors import UserError
+from fadeformer.errors import PassingError, UserError
 from pipelines import store, working_copy
 
 STAGES = """
@@ -118,6 +118,20 @@ def test_results_go_to_dvcs_remote_and_come_back_from_it(copy, repository, tmp_p
         run(repository, "dvc", "remote", "remove", "--local", "there")
     copy("without")
     assert not working_copy.has_remote()
+
+
+def test_a_remote_that_does_not_answer_may_pass_and_one_that_cannot_be_used_does_not(copy, monkeypatch):
+    for key in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(key, "x")
+    folder = copy("alone")
+    run(folder, "dvc", "remote", "add", "--local", "--default", "down", "s3://bucket/dvc")
+    run(folder, "dvc", "remote", "modify", "--local", "down", "endpointurl", "http://127.0.0.1:9")
+    with pytest.raises(PassingError, match="Could not connect"):
+        working_copy.pull()
+    run(folder, "dvc", "remote", "add", "--local", "--default", "--force", "down", "oss://bucket/dvc")
+    with pytest.raises(UserError, match="requires") as error:
+        working_copy.pull()
+    assert not isinstance(error.value, PassingError)
 
 
 @pytest.mark.parametrize(

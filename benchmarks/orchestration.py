@@ -1,0 +1,83 @@
+"""What a Prefect server costs a run of the demo, and what a second worker saves a grid of runs.
+
+`python benchmarks/orchestration.py` starts the servers of a deployment (tests/pipeline/cluster.py: PostgreSQL, an S3
+server, MLflow, Prefect, two workers), submits one run of the demo, and takes from Prefect's own records how long its
+flow ran, and how long each stage: a task that waits for one `dvc repro STAGE`. What is left is orchestration: the
+working copy, Prefect's bookkeeping, and results that go to DVC's remote. `--grid N` runs the deployment grid/benchmark
+of N tiny runs, first with one worker and then with two.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from datetime import datetime
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from pipelines.__main__ import STAGES
+from tests.conftest import clone
+from tests.pipeline.cluster import Cluster, running
+
+TINY = {"dataset.images": 200, "dataset.size": 16, "train.epochs": 1, "evaluate.figure_dpi": 50}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--grid", type=int, metavar="N", help="compare one worker with two by N tiny runs instead")
+    runs = parser.parse_args().grid
+    with tempfile.TemporaryDirectory() as folder, running(clone(Path(folder))) as cluster:
+        if runs:
+            compare_workers(cluster, runs)
+        else:
+            report(cluster)
+
+
+def report(cluster: Cluster) -> None:
+    submitted = time.time()
+    cluster.run("prefect", "deployment", "run", "pipeline/train", "--flow-run-name", "demo", "--watch", timeout=3600)
+    (run,) = [one for one in cluster.ask("flow_runs") if one["name"] == "demo"]
+    assert run["state_name"] == "Completed"
+    tasks = cluster.ask("task_runs", flow_runs={"id": {"any_": [run["id"]]}})
+    rows = {task["name"]: seconds(task) for task in sorted(tasks, key=lambda one: one["start_time"])}
+    flow, work = seconds(run), sum(taken for name, taken in rows.items() if name in STAGES)
+    for name, taken in rows.items():
+        print(f"{name:34}{taken:8.1f} s")
+    for name, taken in (
+        ("from the command to the start", at(run["start_time"]) - submitted), ("flow", flow), ("stages", work),
+        ("orchestration: flow less stages", flow - work),
+    ):  # fmt: skip
+        print(f"{name:34}{taken:8.1f} s", flush=True)
+
+
+def compare_workers(cluster: Cluster, runs: int) -> None:
+    cluster.start_worker("worker-of-the-grid", "default")
+    taken = {}
+    for workers in (2, 1):
+        if workers == 1:
+            cluster.kill_worker("worker-2")  # it has nothing to do
+        seeds = list(range(100 * workers, 100 * workers + runs))
+        given = ("--param", f"vary={json.dumps({'seed': seeds})}", "--param", f"fixed={json.dumps(TINY)}")
+        command = ("prefect", "deployment", "run", "grid/benchmark", "--flow-run-name", f"grid-{workers}", "--watch")
+        cluster.run(*command, *given, timeout=3600)
+        (run,) = [one for one in cluster.ask("flow_runs") if one["name"] == f"grid-{workers}"]
+        assert run["state_name"] == "Completed"
+        taken[workers] = seconds(run)
+        print(f"{runs} runs, workers: {workers}{taken[workers]:10.1f} s", flush=True)
+    print(f"two workers take {taken[2] / taken[1]:.2f} of the time of one")
+
+
+def seconds(run: dict) -> float:
+    return at(run["end_time"]) - at(run["start_time"])
+
+
+def at(moment: str) -> float:
+    return datetime.fromisoformat(moment).timestamp()
+
+
+if __name__ == "__main__":
+    main()

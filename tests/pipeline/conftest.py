@@ -1,0 +1,21 @@
+"""The cluster, for whichever tests ask for it first: one for each process that pytest runs."""
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests import postgresql
+from tests.conftest import SMALL, clone
+from tests.pipeline import cluster as servers
+from tests.pipeline.cluster import Cluster
+
+
+@pytest.fixture(scope="session")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """A deployment that runs, of a project with small params.yaml; skipped without PostgreSQL."""
+    postgresql.require()
+    project = clone(tmp_path_factory.mktemp("cluster"))
+    project.change(**SMALL)
+    project.commit("small")
+    with servers.running(project) as cluster:
+        yield cluster

@@ -1,0 +1,294 @@
+"""A deployment with real servers: runs side by side while a machine, the database and the object store go down."""
+
+import csv
+import itertools
+import json
+import re
+import subprocess
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+from urllib.parse import quote
+
+import pytest
+from ruamel.yaml import YAML
+
+from fadeformer import lines
+from tests.pipeline.cluster import ARTIFACTS, RESULTS, Cluster, basic, soon, status_of
+from tests.postgresql import PROGRAMS
+
+pytestmark = [pytest.mark.pipeline, pytest.mark.timeout(1800)]
+LONG, OUTAGE, PATIENCE = "long", 60, 1200  # a run's name; seconds, and as many until a run must have come further
+WANTED = {  # what each run is given on the command line; the promotion of the last is refused
+    LONG: {"seed": 1, "train": {"epochs": 20, "early_stopping_patience": 20}},
+    "slow": {"seed": 2, "train": {"epochs": 2, "learning_rate": 0.0001}},
+    "fast": {"seed": 3, "train": {"epochs": 1, "learning_rate": 0.003}},
+    "faster": {"seed": 4, "train": {"epochs": 1, "learning_rate": 0.01}},
+    "two": {"seed": 5, "train": {"epochs": 2}},
+    "strict": {"seed": 6, "train": {"epochs": 1}, "promote": {"min_auc": 1.0}},
+}
+MODEL = "fadenet-phantom"
+WORKERS = ("worker-1", "worker-2", "worker-3")  # two to begin with; the last takes the place of the one that is killed
+
+
+@dataclass
+class Happened:
+    """What was seen meanwhile.
+
+    Attributes:
+        killed: the worker that was killed.
+        outages: begin and end of each, seconds since 1970, by what was away.
+    """
+
+    killed: str = ""
+    outages: dict[str, tuple[float, float]] = field(default_factory=dict)
+
+
+@pytest.fixture(scope="module")
+def happened(cluster: Cluster) -> Happened:
+    """Six runs at once; the machine of one is lost while it trains, then the object store, then the database."""
+    seen = Happened()
+
+    def submit(name: str) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            ["prefect", "deployment", "run", "pipeline/train", "--flow-run-name", name, *options(WANTED[name])],
+            cwd=cluster.project.folder, env={**cluster.project.environment, **cluster.environment},
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )  # fmt: skip
+
+    for names in ([LONG], [name for name in WANTED if name != LONG]):  # the long one is the first that runs
+        for process in [submit(name) for name in names]:
+            printed, _ = process.communicate(timeout=300)
+            assert process.returncode == 0, printed
+
+    def trains(epoch: str, *but: str) -> str | None:
+        """The worker that has told of this epoch of the long training."""
+        names = (name for name in WORKERS if name not in but and (cluster.logs / f"{name}.log").exists())
+        return next((name for name in names if re.search(rf"epoch +{epoch}/20", cluster.log(name))), None)
+
+    def tell() -> str:
+        return f"{states(cluster)}\n{cluster.tell()}"
+
+    def wait(true: Callable[[], Any]) -> Any:
+        return soon(true, PATIENCE, tell, pause=2)
+
+    seen.killed = wait(lambda: trains("3"))
+    cluster.kill_worker(seen.killed)
+    cluster.start_worker("worker-3", "training")  # another machine takes its place
+    began = time.time()
+    cluster.stop_objects()
+    time.sleep(OUTAGE)
+    cluster.start_objects()
+    seen.outages["objects"] = began, time.time()
+    wait(lambda: trains(r"\d+", seen.killed))
+    began = time.time()
+    cluster.postgresql.stop()
+    time.sleep(OUTAGE)
+    cluster.postgresql.start()
+    seen.outages["database"] = began, time.time()
+    wait(lambda: set(states(cluster).values()) <= {"Completed", "Failed", "Crashed", "Cancelled"})
+    return seen
+
+
+def options(values: dict) -> list[str]:
+    """A run's parameters as the command line takes them."""
+    return [word for key, value in values.items() for word in ("--param", f"{key}={json.dumps(value)}")]
+
+
+def states(cluster: Cluster) -> dict[str, str]:
+    """The state of each run, by name; while the database is away nobody can tell."""
+    return {run["name"]: run["state_name"] for run in cluster.ask("flow_runs") if run["name"] in WANTED}
+
+
+def trained(cluster: Cluster) -> dict[str, dict]:
+    """The MLflow run of each run, by name, found by the link on its page."""
+    artifacts = cluster.ask("artifacts")
+    found = {}
+    for run in cluster.ask("flow_runs"):
+        links = [one for one in artifacts if one["flow_run_id"] == run["id"] and one["key"] == "mlflow-run"]
+        for link in links[-1:]:
+            (run_id,) = re.search(r"/runs/(\w+)", link["data"]).groups()
+            found[run["name"]] = cluster.ask_mlflow(f"runs/get?run_id={run_id}")["run"]
+    return found
+
+
+def versions_of(cluster: Cluster) -> list[dict]:
+    """All versions of the registered model."""
+    named = quote(f"name='{MODEL}'")
+    return cluster.ask_mlflow(f"model-versions/search?filter={named}&max_results=100")["model_versions"]
+
+
+def test_all_six_end_completed(cluster, happened):
+    assert states(cluster) == dict.fromkeys(WANTED, "Completed")
+    for begin, end in happened.outages.values():
+        assert end - begin >= OUTAGE
+
+
+def test_two_ran_at_a_time(cluster, happened):
+    runs = [run for run in cluster.ask("flow_runs") if run["name"] in WANTED and run["name"] != LONG]
+    begun = sorted((run["start_time"], 1) for run in runs)
+    ended = sorted((run["end_time"], -1) for run in runs)
+    at_once = itertools.accumulate(step for _, step in sorted([*begun, *ended]))
+    assert max(at_once) <= 2
+
+
+def test_each_has_its_mlflow_run_with_its_parameters_and_every_epoch_once(cluster, happened):
+    runs = trained(cluster)
+    assert set(runs) == set(WANTED)
+    experiment = {"experiment_ids": [next(iter(runs.values()))["info"]["experiment_id"]], "max_results": 100}
+    there = cluster.ask_mlflow("runs/search", experiment)["runs"]
+    assert sorted(run["info"]["run_id"] for run in there) == sorted(run["info"]["run_id"] for run in runs.values())
+    for name, run in runs.items():
+        params = {one["key"]: one["value"] for one in run["data"]["params"]}
+        assert params["seed"] == str(WANTED[name]["seed"])
+        for key, value in WANTED[name]["train"].items():
+            assert float(params[f"train.{key}"]) == value
+        assert run["info"]["status"] == "FINISHED"
+        epochs = range(1, WANTED[name]["train"]["epochs"] + 1)
+        for metric in ("train_loss", "val_loss", "val_auc"):
+            query = f"metrics/get-history?run_id={run['info']['run_id']}&metric_key={metric}"
+            points = cluster.ask_mlflow(query)["metrics"]
+            assert sorted(int(point["step"]) for point in points) == list(epochs), (name, metric)
+        assert {"test.overall.auc", "seconds.fit"} <= {one["key"] for one in run["data"]["metrics"]}
+
+
+def test_files_of_each_lie_in_the_object_store(cluster, happened):
+    stored = cluster.bucket(ARTIFACTS)
+    for run in trained(cluster).values():
+        of_run = f"files/{run['info']['experiment_id']}/{run['info']['run_id']}/artifacts/"
+        for file in ("predictions.parquet", "index.html", "model_card.md", "figures/roc.png", "promotion.json"):
+            assert stored[of_run + file] > 0
+    versions = versions_of(cluster)
+    for version in versions:
+        package = f"/models/{version['source'].removeprefix('models:/')}/artifacts/"
+        assert {"MLmodel", "requirements.txt"} <= {name.split(package)[1] for name in stored if package in name}
+
+
+def test_ledger_aliases_and_tags_agree(cluster, happened):
+    records = lines.read(cluster.home / "mlruns" / "ledger.jsonl", "")
+    entries = sorted((one for one in records if one["kind"] == "decided"), key=lambda one: one["number"])
+    assert [entry["number"] for entry in entries] == list(range(1, len(entries) + 1))
+    for before, after in itertools.pairwise(entries):
+        assert after["from"] == before["to"]
+    model = cluster.ask_mlflow(f"registered-models/get?name={MODEL}")["registered_model"]
+    assert {one["alias"]: one["version"] for one in model["aliases"]} == entries[-1]["aliases"]
+    versions = versions_of(cluster)
+    assert {one["run_id"] for one in versions} == {run["info"]["run_id"] for run in trained(cluster).values()}
+    assert {entry["version"] for entry in entries} == {one["version"] for one in versions}
+    assert len(versions) == len(WANTED)
+    tagged = {}
+    for version in versions:
+        tagged |= {tag["key"]: json.loads(tag["value"]) for tag in version["tags"] if tag["key"].startswith("ledger.")}
+    assert tagged == {f"ledger.{entry['number']:05d}": entry for entry in entries}
+    of_strict = trained(cluster)["strict"]["info"]["run_id"]
+    assert [entry["action"] for entry in entries if entry["run_id"] == of_strict] == ["refused"]
+
+
+def test_each_is_an_experiment_whose_results_lie_in_dvcs_remote(cluster, happened):
+    git = ("git", "--git-dir", str(cluster.repository))
+    refs = cluster.project.run(*git, "for-each-ref", "--format=%(refname) %(objectname)", "refs/exps").splitlines()
+    kept = {name.split("/")[-1].rsplit("-", 1)[0]: commit for name, commit in map(str.split, refs)}
+    assert set(kept) == set(WANTED)
+    stored = cluster.bucket(RESULTS)
+    for name, commit in kept.items():
+        values = YAML(typ="safe").load(cluster.project.run(*git, "show", f"{commit}:params.yaml"))
+        assert values["seed"] == WANTED[name]["seed"]
+        assert values["train"]["epochs"] == WANTED[name]["train"]["epochs"]
+        lock = YAML(typ="safe").load(cluster.project.run(*git, "show", f"{commit}:dvc.lock"))
+        sums = {out["md5"] for stage in lock["stages"].values() for out in stage["outs"]}
+        missing = [md5 for md5 in sums if f"dvc/files/md5/{md5[:2]}/{md5[2:]}" not in stored]
+        assert len(sums) > 10
+        assert not missing
+
+
+def test_a_person_gets_an_experiment_with_its_results(cluster, happened):
+    (name,) = [
+        one for one in cluster.run("dvc", "exp", "list", "origin", "--name-only").split() if one.startswith(LONG)
+    ]
+    cluster.run("dvc", "exp", "pull", "origin", name, "--no-cache")
+    cluster.run("dvc", "exp", "apply", name)
+    cluster.project.run("dvc", "pull", **cluster.environment, **cluster.keys[RESULTS])
+    with (cluster.project.folder / "models" / "history.csv").open() as file:
+        assert [row["epoch"] for row in csv.DictReader(file)] == [str(epoch) for epoch in range(1, 21)]
+
+
+def test_the_run_of_the_lost_machine_went_on_from_its_checkpoint_on_another(cluster, happened):
+    (run,) = [run for run in cluster.ask("flow_runs") if run["name"] == LONG]
+    assert run["run_count"] >= 2
+    (other,) = [name for name in WORKERS if "epoch  20/20" in cluster.log(name)]
+    assert other != happened.killed
+    printed = cluster.log(other)
+    assert "going on with the training that was begun" in printed
+    assert "epoch   1/20" not in printed
+    assert "epoch   2/20" not in printed
+
+
+def test_no_secret_stands_anywhere(cluster, happened, tmp_path):
+    secrets = cluster.every_secret()
+    databases = b""
+    for name in ("mlflow", "prefect"):
+        command = [str(PROGRAMS[-1] / "pg_dump"), "--username", "postgres", name]
+        databases += subprocess.run(command, env=cluster.postgresql.environment, check=True, capture_output=True).stdout
+    for known in (b"train.learning_rate", b"early_stopping_patience", b"epoch  20/20", b"fadenet-phantom version"):
+        assert known in databases  # MLflow's parameters, Prefect's, the logs and artifacts of its runs
+    places = {"the databases": databases}
+    git = ["git", "--git-dir", str(cluster.repository), "cat-file", "--batch", "--batch-all-objects"]
+    places["git"] = subprocess.run(git, check=True, capture_output=True).stdout
+    assert b"s3://results/dvc" in places["git"]
+    for path in cluster.logs.iterdir():
+        places[path.name] = path.read_bytes()
+    places["postgresql.log"] = cluster.postgresql.log.read_bytes()
+    for folder in (cluster.home, cluster.project.folder, cluster.folder):
+        places |= {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    for bucket in (ARTIFACTS, RESULTS):
+        client = cluster.s3(bucket)
+        for name in cluster.bucket(bucket):
+            places[f"{bucket}/{name}"] = client.get_object(Bucket=bucket, Key=name)["Body"].read()
+    assert {"worker-1.log", "prefect.log", "mlflow.log", "objects.log"} <= places.keys()
+    found = [
+        (what, where) for what, secret in secrets.items() for where, text in places.items() if secret.encode() in text
+    ]
+    assert not found
+
+
+def test_no_server_lets_anybody_in_without_a_password(cluster, happened):
+    deployments, runs = f"{cluster.prefect}/deployments/filter", f"{cluster.mlflow}/api/2.0/mlflow/experiments/search"
+    login, wrong = f"admin:{cluster.secrets['prefect']}", basic("admin", "x" * 32)
+    asked = {"max_results": 1}
+    assert status_of(deployments, {}, Authorization=basic(*login.split(":"))) == 200
+    assert [status_of(deployments, {}), status_of(deployments, {}, Authorization=wrong)] == [401, 401]
+    assert status_of(runs, asked, Authorization=basic("trainer", cluster.secrets["trainer"])) == 200
+    assert [status_of(runs, asked), status_of(runs, asked, Authorization=wrong)] == [401, 401]
+    objects = f"{cluster.objects}/{ARTIFACTS}?list-type=2"
+    assert status_of(objects) >= 400
+    client = cluster.s3(ARTIFACTS)
+    with pytest.raises(client.exceptions.ClientError, match="AccessDenied"):  # by the other bucket's user
+        client.list_objects_v2(Bucket=RESULTS)
+    cluster.keys["nobody"] = {**cluster.keys[ARTIFACTS], "AWS_SECRET_ACCESS_KEY": "x" * 40}
+    with pytest.raises(client.exceptions.ClientError, match="SignatureDoesNotMatch"):
+        cluster.s3("nobody").list_objects_v2(Bucket=ARTIFACTS)
+    psql = [str(PROGRAMS[-1] / "psql"), "--no-password", "--username", "mlflow", "--command", "select 1", "mlflow"]
+    for password, told in (
+        (None, "no password supplied"), ("x" * 32, "password authentication failed"),
+        (cluster.secrets["prefect database"], "password authentication failed"),
+    ):  # fmt: skip
+        environment = {**cluster.postgresql.environment, "PGPASSWORD": password or ""}
+        refused = subprocess.run(psql, env=environment, capture_output=True, text=True, check=False)
+        assert refused.returncode != 0
+        assert told in refused.stderr
+    environment = {**cluster.postgresql.environment, "PGPASSWORD": cluster.secrets["mlflow database"]}
+    subprocess.run(psql, env=environment, check=True, capture_output=True)
+    other = [*psql[:-1], "prefect"]
+    assert subprocess.run(other, env=environment, capture_output=True, check=False).returncode != 0
+
+
+@pytest.mark.parametrize("given", ["without", "wrong"])
+def test_a_run_without_a_password_is_told_so(cluster, happened, given):
+    login = {} if given == "without" else {"PREFECT_API_AUTH_STRING": "admin:" + "x" * 32}
+    environment = {key: text for key, text in cluster.environment.items() if key != "PREFECT_API_AUTH_STRING"}
+    output = cluster.project.run(
+        "prefect", "deployment", "run", "pipeline/train", check=False, **{**environment, **login}
+    )  # fmt: skip
+    assert cluster.project.code != 0
+    assert "401" in output
