@@ -96,7 +96,7 @@ def print_coverage(sets: int, images: int, draws: int) -> None:
     table = 100 * coverage(sets, images, draws)
     print(f"{sets} sets of {images} images, {draws} draws; share of 95 % intervals that hold the truth, %")
     print(f"| | {' | '.join(table)} |\n|{' --- |' * (len(table.columns) + 1)}")
-    for name, row in table.iterrows():
+    for name, row in table.dropna(how="all").iterrows():
         print(f"| {name} | {' | '.join('' if np.isnan(value) else f'{value:.1f}' for value in row)} |")
     low, high = (100 * bound for bound in wilson(round(0.95 * sets), sets, 0.99))
     print(f"of {sets} sets, 99 in 100 shares of a true 95 % lie in {low:.1f} to {high:.1f}")

@@ -7,21 +7,23 @@ experiment; in the user's own folder params.yaml is afterwards what it was.
 from __future__ import annotations
 
 import itertools
+import time
+import warnings
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
-from contextvars import copy_context
 from pathlib import Path
 from typing import Annotated, Any
+from uuid import UUID
 
 from filelock import FileLock
 from prefect import State, flow
 from prefect.artifacts import create_table_artifact
+from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.concurrency.asyncio import ConcurrencySlotAcquisitionError
 from prefect.concurrency.sync import concurrency
 from prefect.deployments import run_deployment
 from prefect.runtime import flow_run
-from prefect.states import Completed, Failed
+from prefect.states import Cancelling, Completed, Failed
 from pydantic import Field
 
 from fadeformer import params
@@ -31,6 +33,9 @@ from pipelines.__main__ import STAGES
 from pipelines.reproducing import keep, pull, reproduce
 
 PROMOTING = "fadeformer-promote"  # Prefect's concurrency limit that keeps promotions on several machines apart
+LOOK = 2.0  # seconds between two looks at a run that is waited for
+# Prefect makes a model of a flow's arguments, of which one has the name of a section, and of a method of models.
+warnings.filterwarnings("ignore", 'Field name "validate"', UserWarning)
 PRESENT = overrides.present(Path(__file__).parents[1] / paths.PARAMS)  # what the forms in Prefect's UI begin with
 DatasetOverrides: Any = overrides.partial(params.DatasetParams, "dataset", PRESENT)
 SplitOverrides: Any = overrides.partial(params.SplitParams, "split", PRESENT)
@@ -119,22 +124,38 @@ def grid(
     rows = [dict(zip(vary, values, strict=True)) for values in itertools.product(*vary.values())]
     if not rows:
         raise UserError("vary names no values; a grid is such as {'seed': [1, 2, 3]}")
-
-    def run(row: Mapping[str, Any]) -> dict[str, Any]:
-        named = ", ".join(f"{key}={value}" for key, value in row.items())
-        given = overrides.nested({**(fixed or {}), **row})
-        done = run_deployment(deployment, parameters=given, flow_run_name=named, timeout=None, poll_interval=2)
-        found = run_artifacts.of_run(done.id) if done.state and done.state.is_completed() else {}
-        return {**row, "state": done.state.name if done.state else "Pending", **found}
-
-    with ThreadPoolExecutor(len(rows)) as waiting:
-        told = [waiting.submit(copy_context().run, run, row) for row in rows]
-        table = [one.result() for one in told]
+    names = [", ".join(f"{key}={value}" for key, value in row.items()) for row in rows]
+    with get_client(sync_client=True) as client:
+        begun = [
+            run_deployment(
+                deployment, parameters=overrides.nested({**(fixed or {}), **row}), flow_run_name=name, timeout=0,
+                idempotency_key=f"{flow_run.id} {name}",  # a grid that is started again finds its runs
+            )
+            for row, name in zip(rows, names, strict=True)
+        ]  # fmt: skip
+        try:
+            ended = [_ended(client, one.id) for one in begun]
+        except BaseException:  # Prefect's TerminationSignal when this run is cancelled, or Ctrl-C
+            for one in begun:
+                if (state := client.read_flow_run(one.id).state) is None or not state.is_final():
+                    client.set_flow_run_state(one.id, Cancelling())
+            raise
+    table = [
+        {**row, "state": state.name, **(run_artifacts.of_run(one.id) if state.is_completed() else {})}
+        for row, one, state in zip(rows, begun, ended, strict=True)
+    ]
     create_table_artifact(table, key="grid", description=f"{len(rows)} runs of {deployment}")
     failed = [row for row in table if row["state"] != "Completed"]
     if failed:
         return Failed(message=f"{len(failed)} of {len(rows)} runs did not end Completed")
     return Completed(message=f"{len(rows)} runs")
+
+
+def _ended(client: SyncPrefectClient, run: UUID) -> State[Any]:
+    """Waits until a run has ended and gives how."""
+    while (state := client.read_flow_run(run).state) is None or not state.is_final():
+        time.sleep(LOOK)
+    return state
 
 
 @flow(name="drift", persist_result=False, log_prints=True)

@@ -287,6 +287,22 @@ def test_a_grid_runs_each_combination_and_shows_a_table(project, finished, addre
     assert all("(" in row["test AUC"] and row["decision"].startswith("fadenet-phantom version") for row in rows)
 
 
+def test_a_grid_that_is_cancelled_cancels_its_runs(project, finished, address):
+    endless = json.dumps({"train.epochs": 10**6, "train.early_stopping_patience": 10**6})
+    options = ("--param", 'vary={"seed": [11, 12, 13]}', "--param", f"fixed={endless}", "--flow-run-name", "given up")
+    project.run("prefect", "deployment", "run", "grid/benchmark", *options, PREFECT_API_URL=address)
+
+    def states() -> list[str]:
+        names = {"name": {"any_": ["seed=11", "seed=12", "seed=13"]}}
+        return sorted(run["state_type"] for run in ask(address, "flow_runs", flow_runs=names))
+
+    soon(lambda: states() == ["RUNNING", "RUNNING", "SCHEDULED"])  # two at a time
+    run = run_named(address, "given up")["id"]
+    project.run("prefect", "--no-prompt", "flow-run", "cancel", run, PREFECT_API_URL=address)
+    soon(lambda: states() == ["CANCELLED"] * 3)
+    soon(lambda: run_named(address, "given up")["state_type"] == "CANCELLED")
+
+
 def test_a_browser_lists_runs_and_compares_two_with_charts(mlflow, address, tab):
     tab.goto(f"{mlflow}/#/experiments/1/runs")
     first = tab.get_by_role("link", name="first", exact=True)
