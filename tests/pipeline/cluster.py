@@ -9,6 +9,7 @@ can be added. `environment` is that of a person who deploys from a clone of the 
 import base64
 import json
 import secrets
+import signal
 import subprocess
 import sys
 import time
@@ -234,10 +235,14 @@ class Cluster:
         self.project.run("git", "remote", "add", "origin", str(self.repository))
 
     def _begin(self, name: str, *command: str, folder: Path, environment: dict[str, str]) -> None:
+        def heed_signals() -> None:  # a worker that is told to end sends itself one that a shell may have had ignored
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+
         with (self.logs / f"{name}.log").open("a") as log:
             self._running[name] = subprocess.Popen(
-                command, cwd=folder, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log, text=True
-            )
+                command, cwd=folder, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log, text=True,
+                preexec_fn=heed_signals,
+            )  # fmt: skip
 
 
 @contextmanager

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
+from urllib.error import HTTPError
 from urllib.parse import quote
 
 import pytest
@@ -62,18 +63,13 @@ def happened(cluster: Cluster) -> Happened:
             printed, _ = process.communicate(timeout=300)
             assert process.returncode == 0, printed
 
-    def trains(epoch: str, *but: str) -> str | None:
-        """The worker that has told of this epoch of the long training."""
-        names = (name for name in WORKERS if name not in but and (cluster.logs / f"{name}.log").exists())
-        return next((name for name in names if re.search(rf"epoch +{epoch}/20", cluster.log(name))), None)
-
     def tell() -> str:
         return f"{states(cluster)}\n{cluster.tell()}"
 
     def wait(true: Callable[[], Any]) -> Any:
         return soon(true, PATIENCE, tell, pause=2)
 
-    seen.killed = wait(lambda: trains("3"))
+    seen.killed = wait(lambda: next((name for name in WORKERS[:2] if "epoch   3/20" in cluster.log(name)), None))
     cluster.kill_worker(seen.killed)
     cluster.start_worker("worker-3", "training")  # another machine takes its place
     began = time.time()
@@ -81,13 +77,13 @@ def happened(cluster: Cluster) -> Happened:
     time.sleep(OUTAGE)
     cluster.start_objects()
     seen.outages["objects"] = began, time.time()
-    wait(lambda: trains(r"\d+", seen.killed))
+    wait(lambda: re.search(r"epoch +\d", cluster.log("worker-3")))
     began = time.time()
     cluster.postgresql.stop()
     time.sleep(OUTAGE)
     cluster.postgresql.start()
     seen.outages["database"] = began, time.time()
-    wait(lambda: set(states(cluster).values()) <= {"Completed", "Failed", "Crashed", "Cancelled"})
+    wait(lambda: ended(cluster))
     return seen
 
 
@@ -97,8 +93,16 @@ def options(values: dict) -> list[str]:
 
 
 def states(cluster: Cluster) -> dict[str, str]:
-    """The state of each run, by name; while the database is away nobody can tell."""
+    """The state of each run, by name."""
     return {run["name"]: run["state_name"] for run in cluster.ask("flow_runs") if run["name"] in WANTED}
+
+
+def ended(cluster: Cluster) -> bool:
+    """Whether all have; one that has crashed is scheduled again. Prefect's server may have no database just yet."""
+    try:
+        return set(states(cluster).values()) <= {"Completed", "Failed", "Cancelled"}
+    except HTTPError:
+        return False
 
 
 def trained(cluster: Cluster) -> dict[str, dict]:
