@@ -26,7 +26,9 @@ from pipelines import orchestrator, stage
 from pipelines.flows import PROMOTING
 
 POOL, QUEUE, TAG = "local", "training", "fadeformer"
-SILENCE = timedelta(seconds=90)  # three heartbeats, of which prefect.toml has one in 30 s
+# Of heartbeats, of which prefect.yaml has one in 30 s. Prefect loses those that come while its database is away, which
+# may be a minute: a run must not be taken for dead and begun once more beside itself.
+SILENCE = timedelta(seconds=150)
 ENDS = ("Completed", "Failed", "Cancelled", "Crashed")
 AUTOMATIONS = (
     AutomationCore(

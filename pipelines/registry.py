@@ -19,7 +19,7 @@ from mlflow.exceptions import MlflowException
 from fadeformer import predictions
 from fadeformer.errors import UserError
 from fadeformer.predictions import Predictions
-from pipelines.store import told
+from pipelines.store import Unreachable, may_pass, told
 
 CHAMPION, CHALLENGER, PREVIOUS = "champion", "challenger", "previous"
 OURS = (CHAMPION, CHALLENGER, PREVIOUS)
@@ -113,6 +113,7 @@ def test_predictions(version: Version) -> Predictions:
 
     Raises:
         UserError: its run does not hold them.
+        Unreachable: MLflow, or where it keeps files, is.
     """
     with tempfile.TemporaryDirectory() as folder:
         try:
@@ -120,6 +121,8 @@ def test_predictions(version: Version) -> Predictions:
                 run_id=version.run_id, artifact_path="predictions.parquet", dst_path=folder
             )
         except (MlflowException, OSError) as error:
+            if may_pass(error):
+                raise Unreachable(error) from error
             raise UserError(
                 f"champion {version.name} version {version.number}: MLflow run {version.run_id} has no"
                 f" predictions.parquet ({error}); remove the alias, or restore mlruns/"

@@ -12,6 +12,7 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 
 import mlflow
+import requests
 from filelock import FileLock, Timeout
 from mlflow.environment_variables import MLFLOW_HTTP_REQUEST_TIMEOUT
 from mlflow.exceptions import MlflowException
@@ -96,8 +97,19 @@ def told() -> Iterator[None]:
         if error.error_code in REFUSALS:
             raise UserError(f"MLflow at {address()} refuses: {str(error).strip().splitlines()[0][:500]}") from error
         raise Unreachable(error) from error
-    except SQLAlchemyError as error:
-        raise Unreachable(error) from error
+    except (SQLAlchemyError, requests.RequestException) as error:  # the latter of files, such as 401: a server with
+        raise Unreachable(error) from error  # accounts says so of everybody while it has no database
+
+
+def may_pass(error: Exception) -> bool:
+    """Whether a server's answer to what was asked of its files may be another one next time."""
+    if not (_server() or "").startswith("http"):
+        return False
+    if isinstance(error, requests.HTTPError):
+        return error.response is None or error.response.status_code != requests.codes.not_found
+    if isinstance(error, MlflowException):
+        return error.error_code not in REFUSALS
+    return isinstance(error, requests.RequestException)
 
 
 @contextmanager
