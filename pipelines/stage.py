@@ -20,6 +20,8 @@ from fadeformer.errors import Interrupted, PassingError, UserError
 from fadeformer.files import FULL
 from pipelines import orchestrator
 
+LAST = 60.0  # seconds for what a stage does at its end, such as a checkpoint, once nobody waits for it
+
 
 class _Terminated(KeyboardInterrupt):
     """SIGTERM has come. As Ctrl-C, it is not an `Exception`: no reader that stumbles takes it for a damaged image."""
@@ -143,7 +145,8 @@ def _terminable() -> Iterator[None]:
 def _ends_with(dvc: psutil.Process | None) -> Iterator[None]:
     """Sends this process SIGTERM when dvc is gone: nobody would take what the stage makes, and it would run on unseen.
 
-    Where the signal that ended dvc came to this process too, it is ending already and is left in peace.
+    Where the signal that ended dvc came to this process too, it is ending already and is left in peace. One that does
+    not end by that, since it waits for a server that is gone as well, is ended all the same.
     """
     if dvc is None:
         yield
@@ -156,15 +159,20 @@ def _ends_with(dvc: psutil.Process | None) -> Iterator[None]:
         while not select.select([signals], [], [], orchestrator.POLL)[0]:
             if not there:
                 os.kill(os.getpid(), signal.SIGTERM)
-                return
+                break
             there = orchestrator.alive(dvc)
+        while not ended.wait(orchestrator.POLL):
+            if not orchestrator.alive(dvc) and not ended.wait(LAST):
+                os._exit(128 + signal.SIGTERM)
 
+    ended = threading.Event()
     before = signal.set_wakeup_fd(wakeup.fileno(), warn_on_full_buffer=False)
     watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
     try:
         yield
     finally:
+        ended.set()
         signal.set_wakeup_fd(before)
         wakeup.close()  # ends the watch
         watcher.join()

@@ -203,6 +203,19 @@ def test_a_stage_ends_when_the_dvc_that_ran_it_is_killed(tmp_path):
     assert errors == "\ndownload: stopped by SIGTERM; run again: finished stages are kept\n"
 
 
+def test_a_stage_that_waits_for_something_else_at_its_end_is_ended_all_the_same(tmp_path):
+    """As one does whose Prefect server has gone together with dvc: the client asks again, for longer each time."""
+    (tmp_path / "dvc").write_text('import subprocess, sys\nsubprocess.run([sys.executable, "stage.py"])\n')
+    stubborn = READS.replace("def main", "stage.LAST = 0.5\ndef main").replace(
+        "except Exception", "except BaseException"
+    )
+    (tmp_path / "stage.py").write_text(stubborn)
+    dvc = started(tmp_path, "dvc")
+    assert dvc.stdout.readline() == "ready\n"
+    dvc.kill()
+    assert dvc.communicate(timeout=60)[0] == "a damaged image\n"  # SIGTERM came, and did not end it
+
+
 @pytest.mark.parametrize("arguments", [[], ["trian"], ["train", "now"]])
 def test_an_unknown_stage_is_told(arguments):
     done = subprocess.run([sys.executable, "-m", "pipelines", *arguments], capture_output=True, text=True, check=False)
