@@ -125,12 +125,16 @@ class Cluster:
         """Ends all that was started, workers first: they have something to tell the servers."""
         for name in reversed(list(self._running)):
             process = self._running.pop(name)
+            below = psutil.Process(process.pid).children(recursive=True)
             process.terminate()
             try:
                 process.wait(60)
             except subprocess.TimeoutExpired:  # a worker that hangs when told so just after a run has ended
                 process.kill()
                 process.wait()
+            for left in below:  # a stage in the middle of a run has a session of its own
+                with suppress(psutil.NoSuchProcess):
+                    left.kill()
         self.postgresql.remove()
 
     def ask(self, what: str, **wanted: object) -> list[dict]:

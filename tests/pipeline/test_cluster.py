@@ -160,7 +160,7 @@ def test_files_of_each_lie_in_the_object_store(cluster, happened):
     stored = cluster.bucket(ARTIFACTS)
     for run in trained(cluster).values():
         of_run = f"files/{run['info']['experiment_id']}/{run['info']['run_id']}/artifacts/"
-        for file in ("predictions.parquet", "index.html", "model_card.md", "figures/roc.png", "promotion.json"):
+        for file in ("predictions.parquet", "index.html", "model_card.md", "figures/roc_curves.png", "promotion.json"):
             assert stored[of_run + file] > 0
     versions = versions_of(cluster)
     for version in versions:
