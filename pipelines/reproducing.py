@@ -51,10 +51,10 @@ def reproduce(stage: str, hours: float | None = None) -> None:
     pulls = working_copy.here() and working_copy.has_remote()
     command = [sys.executable, "-m", "dvc", "repro", *(["--pull"] if pulls else []), stage]
     search = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
-    named = {"MLFLOW_RUN_NAME": flow_run.name} if working_copy.here() else {}  # each trains a model there
+    name = flow_run.name if working_copy.here() else None  # where each trains a model of its own
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        env={**os.environ, "PATH": search, **named},
+        env={**os.environ, "PATH": search, **({"MLFLOW_RUN_NAME": name} if name else {})},
         start_new_session=True,  # a group of their own, so that a signal reaches DVC, its shell and the stage
     )  # fmt: skip
     clock = threading.Timer(hours * 3600, _signal, [process, signal.SIGTERM]) if hours else None

@@ -9,7 +9,7 @@ from fadeformer.arrays import Meta
 from fadeformer.card import model_card
 from fadeformer.evidence_tables import UNDIVIDED, Evidence
 from fadeformer.operating import operating_points
-from fadeformer.proportions import wilson
+from fadeformer.proportions import predictive_interval, wilson
 from fadeformer.summary import intervals, summarise, told
 from fadeformer.tasks import TASKS
 
@@ -110,8 +110,9 @@ def test_what_cannot_be_judged_is_named():
 
 def test_it_tells_the_operating_points_with_their_intervals():
     text = card("binary-class")
-    # the positives have 0.6 and 0.3, the negative 0.1
-    shares = " | ".join(told(1.0, wilson(count, count, 0.9)) for count in (2, 1, 2, 1))
+    truth = np.array([True, True, False])  # of scores 0.6, 0.3 and 0.1
+    predictive = [predictive_interval(of, of, np.arange(3), 0.9) for of in (truth, ~truth)]
+    shares = " | ".join(told(1.0, of) for of in (wilson(2, 2, 0.9), wilson(1, 1, 0.9), *predictive))
     assert f"| largest sensitivity + specificity | pneumonia | 0.2000 | {shares} |" in text
     assert "| sensitivity at least 0.8 | pneumonia |" in text
     assert "Test (90 % interval)" in text

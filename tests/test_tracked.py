@@ -18,7 +18,7 @@ FORBIDDEN = {
     "an address with a password": r"\b[a-z+0-9]+://[^\s:/@{}$<>\"'()]+:(?!\$|\{)[^\s/@{}$<>\"'()]{6,}@",
 }
 MADE_UP = ("/home/fadeformer", "/home/prefect", "/home/mlflow")  # of the users that images have
-OF_TESTS = re.compile(r"//me:secret@")  # such as a test shows to a server
+OF_TESTS = re.compile(r"//\w+:secret@")  # such as a test shows to a server
 
 
 def tracked() -> dict[Path, str]:
