@@ -104,6 +104,15 @@ def run_in_store() -> mlflow.entities.Run:
     return found
 
 
+def test_a_run_is_called_what_started_it(store, monkeypatch):
+    monkeypatch.setenv("DVC_EXP_NAME", "puffy-daks")
+    monkeypatch.setenv("MLFLOW_RUN_NAME", "first")
+    book = begun(epochs=1)
+    assert book.deliver()
+    book.close("FINISHED")
+    assert MlflowClient().get_run(book.run_id).info.run_name == "first"
+
+
 def test_a_run_has_what_a_run_of_the_pipeline_leaves(store):
     book = begun(epochs=2)
     assert book.run_id is None
@@ -117,6 +126,7 @@ def test_a_run_has_what_a_run_of_the_pipeline_leaves(store):
         "dataset.name": "dots", "dataset.size": "16", "dataset.sha256": "ab" * 32, "dataset.note": "made up",
         "dataset.split": "published", "git.revision": "not a git repository", "dvc.lock": "not run by DVC",
         "mlflow.user": ours.info.user_id, "mlflow.source.type": "LOCAL",
+        "mlflow.source.name": "python -m pipelines train",
     }.items()  # fmt: skip
     assert ours.info.user_id != "unknown"
     (dataset,) = ours.inputs.dataset_inputs
