@@ -15,7 +15,7 @@ for _name, _value in {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
-    "MLFLOW_ENABLE_PROXY_MULTIPART_DOWNLOAD": "false",  # files go through MLflow's server, as the object store behind it
+    "MLFLOW_ENABLE_PROXY_MULTIPART_DOWNLOAD": "false",  # files go through MLflow's server: its object store
     "MLFLOW_ENABLE_PROXY_MULTIPART_UPLOAD": "false",  # may be reached by nobody else
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "ORT_DISABLE_TELEMETRY": "1",  # else onnxruntime puts an identity of this machine into the home
