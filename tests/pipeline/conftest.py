@@ -1,5 +1,6 @@
 """The cluster, for whichever tests ask for it first: one for each process that pytest runs."""
 
+import os
 from collections.abc import Iterator
 
 import pytest
@@ -12,7 +13,12 @@ from tests.pipeline.cluster import Cluster
 
 @pytest.fixture(scope="session")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    """A deployment that runs, of a project with small params.yaml; skipped without PostgreSQL."""
+    """A deployment that runs, of a project with small params.yaml; skipped without PostgreSQL, and where nobody asks.
+
+    Its six runs and two outages take a slow machine of two cores a quarter of an hour.
+    """
+    if os.environ.get("FADEFORMER_CLUSTER") != "required":
+        pytest.skip("takes a quarter of an hour; FADEFORMER_CLUSTER=required runs it")
     postgresql.require()
     project = clone(tmp_path_factory.mktemp("cluster"))
     project.change(**SMALL)
