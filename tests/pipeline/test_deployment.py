@@ -1,5 +1,6 @@
 """Deployments: a Prefect server and process workers run the pipeline, in copies and in the user's folder."""
 
+import csv
 import json
 import os
 import socket
@@ -284,6 +285,29 @@ def test_a_grid_runs_each_combination_and_shows_a_table(project, finished, addre
     assert all("(" in row["test AUC"] and row["decision"].startswith("fadenet-phantom version") for row in rows)
 
 
+@pytest.mark.timeout(1500)
+def test_a_run_whose_worker_is_killed_goes_on_from_its_checkpoint_on_another(project, finished, started, address):
+    long = json.dumps({"epochs": 20, "early_stopping_patience": 20})
+    options = ("--param", f"train={long}", "--flow-run-name", "long")
+    project.run("prefect", "deployment", "run", "pipeline/train", *options, PREFECT_API_URL=address)
+    log = project.folder.parent / "worker.log"
+    soon(lambda: "epoch   3/20" in log.read_text(), 300)
+    for process in workers(project):
+        for one in (process, *process.children(recursive=True)):
+            one.kill()
+    log = started("prefect", "worker", "start", "--pool", "local")
+    soon(lambda: run_named(address, "long")["state_type"] == "COMPLETED", 900)
+    printed = log.read_text()
+    assert "going on with the training that was begun" in printed
+    assert "epoch   2/20" not in printed
+    assert "epoch  20/20" in printed
+    assert run_named(address, "long")["run_count"] == 2
+    runs = [json.loads(line)["run_id"] for line in history(project)]
+    assert runs.count(runs[-1]) == 1
+    kept = project.run("git", "show", f"{commit_of(project, left(project, 'long'))}:models/history.csv")
+    assert [row["epoch"] for row in csv.DictReader(kept.splitlines())] == [str(epoch) for epoch in range(1, 21)]
+
+
 def test_a_grid_that_is_cancelled_cancels_its_runs(project, finished, address):
     endless = json.dumps({"train.epochs": 10**6, "train.early_stopping_patience": 10**6})
     options = ("--param", 'vary={"seed": [11, 12, 13]}', "--param", f"fixed={endless}", "--flow-run-name", "given up")
@@ -324,6 +348,14 @@ def test_a_browser_shows_card_and_aliases_of_a_version(mlflow, project, tab):
     assert tab.get_by_text("Not a medical device").first.is_visible()
     assert tab.get_by_text("champion").first.is_visible()
     shown(tab, "mlflow-version")
+
+
+def workers(project: Project) -> list[psutil.Process]:
+    return [
+        process
+        for process in psutil.process_iter(["cmdline", "cwd"])
+        if process.info["cwd"] == str(project.folder) and {"worker", "start"} <= set(process.info["cmdline"] or ())
+    ]
 
 
 def history(project: Project) -> list[str]:
