@@ -10,10 +10,6 @@ from pipelines import beside, orchestrator, stage
 STAGES = ("download", "validate", "preprocess", "train", "evaluate", "promote")
 FLOWS = ("train", "evaluate")
 BEFORE = "preprocess"  # where it has run, a flow follows
-BESIDE = {
-    "validate": "pipelines.expectations",
-    "evaluate": "pipelines.network",
-}  # module of which a stage has a process beside its own
 
 
 def main() -> None:
@@ -27,8 +23,8 @@ def main() -> None:
 
 def load_and_run(name: str) -> str:
     """Runs a stage and gives its summary."""
-    if name in BESIDE:
-        beside.start(BESIDE[name])
+    if name in beside.OF_STAGE:
+        beside.start(beside.OF_STAGE[name])
     if name in FLOWS:
         orchestrator.start(last=name == FLOWS[-1])
     elif name == BEFORE:

@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from fadeformer.errors import UserError
 
+OF_STAGE = {"evaluate": "pipelines.network"}  # the module that a stage has a process beside its own for
 _started: dict[str, Beside] = {}
 
 

@@ -30,7 +30,9 @@ from pipelines.drawing import Drawing
 from pipelines.orchestrator import orchestrated
 
 GALLERY = 12  # images
-NETWORK = "pipelines.network"  # the process that has torch loaded; this one loads Prefect, MLflow and matplotlib
+NETWORK = beside.OF_STAGE[
+    "evaluate"
+]  # the process that has torch loaded; this one loads Prefect, MLflow and matplotlib
 
 
 @task(name="predict", persist_result=False)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from ruamel.yaml import YAML
 
-from pipelines import paths
+from pipelines import beside, paths
 from pipelines.__main__ import STAGES
 
 ROOT = Path(__file__).parents[1]
@@ -51,8 +51,6 @@ def sources_of(module: str) -> set[str]:
                 names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
             elif isinstance(node, ast.Constant) and str(node.value).endswith(".py"):  # a file handed to MLflow by name
                 names = [f"pipelines.{str(node.value).removesuffix('.py')}"]
-            elif isinstance(node, ast.Constant) and str(node.value).startswith("pipelines."):  # for a process beside
-                names = [str(node.value)]
             elif isinstance(node, ast.Constant) and node.value in PACKAGE_DATA:
                 found |= page(str(node.value))
             todo += [imported for imported in names if imported.split(".")[0] in LOCAL and is_module(imported)]
@@ -99,7 +97,13 @@ def test_command_runs_the_stage_of_that_name(stage):
 @pytest.mark.parametrize("stage", STAGES)
 def test_sources_are_those_that_the_stage_imports(stage):
     listed = {dep for dep in DVC["stages"][stage]["deps"] if dep.startswith(LOCAL)}
-    assert listed == sources_of(f"pipelines.{stage}") - NO_INFLUENCE.keys()
+    modules = [f"pipelines.{stage}", *filter(None, [beside.OF_STAGE.get(stage)])]  # the latter in a process of its own
+    assert listed == set().union(*map(sources_of, modules)) - NO_INFLUENCE.keys()
+
+
+def test_a_process_beside_is_begun_for_those_stages_alone_that_use_it():
+    using = [stage for stage in STAGES if "beside" in (ROOT / "pipelines" / f"{stage}.py").read_text()]
+    assert list(beside.OF_STAGE) == using
 
 
 @pytest.mark.parametrize("stage", STAGES)

@@ -17,7 +17,7 @@ FORBIDDEN = {
     "a signed token": r"\beyJ[\w-]{10,}\.eyJ[\w-]{10,}\.[\w-]{10,}",
     "an address with a password": r"\b[a-z+0-9]+://[^\s:/@{}$<>\"'()]+:(?!\$|\{)[^\s/@{}$<>\"'()]{6,}@",
 }
-MADE_UP = ("/home/fadeformer", "/home/prefect", "/home/mlflow")  # of the users that images have
+OF_IMAGES = ("fadeformer", "prefect", "mlflow")  # users, whose homes are in images alone
 OF_TESTS = re.compile(r"//\w+:secret@")  # such as a test shows to a server
 
 
@@ -38,7 +38,7 @@ def offending(texts: dict[Path, str]) -> list[str]:
                 found += [
                     f"{path}:{number}: {what}: {match[0]}"
                     for match in re.finditer(pattern, line)
-                    if not match[0].startswith(MADE_UP) and not OF_TESTS.search(match[0])
+                    if not match[0].endswith(OF_IMAGES) and not OF_TESTS.search(match[0])
                 ]
     return found
 
@@ -46,20 +46,19 @@ def offending(texts: dict[Path, str]) -> list[str]:
 def test_no_tracked_file_holds_a_secret_or_a_path_of_a_machine():
     texts = tracked()
     assert len(texts) > 200
-    del texts[Path("tests/test_tracked.py")]
     assert offending(texts) == []
 
 
 @pytest.mark.parametrize(
-    "line",
+    "line",  # with a bar, so that the search does not find this file
     [
-        "data: /home/anna/scans", "open('/Users/anna/x.png')", "see /root/project", r"C:\Users\anna",
-        "-----BEGIN RSA PRIVATE KEY-----", "key = AKIAIOSFODNN7EXAMPLE", f"ghp_{'a1' * 18}", f"hf_{'aB' * 17}",
-        "xoxb-1234567890-abc", f"eyJ{'a' * 12}.eyJ{'b' * 12}.{'c' * 12}", "postgresql://me:hunter2222@db/mlflow",
+        "data: /ho|me/anna/scans", "open('/Us|ers/anna/x.png')", "see /ro|ot/project", r"C:\Us|ers\anna",
+        "-----BEGIN RSA| PRIVATE KEY-----", "key = AKIA|IOSFODNN7EXAMPLE", f"ghp_{'a1' * 18}", f"hf_{'aB' * 17}",
+        "xoxb-|1234567890-abc", f"eyJ{'a' * 12}.eyJ{'b' * 12}.{'c' * 12}", "postgresql:|//me:hunter2222@db/mlflow",
     ],
 )  # fmt: skip
 def test_the_search_finds_what_it_is_for(line):
-    assert len(offending({Path("a.txt"): line})) == 1
+    assert len(offending({Path("a.txt"): line.replace("|", "")})) == 1
 
 
 @pytest.mark.parametrize(

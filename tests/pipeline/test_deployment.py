@@ -320,8 +320,10 @@ def test_a_grid_that_is_cancelled_cancels_its_runs(project, finished, address):
     soon(lambda: states() == ["RUNNING", "RUNNING", "SCHEDULED"])  # two at a time
     run = run_named(address, "given up")["id"]
     project.run("prefect", "--no-prompt", "flow-run", "cancel", run, PREFECT_API_URL=address)
-    soon(lambda: states() == ["CANCELLED"] * 3)
-    soon(lambda: run_named(address, "given up")["state_type"] == "CANCELLED")
+    soon(lambda: not {"RUNNING", "SCHEDULED", "PENDING", "CANCELLING"} & set(states()))
+    assert states() == ["CANCELLED"] * 3
+    soon(lambda: run_named(address, "given up")["state_type"] != "CANCELLING")
+    assert run_named(address, "given up")["state_type"] == "CANCELLED"
 
 
 def test_a_browser_lists_runs_and_compares_two_with_charts(mlflow, address, tab):
