@@ -18,6 +18,7 @@ from urllib.parse import urlsplit
 import credentials
 
 PATIENCE = 60.0  # seconds until the object store must answer
+KNOWN = 60  # seconds in which a name and password that were right are not checked again
 PERMISSIONS = ("READ", "USE", "EDIT", "MANAGE", "NO_PERMISSIONS")  # on what somebody else has made
 
 
@@ -65,6 +66,7 @@ def _write_settings(store: str) -> Path:
         "database_uri": store.replace("%", "%%"),  # it is read with interpolation
         "admin_username": "admin",
         "authorization_function": "mlflow.server.auth:authenticate_request_basic_auth",
+        "auth_cache_ttl_seconds": str(KNOWN),  # else it hashes the password of each call several times: 0.2 s each
     }
     path = Path(tempfile.mkdtemp(prefix="mlflow.")) / "basic_auth.ini"
     with path.open("w", encoding="utf-8") as file:

@@ -16,6 +16,7 @@ COMMANDS = {  # module of pipelines.commands: what it does
     "promote": "judge a model again, promote it by force, or take a champion back",
     "registry": "what was decided about models",
     "serve": "a model over HTTP, with limits for requests from strangers",
+    "sweep": "search the values of params.yaml that train best",
 }
 
 

@@ -7,9 +7,10 @@ experiment; in the user's own folder params.yaml is afterwards what it was.
 from __future__ import annotations
 
 import itertools
+import os
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Annotated, Any
@@ -30,7 +31,7 @@ from fadeformer import params
 from fadeformer.errors import UserError
 from pipelines import overrides, paths, run_artifacts, working_copy
 from pipelines.__main__ import STAGES
-from pipelines.reproducing import keep, pull, reproduce
+from pipelines.reproducing import keep, note_trial, pull, reproduce
 
 PROMOTING = "fadeformer-promote"  # Prefect's concurrency limit that keeps promotions on several machines apart
 LOOK = 2.0  # seconds between two looks at a run that is waited for
@@ -158,6 +159,22 @@ def _ended(client: SyncPrefectClient, run: UUID) -> State[Any]:
     return state
 
 
+@flow(name="trial", persist_result=False, log_prints=True)
+def trial(changes: dict[str, Any], parent: str, number: int, hours: Hours | None = None) -> None:
+    """One trial of a sweep: from download to training, so that the images of test judge none of them.
+
+    Args:
+        changes: to params.yaml, by section.
+        parent: MLflow run of the sweep.
+        number: of the trial.
+        hours: that a stage may take.
+    """
+    from pipelines.tracking import PLACE  # takes a while to import
+
+    os.environ[PLACE] = f"{parent}/{number}"
+    _run(STAGES[: STAGES.index("train") + 1], changes, hours, end=lambda: note_trial(parent, number))
+
+
 @flow(name="drift", persist_result=False, log_prints=True)
 def drift(images: list[str], model: str, out: str = "reports/drift", most: int = 5000) -> State[None]:
     """Whether new images are like those that a model was made with; the run fails where they are not.
@@ -175,15 +192,21 @@ def drift(images: list[str], model: str, out: str = "reports/drift", most: int =
     return Failed(message=ended.summary) if ended.status else Completed(message=ended.summary)
 
 
-def _run(stages: tuple[str, ...], changes: Mapping[str, Any], hours: float | None, of: str | None = None) -> None:
-    """Brings stages up to date, of which promote is the last, and shows what they found."""
+def _run(
+    stages: Sequence[str], changes: Mapping[str, Any], hours: float | None, of: str | None = None,
+    end: Callable[[], object] | None = None,
+) -> None:  # fmt: skip
+    """Brings stages up to date and shows what they found; `end` is done in the same folder."""
     with _workspace(changes, of):
         for stage in stages:
             with _alone() if stage == "promote" and working_copy.here() else nullcontext():
                 reproduce(stage, hours)
         if "evaluate" in stages:
             run_artifacts.show_numbers()
-        run_artifacts.show_verdict()
+        if "promote" in stages:
+            run_artifacts.show_verdict()
+        if end:
+            end()
 
 
 @contextmanager
@@ -195,15 +218,16 @@ def _workspace(changes: Mapping[str, Any], of: str | None = None) -> Iterator[No
         with FileLock(".prefect/pipeline.lock"), overrides.applied(paths.PARAMS, changes):  # one run in a folder
             yield
         return
-    if of is not None:
-        working_copy.go_to(of)
-    overrides.apply(paths.PARAMS, changes)
-    pull()
-    yield
-    name = keep(f"{flow_run.name}-{str(flow_run.id)[:8]}")
-    run_artifacts.show_experiment(name, working_copy.repository())
-    run_artifacts.show_links()
-    working_copy.end()
+    with working_copy.alone():
+        if of is not None:
+            working_copy.go_to(of)
+        overrides.apply(paths.PARAMS, changes)
+        pull()
+        yield
+        name = keep(f"{flow_run.name}-{str(flow_run.id)[:8]}")
+        run_artifacts.show_experiment(name, working_copy.repository())
+        run_artifacts.show_links()
+        working_copy.end()
 
 
 @contextmanager

@@ -67,7 +67,8 @@ def show_links() -> None:
         return
     page = RUN_PAGE.format(server=server, experiment=tracking.experiment_of(run), run=run)
     create_link_artifact(page, key="mlflow-run", link_text="MLflow run", description=f"MLflow run {run}")
-    create_link_artifact(f"{page}/artifacts/{paths.REPORT.name}", key="report", link_text="Report")
+    if paths.REPORT.is_file():  # a trial of a sweep has none
+        create_link_artifact(f"{page}/artifacts/{paths.REPORT.name}", key="report", link_text="Report")
 
 
 def show_experiment(name: str, repository: str) -> None:

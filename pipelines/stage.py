@@ -86,6 +86,7 @@ def run(name: str, main: Callable[[], str | Ended]) -> None:
         _exit(f"{name}: interrupted", 128 + signal.SIGINT)
     finally:
         gc.freeze()  # else the interpreter searches every object of torch, Prefect and MLflow before it exits: 2 s
+        _exit_in_time(sys.exception(), status)
     if status:
         sys.exit(status)
 
@@ -93,6 +94,18 @@ def run(name: str, main: Callable[[], str | Ended]) -> None:
 def _exit(message: str, status: int = 1) -> NoReturn:
     print(f"\n{message}", file=sys.stderr)
     sys.exit(status)
+
+
+def _exit_in_time(error: BaseException | None, status: int) -> None:
+    """Sees to it that the process exits: there Prefect waits for ever to tell something to a server that is gone."""
+    code = error.code if isinstance(error, SystemExit) else 1 if error else status
+
+    def begin() -> None:
+        last_resort = threading.Timer(LAST, os._exit, [code])
+        last_resort.daemon = True
+        last_resort.start()
+
+    threading._register_atexit(begin)  # before what Prefect has registered so, and not where more comes after a stage
 
 
 def _nobody_reads() -> bool:

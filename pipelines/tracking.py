@@ -19,7 +19,7 @@ from mlflow.data.meta_dataset import MetaDataset
 from mlflow.entities import DatasetInput, InputTag, Metric, Param, RunTag
 from mlflow.exceptions import MlflowException
 from mlflow.tracking.context.registry import resolve_tags
-from mlflow.utils.mlflow_tags import MLFLOW_DATASET_CONTEXT, MLFLOW_RUN_NAME, MLFLOW_SOURCE_NAME
+from mlflow.utils.mlflow_tags import MLFLOW_DATASET_CONTEXT, MLFLOW_PARENT_RUN_ID, MLFLOW_RUN_NAME, MLFLOW_SOURCE_NAME
 from ruamel.yaml import YAML
 
 from fadeformer.arrays import Meta
@@ -32,6 +32,8 @@ AT_ONCE = 1000  # metrics in one call, as many as MLflow takes
 SOURCE = "python -m pipelines train"
 MODEL = "model"  # name of the logged model in its run
 IDENTITY = "fadeformer.training"  # tag with the name that a training gave itself before it had a run
+SWEEP, TRIAL, SAME_AS = "fadeformer.sweep", "fadeformer.trial", "fadeformer.same_as"  # tags: name, number, another run
+PLACE = "FADEFORMER_TRIAL"  # what a trial's stages are told: the sweep's run and the trial's number
 
 
 @contextmanager
@@ -117,6 +119,7 @@ def describe(meta: Meta) -> dict[str, str]:
             "dataset.split": meta.split,
             MLFLOW_SOURCE_NAME: SOURCE,  # else the path of this program on this machine
             **_given_name(),
+            **_trial(),
             **_code_identity(),
             **_lock_identity(),
         }
@@ -164,6 +167,70 @@ def logged(run_id: str, wanted: Collection[tuple[str, int]]) -> set[tuple[str, i
     return {(name, step) for name, step in wanted if (name, step) in have or (step == 0 and name in known)}
 
 
+@told()
+def open_sweep(name: str, described: Mapping[str, str]) -> str:
+    """The id of a sweep's run, which is made where there is none; raises Unreachable.
+
+    Args:
+        name: of the sweep.
+        described: the run's parameters.
+    """
+    experiment, client = connect(), MlflowClient()
+    for run in client.search_runs([experiment], f"tags.`{SWEEP}` = '{name}'", order_by=["start_time"]):
+        client.update_run(run.info.run_id, "RUNNING")
+        return run.info.run_id
+    tags = resolve_tags({SWEEP: name, MLFLOW_RUN_NAME: name, MLFLOW_SOURCE_NAME: "fadeformer sweep"})
+    run_id = client.create_run(experiment, tags=tags).info.run_id
+    client.log_batch(run_id, params=[Param(key, value) for key, value in described.items()])
+    return run_id
+
+
+@told()
+def close_sweep(run_id: str, metric: str, best: float, params: Mapping[str, Any], trials: pd.DataFrame) -> None:
+    """Leaves in a sweep's run its best trial and the table of all, and marks it as finished; raises Unreachable."""
+    client = MlflowClient()
+    client.log_metric(run_id, f"best.{metric}", best, step=len(trials))
+    for key, value in params.items():
+        client.set_tag(run_id, f"best.{key}", str(value))
+    client.log_text(run_id, trials.to_csv(index=False), "trials.csv")
+    client.set_terminated(run_id)
+
+
+@told()
+def trial_values(parent: str, number: int, metric: str) -> dict[int, float]:
+    """A metric of a trial by epoch, none while it has no run; raises Unreachable."""
+    run = _trial_run(parent, number)
+    points = MlflowClient().get_metric_history(run, metric) if run else []
+    return {point.step: point.value for point in points}
+
+
+@told()
+def nest(parent: str, number: int, run_id: str) -> None:
+    """Makes a training's run that of a trial, or where it is not one a copy of its parameters and metrics.
+
+    DVC takes a training that was made before from its cache, and its run may belong to another sweep or to none.
+    """
+    connect()
+    if _trial_run(parent, number):
+        return
+    client = MlflowClient()
+    same = client.get_run(run_id)
+    tags = resolve_tags({SAME_AS: run_id, **_given_name(), **_trial(), MLFLOW_SOURCE_NAME: SOURCE})
+    copy = client.create_run(same.info.experiment_id, tags=tags).info.run_id
+    client.log_batch(copy, params=[Param(key, value) for key, value in same.data.params.items()])
+    points = [point for name in same.data.metrics for point in client.get_metric_history(run_id, name)]
+    log_points(copy, [(point.key, point.value, point.timestamp, point.step) for point in points])
+    client.set_terminated(copy)
+
+
+def _trial_run(parent: str, number: int) -> str | None:
+    """The run of a trial, if it has one yet."""
+    experiment = MlflowClient().get_run(parent).info.experiment_id
+    wanted = f"tags.`{MLFLOW_PARENT_RUN_ID}` = '{parent}' and tags.`{TRIAL}` = '{number}'"
+    found = MlflowClient().search_runs([experiment], wanted, order_by=["start_time"], max_results=1)
+    return found[0].info.run_id if found else None
+
+
 def log_settings(section: str, settings: Mapping[str, Any]) -> None:
     """Tags the run with a section of params.yaml as it is now, which may differ from when the model was trained."""
     mlflow.set_tags({f"{section}.{name}": str(value) for name, value in settings.items()})
@@ -201,6 +268,12 @@ def _given_name() -> dict[str, str]:
     """What whoever started this called it: a deployment run, or a DVC experiment; else MLflow makes up a name."""
     name = os.environ.get("MLFLOW_RUN_NAME") or os.environ.get("DVC_EXP_NAME")
     return {MLFLOW_RUN_NAME: name} if name else {}
+
+
+def _trial() -> dict[str, str]:
+    """To which sweep's run a training belongs, and as which trial; none where it is not of a sweep."""
+    parent, _, number = os.environ.get(PLACE, "").partition("/")
+    return {MLFLOW_PARENT_RUN_ID: parent, TRIAL: number} if parent else {}
 
 
 def _code_identity() -> dict[str, str]:

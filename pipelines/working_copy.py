@@ -13,14 +13,17 @@ import re
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 from fadeformer.errors import PassingError, UserError
 from fadeformer.files import read_json, write_json
 from pipelines.store import COPY, RUNS
 
+LOCK = Path(".cache/alone.lock")  # in a copy, of the process that works there
 ENDED = Path(".cache/ended")  # in a copy whose run has ended well: the next one removes it
 MOST = 5  # starts of one run, each but the first after a crash
 PASSWORD = re.compile(r"://[^/@]*:[^/@]*@")
@@ -74,6 +77,21 @@ def make(repository: str, revision: str, name: str) -> Path:
             finally:
                 shutil.rmtree(begun, ignore_errors=True)
     return copy
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """No other process works in the copy meanwhile: one whose heartbeats were lost is taken for dead, and may live."""
+    lock = FileLock(LOCK)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        print("this run was begun before and still works; what it leaves undone is done here, once it has ended")
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def here() -> bool:

@@ -55,6 +55,7 @@ ELSEWHERE = {
     "fadeformer serve models:/fadenet-phantom@champion --port 5001": "tests/test_commands.py",
     "fadeformer export models:/fadenet-phantom@champion --format onnx --out champion.onnx": "tests/test_commands.py",
     "fadeformer drift data/own/scans --model models:/fadenet-phantom@champion": DEPLOYMENT,
+    "fadeformer sweep rates.yaml": "tests/pipeline/test_sweep.py",
     "prefect server start": DEPLOYMENT,
     "export PREFECT_API_URL=http://127.0.0.1:4200/api": DEPLOYMENT,
     "make deploy": DEPLOYMENT,

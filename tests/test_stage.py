@@ -216,6 +216,16 @@ def test_a_stage_that_waits_for_something_else_at_its_end_is_ended_all_the_same(
     assert dvc.communicate(timeout=60)[0] == "a damaged image\n"  # SIGTERM came, and did not end it
 
 
+@pytest.mark.parametrize(("main", "status"), [("lambda: stage.Ended('done', 3)", 3), ("lambda: 1 / 0", 1)])
+def test_a_program_that_is_kept_from_its_exit_exits_all_the_same(tmp_path, main, status):
+    """As Prefect keeps it, which at the exit has events to send to a server that is gone."""
+    hangs = "import threading, time\nfrom pipelines import stage\nthreading._register_atexit(time.sleep, 600)\n"
+    (tmp_path / "stage.py").write_text(f"{hangs}stage.LAST = 0.5\nstage.run('download', {main})\n")
+    process = started(tmp_path, "stage.py")
+    process.communicate(timeout=60)
+    assert process.returncode == status
+
+
 @pytest.mark.parametrize("arguments", [[], ["trian"], ["train", "now"]])
 def test_an_unknown_stage_is_told(arguments):
     done = subprocess.run([sys.executable, "-m", "pipelines", *arguments], capture_output=True, text=True, check=False)

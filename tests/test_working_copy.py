@@ -2,7 +2,10 @@
 
 import shutil
 import subprocess
+import threading
+import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -72,6 +75,25 @@ def test_a_copy_is_at_its_commit_and_belongs_to_the_project(copy, repository):
 def test_a_run_that_is_started_again_finds_what_it_left(copy):
     (copy("again") / "half.txt").write_text("begun")
     assert (copy("again") / "half.txt").read_text() == "begun"
+
+
+def test_one_process_at_a_time_works_in_a_copy(copy, capsys):
+    copy("lost")
+    ended = threading.Event()
+
+    def second() -> bool:
+        with working_copy.alone():
+            return ended.is_set()
+
+    with ThreadPoolExecutor(1) as other:
+        with working_copy.alone():
+            found = other.submit(second)
+            printed = ""
+            while "this run was begun before and still works" not in printed:
+                printed += capsys.readouterr().out
+                time.sleep(0.05)
+            ended.set()
+        assert found.result(60)
 
 
 def test_a_copy_goes_once_its_run_has_ended_well_and_another_begins(copy, repository):

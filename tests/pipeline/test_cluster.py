@@ -209,9 +209,9 @@ def test_a_person_gets_an_experiment_with_its_results(cluster, happened):
     (name,) = [
         one for one in cluster.run("dvc", "exp", "list", "origin", "--name-only").split() if one.startswith(LONG)
     ]
-    cluster.run("dvc", "exp", "pull", "origin", name, "--no-cache")
-    cluster.run("dvc", "exp", "apply", name)
-    cluster.project.run("dvc", "pull", **cluster.environment, **cluster.keys[RESULTS])
+    environment = {**cluster.environment, **cluster.keys[RESULTS]}
+    cluster.project.run("dvc", "exp", "pull", "origin", name, **environment)  # as the page of the run says
+    cluster.project.run("dvc", "exp", "apply", name)
     with (cluster.project.folder / "models" / "history.csv").open() as file:
         assert [row["epoch"] for row in csv.DictReader(file)] == [str(epoch) for epoch in range(1, 21)]
 

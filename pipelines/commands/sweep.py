@@ -1,0 +1,114 @@
+"""`fadeformer sweep`: search the values of params.yaml that train best, judged by val alone."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import optuna
+from filelock import FileLock, Timeout
+from optuna.trial import TrialState
+from prefect.settings import PREFECT_API_URL, temporary_settings
+
+from fadeformer import params
+from fadeformer.errors import UserError
+from pipelines import local_worker, orchestrator, paths, space, store, sweeping, tracking
+from pipelines.space import Sweep
+from pipelines.trials import PrefectTrials, experiment
+
+FOLDER = Path("mlruns/sweeps")
+LOG = Path(".prefect/worker.log")
+EVALUATE = "evaluation/evaluate"  # the deployment
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Which values."""
+    parser.add_argument("space", type=Path, metavar="SPACE.yaml", help="what to vary; docs/sweeps.md")
+
+
+def run(arguments: argparse.Namespace) -> str:
+    """Searches, from wherever an earlier search of that name has come to."""
+    present = params.load(paths.PARAMS)
+    plan = space.load(arguments.space, present)
+    folder = store.project() / FOLDER
+    study = sweeping.open_study(folder, plan)
+    try:
+        with FileLock(folder / f"{plan.name}.lock", timeout=0), _server(plan.at_once) as own:
+            return _search(plan, study, present, own)
+    except Timeout as error:
+        raise UserError(f"another `fadeformer sweep` works on {plan.name}") from error
+
+
+def _search(plan: Sweep, study: optuna.Study, present: params.Params, own: bool) -> str:
+    parent = tracking.open_sweep(plan.name, {f"space.{key}": str(of_key) for key, of_key in plan.space.items()})
+    trials = PrefectTrials(plan, present, parent)
+    running = [one.user_attrs.get(sweeping.RUN) for one in study.trials if one.state == TrialState.RUNNING]
+    if study.trials:
+        print(f"{plan.name}: {len(study.trials) - len(running)} trials have ended, {len(running)} go on")
+    for one in running if own else ():
+        if one:
+            trials.take_up(one)
+    try:
+        if own:
+            with local_worker.working(plan.at_once, LOG):
+                sweeping.search(plan, study, trials, _say)
+        else:
+            sweeping.search(plan, study, trials, _say)
+    except BaseException:
+        tracking.mark(parent, "KILLED")
+        raise
+    return _end(plan, study, parent, own)
+
+
+def _end(plan: Sweep, study: optuna.Study, parent: str, own: bool) -> str:
+    done = [one for one in study.trials if one.state == TrialState.COMPLETE]
+    if not done:
+        tracking.mark(parent, "FAILED")
+        raise UserError(f"none of the {len(study.trials)} trials of {plan.name} has ended well")
+    best, stopped = study.best_trial, sum(one.state == TrialState.PRUNED for one in study.trials)
+    value = float(study.best_value)
+    tracking.close_sweep(parent, plan.metric, value, best.params, study.trials_dataframe())
+    run = best.user_attrs.get(sweeping.RUN)
+    if run is None:  # the same as an earlier one, which was run
+        run = next(one.user_attrs[sweeping.RUN] for one in done if one.params == best.params)
+    kept = experiment(plan, best.number, run)
+    judged = f"dvc exp apply {kept} && dvc repro" if own else f"prefect deployment run {EVALUATE} --param of={kept}"
+    return (
+        f"{len(done)} of {len(study.trials)} trials ran to their end, {stopped} were stopped early; no image of test"
+        f" was looked at. The best is trial {best.number}: {plan.metric} {value:.4f} with"
+        f" {sweeping.described(best.params)}. `{judged}` evaluates and judges it"
+    )
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)
+
+
+@contextmanager
+def _server(at_once: int) -> Iterator[bool]:
+    """A Prefect server with the deployments; gives whether it is one of this command's own, which has no worker yet."""
+    if os.environ.get("PREFECT_API_URL"):
+        with orchestrator.orchestrated():
+            yield False
+        return
+    with orchestrator.orchestrated() as address, _in_environment("PREFECT_API_URL", address):
+        command = [sys.executable, "-m", "pipelines.deploy", "--at-once", str(at_once)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode != 0:
+            raise UserError(f"`{' '.join(command[1:])}` failed:\n{done.stderr.strip() or done.stdout.strip()}")
+        with temporary_settings({PREFECT_API_URL: address}):
+            yield True
+
+
+@contextmanager
+def _in_environment(name: str, value: str) -> Iterator[None]:
+    os.environ[name] = value
+    try:
+        yield
+    finally:
+        del os.environ[name]
