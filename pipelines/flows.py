@@ -197,7 +197,8 @@ def _run(
     end: Callable[[], object] | None = None,
 ) -> None:  # fmt: skip
     """Brings stages up to date and shows what they found; `end` is done in the same folder."""
-    with _workspace(changes, of):
+    known = STAGES[: STAGES.index(stages[-1]) + 1]  # those before were made here or by the run that `of` names
+    with _workspace(changes, known, of):
         for stage in stages:
             with _alone() if stage == "promote" and working_copy.here() else nullcontext():
                 reproduce(stage, hours)
@@ -210,8 +211,8 @@ def _run(
 
 
 @contextmanager
-def _workspace(changes: Mapping[str, Any], of: str | None = None) -> Iterator[None]:
-    """The folder in which a run works, params.yaml changed; a working copy is saved as an experiment at the end."""
+def _workspace(changes: Mapping[str, Any], stages: Sequence[str], of: str | None = None) -> Iterator[None]:
+    """The folder in which a run works, params.yaml changed; results of stages are saved as an experiment at the end."""
     if not working_copy.here():
         if of is not None:
             raise UserError(f"{of} is brought into a working copy; here `dvc exp apply {of}` and `dvc repro` do that")
@@ -224,7 +225,7 @@ def _workspace(changes: Mapping[str, Any], of: str | None = None) -> Iterator[No
         overrides.apply(paths.PARAMS, changes)
         pull()
         yield
-        name = keep(f"{flow_run.name}-{str(flow_run.id)[:8]}")
+        name = keep(f"{flow_run.name}-{str(flow_run.id)[:8]}", stages)
         run_artifacts.show_experiment(name, working_copy.repository())
         run_artifacts.show_links()
         working_copy.end()

@@ -58,7 +58,8 @@ class Sweep(Section):
 
     Attributes:
         name: of the sweep; else that of the file.
-        trials: all in all, those that are stopped early and those that fail among them.
+        trials: all in all, those that are stopped early and those that fail among them, but not those whose values
+            were tried before.
         at_once: trials that run side by side.
         metric: of val, whose best epoch is a trial's value.
         sampler: `tpe` learns from the trials before, `random` does not.

@@ -29,6 +29,7 @@ LOOK = 2.0  # seconds between two looks at the trials that run
 GRACE = 90.0  # seconds that trials have to end when the search does
 IN_A_ROW = 3  # trials that fail one after the other, after which the next would most likely fail too
 RUN, ATTEMPT, STOPPED, OUTSIDE = "run", "attempt", "stopped at epoch", "ended with the search"  # what a trial notes
+SAME = "same as trial"  # likewise
 ENDED = (TrialState.COMPLETE, TrialState.PRUNED)
 
 
@@ -100,7 +101,7 @@ def open_study(folder: Path, plan: Sweep) -> optuna.Study:
 
 
 def search(plan: Sweep, study: optuna.Study, carrier: Carrier, told: Callable[[str], None] = print) -> None:
-    """Runs trials until there are as many as wanted, from wherever the study is.
+    """Runs trials until there are as many as wanted, or as many repetitions; from wherever the study is.
 
     Args:
         plan: what SPACE.yaml says.
@@ -117,7 +118,9 @@ def search(plan: Sweep, study: optuna.Study, carrier: Carrier, told: Callable[[s
             running = [one for one in study.trials if one.state == TrialState.RUNNING]
             for one in running:
                 _attend(Trial(study, one._trial_id), one, plan, study, carrier, told)
-            if len(running) < plan.at_once and len(study.trials) < plan.trials:
+            repeated = sum(SAME in one.user_attrs for one in study.trials)
+            more = len(study.trials) - repeated < plan.trials and repeated < plan.trials
+            if more and len(running) < plan.at_once:
                 _begin(study, plan, distributions, carrier, told)
             elif not running:
                 return
@@ -142,6 +145,7 @@ def _begin(
     same = [one for one in study.trials[: trial.number] if one.params == trial.params and one.state in ENDED]
     if same:
         value = same[0].value if same[0].state == TrialState.COMPLETE else None
+        trial.set_user_attr(SAME, same[0].number)
         study.tell(trial.number, value, state=same[0].state)
         told(f"trial {trial.number}: {described(trial.params)} as trial {same[0].number}, which is not run again")
         return

@@ -13,7 +13,7 @@ import re
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -142,16 +142,17 @@ def pull() -> None:
         _transfer("dvc", "pull", "--run-cache", "--allow-missing")
 
 
-def keep(name: str) -> str:
+def keep(name: str, stages: Sequence[str] = ()) -> str:
     """Saves parameters and results as a DVC experiment, pushes it, and the results to DVC's remote if there is one.
 
     Args:
         name: of the experiment; one of that name is replaced.
+        stages: whose results there are; not given: those of all.
 
     Raises:
         PassingError: a remote does not answer.
     """
-    _run("dvc", "exp", "save", "--force", "--name", name)
+    _run("dvc", "exp", "save", "--force", "--name", name, *stages)
     if has_remote():
         _transfer("dvc", "push", "--run-cache")
     _transfer("dvc", "exp", "push", "--force", "--no-cache", "origin", name)

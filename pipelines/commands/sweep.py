@@ -66,20 +66,18 @@ def _search(plan: Sweep, study: optuna.Study, present: params.Params, own: bool)
 
 
 def _end(plan: Sweep, study: optuna.Study, parent: str, own: bool) -> str:
-    done = [one for one in study.trials if one.state == TrialState.COMPLETE]
+    made = [one for one in study.trials if sweeping.SAME not in one.user_attrs]
+    done = [one for one in made if one.state == TrialState.COMPLETE]
     if not done:
         tracking.mark(parent, "FAILED")
-        raise UserError(f"none of the {len(study.trials)} trials of {plan.name} has ended well")
-    best, stopped = study.best_trial, sum(one.state == TrialState.PRUNED for one in study.trials)
+        raise UserError(f"none of the {len(made)} trials of {plan.name} has ended well")
+    best, stopped = study.best_trial, sum(one.state == TrialState.PRUNED for one in made)
     value = float(study.best_value)
     tracking.close_sweep(parent, plan.metric, value, best.params, study.trials_dataframe())
-    run = best.user_attrs.get(sweeping.RUN)
-    if run is None:  # the same as an earlier one, which was run
-        run = next(one.user_attrs[sweeping.RUN] for one in done if one.params == best.params)
-    kept = experiment(plan, best.number, run)
+    kept = experiment(plan, best.number, best.user_attrs[sweeping.RUN])
     judged = f"dvc exp apply {kept} && dvc repro" if own else f"prefect deployment run {EVALUATE} --param of={kept}"
     return (
-        f"{len(done)} of {len(study.trials)} trials ran to their end, {stopped} were stopped early; no image of test"
+        f"{len(done)} of {len(made)} trials ran to their end, {stopped} were stopped early; no image of test"
         f" was looked at. The best is trial {best.number}: {plan.metric} {value:.4f} with"
         f" {sweeping.described(best.params)}. `{judged}` evaluates and judges it"
     )
