@@ -23,7 +23,8 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from fadeformer.errors import PassingError, UserError
-from pipelines.space import Range, Sweep
+from fadeformer.params import Params
+from pipelines.space import AFTER_TRAINING, Range, Sweep
 
 LOOK = 2.0  # seconds between two looks at the trials that run
 GRACE = 90.0  # seconds that trials have to end when the search does
@@ -69,15 +70,17 @@ class Carrier(Protocol):
         """Asks a run to end; one that has ended stays as it is."""
 
 
-def open_study(folder: Path, plan: Sweep) -> optuna.Study:
+def open_study(folder: Path, plan: Sweep, present: Params) -> optuna.Study:
     """The study of a sweep, which is made where there is none.
 
     Args:
         folder: of all sweeps.
         plan: this one.
+        present: params.yaml.
 
     Raises:
-        UserError: there is one of that name with another metric, or that varies other keys or values.
+        UserError: there is one of that name with another metric, that varies other keys or values, or whose trials were
+            made with another params.yaml: their values could not be compared.
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     folder.mkdir(parents=True, exist_ok=True)
@@ -86,12 +89,16 @@ def open_study(folder: Path, plan: Sweep) -> optuna.Study:
         storage=JournalStorage(JournalFileBackend(str(path))), study_name=plan.name, direction=plan.goal,
         load_if_exists=True,
     )  # fmt: skip
-    asks = {"metric": plan.metric, "fixed": plan.fixed, "space": plan.model_dump()["space"]}
+    varied = {*plan.space, *plan.fixed}
+    same = {
+        key: value for key, value in present.flat().items() if key not in varied and not key.startswith(AFTER_TRAINING)
+    }
+    asks = {"metric": plan.metric, "fixed": plan.fixed, "space": plan.model_dump()["space"], **same}
     known = study.user_attrs.get("asks")
     if known is None:
         study.set_user_attr("asks", asks)
     elif known != asks:
-        other = ", ".join(key for key in asks if known[key] != asks[key])
+        other = ", ".join(key for key in {**known, **asks} if known.get(key) != asks.get(key))
         raise UserError(
             f"the sweep {plan.name} was begun with another {other}; give this one another name:, or remove {path} to"
             " begin anew"

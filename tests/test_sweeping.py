@@ -91,9 +91,9 @@ def quiet(line: str) -> None:
     pass
 
 
-def test_as_many_trials_as_wanted_and_the_best_is_found(tmp_path, planned):
+def test_as_many_trials_as_wanted_and_the_best_is_found(tmp_path, wanted, planned):
     plan, runs, told = planned(), Pretended(), []
-    study = sweeping.open_study(tmp_path, plan)
+    study = sweeping.open_study(tmp_path, plan, wanted)
     sweeping.search(plan, study, runs, told.append)
     assert len(study.trials) == 12
     assert {one.state for one in study.trials} == {TrialState.COMPLETE, TrialState.PRUNED}
@@ -109,9 +109,9 @@ def test_as_many_trials_as_wanted_and_the_best_is_found(tmp_path, planned):
     assert sum(", the best so far" in line for line in told) >= 1
 
 
-def test_a_trial_below_the_median_is_stopped_after_its_warm_up(tmp_path, planned):
+def test_a_trial_below_the_median_is_stopped_after_its_warm_up(tmp_path, wanted, planned):
     plan, runs = planned(sampler="random", trials=20), Pretended()
-    study = sweeping.open_study(tmp_path, plan)
+    study = sweeping.open_study(tmp_path, plan, wanted)
     sweeping.search(plan, study, runs, quiet)
     pruned = [one for one in study.trials if one.state == TrialState.PRUNED]
     assert pruned
@@ -121,57 +121,57 @@ def test_a_trial_below_the_median_is_stopped_after_its_warm_up(tmp_path, planned
         assert max(one.intermediate_values) == one.user_attrs[sweeping.STOPPED] > plan.warmup_epochs
 
 
-def test_without_a_pruner_none_is_stopped(tmp_path, planned):
+def test_without_a_pruner_none_is_stopped(tmp_path, wanted, planned):
     plan, runs = planned(pruner="none", sampler="random"), Pretended()
-    study = sweeping.open_study(tmp_path, plan)
+    study = sweeping.open_study(tmp_path, plan, wanted)
     sweeping.search(plan, study, runs, quiet)
     assert runs.stopped == []
     assert {one.state for one in study.trials} == {TrialState.COMPLETE}
 
 
-def test_trials_run_side_by_side(tmp_path, planned):
+def test_trials_run_side_by_side(tmp_path, wanted, planned):
     plan, runs = planned(at_once=3), Pretended()
-    sweeping.search(plan, sweeping.open_study(tmp_path, plan), runs, quiet)
+    sweeping.search(plan, sweeping.open_study(tmp_path, plan, wanted), runs, quiet)
     assert runs.most == 3
 
 
-def test_what_is_proposed_does_not_depend_on_when_the_search_was_begun_again(tmp_path, planned):
+def test_what_is_proposed_does_not_depend_on_when_the_search_was_begun_again(tmp_path, wanted, planned):
     plan = planned()
-    whole, parts = sweeping.open_study(tmp_path / "whole", plan), Pretended()
+    whole, parts = sweeping.open_study(tmp_path / "whole", plan, wanted), Pretended()
     sweeping.search(plan, whole, Pretended(), quiet)
     for trials in (3, 7, 12):
         shorter = plan.model_copy(update={"trials": trials})
-        sweeping.search(shorter, sweeping.open_study(tmp_path / "parts", shorter), parts, quiet)
-    found = sweeping.open_study(tmp_path / "parts", plan)
+        sweeping.search(shorter, sweeping.open_study(tmp_path / "parts", shorter, wanted), parts, quiet)
+    found = sweeping.open_study(tmp_path / "parts", plan, wanted)
     assert [one.params for one in found.trials] == [one.params for one in whole.trials]
     assert [one.state for one in found.trials] == [one.state for one in whole.trials]
 
 
-def test_a_search_whose_server_goes_away_leaves_its_trials_and_finds_them(tmp_path, planned):
+def test_a_search_whose_server_goes_away_leaves_its_trials_and_finds_them(tmp_path, wanted, planned):
     plan, runs = planned(at_once=2), Pretended()
     runs.begin, begin = lambda *given: (setattr(runs, "away", len(runs.begun) >= 4), begin(*given))[1], runs.begin
     with pytest.raises(PassingError):
-        sweeping.search(plan, sweeping.open_study(tmp_path, plan), runs, quiet)
+        sweeping.search(plan, sweeping.open_study(tmp_path, plan, wanted), runs, quiet)
     assert runs.stopped == []
     runs.begin, runs.away = begin, False
-    study = sweeping.open_study(tmp_path, plan)
+    study = sweeping.open_study(tmp_path, plan, wanted)
     sweeping.search(plan, study, runs, quiet)
     assert len(study.trials) == 12
     assert {attempt for _, attempt in runs.begun} == {0}
 
 
-def test_a_search_killed_before_it_noted_a_run_begins_that_run_once(tmp_path, planned):
+def test_a_search_killed_before_it_noted_a_run_begins_that_run_once(tmp_path, wanted, planned):
     plan, runs = planned(), Pretended()
-    study = sweeping.open_study(tmp_path, plan)
+    study = sweeping.open_study(tmp_path, plan, wanted)
     trial = study.ask({key: sweeping._distribution(of_key) for key, of_key in plan.space.items()})
     runs.begin(trial.number, 0, {**plan.fixed, **trial.params})
-    study = sweeping.open_study(tmp_path, plan)
+    study = sweeping.open_study(tmp_path, plan, wanted)
     sweeping.search(plan, study, runs, quiet)
     assert len(runs.begun) == 12 == len(study.trials)
     assert all(one.state.is_finished() for one in study.trials)
 
 
-def test_ctrl_c_ends_the_trials_that_run_and_the_next_search_goes_on_with_them(tmp_path, planned):
+def test_ctrl_c_ends_the_trials_that_run_and_the_next_search_goes_on_with_them(tmp_path, wanted, planned):
     plan, runs = planned(at_once=2, pruner="none"), Pretended()
     look, looks = runs.look, []
 
@@ -183,9 +183,9 @@ def test_ctrl_c_ends_the_trials_that_run_and_the_next_search_goes_on_with_them(t
 
     runs.look = interrupted
     with pytest.raises(KeyboardInterrupt):
-        sweeping.search(plan, sweeping.open_study(tmp_path, plan), runs, quiet)
+        sweeping.search(plan, sweeping.open_study(tmp_path, plan, wanted), runs, quiet)
     assert sorted(runs.stopped) == [0, 1]
-    study, told = sweeping.open_study(tmp_path, plan), []
+    study, told = sweeping.open_study(tmp_path, plan, wanted), []
     sweeping.search(plan, study, runs, told.append)
     assert {one.state for one in study.trials} == {TrialState.COMPLETE}
     for number in (0, 1):
@@ -194,10 +194,10 @@ def test_ctrl_c_ends_the_trials_that_run_and_the_next_search_goes_on_with_them(t
     assert sorted(runs.begun) == sorted([(0, 1), (1, 1), *((number, 0) for number in range(12))])
 
 
-def test_failed_and_cancelled_trials_count_and_three_in_a_row_end_the_search(tmp_path, planned):
+def test_failed_and_cancelled_trials_count_and_three_in_a_row_end_the_search(tmp_path, wanted, planned):
     plan, runs = planned(), Pretended()
     runs.outcome = {1: State.FAILED, 3: State.CANCELLED}
-    study, told = sweeping.open_study(tmp_path, plan), []
+    study, told = sweeping.open_study(tmp_path, plan, wanted), []
     sweeping.search(plan, study, runs, told.append)
     assert [one.number for one in study.trials if one.state == TrialState.FAIL] == [1, 3]
     assert "trial 1: failed, out of memory" in told
@@ -207,17 +207,17 @@ def test_failed_and_cancelled_trials_count_and_three_in_a_row_end_the_search(tmp
     runs.outcome = dict.fromkeys(range(2, 12), State.FAILED)
     other = plan.model_copy(update={"name": "other"})
     with pytest.raises(UserError, match="3 trials in a row have failed, the last with: out of memory"):
-        sweeping.search(other, sweeping.open_study(tmp_path, other), runs, quiet)
+        sweeping.search(other, sweeping.open_study(tmp_path, other, wanted), runs, quiet)
     assert len(runs.begun) == 5
 
 
-def test_the_same_values_are_not_run_twice(tmp_path, planned):
+def test_the_same_values_are_not_run_twice(tmp_path, wanted, planned):
     plan, runs, told = (
         planned("trials: 6\nspace: {train.learning_rate: [0.001, 0.01]}\n", pruner="none"),
         Pretended(),
         [],
     )
-    study = sweeping.open_study(tmp_path, plan)
+    study = sweeping.open_study(tmp_path, plan, wanted)
     sweeping.search(plan, study, runs, told.append)
     assert len(runs.begun) == 2  # all that there are
     assert len(study.trials) == 8
@@ -225,29 +225,34 @@ def test_the_same_values_are_not_run_twice(tmp_path, planned):
     assert len({one.value for one in study.trials}) == 2
 
 
-def test_a_metric_that_is_undefined_in_every_epoch_is_no_value(tmp_path, planned):
+def test_a_metric_that_is_undefined_in_every_epoch_is_no_value(tmp_path, wanted, planned):
     plan, runs, told = planned(trials=2), Pretended(), []
     runs.look = lambda run, number: Look(State.COMPLETED, {1: float("nan")})
-    study = sweeping.open_study(tmp_path, plan)
+    study = sweeping.open_study(tmp_path, plan, wanted)
     sweeping.search(plan, study, runs, told.append)
     assert [one.state for one in study.trials] == [TrialState.FAIL] * 2
     assert "trial 0: failed, val_auc is not defined in any epoch" in told
 
 
-def test_the_smallest_loss_is_the_best(tmp_path, planned):
+def test_the_smallest_loss_is_the_best(tmp_path, wanted, planned):
     plan, runs = planned(metric="val_loss", trials=3, pruner="none"), Pretended()
-    study = sweeping.open_study(tmp_path, plan)
+    study = sweeping.open_study(tmp_path, plan, wanted)
     sweeping.search(plan, study, runs, quiet)
     assert study.best_value == min(one.value for one in study.trials)
     for one in study.trials:
         assert one.value == min(one.intermediate_values.values())
 
 
-def test_a_study_of_other_values_is_not_gone_on_with(tmp_path, planned):
-    sweeping.open_study(tmp_path, planned())
-    assert sweeping.open_study(tmp_path, planned(trials=30, at_once=4)).trials == []
+def test_a_study_of_other_values_is_not_gone_on_with(tmp_path, wanted, planned):
+    sweeping.open_study(tmp_path, planned(), wanted)
+    assert sweeping.open_study(tmp_path, planned(trials=30, at_once=4), wanted).trials == []
     with pytest.raises(UserError, match=r"sweep rates was begun with another fixed; .*name:, or remove .*rates\.jsonl"):
-        sweeping.open_study(tmp_path, planned(fixed={"train.epochs": 6}))
+        sweeping.open_study(tmp_path, planned(fixed={"train.epochs": 6}), wanted)
+    other = wanted.model_copy(update={"seed": 7})
+    with pytest.raises(UserError, match="was begun with another seed;"):
+        sweeping.open_study(tmp_path, planned(), other)
+    judged = wanted.model_copy(update={"promote": wanted.promote.model_copy(update={"margin": 0.5})})
+    sweeping.open_study(tmp_path, planned(), judged)  # which decides nothing of a trial
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import optuna
@@ -17,7 +17,7 @@ from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from fadeformer import params
 from fadeformer.errors import UserError
-from pipelines import local_worker, orchestrator, paths, space, store, sweeping, tracking
+from pipelines import local_worker, orchestrator, overrides, paths, space, store, sweeping, tracking
 from pipelines.space import Sweep
 from pipelines.trials import PrefectTrials, experiment
 
@@ -29,6 +29,7 @@ EVALUATE = "evaluation/evaluate"  # the deployment
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Which values."""
     parser.add_argument("space", type=Path, metavar="SPACE.yaml", help="what to vary; docs/sweeps.md")
+    parser.add_argument("--apply", action="store_true", help="write the best trial so far into params.yaml instead")
 
 
 def run(arguments: argparse.Namespace) -> str:
@@ -36,15 +37,27 @@ def run(arguments: argparse.Namespace) -> str:
     present = params.load(paths.PARAMS)
     plan = space.load(arguments.space, present)
     folder = store.project() / FOLDER
-    study = sweeping.open_study(folder, plan)
+    study = sweeping.open_study(folder, plan, present)
+    if arguments.apply:
+        return _apply(plan, study)
     try:
         with FileLock(folder / f"{plan.name}.lock", timeout=0), _server(plan.at_once) as own:
-            return _search(plan, study, present, own)
+            parent = _search(plan, study, present, own)
+            return _end(plan, study, parent, arguments.space if own else None)
     except Timeout as error:
         raise UserError(f"another `fadeformer sweep` works on {plan.name}") from error
 
 
+def _apply(plan: Sweep, study: optuna.Study) -> str:
+    if not any(one.state == TrialState.COMPLETE for one in study.trials):
+        raise UserError(f"no trial of {plan.name} has ended well yet; `fadeformer sweep` without --apply makes them")
+    best = study.best_trial
+    overrides.apply(paths.PARAMS, overrides.nested({**plan.fixed, **best.params}))
+    return f"{paths.PARAMS} has trial {best.number} of {plan.name}: {sweeping.described({**plan.fixed, **best.params})}"
+
+
 def _search(plan: Sweep, study: optuna.Study, present: params.Params, own: bool) -> str:
+    """Runs what is left of the trials, and gives the sweep's run in MLflow."""
     parent = tracking.open_sweep(plan.name, {f"space.{key}": str(of_key) for key, of_key in plan.space.items()})
     trials = PrefectTrials(plan, present, parent)
     running = [one.user_attrs.get(sweeping.RUN) for one in study.trials if one.state == TrialState.RUNNING]
@@ -60,12 +73,14 @@ def _search(plan: Sweep, study: optuna.Study, present: params.Params, own: bool)
         else:
             sweeping.search(plan, study, trials, _say)
     except BaseException:
-        tracking.mark(parent, "KILLED")
+        with suppress(store.Unreachable):
+            tracking.mark(parent, "KILLED")
         raise
-    return _end(plan, study, parent, own)
+    return parent
 
 
-def _end(plan: Sweep, study: optuna.Study, parent: str, own: bool) -> str:
+def _end(plan: Sweep, study: optuna.Study, parent: str, file: Path | None) -> str:
+    """Notes in MLflow what was found; tells it, and how the best is judged: in this folder by `file`, or by a run."""
     made = [one for one in study.trials if sweeping.SAME not in one.user_attrs]
     done = [one for one in made if one.state == TrialState.COMPLETE]
     if not done:
@@ -75,11 +90,16 @@ def _end(plan: Sweep, study: optuna.Study, parent: str, own: bool) -> str:
     value = float(study.best_value)
     tracking.close_sweep(parent, plan.metric, value, best.params, study.trials_dataframe())
     kept = experiment(plan, best.number, best.user_attrs[sweeping.RUN])
-    judged = f"dvc exp apply {kept} && dvc repro" if own else f"prefect deployment run {EVALUATE} --param of={kept}"
+    judged = (
+        f"`fadeformer sweep {file} --apply` writes it into {paths.PARAMS}, and `dvc repro` then evaluates and"
+        " judges it, without another training"
+        if file
+        else f"`prefect deployment run {EVALUATE} --param of={kept}` evaluates and judges it"
+    )
     return (
         f"{len(done)} of {len(made)} trials ran to their end, {stopped} were stopped early; no image of test"
         f" was looked at. The best is trial {best.number}: {plan.metric} {value:.4f} with"
-        f" {sweeping.described(best.params)}. `{judged}` evaluates and judges it"
+        f" {sweeping.described(best.params)}. {judged}"
     )
 
 
