@@ -98,8 +98,8 @@ def digest(parts: Mapping[str, Any]) -> str:
 
 
 def _near(path: Path) -> Path:
-    """A path as a person in the project's folder writes it."""
-    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+    """A path as a person in the project's folder writes it, also where a working copy tells of it."""
+    return path.relative_to(store.project()) if path.is_relative_to(store.project()) else path
 
 
 def _tell_of_others(root: Path, parts: Mapping[str, Any]) -> None:
