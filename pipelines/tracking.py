@@ -255,8 +255,9 @@ def flat(metrics: Mapping[str, Any]) -> dict[str, float]:
     }
 
 
+@told()
 def log_files(*paths: Path, under: str | None = None) -> None:
-    """Logs files, and the files of folders, as artifacts."""
+    """Logs files, and the files of folders, as artifacts; raises Unreachable."""
     for path in paths:
         if path.is_dir():
             mlflow.log_artifacts(str(path), under)

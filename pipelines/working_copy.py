@@ -153,9 +153,8 @@ def keep(name: str, stages: Sequence[str] = ()) -> str:
         PassingError: a remote does not answer.
     """
     _run("dvc", "exp", "save", "--force", "--name", name, *stages)
-    if has_remote():
-        _transfer("dvc", "push", "--run-cache")
-    _transfer("dvc", "exp", "push", "--force", "--no-cache", "origin", name)
+    results = ("--run-cache",) if has_remote() else ("--no-cache",)
+    _transfer("dvc", "exp", "push", "--force", *results, "origin", name)
     return name
 
 

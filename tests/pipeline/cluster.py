@@ -105,6 +105,7 @@ class Cluster:
             environment[variable] = str(place)
         environment["FADEFORMER_HOME"] = str(self.home)
         environment["PREFECT_CLIENT_RETRY_EXTRA_CODES"] = "500"  # as in docker/compose.yaml
+        environment["PREFECT_WORKER_QUERY_SECONDS"] = "2"  # between two looks for a run, else 10
         options = ("--pool", "local", "--name", name, "--work-queue", queue, "--limit", "1")
         self._begin(name, "prefect", "worker", "start", *options, folder=folder / "pwd", environment=environment)
 

@@ -15,10 +15,10 @@ from tests.pipeline.cluster import Cluster
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     """A deployment that runs, of a project with small params.yaml; skipped without PostgreSQL, and where nobody asks.
 
-    Its six runs and two outages take a slow machine of two cores a quarter of an hour.
+    Its six runs and two outages take ten minutes.
     """
     if os.environ.get("FADEFORMER_CLUSTER") != "required":
-        pytest.skip("takes a quarter of an hour; FADEFORMER_CLUSTER=required runs it")
+        pytest.skip("takes ten minutes; FADEFORMER_CLUSTER=required runs it")
     postgresql.require()
     project = clone(tmp_path_factory.mktemp("cluster"))
     project.change(**SMALL)

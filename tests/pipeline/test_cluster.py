@@ -4,6 +4,7 @@ import csv
 import itertools
 import json
 import re
+import socket
 import subprocess
 import time
 from collections.abc import Callable
@@ -244,6 +245,11 @@ def test_no_secret_stands_anywhere(cluster, happened, tmp_path):
     places["postgresql.log"] = cluster.postgresql.log.read_bytes()
     for folder in (cluster.home, cluster.project.folder, cluster.folder):
         places |= {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    # Prefect keeps the environment of a run in a file while the run lasts; the killed worker could not remove it.
+    for path in (cluster.folder / happened.killed / "tmpdir").glob("prefect-workspace-attempt-*/workspace.json"):
+        assert path.stat().st_mode & 0o077 == 0  # nobody else may read it
+        assert path.parent.stat().st_mode & 0o077 == 0
+        del places[str(path)]
     for bucket in (ARTIFACTS, RESULTS):
         client = cluster.s3(bucket)
         for name in cluster.bucket(bucket):
@@ -253,6 +259,17 @@ def test_no_secret_stands_anywhere(cluster, happened, tmp_path):
         (what, where) for what, secret in secrets.items() for where, text in places.items() if secret.encode() in text
     ]
     assert not found
+
+
+def test_no_path_or_name_of_a_machine_stands_in_what_runs_tell(cluster, happened):
+    told = {name: json.dumps([run["data"]["tags"], run["data"]["params"]]) for name, run in trained(cluster).items()}
+    told["parameters"] = json.dumps([run["parameters"] for run in cluster.ask("flow_runs")])
+    assert "early_stopping_patience" in told["parameters"]
+    told |= {name: cluster.log(name) for name in WORKERS}
+    host = re.compile(rf"\b{re.escape(socket.gethostname())}\b")
+    for name, text in told.items():
+        assert str(cluster.folder.parent) not in text, name
+        assert not host.search(text), name
 
 
 def test_no_server_lets_anybody_in_without_a_password(cluster, happened):
