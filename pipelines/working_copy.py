@@ -8,13 +8,16 @@ a run made is saved as a DVC experiment, and pushed to where the copy came from.
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
 import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -28,6 +31,13 @@ ENDED = Path(".cache/ended")  # in a copy whose run has ended well: the next one
 MOST = 5  # starts of one run, each but the first after a crash
 PASSWORD = re.compile(r"://[^/@]*:[^/@]*@")
 # What the same attempt would end with once more: a remote that is not there, may not be used, or lacks a package.
+SAVE_AND_PUSH = """
+import json, sys
+from dvc.cli import main
+save, push = json.loads(sys.argv[1])
+sys.exit(main(save) and 3 or main(push))
+"""  # in one process, as DVC takes seconds to begin
+NOT_SAVED = "failed with status 3:"
 IN_VAIN = re.compile(
     r"access ?denied|forbidden|\b40[13]\b|no ?such ?bucket|credential|SignatureDoesNotMatch|InvalidAccessKey"
     r"|permission denied|is supported, but requires|does not (appear to be|exist)",
@@ -129,7 +139,13 @@ def repository() -> str:
 
 def has_remote() -> bool:
     """Whether DVC has a default remote, which results are pulled from and pushed to."""
-    return bool(_run("dvc", "config", "core.remote", check=False).strip())
+    return _has_remote(Path.cwd())
+
+
+@cache
+def _has_remote(copy: Path) -> bool:
+    """Asked once, as DVC takes seconds to begin, and a run asks before each stage."""
+    return bool(_run("dvc", "config", "core.remote", cwd=copy, check=False).strip())
 
 
 def pull() -> None:
@@ -139,7 +155,8 @@ def pull() -> None:
         PassingError: it does not answer.
     """
     if has_remote():
-        _transfer("dvc", "pull", "--run-cache", "--allow-missing")
+        with _passing():
+            _run("dvc", "pull", "--run-cache", "--allow-missing")
 
 
 def keep(name: str, stages: Sequence[str] = ()) -> str:
@@ -152,9 +169,10 @@ def keep(name: str, stages: Sequence[str] = ()) -> str:
     Raises:
         PassingError: a remote does not answer.
     """
-    _run("dvc", "exp", "save", "--force", "--name", name, *stages)
-    results = ("--run-cache",) if has_remote() else ("--no-cache",)
-    _transfer("dvc", "exp", "push", "--force", *results, "origin", name)
+    save = ["exp", "save", "--force", "--name", name, *stages]
+    push = ["exp", "push", "--force", "--run-cache" if has_remote() else "--no-cache", "origin", name]
+    with _passing():
+        _run(sys.executable, "-c", SAVE_AND_PUSH, json.dumps([save, push]), called="dvc exp save, dvc exp push")
     return name
 
 
@@ -195,22 +213,23 @@ def _clone(repository: str, revision: str, folder: Path) -> None:
     write_json(folder / COPY, {"repository": repository, "revision": found})
 
 
-def _transfer(*command: str) -> None:
-    """Runs what reaches for a remote."""
+@contextmanager
+def _passing() -> Iterator[None]:
+    """What reaches for a remote in the block may go well next time."""
     try:
-        _run(*command)
+        yield
     except UserError as error:
-        raise error if IN_VAIN.search(str(error)) else PassingError(str(error)) from error
+        raise error if NOT_SAVED in str(error) or IN_VAIN.search(str(error)) else PassingError(str(error)) from error
 
 
 def _git(*words: str, cwd: Path | None = None, check: bool = True) -> str:
     return _run("git", *words, cwd=cwd, check=check)
 
 
-def _run(*command: str, cwd: Path | None = None, check: bool = True) -> str:
+def _run(*command: str, cwd: Path | None = None, check: bool = True, called: str | None = None) -> str:
     done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False)
     if check and done.returncode != 0:
         told = [line for line in (done.stdout + done.stderr).splitlines() if line.strip()]
         cause = next((line for line in told if line.startswith(("ERROR", "fatal"))), told[-1] if told else "")
-        raise UserError(f"`{' '.join(command[:3])}` failed with status {done.returncode}: {cause}")
+        raise UserError(f"`{called or ' '.join(command[:3])}` failed with status {done.returncode}: {cause}")
     return done.stdout

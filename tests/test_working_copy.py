@@ -121,6 +121,13 @@ def test_what_a_run_made_comes_back_as_an_experiment(copy, repository):
     assert (other / "doubled.txt").read_text() == "seed: 2\n"
 
 
+def test_results_that_are_not_there_are_told_and_not_waited_for(copy):
+    copy("without results")
+    with pytest.raises(UserError, match="failed with status 3: .*doubled.txt") as told:
+        working_copy.keep("empty")
+    assert not isinstance(told.value, PassingError)
+
+
 def test_results_go_to_dvcs_remote_and_come_back_from_it(copy, repository, tmp_path):
     run(repository, "dvc", "remote", "add", "--local", "--default", "there", str(tmp_path / "remote"))
     try:
