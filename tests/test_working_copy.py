@@ -123,7 +123,7 @@ def test_what_a_run_made_comes_back_as_an_experiment(copy, repository):
 
 def test_results_that_are_not_there_are_told_and_not_waited_for(copy):
     copy("without results")
-    with pytest.raises(UserError, match="failed with status 3: .*doubled.txt") as told:
+    with pytest.raises(UserError, match=r"failed with status 3: .*doubled\.txt") as told:
         working_copy.keep("empty")
     assert not isinstance(told.value, PassingError)
 
