@@ -5,7 +5,7 @@ VENV := .venv
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 export MLFLOW_DISABLE_TELEMETRY := true
 # Tests side by side: one more than cores, since some wait for servers most of the time.
-TESTS = $(shell python -c "import os; print(min(4, 1 + (os.cpu_count() or 1)))")
+TESTS = $(shell $(PYTHON) -c "import os; print(min(4, 1 + (os.cpu_count() or 1)))")
 PIP := python -m pip --disable-pip-version-check
 TAG ?= latest
 PROFILE ?= cpu

@@ -197,8 +197,7 @@ def _run(
     end: Callable[[], object] | None = None,
 ) -> None:  # fmt: skip
     """Brings stages up to date and shows what they found; `end` is done in the same folder."""
-    known = STAGES[: STAGES.index(stages[-1]) + 1]  # those before were made here or by the run that `of` names
-    with _workspace(changes, known, of):
+    with _workspace(changes, of, stages if stages[-1] != STAGES[-1] else ()):
         for stage in stages:
             with _alone() if stage == "promote" and working_copy.here() else nullcontext():
                 reproduce(stage, hours)
@@ -211,8 +210,14 @@ def _run(
 
 
 @contextmanager
-def _workspace(changes: Mapping[str, Any], stages: Sequence[str], of: str | None = None) -> Iterator[None]:
-    """The folder in which a run works, params.yaml changed; results of stages are saved as an experiment at the end."""
+def _workspace(changes: Mapping[str, Any], of: str | None, stages: Sequence[str]) -> Iterator[None]:
+    """The folder in which a run works, params.yaml changed; a working copy is saved as an experiment at the end.
+
+    Args:
+        changes: by section.
+        of: experiment or commit to begin from.
+        stages: whose results there are at the end; none: those of all.
+    """
     if not working_copy.here():
         if of is not None:
             raise UserError(f"{of} is brought into a working copy; here `dvc exp apply {of}` and `dvc repro` do that")

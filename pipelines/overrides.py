@@ -145,8 +145,8 @@ def _merge(document: Any, changes: Mapping[str, Any]) -> None:
             raise UserError(f"params.yaml has no key {key}")
         if isinstance(value, Mapping) and isinstance(document[key], Mapping):
             _merge(document[key], value)
-        elif document[key] == value and type(document[key]) is type(value):
-            continue  # as it is written there
+        elif document[key] == value and isinstance(document[key], bool) == isinstance(value, bool):
+            continue  # it stays as it is written there
         elif isinstance(value, list) and isinstance(document[key], list):
             document[key][:] = value
         else:

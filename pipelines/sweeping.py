@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import time
+import uuid
 from collections.abc import Callable, Mapping
 from enum import Enum, auto
 from pathlib import Path
@@ -31,6 +32,7 @@ GRACE = 90.0  # seconds that trials have to end when the search does
 IN_A_ROW = 3  # trials that fail one after the other, after which the next would most likely fail too
 RUN, ATTEMPT, STOPPED, OUTSIDE = "run", "attempt", "stopped at epoch", "ended with the search"  # what a trial notes
 SAME = "same as trial"  # likewise
+IDENTITY = "identity"  # by which a study knows its runs, and one that was begun anew under its name does not
 ENDED = (TrialState.COMPLETE, TrialState.PRUNED)
 
 
@@ -96,6 +98,7 @@ def open_study(folder: Path, plan: Sweep, present: Params) -> optuna.Study:
     asks = {"metric": plan.metric, "fixed": plan.fixed, "space": plan.model_dump()["space"], **same}
     known = study.user_attrs.get("asks")
     if known is None:
+        study.set_user_attr(IDENTITY, uuid.uuid4().hex)
         study.set_user_attr("asks", asks)
     elif known != asks:
         other = ", ".join(key for key in {**known, **asks} if known.get(key) != asks.get(key))
@@ -145,7 +148,11 @@ def search(plan: Sweep, study: optuna.Study, carrier: Carrier, told: Callable[[s
 
 
 def _begin(
-    study: optuna.Study, plan: Sweep, distributions: dict[str, BaseDistribution], carrier: Carrier, told: Callable
+    study: optuna.Study,
+    plan: Sweep,
+    distributions: dict[str, BaseDistribution],
+    carrier: Carrier,
+    told: Callable[[str], None],
 ) -> None:
     study.sampler = _sampler(plan, len(study.trials))
     trial = study.ask(distributions)
@@ -178,7 +185,7 @@ def _submit(trial: Trial, attempt: int, plan: Sweep, carrier: Carrier) -> None:
 
 
 def _attend(
-    trial: Trial, known: FrozenTrial, plan: Sweep, study: optuna.Study, carrier: Carrier, told: Callable
+    trial: Trial, known: FrozenTrial, plan: Sweep, study: optuna.Study, carrier: Carrier, told: Callable[[str], None]
 ) -> None:
     """Looks at a trial that runs, and stops it or notes its end."""
     notes, number = known.user_attrs, known.number

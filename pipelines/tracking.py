@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+import time
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,7 +32,7 @@ from pipelines.store import REFUSALS, connect, told
 AT_ONCE = 1000  # metrics in one call, as many as MLflow takes
 SOURCE = "python -m pipelines train"
 MODEL = "model"  # name of the logged model in its run
-IDENTITY = "fadeformer.training"  # tag with the name that a training gave itself before it had a run
+IDENTITY = "fadeformer.training"  # tag with the name that a training, or a sweep, gave itself before it had a run
 SWEEP, TRIAL, SAME_AS = "fadeformer.sweep", "fadeformer.trial", "fadeformer.same_as"  # tags: name, number, another run
 PLACE = "FADEFORMER_TRIAL"  # what a trial's stages are told: the sweep's run and the trial's number
 
@@ -79,11 +80,11 @@ def experiment_of(run_id: str) -> str:
 
 @told()
 def open_run(experiment: str, identity: str, began: int, tags: Mapping[str, str]) -> str:
-    """The id of the one run of a training, which is made where there is none.
+    """The id of the one run of a training or a sweep, which is made where there is none.
 
     Args:
         experiment: its id.
-        identity: what the training called itself; a run with that tag is its own.
+        identity: what it called itself; a run with that tag is its own.
         began: ms since 1970.
         tags: of which the run has those of MLflow's own at once.
 
@@ -168,20 +169,19 @@ def logged(run_id: str, wanted: Collection[tuple[str, int]]) -> set[tuple[str, i
 
 
 @told()
-def open_sweep(name: str, described: Mapping[str, str]) -> str:
-    """The id of a sweep's run, which is made where there is none; raises Unreachable.
+def open_sweep(name: str, identity: str, described: Mapping[str, str]) -> str:
+    """The id of the one run of a sweep, which is made where there is none; raises Unreachable.
 
     Args:
         name: of the sweep.
+        identity: of its study, which may have been removed and begun anew under the same name.
         described: the run's parameters.
     """
-    experiment, client = connect(), MlflowClient()
-    for run in client.search_runs([experiment], f"tags.`{SWEEP}` = '{name}'", order_by=["start_time"]):
-        client.update_run(run.info.run_id, "RUNNING")
-        return run.info.run_id
-    tags = resolve_tags({SWEEP: name, MLFLOW_RUN_NAME: name, MLFLOW_SOURCE_NAME: "fadeformer sweep"})
-    run_id = client.create_run(experiment, tags=tags).info.run_id
-    client.log_batch(run_id, params=[Param(key, value) for key, value in described.items()])
+    tags = resolve_tags({MLFLOW_RUN_NAME: name, MLFLOW_SOURCE_NAME: "fadeformer sweep"})
+    run_id = open_run(connect(), identity, time.time_ns() // 10**6, tags)
+    client = MlflowClient()
+    client.log_batch(run_id, params=[Param(*item) for item in described.items()], tags=[RunTag(SWEEP, name)])
+    client.update_run(run_id, "RUNNING")
     return run_id
 
 

@@ -11,7 +11,7 @@ from prefect.client.orchestration import get_client
 from prefect.client.schemas.objects import FlowRun, StateType
 from prefect.deployments import run_deployment
 from prefect.exceptions import ObjectNotFound
-from prefect.states import Cancelling, Scheduled
+from prefect.states import Cancelled, Cancelling, Scheduled
 
 from fadeformer.errors import PassingError, UserError
 from fadeformer.params import Params
@@ -80,10 +80,12 @@ class PrefectTrials:
             raise _away(error) from error
 
     def take_up(self, run: str) -> None:
-        """Schedules a run again that nobody carries any more, since the worker that did was killed."""
+        """Schedules a run again that nobody carries any more, since the worker that did was killed, or ends it."""
         with get_client(sync_client=True) as client:
             found = client.read_flow_run(UUID(run))
-            if found.state_type in (StateType.RUNNING, StateType.PENDING, StateType.CRASHED):
+            if found.state_type == StateType.CANCELLING:
+                client.set_flow_run_state(UUID(run), Cancelled(), force=True)
+            elif found.state_type in (StateType.RUNNING, StateType.PENDING, StateType.CRASHED):
                 client.set_flow_run_state(UUID(run), Scheduled(), force=True)
 
 

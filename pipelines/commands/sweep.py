@@ -13,7 +13,6 @@ from pathlib import Path
 import optuna
 from filelock import FileLock, Timeout
 from optuna.trial import TrialState
-from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from fadeformer import params
 from fadeformer.errors import UserError
@@ -37,6 +36,8 @@ def run(arguments: argparse.Namespace) -> str:
     present = params.load(paths.PARAMS)
     plan = space.load(arguments.space, present)
     folder = store.project() / FOLDER
+    if arguments.apply and not (folder / f"{plan.name}.jsonl").is_file():
+        raise UserError(f"there is no sweep {plan.name} yet; `fadeformer sweep` without --apply makes it")
     study = sweeping.open_study(folder, plan, present)
     if arguments.apply:
         return _apply(plan, study)
@@ -58,7 +59,8 @@ def _apply(plan: Sweep, study: optuna.Study) -> str:
 
 def _search(plan: Sweep, study: optuna.Study, present: params.Params, own: bool) -> str:
     """Runs what is left of the trials, and gives the sweep's run in MLflow."""
-    parent = tracking.open_sweep(plan.name, {f"space.{key}": str(of_key) for key, of_key in plan.space.items()})
+    space_of = {f"space.{key}": str(of_key) for key, of_key in plan.space.items()}
+    parent = tracking.open_sweep(plan.name, study.user_attrs[sweeping.IDENTITY], space_of)
     trials = PrefectTrials(plan, present, parent)
     running = [one.user_attrs.get(sweeping.RUN) for one in study.trials if one.state == TrialState.RUNNING]
     if study.trials:
@@ -119,8 +121,7 @@ def _server(at_once: int) -> Iterator[bool]:
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode != 0:
             raise UserError(f"`{' '.join(command[1:])}` failed:\n{done.stderr.strip() or done.stdout.strip()}")
-        with temporary_settings({PREFECT_API_URL: address}):
-            yield True
+        yield True
 
 
 @contextmanager
