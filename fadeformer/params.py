@@ -291,13 +291,17 @@ def load(path: Path) -> Params:
     Raises:
         UserError: the file is missing, is not YAML, or has a key or value that is not allowed.
     """
+    return parse(read(path), str(path))
+
+
+def read(path: Path) -> Any:
+    """Plain values of a YAML file; raises UserError where it cannot be read or is no YAML."""
     try:
-        values = YAML(typ="safe").load(path)
+        return YAML(typ="safe").load(path)
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); run from the project's folder") from error
     except YAMLError as error:
         raise UserError(f"{path}: is not valid YAML: {error}") from error
-    return parse(values, str(path))
 
 
 def parse(values: Any, source: str) -> Params:

@@ -8,8 +8,6 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, cast
 
 from pydantic import Field, ValidationError, model_validator
-from ruamel.yaml import YAML
-from ruamel.yaml.error import YAMLError
 
 from fadeformer import params
 from fadeformer.errors import UserError
@@ -61,7 +59,6 @@ class Sweep(Section):
         trials: all in all, those that are stopped early and those that fail among them, but not those whose values
             were tried before.
         at_once: trials that run side by side.
-        metric: of val, whose best epoch is a trial's value.
         sampler: `tpe` learns from the trials before, `random` does not.
         pruner: `median` stops a trial whose best is worse than the median of the others at the same epoch.
         startup_trials: run to their end before one is stopped, and are drawn at random.
@@ -74,7 +71,6 @@ class Sweep(Section):
     name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]*$")]
     trials: Annotated[int, Field(ge=1)]
     at_once: Annotated[int, Field(ge=1)] = 1
-    metric: Literal["val_auc", "val_accuracy", "val_loss"] = "val_auc"
     sampler: Literal["tpe", "random"] = "tpe"
     pruner: Literal["median", "none"] = "median"
     startup_trials: Annotated[int, Field(ge=0)] = 5
@@ -82,11 +78,6 @@ class Sweep(Section):
     seed: Annotated[int, Field(ge=0)] = 0
     fixed: dict[str, Any] = Field(default_factory=dict)
     space: Annotated[dict[str, Any], Field(min_length=1)]
-
-    @property
-    def goal(self) -> Literal["maximize", "minimize"]:
-        """What is better."""
-        return "minimize" if self.metric == "val_loss" else "maximize"
 
 
 def load(path: Path, present: Params) -> Sweep:
@@ -99,12 +90,7 @@ def load(path: Path, present: Params) -> Sweep:
     Raises:
         UserError: it cannot be read, or has a key or value that is not allowed.
     """
-    try:
-        values = YAML(typ="safe").load(path)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
-    except YAMLError as error:
-        raise UserError(f"{path}: is not valid YAML: {error}") from error
+    values = params.read(path)
     if not isinstance(values, Mapping):
         raise UserError(f"{path}: must hold trials: and space:, but is empty or a list")
     called = path.stem.lower().replace("_", "-").replace(" ", "-")
@@ -126,6 +112,12 @@ def load(path: Path, present: Params) -> Sweep:
     return plan
 
 
+def metric_of(plan: Sweep, present: Params) -> tuple[str, Literal["maximize", "minimize"]]:
+    """By which a trial is judged, and what is better: that by which its training chooses the epoch that it keeps."""
+    monitor = plan.fixed.get("train.monitor", present.train.monitor)
+    return f"val_{monitor}", "minimize" if monitor == "loss" else "maximize"
+
+
 def values_of(present: Params, changes: Mapping[str, Any]) -> dict[str, Any]:
     """All of params.yaml with some keys changed, nested.
 
@@ -144,6 +136,8 @@ def values_of(present: Params, changes: Mapping[str, Any]) -> dict[str, Any]:
 def _varied(key: str, value: Any, path: Path) -> Range | list[Any]:
     if key.startswith(AFTER_TRAINING):
         raise UserError(f"{path}: space.{key} changes nothing in a trial, which ends with its training")
+    if key == "train.monitor":
+        raise UserError(f"{path}: space.{key} is what trials are compared by; it stands in fixed or in params.yaml")
     if isinstance(value, Mapping):
         return _checked(Range, value, f"{path}: space.{key}: ")
     if isinstance(value, list) and len(value) > 1 and all(isinstance(one, CHOICE) for one in value):

@@ -21,11 +21,12 @@ from optuna.pruners import BasePruner, MedianPruner, NopPruner
 from optuna.samplers import BaseSampler, RandomSampler, TPESampler
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
+from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from fadeformer.errors import PassingError, UserError
 from fadeformer.params import Params
-from pipelines.space import AFTER_TRAINING, Range, Sweep
+from pipelines.space import AFTER_TRAINING, Range, Sweep, metric_of
 
 LOOK = 2.0  # seconds between two looks at the trials that run
 GRACE = 90.0  # seconds that trials have to end when the search does
@@ -81,21 +82,21 @@ def open_study(folder: Path, plan: Sweep, present: Params) -> optuna.Study:
         present: params.yaml.
 
     Raises:
-        UserError: there is one of that name with another metric, that varies other keys or values, or whose trials were
-            made with another params.yaml: their values could not be compared.
+        UserError: there is one of that name that varies other keys or values, or whose trials were made with another
+            params.yaml: their values could not be compared.
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{plan.name}.jsonl"
+    _, goal = metric_of(plan, present)
     study = optuna.create_study(
-        storage=JournalStorage(JournalFileBackend(str(path))), study_name=plan.name, direction=plan.goal,
-        load_if_exists=True,
-    )  # fmt: skip
+        storage=JournalStorage(JournalFileBackend(str(path))), study_name=plan.name, direction=goal, load_if_exists=True
+    )
     varied = {*plan.space, *plan.fixed}
     same = {
         key: value for key, value in present.flat().items() if key not in varied and not key.startswith(AFTER_TRAINING)
     }
-    asks = {"metric": plan.metric, "fixed": plan.fixed, "space": plan.model_dump()["space"], **same}
+    asks = {"fixed": plan.fixed, "space": plan.model_dump()["space"], **same}
     known = study.user_attrs.get("asks")
     if known is None:
         study.set_user_attr(IDENTITY, uuid.uuid4().hex)
@@ -208,14 +209,14 @@ def _attend(
         finite = [value for value in seen.values.values() if math.isfinite(value)]
         if not finite:
             study.tell(number, state=TrialState.FAIL)
-            told(f"trial {number}: failed, {plan.metric} is not defined in any epoch")
+            told(f"trial {number}: failed, its metric is not defined in any epoch")
             return
-        value = max(finite) if plan.goal == "maximize" else min(finite)
+        value = max(finite) if study.direction == StudyDirection.MAXIMIZE else min(finite)
         study.tell(number, value)
-        told(f"trial {number}: {plan.metric} {value:.4f}{_place(study, number)}")
+        told(f"trial {number}: {value:.4f}{_place(study, number)}")
     elif stopped is not None and seen.state == State.CANCELLED:
         study.tell(number, state=TrialState.PRUNED)
-        told(f"trial {number}: stopped at epoch {stopped}, below the median of the others")
+        told(f"trial {number}: stopped at epoch {stopped}, worse than the median of the others")
     elif notes.get(OUTSIDE) == attempt and seen.state == State.CANCELLED:
         _submit(trial, attempt + 1, plan, carrier)  # this search ended it, and goes on with it
         told(f"trial {number}: goes on")

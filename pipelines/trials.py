@@ -35,6 +35,7 @@ class PrefectTrials:
             parent: the sweep's MLflow run.
         """
         self._plan, self._present, self._parent = plan, present, parent
+        self._metric, _ = space.metric_of(plan, present)
 
     def begin(self, number: int, attempt: int, changes: Mapping[str, Any]) -> str:
         """Begins a trial and gives its Prefect run; the same number and attempt once more give the same run."""
@@ -63,7 +64,7 @@ class PrefectTrials:
             raise _away(error) from error
         state = _state(found)
         try:
-            values = tracking.trial_values(self._parent, number, self._plan.metric)
+            values = tracking.trial_values(self._parent, number, self._metric)
         except store.Unreachable:
             if state == State.COMPLETED:
                 raise

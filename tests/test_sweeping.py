@@ -17,7 +17,7 @@ SPACE = """
 trials: 12
 startup_trials: 4
 warmup_epochs: 1
-fixed: {train.epochs: 5}
+fixed: {train.epochs: 5, train.monitor: auc}
 space:
   train.learning_rate: {low: 1.0e-5, high: 0.1, log: true}
   train.batch_size: {low: 8, high: 32, step: 8}
@@ -213,7 +213,9 @@ def test_failed_and_cancelled_trials_count_and_three_in_a_row_end_the_search(tmp
 
 def test_the_same_values_are_not_run_twice(tmp_path, wanted, planned):
     plan, runs, told = (
-        planned("trials: 6\nspace: {train.learning_rate: [0.001, 0.01]}\n", pruner="none"),
+        planned(
+            "trials: 6\nspace: {train.learning_rate: [0.001, 0.01]}\n", pruner="none", fixed={"train.monitor": "auc"}
+        ),
         Pretended(),
         [],
     )
@@ -231,11 +233,11 @@ def test_a_metric_that_is_undefined_in_every_epoch_is_no_value(tmp_path, wanted,
     study = sweeping.open_study(tmp_path, plan, wanted)
     sweeping.search(plan, study, runs, told.append)
     assert [one.state for one in study.trials] == [TrialState.FAIL] * 2
-    assert "trial 0: failed, val_auc is not defined in any epoch" in told
+    assert "trial 0: failed, its metric is not defined in any epoch" in told
 
 
 def test_the_smallest_loss_is_the_best(tmp_path, wanted, planned):
-    plan, runs = planned(metric="val_loss", trials=3, pruner="none"), Pretended()
+    plan, runs = planned(fixed={"train.monitor": "loss"}, trials=3, pruner="none"), Pretended()
     study = sweeping.open_study(tmp_path, plan, wanted)
     sweeping.search(plan, study, runs, quiet)
     assert study.best_value == min(one.value for one in study.trials)
@@ -247,7 +249,7 @@ def test_a_study_of_other_values_is_not_gone_on_with(tmp_path, wanted, planned):
     sweeping.open_study(tmp_path, planned(), wanted)
     assert sweeping.open_study(tmp_path, planned(trials=30, at_once=4), wanted).trials == []
     with pytest.raises(UserError, match=r"sweep rates was begun with another fixed; .*name:, or remove .*rates\.jsonl"):
-        sweeping.open_study(tmp_path, planned(fixed={"train.epochs": 6}), wanted)
+        sweeping.open_study(tmp_path, planned(fixed={"train.epochs": 6, "train.monitor": "auc"}), wanted)
     other = wanted.model_copy(update={"seed": 7})
     with pytest.raises(UserError, match="was begun with another seed;"):
         sweeping.open_study(tmp_path, planned(), other)
@@ -273,7 +275,8 @@ def test_a_study_of_other_values_is_not_gone_on_with(tmp_path, wanted, planned):
         ("trials: 3\nspace: {train.batch_size: [8, x]}", "train.batch_size is 'x'"),
         ("trials: 3\nspace: {promote.margin: [0.01, 0.02]}", "a trial, which ends with its training"),
         ("trials: 3\nfixed: {seed: 1}\nspace: {seed: [1, 2]}", "seed stands in fixed and in space"),
-        ("trials: 3\nmetric: auc\nspace: {seed: [1, 2]}", "did you mean val_auc?"),
+        ("trials: 3\nsampler: tpo\nspace: {seed: [1, 2]}", "did you mean tpe?"),
+        ("trials: 3\nspace: {train.monitor: [auc, loss]}", "is what trials are compared by"),
     ],
 )
 def test_a_file_with_a_fault_is_told_by_key(planned, text, told):

@@ -44,7 +44,8 @@ def run(arguments: argparse.Namespace) -> str:
     try:
         with FileLock(folder / f"{plan.name}.lock", timeout=0), _server(plan.at_once) as own:
             parent = _search(plan, study, present, own)
-            return _end(plan, study, parent, arguments.space if own else None)
+            metric, _ = space.metric_of(plan, present)
+            return _end(plan, study, parent, metric, arguments.space if own else None)
     except Timeout as error:
         raise UserError(f"another `fadeformer sweep` works on {plan.name}") from error
 
@@ -81,7 +82,7 @@ def _search(plan: Sweep, study: optuna.Study, present: params.Params, own: bool)
     return parent
 
 
-def _end(plan: Sweep, study: optuna.Study, parent: str, file: Path | None) -> str:
+def _end(plan: Sweep, study: optuna.Study, parent: str, metric: str, file: Path | None) -> str:
     """Notes in MLflow what was found; tells it, and how the best is judged: in this folder by `file`, or by a run."""
     made = [one for one in study.trials if sweeping.SAME not in one.user_attrs]
     done = [one for one in made if one.state == TrialState.COMPLETE]
@@ -90,7 +91,7 @@ def _end(plan: Sweep, study: optuna.Study, parent: str, file: Path | None) -> st
         raise UserError(f"none of the {len(made)} trials of {plan.name} has ended well")
     best, stopped = study.best_trial, sum(one.state == TrialState.PRUNED for one in made)
     value = float(study.best_value)
-    tracking.close_sweep(parent, plan.metric, value, best.params, study.trials_dataframe())
+    tracking.close_sweep(parent, metric, value, best.params, study.trials_dataframe())
     kept = experiment(plan, best.number, best.user_attrs[sweeping.RUN])
     judged = (
         f"`fadeformer sweep {file} --apply` writes it into {paths.PARAMS}, and `dvc repro` then evaluates and"
@@ -100,7 +101,7 @@ def _end(plan: Sweep, study: optuna.Study, parent: str, file: Path | None) -> st
     )
     return (
         f"{len(done)} of {len(made)} trials ran to their end, {stopped} were stopped early; no image of test"
-        f" was looked at. The best is trial {best.number}: {plan.metric} {value:.4f} with"
+        f" was looked at. The best is trial {best.number}: {metric} {value:.4f} with"
         f" {sweeping.described(best.params)}. {judged}"
     )
 

@@ -25,7 +25,7 @@ sampler: random
 startup_trials: 1
 warmup_epochs: 1
 seed: 2
-fixed: {train.epochs: 40, train.early_stopping_patience: 40}
+fixed: {train.epochs: 40, train.early_stopping_patience: 40, train.monitor: auc}
 space:
   train.learning_rate: [0.003, 1.0e-9]
 """
@@ -64,10 +64,10 @@ def runs(project: Project, swept: str) -> dict[str, Run]:
 def test_it_goes_on_where_it_was_killed_and_stops_what_is_worse(project, swept):
     lines = swept.splitlines()
     assert lines[0] == "rates: 0 trials have ended, 1 go on"
-    assert re.match(r"trial 0: val_auc 0\.\d{4}, the best so far", lines[1])
+    assert re.match(r"trial 0: 0\.\d{4}, the best so far", lines[1])
     assert lines[2] == "trial 1: train.learning_rate=0.003 as trial 0, which is not run again"
     assert lines[3] == "trial 2: train.learning_rate=1e-09"
-    assert re.match(r"trial 2: stopped at epoch \d+, below the median of the others", lines[4])
+    assert re.match(r"trial 2: stopped at epoch \d+, worse than the median of the others", lines[4])
     assert re.match(r"sweep: 1 of 2 trials ran to their end, 1 were stopped early; no image of test", lines[5])
     assert len(lines) == 6
     printed = (project.folder / ".prefect" / "worker.log").read_text()
@@ -83,7 +83,7 @@ def test_trials_are_runs_below_that_of_the_sweep(runs, swept):
         assert trial.data.tags["mlflow.parentRunId"] == sweep.info.run_id
     assert [trial.data.tags["fadeformer.trial"] for trial in trials] == ["0", "2"]
     assert [trial.info.status for trial in trials] == ["FINISHED", "KILLED"]
-    value = float(re.search(r"trial 0: val_auc (\S+),", swept)[1])
+    value = float(re.search(r"trial 0: (\S+),", swept)[1])
     assert sweep.data.metrics["best.val_auc"] == pytest.approx(value, abs=1e-4)
     assert sweep.data.tags["best.train.learning_rate"] == "0.003"
     assert sweep.info.status == "FINISHED"
@@ -102,7 +102,7 @@ def test_each_trial_that_ran_to_its_end_is_an_experiment(project, swept):
     assert name.startswith("rates-000-")
     changed = project.run("git", "diff", "--unified=0", f"main..{commit_of(project, name)}", "--", "params.yaml")
     keys = re.findall(r"^\+ +(\w+):", changed, flags=re.MULTILINE)
-    assert keys == ["epochs", "learning_rate", "early_stopping_patience"]
+    assert keys == ["epochs", "learning_rate", "monitor", "early_stopping_patience"]
     assert len(project.run("git", "show", f"{commit_of(project, name)}:models/history.csv").splitlines()) == 41
 
 
