@@ -20,7 +20,13 @@ from mlflow.data.meta_dataset import MetaDataset
 from mlflow.entities import DatasetInput, InputTag, Metric, Param, RunTag
 from mlflow.exceptions import MlflowException
 from mlflow.tracking.context.registry import resolve_tags
-from mlflow.utils.mlflow_tags import MLFLOW_DATASET_CONTEXT, MLFLOW_PARENT_RUN_ID, MLFLOW_RUN_NAME, MLFLOW_SOURCE_NAME
+from mlflow.utils.mlflow_tags import (
+    MLFLOW_DATASET_CONTEXT,
+    MLFLOW_GIT_REPO_URL,
+    MLFLOW_PARENT_RUN_ID,
+    MLFLOW_RUN_NAME,
+    MLFLOW_SOURCE_NAME,
+)
 from ruamel.yaml import YAML
 
 from fadeformer.arrays import Meta
@@ -111,7 +117,7 @@ def mark(run_id: str, status: str) -> None:
 def describe(meta: Meta) -> dict[str, str]:
     """The identity of data and code as a run's tags, MLflow's own (user, program) among them."""
     card = meta.dataset
-    return resolve_tags(
+    return _with_own(
         {
             "dataset.name": card["name"],
             "dataset.size": str(card["size"]),
@@ -177,7 +183,7 @@ def open_sweep(name: str, identity: str, described: Mapping[str, str]) -> str:
         identity: of its study, which may have been removed and begun anew under the same name.
         described: the run's parameters.
     """
-    tags = resolve_tags({MLFLOW_RUN_NAME: name, MLFLOW_SOURCE_NAME: "fadeformer sweep"})
+    tags = _with_own({MLFLOW_RUN_NAME: name, MLFLOW_SOURCE_NAME: "fadeformer sweep"})
     run_id = open_run(connect(), identity, time.time_ns() // 10**6, tags)
     client = MlflowClient()
     client.log_batch(run_id, params=[Param(*item) for item in described.items()], tags=[RunTag(SWEEP, name)])
@@ -215,7 +221,7 @@ def nest(parent: str, number: int, run_id: str) -> None:
         return
     client = MlflowClient()
     same = client.get_run(run_id)
-    tags = resolve_tags({SAME_AS: run_id, **_given_name(), **_trial(), MLFLOW_SOURCE_NAME: SOURCE})
+    tags = _with_own({SAME_AS: run_id, **_given_name(), **_trial(), MLFLOW_SOURCE_NAME: SOURCE})
     copy = client.create_run(same.info.experiment_id, tags=tags).info.run_id
     client.log_batch(copy, params=[Param(key, value) for key, value in same.data.params.items()])
     points = [point for name in same.data.metrics for point in client.get_metric_history(run_id, name)]
@@ -263,6 +269,13 @@ def log_files(*paths: Path, under: str | None = None) -> None:
             mlflow.log_artifacts(str(path), under)
         else:
             mlflow.log_artifact(str(path), under)
+
+
+def _with_own(tags: Mapping[str, str]) -> dict[str, str]:
+    """Tags with MLflow's own, but for where git's repository is: a path of this machine, or an address with a token."""
+    found = resolve_tags(tags)
+    found.pop(MLFLOW_GIT_REPO_URL, None)
+    return found
 
 
 def _given_name() -> dict[str, str]:

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 import socket
 import subprocess
 import time
@@ -160,7 +161,7 @@ def test_the_page_of_a_run_shows_numbers_verdict_and_experiment(finished, addres
 def shown(tab: Any, name: str) -> None:
     """Keeps what a page shows, for README.md, where FADEFORMER_SCREENSHOTS names a folder."""
     if folder := os.environ.get("FADEFORMER_SCREENSHOTS"):
-        tab.wait_for_timeout(2000)  # until what moves into view has come
+        tab.wait_for_timeout(15000)  # until what moves into view has come: Prefect's graph takes its time
         tab.screenshot(path=str(Path(folder) / f"{name}.png"))
 
 
@@ -203,6 +204,8 @@ def test_a_browser_shows_the_form_of_a_run_with_its_values_and_comments(finished
 def test_a_browser_shows_stages_numbers_and_verdict_of_a_run(finished, address, tab):
     tab.goto(f"{address.removesuffix('/api')}/runs/flow-run/{run_named(address, 'first')['id']}")
     tab.get_by_text("Completed").first.wait_for()
+    tab.get_by_text("Task Runs", exact=True).click()
+    tab.get_by_text("promote", exact=True).first.wait_for()
     shown(tab, "prefect-run")
     tab.get_by_text("Artifacts", exact=True).click()
     tab.get_by_text("Numbers of test with their intervals, and of val").wait_for()
@@ -283,6 +286,20 @@ def test_a_grid_runs_each_combination_and_shows_a_table(project, finished, addre
     rows = json.loads(artifacts(address, "seeds")["grid"])
     assert [(row["seed"], row["state"]) for row in rows] == [(1, "Completed"), (2, "Completed")]
     assert all("(" in row["test AUC"] and row["decision"].startswith("fadenet-phantom version") for row in rows)
+
+
+def test_a_sweep_runs_its_trials_on_the_server_and_its_best_is_evaluated_there(project, finished, address):
+    space = project.folder / "seeds.yaml"
+    space.write_text("trials: 1\nfixed: {train.epochs: 1}\nspace: {seed: [5, 6]}\n")
+    output = project.run("fadeformer", "sweep", space.name, PREFECT_API_URL=address)
+    space.unlink()
+    assert run_named(address, "seeds-000")["state_type"] == "COMPLETED"
+    assert set(artifacts(address, "seeds-000")) == {"experiment"}
+    trained = len(ask(address, "flow_runs", flows={"name": {"any_": ["train"]}}))
+    command = re.search(r"`(prefect deployment run evaluation/evaluate --param of=seeds-000-\w+)`", output)[1]
+    project.run(*command.split(), "--flow-run-name", "best", "--watch", PREFECT_API_URL=address)
+    assert {"metrics", "verdict", "experiment"} <= set(artifacts(address, "best"))
+    assert len(ask(address, "flow_runs", flows={"name": {"any_": ["train"]}})) == trained
 
 
 @pytest.mark.timeout(1500)
