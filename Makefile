@@ -4,8 +4,6 @@ PYTHON ?= python3.11
 VENV := .venv
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 export MLFLOW_DISABLE_TELEMETRY := true
-# Tests side by side: one more than cores, since some wait for servers most of the time.
-TESTS = $(shell $(PYTHON) -c "import os; print(min(4, 1 + (os.cpu_count() or 1)))")
 PIP := python -m pip --disable-pip-version-check
 TAG ?= latest
 PROFILE ?= cpu
@@ -31,7 +29,7 @@ repro: install  ## the pipeline, from download to promote; only what is not up t
 	dvc repro
 
 test: install  ## all tests
-	python -m pytest --numprocesses $(TESTS) --dist loadfile --no-loadscope-reorder
+	python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 check: install  ## format, lint, types, layers
 	ruff format --check .
