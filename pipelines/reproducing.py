@@ -40,9 +40,9 @@ keep = task(working_copy.keep, name="keep results", task_run_name="keep results"
 @task(name="note the trial", task_run_name="note the trial", **RETRIED)
 def note_trial(parent: str, number: int) -> None:
     """Sees to it that a trial has an MLflow run, also where DVC took its training from the cache."""
-    from pipelines import tracking  # takes a while to import
+    from pipelines import sweep_runs  # takes a while to import
 
-    tracking.nest(parent, number, read_json(paths.RUN)["mlflow_run_id"])
+    sweep_runs.nest(parent, number, read_json(paths.RUN)["mlflow_run_id"])
 
 
 @task(task_run_name="{stage}", **RETRIED)

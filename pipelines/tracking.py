@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import time
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -39,7 +38,7 @@ AT_ONCE = 1000  # metrics in one call, as many as MLflow takes
 SOURCE = "python -m pipelines train"
 MODEL = "model"  # name of the logged model in its run
 IDENTITY = "fadeformer.training"  # tag with the name that a training, or a sweep, gave itself before it had a run
-SWEEP, TRIAL, SAME_AS = "fadeformer.sweep", "fadeformer.trial", "fadeformer.same_as"  # tags: name, number, another run
+TRIAL = "fadeformer.trial"  # tag with the number of a trial of a sweep
 PLACE = "FADEFORMER_TRIAL"  # what a trial's stages are told: the sweep's run and the trial's number
 
 
@@ -117,7 +116,7 @@ def mark(run_id: str, status: str) -> None:
 def describe(meta: Meta) -> dict[str, str]:
     """The identity of data and code as a run's tags, MLflow's own (user, program) among them."""
     card = meta.dataset
-    return _with_own(
+    return with_own(
         {
             "dataset.name": card["name"],
             "dataset.size": str(card["size"]),
@@ -125,8 +124,7 @@ def describe(meta: Meta) -> dict[str, str]:
             "dataset.note": card["note"],
             "dataset.split": meta.split,
             MLFLOW_SOURCE_NAME: SOURCE,  # else the path of this program on this machine
-            **_given_name(),
-            **_trial(),
+            **started_by(),
             **_code_identity(),
             **_lock_identity(),
         }
@@ -174,69 +172,6 @@ def logged(run_id: str, wanted: Collection[tuple[str, int]]) -> set[tuple[str, i
     return {(name, step) for name, step in wanted if (name, step) in have or (step == 0 and name in known)}
 
 
-@told()
-def open_sweep(name: str, identity: str, described: Mapping[str, str]) -> str:
-    """The id of the one run of a sweep, which is made where there is none; raises Unreachable.
-
-    Args:
-        name: of the sweep.
-        identity: of its study, which may have been removed and begun anew under the same name.
-        described: the run's parameters.
-    """
-    tags = _with_own({MLFLOW_RUN_NAME: name, MLFLOW_SOURCE_NAME: "fadeformer sweep"})
-    run_id = open_run(connect(), identity, time.time_ns() // 10**6, tags)
-    client = MlflowClient()
-    client.log_batch(run_id, params=[Param(*item) for item in described.items()], tags=[RunTag(SWEEP, name)])
-    client.update_run(run_id, "RUNNING")
-    return run_id
-
-
-@told()
-def close_sweep(run_id: str, metric: str, best: float, params: Mapping[str, Any], trials: pd.DataFrame) -> None:
-    """Leaves in a sweep's run its best trial and the table of all, and marks it as finished; raises Unreachable."""
-    client = MlflowClient()
-    client.log_metric(run_id, f"best.{metric}", best, step=len(trials))
-    for key, value in params.items():
-        client.set_tag(run_id, f"best.{key}", str(value))
-    client.log_text(run_id, trials.to_csv(index=False), "trials.csv")
-    client.set_terminated(run_id)
-
-
-@told()
-def trial_values(parent: str, number: int, metric: str) -> dict[int, float]:
-    """A metric of a trial by epoch, none while it has no run; raises Unreachable."""
-    run = _trial_run(parent, number)
-    points = MlflowClient().get_metric_history(run, metric) if run else []
-    return {point.step: point.value for point in points}
-
-
-@told()
-def nest(parent: str, number: int, run_id: str) -> None:
-    """Makes a training's run that of a trial, or where it is not one a copy of its parameters and metrics.
-
-    DVC takes a training that was made before from its cache, and its run may belong to another sweep or to none.
-    """
-    connect()
-    if _trial_run(parent, number):
-        return
-    client = MlflowClient()
-    same = client.get_run(run_id)
-    tags = _with_own({SAME_AS: run_id, **_given_name(), **_trial(), MLFLOW_SOURCE_NAME: SOURCE})
-    copy = client.create_run(same.info.experiment_id, tags=tags).info.run_id
-    client.log_batch(copy, params=[Param(key, value) for key, value in same.data.params.items()])
-    points = [point for name in same.data.metrics for point in client.get_metric_history(run_id, name)]
-    log_points(copy, [(point.key, point.value, point.timestamp, point.step) for point in points])
-    client.set_terminated(copy)
-
-
-def _trial_run(parent: str, number: int) -> str | None:
-    """The run of a trial, if it has one yet."""
-    experiment = MlflowClient().get_run(parent).info.experiment_id
-    wanted = f"tags.`{MLFLOW_PARENT_RUN_ID}` = '{parent}' and tags.`{TRIAL}` = '{number}'"
-    found = MlflowClient().search_runs([experiment], wanted, order_by=["start_time"], max_results=1)
-    return found[0].info.run_id if found else None
-
-
 def log_settings(section: str, settings: Mapping[str, Any]) -> None:
     """Tags the run with a section of params.yaml as it is now, which may differ from when the model was trained."""
     mlflow.set_tags({f"{section}.{name}": str(value) for name, value in settings.items()})
@@ -271,23 +206,24 @@ def log_files(*paths: Path, under: str | None = None) -> None:
             mlflow.log_artifact(str(path), under)
 
 
-def _with_own(tags: Mapping[str, str]) -> dict[str, str]:
+def with_own(tags: Mapping[str, str]) -> dict[str, str]:
     """Tags with MLflow's own, but for where git's repository is: a path of this machine, or an address with a token."""
     found = resolve_tags(tags)
     found.pop(MLFLOW_GIT_REPO_URL, None)
     return found
 
 
-def _given_name() -> dict[str, str]:
-    """What whoever started this called it: a deployment run, or a DVC experiment; else MLflow makes up a name."""
+def started_by() -> dict[str, str]:
+    """What whoever started this called it, a deployment run or a DVC experiment, and of which sweep it is a trial.
+
+    Without a name MLflow makes up one.
+    """
     name = os.environ.get("MLFLOW_RUN_NAME") or os.environ.get("DVC_EXP_NAME")
-    return {MLFLOW_RUN_NAME: name} if name else {}
-
-
-def _trial() -> dict[str, str]:
-    """To which sweep's run a training belongs, and as which trial; none where it is not of a sweep."""
-    parent, _, number = os.environ.get(PLACE, "").partition("/")
-    return {MLFLOW_PARENT_RUN_ID: parent, TRIAL: number} if parent else {}
+    sweep, _, number = os.environ.get(PLACE, "").partition("/")
+    return {
+        **({MLFLOW_RUN_NAME: name} if name else {}),
+        **({MLFLOW_PARENT_RUN_ID: sweep, TRIAL: number} if sweep else {}),
+    }
 
 
 def _code_identity() -> dict[str, str]:

@@ -15,7 +15,7 @@ from prefect.states import Cancelled, Cancelling, Scheduled
 
 from fadeformer.errors import PassingError, UserError
 from fadeformer.params import Params
-from pipelines import space, store, tracking
+from pipelines import space, store, sweep_runs
 from pipelines.space import Sweep
 from pipelines.sweeping import Look, State
 
@@ -64,7 +64,7 @@ class PrefectTrials:
             raise _away(error) from error
         state = _state(found)
         try:
-            values = tracking.trial_values(self._parent, number, self._metric)
+            values = sweep_runs.values(self._parent, number, self._metric)
         except store.Unreachable:
             if state == State.COMPLETED:
                 raise

@@ -30,14 +30,14 @@ LOCK = Path(".cache/alone.lock")  # in a copy, of the process that works there
 ENDED = Path(".cache/ended")  # in a copy whose run has ended well: the next one removes it
 MOST = 5  # starts of one run, each but the first after a crash
 PASSWORD = re.compile(r"://[^/@]*:[^/@]*@")
-# What the same attempt would end with once more: a remote that is not there, may not be used, or lacks a package.
 SAVE_AND_PUSH = """
 import json, sys
 from dvc.cli import main
 save, push = json.loads(sys.argv[1])
 sys.exit(main(save) and 3 or main(push))
 """  # in one process, as DVC takes seconds to begin
-NOT_SAVED = "failed with status 3:"
+NOT_SAVED = "failed with status 3:"  # the first of the two
+# What the same attempt would end with once more: a remote that is not there, may not be used, or lacks a package.
 IN_VAIN = re.compile(
     r"access ?denied|forbidden|\b40[13]\b|no ?such ?bucket|credential|SignatureDoesNotMatch|InvalidAccessKey"
     r"|permission denied|is supported, but requires|does not (appear to be|exist)",

@@ -212,13 +212,8 @@ def test_failed_and_cancelled_trials_count_and_three_in_a_row_end_the_search(tmp
 
 
 def test_the_same_values_are_not_run_twice(tmp_path, wanted, planned):
-    plan, runs, told = (
-        planned(
-            "trials: 6\nspace: {train.learning_rate: [0.001, 0.01]}\n", pruner="none", fixed={"train.monitor": "auc"}
-        ),
-        Pretended(),
-        [],
-    )
+    text = "trials: 6\nfixed: {train.monitor: auc}\nspace: {train.learning_rate: [0.001, 0.01]}\n"
+    plan, runs, told = planned(text, pruner="none"), Pretended(), []
     study = sweeping.open_study(tmp_path, plan, wanted)
     sweeping.search(plan, study, runs, told.append)
     assert len(runs.begun) == 2  # all that there are

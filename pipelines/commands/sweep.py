@@ -16,7 +16,7 @@ from optuna.trial import TrialState
 
 from fadeformer import params
 from fadeformer.errors import UserError
-from pipelines import local_worker, orchestrator, overrides, paths, space, store, sweeping, tracking
+from pipelines import local_worker, orchestrator, overrides, paths, space, store, sweep_runs, sweeping, tracking
 from pipelines.space import Sweep
 from pipelines.trials import PrefectTrials, experiment
 
@@ -61,7 +61,7 @@ def _apply(plan: Sweep, study: optuna.Study) -> str:
 def _search(plan: Sweep, study: optuna.Study, present: params.Params, own: bool) -> str:
     """Runs what is left of the trials, and gives the sweep's run in MLflow."""
     space_of = {f"space.{key}": str(of_key) for key, of_key in plan.space.items()}
-    parent = tracking.open_sweep(plan.name, study.user_attrs[sweeping.IDENTITY], space_of)
+    parent = sweep_runs.begin(plan.name, study.user_attrs[sweeping.IDENTITY], space_of)
     trials = PrefectTrials(plan, present, parent)
     running = [one.user_attrs.get(sweeping.RUN) for one in study.trials if one.state == TrialState.RUNNING]
     if study.trials:
@@ -91,7 +91,7 @@ def _end(plan: Sweep, study: optuna.Study, parent: str, metric: str, file: Path 
         raise UserError(f"none of the {len(made)} trials of {plan.name} has ended well")
     best, stopped = study.best_trial, sum(one.state == TrialState.PRUNED for one in made)
     value = float(study.best_value)
-    tracking.close_sweep(parent, metric, value, best.params, study.trials_dataframe())
+    sweep_runs.end(parent, metric, value, best.params, study.trials_dataframe())
     kept = experiment(plan, best.number, best.user_attrs[sweeping.RUN])
     judged = (
         f"`fadeformer sweep {file} --apply` writes it into {paths.PARAMS}, and `dvc repro` then evaluates and"
