@@ -64,6 +64,7 @@ def test_a_training_of_the_trial_is_not_copied():
     assert sweep_runs.values(sweep, 0, "val_auc") == {1: 0.5, 2: 0.75}
 
 
-def test_no_tag_tells_where_the_repository_lies(monkeypatch):
-    monkeypatch.setattr(tracking, "resolve_tags", lambda tags: {**tags, "mlflow.source.git.repoURL": "/home/a/repo"})
+def test_no_tag_tells_where_the_repository_lies(monkeypatch, tmp_path):
+    where = {"mlflow.source.git.repoURL": str(tmp_path)}
+    monkeypatch.setattr(tracking, "resolve_tags", lambda tags: {**tags, **where})
     assert tracking.with_own({"a": "b"}) == {"a": "b"}
