@@ -16,9 +16,9 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
 from fadeformer.metrics import pr_points, roc_points
+from fadeformer.numerals import told
 from fadeformer.plots import CHANCE, COLOURS, STYLES, panels, short
 from fadeformer.predictions import Predictions
-from fadeformer.summary import told
 
 TOGETHER = 3  # curves in one plot
 BAND = 0.18  # opacity

@@ -13,8 +13,8 @@ from matplotlib.lines import Line2D
 from fadeformer import drift, pages
 from fadeformer.drift import Drift
 from fadeformer.evidence_tables import Table
+from fadeformer.numerals import told
 from fadeformer.plots import COLOURS, panels, short
-from fadeformer.summary import told
 
 SHOWN = 12  # columns in the figure
 DPI = 110

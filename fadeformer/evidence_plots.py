@@ -13,10 +13,10 @@ from numpy.typing import NDArray
 
 from fadeformer import resampling
 from fadeformer.metrics import shown_classes
+from fadeformer.numerals import told
 from fadeformer.plots import CHANCE, COLOURS, panels, short
 from fadeformer.predictions import Predictions
 from fadeformer.proportions import share_interval
-from fadeformer.summary import told
 from fadeformer.tasks import one_versus_rest
 
 BINS = 10  # of the reliability diagram, of equal mass

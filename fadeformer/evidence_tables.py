@@ -10,8 +10,8 @@ import pandas as pd
 
 from fadeformer.arrays import Meta
 from fadeformer.calibration import NONE, of_description
+from fadeformer.numerals import told
 from fadeformer.subgroups import OVERALL, worse
-from fadeformer.summary import told
 from fadeformer.tasks import Task
 
 NUMBERS = {

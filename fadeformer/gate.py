@@ -18,8 +18,9 @@ import numpy as np
 from fadeformer import delong, resampling
 from fadeformer.delong import Difference
 from fadeformer.metrics import auc, shown_classes
+from fadeformer.numerals import told
 from fadeformer.predictions import Predictions
-from fadeformer.summary import summarise, told
+from fadeformer.summary import summarise
 from fadeformer.tasks import one_versus_rest
 from fadeformer.verdict import FAILED, NOT_JUDGED, PASSED, Decision, Part, Rule, kept, of_parts
 

@@ -16,7 +16,7 @@ from ruamel.yaml.representer import RoundTripRepresenter
 from fadeformer import evidence_tables, pages
 from fadeformer.card import INTENDED
 from fadeformer.evidence_tables import Evidence
-from fadeformer.summary import told
+from fadeformer.numerals import told
 
 GOOD, BAD, PLAIN = "good", "bad", "plain"
 TRAINING = ("training_curves",)

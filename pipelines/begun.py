@@ -21,7 +21,7 @@ from ruamel.yaml import YAML
 from fadeformer import params
 from fadeformer.errors import PassingError, UserError
 from fadeformer.files import checksum, read_json, write_json
-from pipelines import paths, store
+from pipelines import paths, places
 
 MADE_OF = "made_of.json"
 FINISHED = "finished.json"  # names the MLflow run of a training whose model is in models/
@@ -39,7 +39,7 @@ def taken_up() -> Iterator[Path]:
         UserError: another process trains the same.
     """
     parts = made_of()
-    root = store.project() / paths.BEGUN
+    root = places.project() / paths.BEGUN
     folder = root / digest(parts)
     root.mkdir(parents=True, exist_ok=True)
     try:
@@ -64,7 +64,7 @@ def finish(folder: Path, run_id: str) -> None:
 
 def forget(run_id: str) -> None:
     """Removes the folder of a finished training, whose model DVC has noted: a later stage runs on it."""
-    found = (store.project() / paths.BEGUN).glob(f"*/{FINISHED}")
+    found = (places.project() / paths.BEGUN).glob(f"*/{FINISHED}")
     _remove(path for path in found if read_json(path)["run_id"] == run_id)
 
 
@@ -99,7 +99,7 @@ def digest(parts: Mapping[str, Any]) -> str:
 
 def _near(path: Path) -> Path:
     """A path as a person in the project's folder writes it, also where a working copy tells of it."""
-    return path.relative_to(store.project()) if path.is_relative_to(store.project()) else path
+    return path.relative_to(places.project()) if path.is_relative_to(places.project()) else path
 
 
 def _tell_of_others(root: Path, parts: Mapping[str, Any]) -> None:

@@ -18,7 +18,7 @@ from fadeformer import lines
 from fadeformer.arrays import Meta
 from fadeformer.errors import PassingError, UserError
 from fadeformer.files import read_json, write_json
-from pipelines import store, tracking
+from pipelines import places, store, tracking
 
 PATIENCE = 5  # seconds that MLflow may take to answer a training
 PAUSE = 60  # seconds from a failed try to the next, in which a training is not held up
@@ -103,7 +103,7 @@ class Journal:
             if self._lost is None:
                 self._lost = self._delivered
                 print(
-                    f"MLflow at {store.address()} cannot be reached: training goes on, and what it measures is kept"
+                    f"MLflow at {places.address()} cannot be reached: training goes on, and what it measures is kept"
                     f" in {self._file} and delivered later ({error.reason})"
                 )
             return False
@@ -122,7 +122,7 @@ class Journal:
             except store.Unreachable as error:
                 if not left:
                     raise PassingError(
-                        f"MLflow at {store.address()} cannot be reached ({error.reason}); the training is finished"
+                        f"MLflow at {places.address()} cannot be reached ({error.reason}); the training is finished"
                         f" and kept in {self._file.parent}: {error.remedy}, then run again; nothing is trained again"
                     ) from error
                 time.sleep(1)
@@ -142,7 +142,7 @@ class Journal:
         except (UserError, OSError) as error:
             reason = error.reason if isinstance(error, store.Unreachable) else str(error)
         named = f"run {self.run_id}" if self.run_id else "run of this training"
-        print(f"MLflow at {store.address()} was not told that the {named} is {status}: {reason}")
+        print(f"MLflow at {places.address()} was not told that the {named} is {status}: {reason}")
 
     def _send(self, seconds: int) -> None:
         """Delivers all; raises Unreachable, or UserError as `deliver` does."""
@@ -162,7 +162,7 @@ class Journal:
                 ) from error
             self._met = True
         if self._lost is not None:
-            print(f"MLflow at {store.address()} is reached again: {self._delivered - self._lost} records delivered")
+            print(f"MLflow at {places.address()} is reached again: {self._delivered - self._lost} records delivered")
             self._lost = None
 
     def _send_all(self) -> None:
@@ -181,7 +181,7 @@ class Journal:
 
     def _meet(self) -> None:
         """Connects, finds the run or makes it, and asks what it has of what is not known to be delivered."""
-        experiment, here = store.connect(), store.address()
+        experiment, here = store.connect(), places.address()
         if self.run_id is None:
             start = self._records[0]
             self.run_id = tracking.open_run(experiment, start["identity"], start["time"], start["tags"])

@@ -26,7 +26,7 @@ from filelock import FileLock, Timeout
 from fadeformer import lines
 from fadeformer.errors import UserError
 from fadeformer.verdict import Decision
-from pipelines import registry, store
+from pipelines import places, registry
 from pipelines.registry import CHALLENGER, CHAMPION, PREVIOUS, Aliases, Version
 
 Rival = TypeVar("Rival")
@@ -36,7 +36,7 @@ REMEDY = "move it aside: what it told is still with the versions of the registry
 
 def path() -> Path:
     """Where the ledger is kept."""
-    return store.project() / "mlruns" / "ledger.jsonl"
+    return places.project() / "mlruns" / "ledger.jsonl"
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,7 @@ import fadeformer
 from fadeformer import model_files
 from fadeformer.errors import UserError
 from fadeformer.files import checksum, read_json
-from pipelines import paths, store
+from pipelines import paths, places, store
 from pipelines.tracking import MODEL
 
 SERVED = Path(__file__).with_name("served.py")
@@ -92,8 +92,8 @@ def fetch(name: str) -> Path:
 
 def _downloaded(uri: str) -> Path:
     """Where the files of a model in the store lie: in a local store where they are, else brought here."""
-    if not store.exists():
-        raise UserError(f"{store.address()}: no MLflow store is there; run `dvc repro`, or set MLFLOW_TRACKING_URI")
+    if not places.exists():
+        raise UserError(f"{places.address()}: no MLflow store is there; run `dvc repro`, or set MLFLOW_TRACKING_URI")
     with store.patience(ANSWER):
         store.connect()
         try:
@@ -101,7 +101,7 @@ def _downloaded(uri: str) -> Path:
         except (MlflowException, OSError) as error:
             reason = str(error).strip().splitlines()[0][:300]
             raise UserError(
-                f"{uri}: MLflow at {store.address()} has no such model ({reason}); `make ui` shows what there is"
+                f"{uri}: MLflow at {places.address()} has no such model ({reason}); `make ui` shows what there is"
             ) from error
 
 

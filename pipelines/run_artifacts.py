@@ -11,9 +11,9 @@ from prefect import get_client
 from prefect.artifacts import create_link_artifact, create_markdown_artifact, create_table_artifact
 from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterFlowRunId
 
-from fadeformer import summary
 from fadeformer.files import read_json
-from pipelines import paths
+from fadeformer.numerals import told
+from pipelines import paths, places
 
 RUN_PAGE = "{server}/#/experiments/{experiment}/runs/{run}"
 
@@ -24,8 +24,8 @@ def show_numbers() -> None:
     rows = [
         {
             "measure": name.replace("_", " "),
-            "test": summary.told(value, bounds.get(name)),
-            "val": summary.told(of_val, None),
+            "test": told(value, bounds.get(name)),
+            "val": told(of_val, None),
         }
         for (name, value), of_val in zip(
             numbers["test"]["overall"].items(), numbers["val"]["overall"].values(), strict=True
@@ -59,14 +59,12 @@ def verdict(promotion: Mapping[str, Any]) -> str:
 
 def show_links() -> None:
     """The MLflow run and the report in it, where MLflow is a server with pages."""
-    from pipelines import tracking  # takes a while to import
-
-    run = read_json(paths.RUN)["mlflow_run_id"]
-    server = tracking.server()
+    server, run = places.pages(), read_json(paths.RUN)
     if server is None:
         return
-    page = RUN_PAGE.format(server=server, experiment=tracking.experiment_of(run), run=run)
-    create_link_artifact(page, key="mlflow-run", link_text="MLflow run", description=f"MLflow run {run}")
+    run_id = run["mlflow_run_id"]
+    page = RUN_PAGE.format(server=server, experiment=run["mlflow_experiment_id"], run=run_id)
+    create_link_artifact(page, key="mlflow-run", link_text="MLflow run", description=f"MLflow run {run_id}")
     if paths.REPORT.is_file():  # a trial of a sweep has none
         create_link_artifact(f"{page}/artifacts/{paths.REPORT.name}", key="report", link_text="Report")
 
@@ -84,9 +82,9 @@ def of_run(flow_run_id: UUID) -> dict[str, str]:
             artifact_filter=ArtifactFilter(flow_run_id=ArtifactFilterFlowRunId(any_=[flow_run_id]))
         )
     by_key = {artifact.key: artifact.data for artifact in found}
-    told = {}
+    shown = {}
     if "metrics" in by_key:
-        told["test AUC"] = next(row["test"] for row in json.loads(by_key["metrics"]) if row["measure"] == "auc")
+        shown["test AUC"] = next(row["test"] for row in json.loads(by_key["metrics"]) if row["measure"] == "auc")
     if "verdict" in by_key:
-        told["decision"] = by_key["verdict"].splitlines()[0].removeprefix("# ")
-    return told
+        shown["decision"] = by_key["verdict"].splitlines()[0].removeprefix("# ")
+    return shown

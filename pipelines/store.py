@@ -1,10 +1,9 @@
-"""Where MLflow keeps its runs, a server or the project's own store, and whether it answers."""
+"""MLflow's store, a server's or the project's own: made, reached, and whether it answers."""
 
 from __future__ import annotations
 
 import logging
 import os
-import re
 import socket
 import sqlite3
 from collections.abc import Iterator
@@ -22,12 +21,10 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from fadeformer.errors import PassingError, UserError
 from fadeformer.files import whole_file
-from pipelines import moved
+from pipelines import moved, places
 from pipelines.moved import EXPERIMENT
 
 REFUSALS = {"RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"}  # of what is asked; the same again would be in vain
-RUNS = Path(".cache/runs")  # where deployment runs have their working copies
-COPY = Path(".cache/copy.json")  # in a copy: of what it is one
 PORTS = {"postgresql": 5432, "mysql": 3306, "mssql": 1433}
 
 
@@ -41,43 +38,9 @@ class Unreachable(PassingError):  # noqa: N818  it is not here, which is no erro
 
     def __init__(self, error: Exception) -> None:
         self.reason = _brief(error)
-        self.remedy = "start it" if _server() else "mend mlruns/"
-        other = ", or unset MLFLOW_TRACKING_URI to use this project's mlruns/" if _server() else ""
-        super().__init__(f"MLflow at {address()} cannot be used; {self.remedy}{other} ({self.reason})")
-
-
-def project() -> Path:
-    """The project's folder; an experiment of DVC or a deployment run in a copy below it belongs to the real one."""
-    here = Path.cwd()
-    homes = [parent.parent for parent in here.parents if parent.name == ".dvc"]
-    homes += [one.parents[len(RUNS.parts)] for one in (here, *here.parents) if (one / COPY).is_file()]
-    return min(homes, key=lambda home: len(home.parts), default=here)
-
-
-def _own() -> str:
-    return f"sqlite:///{project() / 'mlruns' / 'mlflow.db'}?timeout=60"
-
-
-def _server() -> str | None:
-    """What `MLFLOW_TRACKING_URI` names; MLflow itself sets it to what was connected before."""
-    uri = os.environ.get("MLFLOW_TRACKING_URI")
-    return uri if uri and uri != _own() else None
-
-
-def uri() -> str:
-    """What `MLFLOW_TRACKING_URI` has to name for a process in another folder to use the same store."""
-    return _server() or _own()
-
-
-def exists() -> bool:
-    """Whether there is a store: a server that is named, or the project's own once a stage has made it."""
-    return _server() is not None or (project() / "mlruns" / "mlflow.db").exists()
-
-
-def address() -> str:
-    """Where MLflow keeps its runs, for people; without a password."""
-    server = _server()
-    return re.sub("(?<=://)[^/]*@", "", server).partition("?")[0].rstrip("/") if server else str(project() / "mlruns")
+        self.remedy = "start it" if places.server() else "mend mlruns/"
+        other = ", or unset MLFLOW_TRACKING_URI to use this project's mlruns/" if places.server() else ""
+        super().__init__(f"MLflow at {places.address()} cannot be used; {self.remedy}{other} ({self.reason})")
 
 
 def _brief(error: Exception) -> str:
@@ -95,7 +58,8 @@ def told() -> Iterator[None]:
         yield
     except MlflowException as error:
         if error.error_code in REFUSALS:
-            raise UserError(f"MLflow at {address()} refuses: {str(error).strip().splitlines()[0][:500]}") from error
+            said = str(error).strip().splitlines()[0][:500]
+            raise UserError(f"MLflow at {places.address()} refuses: {said}") from error
         raise Unreachable(error) from error
     except (SQLAlchemyError, requests.RequestException) as error:  # the latter of files, such as 401: a server with
         raise Unreachable(error) from error  # accounts says so of everybody while it has no database
@@ -103,7 +67,7 @@ def told() -> Iterator[None]:
 
 def may_pass(error: Exception) -> bool:
     """Whether a server's answer to what was asked of its files may be another one next time."""
-    if not (_server() or "").startswith("http"):
+    if not (places.server() or "").startswith("http"):
         return False
     if isinstance(error, requests.HTTPError):
         return error.response is None or error.response.status_code != requests.codes.not_found
@@ -129,7 +93,7 @@ def patience(seconds: int) -> Iterator[None]:
     for logger in loggers:
         logger.setLevel(logging.CRITICAL)  # what fails is told by an exception
     try:
-        _knock(_server() or _own(), seconds)
+        _knock(places.server() or places.own(), seconds)
         yield
     finally:
         for name, value in before.items():
@@ -168,8 +132,8 @@ def connect() -> str:
         UserError: it is none, or its experiment was deleted.
     """
     logging.getLogger("mlflow").setLevel(logging.WARNING)
-    store, server = project() / "mlruns", _server()
-    mlflow.set_tracking_uri(server or _own())
+    store, server = places.project() / "mlruns", places.server()
+    mlflow.set_tracking_uri(server or places.own())
     try:
         store.mkdir(exist_ok=True)
         # Two processes that create the database at once break its migration.

@@ -31,7 +31,6 @@ from ruamel.yaml import YAML
 from fadeformer.arrays import Meta
 from fadeformer.errors import UserError
 from fadeformer.files import checksum
-from pipelines import store
 from pipelines.store import REFUSALS, connect, told
 
 AT_ONCE = 1000  # metrics in one call, as many as MLflow takes
@@ -69,11 +68,6 @@ def stage_of(run_id: str) -> str | None:
         if error.error_code in REFUSALS:
             return None
         raise
-
-
-def server() -> str | None:
-    """The address of the MLflow server, of which a page can be opened; None for a store without one."""
-    return store.address() if store.uri().startswith("http") else None
 
 
 @told()

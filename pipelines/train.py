@@ -129,7 +129,8 @@ def train() -> str:
             run_id = journal.settle()
             with tracking.run(run_id):
                 log_history(folder)
-            write_json(folder / paths.RUN.name, {"mlflow_run_id": run_id})
+            of_run = {"mlflow_run_id": run_id, "mlflow_experiment_id": tracking.experiment_of(run_id)}
+            write_json(folder / paths.RUN.name, of_run)
         begun.finish(begun_in, run_id)
     best = f"epoch {result['best_epoch']} of {result['epochs']} is the best, val loss {result['val_loss']:.4f}"
     return f"{best}; MLflow run {run_id}"

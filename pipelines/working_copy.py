@@ -24,7 +24,7 @@ from filelock import FileLock, Timeout
 
 from fadeformer.errors import PassingError, UserError
 from fadeformer.files import read_json, write_json
-from pipelines.store import COPY, RUNS
+from pipelines.places import COPY, RUNS
 
 LOCK = Path(".cache/alone.lock")  # in a copy, of the process that works there
 ENDED = Path(".cache/ended")  # in a copy whose run has ended well: the next one removes it

@@ -1,6 +1,5 @@
 """The benchmarks' rivals are what they are said to be, and the tables hold a row for each."""
 
-import importlib.util
 import itertools
 import json
 import re
@@ -23,23 +22,15 @@ from fadeformer.attention import FadeAttn
 from fadeformer.augment import Augmentation
 from fadeformer.normalisation import IMAGENET
 from fadeformer.tasks import TASKS
-from tests.conftest import ROOT
+from tests.conftest import ROOT, benchmark
 from tests.test_attention import CASES, REFERENCE, relative
 from tests.test_augment import OFF
 from tests.test_training import RECIPE, network, some_images
 
 
-def load(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.mark.real_data
 def test_the_table_of_copies_has_a_column_for_each_set_and_a_row_for_each_change(real_data, capsys, monkeypatch):
-    copies = load("copies")
+    copies = benchmark("copies")
     monkeypatch.setattr(sys, "argv", ["copies.py", str(real_data), "--images", "20"])
     copies.main()
     lines = capsys.readouterr().out.splitlines()
@@ -50,7 +41,7 @@ def test_the_table_of_copies_has_a_column_for_each_set_and_a_row_for_each_change
 
 @pytest.fixture(scope="module")
 def bench() -> ModuleType:
-    module = load("fadenet")
+    module = benchmark("fadenet")
     module.CHANNELS, module.GRIDS, module.SIDES = 32, {(3, 4): 2, (5, 5): 1}, (2, 3)
     return module
 
@@ -91,7 +82,7 @@ def one_thread() -> Iterator[None]:
 
 
 def test_shut_gates_leave_attention_alone():
-    model = load("science").network("attention alone", classes=3, seed=0).eval()
+    model = benchmark("science").network("attention alone", classes=3, seed=0).eval()
     (layer,) = (module for module in model.modules() if hasattr(module, "gate_logit"))
     images = torch.randn(2, 3, 28, 28)
     before = model(images)
@@ -102,7 +93,7 @@ def test_shut_gates_leave_attention_alone():
 
 
 def test_all_arms_begin_with_the_same_backbone():
-    science = load("science")
+    science = benchmark("science")
     models = {arm: science.network(arm, classes=3, seed=1) for arm in science.ARMS}
     images = torch.randn(2, 3, 28, 28)
     for arm, model in models.items():
@@ -115,7 +106,7 @@ def test_all_arms_begin_with_the_same_backbone():
 
 
 def test_what_is_shut_stays_shut_in_training_and_a_row_is_left(tmp_path, monkeypatch, one_thread):
-    science = load("science")
+    science = benchmark("science")
     random = np.random.default_rng(0)
     images = random.integers(0, 256, (12, 28, 28, 3), dtype=np.uint8), np.arange(12)[:, None] % 3
     monkeypatch.setattr(science, "EPOCHS", {"tiny": 1})
@@ -132,7 +123,7 @@ def test_what_is_shut_stays_shut_in_training_and_a_row_is_left(tmp_path, monkeyp
 
 
 def test_the_comparison_is_paired_by_seed_and_by_image(tmp_path, capsys, monkeypatch):
-    science = load("science")
+    science = benchmark("science")
     random = np.random.default_rng(0)
     labels = random.integers(0, 3, 90)
     monkeypatch.setattr(science, "EPOCHS", {"retinamnist": 1})
@@ -158,7 +149,7 @@ def test_the_comparison_is_paired_by_seed_and_by_image(tmp_path, capsys, monkeyp
 
 
 def test_resampled_aucs_are_those_of_the_images_repeated():
-    science = load("science")
+    science = benchmark("science")
     random = np.random.default_rng(1)
     labels, scores = random.integers(0, 3, 60), random.normal(size=(60, 3))
     weights = random.multinomial(60, np.full(60, 1 / 60), 5)
@@ -168,7 +159,7 @@ def test_resampled_aucs_are_those_of_the_images_repeated():
 
 
 def test_p_values_are_corrected_after_holm():
-    corrected = load("science").adjusted(np.array([0.04, 0.01, 0.03, 0.9]))
+    corrected = benchmark("science").adjusted(np.array([0.04, 0.01, 0.03, 0.9]))
     assert corrected == pytest.approx([0.09, 0.04, 0.09, 0.9])
 
 
@@ -201,7 +192,7 @@ def test_the_benchmark_of_the_gate_finds_what_it_planted():
 @pytest.fixture
 def tiny(one_thread: None) -> tuple[ModuleType, object]:
     """The benchmark of training, and a training small enough for a test."""
-    bench = load("training")
+    bench = benchmark("training")
     images = {split: some_images(20, 3, seed=seed) for seed, split in enumerate(("train", "val", "test"))}
     augmentation = Augmentation(**{**OFF, "rotation": 9.0})
     options = {
@@ -258,7 +249,7 @@ def test_both_kinds_of_attention_are_timed(tiny, capsys):
 
 
 def test_the_table_of_coverage_has_every_measure_and_all_hold_most_of_the_time(capsys, monkeypatch):
-    bench = load("evaluation")
+    bench = benchmark("evaluation")
     monkeypatch.setattr(bench, "POPULATION", 15_000)
     bench.print_coverage(sets=6, images=150, draws=100)
     lines = capsys.readouterr().out.splitlines()
@@ -269,7 +260,7 @@ def test_the_table_of_coverage_has_every_measure_and_all_hold_most_of_the_time(c
 
 
 def test_the_population_has_the_shares_that_it_is_said_to_have():
-    bench = load("evaluation")
+    bench = benchmark("evaluation")
     small, large = bench.drawn(bench.MULTI_LABEL, 150, 1), bench.drawn(bench.MULTI_LABEL, 1500, 2)
     np.testing.assert_allclose(small.labels.mean(axis=0), large.labels.mean(axis=0))
     grades = bench.drawn("ordinal-regression", 150, 1).labels[:, 0]
@@ -277,7 +268,7 @@ def test_the_population_has_the_shares_that_it_is_said_to_have():
 
 
 def test_the_table_of_subgroups_tells_how_often_one_is_called_worse(capsys):
-    bench = load("evaluation")
+    bench = benchmark("evaluation")
     bench.print_subgroups(sets=4, draws=100)
     rows = [line.split("|")[1:4] for line in capsys.readouterr().out.splitlines()[3:]]
     assert [name.strip() for name, _, _ in rows][-1] == "two classes, diseased women lower by 1 SD"
@@ -289,7 +280,7 @@ def test_the_table_of_subgroups_tells_how_often_one_is_called_worse(capsys):
 
 
 def test_the_cost_of_all_numbers_is_told(capsys):
-    load("evaluation").print_speed(300, 3, 100)
+    benchmark("evaluation").print_speed(300, 3, 100)
     first, second = capsys.readouterr().out.splitlines()
     assert re.match(r"300 images, 3 findings, 100 draws, \d+ cores: \d+\.\d s, \d\.\d\d GiB", first)
     assert re.match(r"paired DeLong of two models on 20,000 images: \d\.\d{3} s", second)
@@ -299,7 +290,7 @@ def test_the_cost_of_all_numbers_is_told(capsys):
 def whole(tmp_path: Path) -> Path:
     """What a pipeline leaves, as far as the benchmark of kills looks at it."""
     folder = tmp_path / "whole"
-    for name in load("kills").RESULTS:
+    for name in benchmark("kills").RESULTS:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(name)
     (folder / "mlruns").mkdir()
@@ -328,12 +319,12 @@ def test_what_kills_have_changed_in_mlflow_is_told(whole, tmp_path, change, told
     with closing(sqlite3.connect(pieces / "mlruns" / "mlflow.db")) as store:
         store.execute(change)
         store.commit()
-    found = load("kills").differences(whole, pieces)
+    found = benchmark("kills").differences(whole, pieces)
     assert found == [] if told is None else any(told in line for line in found), found
 
 
 def test_a_byte_that_kills_have_changed_is_told(whole, tmp_path):
-    kills = load("kills")
+    kills = benchmark("kills")
     for name in kills.RESULTS:
         pieces = shutil.copytree(whole, tmp_path / "pieces", dirs_exist_ok=True)
         (pieces / name).write_text("another")
@@ -341,7 +332,7 @@ def test_a_byte_that_kills_have_changed_is_told(whole, tmp_path):
 
 
 def test_half_of_the_kills_fall_in_the_training():
-    kills = load("kills")
+    kills = benchmark("kills")
     lines = {"writing": [0.0, 0.5, 2.0], "evaluating": [0.0, 5.0, 5.5, 6.0]}
     course = kills.Course(first=7.0, steps=100, epochs=8, pace=0.2, lines=lines)
     moments = kills.moments(course, 20, np.random.default_rng(0))
@@ -355,7 +346,7 @@ def test_half_of_the_kills_fall_in_the_training():
 
 
 def test_lines_are_counted_from_where_a_phase_begins():
-    kills = load("kills")
+    kills = benchmark("kills")
     log = "Running stage 'train':\n- epoch   7/8: ..\n- epoch   8/8: ..\ntrain: best\nRunning stage 'evaluate':\n"
     assert [kills.printed(8, phase, log) for phase in ("writing", "evaluating")] == [3, 1]
     assert kills.printed(8, "writing", "taken up after epoch 8, batch 0 of the next, step 104\n") == 1
@@ -388,7 +379,7 @@ def test_the_table_of_costs_names_where_published_numbers_differ():
 
 def test_the_benchmark_of_predict_compares_speed_and_memory(capsys, monkeypatch, one_thread):
     monkeypatch.setattr(sys, "argv", ["predict.py", "--images", "40", "--side", "28", "--repeats", "1", "--many", "50"])
-    bench = load("predict")
+    bench = benchmark("predict")
     monkeypatch.setattr(bench, "peak", lambda images, side, backbone: 100.0)
     bench.main()
     lines = capsys.readouterr().out.splitlines()
@@ -397,7 +388,7 @@ def test_the_benchmark_of_predict_compares_speed_and_memory(capsys, monkeypatch,
 
 
 def test_scores_of_unfamiliar_images_are_judged_alike():
-    bench, random = load("unfamiliar"), np.random.default_rng(0)
+    bench, random = benchmark("unfamiliar"), np.random.default_rng(0)
     labels = random.integers(0, 2, (300, 1))
 
     def seen(shift):

@@ -8,9 +8,10 @@ from fadeformer import predictions, subgroups
 from fadeformer.arrays import Meta
 from fadeformer.card import model_card
 from fadeformer.evidence_tables import UNDIVIDED, Evidence
+from fadeformer.numerals import told
 from fadeformer.operating import operating_points
 from fadeformer.proportions import predictive_interval, wilson
-from fadeformer.summary import intervals, summarise, told
+from fadeformer.summary import intervals, summarise
 from fadeformer.tasks import TASKS
 
 FADE = {"variant": "published", "after_blocks": ["last"], "num_heads": 4, "dropout": 0.1, "K": 3, "alpha": 0.5}

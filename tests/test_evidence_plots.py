@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-from fadeformer import evidence_plots, operating, summary
+from fadeformer import evidence_plots, numerals, operating, summary
 from tests.test_metrics import made
 from tests.test_plots import overlapping
 
@@ -32,7 +32,7 @@ def test_the_forest_has_a_row_for_each_class_with_its_number_and_interval(task, 
     found, told = summary.summarise(p), dict(zip(names, (text.get_text() for text in axes.texts), strict=True))
     bounds = summary.intervals(p, draws=100, seed=0, confidence=0.9)
     name = p.classes[-1]
-    area = summary.told(found["per_class"][name]["auc"], bounds["per_class"][name]["auc"])
+    area = numerals.told(found["per_class"][name]["auc"], bounds["per_class"][name]["auc"])
     assert told[name] == f"{area},  n = {found['per_class'][name]['support']} of 600"
     if absent is not None:
         assert told[f"class {absent}"] == "not judged"

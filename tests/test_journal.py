@@ -29,7 +29,7 @@ from fadeformer import lines
 from fadeformer.arrays import Meta
 from fadeformer.errors import UserError
 from fadeformer.files import read_json, write_json
-from pipelines import journal, tracking
+from pipelines import journal, places, tracking
 from pipelines import store as mlflow_store
 from pipelines.journal import Journal
 
@@ -420,7 +420,7 @@ def test_a_project_that_moved_has_its_run(store, monkeypatch):
 
 def test_no_password_is_told_or_kept(monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://me:secret@example.org:5000/mlflow/?token=secret")
-    assert mlflow_store.address() == "http://example.org:5000/mlflow"
+    assert places.address() == "http://example.org:5000/mlflow"
 
 
 # What is away is waited for.

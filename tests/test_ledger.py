@@ -18,7 +18,7 @@ from mlflow import MlflowClient
 from fadeformer import lines
 from fadeformer.errors import UserError
 from fadeformer.verdict import FAILED, PASSED, Decision, Rule
-from pipelines import ledger, registry, tracking
+from pipelines import ledger, places, registry, tracking
 from pipelines import store as mlflow_store
 from pipelines.ledger import Subject
 from tests import promotions
@@ -333,7 +333,7 @@ def test_twenty_promotions_by_four_processes_with_kills(database, request, tmp_p
     if database == "postgresql":
         monkeypatch.setenv("MLFLOW_TRACKING_URI", request.getfixturevalue("postgresql"))
     mlflow_store.connect()
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", mlflow_store.uri())
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", places.uri())
     name, dice = "at once", random.Random(0)  # noqa: S311
     registered(name, 20)
     shares = [[str(number) for number in range(first, 21, 4)] for first in range(1, 5)]

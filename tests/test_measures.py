@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from scipy import optimize, special, stats
 from sklearn import metrics as sk
 
-from fadeformer import delong, metrics, predictions, proportions, resampling, summary
+from fadeformer import delong, metrics, numerals, predictions, proportions, resampling, summary
 from fadeformer.measures import Measures
 from fadeformer.predictions import Predictions
 from fadeformer.proportions import wilson
@@ -383,4 +383,4 @@ def test_one_minded_labels_have_no_auc_and_no_interval_of_it():
     ],
 )  # fmt: skip
 def test_numbers_are_told_to_the_digits_that_they_are_known(value, interval, told):
-    assert summary.told(value, interval) == told
+    assert numerals.told(value, interval) == told

@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-from fadeformer import bands, curve_plots, plots, summary
+from fadeformer import bands, curve_plots, numerals, plots, summary
 from fadeformer.datasets.medmnist import SETS
 from fadeformer.predictions import Predictions
 from tests.test_metrics import made
@@ -52,7 +52,7 @@ def test_every_curve_has_a_name_a_number_with_its_interval_and_a_band(figure, ta
     FigureCanvasAgg(drawn).draw()
     key = "auc" if figure is curve_plots.roc_curves else "average_precision"
     shown = p.classes[-1:] if classes == 2 else p.classes
-    told = {name: summary.told(found["per_class"][name][key], bounds["per_class"][name][key]) for name in shown}
+    told = {name: numerals.told(found["per_class"][name][key], bounds["per_class"][name][key]) for name in shown}
     if classes == 2:
         (entry,) = drawn.axes[0].get_legend().get_texts()
         assert all(part in entry.get_text() for part in (shown[0], told[shown[0]]))

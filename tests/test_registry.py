@@ -10,7 +10,7 @@ from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
 from fadeformer.errors import UserError
-from pipelines import registry, tracking
+from pipelines import places, registry, tracking
 from pipelines import store as mlflow_store
 from tests.conftest import ROOT
 
@@ -161,4 +161,4 @@ def test_an_experiment_in_a_copy_of_dvc_belongs_to_the_real_store(tmp_path, monk
     copy = tmp_path / ".dvc" / "tmp" / "exps" / "one"
     copy.mkdir(parents=True)
     monkeypatch.chdir(copy)
-    assert mlflow_store.project() == tmp_path
+    assert places.project() == tmp_path

@@ -9,8 +9,8 @@ import pytest
 
 from fadeformer.errors import PassingError
 from fadeformer.files import write_json
+from pipelines.places import COPY
 from pipelines.reproducing import reproduce
-from pipelines.store import COPY
 from tests.conftest import ROOT
 
 STAGES = """

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from fadeformer.errors import PassingError, UserError
-from pipelines import store, working_copy
+from pipelines import places, working_copy
 
 STAGES = """
 stages:
@@ -69,7 +69,7 @@ def test_a_copy_is_at_its_commit_and_belongs_to_the_project(copy, repository):
     assert copy("one").parent == repository / ".cache" / "runs"
     assert working_copy.here()
     assert run(Path.cwd(), "git", "rev-parse", "HEAD").strip() == commit
-    assert store.project() == repository
+    assert places.project() == repository
 
 
 def test_a_run_that_is_started_again_finds_what_it_left(copy):

@@ -16,7 +16,7 @@ from optuna.trial import TrialState
 
 from fadeformer import params
 from fadeformer.errors import UserError
-from pipelines import local_worker, orchestrator, overrides, paths, space, store, sweep_runs, sweeping, tracking
+from pipelines import local_worker, orchestrator, overrides, paths, places, space, store, sweep_runs, sweeping, tracking
 from pipelines.space import Sweep
 from pipelines.trials import PrefectTrials, experiment
 
@@ -35,7 +35,7 @@ def run(arguments: argparse.Namespace) -> str:
     """Searches, from wherever an earlier search of that name has come to."""
     present = params.load(paths.PARAMS)
     plan = space.load(arguments.space, present)
-    folder = store.project() / FOLDER
+    folder = places.project() / FOLDER
     if arguments.apply and not (folder / f"{plan.name}.jsonl").is_file():
         raise UserError(f"there is no sweep {plan.name} yet; `fadeformer sweep` without --apply makes it")
     study = sweeping.open_study(folder, plan, present)

@@ -9,8 +9,8 @@ import pandas as pd
 
 from fadeformer import comparison
 from fadeformer.complexity import Cost
+from fadeformer.numerals import told
 from fadeformer.predictions import Predictions
-from fadeformer.summary import told
 from pipelines.tables.grid import Grid
 
 PUBLISHED = ("dataset", "resolution", "method", "auc", "accuracy", "balanced_accuracy", "comparable", "reason")

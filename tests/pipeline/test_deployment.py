@@ -1,9 +1,7 @@
 """Deployments: a Prefect server and process workers run the pipeline, in copies and in the user's folder."""
 
-import csv
 import json
 import os
-import re
 import socket
 import subprocess
 import time
@@ -264,21 +262,6 @@ def test_a_run_that_is_cancelled_ends_its_stage_and_leaves_nothing_behind(projec
     assert project.run("git", "status", "--short", "params.yaml") == ""
 
 
-def test_an_experiment_is_evaluated_and_judged_again_without_another_training(project, address, experiment):
-    again = ("--param", f"of={experiment}", "--watch")
-    command = ("deployment", "run", "evaluation/evaluate", *again, "--param", 'evaluate={"confidence": 0.9}')
-    project.run("prefect", *command, "--flow-run-name", "narrower", PREFECT_API_URL=address)
-    assert len(ask(address, "flow_runs", flows={"name": {"any_": ["train"]}})) == 2  # the first, and the cancelled one
-    first, second = (artifacts(address, name)["metrics"] for name in ("first", "narrower"))
-    assert [row["val"] for row in json.loads(first)] == [row["val"] for row in json.loads(second)]
-    assert first != second
-    name = left(project, "narrower")
-    command = ("deployment", "run", "promotion/promote", "--param", f"of={name}", "--watch")
-    strict = ("--param", 'promote={"min_auc": 1.0}', "--flow-run-name", "stricter")
-    assert "Completed" in project.run("prefect", *command, *strict, PREFECT_API_URL=address)
-    assert ": refused" in artifacts(address, "stricter")["verdict"].splitlines()[0]
-
-
 def test_a_grid_runs_each_combination_and_shows_a_table(project, finished, address):
     options = ("--param", 'vary={"seed": [1, 2]}', "--param", 'fixed={"train.epochs": 1}', "--flow-run-name", "seeds")
     output = project.run("prefect", "deployment", "run", "grid/benchmark", *options, "--watch", PREFECT_API_URL=address)
@@ -288,41 +271,29 @@ def test_a_grid_runs_each_combination_and_shows_a_table(project, finished, addre
     assert all("(" in row["test AUC"] and row["decision"].startswith("fadenet-phantom version") for row in rows)
 
 
-def test_a_sweep_runs_its_trials_on_the_server_and_its_best_is_evaluated_there(project, finished, address):
+def test_a_sweep_runs_its_trials_on_the_server(project, finished, address):
     space = project.folder / "seeds.yaml"
     space.write_text("trials: 1\nfixed: {train.epochs: 1}\nspace: {seed: [5, 6]}\n")
     output = project.run("fadeformer", "sweep", space.name, PREFECT_API_URL=address)
     space.unlink()
     assert run_named(address, "seeds-000")["state_type"] == "COMPLETED"
     assert set(artifacts(address, "seeds-000")) == {"experiment"}
+    assert f"`prefect deployment run evaluation/evaluate --param of={left(project, 'seeds-000')}`" in output
+
+
+def test_its_best_is_evaluated_and_judged_again_without_another_training(project, address):
     trained = len(ask(address, "flow_runs", flows={"name": {"any_": ["train"]}}))
-    command = re.search(r"`(prefect deployment run evaluation/evaluate --param of=seeds-000-\w+)`", output)[1]
-    project.run(*command.split(), "--flow-run-name", "best", "--watch", PREFECT_API_URL=address)
-    assert {"metrics", "verdict", "experiment"} <= set(artifacts(address, "best"))
+    command = ("deployment", "run", "evaluation/evaluate", "--param", f"of={left(project, 'seeds-000')}", "--watch")
+    narrow = ("--param", 'evaluate={"confidence": 0.9}', "--flow-run-name", "narrow")
+    project.run("prefect", *command, *narrow, PREFECT_API_URL=address)
+    assert {"metrics", "verdict", "experiment"} <= set(artifacts(address, "narrow"))
+    name = left(project, "narrow")
+    assert " confidence: 0.9 " in project.run("git", "show", f"{commit_of(project, name)}:params.yaml")
+    command = ("deployment", "run", "promotion/promote", "--param", f"of={name}", "--watch")
+    strict = ("--param", 'promote={"min_auc": 1.0}', "--flow-run-name", "stricter")
+    assert "Completed" in project.run("prefect", *command, *strict, PREFECT_API_URL=address)
+    assert ": refused" in artifacts(address, "stricter")["verdict"].splitlines()[0]
     assert len(ask(address, "flow_runs", flows={"name": {"any_": ["train"]}})) == trained
-
-
-@pytest.mark.timeout(1500)
-def test_a_run_whose_worker_is_killed_goes_on_from_its_checkpoint_on_another(project, finished, started, address):
-    long = json.dumps({"epochs": 20, "early_stopping_patience": 20})
-    options = ("--param", f"train={long}", "--flow-run-name", "long")
-    project.run("prefect", "deployment", "run", "pipeline/train", *options, PREFECT_API_URL=address)
-    log = project.folder.parent / "worker.log"
-    soon(lambda: "epoch   3/20" in log.read_text(), 300)
-    for process in workers(project):
-        for one in (process, *process.children(recursive=True)):
-            one.kill()
-    log = started("prefect", "worker", "start", "--pool", "local")
-    soon(lambda: run_named(address, "long")["state_type"] == "COMPLETED", 900)
-    printed = log.read_text()
-    assert "going on with the training that was begun" in printed
-    assert "epoch   2/20" not in printed
-    assert "epoch  20/20" in printed
-    assert run_named(address, "long")["run_count"] == 2
-    runs = [json.loads(line)["run_id"] for line in history(project)]
-    assert runs.count(runs[-1]) == 1
-    kept = project.run("git", "show", f"{commit_of(project, left(project, 'long'))}:models/history.csv")
-    assert [row["epoch"] for row in csv.DictReader(kept.splitlines())] == [str(epoch) for epoch in range(1, 21)]
 
 
 def test_a_grid_that_is_cancelled_cancels_its_runs(project, finished, address):
@@ -368,14 +339,6 @@ def test_a_browser_shows_card_and_aliases_of_a_version(mlflow, project, tab):
     assert tab.get_by_text("Not a medical device").first.is_visible()
     assert tab.get_by_text("champion").first.is_visible()
     shown(tab, "mlflow-version")
-
-
-def workers(project: Project) -> list[psutil.Process]:
-    return [
-        process
-        for process in psutil.process_iter(["cmdline", "cwd"])
-        if process.info["cwd"] == str(project.folder) and {"worker", "start"} <= set(process.info["cmdline"] or ())
-    ]
 
 
 def history(project: Project) -> list[str]:

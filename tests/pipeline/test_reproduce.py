@@ -10,9 +10,9 @@ import pandas as pd
 import pytest
 from mlflow import MlflowClient
 
-from fadeformer.summary import told
+from fadeformer.numerals import told
 from pipelines.__main__ import STAGES
-from tests.conftest import EVERY_CORE, ROOT, Kept, Project
+from tests.conftest import EVERY_CORE, ROOT, Kept, Project, benchmark
 
 pytestmark = pytest.mark.pipeline
 FIGURES = (
@@ -185,13 +185,24 @@ def test_a_second_run_has_nothing_to_do(reproduced):
     assert ran(reproduced.run("dvc", "repro")) == []
 
 
-def test_a_forced_run_gives_the_same_bytes(reproduced):
+def test_a_forced_run_gives_the_same_bytes_and_the_benchmark_tells_what_each_stage_takes(
+    reproduced, capsys, monkeypatch
+):
     names = ("reports/metrics.json", "models/best_model.pth")
     before = [(reproduced.folder / name).read_bytes() for name in names]
-    output = reproduced.run("dvc", "repro", "--force", **EVERY_CORE)
-    assert tuple(ran(output)) == STAGES
+    for name, value in {**reproduced.environment, **EVERY_CORE}.items():
+        monkeypatch.setenv(name, value)
+    overhead = benchmark("overhead")
+    walls = overhead.reproduce(reproduced.folder, "--force")
+    assert tuple(walls) == ("dvc", *STAGES)
     assert [(reproduced.folder / name).read_bytes() for name in names] == before
     assert read(reproduced, "reports/promotion.json")["version"] == "2"  # the same AUC is not lower than the champion's
+    overhead.report("again, forced", walls, overhead.worked(reproduced.folder))
+    table = capsys.readouterr().out
+    for stage in (*STAGES, "in all"):
+        (figures,) = re.findall(rf"^{stage} +([\d.]+) +([\d.]+) +([\d.]+)$", table, re.MULTILINE)
+        wall, work, above = map(float, figures)
+        assert wall == pytest.approx(work + above, abs=0.11)
 
 
 def test_an_edit_of_promote_promotes_alone_and_a_refusal_is_a_decision(reproduced, mlflow):

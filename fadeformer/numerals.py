@@ -1,0 +1,16 @@
+"""Numbers as people read them."""
+
+from __future__ import annotations
+
+import math
+
+
+def told(value: float | None, interval: tuple[float, float] | None) -> str:
+    """A number with its interval, to the digits that its width allows: 0.97 (0.95 to 0.98)."""
+    if value is None:
+        return "undefined"
+    if interval is None:
+        return f"{value:.4f}"
+    width = interval[1] - interval[0]
+    digits = 4 if width < 0.001 else max(2, math.ceil(-math.log10(width)))
+    return f"{value:.{digits}f} ({interval[0]:.{digits}f} to {interval[1]:.{digits}f})"

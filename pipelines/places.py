@@ -1,0 +1,50 @@
+"""Where runs are kept: the project's folder, its own MLflow store, or a server; told without loading MLflow."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+RUNS = Path(".cache/runs")  # where deployment runs have their working copies
+COPY = Path(".cache/copy.json")  # in a copy: of what it is one
+
+
+def project() -> Path:
+    """The project's folder; an experiment of DVC or a deployment run in a copy below it belongs to the real one."""
+    here = Path.cwd()
+    homes = [parent.parent for parent in here.parents if parent.name == ".dvc"]
+    homes += [one.parents[len(RUNS.parts)] for one in (here, *here.parents) if (one / COPY).is_file()]
+    return min(homes, key=lambda home: len(home.parts), default=here)
+
+
+def own() -> str:
+    """The project's own store, as `MLFLOW_TRACKING_URI` would name it."""
+    return f"sqlite:///{project() / 'mlruns' / 'mlflow.db'}?timeout=60"
+
+
+def server() -> str | None:
+    """What `MLFLOW_TRACKING_URI` names; MLflow itself sets it to what was connected before."""
+    named = os.environ.get("MLFLOW_TRACKING_URI")
+    return named if named and named != own() else None
+
+
+def uri() -> str:
+    """What `MLFLOW_TRACKING_URI` has to name for a process in another folder to use the same store."""
+    return server() or own()
+
+
+def exists() -> bool:
+    """Whether there is a store: a server that is named, or the project's own once a stage has made it."""
+    return server() is not None or (project() / "mlruns" / "mlflow.db").exists()
+
+
+def address() -> str:
+    """Where MLflow keeps its runs, for people; without a password."""
+    named = server()
+    return re.sub("(?<=://)[^/]*@", "", named).partition("?")[0].rstrip("/") if named else str(project() / "mlruns")
+
+
+def pages() -> str | None:
+    """The address of the MLflow server, of which a page can be opened; None for a store without one."""
+    return address() if uri().startswith("http") else None
