@@ -29,7 +29,9 @@ def share_interval(
 
     Where images stand alone it is Wilson's. Else it is Wilson's for as many images as would be as sure if they stood
     alone (Franco et al. 2019, doi:10.1093/jssam/smy019), with Student's t: the variance is that of a ratio of sums over
-    groups; where all or none are hits, which has no variance, a group counts as one image.
+    groups; where all or none are hits, which has no variance, a group counts as one image. Mistakes of a patient may
+    make up for one another, so that there are more such images than there are, but not more than twice as many: the
+    variance of a few groups may be small by chance.
 
     Args:
         hits: which images are counted, (images,).
@@ -54,7 +56,7 @@ def share_interval(
     if share in (0.0, 1.0):
         effective = float(clusters)
     else:
-        effective = min(float(images), share * (1 - share) / variance) if variance > 0 else float(images)
+        effective = min(2.0 * images, share * (1 - share) / variance) if variance > 0 else float(images)
     return score(share, effective, float(t.ppf((1 + confidence) / 2, clusters - 1)))
 
 

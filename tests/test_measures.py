@@ -224,6 +224,22 @@ def test_a_share_of_clustered_images_is_as_sure_as_its_patients():
     assert proportions.share_interval(every, ~every, groups, 0.95) is None
 
 
+def test_mistakes_of_a_patient_that_make_up_for_one_another_count_but_not_without_bound():
+    groups, every = np.repeat(np.arange(30), 5), np.ones(150, dtype=bool)
+    quantile = stats.t.ppf(0.975, 29)
+
+    def of(*counts):
+        """Patients with so many hits among five images."""
+        return np.tile(np.arange(5), 30) < np.resize(counts, 30)[groups]
+
+    varied, alike = of(2, 3, 4, 2, 4), of(2, 3, 4, 3, 3)
+    found = proportions.share_interval(varied, every, groups, 0.95)
+    assert found == pytest.approx(plain_share(varied, every, groups))
+    assert proportions.score(0.6, 150, quantile)[0] < found[0] < proportions.score(0.6, 300, quantile)[0]
+    assert proportions.share_interval(alike, every, groups, 0.95) == proportions.score(0.6, 300, quantile)
+    assert plain_share(alike, every, groups)[0] > proportions.score(0.6, 300, quantile)[0]
+
+
 def plain_precision(true, positives, false, negatives):
     """Where (false rate - ratio x sensitivity)^2 is the sum of the squares of what its limits are away from each."""
     p0, p1 = false / negatives, true / positives
