@@ -1,4 +1,4 @@
-"""The cluster, for whichever tests ask for it first: one for each process that pytest runs."""
+"""The cluster; its servers end with the module of tests that asks for it: as long as they run they take their share."""
 
 import os
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ from tests.pipeline import cluster as servers
 from tests.pipeline.cluster import Cluster
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     """A deployment that runs, of a project with small params.yaml; skipped without PostgreSQL, and where nobody asks.
 
