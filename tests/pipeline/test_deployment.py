@@ -16,6 +16,7 @@ import numpy as np
 import psutil
 import pytest
 from PIL import Image
+from ruamel.yaml import YAML
 
 from tests.conftest import Project
 
@@ -131,6 +132,12 @@ def left(project: Project, run: str) -> str:
 
 def commit_of(project: Project, experiment: str) -> str:
     return project.run("git", "for-each-ref", "--format=%(objectname)", f"refs/exps/*/*/{experiment}").strip()
+
+
+def model_of(project: Project, experiment: str) -> list[dict]:
+    """What an experiment's dvc.lock says of the model: where it lies, and its checksum."""
+    lock = YAML(typ="safe").load(project.run("git", "show", f"{commit_of(project, experiment)}:dvc.lock"))
+    return lock["stages"]["train"]["outs"]
 
 
 def test_the_run_ends_completed(finished):
@@ -288,7 +295,11 @@ def test_its_best_is_evaluated_and_judged_again_without_another_training(project
     project.run("prefect", *command, *narrow, PREFECT_API_URL=address)
     assert {"metrics", "verdict", "experiment"} <= set(artifacts(address, "narrow"))
     name = left(project, "narrow")
-    assert " confidence: 0.9 " in project.run("git", "show", f"{commit_of(project, name)}:params.yaml")
+    assert model_of(project, name) == model_of(project, left(project, "seeds-000"))
+    intervals = ("dvc", "get", ".", "reports/intervals.json", "--rev", commit_of(project, name), "--out", "narrow.json")
+    project.run(*intervals)
+    assert json.loads((project.folder / "narrow.json").read_text())["confidence"] == 0.9
+    (project.folder / "narrow.json").unlink()
     command = ("deployment", "run", "promotion/promote", "--param", f"of={name}", "--watch")
     strict = ("--param", 'promote={"min_auc": 1.0}', "--flow-run-name", "stricter")
     assert "Completed" in project.run("prefect", *command, *strict, PREFECT_API_URL=address)

@@ -199,12 +199,22 @@ def test_a_forced_run_gives_the_same_bytes_and_the_benchmark_tells_what_each_sta
     assert tuple(walls) == ("dvc", *STAGES)
     assert [(reproduced.folder / name).read_bytes() for name in names] == before
     assert read(reproduced, "reports/promotion.json")["version"] == "2"  # the same AUC is not lower than the champion's
-    overhead.report("again, forced", walls, overhead.worked(reproduced.folder))
+    cloned, work = [], overhead.worked(reproduced.folder)
+    monkeypatch.setattr(overhead, "PROJECT", reproduced.folder)
+    monkeypatch.setattr(overhead, "worked", lambda folder: work)
+    monkeypatch.setattr(
+        overhead, "reproduce", lambda folder, *given: cloned.append(((folder / "dvc.yaml").is_file(), given)) or walls
+    )
+    monkeypatch.setattr("sys.argv", ["overhead.py", "--again"])
+    overhead.main()
+    assert cloned == [(True, ()), (True, ("--force",))]
     table = capsys.readouterr().out
+    assert re.findall(r"^(from nothing|again, forced) ", table, re.MULTILINE) == ["from nothing", "again, forced"]
     for stage in (*STAGES, "in all"):
-        (figures,) = re.findall(rf"^{stage} +([\d.]+) +([\d.]+) +([\d.]+)$", table, re.MULTILINE)
-        wall, work, above = map(float, figures)
-        assert wall == pytest.approx(work + above, abs=0.11)
+        for figures in re.findall(rf"^{stage} +([\d.]+) +([\d.]+) +([\d.]+)$", table, re.MULTILINE):
+            wall, worked, above = map(float, figures)
+            assert wall == pytest.approx(worked + above, abs=0.11)
+        assert len(re.findall(rf"^{stage} ", table, re.MULTILINE)) == 2
 
 
 def test_an_edit_of_promote_promotes_alone_and_a_refusal_is_a_decision(reproduced, mlflow):
