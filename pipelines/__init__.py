@@ -26,4 +26,5 @@ for _name, _value in {
 }.items():
     os.environ.setdefault(_name, _value)
 for _name in ("NO_PROXY", "no_proxy"):  # the servers that stages start for themselves are on this machine
-    os.environ[_name] = ",".join(filter(None, [os.environ.get(_name), "127.0.0.1", "localhost"]))
+    _given = filter(None, os.environ.get(_name, "").split(","))
+    os.environ[_name] = ",".join(dict.fromkeys([*_given, "127.0.0.1", "localhost"]))  # once, also in a process below

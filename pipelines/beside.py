@@ -15,7 +15,7 @@ import threading
 import traceback
 from importlib import import_module
 from multiprocessing.connection import Connection
-from typing import Any
+from typing import Any, Literal
 
 from tqdm import tqdm
 
@@ -30,13 +30,13 @@ class Beside:
 
     Args:
         module: its full name.
+        method: how the process begins; a fork where this one has libraries loaded and no threads yet, whose locks it
+            would have without them.
     """
 
-    def __init__(self, module: str) -> None:
+    def __init__(self, module: str, method: Literal["spawn", "fork"]) -> None:
         self.module = module
-        context = multiprocessing.get_context(
-            "spawn"
-        )  # a process that was forked would have threads' locks, no threads
+        context: Any = multiprocessing.get_context(method)
         self._connection, theirs = context.Pipe()
         self._process = context.Process(target=_serve, args=(module, theirs))
         self._process.start()
@@ -77,10 +77,10 @@ class Beside:
         self._connection.close()
 
 
-def start(module: str) -> Beside:
+def start(module: str, method: Literal["spawn", "fork"] = "spawn") -> Beside:
     """Begins the process of a module, or finds the one that was begun."""
     if module not in _started:
-        _started[module] = Beside(module)
+        _started[module] = Beside(module, method)
     return _started[module]
 
 

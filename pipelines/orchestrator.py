@@ -57,6 +57,7 @@ class Server:
 
 
 _started: list[Server] = []
+_given: list[psutil.Process] = []
 
 
 def start(last: bool = False) -> None:
@@ -72,14 +73,14 @@ def start(last: bool = False) -> None:
     note = HOME / f"server.{owner.pid}.json"
     _forget_the_dead()
     noted = _read(note)
-    process = _find(noted.get("server"))
-    if process and _find(noted["owner"]) == owner and (answers(noted["url"]) or _comes_up(process)):
+    process = found(noted.get("server"))
+    if process and found(noted["owner"]) == owner and (answers(noted["url"]) or _comes_up(process)):
         url = noted["url"]
     else:
         if process:  # one that does not answer
             process.kill()
         url, process = _spawn(note, owner)
-    names = {"server": _name(process), "owner": _name(owner), "stage": _name(this)}
+    names = {"server": named(process), "owner": named(owner), "stage": named(this)}
     write_json(note, {"url": url, **names})
     _started.append(Server(url, process, note, ends=last or owner == this))
 
@@ -87,12 +88,16 @@ def start(last: bool = False) -> None:
 def start_early(stage: str) -> None:
     """Begins to start it a stage before it is needed, since the first start takes longest.
 
-    Not where no dvc runs the stages, or one that was asked for this stage, and so for none that comes after it; nor in
-    a grid, whose trainings run in other folders.
+    Not where no dvc runs the stages, or none comes after this one; nor in a grid, whose trainings run in other folders.
     """
     owner = dvc()
-    if owner and not {stage, GRID} & set(owner.cmdline()):
+    if owner and goes_on_after(stage, owner):
         start()
+
+
+def goes_on_after(stage: str, owner: psutil.Process) -> bool:
+    """Whether others come after a stage: not where it is what dvc was asked for, nor, here, in a grid."""
+    return not {stage, GRID} & set(owner.cmdline())
 
 
 def leave() -> None:
@@ -105,7 +110,7 @@ def _spawn(note: Path, owner: psutil.Process) -> tuple[str, psutil.Process]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "pipelines.orchestrator", str(port), str(note), json.dumps(_name(owner))]
+    command = [sys.executable, "-m", "pipelines.orchestrator", str(port), str(note), json.dumps(named(owner))]
     bare = {
         "PREFECT_UI_ENABLED": "false", "PREFECT_API_BLOCKS_REGISTER_ON_START": "false",
         "PREFECT_LOGGING_SERVER_LEVEL": "ERROR",
@@ -183,6 +188,8 @@ def dvc() -> psutil.Process | None:
 
     Or the grid of `pipelines.tables`, which runs stages likewise.
     """
+    if _given:
+        return _given[0]
     for ancestor in psutil.Process().parents():
         try:
             words = ancestor.cmdline()
@@ -193,6 +200,11 @@ def dvc() -> psutil.Process | None:
     return None
 
 
+def belongs_to(dvc: psutil.Process) -> None:
+    """Tells which dvc runs this stage, where it is not above it."""
+    _given.append(dvc)
+
+
 def alive(process: psutil.Process | None) -> bool:
     """Whether it still runs: neither is gone, nor waits for its parent to take note of its end."""
     try:
@@ -201,12 +213,13 @@ def alive(process: psutil.Process | None) -> bool:
         return False
 
 
-def _name(process: psutil.Process) -> dict[str, float]:
-    """By which `_find` knows a process again, also when its number was given to another since."""
+def named(process: psutil.Process) -> dict[str, float]:
+    """By which `found` knows a process again, also when its number was given to another since."""
     return {"pid": process.pid, "created": process.create_time()}
 
 
-def _find(name: dict[str, Any] | None) -> psutil.Process | None:
+def found(name: dict[str, Any] | None) -> psutil.Process | None:
+    """The process that `named` named, if it still runs."""
     try:
         process = psutil.Process(name["pid"]) if name else None
         same = process and name and abs(process.create_time() - name["created"]) < CLOCK
@@ -225,7 +238,7 @@ def _read(note: Path) -> dict[str, Any]:
 def _forget_the_dead() -> None:
     """Removes the notes of servers that were killed."""
     for note in HOME.glob("server.*.json"):
-        if not _find(_read(note).get("server")):
+        if not found(_read(note).get("server")):
             note.unlink(missing_ok=True)
 
 
@@ -252,7 +265,7 @@ def _serve(port: int, note: Path, owner: psutil.Process | None) -> None:
     """Serves until its owner has ended, and so has the stage that is noted: it may have to tell its end yet."""
 
     def watch() -> None:
-        while alive(owner) or _find(_read(note).get("stage")):
+        while alive(owner) or found(_read(note).get("stage")):
             time.sleep(POLL)
         note.unlink(missing_ok=True)
         os.kill(os.getpid(), signal.SIGTERM)
@@ -269,4 +282,4 @@ def _serve(port: int, note: Path, owner: psutil.Process | None) -> None:
 
 
 if __name__ == "__main__":
-    _serve(int(sys.argv[1]), Path(sys.argv[2]), _find(json.loads(sys.argv[3])))
+    _serve(int(sys.argv[1]), Path(sys.argv[2]), found(json.loads(sys.argv[3])))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -12,12 +13,13 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
 from prefect import State, task
 from prefect.runtime import flow_run
 
 from fadeformer.errors import PassingError
 from fadeformer.files import read_json
-from pipelines import paths, working_copy
+from pipelines import orchestrator, paths, preloaded, working_copy
 
 GRACE = 15.0  # seconds that a stage may take to end; Prefect's worker gives the whole run 30
 PAUSES = [15.0, 30.0, 60.0, 120.0]  # seconds before each further attempt
@@ -63,7 +65,10 @@ def reproduce(stage: str, hours: float | None = None) -> None:
     name = flow_run.name if working_copy.here() else None  # where each trains a model of its own
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        env={**os.environ, "PATH": search, **({"MLFLOW_RUN_NAME": name} if name else {})},
+        env={
+            **os.environ, "PATH": search, preloaded.RUN: json.dumps(orchestrator.named(psutil.Process())),
+            **({"MLFLOW_RUN_NAME": name} if name else {}),
+        },
         start_new_session=True,  # a group of their own, so that a signal reaches DVC, its shell and the stage
     )  # fmt: skip
     clock = threading.Timer(hours * 3600, _signal, [process, signal.SIGTERM]) if hours else None

@@ -81,14 +81,23 @@ def run(name: str, main: Callable[[], str | Ended]) -> None:
     except Interrupted as error:
         _exit(f"{name}: {error}", 128 + error.signal_number)
     except _Terminated:
-        _exit(f"{name}: stopped by SIGTERM; run again: finished stages are kept", 128 + signal.SIGTERM)
+        leave_by(name, signal.SIGTERM)
     except KeyboardInterrupt:
-        _exit(f"{name}: interrupted", 128 + signal.SIGINT)
+        leave_by(name, signal.SIGINT)
     finally:
         gc.freeze()  # else the interpreter searches every object of torch, Prefect and MLflow before it exits: 2 s
         _exit_in_time(sys.exception(), status)
     if status:
         sys.exit(status)
+
+
+def leave_by(name: str, number: signal.Signals) -> NoReturn:
+    """Ends the process as a stage that a signal has stopped."""
+    if number == signal.SIGINT:
+        told = "interrupted"
+    else:
+        told = f"stopped by {number.name}; run again: finished stages are kept"
+    _exit(f"{name}: {told}", 128 + number)
 
 
 def _exit(message: str, status: int = 1) -> NoReturn:

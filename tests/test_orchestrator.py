@@ -190,9 +190,9 @@ def test_a_server_that_died_is_not_trusted(run, tmp_path):
 
 def test_a_process_of_the_same_number_is_not_the_one_that_was_noted():
     this = psutil.Process()
-    assert orchestrator._find(orchestrator._name(this)) == this
-    assert orchestrator._find({"pid": this.pid, "created": this.create_time() - 60}) is None
-    assert orchestrator._find(None) is None
+    assert orchestrator.found(orchestrator.named(this)) == this
+    assert orchestrator.found({"pid": this.pid, "created": this.create_time() - 60}) is None
+    assert orchestrator.found(None) is None
 
 
 @pytest.mark.parametrize("text", ["", "{", json.dumps({"server": {"pid": 2**22 + 1, "created": 0.0}})])
