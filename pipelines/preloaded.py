@@ -43,16 +43,17 @@ BEFORE = ("download", "validate", "preprocess", "train")  # any of which may be 
 OWN = ("DVC_STAGE", "SHLVL", "_")  # variables that each stage has a value of its own for
 ACCELERATORS = ("nvidia[0-9]*", "kfd", "dxg", "accel*")  # in /dev
 PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGTSTP, signal.SIGCONT)
+READY = b"ready"
 SIZE = 65536  # bytes of a message
 PATIENCE = 10.0  # seconds for one that was begun to be sent
 PR_SET_PDEATHSIG = 1  # prctl(2)
 # What the stages in `FORKED` load, also late and only some of them; what these load in turn is not named.
 LIBRARIES = (
     "torch", "timm", "timm.optim", "torchvision.transforms.v2.functional", "lightning_fabric", "scipy.stats", "pandas",
-    "sklearn.covariance", "sklearn.decomposition", "sklearn.metrics", "prefect", "prefect.flow_engine", "prefect.task_engine",
-    "prefect.utilities.visualization", "git", "mlflow", "mlflow.pyfunc", "mlflow.store.tracking.sqlalchemy_store",
-    "mlflow.store.model_registry.sqlalchemy_store", "pyarrow.parquet", "ruamel.yaml", "captum.attr",
-    "matplotlib.pyplot", "jinja2", "rich.console",
+    "sklearn.covariance", "sklearn.decomposition", "sklearn.metrics", "prefect", "prefect.flow_engine",
+    "prefect.task_engine", "prefect.utilities.visualization", "git", "mlflow", "mlflow.pyfunc",
+    "mlflow.store.tracking.sqlalchemy_store", "mlflow.store.model_registry.sqlalchemy_store", "pyarrow.parquet",
+    "ruamel.yaml", "captum.attr", "matplotlib.pyplot", "jinja2", "rich.console",
 )  # fmt: skip
 
 
@@ -109,10 +110,9 @@ def run(name: str) -> int | None:
         asked = Asked(name, str(Path.cwd()), own, _environment(), orchestrator.named(dvc))
         try:
             connection.connect(_address(owner))
-            if not _of_this_user(connection):
-                return None
-            socket.send_fds(connection, [json.dumps(asked).encode()], [0, 1, 2])
-        except OSError:  # nobody there, or a stream that is closed
+        except OSError:  # nobody there
+            return None
+        if not _of_this_user(connection):
             return None
         signals, wakeup = socket.socketpair()
         wakeup.setblocking(False)
@@ -125,20 +125,29 @@ def run(name: str) -> int | None:
             if before is not signal.SIG_IGN:
                 signal.signal(number, _noted)
                 open_here.callback(signal.signal, number, before)
-        code = _waited_for(name, connection, signals)
+        code = _waited_for(asked, connection, signals)
     if code is not None and code < 0:
         _end_by(-code)
     return code
 
 
-def _waited_for(name: str, connection: socket.socket, signals: socket.socket) -> int | None:
-    """Passes signals on to the copy until it ends, and gives its exit code; None if none was made."""
+def _waited_for(asked: Asked, connection: socket.socket, signals: socket.socket) -> int | None:
+    """Asks for a copy as soon as there is somebody to be asked, and passes signals on to it until it ends.
+
+    Returns:
+        Its exit code; None if none was made.
+    """
     copy: int | None = None
     while True:
         ready, _, _ = select.select([connection, signals], [], [])
         if connection in ready:
             told, files, _, _ = socket.recv_fds(connection, SIZE, 1)
-            if files:
+            if told == READY:  # not before: what is sent to nobody keeps the streams open after this process
+                try:
+                    socket.send_fds(connection, [json.dumps(asked).encode()], [0, 1, 2])
+                except OSError:  # a stream that is closed
+                    return None
+            elif files:
                 copy = files[0]
             elif told:
                 return int(told)
@@ -146,11 +155,13 @@ def _waited_for(name: str, connection: socket.socket, signals: socket.socket) ->
                 return None
             else:
                 select.select([copy], [], [])
-                sys.exit(f"{name}: the process that waits for it was killed; run again: finished stages are kept")
+                sys.exit(
+                    f"{asked.stage}: the process that waits for it was killed; run again: finished stages are kept"
+                )
         if signals in ready:
             for number in signals.recv(SIZE):
                 if copy is None:
-                    stage.leave_by(name, signal.Signals(number))
+                    stage.leave_by(asked.stage, signal.Signals(number))
                 _pass_on(copy, number)
 
 
@@ -238,7 +249,10 @@ def _keep(connection: socket.socket, environment: str) -> Asked:
     """Makes a copy, in which it returns; tells how that ends, and ends it if nobody is there any more to be told."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     connection.settimeout(PATIENCE)
-    told, streams, _, _ = socket.recv_fds(connection, SIZE, 3)
+    told, streams = b"", []
+    with suppress(OSError):  # nobody waits any more
+        connection.send(READY)
+        told, streams, _, _ = socket.recv_fds(connection, SIZE, 3)
     asked = Asked(*json.loads(told)) if told and _of_this_user(connection) else None
     if asked is None or asked.digest != environment:
         os._exit(0)  # so that who asked loads for itself

@@ -85,8 +85,8 @@ def run(tmp_path: Path):
 
     def start(*words: str, **environment: str) -> subprocess.Popen[str]:
         process = subprocess.Popen(
-            [sys.executable, "dvc", " ".join(words)], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-            env={**os.environ, "PYTHONPATH": str(tmp_path), **environment}, start_new_session=True,
+            [sys.executable, "dvc", " ".join(words)], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            text=True, env={**os.environ, "PYTHONPATH": str(tmp_path), **environment}, start_new_session=True,
         )  # fmt: skip
         running.append(process)
         return process
@@ -186,7 +186,7 @@ def test_a_stage_that_is_paused_pauses_it(run):
     (signal.SIGINT, "works: interrupted"), (signal.SIGTERM, "works: stopped by SIGTERM; run again"),
 ])  # fmt: skip
 def test_a_signal_while_libraries_load_ends_the_stage(run, tmp_path, number, told):
-    (tmp_path / "library.py").write_text("import time; time.sleep(600)")
+    (tmp_path / "library.py").write_text("import time; time.sleep(20)")
     dvc = run("begin", "works")
     for line in dvc.stdout:
         if line == "begin ended with 0\n":
