@@ -4,13 +4,16 @@
 server, MLflow, Prefect, two workers), submits one run of the demo, and takes from Prefect's own records how long its
 flow ran, and how long each stage: a task that waits for one `dvc repro STAGE`. What is left is orchestration: the
 working copy, Prefect's bookkeeping, and results that go to DVC's remote. `--grid N` runs the deployment grid/benchmark
-of N tiny runs, first with one worker and then with two.
+of N tiny runs, first with two workers and then with one. Each worker has half of this machine's cores for what it runs,
+as one on a machine of its own has that machine's: else the first would use all of them by itself. The servers have the
+whole machine.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import tempfile
 import time
@@ -56,7 +59,9 @@ def report(cluster: Cluster) -> None:
 
 def compare_workers(cluster: Cluster, runs: int) -> None:
     cluster.start_worker("worker-of-the-grid", "default")
-    taken = {}
+    cores, taken = sorted(os.sched_getaffinity(0)), {}
+    for name, share in (("worker-1", cores[::2]), ("worker-2", cores[1::2])):
+        cluster.keep_to(name, share)
     for workers in (2, 1):
         if workers == 1:
             cluster.kill_worker("worker-2")  # it has nothing to do

@@ -8,6 +8,7 @@ can be added. `environment` is that of a person who deploys from a clone of the 
 
 import base64
 import json
+import os
 import secrets
 import signal
 import subprocess
@@ -108,6 +109,11 @@ class Cluster:
         environment["PREFECT_WORKER_QUERY_SECONDS"] = "2"  # between two looks for a run, else 10
         options = ("--pool", "local", "--name", name, "--work-queue", queue, "--limit", "1")
         self._begin(name, "prefect", "worker", "start", *options, folder=folder / "pwd", environment=environment)
+
+    def keep_to(self, name: str, cores: list[int]) -> None:
+        """Gives a worker, and all that it starts from now on, these cores alone."""
+        for thread in psutil.Process(self._running[name].pid).threads():
+            os.sched_setaffinity(thread.id, cores)
 
     def kill_worker(self, name: str) -> None:
         """Kills it and all that it has started, as when its machine loses its power."""
