@@ -4,8 +4,8 @@ Reading torch, Prefect and MLflow takes longer than most that stages of a small 
 So the first stage begins a process that reads them while data are prepared, on another core (`begin`). `python -m
 pipelines train` then asks it for a copy of itself, hands it its own streams, folder and signals, and ends as the copy
 ends (`run`): for dvc, a terminal or `kill` it is the stage. A keeper between the two ends the copy at once when the one
-who asked is gone. The project's own modules are read by each copy, as they lie there by then. A run of a deployment,
-which asks dvc for one stage after the other, has such a process for all of them.
+who asked is gone. The project's modules that make results are read by each copy, as they lie there by then. A run of a
+deployment, which asks dvc for one stage after the other, has such a process for all of them.
 
 A stage loads everything itself, as ever, where nothing could be gained or something might be lost: without dvc, or with
 one that was asked for a single stage; with an accelerator, whose driver does not survive a fork; in another environment
@@ -287,6 +287,10 @@ def _take_over(asked: Asked, streams: list[int], keeper: int) -> None:
         os.close(stream)
     for output in (sys.stdout, sys.stderr):
         output.reconfigure(line_buffering=output is sys.stderr or output.isatty())  # type: ignore[union-attr]
+    if "prefect" in sys.modules:  # when it was loaded there was no terminal for its colours
+        from prefect.logging.configuration import setup_logging
+
+        setup_logging(incremental=False)
     os.chdir(asked.folder)
     os.environ.update(asked.environment)
     sys.argv = [sys.argv[0], asked.stage]

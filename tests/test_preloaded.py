@@ -2,6 +2,8 @@
 
 import json
 import os
+import pty
+import re
 import signal
 import socket
 import subprocess
@@ -52,6 +54,9 @@ def load_and_run(name):
     from pipelines import orchestrator
     print(name, os.getpid(), orchestrator.dvc().pid, os.environ.get("DVC_STAGE"), os.getcwd(), sys.argv[1:], flush=True)
     kind, _, number = name.partition(":")
+    if kind == "logs":
+        import logging
+        logging.getLogger("prefect").info("in colours")
     if kind == "fails":
         print("told", file=sys.stderr, flush=True)
         sys.exit(int(number))
@@ -83,9 +88,9 @@ def run(tmp_path: Path):
         (tmp_path / name).write_text(text)
     running = []
 
-    def start(*words: str, **environment: str) -> subprocess.Popen[str]:
+    def start(*words: str, stdout: int = subprocess.PIPE, **environment: str) -> subprocess.Popen[str]:
         process = subprocess.Popen(
-            [sys.executable, "dvc", " ".join(words)], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            [sys.executable, "dvc", " ".join(words)], cwd=tmp_path, stdout=stdout, stderr=subprocess.STDOUT,
             text=True, env={**os.environ, "PYTHONPATH": str(tmp_path), **environment}, start_new_session=True,
         )  # fmt: skip
         running.append(process)
@@ -123,6 +128,18 @@ def test_it_has_the_streams_the_folder_and_the_environment_of_the_stage(run, tmp
     told = dvc.communicate(timeout=60)[0]
     assert f"{dvc.pid} works {tmp_path} ['works']\nworks: done\nworks ended with 0\n" in told
     assert f"{dvc.pid} fails:3 {tmp_path} ['fails:3']\ntold\nfails:3 ended with 3\n" in told
+
+
+def test_in_a_terminal_prefect_logs_in_colours(run, tmp_path):
+    (tmp_path / "library.py").write_text("import prefect")
+    here, terminal = pty.openpty()
+    dvc = run("begin", "logs", stdout=terminal, TERM="xterm")
+    os.close(terminal)
+    assert dvc.wait(60) == 0
+    told = os.read(here, 10_000).decode()
+    os.close(here)
+    assert "logs ended with 0" in told
+    assert re.search(r"\x1b\[[\d;]*mINFO\x1b\[0m .*in colours", told)
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGSEGV])
