@@ -1,14 +1,16 @@
 """Seconds that `dvc repro` of the demo takes beside training and prediction: imports, Prefect, GX and MLflow.
 
 `python benchmarks/overhead.py` clones the committed project into a temporary folder and runs one plain `dvc repro`
-there, from nothing, as a user does; `--again` a second, forced one, whose databases are made already. What is left of
-its wall time after `seconds.fit` and `seconds.predict` is overhead. A stage's row goes from its first line to that of
-the next, so it holds what dvc does for the stage; `dvc` is what comes before the first.
+there, from nothing, as a user does. What is left of its wall time after `seconds.fit` and `seconds.predict` is
+overhead. A stage's row goes from its first line to that of the next, so it holds what dvc does for the stage; `dvc` is
+what comes before the first. `--rounds N` adds N pairs of forced runs, whose databases are made already: with libraries
+loaded once for all stages (`pipelines/preloaded.py`), and by each stage. `--epochs N` trains for less than the demo.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import sqlite3
 import subprocess
@@ -16,6 +18,9 @@ import tempfile
 import time
 from contextlib import closing
 from pathlib import Path
+from statistics import median
+
+from ruamel.yaml import YAML
 
 PROJECT = Path(__file__).resolve().parents[1]
 WORK = {"train": "seconds.fit", "evaluate": "seconds.predict"}
@@ -23,20 +28,38 @@ WORK = {"train": "seconds.fit", "evaluate": "seconds.predict"}
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--again", action="store_true")
-    again = parser.parse_args().again
+    parser.add_argument("--rounds", type=int, default=0, help="pairs of forced runs, with libraries loaded once or not")
+    parser.add_argument("--epochs", type=int, help="in place of the demo's")
+    given = parser.parse_args()
+    taken: dict[str, list[float]] = {"yes": [], "no": []}
     with tempfile.TemporaryDirectory() as folder:
         subprocess.run(["git", "clone", "--quiet", PROJECT, folder], check=True)
+        if given.epochs:
+            shorten(Path(folder) / "params.yaml", given.epochs)
         report("from nothing", reproduce(Path(folder)), worked(Path(folder)))
-        if again:
-            report("again, forced", reproduce(Path(folder), "--force"), worked(Path(folder)))
+        for _ in range(given.rounds):
+            for preload, title in (("yes", "loaded once"), ("no", "by each stage")):
+                walls = reproduce(Path(folder), "--force", FADEFORMER_PRELOAD=preload)
+                work = worked(Path(folder))
+                report(title, walls, work)
+                taken[preload].append(sum(walls.values()) - sum(work.values()))
+    if given.rounds:
+        once, each = median(taken["yes"]), median(taken["no"])
+        print(f"median overhead: loaded once {once:.1f} s, by each stage {each:.1f} s; ratio {once / each:.2f}")
 
 
-def reproduce(folder: Path, *options: str) -> dict[str, float]:
+def shorten(path: Path, epochs: int) -> None:
+    settings = YAML().load(path)
+    settings["train"]["epochs"] = epochs
+    YAML().dump(settings, path)
+
+
+def reproduce(folder: Path, *options: str, **environment: str) -> dict[str, float]:
     """Seconds of each stage of one `dvc repro`."""
     walls = {}
     part, start = "dvc", time.perf_counter()
-    with subprocess.Popen(["dvc", "repro", *options], cwd=folder, stdout=subprocess.PIPE, text=True) as process:
+    command, environment = ["dvc", "repro", *options], {**os.environ, **environment}
+    with subprocess.Popen(command, cwd=folder, env=environment, stdout=subprocess.PIPE, text=True) as process:
         for line in process.stdout or ():
             if named := re.match(r"Running stage '(\w+)'", line):
                 now = time.perf_counter()

@@ -194,8 +194,10 @@ def _possible() -> bool:
     if sys.platform != "linux" or os.environ.get("FADEFORMER_PRELOAD") == "no":
         return False
     try:
-        os.close(os.pidfd_open(os.getpid()))
-    except OSError:  # an old kernel
+        this = os.pidfd_open(os.getpid())
+        signal.pidfd_send_signal(this, 0)  # nothing is sent
+        os.close(this)
+    except OSError:  # an old kernel, or a container that forbids it
         return False
     return not any(next(Path("/dev").glob(pattern), None) for pattern in ACCELERATORS)
 

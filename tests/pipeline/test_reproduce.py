@@ -10,6 +10,7 @@ import pandas as pd
 import pytest
 from mlflow import MlflowClient
 
+from fadeformer import params
 from fadeformer.numerals import told
 from pipelines.__main__ import STAGES
 from tests.conftest import EVERY_CORE, ROOT, Kept, Project, benchmark
@@ -202,19 +203,25 @@ def test_a_forced_run_gives_the_same_bytes_and_the_benchmark_tells_what_each_sta
     cloned, work = [], overhead.worked(reproduced.folder)
     monkeypatch.setattr(overhead, "PROJECT", reproduced.folder)
     monkeypatch.setattr(overhead, "worked", lambda folder: work)
-    monkeypatch.setattr(
-        overhead, "reproduce", lambda folder, *given: cloned.append(((folder / "dvc.yaml").is_file(), given)) or walls
-    )
-    monkeypatch.setattr("sys.argv", ["overhead.py", "--again"])
+
+    def noted(folder, *given, **environment):
+        cloned.append((params.load(folder / "params.yaml").train.epochs, *given, environment))
+        return walls
+
+    monkeypatch.setattr(overhead, "reproduce", noted)
+    monkeypatch.setattr("sys.argv", ["overhead.py", "--rounds", "1", "--epochs", "7"])
     overhead.main()
-    assert cloned == [(True, ()), (True, ("--force",))]
+    once, each = {"FADEFORMER_PRELOAD": "yes"}, {"FADEFORMER_PRELOAD": "no"}
+    assert cloned == [(7, {}), (7, "--force", once), (7, "--force", each)]
     table = capsys.readouterr().out
-    assert re.findall(r"^(from nothing|again, forced) ", table, re.MULTILINE) == ["from nothing", "again, forced"]
+    titles = ["from nothing", "loaded once", "by each stage"]
+    assert re.findall(rf"^({'|'.join(titles)}) +wall", table, re.MULTILINE) == titles
+    assert table.endswith("ratio 1.00\n")
     for stage in (*STAGES, "in all"):
         for figures in re.findall(rf"^{stage} +([\d.]+) +([\d.]+) +([\d.]+)$", table, re.MULTILINE):
             wall, worked, above = map(float, figures)
             assert wall == pytest.approx(worked + above, abs=0.11)
-        assert len(re.findall(rf"^{stage} ", table, re.MULTILINE)) == 2
+        assert len(re.findall(rf"^{stage} ", table, re.MULTILINE)) == 3
 
 
 def test_an_edit_of_promote_promotes_alone_and_a_refusal_is_a_decision(reproduced, mlflow):
