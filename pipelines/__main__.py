@@ -9,7 +9,7 @@ from pipelines import beside, orchestrator, preloaded, stage
 
 STAGES = ("download", "validate", "preprocess", "train", "evaluate", "promote")
 FLOWS = ("train", "evaluate")
-BEFORE = "preprocess"  # where it has run, a flow follows
+EARLY = ("validate", "preprocess")  # where these have run, a flow follows
 
 
 def main() -> None:
@@ -31,7 +31,7 @@ def load_and_run(name: str) -> str:
         beside.start(beside.OF_STAGE[name])
     if name in FLOWS:
         orchestrator.start(last=name == FLOWS[-1])
-    elif name == BEFORE:
+    elif name in EARLY:
         orchestrator.start_early(name)
     try:
         gc.disable()  # what libraries make while they load stays: searching it for garbage is a quarter of their time
@@ -39,7 +39,7 @@ def load_and_run(name: str) -> str:
         gc.freeze()
         gc.enable()
         summary = str(main_of_stage())
-        if name == BEFORE:
+        if name in EARLY:
             orchestrator.leave()
         return summary
     finally:

@@ -2,7 +2,7 @@
 
 Prefect starts a temporary server by itself too, but one for each flow, and only when the flow begins, importing the
 whole server into the flow's process, and it leaves the server behind if that process is killed. Here one comes up while
-the stage before the first flow runs, or the first one loads its libraries (`python -m pipelines STAGE`), and a note in
+data are validated, or the first flow's stage loads its libraries (`python -m pipelines STAGE`), and a note in
 `.prefect/` tells the next stage where it answers. It ends with its owner, the dvc that runs the stages or, without one,
 the stage itself, however that ends, and sooner when a stage fails or is the last with a flow.
 """
@@ -33,6 +33,7 @@ from fadeformer.files import read_json, write_json
 
 HOME = Path(".prefect")
 GRID = "pipelines.tables"
+PREPARING = ("download", "validate", "preprocess")  # stages before the first with a flow
 STARTUP = 120.0  # seconds; the very first start creates Prefect's database
 POLL = 0.25  # seconds between two looks at whether a process is still there
 ENDING = 1.5  # seconds that a server may take to end
@@ -86,18 +87,18 @@ def start(last: bool = False) -> None:
 
 
 def start_early(stage: str) -> None:
-    """Begins to start it a stage before it is needed, since the first start takes longest.
-
-    Not where no dvc runs the stages, or none comes after this one; nor in a grid, whose trainings run in other folders.
-    """
+    """Begins to start it before it is needed, since the first start takes longest, if a stage with a flow comes."""
     owner = dvc()
-    if owner and goes_on_after(stage, owner):
+    if owner and flow_follows(stage, owner):
         start()
 
 
-def goes_on_after(stage: str, owner: psutil.Process) -> bool:
-    """Whether others come after a stage: not where it is what dvc was asked for, nor, here, in a grid."""
-    return not {stage, GRID} & set(owner.cmdline())
+def flow_follows(stage: str, owner: psutil.Process) -> bool:
+    """Whether a dvc that runs a stage may come to one with a flow after it.
+
+    Not one that was asked for this stage, or for data alone; nor a grid, whose trainings run in other folders.
+    """
+    return not {stage, *PREPARING, GRID} & set(owner.cmdline())
 
 
 def leave() -> None:

@@ -39,7 +39,7 @@ from pipelines import beside, orchestrator, stage
 RUN = "FADEFORMER_RUN"  # names the process of a run of a deployment to the stages of it
 COMMAND = (sys.executable, "-m", "pipelines.preloaded")
 FORKED = ("train", "evaluate", "promote")
-BEFORE = ("download", "validate", "preprocess", "train")  # any of which may be the first that dvc runs
+BEFORE = (*orchestrator.PREPARING, "train")  # any of which may be the first that dvc runs
 OWN = ("DVC_STAGE", "SHLVL", "_")  # variables that each stage has a value of its own for
 ACCELERATORS = ("nvidia[0-9]*", "kfd", "dxg", "accel*")  # in /dev
 PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGTSTP, signal.SIGCONT)
@@ -80,7 +80,7 @@ def begin(name: str) -> None:
     owner = _owner()
     if name not in BEFORE or not owner or not _possible():
         return
-    if RUN not in os.environ and not orchestrator.goes_on_after(name, owner):
+    if RUN not in os.environ and not orchestrator.flow_follows(name, owner):
         return
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listening:
         try:

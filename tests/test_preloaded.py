@@ -236,7 +236,7 @@ def test_else_a_stage_loads_for_itself(run, tmp_path, words, library, environmen
 
 def test_a_stage_that_dvc_was_asked_for_begins_nothing(monkeypatch):
     monkeypatch.setattr(orchestrator, "dvc", psutil.Process)
-    monkeypatch.setattr(orchestrator, "goes_on_after", lambda stage, owner: False)
+    monkeypatch.setattr(orchestrator, "flow_follows", lambda stage, owner: False)
     monkeypatch.setattr(subprocess, "Popen", lambda *words, **options: pytest.fail("begun"))
     preloaded.begin("download")
 
