@@ -141,7 +141,10 @@ def _waited_for(asked: Asked, connection: socket.socket, signals: socket.socket)
     while True:
         ready, _, _ = select.select([connection, signals], [], [])
         if connection in ready:
-            told, files, _, _ = socket.recv_fds(connection, SIZE, 1)
+            try:
+                told, files, _, _ = socket.recv_fds(connection, SIZE, 1)
+            except ConnectionResetError:  # gone before it took the connection
+                told, files = b"", []
             if told == READY:  # not before: what is sent to nobody keeps the streams open after this process
                 try:
                     socket.send_fds(connection, [json.dumps(asked).encode()], [0, 1, 2])

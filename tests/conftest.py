@@ -3,10 +3,11 @@
 import importlib.util
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -84,6 +85,26 @@ def real_data(request: pytest.FixtureRequest) -> Path:
             pytest.fail(f"{REAL_DATA} is not there, but FADEFORMER_REAL_DATA requires it")
         pytest.skip("the real data sets do not lie beside this project")
     return REAL_DATA
+
+
+@pytest.fixture
+def in_background() -> Iterator[Callable[..., subprocess.Popen[str]]]:
+    """Starts Python with arguments, in a process group of its own; what is left of it ends with the test."""
+    running = []
+
+    def start(*arguments: str, cwd: Path, env: dict[str, str], **streams: int) -> subprocess.Popen[str]:
+        process = subprocess.Popen(
+            [sys.executable, *arguments], cwd=cwd, env=env, text=True, start_new_session=True,
+            **{"stdout": subprocess.PIPE, **streams},
+        )  # fmt: skip
+        running.append(process)
+        return process
+
+    yield start
+    for process in running:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
 
 
 @pytest.fixture(scope="module")

@@ -51,28 +51,18 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def run(tmp_path: Path, home: Path, monkeypatch: pytest.MonkeyPatch):
-    """Starts stages in the background, by a fake dvc or directly; what is left of them ends with the test."""
+def run(tmp_path: Path, home: Path, monkeypatch: pytest.MonkeyPatch, in_background):
+    """Starts stages in the background, by a fake dvc or directly."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "dvc").write_text(DVC)
     (tmp_path / "stage.py").write_text(STAGE)
     environment = {name: value for name, value in os.environ.items() if name != "PREFECT_API_URL"}
     environment["PREFECT_HOME"] = str(home)
-    running = []
 
     def start(*command: str) -> subprocess.Popen[str]:
-        process = subprocess.Popen(
-            [sys.executable, *command], cwd=tmp_path, env=environment, stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL, text=True, start_new_session=True,
-        )  # fmt: skip
-        running.append(process)
-        return process
+        return in_background(*command, cwd=tmp_path, env=environment, stderr=subprocess.DEVNULL)
 
-    yield start
-    for process in running:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
+    return start
 
 
 def server_of(process: subprocess.Popen[str]) -> psutil.Process:

@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -81,26 +82,17 @@ THREAD = "import threading, time; threading.Thread(target=time.sleep, args=[600]
 
 
 @pytest.fixture
-def run(tmp_path: Path):
-    """Starts stages by a fake dvc; what is left of them ends with the test."""
+def run(tmp_path: Path, in_background):
+    """Starts stages by a fake dvc."""
     files = {"dvc": DVC, "stage.py": STAGE, "loading.py": LOADING, "forked.py": FORKED, "library.py": ""}
     for name, text in files.items():
         (tmp_path / name).write_text(text)
-    running = []
 
     def start(*words: str, stdout: int = subprocess.PIPE, **environment: str) -> subprocess.Popen[str]:
-        process = subprocess.Popen(
-            [sys.executable, "dvc", " ".join(words)], cwd=tmp_path, stdout=stdout, stderr=subprocess.STDOUT,
-            text=True, env={**os.environ, "PYTHONPATH": str(tmp_path), **environment}, start_new_session=True,
-        )  # fmt: skip
-        running.append(process)
-        return process
+        env = {**os.environ, "PYTHONPATH": str(tmp_path), **environment}
+        return in_background("dvc", " ".join(words), cwd=tmp_path, env=env, stdout=stdout, stderr=subprocess.STDOUT)
 
-    yield start
-    for process in running:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
+    return start
 
 
 def copy_of(dvc: subprocess.Popen[str], word: str) -> tuple[psutil.Process, psutil.Process]:
@@ -232,6 +224,17 @@ def caught(process: psutil.Process) -> set[int]:
 def test_else_a_stage_loads_for_itself(run, tmp_path, words, library, environment):
     (tmp_path / "library.py").write_text(library)
     assert f"{words[-1]} ended with 99\n" in run(*words, **environment).communicate(timeout=60)[0]
+
+
+def test_else_also_where_it_ends_before_it_can_be_asked(monkeypatch):
+    address = f"\0fadeformer-test-{os.getpid()}"
+    monkeypatch.setattr(preloaded, "_address", lambda owner: address)
+    monkeypatch.setattr(orchestrator, "dvc", psutil.Process)
+    listening = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    listening.bind(address)
+    listening.listen()
+    threading.Timer(0.3, listening.close).start()
+    assert preloaded.run("train") is None
 
 
 def test_a_stage_that_dvc_was_asked_for_begins_nothing(monkeypatch):
