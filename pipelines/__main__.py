@@ -5,7 +5,7 @@ import sys
 from functools import partial
 from importlib import import_module
 
-from pipelines import beside, orchestrator, preloaded, stage
+from pipelines import beside, forked, orchestrator, stage
 
 STAGES = ("download", "validate", "preprocess", "train", "evaluate", "promote")
 FLOWS = ("train", "evaluate")
@@ -18,8 +18,8 @@ def main() -> None:
     if not names or not set(names) <= set(STAGES):
         sys.exit(f"usage: python -m pipelines {{{','.join(STAGES)}}}")
     if len(names) == 1:
-        preloaded.begin(names[0])
-        if (status := preloaded.run(names[0])) is not None:
+        forked.begin(names[0])
+        if (status := forked.run(names[0])) is not None:
             sys.exit(status)
     for name in names:
         stage.run(name, partial(load_and_run, name))

@@ -16,12 +16,12 @@ from pathlib import Path
 import psutil
 import pytest
 
-from pipelines import orchestrator, preloaded
+from pipelines import forked, orchestrator, preloaded
 
 # What dvc does with stages: a process for each, in the folder and the environment of the project.
 DVC = """
 import os, subprocess, sys
-for word in sys.argv[1].split():
+for word in filter(None, sys.argv[1].split(",")):
     process = subprocess.Popen([sys.executable, "stage.py", word], env={**os.environ, "DVC_STAGE": word})
     print(process.pid, flush=True)
     print(word, "ended with", process.wait(), flush=True)
@@ -29,27 +29,27 @@ for word in sys.argv[1].split():
 # A stage as `python -m pipelines` begins it, but for libraries that take a while and for what is done then.
 STAGE = """
 import os, sys
-from pipelines import preloaded
+from pipelines import forked
 name = sys.argv[1]
-preloaded.COMMAND = (sys.executable, "loading.py")
-preloaded.BEFORE, preloaded.FORKED = ("begin",), (name,)
+forked.COMMAND = (sys.executable, "loading.py")
+forked.BEFORE, forked.STAGES = ("begin",), (name,)
 if name == "begin":
-    preloaded.begin(name)
+    forked.begin(name)
     sys.exit()
 if name == "elsewhere":
     os.environ["NEW"] = "1"
-status = preloaded.run(name)
+status = forked.run(name)
 sys.exit(99 if status is None else status)  # 99: it would load everything itself
 """
 LOADING = """
 import sys
-import forked
+import stages
 from pipelines import preloaded
-preloaded.LIBRARIES = ("library",)
-sys.modules["pipelines.__main__"] = forked
+preloaded.LIBRARIES, preloaded.STAGES = ("library",), ("last",)
+sys.modules["pipelines.__main__"] = stages
 preloaded.main()
 """
-FORKED = """
+STAGES = """
 import os, signal, sys, threading, time
 def load_and_run(name):
     from pipelines import orchestrator
@@ -72,9 +72,9 @@ def load_and_run(name):
             time.sleep(0.01)
         time.sleep(0.3)
         return f"came {came}"
-    if kind == "waits":
+    if kind in ("waits", "last"):
         print("ready", flush=True)
-        time.sleep(float(number))
+        time.sleep(float(number or 2))
     return "done"
 """
 LONG = "waits:600"
@@ -84,13 +84,16 @@ THREAD = "import threading, time; threading.Thread(target=time.sleep, args=[600]
 @pytest.fixture
 def run(tmp_path: Path, in_background):
     """Starts stages by a fake dvc."""
-    files = {"dvc": DVC, "stage.py": STAGE, "loading.py": LOADING, "forked.py": FORKED, "library.py": ""}
+    files = {"dvc": DVC, "stage.py": STAGE, "loading.py": LOADING, "stages.py": STAGES, "library.py": ""}
     for name, text in files.items():
         (tmp_path / name).write_text(text)
 
-    def start(*words: str, stdout: int = subprocess.PIPE, **environment: str) -> subprocess.Popen[str]:
+    def start(
+        *words: str, asked: tuple[str, ...] = (), stdout: int = subprocess.PIPE, **environment: str
+    ) -> subprocess.Popen[str]:
         env = {**os.environ, "PYTHONPATH": str(tmp_path), **environment}
-        return in_background("dvc", " ".join(words), cwd=tmp_path, env=env, stdout=stdout, stderr=subprocess.STDOUT)
+        command = ("dvc", ",".join([*words, ""]), *asked)
+        return in_background(*command, cwd=tmp_path, env=env, stdout=stdout, stderr=subprocess.STDOUT)
 
     return start
 
@@ -201,7 +204,7 @@ def test_a_signal_while_libraries_load_ends_the_stage(run, tmp_path, number, tol
         if line == "begin ended with 0\n":
             break
     asker = psutil.Process(int(dvc.stdout.readline()))
-    assert comes_to(lambda: preloaded.PASSED_ON[-1] in caught(asker))
+    assert comes_to(lambda: forked.PASSED_ON[-1] in caught(asker))
     asker.send_signal(number)
     text = dvc.communicate(timeout=60)[0]
     assert told in text
@@ -228,34 +231,44 @@ def test_else_a_stage_loads_for_itself(run, tmp_path, words, library, environmen
 
 def test_else_also_where_it_ends_before_it_can_be_asked(monkeypatch):
     address = f"\0fadeformer-test-{os.getpid()}"
-    monkeypatch.setattr(preloaded, "_address", lambda owner: address)
+    monkeypatch.setattr(forked, "_address", lambda owner: address)
     monkeypatch.setattr(orchestrator, "dvc", psutil.Process)
     listening = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     listening.bind(address)
     listening.listen()
     threading.Timer(0.3, listening.close).start()
-    assert preloaded.run("train") is None
+    assert forked.run("train") is None
 
 
-def test_a_stage_that_dvc_was_asked_for_begins_nothing(monkeypatch):
-    monkeypatch.setattr(orchestrator, "dvc", psutil.Process)
-    monkeypatch.setattr(orchestrator, "flow_follows", lambda stage, owner: False)
-    monkeypatch.setattr(subprocess, "Popen", lambda *words, **options: pytest.fail("begun"))
-    preloaded.begin("download")
+@pytest.mark.parametrize(("asked", "status"), [
+    (("begin",), 99), (("preprocess",), 99), (("train",), 0), ((), 0),
+])  # fmt: skip
+def test_libraries_are_loaded_where_dvc_was_asked_for_what_needs_them(run, asked, status):
+    assert f"works ended with {status}\n" in run("begin", "works", asked=asked).communicate(timeout=60)[0]
+
+
+def test_the_process_with_the_libraries_ends_as_the_last_stage_begins(run):
+    dvc = run("begin", "waits:0.5", "last")
+    _, copy = copy_of(dvc, "waits:0.5")
+    begun = copy.parent().parent()
+    _, last = copy_of(dvc, "last")
+    assert comes_to(lambda: not orchestrator.alive(begun))
+    assert orchestrator.alive(last)
+    assert "last ended with 0\n" in dvc.communicate(timeout=60)[0]
 
 
 def test_nothing_is_forked_beside_an_accelerator(monkeypatch):
-    assert preloaded._possible()
-    monkeypatch.setattr(preloaded, "ACCELERATORS", ("nul[l]",))
-    assert not preloaded._possible()
+    assert forked._possible()
+    monkeypatch.setattr(forked, "ACCELERATORS", ("nul[l]",))
+    assert not forked._possible()
 
 
 def test_only_the_same_user_is_answered(monkeypatch):
     one, other = socket.socketpair()
     with one, other:
-        assert preloaded._of_this_user(one)
+        assert preloaded.of_this_user(one)
         monkeypatch.setattr(os, "getuid", lambda: 12345)
-        assert not preloaded._of_this_user(one)
+        assert not preloaded.of_this_user(one)
 
 
 def test_stages_find_nearly_all_libraries_loaded():
@@ -266,7 +279,7 @@ from pipelines import beside, preloaded
 for library in preloaded.LIBRARIES:
     importlib.import_module(library)
 threads, before = threading.active_count(), set(sys.modules)
-for stage in preloaded.FORKED:
+for stage in preloaded.STAGES:
     importlib.import_module(f"pipelines.{stage}")
 importlib.import_module(beside.OF_STAGE["evaluate"])
 late = [name for name in set(sys.modules) - before if not name.startswith(("fadeformer", "pipelines"))]
