@@ -51,10 +51,14 @@ preset: install  ## write a recipe into params.yaml: make preset NAME=paper
 tables: install  ## train a grid and write docs/tables.md: make tables GRID=cpu DATA=FOLDER JOBS=2
 	python -m pipelines.tables $(GRID) $(if $(DATA),--data $(DATA)) --jobs $(or $(JOBS),1)
 
-.PHONY: images up down
-images:  ## build the images: make images TORCH_INDEX=URL TAG=cpu BASE=docker.io/library/python@sha256:DIGEST
-	for target in trainer worker; do $(BUILD) $(if $(TORCH_INDEX),--build-arg TORCH_INDEX=$(TORCH_INDEX)) --target $$target \
-	  --file docker/trainer.Dockerfile --tag localhost/fadeformer-$$target:$(TAG) . || exit 1; done
+.PHONY: images image-trainer image-worker image-mlflow up down
+images: image-trainer image-worker image-mlflow  ## build the images: make images TORCH_INDEX=URL TAG=cpu BASE=docker.io/library/python@sha256:DIGEST
+
+image-trainer image-worker: image-%:
+	$(BUILD) $(if $(TORCH_INDEX),--build-arg TORCH_INDEX=$(TORCH_INDEX)) --target $* \
+	  --file docker/trainer.Dockerfile --tag localhost/fadeformer-$*:$(TAG) .
+
+image-mlflow:
 	$(BUILD) --file docker/mlflow.Dockerfile --tag localhost/fadeformer-mlflow:$(TAG) .
 
 up: docker/.env  ## start the database, MLflow, Prefect and a worker: make up PROFILE=gpu

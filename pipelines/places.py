@@ -46,5 +46,11 @@ def address() -> str:
 
 
 def pages() -> str | None:
-    """The address of the MLflow server, of which a page can be opened; None for a store without one."""
-    return address() if uri().startswith("http") else None
+    """Where a browser finds the pages of the MLflow server; None for a store without one.
+
+    That is the server's address, unless `FADEFORMER_MLFLOW_PAGES` names another: within a network of containers a
+    server has a name that no browser knows.
+    """
+    if not uri().startswith("http"):
+        return None
+    return os.environ.get("FADEFORMER_MLFLOW_PAGES", "").rstrip("/") or address()

@@ -574,12 +574,12 @@ def test_images_are_built_from_the_base_that_is_named(tmp_path):
     plan = make(
         "--dry-run", "images", "BASE=base@sha256:0", "TORCH_INDEX=http://wheels/cpu", "TAG=cpu", folder=tmp_path
     ).stdout
-    assert plan.count("--build-arg BASE=base@sha256:0") == 2
-    assert plan.count("--build-arg TORCH_INDEX=http://wheels/cpu ") == 1
+    assert plan.count("--build-arg BASE=base@sha256:0") == 3
+    assert plan.count("--build-arg TORCH_INDEX=http://wheels/cpu ") == 2
     assert "fadeformer-mlflow:cpu" in plan
-    assert plan.count("buildah build --layers") == 2
+    assert plan.count("buildah build --layers") == 3
     plan = make("--dry-run", "images", engine=True, folder=tmp_path).stdout
-    assert plan.count("docker build") == 2
+    assert plan.count("docker build") == 3
     assert "build-arg" not in plan
 
 
