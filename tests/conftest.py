@@ -49,8 +49,8 @@ SMALL = {
 LONGEST = (
     "pipeline/test_cluster.py",
     "pipeline/test_deployment.py", "pipeline/test_resume.py", "pipeline/test_reproduce.py", "pipeline/test_sweep.py",
-    "pipeline/test_errors.py",
-    "test_images.py", "pipeline/test_networks.py", "pipeline/test_real_data.py", "test_readme.py", "test_orchestrator.py",
+    "pipeline/test_errors.py", "test_images.py",
+    "pipeline/test_networks.py", "pipeline/test_real_data.py", "test_readme.py", "test_orchestrator.py",
     "test_tables.py", "test_bad_data.py", "test_benchmarks.py", "datasets/test_manifest.py", "test_report.py",
     "test_complexity.py",
 )  # fmt: skip
