@@ -67,8 +67,6 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Built]:
     if os.environ.get("FADEFORMER_IMAGES") != "required":
         pytest.skip("builds an image, as root, with packages from Debian and PyPI; FADEFORMER_IMAGES=required runs it")
     postgresql.require()
-    missing = [name for name in TOOLS if shutil.which(name) is None]
-    assert not missing, f"FADEFORMER_IMAGES=required wants {', '.join(missing)} (apt-get install buildah debootstrap)"
     assert os.geteuid() == 0, "FADEFORMER_IMAGES=required wants root"
     project = clone(tmp_path_factory.mktemp("images"))
     folder = project.folder.parent
@@ -77,6 +75,8 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Built]:
         **os.environ, **project.environment, "PATH": f"{project.environment['PATH']}:/usr/sbin:/sbin",
         "BUILDAH_ISOLATION": "chroot", "CONTAINERS_STORAGE_CONF": str(settings),
     }  # fmt: skip
+    missing = [name for name in TOOLS if shutil.which(name, path=environment["PATH"]) is None]
+    assert not missing, f"FADEFORMER_IMAGES=required wants {', '.join(missing)} (apt-get install buildah debootstrap)"
     hidden = {"the folder that it was built in": str(project.folder), "pip's settings": secrets.token_hex(16)}
     hidden |= lay_about(project)
     flags = pip_settings(folder / "pip.conf", hidden["pip's settings"])
