@@ -9,8 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from pipelines import paths, places
 
 MADE_OF = "made_of.json"
 FINISHED = "finished.json"  # names the MLflow run of a training whose model is in models/
+REMOVED = ".removed-"  # what the names of folders begin with that are about to be no more
 SECTIONS = ("seed", "model", "augment", "train")
 DATA = ("meta.json", "index.parquet", "train.npy", "val.npy")
 LIBRARIES = ("lightning-fabric", "numpy", "scipy", "timm", "torch", "torchvision")
@@ -42,36 +43,70 @@ def taken_up() -> Iterator[Path]:
     root = places.project() / paths.BEGUN
     folder = root / digest(parts)
     root.mkdir(parents=True, exist_ok=True)
-    try:
-        with FileLock(folder.with_suffix(".lock"), timeout=0):
+    with ExitStack() as until_ended:
+        with _list_of(root):
+            try:
+                until_ended.enter_context(FileLock(folder.with_suffix(".lock"), timeout=0))
+            except Timeout as error:
+                told = f"{_near(folder)}: another process trains the very same; wait until it has ended"
+                raise PassingError(told) from error
             if (folder / MADE_OF).is_file():
                 print(f"going on with the training that was begun in {_near(folder)}")
             else:
-                _remove(path for path in root.glob(f"*/{FINISHED}"))
+                _remove(root, _left_behind)
                 _tell_of_others(root, parts)
                 folder.mkdir(exist_ok=True)
                 write_json(folder / MADE_OF, parts)
-            yield folder
-    except Timeout as error:
-        told = f"{_near(folder)}: another process trains the very same; wait until it has ended"
-        raise PassingError(told) from error
+        yield folder
 
 
 def finish(folder: Path, run_id: str) -> None:
     """Notes that the model is in models/. The folder stays until DVC has noted that too: else a kill would lose all."""
-    write_json(folder / FINISHED, {"run_id": run_id})
+    write_json(folder / FINISHED, {"run_id": run_id, "copy": _copy()})
 
 
 def forget(run_id: str) -> None:
     """Removes the folder of a finished training, whose model DVC has noted: a later stage runs on it."""
-    found = (places.project() / paths.BEGUN).glob(f"*/{FINISHED}")
-    _remove(path for path in found if read_json(path)["run_id"] == run_id)
+    root = places.project() / paths.BEGUN
+    if root.is_dir():
+        with _list_of(root):
+            _remove(root, lambda finished: finished["run_id"] == run_id)
 
 
-def _remove(finished: Iterable[Path]) -> None:
-    for note in finished:
-        shutil.rmtree(note.parent)
-        note.parent.with_suffix(".lock").unlink(missing_ok=True)
+def _list_of(root: Path) -> FileLock:
+    """Held by who adds to the list of trainings, or removes from it: runs of other working copies do so too."""
+    return FileLock(root / ".lock")
+
+
+def _copy() -> str:
+    """The working copy where this process trains, as the project sees it."""
+    return Path.cwd().relative_to(places.project()).as_posix()
+
+
+def _left_behind(finished: Mapping[str, Any]) -> bool:
+    """Whether nobody can need a finished training: DVC, whose lock this stage has, went on, or its copy is gone."""
+    copy = finished.get("copy", ".")  # of notes from before there were copies
+    return copy == _copy() or not (places.project() / copy).is_dir()
+
+
+def _remove(root: Path, unwanted: Callable[[Mapping[str, Any]], bool]) -> None:
+    """Removes finished trainings that no process has taken up again; a kill leaves no half of one to go on with."""
+    for note in list(root.glob(f"[!.]*/{FINISHED}")):
+        folder = note.parent
+        if unwanted(read_json(note)) and not _taken(folder):
+            folder.rename(root / f"{REMOVED}{folder.name}")
+            folder.with_suffix(".lock").unlink(missing_ok=True)
+    for removed in root.glob(f"{REMOVED}*"):
+        shutil.rmtree(removed)
+
+
+def _taken(folder: Path) -> bool:
+    """Whether a process trains in a folder; asked by who holds the list, so that none begins meanwhile."""
+    try:
+        with FileLock(folder.with_suffix(".lock"), timeout=0):
+            return False
+    except Timeout:
+        return True
 
 
 def made_of() -> dict[str, Any]:
@@ -103,7 +138,8 @@ def _near(path: Path) -> Path:
 
 
 def _tell_of_others(root: Path, parts: Mapping[str, Any]) -> None:
-    others = sorted(root.glob(f"*/{MADE_OF}"), key=lambda path: path.stat().st_mtime)
+    found = [path for path in root.glob(f"[!.]*/{MADE_OF}") if not path.with_name(FINISHED).exists()]
+    others = sorted((path for path in found if not _taken(path.parent)), key=lambda path: path.stat().st_mtime)
     if not others:
         return
     before = read_json(others[-1])

@@ -57,7 +57,7 @@ def whole(pieces: Project, tmp_path_factory: pytest.TempPathFactory) -> Project:
 
 def begun(project: Project) -> list[Path]:
     """Trainings that have not ended."""
-    folders = sorted(path.parent for path in project.folder.glob(".cache/train/*/made_of.json"))
+    folders = sorted(path.parent for path in project.folder.glob(".cache/train/[!.]*/made_of.json"))
     return [folder for folder in folders if not (folder / "finished.json").exists()]
 
 

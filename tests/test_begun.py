@@ -1,0 +1,163 @@
+"""Trainings that have begun, of runs side by side: each finds its own again, and none takes another's from it."""
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from fadeformer.errors import PassingError
+from pipelines import begun, paths, places
+
+AT_ONCE = 4
+ROUNDS = 25
+# A run of its own process: trains, has its model noted, and forgets, while others do the same.
+RUN = f"""
+import os, sys
+from pipelines import begun
+os.chdir(sys.argv[1])
+for number in range({ROUNDS}):
+    begun.made_of = lambda: {{"run": sys.argv[1], "number": number}}
+    with begun.taken_up() as folder:
+        begun.finish(folder, f"{{sys.argv[1]}} {{number}}")
+    begun.forget(f"{{sys.argv[1]}} {{number}}")
+"""
+
+
+@pytest.fixture
+def copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Path]:
+    """Goes to a working copy of a deployment run, which is made first; "" is the project itself."""
+
+    def go_to(name: str) -> Path:
+        folder = tmp_path / places.RUNS / name if name else tmp_path
+        if name and not folder.exists():
+            (folder / places.COPY).parent.mkdir(parents=True)
+            (folder / places.COPY).write_text("{}")
+        monkeypatch.chdir(folder)
+        return folder
+
+    return go_to
+
+
+@pytest.fixture
+def seed(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """Sets what the next training is made of."""
+    return lambda seed: monkeypatch.setattr(begun, "made_of", lambda: {"seed": seed})
+
+
+def train(run_id: str) -> Path:
+    """A training that ends: its folder."""
+    with begun.taken_up() as folder:
+        begun.finish(folder, run_id)
+    return folder
+
+
+def test_what_another_run_has_finished_stays_until_that_run_forgets_it(
+    copy: Callable[[str], Path], seed: Callable[[int], None]
+) -> None:
+    copy("one")
+    seed(1)
+    one = train("of one")
+    copy("two")
+    seed(2)
+    train("of two")
+    begun.forget("of two")
+    assert (one / begun.FINISHED).is_file()
+    copy("one")
+    begun.forget("of one")
+    assert {path.name for path in one.parent.iterdir()} == {".lock"}
+
+
+def test_what_this_copy_finished_and_nobody_forgot_goes_when_the_next_begins(
+    copy: Callable[[str], Path], seed: Callable[[int], None]
+) -> None:
+    copy("")
+    seed(1)
+    before = train("before")
+    seed(2)
+    assert train("after").is_dir()
+    assert not before.exists()
+
+
+def test_what_was_finished_in_a_copy_that_is_gone_goes_too(
+    copy: Callable[[str], Path], seed: Callable[[int], None]
+) -> None:
+    gone = copy("gone")
+    seed(1)
+    left = train("of gone")
+    copy("two")
+    shutil.rmtree(gone)
+    seed(2)
+    train("of two")
+    assert not left.exists()
+
+
+def test_a_finished_training_that_is_taken_up_again_is_not_removed_meanwhile(
+    copy: Callable[[str], Path], seed: Callable[[int], None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy("one")
+    seed(1)
+    train("same")
+    copy("two")
+    with begun.taken_up() as folder:
+        begun.forget("same")
+        assert (folder / begun.MADE_OF).is_file()
+    assert "going on with the training" in capsys.readouterr().out
+    begun.forget("same")
+    assert not folder.exists()
+
+
+def test_a_training_that_another_process_is_at_is_not_told_as_left(
+    copy: Callable[[str], Path], seed: Callable[[int], None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy("one")
+    seed(1)
+    with begun.taken_up():
+        copy("two")
+        seed(2)
+        train("of two")
+        assert "training afresh" not in capsys.readouterr().out
+    seed(3)
+    train("of three")
+    assert "training afresh" in capsys.readouterr().out
+
+
+def test_the_very_same_training_is_begun_once(copy: Callable[[str], Path], seed: Callable[[int], None]) -> None:
+    copy("one")
+    seed(1)
+    with begun.taken_up(), pytest.raises(PassingError, match="another process trains the very same"):  # noqa: SIM117
+        with begun.taken_up():
+            pass
+
+
+def test_half_of_a_training_that_was_being_removed_is_never_gone_on_with(
+    copy: Callable[[str], Path], seed: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy("one")
+    seed(1)
+    folder = train("one")
+
+    def killed(folder: Path) -> None:
+        (folder / begun.FINISHED).unlink()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(begun.shutil, "rmtree", killed)
+        with pytest.raises(KeyboardInterrupt):
+            begun.forget("one")
+    with begun.taken_up() as again:
+        assert again == folder
+        assert json.loads((again / begun.MADE_OF).read_text()) == {"seed": 1}
+        assert {path.name for path in again.iterdir()} == {begun.MADE_OF}
+    assert not list(folder.parent.glob(f"{begun.REMOVED}*"))
+
+
+def test_runs_that_begin_and_end_at_once_do_not_fail(copy: Callable[[str], Path], tmp_path: Path) -> None:
+    copies = [str(copy(f"run-{number}")) for number in range(AT_ONCE)]
+    runs = [subprocess.Popen([sys.executable, "-c", RUN, folder], stderr=subprocess.PIPE) for folder in copies]
+    told = [run.communicate()[1].decode() for run in runs]
+    assert [(run.returncode, text) for run, text in zip(runs, told, strict=True)] == [(0, "")] * AT_ONCE
+    assert {path.name for path in (tmp_path / paths.BEGUN).iterdir()} == {".lock"}
