@@ -68,6 +68,7 @@ def reproduce(stage: str, hours: float | None = None) -> None:
         env={
             **os.environ, "PATH": search, forked.RUN: json.dumps(orchestrator.named(psutil.Process())),
             **({"MLFLOW_RUN_NAME": name} if name else {}),
+            "PYTHONUNBUFFERED": "1",  # else a pipe holds lines back, and a run's page shows them late and in disorder
         },
         start_new_session=True,  # a group of their own, so that a signal reaches DVC, its shell and the stage
     )  # fmt: skip

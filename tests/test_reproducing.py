@@ -9,6 +9,7 @@ import pytest
 
 from fadeformer.errors import PassingError
 from fadeformer.files import write_json
+from pipelines import reproducing
 from pipelines.places import COPY
 from pipelines.reproducing import reproduce
 from tests.conftest import ROOT
@@ -18,7 +19,19 @@ stages:
   down: {cmd: "echo 'down: no server answers'; exit 75"}
   shut: {cmd: "echo 'shut: the data gate is shut'; exit 1"}
   later: {cmd: "if [ -e once ]; then echo later; else touch once; exit 75; fi"}
+  talks: {cmd: "{python} talks.py"}
   long: {cmd: "trap 'echo kept > checkpoint; exit 143' TERM; sleep 60 & wait"}
+"""
+# Ends well only if what it printed is seen before it ends.
+TALKS = """
+import sys, time
+from pathlib import Path
+print("epoch 1")
+deadline = time.monotonic() + 60
+while not Path("seen").exists():
+    if time.monotonic() > deadline:
+        sys.exit("nobody saw it")
+    time.sleep(0.05)
 """
 
 IN_A_FLOW = """
@@ -44,8 +57,9 @@ except flows.UserError as error:
 
 @pytest.fixture
 def stages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with four stages, in which the test works."""
-    (tmp_path / "dvc.yaml").write_text(STAGES)
+    """A folder with five stages, in which the test works."""
+    (tmp_path / "dvc.yaml").write_text(STAGES.replace("{python}", sys.executable))
+    (tmp_path / "talks.py").write_text(TALKS)
     monkeypatch.setenv("DVC_NO_ANALYTICS", "true")
     subprocess.run(["dvc", "init", "--quiet", "--no-scm"], cwd=tmp_path, check=True)
     monkeypatch.chdir(tmp_path)
@@ -91,6 +105,21 @@ def test_after_its_hours_a_stage_is_asked_to_end(stages):
     with pytest.raises(RuntimeError, match="had not ended after"):
         reproduce.fn("long", hours=3 / 3600)
     assert (stages / "checkpoint").read_text() == "kept\n"
+
+
+def test_what_a_stage_prints_is_told_while_it_runs(stages, monkeypatch):
+    monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)
+    told = []
+
+    def tell(line: str) -> None:
+        told.append(line)
+        if line == "epoch 1":
+            (stages / "seen").touch()
+
+    monkeypatch.setattr(reproducing, "print", tell, raising=False)
+    reproduce.fn("talks")
+    assert told[0].startswith("Running stage 'talks'")
+    assert "epoch 1" in told
 
 
 def test_a_server_without_the_limit_of_promotions_is_told(prefect_server):

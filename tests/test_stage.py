@@ -109,7 +109,7 @@ def main():
         try:
             time.sleep(600)
         except Exception:
-            print("a damaged image")
+            print("a damaged image", flush=True)
 stage.run("download", main)
 """
 # A signal that comes while garbage is collected: what its handler raises there is lost.
