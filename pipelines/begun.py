@@ -85,7 +85,7 @@ def _copy() -> str:
 
 def _left_behind(finished: Mapping[str, Any]) -> bool:
     """Whether nobody can need a finished training: DVC, whose lock this stage has, went on, or its copy is gone."""
-    copy = finished.get("copy", ".")  # of notes from before there were copies
+    copy = finished.get("copy", ".")  # a note of an older version does not tell
     return copy == _copy() or not (places.project() / copy).is_dir()
 
 
