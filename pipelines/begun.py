@@ -62,7 +62,7 @@ def taken_up() -> Iterator[Path]:
 
 def finish(folder: Path, run_id: str) -> None:
     """Notes that the model is in models/. The folder stays until DVC has noted that too: else a kill would lose all."""
-    write_json(folder / FINISHED, {"run_id": run_id, "copy": _copy()})
+    write_json(folder / FINISHED, {"run_id": run_id, "copy": _working_copy()})
 
 
 def forget(run_id: str) -> None:
@@ -78,7 +78,7 @@ def _list_of(root: Path) -> FileLock:
     return FileLock(root / ".lock")
 
 
-def _copy() -> str:
+def _working_copy() -> str:
     """The working copy where this process trains, as the project sees it."""
     return Path.cwd().relative_to(places.project()).as_posix()
 
@@ -86,7 +86,7 @@ def _copy() -> str:
 def _left_behind(finished: Mapping[str, Any]) -> bool:
     """Whether nobody can need a finished training: DVC, whose lock this stage has, went on, or its copy is gone."""
     copy = finished.get("copy", ".")  # a note of an older version does not tell
-    return copy == _copy() or not (places.project() / copy).is_dir()
+    return copy == _working_copy() or not (places.project() / copy).is_dir()
 
 
 def _remove(root: Path, unwanted: Callable[[Mapping[str, Any]], bool]) -> None:

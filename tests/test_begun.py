@@ -71,27 +71,35 @@ def test_what_another_run_has_finished_stays_until_that_run_forgets_it(
     assert {path.name for path in one.parent.iterdir()} == {".lock"}
 
 
-def test_what_this_copy_finished_and_nobody_forgot_goes_when_the_next_begins(
+@pytest.mark.parametrize(("before", "after"), [("", ""), ("one", "one"), ("gone", "two")])
+def test_what_is_finished_and_nobody_can_need_goes_when_the_next_begins(
+    copy: Callable[[str], Path], seed: Callable[[int], None], before: str, after: str
+) -> None:
+    left_in = copy(before)
+    seed(1)
+    left = train("before")
+    copy(after)
+    if after != before:
+        shutil.rmtree(left_in)
+    seed(2)
+    assert train("after").is_dir()
+    assert not left.exists()
+
+
+def test_a_note_of_an_older_version_is_of_the_project_itself(
     copy: Callable[[str], Path], seed: Callable[[int], None]
 ) -> None:
     copy("")
     seed(1)
-    before = train("before")
+    left = train("before")
+    (left / begun.FINISHED).write_text('{"run_id": "before"}')
+    copy("one")
     seed(2)
-    assert train("after").is_dir()
-    assert not before.exists()
-
-
-def test_what_was_finished_in_a_copy_that_is_gone_goes_too(
-    copy: Callable[[str], Path], seed: Callable[[int], None]
-) -> None:
-    gone = copy("gone")
-    seed(1)
-    left = train("of gone")
-    copy("two")
-    shutil.rmtree(gone)
-    seed(2)
-    train("of two")
+    train("of one")
+    assert left.is_dir()
+    copy("")
+    seed(3)
+    train("after")
     assert not left.exists()
 
 
@@ -128,9 +136,9 @@ def test_a_training_that_another_process_is_at_is_not_told_as_left(
 def test_the_very_same_training_is_begun_once(copy: Callable[[str], Path], seed: Callable[[int], None]) -> None:
     copy("one")
     seed(1)
-    with begun.taken_up(), pytest.raises(PassingError, match="another process trains the very same"):  # noqa: SIM117
-        with begun.taken_up():
-            pass
+    told = "another process trains the very same"
+    with begun.taken_up(), pytest.raises(PassingError, match=told), begun.taken_up():
+        pass
 
 
 def test_half_of_a_training_that_was_being_removed_is_never_gone_on_with(

@@ -19,7 +19,7 @@ stages:
   down: {cmd: "echo 'down: no server answers'; exit 75"}
   shut: {cmd: "echo 'shut: the data gate is shut'; exit 1"}
   later: {cmd: "if [ -e once ]; then echo later; else touch once; exit 75; fi"}
-  talks: {cmd: "{python} talks.py"}
+  talks: {cmd: "python talks.py"}
   long: {cmd: "trap 'echo kept > checkpoint; exit 143' TERM; sleep 60 & wait"}
 """
 # Ends well only if what it printed is seen before it ends.
@@ -58,7 +58,7 @@ except flows.UserError as error:
 @pytest.fixture
 def stages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with five stages, in which the test works."""
-    (tmp_path / "dvc.yaml").write_text(STAGES.replace("{python}", sys.executable))
+    (tmp_path / "dvc.yaml").write_text(STAGES)
     (tmp_path / "talks.py").write_text(TALKS)
     monkeypatch.setenv("DVC_NO_ANALYTICS", "true")
     subprocess.run(["dvc", "init", "--quiet", "--no-scm"], cwd=tmp_path, check=True)
