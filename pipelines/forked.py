@@ -29,7 +29,6 @@ import psutil
 from pipelines import orchestrator, preloaded, stage
 from pipelines.preloaded import OWN, READY, SIZE, STAGES, Asked
 
-RUN = "FADEFORMER_RUN"  # names the process of a run of a deployment to the stages of it
 COMMAND = (sys.executable, "-m", "pipelines.preloaded")
 BEFORE = (*orchestrator.PREPARING, "train")  # any of which may be the first that dvc runs
 ACCELERATORS = ("nvidia[0-9]*", "kfd", "dxg", "accel*")  # in /dev
@@ -41,7 +40,7 @@ def begin(name: str) -> None:
     owner = _owner()
     if name not in BEFORE or not owner or not _possible():
         return
-    if RUN not in os.environ and not orchestrator.flow_follows(name, owner):
+    if orchestrator.RUN not in os.environ and not orchestrator.flow_follows(name, owner):
         return
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listening:
         try:
@@ -150,7 +149,7 @@ def _end_by(number: int) -> NoReturn:
 
 def _owner() -> psutil.Process | None:
     """What runs the stages, and with which the process that has loaded their libraries ends."""
-    run = os.environ.get(RUN)
+    run = os.environ.get(orchestrator.RUN)
     return orchestrator.found(json.loads(run)) if run else orchestrator.dvc()
 
 

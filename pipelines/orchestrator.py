@@ -18,7 +18,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
@@ -32,6 +32,7 @@ from fadeformer.errors import PassingError, UserError
 from fadeformer.files import read_json, write_json
 
 HOME = Path(".prefect")
+RUN = "FADEFORMER_RUN"  # names the process of a run of a deployment to dvc and the stages of it
 GRID = "pipelines.tables"
 PREPARING = ("download", "validate", "preprocess")  # stages before the first with a flow
 STARTUP = 120.0  # seconds; the very first start creates Prefect's database
@@ -227,6 +228,11 @@ def found(name: dict[str, Any] | None) -> psutil.Process | None:
     except psutil.NoSuchProcess:
         return None
     return process if same and alive(process) else None
+
+
+def orphaned(environment: Mapping[str, str]) -> bool:
+    """Whether a process of this environment belongs to a run whose own process is gone, and nobody waits for it."""
+    return RUN in environment and not found(json.loads(environment[RUN]))
 
 
 def _read(note: Path) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from prefect.runtime import flow_run
 
 from fadeformer.errors import PassingError
 from fadeformer.files import read_json
-from pipelines import forked, orchestrator, paths, working_copy
+from pipelines import orchestrator, paths, working_copy
 
 GRACE = 15.0  # seconds that a stage may take to end; Prefect's worker gives the whole run 30
 PAUSES = [15.0, 30.0, 60.0, 120.0]  # seconds before each further attempt
@@ -66,7 +66,7 @@ def reproduce(stage: str, hours: float | None = None) -> None:
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         env={
-            **os.environ, "PATH": search, forked.RUN: json.dumps(orchestrator.named(psutil.Process())),
+            **os.environ, "PATH": search, orchestrator.RUN: json.dumps(orchestrator.named(psutil.Process())),
             **({"MLFLOW_RUN_NAME": name} if name else {}),
             "PYTHONUNBUFFERED": "1",  # else a pipe holds lines back, and a run's page shows them late and in disorder
         },

@@ -21,6 +21,7 @@ from fadeformer.files import FULL
 from pipelines import orchestrator
 
 LAST = 60.0  # seconds for what a stage does at its end, such as a checkpoint, once nobody waits for it
+TELLING = 5.0  # seconds for telling Prefect's server how a flow has failed, once nobody waits for it
 
 
 class _Terminated(KeyboardInterrupt):
@@ -100,6 +101,27 @@ def leave_by(name: str, number: signal.Signals) -> NoReturn:
     _exit(f"{name}: {told}", 128 + number)
 
 
+@contextmanager
+def unheard() -> Iterator[None]:
+    """For the function of a flow: ends the process soon after it has failed, if nobody waits for the stage any more.
+
+    The server is most likely gone as well, and Prefect would ask it again for a minute or more, in which nobody else
+    could take up what the stage was at.
+    """
+    dvc = orchestrator.dvc()
+    try:
+        yield
+    except BaseException:
+        if dvc and not _waited_for(dvc):
+            _exit_after(TELLING, 128 + signal.SIGTERM)
+        raise
+
+
+def _waited_for(dvc: psutil.Process) -> bool:
+    """Whether somebody takes what the stage makes."""
+    return orchestrator.alive(dvc) and not orchestrator.orphaned(os.environ)
+
+
 def _exit(message: str, status: int = 1) -> NoReturn:
     print(f"\n{message}", file=sys.stderr)
     sys.exit(status)
@@ -109,12 +131,15 @@ def _exit_in_time(error: BaseException | None, status: int) -> None:
     """Sees to it that the process exits: there Prefect waits for ever to tell something to a server that is gone."""
     code = error.code if isinstance(error, SystemExit) else 1 if error else status
 
-    def begin() -> None:
-        last_resort = threading.Timer(LAST, os._exit, [code])
-        last_resort.daemon = True
-        last_resort.start()
+    # Before what Prefect has registered so, and not where more comes after a stage.
+    threading._register_atexit(_exit_after, LAST, code)
 
-    threading._register_atexit(begin)  # before what Prefect has registered so, and not where more comes after a stage
+
+def _exit_after(seconds: float, code: int) -> None:
+    """Ends the process then, unless it has ended by itself."""
+    last_resort = threading.Timer(seconds, os._exit, [code])
+    last_resort.daemon = True
+    last_resort.start()
 
 
 def _nobody_reads() -> bool:
@@ -167,8 +192,9 @@ def _terminable() -> Iterator[None]:
 def _ends_with(dvc: psutil.Process | None) -> Iterator[None]:
     """Sends this process SIGTERM when dvc is gone: nobody would take what the stage makes, and it would run on unseen.
 
-    Where the signal that ended dvc came to this process too, it is ending already and is left in peace. One that does
-    not end by that, since it waits for a server that is gone as well, is ended all the same.
+    Likewise when the process of its run is gone, which a worker that ends kills without asking. Where the signal that
+    ended dvc came to this process too, it is ending already and is left in peace. One that does not end by that, since
+    it waits for a server that is gone as well, is ended all the same.
     """
     if dvc is None:
         yield
@@ -182,9 +208,9 @@ def _ends_with(dvc: psutil.Process | None) -> Iterator[None]:
             if not there:
                 os.kill(os.getpid(), signal.SIGTERM)
                 break
-            there = orchestrator.alive(dvc)
+            there = _waited_for(dvc)
         while not ended.wait(orchestrator.POLL):
-            if not orchestrator.alive(dvc) and not ended.wait(LAST):
+            if not _waited_for(dvc) and not ended.wait(LAST):
                 os._exit(128 + signal.SIGTERM)
 
     ended = threading.Event()

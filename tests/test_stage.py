@@ -1,5 +1,6 @@
 """A stage ends in its summary, or in one message and a non-zero exit."""
 
+import json
 import os
 import re
 import signal
@@ -99,6 +100,7 @@ def test_the_handler_of_sigterm_is_put_back():
     assert signal.getsignal(signal.SIGTERM) is before
 
 
+DVC = 'import subprocess, sys\nsubprocess.run([sys.executable, "stage.py"])\n'
 # A stage of its own process. It forgives any error, as readers of damaged images do.
 READS = """
 import time
@@ -138,6 +140,7 @@ def work():
 def stops():
     raise Interrupted("stopped by SIGTERM after step 417", 15)
 @flow
+@stage.unheard()
 def evaluate():
     work()
 def main():
@@ -147,8 +150,8 @@ stage.run("evaluate", main)
 """
 
 
-def started(folder: Path, *command: str) -> subprocess.Popen[str]:
-    environment = {name: value for name, value in os.environ.items() if name != "PREFECT_API_URL"}
+def started(folder: Path, *command: str, **variables: str) -> subprocess.Popen[str]:
+    environment = {name: value for name, value in os.environ.items() if name != "PREFECT_API_URL"} | variables
     environment["PREFECT_HOME"] = str(folder / ".prefect")
     return subprocess.Popen(
         [sys.executable, *command], cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
@@ -194,7 +197,7 @@ def test_a_flow_that_was_stopped_in_its_own_way_tells_no_traceback(tmp_path):
 
 
 def test_a_stage_ends_when_the_dvc_that_ran_it_is_killed(tmp_path):
-    (tmp_path / "dvc").write_text('import subprocess, sys\nsubprocess.run([sys.executable, "stage.py"])\n')
+    (tmp_path / "dvc").write_text(DVC)
     (tmp_path / "stage.py").write_text(READS)
     dvc = started(tmp_path, "dvc")
     assert dvc.stdout.readline() == "ready\n"
@@ -203,9 +206,31 @@ def test_a_stage_ends_when_the_dvc_that_ran_it_is_killed(tmp_path):
     assert errors == "\ndownload: stopped by SIGTERM; run again: finished stages are kept\n"
 
 
+def test_a_stage_ends_when_the_run_that_asked_dvc_for_it_is_killed(tmp_path):
+    (tmp_path / "dvc").write_text(DVC)
+    (tmp_path / "stage.py").write_text(READS)
+    with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"]) as run:
+        name = json.dumps(orchestrator.named(psutil.Process(run.pid)))
+        dvc = started(tmp_path, "dvc", **{orchestrator.RUN: name})
+        assert dvc.stdout.readline() == "ready\n"
+        run.kill()
+    errors = dvc.communicate(timeout=60)[1]
+    assert errors == "\ndownload: stopped by SIGTERM; run again: finished stages are kept\n"
+
+
+def test_a_flow_whose_dvc_and_server_are_killed_asks_neither_for_long(tmp_path):
+    (tmp_path / "dvc").write_text(DVC)
+    (tmp_path / "stage.py").write_text(f"PATIENT = True\n{FLOWS}")
+    dvc = started(tmp_path, "dvc", PREFECT_CLIENT_MAX_RETRIES="20")
+    server = psutil.Process(int(dvc.stdout.readline()))
+    server.kill()
+    dvc.kill()
+    dvc.communicate(timeout=120)  # it would ask for days
+
+
 def test_a_stage_that_waits_for_something_else_at_its_end_is_ended_all_the_same(tmp_path):
     """As one does whose Prefect server has gone together with dvc: the client asks again, for longer each time."""
-    (tmp_path / "dvc").write_text('import subprocess, sys\nsubprocess.run([sys.executable, "stage.py"])\n')
+    (tmp_path / "dvc").write_text(DVC)
     stubborn = READS.replace("def main", "stage.LAST = 0.5\ndef main").replace(
         "except Exception", "except BaseException"
     )
