@@ -244,7 +244,8 @@ def left_behind(copy: Copy) -> list[str]:
     deadline = time.monotonic() + 10  # Prefect's server ends by itself when its owner is gone
     while (servers := _running_in(copy.folder)) and time.monotonic() < deadline:
         time.sleep(0.2)
-    hidden = [*copy.folder.glob(".models.*"), *copy.folder.glob("reports/.[!g]*"), *copy.folder.glob(".cache/train/*")]
+    hidden = [*copy.folder.glob(".models.*"), *copy.folder.glob("reports/.[!g]*")]
+    hidden += [path for path in copy.folder.glob(".cache/train/*") if path.name != ".lock"]  # of the list, which stays
     return [
         *(f"process {' '.join(process.cmdline())[:100]}" for process in servers),
         *(str(path.relative_to(copy.folder)) for path in hidden),

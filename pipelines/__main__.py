@@ -8,7 +8,6 @@ from importlib import import_module
 from pipelines import beside, forked, orchestrator, stage
 
 STAGES = ("download", "validate", "preprocess", "train", "evaluate", "promote")
-FLOWS = ("train", "evaluate")
 EARLY = ("validate", "preprocess")  # where these have run, a flow follows
 
 
@@ -29,8 +28,8 @@ def load_and_run(name: str) -> str:
     """Runs a stage and gives its summary."""
     if name in beside.OF_STAGE:
         beside.start(beside.OF_STAGE[name])
-    if name in FLOWS:
-        orchestrator.start(last=name == FLOWS[-1])
+    if name in stage.FLOWS:
+        orchestrator.start(last=name == stage.FLOWS[-1])
     elif name in EARLY:
         orchestrator.start_early(name)
     try:

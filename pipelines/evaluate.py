@@ -147,7 +147,7 @@ def log(settings: dict[str, Any]) -> None:
 
 
 @flow(name="evaluate", persist_result=False, log_prints=True)
-@stage.unheard()
+@stage.body()
 def evaluate() -> str:
     """Predicts, measures and draws."""
     wanted = params.load(paths.PARAMS).evaluate

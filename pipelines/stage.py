@@ -10,6 +10,7 @@ import signal
 import socket
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import NamedTuple, NoReturn
@@ -21,7 +22,9 @@ from fadeformer.files import FULL
 from pipelines import orchestrator
 
 LAST = 60.0  # seconds for what a stage does at its end, such as a checkpoint, once nobody waits for it
-TELLING = 5.0  # seconds for telling Prefect's server how a flow has failed, once nobody waits for it
+TELLING = 5.0  # seconds for telling Prefect's server how a flow has ended, once nobody waits for it
+FLOWS = ("train", "evaluate")  # stages of which Prefect is told
+_idle = threading.Event()  # set while a stage does nothing that it would lose
 
 
 class _Terminated(KeyboardInterrupt):
@@ -55,11 +58,12 @@ def run(name: str, main: Callable[[], str | Ended]) -> None:
     Ends the process with one message, and status 1 on a UserError, 75 on a PassingError,
     or 128 and its number where a signal asked for it.
     """
-    status = 0
+    status, dvc = 0, orchestrator.dvc()
     for logger in ("prefect.flow_runs", "prefect.task_runs"):
         logging.getLogger(logger).addFilter(_OneLine())
     try:
-        with _terminable(), _ends_with(orchestrator.dvc()):
+        _idle.set() if name in FLOWS else _idle.clear()
+        with _terminable(), _ends_with(dvc):
             ended = main()
             summary, status = ended if isinstance(ended, Ended) else (ended, 0)
             print(f"{name}: {summary}", flush=True)
@@ -87,7 +91,7 @@ def run(name: str, main: Callable[[], str | Ended]) -> None:
         leave_by(name, signal.SIGINT)
     finally:
         gc.freeze()  # else the interpreter searches every object of torch, Prefect and MLflow before it exits: 2 s
-        _exit_in_time(sys.exception(), status)
+        _exit_in_time(sys.exception(), status, dvc)
     if status:
         sys.exit(status)
 
@@ -102,19 +106,13 @@ def leave_by(name: str, number: signal.Signals) -> NoReturn:
 
 
 @contextmanager
-def unheard() -> Iterator[None]:
-    """For the function of a flow: ends the process soon after it has failed, if nobody waits for the stage any more.
-
-    The server is most likely gone as well, and Prefect would ask it again for a minute or more, in which nobody else
-    could take up what the stage was at.
-    """
-    dvc = orchestrator.dvc()
+def body() -> Iterator[None]:
+    """For the function of a flow: before and after it there is nothing to do but to tell Prefect's server."""
+    _idle.clear()
     try:
         yield
-    except BaseException:
-        if dvc and not _waited_for(dvc):
-            _exit_after(TELLING, 128 + signal.SIGTERM)
-        raise
+    finally:
+        _idle.set()
 
 
 def _waited_for(dvc: psutil.Process) -> bool:
@@ -127,19 +125,20 @@ def _exit(message: str, status: int = 1) -> NoReturn:
     sys.exit(status)
 
 
-def _exit_in_time(error: BaseException | None, status: int) -> None:
+def _exit_in_time(error: BaseException | None, status: int, dvc: psutil.Process | None) -> None:
     """Sees to it that the process exits: there Prefect waits for ever to tell something to a server that is gone."""
     code = error.code if isinstance(error, SystemExit) else 1 if error else status
 
+    def wait() -> None:
+        deadline = time.monotonic() + LAST
+        while time.monotonic() < deadline:
+            time.sleep(min(orchestrator.POLL, LAST))
+            if dvc and not _waited_for(dvc):
+                deadline = min(deadline, time.monotonic() + TELLING)
+        os._exit(code)
+
     # Before what Prefect has registered so, and not where more comes after a stage.
-    threading._register_atexit(_exit_after, LAST, code)
-
-
-def _exit_after(seconds: float, code: int) -> None:
-    """Ends the process then, unless it has ended by itself."""
-    last_resort = threading.Timer(seconds, os._exit, [code])
-    last_resort.daemon = True
-    last_resort.start()
+    threading._register_atexit(threading.Thread(target=wait, daemon=True).start)
 
 
 def _nobody_reads() -> bool:
@@ -193,8 +192,9 @@ def _ends_with(dvc: psutil.Process | None) -> Iterator[None]:
     """Sends this process SIGTERM when dvc is gone: nobody would take what the stage makes, and it would run on unseen.
 
     Likewise when the process of its run is gone, which a worker that ends kills without asking. Where the signal that
-    ended dvc came to this process too, it is ending already and is left in peace. One that does not end by that, since
-    it waits for a server that is gone as well, is ended all the same.
+    ended dvc came to this process too, it is ending already and is left in peace. One that does not end by that is
+    ended all the same: Prefect asks a server that is gone as well for a minute or more, in which nobody else can take
+    up what the stage was at.
     """
     if dvc is None:
         yield
@@ -210,8 +210,10 @@ def _ends_with(dvc: psutil.Process | None) -> Iterator[None]:
                 break
             there = _waited_for(dvc)
         while not ended.wait(orchestrator.POLL):
-            if not _waited_for(dvc) and not ended.wait(LAST):
-                os._exit(128 + signal.SIGTERM)
+            if not _waited_for(dvc):
+                _idle.wait(LAST)
+                if not ended.wait(TELLING):
+                    os._exit(128 + signal.SIGTERM)
 
     ended = threading.Event()
     before = signal.set_wakeup_fd(wakeup.fileno(), warn_on_full_buffer=False)
@@ -221,6 +223,7 @@ def _ends_with(dvc: psutil.Process | None) -> Iterator[None]:
         yield
     finally:
         ended.set()
+        _idle.set()
         signal.set_wakeup_fd(before)
         wakeup.close()  # ends the watch
         watcher.join()

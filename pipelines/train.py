@@ -111,7 +111,7 @@ def log_history(folder: Path) -> None:
 
 
 @flow(name="train", persist_result=False, log_prints=True)
-@stage.unheard()
+@stage.body()
 def train() -> str:
     """Trains on data/processed and leaves models/; what was begun and not ended is gone on with."""
     with begun.taken_up() as begun_in:

@@ -140,7 +140,7 @@ def work():
 def stops():
     raise Interrupted("stopped by SIGTERM after step 417", 15)
 @flow
-@stage.unheard()
+@stage.body()
 def evaluate():
     work()
 def main():
@@ -220,7 +220,7 @@ def test_a_stage_ends_when_the_run_that_asked_dvc_for_it_is_killed(tmp_path):
 
 def test_a_flow_whose_dvc_and_server_are_killed_asks_neither_for_long(tmp_path):
     (tmp_path / "dvc").write_text(DVC)
-    (tmp_path / "stage.py").write_text(f"PATIENT = True\n{FLOWS}")
+    (tmp_path / "stage.py").write_text(f"PATIENT = True\n{FLOWS}".replace("stage.run", "stage.LAST = 600\nstage.run"))
     dvc = started(tmp_path, "dvc", PREFECT_CLIENT_MAX_RETRIES="20")
     server = psutil.Process(int(dvc.stdout.readline()))
     server.kill()
@@ -249,6 +249,16 @@ def test_a_program_that_is_kept_from_its_exit_exits_all_the_same(tmp_path, main,
     process = started(tmp_path, "stage.py")
     process.communicate(timeout=60)
     assert process.returncode == status
+
+
+def test_and_sooner_when_nobody_waits_for_it(tmp_path):
+    hangs = "import threading, time\nfrom pipelines import stage\nthreading._register_atexit(time.sleep, 600)\n"
+    (tmp_path / "dvc").write_text(DVC)
+    (tmp_path / "stage.py").write_text(f"{hangs}stage.LAST = 600\nstage.run('download', lambda: 'done')\n")
+    dvc = started(tmp_path, "dvc")
+    assert dvc.stdout.readline() == "download: done\n"
+    dvc.kill()
+    dvc.communicate(timeout=120)  # until the stage has closed its streams
 
 
 @pytest.mark.parametrize("arguments", [[], ["trian"], ["train", "now"]])
