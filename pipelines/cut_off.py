@@ -6,6 +6,8 @@ import json
 import subprocess
 from pathlib import Path
 
+from fadeformer.files import whole_file
+
 FOLDER = Path(".dvc/tmp")
 PROCESSES = FOLDER / "rwlock"  # DVC's list of who reads and writes which outputs
 LOCK = Path("dvc.lock")
@@ -16,8 +18,8 @@ def mend() -> None:
     """Makes this folder one in which DVC goes on, and tells what was lost; nothing while another DVC writes here.
 
     DVC's list of processes is removed if it was cut off, as all of them have ended. A `dvc.lock` that was is what git
-    has of it again, or removed: DVC then finds in its run cache what stages have made, and runs the others. One with
-    conflicts is a person's to resolve.
+    has of it again, or removed where git has none: DVC then finds in its run cache what stages have made, and runs the
+    others. One with conflicts, or that git has so too, is a person's to look at.
     """
     if not FOLDER.is_dir():  # DVC has never run
         return
@@ -29,13 +31,23 @@ def mend() -> None:
                 PROCESSES.unlink()
                 print(f"{PROCESSES} was cut off when DVC was killed, and is removed")
             if LOCK.is_file() and not _whole_lock(LOCK.read_text(errors="replace")):
-                back = subprocess.run(["git", "checkout", "--quiet", "--", LOCK], capture_output=True, check=False)
-                if back.returncode or not _whole_lock(LOCK.read_text(errors="replace")):
-                    LOCK.unlink()
-                became = "is what git has of it again" if LOCK.is_file() else "is removed"
-                print(f"{LOCK} was cut off when DVC was killed, and {became}; what DVC's cache has is not run again")
+                _bring_back()
     except LockError:
         return
+
+
+def _bring_back() -> None:
+    known = subprocess.run(["git", "show", f":./{LOCK}"], capture_output=True, text=True, check=False)
+    if known.returncode != 0:
+        LOCK.unlink()
+        became = "is removed"
+    elif _whole_lock(known.stdout):
+        with whole_file(LOCK) as path:
+            path.write_text(known.stdout)
+        became = "is what git has of it again"
+    else:  # no kill has made it so, and DVC tells what it does not understand
+        return
+    print(f"{LOCK} was cut off when DVC was killed, and {became}; what DVC's cache has is not run again")
 
 
 def mend_git() -> None:
