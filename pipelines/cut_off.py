@@ -54,6 +54,7 @@ def mend_git() -> None:
     """Removes the locks of a git that was killed; for a folder in which no other can be at work."""
     for left in Path(".git").rglob("*.lock"):
         left.unlink()
+        print(f"{left} was left by a git that was killed, and is removed")
 
 
 def _whole_list(text: str) -> bool:

@@ -94,10 +94,11 @@ def test_before_dvc_has_run_there_is_nothing_to_mend(tmp_path, monkeypatch):
     assert not [*tmp_path.iterdir()]
 
 
-def test_git_goes_on_after_a_kill(project):
+def test_git_goes_on_after_a_kill(project, capsys):
     (project / ".git/index.lock").touch()
     (project / "source").write_text("another\n")
     add = ["git", "add", "source"]
     assert subprocess.run(add, capture_output=True, check=False).returncode != 0
     cut_off.mend_git()
+    assert capsys.readouterr().out == ".git/index.lock was left by a git that was killed, and is removed\n"
     subprocess.run(add, check=True)
