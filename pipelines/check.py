@@ -1,6 +1,6 @@
-"""`python -m pipelines.check`: `make repro` tells a typo in params.yaml before DVC clears any output.
+"""`python -m pipelines.check`, before DVC: a typo in params.yaml is told while all outputs are still there.
 
-And what a kill has cut off of DVC's own files is mended, which it refuses to read.
+And what a kill has cut off of DVC's own files is mended, which DVC would refuse to read.
 """
 
 from fadeformer import params
@@ -8,7 +8,7 @@ from pipelines import cut_off, paths, stage
 
 
 def main() -> str:
-    """Reads and checks params.yaml."""
+    """Mends DVC's files, and checks params.yaml."""
     cut_off.mend()
     wanted = params.load(paths.PARAMS)
     return f"{paths.PARAMS} is valid: {wanted.dataset.name}, {wanted.model.backbone}, seed {wanted.seed}"

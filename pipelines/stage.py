@@ -61,8 +61,11 @@ def run(name: str, main: Callable[[], str | Ended]) -> None:
     status, dvc = 0, orchestrator.dvc()
     for logger in ("prefect.flow_runs", "prefect.task_runs"):
         logging.getLogger(logger).addFilter(_OneLine())
+    if name in FLOWS:
+        _idle.set()
+    else:
+        _idle.clear()
     try:
-        _idle.set() if name in FLOWS else _idle.clear()
         with _terminable(), _ends_with(dvc):
             ended = main()
             summary, status = ended if isinstance(ended, Ended) else (ended, 0)

@@ -1,11 +1,15 @@
 """What a killed DVC or git leaves half written is mended; what others are at, or a person has to decide, is let be."""
 
+import os
+import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from pipelines import cut_off
+from tests.conftest import ROOT
 
 STAGES = """
 stages:
@@ -92,6 +96,19 @@ def test_before_dvc_has_run_there_is_nothing_to_mend(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     cut_off.mend()
     assert not [*tmp_path.iterdir()]
+
+
+def test_make_repro_mends_before_dvc_is_asked(project):
+    """By `python -m pipelines.check`, with which it begins."""
+    shutil.copy(ROOT / "params.yaml", project)
+    whole = (project / "dvc.lock").read_text()
+    (project / "dvc.lock").write_text("")
+    check = [sys.executable, "-m", "pipelines.check"]
+    done = subprocess.run(
+        check, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.startswith("dvc.lock was cut off when DVC was killed, and is what git has of it again")
+    assert (project / "dvc.lock").read_text() == whole
 
 
 def test_git_goes_on_after_a_kill(project, capsys):
