@@ -3,11 +3,12 @@
     python benchmarks/kills.py [--kills 20] [--seed 0]
 
 Copies the working tree twice into a temporary folder, the demo made smaller, its data prepared. In one copy `dvc repro
-evaluate` runs undisturbed; in the other `kill -9` hits its whole process group and it is started again, until all kills
-have happened and it completes. A quarter of the kills fall anywhere in a start-up, half of them behind random steps of
-the training, which writes a checkpoint every few steps, the rest while the model is written and logged and while it is
-evaluated. If it completes too soon, further kills go to a further copy. Prints a row for each kill and what differs:
-weights, history, metrics, MLflow's runs and metric history. The exit status is 1 if anything does.
+evaluate` runs undisturbed; in the other `kill -9` hits its whole process group and it is started again as by `make
+repro`, which first mends what a kill has cut off of DVC's files, until all kills have happened and it completes. A
+quarter of the kills fall anywhere in a start-up, half of them behind random steps of the training, which writes a
+checkpoint every few steps, the rest while the model is written and logged and while it is evaluated. If it completes
+too soon, further kills go to a further copy. Prints a row for each kill, what was mended, and what differs: weights,
+history, metrics, MLflow's runs and metric history. The exit status is 1 if anything does.
 """
 
 from __future__ import annotations
@@ -186,6 +187,9 @@ def moments(course: Course, kills: int, rng: np.random.Generator) -> list[tuple[
 def disturbed(copy: Copy, course: Course, planned: list[tuple[str, int, float]], before: int) -> int:
     """Kills and starts anew until the pipeline has completed; how often."""
     for killed, (phase, number, delay) in enumerate([*planned, ("never", 0, 0.0)]):
+        copy.run("python", "-m", "pipelines.check")
+        mended = [line for line in copy.log.splitlines() if "cut off" in line]
+        print(*mended, sep="\n", end="\n" * bool(mended))
         began, happened, step_before = time.monotonic(), None, copy.step()
         if phase == "step":
             phase, number = ("step", max(number, step_before + 1)) if step_before < course.steps else ("writing", 1)
