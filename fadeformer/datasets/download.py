@@ -1,119 +1,305 @@
-"""Remote files brought into a folder, several at once; see `transfer` for how one of them comes."""
+"""Download files over HTTP: several at once, resumed after an interruption, and verified.
+
+A file is written to `NAME.part` and renamed once it is complete and its checksum is right. `NAME.part.json` holds the
+address and the version (ETag or date) of its bytes, so that a later run requests only the rest of that file.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
+import multiprocessing
+import os
+import sys
 import threading
-from collections.abc import Callable, Sequence
-from concurrent.futures import FIRST_EXCEPTION, Future, wait
+from collections.abc import Iterable, Sequence
+from concurrent.futures import CancelledError
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, NamedTuple
 
+import requests
 from filelock import FileLock, Timeout
+from requests.adapters import HTTPAdapter
 from tqdm import tqdm
+from urllib3.exceptions import HTTPError, MaxRetryError, ReadTimeoutError
+from urllib3.util import Retry
 
-from fadeformer.datasets.transfer import Brought, NotThere, Patience, Remote, Stopped, Transfer
-from fadeformer.errors import PassingError
-from fadeformer.files import check_room
+from fadeformer.errors import PassingError, UserError
+from fadeformer.files import FULL, check_room, read_json, told, write_json
 
-__all__ = ["Brought", "NotThere", "Patience", "Remote", "bring"]
+TIMEOUT = 30.0  # seconds without a byte after which a connection counts as lost
+CHUNK = 2**16  # bytes; a kill loses no more than one
+IDENTITY = {"Accept-Encoding": "identity"}  # a range counts bytes as they are sent, so they must not be compressed
+NOT_FOUND = (404, 410)
+PASSING = (408, 425, 429, *range(500, 600))  # the server may answer otherwise in a while
+RETRY = Retry(
+    8, backoff_factor=1, backoff_max=60, backoff_jitter=1, retry_after_max=600, status_forcelist=PASSING,
+    raise_on_status=False,
+)  # fmt: skip
+FIRST_CONTACT = RETRY.new(total=2, status_forcelist=(), respect_retry_after_header=False)  # soon says: no connection
 
-PATIENCE = Patience()
-GRACE = 2.0  # seconds for threads to end; one that waits for an answer ends later by itself, and writes nothing
 
-T = TypeVar("T")
+class Remote(NamedTuple):
+    """A file to download: its address, the name to save it under, and its published checksum as ("md5", "a8b0...")."""
+
+    url: str
+    name: str
+    checksum: tuple[str, str] | None = None
 
 
-def bring(
-    files: Sequence[Remote], folder: Path, *, remedy: str, parallel: int = 4, patience: Patience = PATIENCE
-) -> dict[str, Brought]:
-    """Brings files into `folder`; one that is there already and passes its checks is not fetched again.
+class Downloaded(NamedTuple):
+    """A complete and verified file."""
+
+    path: Path
+    sha256: str
+    size: int
+
+
+class NotFound(UserError):  # noqa: N818  a kind of UserError
+    """The server answers, but has no such file."""
+
+
+def fetch(files: Sequence[Remote], folder: Path, *, remedy: str, parallel: int = 4) -> dict[str, Downloaded]:
+    """Download files into a folder; those that an earlier call completed are verified only.
 
     Args:
-        files: what to bring, each under a name of its own.
-        folder: where they go, and where what has arrived of them waits for the rest.
-        remedy: what the user can do if a file cannot be had: the end of a message.
-        parallel: the most files that are fetched at once.
-        patience: how long to go on when a server fails.
+        files: what to download, under distinct names.
+        folder: where to; partial files wait there too.
+        remedy: what the user can do if a file cannot be downloaded: the end of a message.
+        parallel: maximum number of simultaneous downloads.
 
     Returns:
         The files by name.
 
     Raises:
-        UserError: a file cannot be had or is not the right one, the disk is too small, or another process is at it.
-            What has arrived by then is kept, and taken up by the next call. `NotThere` where a server has no such file.
+        UserError: a file cannot be downloaded, its checksum is wrong, the disk is full, or another process downloads
+            into the folder. Partial files are kept for the next call. `NotFound` where a server has no such file.
     """
-    names = [file.name for file in files]
-    if len(set(names)) < len(names) or any(name in ("", "..") or Path(name).name != name for name in names):
-        raise ValueError("each file needs a name of its own, without a folder")
     folder.mkdir(parents=True, exist_ok=True)
+    stop = threading.Event()
     try:
-        with FileLock(folder.parent / f".{folder.name}.lock", timeout=0):  # two writers of one part would mix it up
-            return _bring([Transfer(file, folder, remedy, patience) for file in files], folder, parallel)
+        with FileLock(folder.parent / f".{folder.name}.lock", timeout=0), ThreadPool(parallel) as pool:
+            return _fetch([_Download(file, folder, remedy, stop) for file in files], folder, pool)
     except Timeout as error:
         raise PassingError(
-            f"{folder}: another process is downloading into this folder; wait until it has ended, then run again"
+            f"{folder}: another process is downloading into this folder; wait until it has finished, then run again"
         ) from error
+    finally:
+        stop.set()  # the threads of the pool are daemons: they stop at their next chunk or with the process
 
 
-def _bring(transfers: Sequence[Transfer], folder: Path, parallel: int) -> dict[str, Brought]:
-    found = _side_by_side(transfers, Transfer.find, parallel)
-    here = {file.path.name: file for file in found if file is not None}
-    missing = [transfer for transfer in transfers if transfer.file.name not in here]
-    if len(missing) > 1:  # there must be room for all of them; one alone is measured when its answer comes
-        _side_by_side(missing, Transfer.ask_length, parallel)
-    needed = sum(max(0, transfer.length - transfer.part.size) for transfer in missing if transfer.length)
-    check_room(folder, needed, "the download")
+def _fetch(downloads: Sequence[_Download], folder: Path, pool: ThreadPool) -> dict[str, Downloaded]:
+    complete = {file.path.name: file for file in pool.map(_Download.find, downloads) if file}
+    missing = [download for download in downloads if download.file.name not in complete]
     if missing:
-        here |= {file.path.name: file for file in _fetch(missing, parallel)}
-    return {transfer.file.name: here[transfer.file.name] for transfer in transfers}
+        complete |= _fetch_missing(missing, folder, pool)
+    return {download.file.name: complete[download.file.name] for download in downloads}
 
 
-def _fetch(transfers: Sequence[Transfer], parallel: int) -> list[Brought]:
-    """Fetches files under one progress bar."""
-    name = transfers[0].file.name if len(transfers) == 1 else f"{len(transfers)} files"
-    held = sum(transfer.part.size for transfer in transfers)
-    lock = threading.Lock()
-    with tqdm(total=0, initial=held, desc=name, unit="B", unit_scale=True, disable=None) as bar:
+def _fetch_missing(missing: Sequence[_Download], folder: Path, pool: ThreadPool) -> dict[str, Downloaded]:
+    """Download files under one progress bar, once the disk has room for all of them."""
+    complete: dict[str, Downloaded] = {}
+    lengths = [download.length() for download in missing]
+    received = sum(download.received for download in missing)
+    check_room(folder, sum(filter(None, lengths)) - received, "the download")
+    name = missing[0].file.name if len(missing) == 1 else f"{len(missing)} files"
+    total = None if None in lengths else sum(filter(None, lengths))
+    with tqdm(desc=name, total=total, initial=received, unit="B", unit_scale=True, disable=None) as bar:
+        results = pool.imap_unordered(_Download.run, missing)
+        while len(complete) < len(missing):
+            with contextlib.suppress(multiprocessing.TimeoutError):
+                file = results.next(timeout=0.2)
+                complete[file.path.name] = file
+            bar.update(sum(download.received for download in missing) - bar.n)
+    return complete
 
-        def show() -> None:
-            with lock:
-                bar.total = sum(transfer.length or 0 for transfer in transfers)
-                bar.update(sum(transfer.part.size for transfer in transfers) - bar.n)
 
-        for transfer in transfers:
-            transfer.moved = show
-        show()
-        return _side_by_side(transfers, Transfer.fetch, parallel)
+class _Download:
+    """Download of one file into a folder; `received` bytes of it are on the disk."""
 
+    def __init__(self, file: Remote, folder: Path, remedy: str, stop: threading.Event) -> None:
+        self.file = file
+        self.remedy = remedy
+        self.stop = stop
+        self.path = folder / file.name
+        self.part = folder / f"{file.name}.part"
+        self.card = folder / f"{file.name}.part.json"
+        self.algorithms = {"sha256", file.checksum[0] if file.checksum else "sha256"}
+        self.received = 0
 
-def _side_by_side(transfers: Sequence[Transfer], work: Callable[[Transfer], T], parallel: int) -> list[T]:
-    """Does the same work on each transfer; the first error, or Ctrl-C, stops them all."""
-    gate = threading.Semaphore(parallel)
-    stop = threading.Event()
-    futures: list[Future[T]] = [Future() for _ in transfers]
+    def find(self) -> Downloaded | None:
+        """Return the file if an earlier run completed it."""
+        if self.path.is_file():
+            digests = _digests(self.path, self.algorithms)
+            if self._mismatch(digests) is None:
+                return Downloaded(self.path, digests["sha256"].hexdigest(), self.path.stat().st_size)
+            _say(f"{self.path}: is damaged or not the published file; downloading it again")
+        self.received, _ = self._resumable()
+        return None
 
-    def do(transfer: Transfer, future: Future[T]) -> None:
-        with gate:
+    def length(self) -> int | None:
+        """Get the Content-Length with a HEAD request; None if the server gives none."""
+        with _session(FIRST_CONTACT) as session:
             try:
-                if stop.is_set():
-                    raise Stopped
-                future.set_result(work(transfer))
-            except BaseException as error:
-                future.set_exception(error)
-                stop.set()
+                response = session.head(self.file.url, headers=IDENTITY, allow_redirects=True, timeout=TIMEOUT)
+            except requests.RequestException as error:
+                raise self._failure(error) from error
+        length = response.headers.get("Content-Length", "")
+        return int(length) if response.status_code == 200 and length.isdecimal() else None
 
-    for pair in zip(transfers, futures, strict=True):
-        # Daemons, and no executor: when the user has pressed Ctrl-C, Python would wait for one that waits for a server.
-        threading.Thread(target=do, args=pair, daemon=True).start()
-    try:
-        for future in wait(futures, return_when=FIRST_EXCEPTION).done:
-            error = future.exception()
-            if error is not None and not isinstance(error, Stopped):
-                raise error
-    except BaseException:
-        stop.set()
-        for transfer in transfers:
-            transfer.stop()
-        wait(futures, timeout=GRACE)
-        raise
-    return [future.result() for future in futures]
+    def run(self) -> Downloaded:
+        """Download the file.
+
+        Raises:
+            UserError: it cannot be downloaded, its checksum is wrong, or the disk is full.
+            CancelledError: `stop` was set.
+        """
+        try:
+            digests = self._complete()
+            if wrong := self._mismatch(digests):
+                self._discard()
+                raise UserError(f"{self.file.url}: {wrong}; the file is damaged or another one; {self.remedy}")
+            with self.part.open("ab") as part:
+                os.fsync(part.fileno())  # else a power cut could leave the name without the bytes
+        except OSError as error:
+            if error.errno not in FULL:
+                raise
+            raise UserError(
+                f"{self.part}: the disk is full; free some space, then run again: the part received so far is kept"
+            ) from error
+        self.part.replace(self.path)
+        self.card.unlink()
+        return Downloaded(self.path, digests["sha256"].hexdigest(), self.received)
+
+    def _complete(self) -> dict[str, Any]:
+        """Repeat requests for the rest until the file is complete; return its digests."""
+        retry = RETRY
+        with _session(RETRY) as session:
+            while True:
+                received = self.received
+                try:
+                    return self._receive(session)
+                except HTTPError as error:
+                    silent = isinstance(error, ReadTimeoutError)
+                    reason = f"no data for {TIMEOUT:g} s" if silent else "the connection broke off"
+                    retry = RETRY if self.received > received else retry
+                    try:
+                        retry = retry.increment("GET", self.file.url, error=error)
+                    except MaxRetryError:
+                        raise self._error(reason, PassingError) from error
+                _say(f"{self.file.name}: {reason}; trying again")
+                retry.sleep()
+
+    def _receive(self, session: requests.Session) -> dict[str, Any]:
+        """Request the missing bytes and append them to the partial file; return the digests of the file."""
+        held, version = self._resumable()
+        digests = _digests(self.part, self.algorithms)
+        headers = {"Range": f"bytes={held}-"} if held else {}
+        if held and version:
+            headers["If-Range"] = version
+        try:
+            response = session.get(self.file.url, headers=IDENTITY | headers, stream=True, timeout=TIMEOUT)
+        except requests.RequestException as error:
+            raise self._failure(error) from error
+        with response:
+            resumed = response.status_code == 206
+            if held and (response.status_code == 416 or (resumed and not _continues(response, held, version))):
+                self._discard()
+                return self._receive(session)
+            self._check(response, (200, 206) if held else (200,))
+            if not resumed:
+                self._discard()
+                write_json(self.card, [self.file.url, _version(response)])
+                digests = _digests(self.part, self.algorithms)
+            with self.part.open("ab") as part:
+                for chunk in response.raw.stream(CHUNK, decode_content=False):
+                    if self.stop.is_set():
+                        raise CancelledError
+                    part.write(chunk)
+                    self.received += len(chunk)
+                    for digest in digests.values():
+                        digest.update(chunk)
+        return digests
+
+    def _check(self, response: requests.Response, expected: Sequence[int]) -> None:
+        """Refuse any response that is not the file."""
+        status = f"{response.status_code} {response.reason}"
+        if response.status_code in NOT_FOUND:
+            raise self._error(status, NotFound)
+        if response.status_code not in expected:
+            raise self._error(status, PassingError if response.status_code in PASSING else UserError)
+        if response.headers.get("Content-Type", "").startswith("text/html"):
+            raise self._error("the server sends a web page instead")
+        ends = "Content-Length" in response.headers or "Transfer-Encoding" in response.headers
+        if self.file.checksum is None and not ends:
+            raise self._error("the server does not state its length, so it could be cut short unnoticed")
+
+    def _resumable(self) -> tuple[int, str | None]:
+        """Return size and version of the partial file; remove it if a change on the server could go unnoticed."""
+        url = version = None
+        if self.card.is_file() and self.part.is_file():
+            url, version = read_json(self.card)
+        if url == self.file.url and (version or self.file.checksum):
+            return self.part.stat().st_size, version
+        self._discard()
+        return 0, None
+
+    def _discard(self) -> None:
+        self.part.unlink(missing_ok=True)
+        self.card.unlink(missing_ok=True)
+        self.received = 0
+
+    def _mismatch(self, digests: dict[str, Any]) -> str | None:
+        """Return in what digests differ from the published checksum, if they do."""
+        if self.file.checksum is None:
+            return None
+        algorithm, published = self.file.checksum
+        digest = digests[algorithm].hexdigest()
+        return None if digest == published else f"{algorithm.upper()} is {digest}, but {published} is published"
+
+    def _failure(self, error: requests.RequestException) -> UserError:
+        """Return the error for a request without a response."""
+        if isinstance(error, requests.exceptions.SSLError):
+            return self._error("the certificate of the server cannot be verified")
+        if isinstance(error, requests.ConnectionError):
+            return self._error("no connection", PassingError)
+        return self._error(str(error))
+
+    def _error(self, what: str, kind: type[UserError] = UserError) -> UserError:
+        kept = f"; {told(self.received)} received so far are kept" if self.received else ""
+        return kind(f"{self.file.url}: cannot be downloaded ({what}); {self.remedy}{kept}")
+
+
+def _session(retry: Retry) -> requests.Session:
+    session = requests.Session()
+    for scheme in ("http://", "https://"):
+        session.mount(scheme, HTTPAdapter(max_retries=retry))
+    return session
+
+
+def _version(response: requests.Response) -> str | None:
+    """Return the version of a file for If-Range, which takes no weak ETag (RFC 9110, section 13.1.5)."""
+    etag = response.headers.get("ETag", "")
+    return etag if etag.startswith('"') else response.headers.get("Last-Modified")
+
+
+def _continues(response: requests.Response, held: int, version: str | None) -> bool:
+    """Whether a partial response begins after the bytes held, and is of the same version as far as is known."""
+    same = version is None or _version(response) in (None, version)
+    return same and response.headers.get("Content-Range", "").startswith(f"bytes {held}-")
+
+
+def _digests(path: Path, algorithms: Iterable[str]) -> dict[str, Any]:
+    """Return digests of a file, by the names that hashlib knows; of no bytes if there is no file."""
+    digests = {name: hashlib.new(name, usedforsecurity=False) for name in algorithms}
+    if path.is_file():
+        with path.open("rb") as file:
+            while chunk := file.read(2**20):
+                for digest in digests.values():
+                    digest.update(chunk)
+    return digests
+
+
+def _say(text: str) -> None:
+    tqdm.write(text, file=sys.stderr)  # leaves the progress bar intact

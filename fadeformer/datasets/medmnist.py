@@ -15,7 +15,6 @@ from fadeformer.errors import UserError
 from fadeformer.files import check_room, checksum, place
 
 PUBLISHED_AT = "https://zenodo.org/records/10519652/files"
-PATIENCE = download.PATIENCE
 SIDED = ("organamnist", "organcmnist")  # axial and coronal: left and right organs are classes of their own
 
 NOTES = {  # what a reader of a score must know
@@ -75,7 +74,7 @@ def fetch(name: str, size: int, mirror: str | None, downloads: Path, folder: Pat
         url = f"{mirror.rstrip('/')}/{file}" if mirror else f"{PUBLISHED_AT}/{file}?download=1"
         remote = download.Remote(url, file, ("md5", facts.md5[size]))
         remedy = f"check the network, or set dataset.mirror to a folder that holds {file}"
-        brought = download.bring([remote], downloads, remedy=remedy, patience=PATIENCE)[file]
+        brought = download.fetch([remote], downloads, remedy=remedy)[file]
         sha256 = brought.sha256
         place(brought.path, folder / file)
     return Facts(

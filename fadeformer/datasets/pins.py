@@ -1,6 +1,6 @@
-"""Pins: sha256, size and rows of downloaded files whose authors publish no checksum, as they were first verified.
+"""Pins: SHA-256, size and rows of downloaded files whose authors publish no checksum, as they were first verified.
 
-They are kept in a small JSON file that belongs into version control, so that everyone works on the same files:
+Pins are kept in a small JSON file that belongs in version control, so that everyone works on the same files:
 
     {
       "Data_Entry_2017_v2020.csv": {
@@ -34,7 +34,7 @@ class Pin(BaseModel):
 
 
 def read(lock: Path) -> dict[str, Pin]:
-    """The pins by file name; none if there is no such file.
+    """Read the pins by file name; none if there is no such file.
 
     Raises:
         UserError: `lock` does not hold pins.
@@ -51,43 +51,26 @@ def read(lock: Path) -> dict[str, Pin]:
         ) from error
 
 
-def compare(lock: Path, found: Mapping[str, Pin]) -> None:
-    """Makes sure that files are those that were pinned; one without a pin passes.
+def pin(lock: Path, files: Mapping[str, Pin]) -> None:
+    """Compare files with their pins, and add those that have none.
 
     Args:
-        lock: the file of pins.
-        found: the files as they are now, by name.
+        lock: the file of pins, replaced atomically; unchanged if a file differs.
+        files: the files as they are now, by name.
 
     Raises:
-        UserError: a file differs from its pin.
+        UserError: a file differs from its pin, or `lock` does not hold pins.
     """
     pinned = read(lock)
-    for name in sorted(found.keys() & pinned.keys()):
-        was, now = pinned[name].model_dump(exclude_none=True), found[name].model_dump(exclude_none=True)
-        differences = [
-            f"{field} is {now[field]}, but {was[field]} is pinned"
-            for field in was
-            if field in now and now[field] != was[field]
-        ]
+    for name in sorted(files.keys() & pinned.keys()):
+        now = files[name].model_dump()
+        was = pinned[name].model_dump(exclude_none=True)
+        differences = [f"{key} is {now[key]}, but {was[key]} is pinned" for key in was if now[key] != was[key]]
         if differences:
             raise UserError(
                 f"{name}: {'; '.join(differences)}. If its authors have really published a new file, delete the entry"
                 f" {name} from {lock}; if not, delete the downloaded {name}; then run again"
             )
-
-
-def pin(lock: Path, found: Mapping[str, Pin]) -> None:
-    """Adds files that were verified, once they are all equal to the pins that they have.
-
-    Args:
-        lock: the file of pins, which is written whole or not at all.
-        found: the files, by name; rows are added to a pin that has none.
-
-    Raises:
-        UserError: as `compare`.
-    """
-    compare(lock, found)
-    pinned = read(lock)
-    now = pinned | {name: file for name, file in found.items() if name not in pinned or file.rows is not None}
-    if now != pinned:
-        write_json(lock, {name: now[name].model_dump(exclude_none=True) for name in sorted(now)})
+    if files.keys() - pinned.keys():
+        everything = {**files, **pinned}
+        write_json(lock, {name: everything[name].model_dump(exclude_none=True) for name in sorted(everything)})

@@ -23,7 +23,7 @@ from fadeformer.datasets import (
     pins,
 )
 from fadeformer.datasets.archives import listing
-from fadeformer.datasets.download import NotThere, Remote
+from fadeformer.datasets.download import NotFound, Remote
 from fadeformer.datasets.facts import SPLITS, Facts
 from fadeformer.errors import UserError
 from fadeformer.files import check_room, checksum, place
@@ -118,10 +118,10 @@ def _bring(
         if mirror:
             remote = [file._replace(url=f"{mirror.rstrip('/')}/{file.name}") for file in remote]
         remedy = f"check the network, or set dataset.mirror to a folder that holds {names}"
-        had = download.bring([file for file in remote if file.name in needed], downloads, remedy=remedy)
+        had = download.fetch([file for file in remote if file.name in needed], downloads, remedy=remedy)
         for file in (file for file in remote if file.name not in needed):
-            with contextlib.suppress(NotThere):
-                had |= download.bring([file], downloads, remedy=remedy)
+            with contextlib.suppress(NotFound):
+                had |= download.fetch([file], downloads, remedy=remedy)
         brought = {name: (file.path, file.sha256, file.size) for name, file in had.items()}
     else:
         brought = {}

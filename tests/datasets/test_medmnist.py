@@ -110,7 +110,7 @@ def test_a_mirror_without_the_file_is_told(fetch, tmp_path):
 
 
 def test_a_connection_that_breaks_off_leaves_no_archive(fetch, tmp_path, monkeypatch):
-    monkeypatch.setattr(medmnist, "PATIENCE", download.Patience(retries=1, first_wait=0))
+    monkeypatch.setattr(download, "RETRY", download.RETRY.new(total=1, backoff_factor=0, backoff_jitter=0))
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
