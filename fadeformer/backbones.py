@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any
 
 from timm.layers.hybrid_embed import HybridEmbed
-from timm.models._registry import register_model
+from timm.models import register_model
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 

@@ -32,7 +32,7 @@ from typing import Any
 
 import torch
 from timm.layers.drop import DropPath
-from timm.models._registry import register_model
+from timm.models import register_model
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
-from timm.optim._optim_factory import create_optimizer_v2
+from timm.optim import create_optimizer_v2
 from torch import nn
 
 from fadeformer.errors import UserError

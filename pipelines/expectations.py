@@ -66,7 +66,7 @@ def check(
         folder: where the pages go.
     """
     context = gx.get_context(mode="ephemeral")
-    context.variables.progress_bars = {"globally": False}
+    context.variables.progress_bars = {"globally": False}  # type: ignore[assignment]  # a dict works
     context.add_data_docs_site(site_name="validation", site_config=_site(folder))
     asset = context.data_sources.add_pandas(facts.name).add_dataframe_asset("manifest")
     batch = asset.add_batch_definition_whole_dataframe("every image")
@@ -139,13 +139,16 @@ def _of_files(facts: Facts, counts: Mapping[str, int]) -> Iterator[Expectation]:
     yield _never("colliding_names", "collides", told)
     if facts.channels is not None:
         mode = "RGB" if facts.channels == 3 else "L"
-        told = {"column": "mode", "value_set": [mode], "description": f"every image is {mode}"}
-        yield "unexpected_mode", gxe.ExpectColumnValuesToBeInSet, told
+        settings = {"column": "mode", "value_set": [mode], "description": f"every image is {mode}"}
+        yield "unexpected_mode", gxe.ExpectColumnValuesToBeInSet, settings
     if facts.size is not None:
         for side in ("height", "width"):
             text = f"every image has a {side} of {facts.size} pixels"
-            told = {"column": side, "value_set": [facts.size], "description": text}
-            yield "unexpected_size", gxe.ExpectColumnValuesToBeInSet, told
+            yield (
+                "unexpected_size",
+                gxe.ExpectColumnValuesToBeInSet,
+                {"column": side, "value_set": [facts.size], "description": text},
+            )
 
 
 def _of_leaks(table: pd.DataFrame, allowed_duplicates: int) -> Iterator[Expectation]:
@@ -260,7 +263,7 @@ def _outcome(one: Any, found: Manifest, facts: Facts, severity: Mapping[str, str
     return Check(name, severity[name], sentence, bool(one.success), chosen.assign(expectation=sentence))
 
 
-def _site(folder: Path) -> dict[str, Any]:
+def _site(folder: Path) -> Any:
     return {
         "class_name": "SiteBuilder",
         "site_index_builder": {"class_name": "DefaultSiteIndexBuilder"},

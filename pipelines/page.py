@@ -111,7 +111,10 @@ def _left_out(facts: Facts, manifest: pd.DataFrame) -> str:
 def _sizes(rows: pd.DataFrame) -> list[Row]:
     """The most frequent heights, widths and modes, and how many images have others."""
     counts = rows.groupby(["height", "width", "mode"]).size().sort_values(ascending=False, kind="stable")
-    table = [(f"{h:.0f} x {w:.0f}", mode, f"{count:,}") for (h, w, mode), count in counts.head(SIZES).items()]
+    shown = counts.head(SIZES).reset_index(name="images")
+    table: list[Row] = [
+        (f"{h:.0f} x {w:.0f}", mode, f"{count:,}") for h, w, mode, count in shown.itertuples(index=False)
+    ]
     if len(counts) > SIZES:
         table.append((f"{len(counts) - SIZES:,} others", "", f"{counts.iloc[SIZES:].sum():,}"))
     return table

@@ -7,6 +7,7 @@ import json
 import shutil
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 from filelock import FileLock, Timeout
@@ -37,7 +38,7 @@ def main() -> str:
 
 def _write(found: Facts, side: int, wanted: PreprocessParams) -> str:
     rows = pd.read_parquet(paths.MANIFEST)
-    settings = {"image_size": side, "channels": wanted.channels, "aspect": wanted.aspect}
+    settings: dict[str, Any] = {"image_size": side, "channels": wanted.channels, "aspect": wanted.aspect}
     begun = _begun(json.dumps([settings, asdict(found), checksum(paths.MANIFEST, "sha256")]))
     drawn = boxes.table(found, paths.RAW)
     if drawn is not None:  # first, for what is begun counts as whole once the arrays are

@@ -190,8 +190,8 @@ def _lines(check: expectations.Check, found: Manifest, facts: Facts) -> list[str
     if check.name in ("image_in_two_splits", "same_image_two_labels"):
         return _together(check.rows, "sha256", facts)
     if check.name == "class_too_small":
-        counts = check.rows.groupby(["split", "label"]).size().items()
-        return [f"{split} has {number:,} of {facts.classes[label]}" for (split, label), number in counts]
+        counts = check.rows.groupby(["split", "label"]).size().reset_index(name="images").itertuples(index=False)
+        return [f"{split} has {number:,} of {facts.classes[int(label)]}" for split, label, number in counts]
     return [f"{row.id}  ({_why(check.name, row)})" for row in check.rows.itertuples()]
 
 
@@ -210,7 +210,9 @@ def _with_rows(pairs: pd.DataFrame, rows: pd.DataFrame, facts: Facts) -> pd.Data
     known = pd.DataFrame({"split": chosen["split"], "label": manifest.label_names(chosen, facts)})
     known.index = pd.Index(chosen["id"])
     sides = {
-        f"{side}_{name}": known.loc[pairs[side], name].to_numpy() for side in ("first", "second") for name in known
+        f"{side}_{name}": known[name].loc[pairs[side].tolist()].to_numpy()
+        for side in ("first", "second")
+        for name in ("split", "label")
     }
     return pairs.assign(**sides)
 
@@ -222,7 +224,8 @@ def _together(rows: pd.DataFrame, column: str, facts: Facts) -> list[str]:
     for name, images in rows.groupby(column, sort=False):
         parts = []
         for split, some in images.groupby("split", sort=False):
-            named = [f"{row.id} ({labels[row.Index]})" for row in some.head(FILES).itertuples()]
+            first = some.head(FILES)
+            named = [f"{name} ({label})" for name, label in zip(first["id"], labels[first.index], strict=True)]
             parts.append(
                 f"{split}: {', '.join(named)}" + (f" and {len(some) - FILES:,} more" if len(some) > FILES else "")
             )

@@ -111,8 +111,11 @@ def test_text_of_the_user_is_escaped(shown):
     text, _, _ = shown(images(val0=scene(0)), table(head, lambda i: ["<i>", "b"][i % 2], more=",5"))
     assert "<script" not in text
     assert "<i>" not in text
-    assert [row[:4] for row in rows_of(section(text, "Against: no image stands"))] == [
-        ["id", "split", "group", "label"], ["train0.png", "train", "", "&lt;i&gt;"], ["val0.png", "val", "", "&lt;i&gt;"]
+    rows = rows_of(section(text, "Against: no image stands"))
+    assert [row[:4] for row in rows] == [
+        ["id", "split", "group", "label"],
+        ["train0.png", "train", "", "&lt;i&gt;"],
+        ["val0.png", "val", "", "&lt;i&gt;"]
     ]  # fmt: skip
 
 

@@ -12,7 +12,7 @@ import pandas as pd
 from fadeformer import decisions, drift, drift_page, inputs, predicting, reference, unfamiliar
 from fadeformer.errors import UserError
 from fadeformer.files import whole_folder, write_json
-from fadeformer.predicting import Rule
+from fadeformer.model_files import ModelFiles
 from pipelines import named_model
 from pipelines.stage import Ended
 
@@ -67,11 +67,11 @@ def compare(named: list[str], model: str, out: Path, most: int) -> Ended:
     return Ended(f"{what} in {found.images:,} images{left}; {out / 'index.html'}", DRIFTED if found.found else 0)
 
 
-def _seen(files: named_model.ModelFiles, images: list[inputs.Input]) -> tuple[pd.DataFrame, int]:
+def _seen(files: ModelFiles, images: list[inputs.Input]) -> tuple[pd.DataFrame, int]:
     """The columns of `fadeformer.reference` of new images, and how many could not be read."""
     described, trained = files.described, named_model.load(files)
     classes = tuple(described["classes"])
-    rule: Rule = decisions.rule(trained.task, classes, None, decisions.POINTS[0])
+    rule = decisions.rule(trained.task, classes, None, decisions.POINTS[0])
     familiar = unfamiliar.read(files.familiar, described["unfamiliar"]["limit"])
     parts = predicting.predict(
         trained, familiar, rule, images, **described["input"], threads=None, more=reference.seen
