@@ -10,7 +10,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from io import BytesIO
 from typing import Literal
 
@@ -70,15 +70,11 @@ class Picture:
     Attributes:
         image: of Pillow's mode L or RGB, in memory. Copying its pixels out of Pillow and in again costs as much as to
             resize it, so that is left to who needs them.
-        format: of the file, as Pillow calls it.
         mode: of the file, as Pillow calls it: 1, L, LA, P, RGB, RGBA, CMYK, I;16 and the like.
-        notes: what was done to the pixels that a reader of the data set might not expect.
     """
 
     image: Image.Image
-    format: str
     mode: str
-    notes: tuple[str, ...]
 
     @property
     def pixels(self) -> NDArray[np.uint8]:
@@ -86,18 +82,16 @@ class Picture:
         return np.array(self.image)
 
 
-def decode(data: bytes, name: str, *, white: int | None = None, limit: int = PIXELS) -> Picture:
+def decode(data: bytes, name: str, *, limit: int = PIXELS) -> Picture:
     """Reads a file of one image.
 
     EXIF's orientation is applied. A palette counts as colour. An alpha that hides nothing is dropped, one that does is
-    laid on black. Grey of more than 8 bits is scaled linearly, rounded to the nearest, so that 0 stays 0 and `white`
-    and all above it become 255; of 16-bit colour the high byte is kept.
+    laid on black. Grey of more than 8 bits is scaled linearly, rounded to the nearest, so that 0 stays 0 and the
+    largest value that its bits hold becomes 255; of 16-bit colour the high byte is kept.
 
     Args:
         data: the file's bytes.
         name: what errors call it.
-        white: the value, 1 or more, of white in grey of more than 8 bits; by default the largest that its bits hold
-            (65,535).
         limit: pixels that it may have.
 
     Raises:
@@ -108,21 +102,7 @@ def decode(data: bytes, name: str, *, white: int | None = None, limit: int = PIX
         count = getattr(image, "n_frames", 1)
         if count > 1:
             raise UnreadableError(name, f"holds {count} frames or pages, where one is expected; save the one wanted")
-        return _picture(image, data, name, white, limit)
-
-
-def frames(data: bytes, name: str, *, white: int | None = None, limit: int = PIXELS) -> Iterator[Picture]:
-    """Reads each frame or page of a file in turn, as `decode` reads its only one; the limit holds for each."""
-    with _opened(data, name) as image:
-        for frame in range(getattr(image, "n_frames", 1)):
-            image.seek(frame)
-            picture = _picture(image, data, name, white, limit)
-            yield replace(picture, image=picture.image.copy())  # the reader goes on with its own
-
-
-def is_grey(pixels: NDArray[np.uint8], tolerance: int = 0) -> bool:
-    """Whether an image is grey in content: its channels differ by no more than `tolerance` (JPEG may round them)."""
-    return pixels.ndim == 2 or int(np.ptp(pixels, axis=2).max()) <= tolerance
+        return _picture(image, data, name, limit)
 
 
 def to_channels(image: Image.Image, channels: int) -> Image.Image:
@@ -208,39 +188,33 @@ def _reason(error: Exception) -> str:
     return f"is damaged, or of a kind that is not read ({text}); fetch it again, or convert it to PNG"
 
 
-def _picture(image: ImageFile.ImageFile, data: bytes, name: str, white: int | None, limit: int) -> Picture:
-    """The current frame as it is stored, but for what `decode` says."""
+def _picture(image: ImageFile.ImageFile, data: bytes, name: str, limit: int) -> Picture:
+    """The image as it is stored, but for what `decode` says."""
     if image.width * image.height > limit:
         raise UnreadableError(
             name, f"has {image.width:,} x {image.height:,} pixels, more than the limit of {limit:,}; make it smaller"
         )
     mode = image.mode
     image.load()
-    notes = []
     bits = _bits(image, data)
     key = image.info.get("transparency")
     turned: Image.Image = image
     orientation = image.getexif().get(ORIENTATION)  # after loading: a TIFF is turned by Pillow then
     if orientation in TURNS:
         turned = image.transpose(TURNS[orientation])
-        notes.append(f"turned as EXIF says (orientation {orientation})")
     if mode.startswith("I;16"):
         values = np.asarray(turned)
-        pixels = _eight_bits(values, 2**bits - 1, white, is_inverted=_zero_is_white(image))
-        hidden = values == key if key is not None else np.False_
-        pixels[hidden] = 0
-        flat, is_transparent = Image.fromarray(pixels), bool(hidden.any())
+        pixels = _eight_bits(values, 2**bits - 1, is_inverted=_zero_is_white(image))
+        if key is not None:
+            pixels[values == key] = 0
+        flat = Image.fromarray(pixels)
     elif mode in MODES:
-        if bits > 8:
-            notes.append(f"{bits}-bit colour: the high byte of each channel")
-            if key is not None:  # compared with the high byte alone it would hide too much
-                raise UnreadableError(name, "has a transparent colour of 16 bits; save it with 8 bits a channel")
-        flat, is_transparent = _flat(_plain(image, turned, data, bits))
+        if bits > 8 and key is not None:  # compared with the high byte alone it would hide too much
+            raise UnreadableError(name, "has a transparent colour of 16 bits; save it with 8 bits a channel")
+        flat = _flat(_plain(image, turned, data, bits))
     else:
         raise UnreadableError(name, f"has pixels of the kind {mode!r}; convert it to 8 or 16 bits, grey or RGB")
-    if is_transparent:
-        notes.append("transparent in part: laid on black")
-    return Picture(flat, str(image.format), mode, tuple(notes))
+    return Picture(flat, mode)
 
 
 def _bits(image: ImageFile.ImageFile, data: bytes) -> int:
@@ -257,12 +231,11 @@ def _zero_is_white(image: ImageFile.ImageFile) -> bool:
     return isinstance(image, TiffImageFile) and image.tag_v2.get(PHOTOMETRIC_INTERPRETATION) == 0
 
 
-def _eight_bits(values: NDArray[np.uint16], largest: int, white: int | None, *, is_inverted: bool) -> NDArray[np.uint8]:
+def _eight_bits(values: NDArray[np.uint16], largest: int, *, is_inverted: bool) -> NDArray[np.uint8]:
     """Grey of 9 to 16 bits by the rule of `decode`."""
-    white = largest if white is None else white
     wide = values.astype(np.int64)
-    wide = np.minimum(largest - wide if is_inverted else wide, white)
-    return ((2 * 255 * wide + white) // (2 * white)).astype(np.uint8)
+    wide = np.minimum(largest - wide if is_inverted else wide, largest)
+    return ((2 * 255 * wide + largest) // (2 * largest)).astype(np.uint8)
 
 
 def _plain(image: ImageFile.ImageFile, turned: Image.Image, data: bytes, bits: int) -> Image.Image:
@@ -276,14 +249,13 @@ def _plain(image: ImageFile.ImageFile, turned: Image.Image, data: bytes, bits: i
     return turned
 
 
-def _flat(image: Image.Image) -> tuple[Image.Image, bool]:
-    """Grey or RGB without alpha, and whether there was one that hid something."""
+def _flat(image: Image.Image) -> Image.Image:
+    """Grey or RGB, an alpha channel composited on black."""
     is_grey = image.mode in ("1", "L", "LA", "La")
     if "transparency" not in image.info and image.mode not in ("LA", "La", "PA", "RGBA", "RGBa"):
-        return to_channels(image, 1 if is_grey else 3), False
+        return to_channels(image, 1 if is_grey else 3)
     samples = np.array(image.convert("LA" if is_grey else "RGBA"))
     colour, alpha = samples[..., :-1], samples[..., -1:]
-    is_transparent = bool((alpha != 255).any())
-    if is_transparent:
+    if (alpha != 255).any():
         colour = ((colour.astype(np.uint16) * alpha + 127) // 255).astype(np.uint8)
-    return Image.fromarray(colour[..., 0] if is_grey else colour), is_transparent
+    return Image.fromarray(colour[..., 0] if is_grey else colour)

@@ -120,10 +120,6 @@ def test_pixels_are_those_of_the_file(case):
     assert found.pixels.dtype == np.uint8
     assert found.pixels.flags.c_contiguous
     assert found.mode == mode
-    assert found.format in case.replace("WebP", "WEBP").replace("another ending", "BMP")
-    assert found.notes == (
-        ("16-bit colour: the high byte of each channel",) if found.mode[0] == "R" and "16" in case else ()
-    )
 
 
 @pytest.mark.parametrize(
@@ -147,20 +143,14 @@ def test_pixels_are_those_of_the_file(case):
         (png(2, 1, 16, 0, b"\0\x12\x34\x12\x35", key=b"\x12\x34"), [[0, 18]]),
     ],
 )
-def test_what_is_transparent_is_laid_on_black_and_said(data, expected):
+def test_what_is_transparent_is_laid_on_black(data, expected):
     found = decode.decode(data, "a.png")
     np.testing.assert_array_equal(found.pixels, expected)
-    assert found.notes == ("transparent in part: laid on black",)
 
 
 def test_every_16_bit_value_is_rounded_to_the_nearest():
     values = np.arange(2**16, dtype=np.uint16).reshape(256, 256)
     np.testing.assert_array_equal(pixels(saved(values)), np.round(values / 257))
-
-
-def test_another_white_can_be_told():
-    values = np.uint16([[0, 1, 8, 9, 2048, 4087, 4095, 4096, 65535]])
-    np.testing.assert_array_equal(pixels(saved(values), white=4095), [[0, 0, 0, 1, 128, 255, 255, 255, 255]])
 
 
 def test_a_jpeg_is_what_pillow_reads_of_it():
@@ -171,7 +161,7 @@ def test_a_jpeg_is_what_pillow_reads_of_it():
     ):
         found = decode.decode(data, "a.jpg")
         np.testing.assert_array_equal(found.pixels, np.asarray(Image.open(io.BytesIO(data))))
-        assert (found.format, found.mode) == ("JPEG", mode)
+        assert found.mode == mode
         assert np.abs(found.pixels.astype(int) - (SMOOTH if mode == "RGB" else SMOOTH[..., 0])).mean() < 3
 
 
@@ -193,8 +183,6 @@ def test_exifs_orientation_is_applied(kind, orientation):
     data = saved(SMOOTH, kind, exif=exif)
     found = decode.decode(data, "a")
     np.testing.assert_array_equal(found.pixels, np.asarray(ImageOps.exif_transpose(Image.open(io.BytesIO(data)))))
-    turned = orientation >= 2 and kind != "TIFF"  # which Pillow turns by itself
-    assert found.notes == ((f"turned as EXIF says (orientation {orientation})",) if turned else ())
 
 
 SEVERAL = {
@@ -204,14 +192,9 @@ SEVERAL = {
 
 
 @pytest.mark.parametrize("kind", SEVERAL)
-def test_frames_are_refused_unless_they_are_asked_for(kind):
+def test_several_frames_are_refused(kind):
     with pytest.raises(UnreadableError, match=r"a\.x: holds 2 frames or pages, where one is expected; save the one"):
         decode.decode(SEVERAL[kind], "a.x")
-    first = GREY if kind == "GIF" else RGB
-    for found, expected in zip(decode.frames(SEVERAL[kind], "a.x"), (first, 255 - first), strict=True):
-        np.testing.assert_array_equal(to_channels(found.pixels, 3), to_channels(expected, 3))
-    (only,) = decode.frames(saved(RGB), "a.png")
-    np.testing.assert_array_equal(only.pixels, RGB)
 
 
 def test_the_first_picture_of_a_phones_file_is_read():
@@ -285,8 +268,6 @@ def test_the_limit_of_pixels_is_the_callers(monkeypatch):
         assert pixels(saved(RGB), limit=35).shape == RGB.shape
         with pytest.raises(UnreadableError, match=r"has 7 x 5 pixels, more than the limit of 34; make it smaller"):
             pixels(saved(RGB), limit=34)
-        with pytest.raises(UnreadableError, match="more than the limit of 34"):
-            list(decode.frames(SEVERAL["PNG"], "a.png", limit=34))
 
 
 def test_images_are_never_filled_up(monkeypatch):
@@ -359,17 +340,6 @@ def test_grey_and_colour_change_as_pillow_changes_them(image):
     np.testing.assert_array_equal(grey, np.asarray(Image.fromarray(image).convert("L")))
     np.testing.assert_array_equal(colour, np.asarray(Image.fromarray(image).convert("RGB")))
     np.testing.assert_array_equal(to_channels(to_channels(grey, 3), 1), grey)
-    assert decode.is_grey(grey)
-    assert decode.is_grey(to_channels(grey, 3))
-    assert decode.is_grey(colour) == (image.ndim == 2 or bool((np.ptp(image, axis=2) == 0).all()))
-
-
-def test_grey_may_be_rounded():
-    nearly = np.full((4, 4, 3), 100, np.uint8)
-    nearly[0, 0] = 100, 102, 101
-    assert not decode.is_grey(nearly)
-    assert not decode.is_grey(nearly, tolerance=1)
-    assert decode.is_grey(nearly, tolerance=2)
 
 
 @given(image=IMAGES, side=st.integers(1, 30), aspect=st.sampled_from(["squash", "crop", "pad"]))
@@ -420,7 +390,6 @@ def test_the_published_radiographs_are_grey(real_data):
     modes = {"L": 0, "RGB": 0, "RGBA": 0}
     for name, data in archives.members(real_data / "chestxray14" / "images_001.tar.gz"):
         found = decode.decode(data, name)
-        assert decode.is_grey(found.pixels)
-        assert not found.notes
+        assert found.pixels.ndim == 2 or np.ptp(found.pixels, axis=2).max() == 0
         modes[found.mode] += 1
     assert modes["RGBA"] == 21  # all of them opaque
