@@ -6,14 +6,12 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import hypothesis
-import psutil
 import pytest
 from filelock import FileLock
 
@@ -250,18 +248,11 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
 @pytest.fixture(scope="session")
 def prefect_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """Address of a server for tests that are not about how a project starts and ends its own, which takes long."""
-    home = tmp_path_factory.mktemp("prefect")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(orchestrator, "HOME", home)
-        patch.setenv("PREFECT_HOME", str(home))
-        url, process = orchestrator._spawn(home / "note.json", psutil.Process())
-    deadline = time.monotonic() + orchestrator.STARTUP
-    while not orchestrator.answers(url):
-        assert orchestrator.alive(process), (home / "server.log").read_text()
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
-    yield url
-    process.terminate()
+        patch.setenv("PREFECT_HOME", str(tmp_path_factory.mktemp("prefect")))
+        with orchestrator.temporary_server() as url:
+            patch.delenv("PREFECT_API_URL")  # the tests that use it set it for their project
+            yield url
 
 
 @pytest.fixture
