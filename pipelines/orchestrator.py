@@ -21,6 +21,7 @@ from pipelines import stage
 STARTUP = 120  # seconds; the first start creates Prefect's database
 RETRIES = "2"  # of a request; more only delay the end of a flow whose temporary server died
 SENDING = 5.0  # seconds for the last logs and events of flows
+POLL = 1.0  # seconds between two looks at the processes below a command
 GROUP = 1.0  # seconds within which a SIGTERM to the whole process group has ended the command
 
 
@@ -88,16 +89,19 @@ def run(command: Sequence[str]) -> NoReturn:
     """Run a command with a Prefect server and exit with its status; SIGTERM reaches every process below this one."""
     with temporary_server():
         process = psutil.Popen(command)
+        below = [process]
         try:
-            status = process.wait()
-        except KeyboardInterrupt as error:  # Ctrl-C reaches the command from the terminal
-            below = [process, *process.children(recursive=True)]
+            while process.poll() is None:
+                below = [process, *process.children(recursive=True)]  # they may outlive the command
+                with suppress(psutil.TimeoutExpired):
+                    process.wait(POLL)
+        except KeyboardInterrupt as error:  # Ctrl-C reaches them from the terminal
             if isinstance(error, stage.Terminated) and process not in psutil.wait_procs([process], GROUP)[0]:
                 for one in below:
                     with suppress(psutil.NoSuchProcess):
                         one.terminate()
             psutil.wait_procs(below)
-            status = process.wait()
+        status = process.wait()
     sys.exit(status if status >= 0 else 128 - status)
 
 

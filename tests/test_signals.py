@@ -28,11 +28,14 @@ def test_a_signal_is_noticed_and_nothing_is_broken_off(number):
 
 
 def test_a_second_signal_leaves_at_once():
-    with pytest.raises(Interrupted, match="stopped by SIGTERM at once; run again to go on") as told:  # noqa: SIM117
+    def train() -> None:
         with signals.asked_to_leave():
             os.kill(os.getpid(), signal.SIGTERM)
             os.kill(os.getpid(), signal.SIGINT)
             time.sleep(5)
+
+    with pytest.raises(Interrupted, match="stopped by SIGTERM at once; run again to go on") as told:
+        train()
     assert told.value.signal_number == signal.SIGTERM
 
 
