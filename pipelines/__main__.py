@@ -1,6 +1,7 @@
 """`python -m pipelines STAGE...`: run stages by their names, one after the other, until one fails."""
 
 import sys
+from functools import partial
 from importlib import import_module
 
 from pipelines import stage
@@ -14,7 +15,12 @@ def main() -> None:
     if not names or not set(names) <= set(STAGES):
         sys.exit(f"usage: python -m pipelines {{{','.join(STAGES)}}}")
     for name in names:
-        stage.run(name, lambda name=name: import_module(f"pipelines.{name}").main())
+        stage.run(name, partial(load_and_run, name))
+
+
+def load_and_run(name: str) -> str:
+    """Import the module of a stage and run it."""
+    return str(import_module(f"pipelines.{name}").main())
 
 
 if __name__ == "__main__":

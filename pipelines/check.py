@@ -7,7 +7,8 @@ import json
 import subprocess
 from pathlib import Path
 
-from ruamel.yaml import YAML, YAMLError
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
 
 from fadeformer import params
 from pipelines import paths, stage

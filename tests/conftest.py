@@ -86,6 +86,14 @@ def real_data(request: pytest.FixtureRequest) -> Path:
 
 
 @pytest.fixture
+def interruptible() -> Iterator[None]:
+    """Processes that a test starts receive SIGINT, also where the tests run in the background of a shell."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.fixture
 def in_background() -> Iterator[Callable[..., subprocess.Popen[str]]]:
     """Starts Python with arguments, in a process group of its own; what is left of it ends with the test."""
     running = []

@@ -39,7 +39,7 @@ sys.exit(stage.wait())
 
 
 @pytest.fixture
-def started(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, in_background):
+def started(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, in_background, interruptible):
     """Starts a command under an orchestrator, with a stage that takes some seconds; waits until its flow has begun."""
     home = tmp_path_factory.getbasetemp() / "prefect"  # of all tests: its database is made once
     environment = {name: value for name, value in os.environ.items() if name != "PREFECT_API_URL"}
