@@ -85,7 +85,7 @@ def running(project: Project, *command: str, **environment: str):
 
 def forget(project: Project) -> None:
     """Removes what trainings before have left."""
-    shutil.rmtree(project.folder / ".cache" / "train")
+    shutil.rmtree(project.folder / ".cache" / "train", ignore_errors=True)
 
 
 def wait_for_step(project: Project, process: subprocess.Popen, wanted: int) -> None:
