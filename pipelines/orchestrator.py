@@ -56,7 +56,7 @@ def _started() -> Iterator[str]:
     try:
         try:
             server.start(timeout=STARTUP)
-        except RuntimeError as error:
+        except (RuntimeError, httpx.TransportError) as error:
             raise UserError(f"Prefect's temporary server did not start: {error}") from error
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
