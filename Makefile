@@ -26,7 +26,7 @@ $(VENV)/installed: requirements.lock pyproject.toml
 
 repro: install  ## the pipeline, from download to promote; only what is not up to date
 	python -m pipelines.check
-	dvc repro
+	python -m pipelines.orchestrator dvc repro
 
 test: install  ## all tests
 	python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder

@@ -1,17 +1,52 @@
-"""`python -m pipelines.check`, before DVC: a typo in params.yaml is told while all outputs are still there.
+"""`python -m pipelines.check`, before DVC: report a typo in params.yaml while all outputs are still there.
 
-And what a kill has cut off of DVC's own files is mended, which DVC would refuse to read.
+It also repairs what a kill has cut off of DVC's own files, which DVC would refuse to read.
 """
 
+import json
+import subprocess
+from pathlib import Path
+
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
+
 from fadeformer import params
-from pipelines import cut_off, paths, stage
+from pipelines import paths, stage
+
+LOCK, PROCESSES = Path("dvc.lock"), Path(".dvc/tmp/rwlock")
 
 
 def main() -> str:
-    """Mends DVC's files, and checks params.yaml."""
-    cut_off.mend()
+    """Repair DVC's files and check params.yaml."""
+    repair()
     wanted = params.load(paths.PARAMS)
     return f"{paths.PARAMS} is valid: {wanted.dataset.name}, {wanted.model.backbone}, seed {wanted.seed}"
+
+
+def repair() -> None:
+    """Restore a damaged dvc.lock from git, or remove it; remove a damaged list of DVC's processes."""
+    if PROCESSES.is_file() and not _is_json(PROCESSES.read_text(errors="replace")):
+        PROCESSES.unlink()
+        print(f"{PROCESSES} was damaged and is removed")
+    if LOCK.is_file() and not _is_lock(LOCK.read_text(errors="replace")):
+        LOCK.unlink()
+        subprocess.run(["git", "checkout", "--quiet", "--", LOCK], capture_output=True, check=False)
+        print(f"{LOCK} was damaged and is {'restored from git' if LOCK.exists() else 'removed'}")
+
+
+def _is_json(text: str) -> bool:
+    try:
+        return isinstance(json.loads(text), dict)
+    except json.JSONDecodeError:
+        return False
+
+
+def _is_lock(text: str) -> bool:
+    """Whether DVC can read it, or a person has to: a merge conflict is no damage."""
+    try:
+        return "<<<<<<< " in text or isinstance(YAML(typ="safe").load(text), dict)
+    except YAMLError:
+        return False
 
 
 if __name__ == "__main__":

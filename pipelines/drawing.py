@@ -1,8 +1,8 @@
-"""The figures of stage evaluate, by name, each drawn from files alone, so that two processes can share them."""
+"""The figures of stage evaluate, by name, each drawn from files and maps of the mistakes."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -100,11 +100,10 @@ FIGURES: dict[str, Callable[[Drawing], Figure | None]] = {
     "embedding": embedding,
     "subgroup_forest": subgroup_forest,
 }
-HALF = ("gallery", "embedding", "score_histograms")  # of the work
 
 
-def draw(names: Sequence[str], of: Drawing, folder: Path, dpi: int) -> None:
-    """Writes figures as PNG and SVG; one that has nothing to show is left out."""
-    for name in names:
-        if (figure := FIGURES[name](of)) is not None:
+def draw(of: Drawing, folder: Path, dpi: int) -> None:
+    """Write every figure as PNG and SVG; one that has nothing to show is left out."""
+    for name, make in FIGURES.items():
+        if (figure := make(of)) is not None:
             plots.save(figure, folder / f"{name}.png", dpi)

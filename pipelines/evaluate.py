@@ -5,7 +5,9 @@ from __future__ import annotations
 import time
 from typing import Any
 
+import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 from prefect import flow, task
 
 from fadeformer import (
@@ -25,20 +27,16 @@ from fadeformer.card import model_card
 from fadeformer.errors import UserError
 from fadeformer.evidence_tables import Evidence
 from fadeformer.files import read_json, whole_file, whole_folder, write_json
-from pipelines import begun, beside, drawing, paths, stage, tracking
-from pipelines.drawing import Drawing
-from pipelines.orchestrator import orchestrated
+from pipelines import begun, drawing, network, paths, stage, tracking
+from pipelines.orchestrator import temporary_server
 
 GALLERY = 12  # images
-NETWORK = beside.OF_STAGE[
-    "evaluate"
-]  # the process that has torch loaded; this one loads Prefect, MLflow and matplotlib
 
 
 @task(name="predict", persist_result=False)
 def predict(batch_size: int, wanted: str | list[str]) -> None:
     """Scores of every image of val and test, as predictions.parquet, and where test images lie by their features."""
-    tracking.log_metrics({"seconds": {"predict": beside.start(NETWORK).call("predict", batch_size, wanted)}})
+    tracking.log_metrics({"seconds": {"predict": network.predict(batch_size, wanted)}})
 
 
 def evidence(found: dict[str, Any]) -> Evidence:
@@ -99,18 +97,20 @@ def measure(settings: dict[str, Any]) -> dict[str, float]:
     return dict(found["test"]["overall"])
 
 
-@task(name="draw figures", persist_result=False)
-def draw(dpi: int) -> None:
-    """Every figure, as PNG and SVG, by both processes; what was begun to be explained is waited for."""
-    network = beside.start(NETWORK)
-    maps, seconds = network.result()
+@task(name="explain", persist_result=False)
+def explain(seed: int, confidence: float) -> dict[str, NDArray[np.float64]]:
+    """Maps of the worst mistakes by name, and where the model points, as explanations.json."""
+    maps, seconds = network.explain(GALLERY, seed, confidence)
     if seconds is not None:
         tracking.log_metrics({"seconds": {"pointing": seconds}})
-    drawn_of = Drawing(GALLERY, maps)
+    return maps
+
+
+@task(name="draw figures", persist_result=False)
+def draw(maps: dict[str, NDArray[np.float64]], dpi: int) -> None:
+    """Every figure, as PNG and SVG."""
     with whole_folder(paths.FIGURES) as folder:
-        network.begin("draw", drawing.HALF, drawn_of, folder, dpi)
-        drawing.draw([name for name in drawing.FIGURES if name not in drawing.HALF], drawn_of, folder, dpi)
-        network.result()
+        drawing.draw(drawing.Drawing(GALLERY, maps), folder, dpi)
 
 
 @task(name="write the report", persist_result=False)
@@ -147,7 +147,6 @@ def log(settings: dict[str, Any]) -> None:
 
 
 @flow(name="evaluate", persist_result=False, log_prints=True)
-@stage.body()
 def evaluate() -> str:
     """Predicts, measures and draws."""
     wanted = params.load(paths.PARAMS).evaluate
@@ -158,9 +157,8 @@ def evaluate() -> str:
     begun.forget(run_id)
     with tracking.run(run_id):
         predict(wanted.batch_size, wanted.subgroups)
-        beside.start(NETWORK).begin("explain", GALLERY, wanted.bootstrap_seed, wanted.confidence)  # meanwhile
         test = measure(wanted.model_dump())
-        draw(wanted.figure_dpi)
+        draw(explain(wanted.bootstrap_seed, wanted.confidence), wanted.figure_dpi)
         write_report(run_id)
         log(wanted.model_dump())
     auc = "undefined" if test["auc"] is None else f"{test['auc']:.4f}"
@@ -172,11 +170,8 @@ def evaluate() -> str:
 
 def main() -> str:
     """Runs the flow."""
-    try:
-        with orchestrated():
-            return evaluate()
-    finally:
-        beside.give_up()
+    with temporary_server():
+        return evaluate()
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ from pydantic import Field
 
 from fadeformer import params
 from fadeformer.errors import UserError
-from pipelines import cut_off, overrides, paths, run_artifacts, working_copy
+from pipelines import check, overrides, paths, run_artifacts, working_copy
 from pipelines.__main__ import STAGES
 from pipelines.reproducing import keep, note_trial, pull, reproduce
 
@@ -222,7 +222,7 @@ def _workspace(changes: Mapping[str, Any], of: str | None, stages: Sequence[str]
         if of is not None:
             raise UserError(f"{of} is brought into a working copy; here `dvc exp apply {of}` and `dvc repro` do that")
         with FileLock(".prefect/pipeline.lock"), overrides.applied(paths.PARAMS, changes):  # one run in a folder
-            cut_off.mend()
+            check.repair()
             yield
         return
     with working_copy.alone():

@@ -16,9 +16,9 @@ from pathlib import Path
 
 import psutil
 
-from pipelines import orchestrator
 from pipelines.deploy import POOL, QUEUE
 
+POLL = 0.25  # seconds between two looks
 ENDING = 45.0  # seconds that runs may take to end
 LAST = 10.0  # and then their worker
 
@@ -57,8 +57,8 @@ def main(owner: psutil.Process, limit: int) -> None:
     program = str(Path(sys.executable).with_name("prefect"))
     options = ("--pool", POOL, "--work-queue", QUEUE, "--limit", str(limit))
     worker = subprocess.Popen([program, "worker", "start", *options])
-    while not told and orchestrator.alive(owner) and worker.poll() is None:
-        time.sleep(orchestrator.POLL)
+    while not told and owner.is_running() and worker.poll() is None:
+        time.sleep(POLL)
     below = psutil.Process(worker.pid).children(recursive=True) if worker.poll() is None else []
     worker.terminate()
     _, left = psutil.wait_procs(below, ENDING)

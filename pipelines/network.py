@@ -1,4 +1,4 @@
-"""What of stage evaluate needs the network: scores, features, and what it looked at; in a process of its own."""
+"""The parts of stage evaluate that run the network: scores, features, and explanations."""
 
 from __future__ import annotations
 
@@ -13,9 +13,7 @@ from numpy.typing import NDArray
 from fadeformer import arrays, case_maps, embedding, mistakes, pointing, predictions, subgroups
 from fadeformer.files import read_json, whole_file, write_json
 from fadeformer.trained import Trained
-from pipelines import drawing, paths
-
-draw = drawing.draw  # half of the figures
+from pipelines import paths
 
 
 def predict(batch_size: int, wanted: str | list[str]) -> float:

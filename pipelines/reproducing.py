@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import signal
@@ -13,13 +12,12 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import psutil
 from prefect import State, task
 from prefect.runtime import flow_run
 
 from fadeformer.errors import PassingError
 from fadeformer.files import read_json
-from pipelines import orchestrator, paths, working_copy
+from pipelines import paths, working_copy
 
 GRACE = 15.0  # seconds that a stage may take to end; Prefect's worker gives the whole run 30
 PAUSES = [15.0, 30.0, 60.0, 120.0]  # seconds before each further attempt
@@ -66,7 +64,7 @@ def reproduce(stage: str, hours: float | None = None) -> None:
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         env={
-            **os.environ, "PATH": search, orchestrator.RUN: json.dumps(orchestrator.named(psutil.Process())),
+            **os.environ, "PATH": search,
             **({"MLFLOW_RUN_NAME": name} if name else {}),
             "PYTHONUNBUFFERED": "1",  # else a pipe holds lines back, and a run's page shows them late and in disorder
         },

@@ -24,7 +24,7 @@ from fadeformer.trained import Trained
 from fadeformer.unfamiliar import Familiar
 from pipelines import begun, fitting, paths, stage, store, tracking
 from pipelines.journal import PATIENCE, Journal
-from pipelines.orchestrator import orchestrated
+from pipelines.orchestrator import temporary_server
 
 
 @task(name="fit the network", persist_result=False)
@@ -111,7 +111,6 @@ def log_history(folder: Path) -> None:
 
 
 @flow(name="train", persist_result=False, log_prints=True)
-@stage.body()
 def train() -> str:
     """Trains on data/processed and leaves models/; what was begun and not ended is gone on with."""
     with begun.taken_up() as begun_in:
@@ -140,8 +139,8 @@ def train() -> str:
 def main() -> str:
     """Runs the flow."""
     with suppress(store.Unreachable), store.patience(PATIENCE):  # of that the journal tells
-        store.connect()  # makes MLflow's store while Prefect's server still makes its own
-    with orchestrated():
+        store.connect()
+    with temporary_server():
         return train()
 
 

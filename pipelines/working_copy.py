@@ -16,16 +16,15 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
-import psutil
 from filelock import FileLock, Timeout
 
 from fadeformer.errors import PassingError, UserError
 from fadeformer.files import read_json, write_json
-from pipelines import cut_off, orchestrator
+from pipelines import check
 from pipelines.places import COPY, RUNS
 
 LOCK = Path(".cache/alone.lock")  # in a copy, of the process that works there
@@ -95,8 +94,7 @@ def make(repository: str, revision: str, name: str) -> Path:
 def alone() -> Iterator[None]:
     """No other process works in the copy meanwhile: one whose heartbeats were lost is taken for dead, and may live.
 
-    One that was killed may have left its dvc, whose stage writes a checkpoint; they are waited for, and what a kill has
-    cut off is mended.
+    DVC files that a kill has damaged are repaired.
     """
     lock = FileLock(LOCK)
     try:
@@ -105,25 +103,10 @@ def alone() -> Iterator[None]:
         print("this run was begun before and still works; what it leaves undone is done here, once it has ended")
         lock.acquire()
     try:
-        left = _orphans()
-        if left:
-            print(f"waiting for what was begun by this run and still ends: {', '.join(str(one.pid) for one in left)}")
-            psutil.wait_procs(left)
-        cut_off.mend_git()
-        cut_off.mend()
+        check.repair()
         yield
     finally:
         lock.release()
-
-
-def _orphans() -> list[psutil.Process]:
-    """Processes in this copy of a run whose own process is gone."""
-    found, here = [], str(Path.cwd())
-    for process in psutil.process_iter():
-        with suppress(psutil.Error, OSError):  # another user's, or gone
-            if process.cwd() == here and orchestrator.orphaned(process.environ()):
-                found.append(process)
-    return found
 
 
 def here() -> bool:

@@ -6,14 +6,12 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import hypothesis
-import psutil
 import pytest
 from filelock import FileLock
 
@@ -85,6 +83,14 @@ def real_data(request: pytest.FixtureRequest) -> Path:
             pytest.fail(f"{REAL_DATA} is not there, but FADEFORMER_REAL_DATA requires it")
         pytest.skip("the real data sets do not lie beside this project")
     return REAL_DATA
+
+
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """Processes that a test starts receive SIGINT, also where the tests run in the background of a shell."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture
@@ -250,18 +256,11 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
 @pytest.fixture(scope="session")
 def prefect_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """Address of a server for tests that are not about how a project starts and ends its own, which takes long."""
-    home = tmp_path_factory.mktemp("prefect")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(orchestrator, "HOME", home)
-        patch.setenv("PREFECT_HOME", str(home))
-        url, process = orchestrator._spawn(home / "note.json", psutil.Process())
-    deadline = time.monotonic() + orchestrator.STARTUP
-    while not orchestrator.answers(url):
-        assert orchestrator.alive(process), (home / "server.log").read_text()
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
-    yield url
-    process.terminate()
+        patch.setenv("PREFECT_HOME", str(tmp_path_factory.mktemp("prefect")))
+        with orchestrator.temporary_server() as url:
+            patch.delenv("PREFECT_API_URL")  # the tests that use it set it for their project
+            yield url
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Signals while a network is trained: noticed, and obeyed at once when the training takes too long or another comes."""
+"""Signals during training: the first asks it to stop, a second stops it at once."""
 
 import os
 import signal
@@ -14,10 +14,9 @@ from pipelines import signals
 @pytest.fixture(autouse=True)
 def handlers():
     """What handles signals is afterwards what it was before."""
-    names = (*signals.ASKING, signal.SIGALRM)
-    before = [signal.getsignal(name) for name in names]
+    before = [signal.getsignal(name) for name in signals.ASKING]
     yield
-    assert [signal.getsignal(name) for name in names] == before
+    assert [signal.getsignal(name) for name in signals.ASKING] == before
 
 
 @pytest.mark.parametrize("number", signals.ASKING)
@@ -28,24 +27,16 @@ def test_a_signal_is_noticed_and_nothing_is_broken_off(number):
         assert asked() == number
 
 
-def send(*numbers: int) -> None:
-    """Sends signals to a training that is in a long step."""
-    with signals.asked_to_leave():
-        for number in numbers:
-            os.kill(os.getpid(), number)
-        time.sleep(5)
-
-
 def test_a_second_signal_leaves_at_once():
-    with pytest.raises(Interrupted, match="stopped by SIGTERM at once") as told:
-        send(signal.SIGTERM, signal.SIGINT)
+    def train() -> None:
+        with signals.asked_to_leave():
+            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(5)
+
+    with pytest.raises(Interrupted, match="stopped by SIGTERM at once; run again to go on") as told:
+        train()
     assert told.value.signal_number == signal.SIGTERM
-
-
-def test_a_step_that_takes_too_long_is_left(monkeypatch):
-    monkeypatch.setattr(signals, "GRACE", 0.2)
-    with pytest.raises(Interrupted, match="run again to go on from the last checkpoint"):
-        send(signal.SIGTERM)
 
 
 def test_outside_the_main_thread_none_is_noticed():

@@ -1,6 +1,5 @@
 """A stage ends in its summary, or in one message and a non-zero exit."""
 
-import json
 import os
 import re
 import signal
@@ -8,11 +7,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-import psutil
 import pytest
 
 from fadeformer.errors import Interrupted, UserError
-from pipelines import orchestrator, stage
+from pipelines import stage
 from tests.conftest import ROOT
 
 
@@ -94,13 +92,6 @@ def test_an_interruption_is_told_and_the_exit_is_that_of_its_signal(ending):
         assert ending(raising(Interrupted(told, number))) == (f"train: {told}", 128 + number)
 
 
-def test_the_handler_of_sigterm_is_put_back():
-    before = signal.getsignal(signal.SIGTERM)
-    stage.run("download", lambda: "three images")
-    assert signal.getsignal(signal.SIGTERM) is before
-
-
-DVC = 'import subprocess, sys\nsubprocess.run([sys.executable, "stage.py"])\n'
 # A stage of its own process. It forgives any error, as readers of damaged images do.
 READS = """
 import time
@@ -114,161 +105,15 @@ def main():
             print("a damaged image", flush=True)
 stage.run("download", main)
 """
-# A signal that comes while garbage is collected: what its handler raises there is lost.
-COLLECTS = """
-import os, signal, time
-from pipelines import stage
-class Garbage:
-    def __del__(self):
-        os.kill(os.getpid(), NUMBER)
-        time.sleep(600)
-def main():
-    Garbage()
-    time.sleep(600)
-stage.run("download", main)
-"""
-# A stage with a flow, whose end is told to the server.
-FLOWS = """
-import time
-from prefect import flow, task
-from pipelines import orchestrator, stage
-from fadeformer.errors import Interrupted
-@task
-def work():
-    print(orchestrator._started[0].process.pid, flush=True)
-    time.sleep(600) if PATIENT else stops()
-def stops():
-    raise Interrupted("stopped by SIGTERM after step 417", 15)
-@flow
-@stage.body()
-def evaluate():
-    work()
-def main():
-    with orchestrator.orchestrated():
-        evaluate()
-stage.run("evaluate", main)
-"""
 
 
-def started(folder: Path, *command: str, **variables: str) -> subprocess.Popen[str]:
-    environment = {name: value for name, value in os.environ.items() if name != "PREFECT_API_URL"} | variables
-    environment["PREFECT_HOME"] = str(folder / ".prefect")
-    return subprocess.Popen(
-        [sys.executable, *command], cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        text=True,
-    )  # fmt: skip
-
-
-def ends_once_killed(dvc: subprocess.Popen[str], *others: psutil.Process) -> bool:
-    """Whether the stage below a dvc ends by itself when that one and others are killed."""
-    below = [one for one in psutil.Process(dvc.pid).children() if one not in others]
-    assert below
-    for process in (*others, dvc):
-        process.kill()
-    _, left = psutil.wait_procs(below, timeout=120)
-    for process in left:
-        process.kill()
-    dvc.communicate()
-    return not left
-
-
-def test_sigterm_ends_a_stage_with_one_line(tmp_path):
-    process = started(tmp_path, "-c", READS)
+def test_sigterm_ends_a_stage_with_one_line():
+    process = subprocess.Popen([sys.executable, "-c", READS], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout.readline() == "ready\n"
     process.terminate()
     output, errors = process.communicate(timeout=60)
     assert (output, errors) == ("", "\ndownload: stopped by SIGTERM; run again: finished stages are kept\n")
     assert process.returncode == 143
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_is_not_lost_in_the_collection_of_garbage(tmp_path, number):
-    process = started(tmp_path, "-c", COLLECTS.replace("NUMBER", str(int(number))))
-    errors = process.communicate(timeout=60)[1]
-    assert errors.startswith("\ndownload: ")
-    assert len(errors.splitlines()) == 2
-    assert process.returncode == 128 + number
-
-
-def test_sigterm_ends_a_flow_with_one_line_and_its_server(tmp_path):
-    process = started(tmp_path, "-c", f"PATIENT = True\n{FLOWS}")
-    server = psutil.Process(int(process.stdout.readline()))
-    process.terminate()
-    errors = process.communicate(timeout=60)[1]
-    assert errors.endswith("\nevaluate: stopped by SIGTERM; run again: finished stages are kept\n")
-    assert "Traceback" not in errors
-    assert process.returncode == 143
-    assert not orchestrator.alive(server)
-
-
-def test_a_flow_that_was_stopped_in_its_own_way_tells_no_traceback(tmp_path):
-    process = started(tmp_path, "-c", f"PATIENT = False\n{FLOWS}")
-    errors = process.communicate(timeout=120)[1]
-    assert errors.endswith("\nevaluate: stopped by SIGTERM after step 417\n")
-    assert "Traceback" not in errors
-    assert process.returncode == 143
-
-
-def test_a_stage_ends_when_the_dvc_that_ran_it_is_killed(tmp_path):
-    (tmp_path / "dvc").write_text(DVC)
-    (tmp_path / "stage.py").write_text(READS)
-    dvc = started(tmp_path, "dvc")
-    assert dvc.stdout.readline() == "ready\n"
-    dvc.kill()
-    errors = dvc.communicate(timeout=60)[1]  # that is, until the stage has closed them too
-    assert errors == "\ndownload: stopped by SIGTERM; run again: finished stages are kept\n"
-
-
-def test_a_stage_ends_when_the_run_that_asked_dvc_for_it_is_killed(tmp_path):
-    (tmp_path / "dvc").write_text(DVC)
-    (tmp_path / "stage.py").write_text(READS)
-    with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"]) as run:
-        name = json.dumps(orchestrator.named(psutil.Process(run.pid)))
-        dvc = started(tmp_path, "dvc", **{orchestrator.RUN: name})
-        assert dvc.stdout.readline() == "ready\n"
-        run.kill()
-    errors = dvc.communicate(timeout=60)[1]
-    assert errors == "\ndownload: stopped by SIGTERM; run again: finished stages are kept\n"
-
-
-def test_a_flow_whose_dvc_and_server_are_killed_asks_neither_for_long(tmp_path):
-    (tmp_path / "dvc").write_text(DVC)
-    (tmp_path / "stage.py").write_text(f"PATIENT = True\n{FLOWS}".replace("stage.run", "stage.LAST = 600\nstage.run"))
-    dvc = started(tmp_path, "dvc", PREFECT_CLIENT_MAX_RETRIES="20")
-    server = psutil.Process(int(dvc.stdout.readline()))
-    assert ends_once_killed(dvc, server)  # it would ask for days
-
-
-def test_a_stage_that_waits_for_something_else_at_its_end_is_ended_all_the_same(tmp_path):
-    """As one does whose Prefect server has gone together with dvc: the client asks again, for longer each time."""
-    (tmp_path / "dvc").write_text(DVC)
-    stubborn = READS.replace("def main", "stage.LAST = 0.5\ndef main").replace(
-        "except Exception", "except BaseException"
-    )
-    (tmp_path / "stage.py").write_text(stubborn)
-    dvc = started(tmp_path, "dvc")
-    assert dvc.stdout.readline() == "ready\n"
-    dvc.kill()
-    assert dvc.communicate(timeout=60)[0] == "a damaged image\n"  # SIGTERM came, and did not end it
-
-
-@pytest.mark.parametrize(("main", "status"), [("lambda: stage.Ended('done', 3)", 3), ("lambda: 1 / 0", 1)])
-def test_a_program_that_is_kept_from_its_exit_exits_all_the_same(tmp_path, main, status):
-    """As Prefect keeps it, which at the exit has events to send to a server that is gone."""
-    hangs = "import threading, time\nfrom pipelines import stage\nthreading._register_atexit(time.sleep, 600)\n"
-    (tmp_path / "stage.py").write_text(f"{hangs}stage.LAST = 0.5\nstage.run('download', {main})\n")
-    process = started(tmp_path, "stage.py")
-    process.communicate(timeout=60)
-    assert process.returncode == status
-
-
-def test_and_sooner_when_nobody_waits_for_it(tmp_path):
-    hangs = "import threading, time\nfrom pipelines import stage\nthreading._register_atexit(time.sleep, 600)\n"
-    (tmp_path / "dvc").write_text(DVC)
-    (tmp_path / "stage.py").write_text(f"{hangs}stage.LAST = 600\nstage.run('download', lambda: 'done')\n")
-    dvc = started(tmp_path, "dvc")
-    assert dvc.stdout.readline() == "download: done\n"
-    assert ends_once_killed(dvc)
 
 
 @pytest.mark.parametrize("arguments", [[], ["trian"], ["train", "now"]])

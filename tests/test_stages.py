@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from ruamel.yaml import YAML
 
-from pipelines import beside, paths
+from pipelines import paths
 from pipelines.__main__ import STAGES
 
 ROOT = Path(__file__).parents[1]
@@ -22,7 +22,6 @@ NO_INFLUENCE = {
     "fadeformer/explain.py": "how errors in params.yaml are told",
     "fadeformer/params.py": "holds no default: what it lets through stands in params.yaml, whose sections are listed",
     "pipelines/__init__.py": "where the tools keep their caches",
-    "pipelines/beside.py": "in which process a part of the work is done",
     "pipelines/orchestrator.py": "which Prefect server sees the stage",
     "pipelines/paths.py": "the outputs that dvc.yaml lists itself",
     "pipelines/stage.py": "how errors are printed",
@@ -97,13 +96,7 @@ def test_command_runs_the_stage_of_that_name(stage):
 @pytest.mark.parametrize("stage", STAGES)
 def test_sources_are_those_that_the_stage_imports(stage):
     listed = {dep for dep in DVC["stages"][stage]["deps"] if dep.startswith(LOCAL)}
-    modules = [f"pipelines.{stage}", *filter(None, [beside.OF_STAGE.get(stage)])]  # the latter in a process of its own
-    assert listed == set().union(*map(sources_of, modules)) - NO_INFLUENCE.keys()
-
-
-def test_a_process_beside_is_begun_for_those_stages_alone_that_use_it():
-    using = [stage for stage in STAGES if "beside" in (ROOT / "pipelines" / f"{stage}.py").read_text()]
-    assert list(beside.OF_STAGE) == using
+    assert listed == sources_of(f"pipelines.{stage}") - NO_INFLUENCE.keys()
 
 
 @pytest.mark.parametrize("stage", STAGES)

@@ -1,21 +1,17 @@
 """The working copy of a deployment run: at its commit, beside others, and what it made comes back as an experiment."""
 
-import json
-import os
 import shutil
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import psutil
 import pytest
 
 from fadeformer.errors import PassingError, UserError
-from pipelines import orchestrator, places, working_copy
+from pipelines import places, working_copy
 
 STAGES = """
 stages:
@@ -98,34 +94,6 @@ def test_one_process_at_a_time_works_in_a_copy(copy, capsys):
                 time.sleep(0.05)
             ended.set()
         assert found.result(60)
-
-
-def test_what_a_killed_run_has_left_is_waited_for_and_mended(copy, capsys):
-    folder = copy("killed")
-    with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"]) as flow:
-        name = json.dumps(orchestrator.named(psutil.Process(flow.pid)))
-        ends = "import pathlib, time\nwhile not pathlib.Path('told').exists(): time.sleep(0.05)"
-        dvc = subprocess.Popen([sys.executable, "-c", ends], env={**os.environ, orchestrator.RUN: name})
-        flow.kill()
-    (folder / ".git/index.lock").touch()
-    (folder / ".dvc/tmp").mkdir(exist_ok=True)
-    (folder / ".dvc/tmp/rwlock").touch()
-
-    def again() -> bool:
-        with working_copy.alone():
-            return dvc.poll() is not None
-
-    with ThreadPoolExecutor(1) as other:
-        found = other.submit(again)
-        printed = ""
-        while f"waiting for what was begun by this run and still ends: {dvc.pid}\n" not in printed:
-            printed += capsys.readouterr().out
-            assert not found.done()
-            time.sleep(0.05)
-        (folder / "told").touch()
-        assert found.result(60)
-    assert not (folder / ".git/index.lock").exists()
-    run(folder, "dvc", "repro")
 
 
 def test_a_copy_goes_once_its_run_has_ended_well_and_another_begins(copy, repository):

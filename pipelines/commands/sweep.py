@@ -114,10 +114,10 @@ def _say(line: str) -> None:
 def _server(at_once: int) -> Iterator[bool]:
     """A Prefect server with the deployments; gives whether it is one of this command's own, which has no worker yet."""
     if os.environ.get("PREFECT_API_URL"):
-        with orchestrator.orchestrated():
+        with orchestrator.temporary_server():
             yield False
         return
-    with orchestrator.orchestrated() as address, _in_environment("PREFECT_API_URL", address):
+    with orchestrator.temporary_server() as address, _in_environment("PREFECT_API_URL", address):
         command = [sys.executable, "-m", "pipelines.deploy", "--at-once", str(at_once)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode != 0:

@@ -16,7 +16,7 @@ from fadeformer.errors import UserError
 from fadeformer.files import checksum, read_json, whole_file, write_json
 from fadeformer.inference import choose_device
 from pipelines import paths, places, stage, store
-from pipelines.orchestrator import orchestrated
+from pipelines.orchestrator import temporary_server
 from pipelines.tables import grid as grids
 from pipelines.tables import report, runs
 from pipelines.tables.copies import Stages, identity
@@ -73,7 +73,7 @@ def run(found: Runs, jobs: int) -> None:
     print(f"{len(cells)} cells to train or to check, the data of {len(sets)} sets to prepare", flush=True)
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // jobs)))  # else cells fight for cores
     store.connect()  # makes the store once, which two cells at a time could not
-    with orchestrated() as address:
+    with temporary_server() as address:
         stages = Stages({"PREFECT_API_URL": address, "MLFLOW_TRACKING_URI": places.uri(), **identity(found.project)})
         found.finish(stages, jobs, lambda line: print(line, flush=True))
 

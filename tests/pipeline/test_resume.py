@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import psutil
 import pytest
 
 from fadeformer.state import COST
@@ -84,7 +85,7 @@ def running(project: Project, *command: str, **environment: str):
 
 def forget(project: Project) -> None:
     """Removes what trainings before have left."""
-    shutil.rmtree(project.folder / ".cache" / "train")
+    shutil.rmtree(project.folder / ".cache" / "train", ignore_errors=True)
 
 
 def wait_for_step(project: Project, process: subprocess.Popen, wanted: int) -> None:
@@ -147,17 +148,25 @@ def test_sigterm_leaves_a_checkpoint_and_the_run_goes_on(pieces):
     assert not metrics.duplicated(["run_uuid", "key", "step"]).any()
 
 
-def test_ctrl_c_does_the_same(pieces):
+@pytest.mark.usefixtures("interruptible")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_make_repro_does_the_same_and_leaves_no_process(pieces, number):
     forget(pieces)
     pieces.change(train={**OFTEN, "weight_decay": 0.03})
-    code = "import signal, runpy, sys; signal.signal(signal.SIGINT, signal.default_int_handler);" \
-        " sys.argv[1:] = ['train']; runpy.run_module('pipelines', run_name='__main__')"  # fmt: skip
-    with running(pieces, "python", "-c", code) as process:
+    with running(pieces, "make", "--assume-old", "install", "repro") as process:
         wait_for_step(pieces, process, 5)
-        os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+        below = psutil.Process(process.pid).children(recursive=True)
+        if number == signal.SIGINT:
+            os.killpg(process.pid, number)  # as a terminal does
+        else:
+            process.send_signal(number)
         output, _ = process.communicate(timeout=60)
-    assert process.returncode == 128 + signal.SIGINT, output
-    assert re.search(r"^train: stopped by SIGINT (in epoch \d, after step|at once)", output, re.MULTILINE), output
+    assert process.returncode != 0
+    assert re.search(rf"^train: stopped by {number.name} (in epoch \d, after step|at once)", output, re.MULTILINE), (
+        output
+    )
+    assert "Traceback" not in output
+    assert psutil.wait_procs(below, timeout=10)[1] == []
 
 
 @pytest.mark.usefixtures("shared_server")

@@ -1,0 +1,68 @@
+"""Damaged files of DVC are repaired before it runs; what a person has to decide stays."""
+
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from pipelines import check
+
+STAGES = """
+stages:
+  first: {cmd: "echo first >> runs; cp source first", deps: [source], outs: [first]}
+  second: {cmd: "echo second >> runs; cp first second", deps: [first], outs: [second]}
+"""
+
+
+@pytest.fixture
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A project whose two stages were run, its dvc.lock committed; the test works in it."""
+    monkeypatch.setenv("DVC_NO_ANALYTICS", "true")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "dvc.yaml").write_text(STAGES)
+    (tmp_path / "source").write_text("text\n")
+    for command in (
+        "git init --quiet --initial-branch=main", "git config user.name Test", "git config user.email t@example.org",
+        "dvc init --quiet", "dvc repro --quiet", "git add --all", "git commit --quiet -m first",
+    ):  # fmt: skip
+        subprocess.run(command.split(), check=True)
+    return tmp_path
+
+
+def repro() -> subprocess.CompletedProcess[str]:
+    return subprocess.run(["dvc", "repro"], capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize("committed", [True, False])
+def test_damaged_files_of_dvc_are_repaired_and_no_stage_runs_twice(project, capsys, committed):
+    if not committed:
+        subprocess.run(["git", "rm", "--quiet", "--cached", "dvc.lock"], check=True)
+    lock = (project / "dvc.lock").read_text()
+    (project / "dvc.lock").write_text(lock[: lock.index("    de") + 6])
+    (project / ".dvc/tmp/rwlock").write_text('{"write": {"/pro')
+    assert repro().returncode != 0
+    check.repair()
+    assert capsys.readouterr().out.splitlines() == [
+        ".dvc/tmp/rwlock was damaged and is removed",
+        f"dvc.lock was damaged and is {'restored from git' if committed else 'removed'}",
+    ]
+    done = repro()
+    assert done.returncode == 0, done.stderr
+    assert (project / "dvc.lock").read_text() == lock
+    assert (project / "runs").read_text() == "first\nsecond\n"
+
+
+@pytest.mark.parametrize(
+    "lock", ["schema: '2.0'\nstages: {}\n", "<<<<<<< HEAD\nschema: '2.0'\n=======\n>>>>>>> other\n"]
+)
+def test_other_files_stay(tmp_path, monkeypatch, capsys, lock):
+    monkeypatch.chdir(tmp_path)
+    check.repair()
+    assert not [*tmp_path.iterdir()]
+    (tmp_path / "dvc.lock").write_text(lock)
+    (tmp_path / ".dvc/tmp").mkdir(parents=True)
+    (tmp_path / ".dvc/tmp/rwlock").write_text("{}")
+    check.repair()
+    assert (tmp_path / "dvc.lock").read_text() == lock
+    assert (tmp_path / ".dvc/tmp/rwlock").read_text() == "{}"
+    assert capsys.readouterr().out == ""
