@@ -197,7 +197,7 @@ def test_a_training_stopped_anywhere_goes_on_to_the_bit(tmp_path):
     stopped = 0
     for calls in range(1, 200):
         try:
-            pieces = complete(tmp_path / "pieces", train, val, recipe, asked_to_stop=asked_after(1 + calls % 3))
+            pieces = complete(tmp_path / "pieces", train, val, recipe, asked_to_stop=asked_after(calls % 3))
         except Interrupted:
             stopped += 1
         else:
