@@ -82,7 +82,7 @@ def ours(trained: Trained, familiar: Familiar, folder: Path, side: int, out: Pat
 def bare(trained: Trained, pixels: np.ndarray, batch: int) -> None:
     """The model on what is ready."""
     torch.set_num_threads(os.cpu_count() or 1)
-    logits_of(trained.model, pixels, batch, trained.device, trained.precision, trained.normalisation)
+    logits_of(trained.model, pixels, batch, trained.device, trained.normalisation)
 
 
 def bare_in_threads(trained: Trained, pixels: np.ndarray) -> None:

@@ -82,13 +82,12 @@ def train_and_test(file: Path, runs: Path, arm: str, seed: int, **changes: Any) 
     epochs = training.fit(
         state, images["train"], images["val"], task=TASK, recipe=recipe, class_weights=np.ones(5),
         augmentation=Augmentation(**chosen), normalisation=IMAGENET, seed=seed, fabric=make_fabric(CPU, precision),
-        precision=precision,
     )  # fmt: skip
     best = max(epochs, key=lambda epoch: (epoch.epoch == state.best_epoch, epoch.epoch))
     seconds = time.perf_counter() - began
     model.load_state_dict(state.best_weights)
     labels = images["test"].labels
-    scores = TASK.probabilities(logits_of(model, images["test"].pixels, 256, CPU, precision, IMAGENET))
+    scores = TASK.probabilities(logits_of(model, images["test"].pixels, 256, CPU, IMAGENET))
     row = {
         "arm": arm, "seed": seed, "seconds": seconds, "epoch": state.best_epoch, "val_auc": best.val_auc,
         "val_accuracy": best.val_accuracy, "test_auc": auc(labels, scores, TASK),

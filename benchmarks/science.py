@@ -139,12 +139,12 @@ def train_and_test(data: Path, runs: Path, dataset: str, arm: str, seed: int) ->
     epochs = list(
         training.fit(
             state, train, val, task=TASK, recipe=recipe, class_weights=np.ones(classes), augmentation=augmentation,
-            normalisation=IMAGENET, seed=seed, fabric=make_fabric(CPU, torch.float32), precision=torch.float32,
+            normalisation=IMAGENET, seed=seed, fabric=make_fabric(CPU),
         )
     )  # fmt: skip
     model.load_state_dict(state.best_weights)
     pixels, labels = splits["test"]
-    scores = TASK.probabilities(logits_of(model, pixels, 256, CPU, torch.float32, IMAGENET))
+    scores = TASK.probabilities(logits_of(model, pixels, 256, CPU, IMAGENET))
     best = epochs[state.best_epoch - 1]
     row = {
         "dataset": dataset, "arm": arm, "seed": seed,

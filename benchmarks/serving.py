@@ -45,7 +45,7 @@ from PIL import Image
 from fadeformer.files import read_json
 from fadeformer.trained import Trained
 folder = Path(sys.argv[1])
-trained = Trained(read_json(folder / "model.json"), folder / "weights.safetensors", torch.device("cpu"), "32")
+trained = Trained(read_json(folder / "model.json"), folder / "weights.safetensors", torch.device("cpu"))
 app = FastAPI()
 def score(texts):
     pixels = [np.asarray(Image.open(io.BytesIO(base64.b64decode(text)))) for text in texts]

@@ -93,7 +93,7 @@ def main() -> None:
 
     def see(pixels: np.ndarray) -> Seen:
         _, features = trained.raw_scores_and_features(pixels, 256)
-        given = trained.device, trained.precision, trained.normalisation
+        given = trained.device, trained.normalisation
         return logits_of(trained.model, pixels, 256, *given), features
 
     train, val, test = (see(of.pixels) for of in splits.values())

@@ -1,15 +1,14 @@
 """Which images a batch holds, drawn from the seed and the epoch alone, and how they reach the device.
 
-A thread gathers the next batch from the memory-mapped array while the device is busy with the present one; where there
-is a GPU it gathers into pinned memory, from which copying waits for nothing.
+A thread gathers the next batches from the memory-mapped array while the device is busy with the present one; where
+there is a GPU it gathers into pinned memory, from which copying waits for nothing.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
 from typing import Literal
 
 import numpy as np
@@ -19,43 +18,9 @@ from torch import Tensor
 
 from fadeformer.errors import UserError
 from fadeformer.tasks import Task
-from fadeformer.whole_batch import WholeBatch, share
 
 Rows = NDArray[np.int64]
 AHEAD = 2  # batches gathered before they are asked for
-
-
-@dataclass(frozen=True)
-class Batch:
-    """A batch, and what of it goes through the network in this process.
-
-    Attributes:
-        rows: of all its images.
-        places: of the images of each part of this process, in the batch.
-        distributed: whether other processes have the rest.
-    """
-
-    rows: Rows
-    places: list[Rows]
-    distributed: bool
-
-    @property
-    def count(self) -> int:
-        """Images in all."""
-        return len(self.rows)
-
-    @property
-    def own(self) -> Rows:
-        """Rows of the images of this process, part by part."""
-        return self.rows[np.concatenate(self.places)]
-
-    def split(self, images: Tensor) -> Iterator[tuple[Tensor, Rows]]:
-        """The images of this process as parts, each with its places."""
-        return zip(torch.split(images, [len(places) for places in self.places]), self.places, strict=True)
-
-    def as_whole(self, places: Rows) -> AbstractContextManager[object]:
-        """Lets a network do with the part at these places what it would do with the whole batch."""
-        return nullcontext() if len(places) == self.count else WholeBatch(places, self.count, self.distributed)
 
 
 def mix(*numbers: int) -> int:
@@ -87,26 +52,29 @@ def draw(
     return np.array_split(order, -(-count // batch_size))
 
 
-def shared(order: Sequence[Rows], rank: int, world: int, accumulate: int) -> list[Batch]:
-    """Shares batches between processes, and what each of them gets into parts that follow one another.
+def share(count: int, part: int, parts: int) -> slice:
+    """The images of one of several parts of a batch, which are as even as can be.
 
     Args:
-        order: rows of each batch.
-        rank: of this process.
-        world: processes.
-        accumulate: parts.
+        count: images of the batch.
+        part: 0 to parts - 1.
+        parts: of the batch.
+    """
+    return slice(count * part // parts, count * (part + 1) // parts)
+
+
+def check_size(order: Sequence[Rows], devices: int, accumulate: int) -> None:
+    """Check that each part of a batch has two images or more, which batch normalization and mixing need.
 
     Raises:
-        UserError: a batch has too few images for that.
+        UserError: a batch has too few images to be divided.
     """
-    smallest, parts = min(map(len, order)), world * accumulate
-    if (smallest + 1) // 2 < parts:  # images at both ends of a batch go together
+    smallest, parts = min(map(len, order)), devices * accumulate
+    if parts > 1 and smallest < 2 * parts:
         raise UserError(
-            f"a batch of {smallest} images is too small for {world} device(s) and train.accumulate {accumulate}; raise"
-            f" train.batch_size to {4 * parts} or more, or lower train.accumulate or train.devices"
+            f"a batch of {smallest} images is too small for {devices} device(s) and train.accumulate {accumulate};"
+            f" raise train.batch_size to {4 * parts} or more, or lower train.accumulate or train.devices"
         )
-    own = range(rank * accumulate, (rank + 1) * accumulate)
-    return [Batch(rows, [share(len(rows), part, parts) for part in own], world > 1) for rows in order]
 
 
 def sampling_weights(labels: NDArray[np.int64], task: Task) -> NDArray[np.float64]:
@@ -128,12 +96,12 @@ def sampling_weights(labels: NDArray[np.int64], task: Task) -> NDArray[np.float6
     return np.where(present.any(axis=1), rarity, 1.0 / max(1, int((~present.any(axis=1)).sum())))
 
 
-def feed(pixels: NDArray[np.uint8], batches: Sequence[Batch], device: torch.device) -> Iterator[Tensor]:
-    """This process's images of each batch on a device, gathered before they are asked for.
+def feed(pixels: NDArray[np.uint8], order: Sequence[Rows], device: torch.device) -> Iterator[Tensor]:
+    """The images of each batch on a device, gathered before they are asked for.
 
     Args:
         pixels: uint8, (images, height, width, channels), memory-mapped.
-        batches: in their order.
+        order: rows of each batch.
         device: where they go.
 
     Yields:
@@ -147,12 +115,7 @@ def feed(pixels: NDArray[np.uint8], batches: Sequence[Batch], device: torch.devi
         return batch
 
     with ThreadPoolExecutor(1, "gather") as pool:
-        waiting: list[Future[Tensor]] = []
-        try:
-            for number in range(len(batches)):
-                coming = batches[number + len(waiting) : number + AHEAD + 1]
-                waiting.extend([pool.submit(gather, batch.own) for batch in coming])
-                yield waiting.pop(0).result().to(device, non_blocking=True)
-        finally:
-            for future in waiting:
-                future.cancel()
+        waiting = deque(pool.submit(gather, rows) for rows in order[:AHEAD])
+        for number in range(len(order)):
+            waiting.extend(pool.submit(gather, rows) for rows in order[number + AHEAD : number + AHEAD + 1])
+            yield waiting.popleft().result().to(device, non_blocking=True)

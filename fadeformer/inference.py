@@ -1,23 +1,17 @@
-"""Images through a network in evaluation mode, and the device and precision it runs with."""
+"""Images through a network in evaluation mode, and the device and precision of a training."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Callable
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
-from torch.nn import functional
 from tqdm import tqdm
 
 from fadeformer.errors import UserError
-from fadeformer.interception import Interception
 from fadeformer.normalisation import Normalisation
-
-PRECISIONS = {"32": torch.float32, "bf16": torch.bfloat16, "16": torch.float16}
 
 
 def choose_device(name: str) -> torch.device:
@@ -31,52 +25,20 @@ def choose_device(name: str) -> torch.device:
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
 
 
-def choose_precision(name: str | int, device: torch.device) -> torch.dtype:
-    """What `train.precision` stands for on a device; `auto` is bfloat16 where it computes that natively.
+def choose_precision(name: str | int, device: torch.device) -> str:
+    """Give what `train.precision` stands for on a device: 32, bf16 or 16.
+
+    `auto` is bf16 on a GPU that computes it natively. On a CPU it is 32: bf16 is slower there in training.
 
     Raises:
         UserError: float16 on a CPU, which computes it slowly or not at all.
     """
     if name == "auto":
-        native = torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else _cpu_has_bf16()
-        return torch.bfloat16 if native else torch.float32
-    if str(name) == "16" and device.type == "cpu":
+        native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        return "bf16" if native else "32"
+    if name == 16 and device.type == "cpu":
         raise UserError("params.yaml: train.precision is 16, which needs a GPU; set it to bf16, 32 or auto")
-    return PRECISIONS[str(name)]
-
-
-def _cpu_has_bf16() -> bool:
-    capabilities = torch.cpu.get_capabilities()
-    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") or capabilities.get("bf16"))
-
-
-@contextmanager
-def autocast(device: torch.device, precision: torch.dtype) -> Iterator[None]:
-    """Automatic mixed precision, or nothing for float32; attention stays in float32 on a CPU."""
-    if precision == torch.float32:
-        yield
-        return
-    with torch.autocast(device.type, dtype=precision):
-        if device.type == "cpu":
-            with _AttentionInFloat32():
-                yield
-        else:
-            yield
-
-
-class _AttentionInFloat32(Interception):
-    """Scaled dot-product attention in float32: in bfloat16 its gradient takes torch far longer on a CPU.
-
-    Forward and backward of the demo's network take 0.5 of the time so (`python benchmarks/training.py attention`).
-    """
-
-    def call(self, func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Takes the place of torch's attention."""
-        if func is not functional.scaled_dot_product_attention:
-            return func(*args, **kwargs)
-        with torch.autocast("cpu", enabled=False):
-            wide = func(*(part.float() for part in args[:3]), *args[3:], **kwargs)
-        return wide.to(torch.get_autocast_dtype("cpu"))
+    return str(name)
 
 
 def logits_of(
@@ -84,18 +46,16 @@ def logits_of(
     pixels: NDArray[np.uint8],
     batch_size: int,
     device: torch.device,
-    precision: torch.dtype,
     normalisation: Normalisation,
     each: Callable[[], None] = lambda: None,
 ) -> NDArray[np.float64]:
-    """Runs the model over images in their order.
+    """Run the model over images in their order: in float32, unless the caller has turned autocast on.
 
     Args:
         model: on `device`; left in evaluation mode.
         pixels: uint8, (images, height, width, channels).
         batch_size: images at once.
         device: where the model is.
-        precision: float32, bfloat16 or float16.
         normalisation: of the images.
         each: called before each batch.
 
@@ -105,7 +65,7 @@ def logits_of(
     model.eval()
     parts = []
     starts = range(0, len(pixels), batch_size)
-    with torch.inference_mode(), autocast(device, precision):
+    with torch.inference_mode():
         for start in tqdm(starts, desc="predict", unit="batch", leave=False, disable=None if len(starts) > 1 else True):
             each()
             images = torch.from_numpy(np.array(pixels[start : start + batch_size])).to(device)

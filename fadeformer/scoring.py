@@ -44,7 +44,7 @@ class Scorer:
     def __init__(self, folder: Path, max_pixels: int = PIXELS, batch_size: int = 256) -> None:
         self.described = read_json(folder / DESCRIPTION)
         self.points: dict[str, dict[str, Any]] = read_json(folder / POINTS)["points"]
-        self.trained = Trained(self.described, folder / WEIGHTS, torch.device("cpu"), precision="32")
+        self.trained = Trained(self.described, folder / WEIGHTS, torch.device("cpu"))
         self.classes: tuple[str, ...] = tuple(self.described["classes"])
         self.input = self.described["input"]
         self.max_pixels = max_pixels

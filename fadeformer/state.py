@@ -64,8 +64,8 @@ class Recipe:
 class Epoch:
     """Results of one epoch: losses, accuracies and AUC in [0, 1], and the learning rate it began with.
 
-    What it cost: seconds of training, of the device in it (without waiting for images) and of validation, and the
-    largest memory, MiB, of the GPU or else of the process.
+    What it cost: seconds of training, of training without waiting for images, and of validation, and the largest
+    memory, MiB, of the GPU or else of the process.
     """
 
     epoch: int
@@ -100,7 +100,7 @@ class State:
         right: right decisions on them, summed.
         seen: images seen in this epoch.
         train_seconds: spent on this epoch so far.
-        device_seconds: of them, on the device.
+        device_seconds: of them, without waiting for images.
         best: highest score on val so far.
         best_epoch: the epoch that had it.
         best_weights: a copy of the weights it left.

@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from fadeformer import calibration
-from fadeformer.inference import autocast, choose_device, choose_precision, logits_of
+from fadeformer.inference import choose_device, logits_of
 from fadeformer.models import create_model, load_weights
 from fadeformer.normalisation import Normalisation
 from fadeformer.tasks import TASKS
@@ -28,7 +28,6 @@ class Trained:
         described: what `model.json` holds.
         weights: `best_model.pth`, or safetensors.
         device: where it runs; None for a GPU, if there is one and training did not keep to the CPU.
-        precision: `32`, `bf16` or `16`; None for that of its training, but float32 on a CPU for float16.
 
     Raises:
         ValueError: the weights are damaged, or do not fit.
@@ -39,7 +38,6 @@ class Trained:
         described: Mapping[str, Any],
         weights: Path,
         device: torch.device | None = None,
-        precision: str | None = None,
     ) -> None:
         device = device or choose_device("cpu" if described["params"]["train"]["device"] == "cpu" else "auto")
         self.task = TASKS[described["task"]].with_head(described["head"])
@@ -49,9 +47,6 @@ class Trained:
         load_weights(self.model, weights)
         self.model.to(device).eval()
         self.device = device
-        trained_in = described["precision"]
-        told = "32" if trained_in == "16" and device.type == "cpu" else trained_in
-        self.precision = choose_precision(precision or told, device)
 
     def scores(self, pixels: NDArray[np.uint8], batch_size: int) -> Floats:
         """uint8 images (images, side, side, channels) to calibrated scores (images, classes)."""
@@ -59,7 +54,7 @@ class Trained:
 
     def raw_scores(self, pixels: NDArray[np.uint8], batch_size: int) -> Floats:
         """Likewise, before calibration."""
-        logits = logits_of(self.model, pixels, batch_size, self.device, self.precision, self.normalisation)
+        logits = logits_of(self.model, pixels, batch_size, self.device, self.normalisation)
         return self.task.probabilities(logits)
 
     @contextmanager
@@ -71,7 +66,7 @@ class Trained:
             heard.features = inputs[0].detach().flatten(1).float().cpu().numpy()
 
         def see(pixels: NDArray[np.uint8]) -> tuple[Floats, NDArray[np.float32]]:
-            with torch.inference_mode(), autocast(self.device, self.precision):
+            with torch.inference_mode():
                 images = self.normalisation(torch.from_numpy(pixels).to(self.device))
                 logits = self.model(images).double().cpu().numpy()
             return self.calibration(self.task.probabilities(logits), self.task), heard.features

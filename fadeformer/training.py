@@ -11,19 +11,22 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from signal import SIGTERM, Signals
-from typing import NoReturn
+from typing import NoReturn, cast
 
 import numpy as np
 import torch
 from lightning_fabric import Fabric
 from numpy.typing import NDArray
+from timm.layers.norm_act import convert_sync_batchnorm
+from timm.utils.distributed import distribute_bn
+from torch import Tensor
 from tqdm import tqdm
 
 from fadeformer import batches
 from fadeformer.arrays import Images
 from fadeformer.augment import Augmentation
 from fadeformer.checkpoints import Checkpoints
-from fadeformer.devices import Measured, Meter, peak_memory, predict_together, within_memory
+from fadeformer.devices import peak_memory, predict_together, within_memory
 from fadeformer.errors import Interrupted, UserError
 from fadeformer.metrics import accuracy, auc, log_loss
 from fadeformer.models import new_to_backbone
@@ -47,7 +50,6 @@ def fit(
     normalisation: Normalisation,
     seed: int,
     fabric: Fabric,
-    precision: torch.dtype,
     checkpoints: Checkpoints | None = None,
     asked_to_stop: Callable[[], int] = lambda: 0,
 ) -> Iterator[Epoch]:
@@ -64,7 +66,6 @@ def fit(
         normalisation: of the images.
         seed: of every random draw.
         fabric: launched: the device, and the other processes if there are any.
-        precision: that of fabric.
         checkpoints: where the state is kept.
         asked_to_stop: the number of the signal that asked for it, or 0; looked at in each step.
 
@@ -73,9 +74,12 @@ def fit(
             val cannot choose the epoch.
         Interrupted: it was asked to stop; the state is in a checkpoint.
     """
+    world, rank, alone = fabric.world_size, fabric.global_rank, fabric.world_size == 1
+    if not alone and fabric.device.type == "cuda":
+        # torch's SyncBatchNorm refuses CPU tensors
+        state.model = convert_sync_batchnorm(state.model)  # type: ignore[no-untyped-call]
     model, optimizer = fabric.setup(state.model, state.optimizer)
-    alone, meter = fabric.world_size == 1, Meter(fabric.device)
-    keeper = checkpoints if fabric.global_rank == 0 else None
+    keeper = checkpoints if rank == 0 else None
     weights = torch.tensor(class_weights, dtype=torch.float32, device=fabric.device)
     per_epoch = -(-len(train.labels) // recipe.batch_size)  # steps
     probe, warmup = recipe.probe_epochs * per_epoch, round(recipe.warmup_epochs * per_epoch)
@@ -87,7 +91,6 @@ def fit(
         return recipe.learning_rate * pace(step - probe, steps, warmup, recipe.schedule, state.plateau.rate)
 
     def keep() -> None:
-        state.device_seconds += meter.take()
         if keeper is not None:
             keeper.save(state.state_dict(), state.step)
 
@@ -107,32 +110,41 @@ def fit(
             unfreeze(state.model, new_to_backbone(state.model), only_new=probing)
         model.train(not probing)
         order = batches.draw(train.labels, task, recipe.sampling, recipe.batch_size, batches.mix(seed, epoch, 0))
-        left = batches.shared(order, fabric.global_rank, fabric.world_size, recipe.accumulate)[state.batch :]
+        batches.check_size(order, world, recipe.accumulate)
+        own = [rows[batches.share(len(rows), rank, world)] for rows in order]  # of this process
         began = time.perf_counter() - state.train_seconds
         with _bar(epoch, recipe.epochs, len(train.labels), state.seen, fabric) as bar:
-            for batch, images in zip(left, batches.feed(train.pixels, left, fabric.device), strict=True):
+            for images in batches.feed(train.pixels, own[state.batch :], fabric.device):
+                arrived = time.perf_counter()
                 set_learning_rate(state.optimizer, learning_rate(state.step))
-                seeds = [batches.mix(seed, epoch, use, state.batch) for use in (1, 2)]
-                draws = augmentation.draw(batch.count, seeds[0])
-                labels = torch.from_numpy(train.labels[batch.rows])
-                measured = Measured(batch.own)
+                rows, count = own[state.batch], len(order[state.batch])
+                draws = augmentation.draw(count, batches.mix(seed, epoch, 1, state.batch))
+                draws = draws[batches.share(count, rank, world)]
+                labels = torch.from_numpy(train.labels[rows])
+                torch.manual_seed(batches.mix(seed, epoch, 2, state.batch) + rank)  # of dropout
 
-                with meter, within_memory(recipe.batch_size, recipe.accumulate):
-                    for number, (part, places) in enumerate(batch.split(images)):
-                        torch.manual_seed(seeds[1])  # of dropout; alike for all parts, which take their rows of it
-                        truth = labels[places].to(fabric.device, non_blocking=True)
+                with within_memory(recipe.batch_size, recipe.accumulate):
+                    parts, right = [], torch.zeros((), device=fabric.device)
+                    for number in range(recipe.accumulate):
+                        part = batches.share(len(rows), number, recipe.accumulate)
+                        truth = labels[part].to(fabric.device, non_blocking=True)
                         targets = task.smooth(task.targets(truth, len(weights)), recipe.label_smoothing)
-                        seen = augmentation(part, draws[places], normalisation)
-                        seen, targets = augmentation.mix(seen, targets, draws[places])
-                        last = number == recipe.accumulate - 1
-                        with fabric.no_backward_sync(model, enabled=not last and not alone):
-                            with batch.as_whole(places):
-                                logits = model(seen)
+                        seen = augmentation(images[part], draws[part], normalisation)
+                        seen, targets = augmentation.mix(seen, targets, draws[part])
+                        with fabric.no_backward_sync(model, enabled=not alone and number < recipe.accumulate - 1):
+                            logits = model(seen)
                             losses = task.losses(logits.float(), targets, weights, recipe.focal_gamma)
-                            measured.add(losses.detach(), task.right(logits.detach(), truth))
-                            if last:
-                                measured.send(fabric, asked_to_stop())
-                            fabric.backward(losses.sum() * fabric.world_size / batch.count)
+                            fabric.backward(losses.sum() * world / count)
+                        parts.append(losses.detach())
+                        right += task.right(logits.detach(), truth).sum()
+                    losses = torch.cat(parts)
+                    sums = torch.stack([losses.sum(), right, right.new_tensor(asked_to_stop() > 0)])
+                    loss, right_of_all, stop = cast(Tensor, fabric.all_reduce(sums, reduce_op="sum")).tolist()
+                    if not math.isfinite(loss):
+                        where = f"the loss is {loss} at epoch {epoch}, batch {state.batch + 1}, step {state.step + 1}"
+                        wrong = ~losses.isfinite().cpu().numpy()
+                        suspects = rows[wrong] if wrong.any() else rows  # none where the loss is another process's
+                        raise _diverged(where, train, suspects, learning_rate(state.step), checkpoints)
                     if recipe.clip is not None:
                         fabric.clip_gradients(model, optimizer, max_norm=recipe.clip, error_if_nonfinite=False)
                     optimizer.step()
@@ -140,25 +152,23 @@ def fit(
                     if state.ema is not None:
                         state.ema.update(state.model, step=state.step)
 
-                loss, right, another_leaves = measured.read()
-                if not math.isfinite(loss):
-                    where = f"the loss is {loss} at epoch {epoch}, batch {state.batch + 1}, step {state.step + 1}"
-                    raise _diverged(where, train, measured.suspects(), learning_rate(state.step), checkpoints)
-                state.loss, state.right, state.seen = state.loss + loss, state.right + right, state.seen + batch.count
+                state.loss, state.right, state.seen = state.loss + loss, state.right + right_of_all, state.seen + count
                 state.batch, state.step = state.batch + 1, state.step + 1
                 state.train_seconds = time.perf_counter() - began
+                state.device_seconds += time.perf_counter() - arrived
                 bar.set_postfix(loss=f"{state.loss / state.seen:.3f}", refresh=False)
-                bar.update(batch.count)
-                if alone:
-                    leave_if_asked()
-                elif another_leaves:
+                bar.update(count)
+                if stop:
                     leave(asked_to_stop() or SIGTERM)
                 if keeper is not None and keeper.due():
                     keep()
 
+        if not alone:
+            # on CPUs each process has running statistics of its own
+            distribute_bn(state.judged, world, reduce=True)  # type: ignore[no-untyped-call]
         began = time.perf_counter()
         logits_of_val = predict_together(
-            state.judged, val.pixels, recipe.batch_size, fabric, precision, normalisation,
+            state.judged, val.pixels, recipe.batch_size, fabric, normalisation,
             each=leave_if_asked if alone else lambda: None,
         )  # fmt: skip
         if not np.isfinite(logits_of_val).all():
@@ -168,7 +178,7 @@ def fit(
         scores = task.probabilities(logits_of_val)
         val_loss, val_auc = log_loss(val.labels, scores, task), auc(val.labels, scores, task)
         val_accuracy = accuracy(val.labels, scores, task)
-        cost = state.train_seconds, state.device_seconds + meter.take(), time.perf_counter() - began
+        cost = state.train_seconds, state.device_seconds, time.perf_counter() - began
         result = Epoch(
             epoch, state.loss / state.seen, state.right / state.seen, val_loss, val_accuracy, val_auc, rate,
             *cost, peak_memory(fabric.device),

@@ -37,7 +37,6 @@ from pipelines.journal import Journal
 from pipelines.signals import asked_to_leave
 
 FLIPPED = 0.5  # of images that mean the same when mirrored
-NAMES = {torch.float32: "32", torch.bfloat16: "bf16", torch.float16: "16"}
 # Keys of train: that are no part of the recipe.
 ELSEWHERE = ("precision", "device", "devices", "class_weights", "calibrate", "checkpoint_minutes")
 # What a model is made of; the other sections may change without training it again.
@@ -82,6 +81,7 @@ def run(folder: Path | None) -> None:
     device = choose_device(wanted.train.device)
     precision = choose_precision(wanted.train.precision, device)
     torch.use_deterministic_algorithms(True, warn_only=device.type == "cuda")
+    torch.utils.deterministic.fill_uninitialized_memory = False  # nothing reads it, and filling takes time
     freezes = wanted.train.probe_epochs > 0
     fabric = make_fabric(device, precision, devices=devices(wanted), nodes=nodes(), freezes=freezes)
     _check_same(fabric, folder)
@@ -99,7 +99,7 @@ def run(folder: Path | None) -> None:
             folder / paths.ARCHITECTURE.name,
             {
                 "model": described, "task": meta.task.name, "head": wanted.model.head, "classes": list(meta.classes),
-                "normalise": asdict(normalisation), "precision": NAMES[precision], "weights": origin,
+                "normalise": asdict(normalisation), "precision": precision, "weights": origin,
                 "params": made_with,
                 "input": {"image_size": meta.image_size, "channels": meta.channels, "aspect": meta.aspect},
                 "dataset": meta.dataset["name"],
@@ -115,7 +115,7 @@ def run(folder: Path | None) -> None:
         for result in training.fit(
             state, train, val, task=task, recipe=recipe, class_weights=class_weights,
             augmentation=augmentation_of(wanted, meta), normalisation=normalisation, seed=wanted.seed, fabric=fabric,
-            precision=precision, checkpoints=checkpoints, asked_to_stop=asked,
+            checkpoints=checkpoints, asked_to_stop=asked,
         ):  # fmt: skip
             _tell(result, state, recipe, folder, journal, anew=True)
 

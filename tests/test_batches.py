@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from fadeformer import batches
-from fadeformer.batches import AHEAD, Batch
+from fadeformer.batches import AHEAD
 from fadeformer.errors import UserError
 from fadeformer.tasks import TASKS
 
@@ -76,49 +76,28 @@ def test_images_may_all_have_findings_and_findings_may_be_absent():
     assert batches.sampling_weights(np.zeros((4, 2), np.int64), FINDINGS) == pytest.approx([1 / 4] * 4)
 
 
-@given(st.integers(1, 4), st.integers(1, 4), st.data())
-def test_parts_of_all_processes_make_up_the_batch_and_images_to_be_mixed_stay_together(world, accumulate, data):
-    sizes = data.draw(st.lists(st.integers(2 * world * accumulate, 70), min_size=1, max_size=3))
-    order = [np.random.default_rng(size).permutation(1000)[:size] for size in sizes]
-    ranks = [batches.shared(order, rank, world, accumulate) for rank in range(world)]
-    for number, rows in enumerate(order):
-        every = [ranks[rank][number] for rank in range(world)]
-        parts = [places.tolist() for batch in every for places in batch.places]
-        assert len(parts) == world * accumulate
-        assert all(parts)
-        assert sorted(chain(*parts)) == list(range(len(rows)))
-        for places in parts:
-            assert places == sorted(places)
-            assert {len(rows) - 1 - place for place in places} == set(places)
-        for batch in every:
-            assert batch.count == len(rows)
-            assert batch.distributed == (world > 1)
-            images = torch.from_numpy(batch.own)
-            for part, places in batch.split(images):
-                assert part.tolist() == rows[places].tolist()
+@given(st.integers(0, 100), st.integers(1, 9))
+def test_shares_partition_a_batch_evenly(count, parts):
+    shares = [range(count)[batches.share(count, part, parts)] for part in range(parts)]
+    assert list(chain(*shares)) == list(range(count))
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
 
 @given(st.integers(1, 4), st.integers(1, 4), st.integers(1, 40), st.integers(1, 200))
 def test_a_batch_too_small_to_be_shared_is_told_with_a_remedy_that_helps(world, accumulate, batch_size, count):
     labels = np.zeros((count, 1), np.int64)
     order = batches.draw(labels, MULTI_CLASS, "uniform", batch_size, 0)
-    if all((len(rows) + 1) // 2 >= world * accumulate for rows in order):
-        shared = batches.shared(order, 0, world, accumulate)
-        assert all(len(places) for batch in shared for places in batch.places)
+    own = [rows[batches.share(len(rows), rank, world)] for rows in order for rank in range(world)]
+    parts = [len(rows[batches.share(len(rows), part, accumulate)]) for rows in own for part in range(accumulate)]
+    if world * accumulate == 1 or min(parts) >= 2:
+        batches.check_size(order, world, accumulate)
         return
     with pytest.raises(UserError, match=rf"for {world} device\(s\) and train\.accumulate {accumulate}; raise") as told:
-        batches.shared(order, 0, world, accumulate)
+        batches.check_size(order, world, accumulate)
     larger = int(str(told.value).split("train.batch_size to ")[1].split()[0])
     assert larger > batch_size or count < larger
     if count >= larger:
-        batches.shared(batches.draw(labels, MULTI_CLASS, "uniform", larger, 0), 0, world, accumulate)
-
-
-def test_a_batch_that_goes_through_in_one_piece_needs_nothing_special():
-    rows = np.arange(5)
-    (batch,) = batches.shared([rows], 0, 1, 1)
-    assert batch.as_whole(batch.places[0]).__class__.__name__ == "nullcontext"
-    assert batch.as_whole(batch.places[0][:3]).__class__.__name__ == "WholeBatch"
+        batches.check_size(batches.draw(labels, MULTI_CLASS, "uniform", larger, 0), world, accumulate)
 
 
 @pytest.fixture
@@ -128,9 +107,9 @@ def pixels(tmp_path) -> np.ndarray:
     return np.load(tmp_path / "pixels.npy", mmap_mode="r")
 
 
-def whole_batches(sizes: list[int]) -> list[Batch]:
+def some_batches(sizes: list[int]) -> list[np.ndarray]:
     random = np.random.default_rng(1)
-    return [Batch(random.integers(0, 20, size), [np.arange(size)], False) for size in sizes]
+    return [random.integers(0, 20, size) for size in sizes]
 
 
 @given(sizes=st.lists(st.integers(1, 9), max_size=8))
@@ -138,21 +117,12 @@ def test_images_come_as_they_lie_in_the_file(tmp_path_factory, sizes):
     path = tmp_path_factory.mktemp("feed") / "pixels.npy"
     np.save(path, np.random.default_rng(0).integers(0, 256, (20, 6, 5, 3), dtype=np.uint8))
     pixels = np.load(path, mmap_mode="r")
-    order = whole_batches(sizes)
+    order = some_batches(sizes)
     found = list(batches.feed(pixels, order, CPU))
     assert len(found) == len(sizes)
-    for batch, images in zip(order, found, strict=True):
+    for rows, images in zip(order, found, strict=True):
         assert images.dtype == torch.uint8
-        np.testing.assert_array_equal(images.numpy(), pixels[batch.rows])
-
-
-def test_only_the_images_of_this_process_come_part_by_part(pixels):
-    rows = np.random.default_rng(2).permutation(20)[:13]
-    for rank in range(2):
-        (batch,) = batches.shared([rows], rank, 2, 3)
-        (images,) = batches.feed(pixels, [batch], CPU)
-        for part, places in batch.split(images):
-            np.testing.assert_array_equal(part.numpy(), pixels[rows[places]])
+        np.testing.assert_array_equal(images.numpy(), pixels[rows])
 
 
 def threads() -> int:
@@ -168,7 +138,7 @@ def test_batches_are_gathered_ahead_but_not_too_far(pixels, monkeypatch):
         return take(array, rows, **options)
 
     monkeypatch.setattr(np, "take", noted)
-    images = batches.feed(pixels, whole_batches([4] * 10), CPU)
+    images = batches.feed(pixels, some_batches([4] * 10), CPU)
     for number in range(1, 4):
         next(images)
         until = time.monotonic() + 10
@@ -184,35 +154,18 @@ def test_batches_are_gathered_ahead_but_not_too_far(pixels, monkeypatch):
 @pytest.mark.parametrize("taken", [0, 1, 3, 10])
 def test_no_thread_is_left_behind(pixels, taken):
     before = threads()
-    images = batches.feed(pixels, whole_batches([4] * 10), CPU)
+    images = batches.feed(pixels, some_batches([4] * 10), CPU)
     for _ in range(taken):
         next(images)
     images.close()
     assert threads() == before
 
 
-def test_what_is_not_yet_begun_is_not_gathered_for_nobody(pixels, monkeypatch):
-    gathered, released, take = [], threading.Event(), np.take
-
-    def slow(array, rows, **options):
-        gathered.append(len(rows))
-        if len(gathered) > 1:
-            released.wait(10)
-        return take(array, rows, **options)
-
-    monkeypatch.setattr(np, "take", slow)
-    images = batches.feed(pixels, whole_batches([4] * 10), CPU)
-    next(images)
-    threading.Timer(0.5, released.set).start()
-    images.close()  # waits for the second, which has begun or not, and not for the third
-    assert len(gathered) <= 2
-
-
 def test_no_thread_is_left_behind_when_the_consumer_fails(pixels):
     before = threads()
 
     def consume() -> None:
-        for images in batches.feed(pixels, whole_batches([4] * 10), CPU):
+        for images in batches.feed(pixels, some_batches([4] * 10), CPU):
             raise ValueError(len(images))
 
     with pytest.raises(ValueError, match="4"):
@@ -226,7 +179,7 @@ def test_an_error_while_gathering_reaches_the_consumer(pixels, monkeypatch):
 
     monkeypatch.setattr(np, "take", broken)
     with pytest.raises(OSError, match="the disk is gone"):
-        list(batches.feed(pixels, whole_batches([4] * 10), CPU))
+        list(batches.feed(pixels, some_batches([4] * 10), CPU))
     assert threads() == 0
 
 

@@ -19,13 +19,9 @@ import torch
 from sklearn.metrics import roc_auc_score
 
 from fadeformer.attention import FadeAttn
-from fadeformer.augment import Augmentation
-from fadeformer.normalisation import IMAGENET
 from fadeformer.tasks import TASKS
 from tests.conftest import ROOT, benchmark
 from tests.test_attention import CASES, REFERENCE, relative
-from tests.test_augment import OFF
-from tests.test_training import RECIPE, network, some_images
 
 
 @pytest.mark.real_data
@@ -189,63 +185,11 @@ def test_the_benchmark_of_the_gate_finds_what_it_planted():
     assert "group_in_two_splits" in printed
 
 
-@pytest.fixture
-def tiny(one_thread: None) -> tuple[ModuleType, object]:
-    """The benchmark of training, and a training small enough for a test."""
-    bench = benchmark("training")
-    images = {split: some_images(20, 3, seed=seed) for seed, split in enumerate(("train", "val", "test"))}
-    augmentation = Augmentation(**{**OFF, "rotation": 9.0})
-    options = {
-        "task": TASKS["multi-class"], "class_weights": np.ones(3), "augmentation": augmentation, "seed": 0,
-        "normalisation": IMAGENET,
-    }  # fmt: skip
-    return bench, bench.Demo(lambda seed: network(3, seed=seed), RECIPE, images, options, torch.float32)
-
-
-def test_the_shares_of_a_training_step_add_up(tiny):
-    bench, demo = tiny
-    before = {name: getattr(bench.training.batches, name) for name in ("draw", "feed", "mix", "shared")}
-    seconds, shares, ratios = bench.measure(demo, 1)
-    assert sum(
-        shares[name] for name in ("network", bench.IMAGES, bench.AUGMENTATION, "everything else")
-    ) == pytest.approx(1)
-    assert sum(shares[name] for name in bench.NETWORK) == pytest.approx(shares["network"])
-    assert sum(shares[name] for name in bench.ELSE) == pytest.approx(shares["everything else"])
-    assert all(value > 0 for value in seconds.values()), seconds
-    assert shares["network"] > 0.5
-    assert min(ratios) > 0.5
-    assert {name: getattr(bench.training.batches, name) for name in before} == before
-
-
-def test_the_bare_loop_gets_what_the_network_got(tiny):
-    bench, demo = tiny
-    batches = bench.record(demo, bench.make_fabric(bench.CPU, torch.float32))
-    assert [tuple(images.shape) for images, _ in batches] == [(7, 3, 16, 16), (7, 3, 16, 16), (6, 3, 16, 16)]
-    loop, alone = (bench.start(demo.model(), RECIPE) for _ in range(2))
-    for state in (loop, alone):
-        state.model.attn.dropout.p = 0.0  # the bare loop does not seed it
-    recipe = bench.replace(RECIPE, epochs=1, schedule="constant")
-    list(demo.fit(loop, bench.make_fabric(bench.CPU, torch.float32), recipe))
-    bench.bare(demo, alone, batches)
-    for one, other in zip(loop.model.parameters(), alone.model.parameters(), strict=True):
-        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
-
-
-def test_the_table_of_precisions_has_a_row_for_each(tiny, capsys):
-    bench, demo = tiny
-    bench.precision(demo, epochs=1, seeds=2)
-    lines = capsys.readouterr().out.splitlines()
-    rows = [line.split(" | ")[:2] for line in lines[2:6]]
-    assert rows == [["| 0", "32"], ["| 0", "bf16"], ["| 1", "32"], ["| 1", "bf16"]]
-    assert re.match(r"difference of AUC on test, bf16 - 32: [+-]0\.\d{4}, from one seed to another", lines[6])
-
-
-def test_both_kinds_of_attention_are_timed(tiny, capsys):
-    bench, demo = tiny
-    bench.attention(demo, repeats=1)
-    lines = capsys.readouterr().out.splitlines()
-    assert [line.split(":")[0] for line in lines[:2]] == ["attention in float32", "attention in bf16"]
-    assert re.fullmatch(r"in float32 it takes \d+\.\d\d of the time", lines[2])
+@pytest.mark.parametrize("backbone", ["fadevit_nano", "resnet18"])
+def test_the_training_loop_and_the_plain_loop_are_timed(wanted, backbone):
+    rates = benchmark("training").compare(backbone, 28, wanted, count=20, repeats=1)
+    assert len(rates) == 3
+    assert all(len(each) == 1 and each[0] > 0 for each in rates.values())
 
 
 def test_the_table_of_coverage_has_every_measure_and_all_hold_most_of_the_time(capsys, monkeypatch):

@@ -76,8 +76,7 @@ def fitted(
     augmentation = Augmentation(**{**OFF, "horizontal_flip": 0.5, **(augment or {})})
     return training.fit(
         state, train, val, task=kind, recipe=recipe, class_weights=np.ones(classes), augmentation=augmentation,
-        normalisation=IMAGENET, seed=seed, fabric=fabric or make_fabric(CPU, torch.float32), precision=torch.float32,
-        **options,
+        normalisation=IMAGENET, seed=seed, fabric=fabric or make_fabric(CPU), **options,
     )  # fmt: skip
 
 
@@ -198,7 +197,7 @@ def test_a_training_stopped_anywhere_goes_on_to_the_bit(tmp_path):
     stopped = 0
     for calls in range(1, 200):
         try:
-            pieces = complete(tmp_path / "pieces", train, val, recipe, asked_to_stop=asked_after(1 + calls % 3))
+            pieces = complete(tmp_path / "pieces", train, val, recipe, asked_to_stop=asked_after(calls % 3))
         except Interrupted:
             stopped += 1
         else:
@@ -364,6 +363,40 @@ def test_history_tells_what_an_epoch_cost():
         assert 0 < epoch.device_seconds <= epoch.train_seconds
         assert epoch.val_seconds > 0
         assert epoch.memory_mib > 100
+
+
+def test_a_step_in_four_parts_is_the_same_step():
+    """Of a network without batch normalization and dropout, up to rounding."""
+    train, val = some_images(18, 3), some_images(9, 3, seed=1)
+    recipe = replace(
+        RECIPE, batch_size=9, optimizer="sgd", learning_rate=0.02, weight_decay=0.0, label_smoothing=0.1, clip=5.0
+    )
+    histories, weights = [], []
+    for accumulate in (1, 4):
+        state = start(network(3, backbone="vit_tiny_patch16_224"), recipe)
+        state.model.attn.dropout.p = 0.0
+        before = state.model.classifier.weight.detach().clone()
+        changed = replace(recipe, accumulate=accumulate)
+        histories.append(results(list(fitted(state, train, val, "multi-class", changed, augment={"rotation": 10.0}))))
+        weights.append(dict(state.model.named_parameters()))
+        assert not torch.allclose(state.model.classifier.weight, before, atol=1e-3)
+    for one, other in zip(*histories, strict=True):
+        for name, value in vars(one).items():
+            assert getattr(other, name) == pytest.approx(value, abs=1e-5), name
+    for name, value in weights[0].items():
+        torch.testing.assert_close(weights[1][name], value, rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_parts_of_a_step_have_dropout_masks_of_their_own(monkeypatch):
+    """They do not repeat the mask of the first part."""
+    kept: list[Tensor] = []
+    train, recipe = some_images(8, 3), replace(RECIPE, epochs=1, accumulate=2)
+    state = start(network(3, backbone="vit_tiny_patch16_224"), recipe)
+    dropout = state.model.attn.dropout = nn.Dropout(0.5)
+    dropout.register_forward_hook(lambda _, x, y: kept.append(y != 0) if dropout.training else None)
+    list(fitted(state, train, train, "multi-class", recipe))
+    assert len(kept) == 2
+    assert not torch.equal(*kept)
 
 
 def test_a_cumulative_head_learns_grades():

@@ -82,7 +82,7 @@ def _predict(arguments: argparse.Namespace, images: list[inputs.Input], left_out
 def _key(arguments: argparse.Namespace, images: list[inputs.Input], model: ModelFiles, trained: Trained) -> str:
     """Of all that decides the table: model, images by size and time, point, device, libraries."""
     digest = hashlib.sha256(model.identity().encode())
-    decides = [arguments.point, arguments.explain, trained.device, trained.precision, torch.__version__]
+    decides = [arguments.point, arguments.explain, trained.device, torch.__version__]
     digest.update(repr([str(value) for value in decides]).encode())
     for image in images:
         digest.update(repr((image.name, str(image.path.resolve()), image.size, image.changed)).encode())
