@@ -33,7 +33,7 @@ class Journal:
     def __init__(self, folder: Path) -> None:
         self._file, self._note = folder / paths.HISTORY.name, folder / paths.RUN.name
         table = pd.read_csv(self._file, float_precision="round_trip") if self._file.is_file() else pd.DataFrame()
-        self._rows: list[dict[str, Any]] = table.to_dict("records")
+        self._rows: list[Any] = table.to_dict("records")
         self._run = read_json(self._note) if self._note.is_file() else {}
         self._logged: set[int] | None = None  # epochs that MLflow has; None while that is not known for sure
         self._next_try: float | None = None  # after a failed one

@@ -63,7 +63,10 @@ def versions(name: str) -> dict[str, Version]:
             break
     return {
         str(one.version): Version(
-            name, str(one.version), one.run_id, tuple(text for key, text in one.tags.items() if key.startswith(ENTRY))
+            name,
+            str(one.version),
+            str(one.run_id),
+            tuple(text for key, text in one.tags.items() if key.startswith(ENTRY)),
         )
         for one in found
     }

@@ -91,9 +91,9 @@ def open_run(experiment: str, identity: str, began: int, tags: Mapping[str, str]
     client = MlflowClient()
     found = client.search_runs([experiment], f"tags.`{IDENTITY}` = '{identity}'", order_by=["start_time", "run_id"])
     if found:
-        return found[0].info.run_id
+        return str(found[0].info.run_id)
     own = {name: value for name, value in tags.items() if name.startswith("mlflow.")}
-    return client.create_run(experiment, start_time=began, tags={IDENTITY: identity, **own}).info.run_id
+    return str(client.create_run(experiment, start_time=began, tags={IDENTITY: identity, **own}).info.run_id)
 
 
 @told()
@@ -194,7 +194,7 @@ def flat(metrics: Mapping[str, Any]) -> dict[str, float]:
     """The finite numbers of a nested dictionary under dotted names that MLflow allows."""
     values = pd.json_normalize(dict(metrics)).iloc[0].to_dict() if metrics else {}
     return {
-        plain(name): float(value)
+        plain(str(name)): float(value)
         for name, value in values.items()
         if isinstance(value, (int, float)) and not isinstance(value, bool) and np.isfinite(value)
     }
@@ -212,7 +212,7 @@ def log_files(*paths: Path, under: str | None = None) -> None:
 
 def with_own(tags: Mapping[str, str]) -> dict[str, str]:
     """Tags with MLflow's own, but for where git's repository is: a path of this machine, or an address with a token."""
-    found = resolve_tags(tags)
+    found: dict[str, str] = resolve_tags(tags)
     found.pop(MLFLOW_GIT_REPO_URL, None)
     return found
 
