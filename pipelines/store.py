@@ -36,7 +36,9 @@ class Unreachable(PassingError):  # noqa: N818
     """
 
     def __init__(self, reason: Exception | str) -> None:
-        self.reason = (str(reason).strip() or type(reason).__name__).splitlines()[0][:200]  # without an SQL statement
+        if isinstance(reason, Exception):  # that of the database's driver is shorter than SQLAlchemy's
+            reason = getattr(reason, "orig", None) or getattr(reason.__cause__, "orig", None) or reason
+        self.reason = (str(reason).strip() or type(reason).__name__).splitlines()[0][:200]
         self.remedy = "start it" if places.server() else "repair mlruns/"
         other = ", or unset MLFLOW_TRACKING_URI to use this project's mlruns/" if places.server() else ""
         super().__init__(f"MLflow at {places.address()} cannot be used; {self.remedy}{other} ({self.reason})")
@@ -90,6 +92,8 @@ def connect() -> str:
         UserError: it is none, or its experiment was deleted.
     """
     logging.getLogger("mlflow").setLevel(logging.WARNING)
+    for name in ("mlflow.store", "urllib3"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)  # their errors are raised, too
     store, server = places.project() / "mlruns", places.server()
     mlflow.set_tracking_uri(server or places.own())
     try:
