@@ -1,7 +1,7 @@
-"""The folder of a training that has begun and not ended: what it is made of, its checkpoints, history and journal.
+"""Folders of unfinished trainings: fingerprint, checkpoints, history and MLflow run.
 
-It lies outside DVC's outputs, which DVC removes before a stage runs, and is found again by a digest of parameters,
-data, code and libraries, so that exactly the same training is taken up and no other.
+They are outside DVC's outputs, which DVC removes before a stage runs. A folder's name is a digest of parameters, data,
+code and libraries, so a training resumes from its own checkpoints and from no others.
 """
 
 from __future__ import annotations
@@ -9,8 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -23,133 +23,102 @@ from fadeformer.errors import PassingError, UserError
 from fadeformer.files import checksum, read_json, write_json
 from pipelines import paths, places
 
-MADE_OF = "made_of.json"
-FINISHED = "finished.json"  # names the MLflow run of a training whose model is in models/
-REMOVED = ".removed-"  # what the names of folders begin with that are about to be no more
+MADE_OF = "made_of.json"  # written first and removed first: a folder without it is not resumed
+FINISHED = "finished.json"  # MLflow run and working copy of a training whose model is in models/
 SECTIONS = ("seed", "model", "augment", "train")
 DATA = ("meta.json", "index.parquet", "train.npy", "val.npy")
 LIBRARIES = ("lightning-fabric", "numpy", "scipy", "timm", "torch", "torchvision")
 SHOWN = 5  # differences in a message
+LOOKING = 10  # seconds at most in which another process looks what to remove
 
 
 @contextmanager
 def taken_up() -> Iterator[Path]:
-    """The folder of the training that params.yaml describes, this process's alone; tells what is taken up or left.
+    """Lock the folder of the training that params.yaml describes, and create it if there is none to resume.
 
     Raises:
-        UserError: another process trains the same.
+        PassingError: another process trains the same.
     """
     parts = made_of()
-    root = places.project() / paths.BEGUN
-    folder = root / digest(parts)
-    root.mkdir(parents=True, exist_ok=True)
-    with ExitStack() as until_ended:
-        with _list_of(root):
-            try:
-                until_ended.enter_context(FileLock(folder.with_suffix(".lock"), timeout=0))
-            except Timeout as error:
-                told = f"{_near(folder)}: another process trains the very same; wait until it has ended"
-                raise PassingError(told) from error
+    folder = places.project() / paths.BEGUN / digest(parts)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(folder.with_suffix(".lock"), timeout=LOOKING):
             if (folder / MADE_OF).is_file():
-                print(f"going on with the training that was begun in {_near(folder)}")
+                print(f"going on with the training that was begun in {_shown(folder)}")
             else:
-                _remove(root, _left_behind)
-                _tell_of_others(root, parts)
-                folder.mkdir(exist_ok=True)
+                _remove(folder)
+                _clean(folder.parent, parts)
+                folder.mkdir()
                 write_json(folder / MADE_OF, parts)
-        yield folder
+            yield folder
+    except Timeout as error:
+        told = f"{_shown(folder)}: another process trains the very same; wait until it has ended"
+        raise PassingError(told) from error
 
 
 def finish(folder: Path, run_id: str) -> None:
-    """Notes that the model is in models/. The folder stays until DVC has noted that too: else a kill would lose all."""
-    write_json(folder / FINISHED, {"run_id": run_id, "copy": _working_copy()})
+    """Note that the model is in models/. The folder stays until DVC has noted that too, or a kill would lose it."""
+    write_json(folder / FINISHED, {"run_id": run_id, "copy": _shown(Path.cwd())})
 
 
 def forget(run_id: str) -> None:
-    """Removes the folder of a finished training, whose model DVC has noted: a later stage runs on it."""
-    root = places.project() / paths.BEGUN
-    if root.is_dir():
-        with _list_of(root):
-            _remove(root, lambda finished: finished["run_id"] == run_id)
+    """Remove the folder of a finished training. A later stage runs on its model, so DVC has noted it."""
+    for note in (places.project() / paths.BEGUN).glob(f"*/{FINISHED}"):
+        with suppress(Timeout), FileLock(note.parent.with_suffix(".lock"), timeout=LOOKING):
+            if note.is_file() and read_json(note)["run_id"] == run_id:
+                _remove(note.parent)
 
 
-def _list_of(root: Path) -> FileLock:
-    """Held by who adds to the list of trainings, or removes from it: runs of other working copies do so too."""
-    return FileLock(root / ".lock")
+def _shown(path: Path) -> str:
+    return path.relative_to(places.project()).as_posix()
 
 
-def _working_copy() -> str:
-    """The working copy where this process trains, as the project sees it."""
-    return Path.cwd().relative_to(places.project()).as_posix()
+def _remove(folder: Path) -> None:
+    (folder / MADE_OF).unlink(missing_ok=True)
+    if folder.is_dir():
+        shutil.rmtree(folder)
 
 
-def _left_behind(finished: Mapping[str, Any]) -> bool:
-    """Whether nobody can need a finished training: DVC, whose lock this stage has, went on, or its copy is gone."""
-    copy = finished.get("copy", ".")  # a note of an older version does not tell
-    return copy == _working_copy() or not (places.project() / copy).is_dir()
+def _clean(root: Path, parts: Mapping[str, Any]) -> None:
+    """Remove folders that nobody needs, and print how the latest unfinished training differs from this one.
 
-
-def _remove(root: Path, unwanted: Callable[[Mapping[str, Any]], bool]) -> None:
-    """Removes finished trainings that no process has taken up again; a kill leaves no half of one to go on with."""
-    for note in list(root.glob(f"[!.]*/{FINISHED}")):
-        folder = note.parent
-        if unwanted(read_json(note)) and not _taken(folder):
-            folder.rename(root / f"{REMOVED}{folder.name}")
-            folder.with_suffix(".lock").unlink(missing_ok=True)
-    for removed in root.glob(f"{REMOVED}*"):
-        shutil.rmtree(removed)
-
-
-def _taken(folder: Path) -> bool:
-    """Whether a process trains in a folder; asked by who holds the list, so that none begins meanwhile."""
-    try:
-        with FileLock(folder.with_suffix(".lock"), timeout=0):
-            return False
-    except Timeout:
-        return True
+    What this working copy has finished is noted by DVC, whose lock this stage has; a deleted copy needs nothing.
+    """
+    unfinished = []
+    for folder in filter(Path.is_dir, root.iterdir()):
+        with suppress(Timeout), FileLock(folder.with_suffix(".lock"), timeout=0):
+            copy = read_json(folder / FINISHED)["copy"] if (folder / FINISHED).is_file() else None
+            if copy is None and (folder / MADE_OF).is_file():
+                unfinished.append(folder / MADE_OF)
+            elif copy in (None, _shown(Path.cwd())) or not (places.project() / copy).is_dir():
+                _remove(folder)
+    if unfinished:
+        last = max(unfinished, key=lambda path: path.stat().st_mtime)
+        before = read_json(last)
+        changed = [name for name in {**parts, **before} if parts.get(name) != before.get(name)]
+        told = [f"{n} has changed" if "/" in n else f"{n} is {parts.get(n)}, was {before.get(n)}" for n in changed]
+        print(
+            f"training afresh, not from the checkpoint in {_shown(last.parent)}: {'; '.join(told[:SHOWN])}"
+            f"{' and more' if told[SHOWN:] else ''}. That one goes on when all is as it was; remove the folder if it is"
+            " not needed"
+        )
 
 
 def made_of() -> dict[str, Any]:
     """Everything that decides how a training goes, by name, as values or checksums."""
     wanted = {name: value for name, value in params.load(paths.PARAMS).flat().items() if name.split(".")[0] in SECTIONS}
     deps = YAML(typ="safe").load(Path("dvc.yaml"))["stages"]["train"]["deps"]
-    code = [Path(dep) for dep in deps if dep.endswith(".py")]
-    weights = Path(wanted["model.weights"])
+    weights, code = Path(wanted["model.weights"]), [Path(dep) for dep in deps if dep.endswith(".py")]
     files = [*code, weights, *(paths.PROCESSED / name for name in DATA)]
     try:
         sums = {path.as_posix(): checksum(path, "sha256") for path in files}
     except OSError as error:
-        if Path(error.filename) == weights:
-            told = f"params.yaml: model.weights is {weights}, which cannot be read ({error.strerror})"
-        else:
-            told = f"{error.filename}: cannot be read ({error.strerror}); run `dvc repro train`"
-        raise UserError(told) from error
+        file = f"params.yaml: model.weights is {weights}, which" if Path(error.filename) == weights else error.filename
+        raise UserError(f"{file} cannot be read ({error.strerror}); run `dvc repro train`") from error
     return {**wanted, **sums, **{name: version(name) for name in LIBRARIES}}
 
 
 def digest(parts: Mapping[str, Any]) -> str:
     """A name for what a training is made of."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:12]
-
-
-def _near(path: Path) -> Path:
-    """A path as a person in the project's folder writes it, also where a working copy tells of it."""
-    return path.relative_to(places.project()) if path.is_relative_to(places.project()) else path
-
-
-def _tell_of_others(root: Path, parts: Mapping[str, Any]) -> None:
-    found = [path for path in root.glob(f"[!.]*/{MADE_OF}") if not path.with_name(FINISHED).exists()]
-    others = sorted((path for path in found if not _taken(path.parent)), key=lambda path: path.stat().st_mtime)
-    if not others:
-        return
-    before = read_json(others[-1])
-    names = [name for name in {**parts, **before} if parts.get(name) != before.get(name)]
-    told = [
-        f"{name} is {parts.get(name)}, was {before.get(name)}" if "/" not in name else f"{name} has changed"
-        for name in names[:SHOWN]
-    ]
-    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-    print(
-        f"training afresh, not from the checkpoint in {_near(others[-1].parent)}: {'; '.join(told)}{more}. That one"
-        f" goes on when all is as it was; remove the folder if it is not needed"
-    )

@@ -25,7 +25,7 @@ from fadeformer.augment import Augmentation
 from fadeformer.checkpoints import Checkpoints
 from fadeformer.devices import make_fabric
 from fadeformer.errors import Interrupted, UserError
-from fadeformer.files import checksum, whole_file, write_json
+from fadeformer.files import checksum, write_json
 from fadeformer.inference import choose_device, choose_precision
 from fadeformer.models import create_model, load_weights
 from fadeformer.normalisation import IMAGENET, Normalisation
@@ -108,8 +108,10 @@ def run(folder: Path | None) -> None:
         journal.start(wanted.flat(), meta)
     _take_up(state, checkpoints, fabric)
     train, val = (arrays.read(paths.PROCESSED, split) for split in ("train", "val"))
-    for result in state.history:  # the last may not have been told
-        _tell(result, state, recipe, folder, journal, anew=False)
+    if journal is not None:
+        for result in state.history:  # the last may not be there
+            journal.epoch(asdict(result))
+        journal.deliver()
     class_weights = class_weights_of(wanted, meta, task, train.labels)
     with asked_to_leave() as asked:
         for result in training.fit(
@@ -117,7 +119,8 @@ def run(folder: Path | None) -> None:
             augmentation=augmentation_of(wanted, meta), normalisation=normalisation, seed=wanted.seed, fabric=fabric,
             checkpoints=checkpoints, asked_to_stop=asked,
         ):  # fmt: skip
-            _tell(result, state, recipe, folder, journal, anew=True)
+            if journal is not None:
+                _report(result, recipe, journal)
 
 
 def _check_same(fabric: Fabric, folder: Path | None) -> None:
@@ -220,19 +223,10 @@ def _take_up(state: State, checkpoints: Checkpoints | None, fabric: Fabric) -> N
             print(f"taken up after epoch {state.epoch}, batch {state.batch} of the next, step {state.step}")
 
 
-def _tell(
-    result: Epoch, state: State, recipe: Recipe, folder: Path | None, journal: Journal | None, *, anew: bool
-) -> None:
-    """Leaves an epoch's result in history.csv and with MLflow, and on the screen."""
-    if folder is None or journal is None:
-        return
-    measured = asdict(result)
-    journal.epoch(measured)
-    if not anew:
-        return
+def _report(result: Epoch, recipe: Recipe, journal: Journal) -> None:
+    """Log an epoch's result and print it."""
+    journal.epoch(asdict(result))
     journal.deliver()
-    with whole_file(folder / paths.HISTORY.name) as path:
-        history(map(asdict, state.history)).to_csv(path, index=False)
     auc = "undefined" if result.val_auc is None else f"{result.val_auc:.4f}"
     print(
         f"epoch {result.epoch:3d}/{recipe.epochs}: train loss {result.train_loss:.4f} accuracy"

@@ -1,9 +1,7 @@
-"""What a training tells MLflow, on disk first: a training goes on without MLflow, and is told there once and in order.
+"""Log a training to MLflow: each epoch goes to `history.csv` first, and from there to the training's one MLflow run.
 
-`journal.jsonl` holds a record a line: first the start, then epochs and other numbers, each with the time when it was
-written. `delivered.json` holds the run that was made for them, where, and how many of them it has. A kill in between
-does no harm: the run is found again by a name that the journal gave it, and MLflow is asked what it has before it is
-told more.
+Training continues while MLflow is unreachable, and what the run lacks is logged later. `run.json` keeps what the run
+starts with, and then its id; a run that was created just before a kill is found again by its tag.
 """
 
 from __future__ import annotations
@@ -14,208 +12,116 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from fadeformer import lines
+import pandas as pd
+
 from fadeformer.arrays import Meta
 from fadeformer.errors import PassingError, UserError
-from fadeformer.files import read_json, write_json
-from pipelines import places, store, tracking
+from fadeformer.files import read_json, whole_file, write_json
+from pipelines import paths, places, store, tracking
 
-PATIENCE = 5  # seconds that MLflow may take to answer a training
-PAUSE = 60  # seconds from a failed try to the next, in which a training is not held up
-LAST_TRIES, LAST_PATIENCE = 3, 20  # once the training is finished, there is time
+TIMEOUT = 5  # seconds for MLflow to answer
+PAUSE = 60  # seconds from a failed try to the next
 
 
 class Journal:
-    """What one training tells MLflow: written to disk first, delivered in order, each once.
+    """History of one training on disk and in MLflow.
 
-    A folder has one Journal at a time.
-
-    Attributes:
-        run_id: of its MLflow run, once there is one.
+    Args:
+        folder: of this training alone.
     """
 
     def __init__(self, folder: Path) -> None:
-        """Takes up what a folder holds; the half line of a writer that was killed is dropped.
-
-        Args:
-            folder: of this training alone; made if it is not there.
-
-        Raises:
-            UserError: the journal is damaged.
-        """
-        folder.mkdir(parents=True, exist_ok=True)
-        self._file, self._note = folder / "journal.jsonl", folder / "delivered.json"
-        for half in folder.glob(f".{self._note.name}.*"):
-            half.unlink()
-        self._records = self._read()
-        note = read_json(self._note) if self._note.is_file() else {"address": None, "run_id": None, "records": 0}
-        self.run_id: str | None = note["run_id"]
-        self._address, self._delivered = note["address"], note["records"]
-        self._met = False  # whether what MLflow has is known for sure
-        self._held: set[tuple[str, int]] = set()  # what it has beyond the delivered records: metric and step
-        self._next_try = float("-inf")
-        self._lost: int | None = None  # records delivered when MLflow was lost, while it is
+        self._file, self._note = folder / paths.HISTORY.name, folder / paths.RUN.name
+        table = pd.read_csv(self._file, float_precision="round_trip") if self._file.is_file() else pd.DataFrame()
+        self._rows: list[Any] = table.to_dict("records")
+        self._run = read_json(self._note) if self._note.is_file() else {}
+        self._logged: set[int] | None = None  # epochs that MLflow has; None while that is not known for sure
+        self._next_try: float | None = None  # after a failed one
 
     def start(self, params: Mapping[str, Any], meta: Meta) -> None:
-        """Begins a journal with a run's parameters, tags and data set; one that was begun stays as it is."""
-        if not self._records:
-            self._write(
-                "start",
-                identity=uuid.uuid4().hex,
-                params={name: str(value) for name, value in params.items()},
-                tags=tracking.describe(meta),
-                card={key: meta.dataset[key] for key in ("name", "file", "sha256")},
-            )
+        """Keep a run's parameters, tags and data set; a resumed training keeps those it started with."""
+        if not self._run:
+            self._run = {
+                "identity": uuid.uuid4().hex, "time": time.time_ns() // 10**6, "run_id": None,
+                "params": dict(params), "tags": tracking.describe(meta),
+                "dataset": {key: meta.dataset[key] for key in ("name", "file", "sha256")},
+            }  # fmt: skip
+            write_json(self._note, self._run)
 
     def epoch(self, measured: Mapping[str, Any]) -> None:
-        """Keeps what an epoch measured, at step `measured["epoch"]`, but for None; an epoch that is there stays."""
-        step = int(measured["epoch"])
-        if not any(record["kind"] == "epoch" and record["step"] == step for record in self._records):
-            values = {name: value for name, value in measured.items() if name != "epoch" and value is not None}
-            self._write(
-                "epoch", step=step, metrics={tracking.plain(key): float(value) for key, value in values.items()}
-            )
+        """Append an epoch's metrics to the history; an epoch that is already there stays as it was first measured."""
+        if measured["epoch"] not in [row["epoch"] for row in self._rows]:
+            self._rows.append({**measured, "time": time.time_ns() // 10**6})
+            with whole_file(self._file) as path:
+                pd.DataFrame(self._rows).to_csv(path, index=False)
 
-    def metrics(self, values: Mapping[str, Any]) -> None:
-        """Keeps the finite numbers of a nested dictionary, under dotted names; a name that is there stays."""
-        there = {name for record in self._records if record["kind"] == "metrics" for name in record["metrics"]}
-        new = {name: value for name, value in tracking.flat(values).items() if name not in there}
-        if new:
-            self._write("metrics", step=0, metrics=new)
-
-    def deliver(self) -> bool:
-        """Sends MLflow what it has not, and tells when MLflow is lost and found again.
-
-        Returns:
-            Whether nothing is left. After a failed try the next is made when a pause has passed.
+    def deliver(self) -> None:
+        """Log to MLflow what its run lacks. If MLflow cannot be reached, print that and try again after a pause.
 
         Raises:
-            UserError: the run or its experiment was deleted, is of another MLflow than this, or has other parameters.
+            UserError: the run or its experiment was deleted, or the run is in another store than this.
         """
-        if not self._records or (self._met and self._delivered == len(self._records)):
-            return True
-        if time.monotonic() < self._next_try:
-            return False
+        if self._next_try is not None and time.monotonic() < self._next_try:
+            return
         try:
-            self._send(PATIENCE)
+            self._send()
         except store.Unreachable as error:
-            self._next_try = time.monotonic() + PAUSE
-            if self._lost is None:
-                self._lost = self._delivered
+            if self._next_try is None:
                 print(
-                    f"MLflow at {places.address()} cannot be reached: training goes on, and what it measures is kept"
-                    f" in {self._file} and delivered later ({error.reason})"
+                    f"MLflow at {places.address()} cannot be reached: training goes on, and its metrics are kept in"
+                    f" {self._file} and logged later ({error.reason})"
                 )
-            return False
-        return True
+            self._next_try = time.monotonic() + PAUSE
+        else:
+            if self._next_try is not None:
+                print(f"MLflow at {places.address()} is reached again and has all {len(self._rows)} epochs")
+            self._next_try = None
 
     def settle(self) -> str:
-        """Delivers all that is left, and gives the run's id.
+        """Log everything that is left, and return the run's id.
 
         Raises:
-            UserError: MLflow cannot be reached, or as by `deliver`.
+            PassingError: MLflow cannot be reached.
+            UserError: as by `deliver`.
         """
-        for left in reversed(range(LAST_TRIES)):
-            try:
-                self._send(LAST_PATIENCE)
-                break
-            except store.Unreachable as error:
-                if not left:
-                    raise PassingError(
-                        f"MLflow at {places.address()} cannot be reached ({error.reason}); the training is finished"
-                        f" and kept in {self._file.parent}: {error.remedy}, then run again; nothing is trained again"
-                    ) from error
-                time.sleep(1)
-        return str(self.run_id)
-
-    def close(self, status: Literal["FINISHED", "FAILED", "KILLED"]) -> None:
-        """Delivers what it can and sets the run's status; where MLflow prevents it, that is printed, not raised."""
-        if not self._records:
-            return
-        reason = "it cannot be reached"
         try:
-            if time.monotonic() >= self._next_try:
-                self._send(PATIENCE)
-                with store.patience(PATIENCE):
-                    tracking.mark(str(self.run_id), status)
-                return
-        except (UserError, OSError) as error:
-            reason = error.reason if isinstance(error, store.Unreachable) else str(error)
-        named = f"run {self.run_id}" if self.run_id else "run of this training"
-        print(f"MLflow at {places.address()} was not told that the {named} is {status}: {reason}")
+            self._send()
+        except store.Unreachable as error:
+            raise PassingError(
+                f"MLflow at {places.address()} cannot be reached ({error.reason}); the training is finished and kept in"
+                f" {self._file.parent}: {error.remedy}, then run again; nothing is trained again"
+            ) from error
+        return str(self._run["run_id"])
 
-    def _send(self, seconds: int) -> None:
-        """Delivers all; raises Unreachable, or UserError as `deliver` does."""
-        with store.patience(seconds):
-            met, self._met = self._met, False  # until all went well, since what was under way may have arrived
-            if not met:
-                self._meet()
-            try:
-                if self._delivered < len(self._records):
-                    self._send_all()
-            except store.Unreachable:
-                raise
-            except UserError as error:
-                self._meet()  # which tells of a deleted run or experiment in plainer words
-                raise UserError(
-                    f"{error}; delete run {self.run_id} there and {self._note} here, and this training gets a new run"
-                ) from error
-            self._met = True
-        if self._lost is not None:
-            print(f"MLflow at {places.address()} is reached again: {self._delivered - self._lost} records delivered")
-            self._lost = None
+    def close(self, status: Literal["FAILED", "KILLED"]) -> None:
+        """Log what is left and set the run's status; if MLflow prevents that, it is printed and not raised."""
+        if not self._run:
+            return
+        try:
+            self._send()
+            tracking.mark(self._run["run_id"], status)
+        except UserError as error:
+            print(f"MLflow at {places.address()} does not show that this training is {status}: {error}")
 
-    def _send_all(self) -> None:
-        run_id, first = str(self.run_id), self._records[0]
-        if self._delivered == 0:
-            tracking.log_origin(run_id, first["params"], first["tags"], first["card"])
-            self._remember(1)
-        points = [
-            (name, value, record["time"], record["step"])
-            for record in self._records[self._delivered :]
-            for name, value in record["metrics"].items()
-            if (name, record["step"]) not in self._held
-        ]
-        tracking.log_points(run_id, points)
-        self._remember(len(self._records))
-
-    def _meet(self) -> None:
-        """Connects, finds the run or makes it, and asks what it has of what is not known to be delivered."""
-        experiment, here = store.connect(), places.address()
-        if self.run_id is None:
-            start = self._records[0]
-            self.run_id = tracking.open_run(experiment, start["identity"], start["time"], start["tags"])
-        elif (stage := tracking.stage_of(self.run_id)) == "deleted":
-            raise UserError(
-                f"MLflow run {self.run_id} of this training was deleted; restore it with `mlflow runs restore --run-id"
-                f" {self.run_id}`, or remove {self._note}, and this training gets a new run"
-            )
-        elif stage is None and here == self._address:
-            raise UserError(
-                f"MLflow at {here} has no run {self.run_id} of this training any more; restore its store, or remove"
-                f" {self._note}, and this training gets a new run"
-            )
-        elif stage is None:
-            raise UserError(
-                f"the MLflow run {self.run_id} of this training is at {self._address}, and MLflow is now at {here}; set"
-                f" MLFLOW_TRACKING_URI as it was, or remove {self._note}, and this training gets a new run at {here}"
-            )
-        self._address = here
-        self._remember(self._delivered)
-        tracking.mark(self.run_id, "RUNNING")
-        left = self._records[self._delivered :]
-        wanted = {(name, record["step"]) for record in left for name in record.get("metrics", ())}
-        self._held = tracking.logged(self.run_id, wanted) if wanted else set()
-
-    def _remember(self, delivered: int) -> None:
-        write_json(self._note, {"address": self._address, "run_id": self.run_id, "records": delivered})
-        self._delivered = delivered
-
-    def _read(self) -> list[dict[str, Any]]:
-        return lines.read(self._file, f"remove {self._file.parent} to train anew", mend=True)
-
-    def _write(self, kind: str, **record: Any) -> None:
-        """Appends a record, whole or not at all; raises OSError when the disk is full."""
-        record = {"kind": kind, "time": time.time_ns() // 10**6, **record}
-        lines.append(self._file, record)
-        self._records.append(record)
+    def _send(self) -> None:
+        store.check(TIMEOUT)
+        logged, self._logged = self._logged, None  # until all went well: a request that failed may have arrived
+        if logged is None:
+            experiment = store.connect()
+            if self._run["run_id"] is None:
+                run_id = tracking.open_run(experiment, self._run["identity"], self._run["time"], self._run["tags"])
+                self._run["run_id"] = run_id
+                write_json(self._note, self._run)
+        run_id = self._run["run_id"]
+        tracking.check_run(
+            run_id,
+            f"restore it (`mlflow runs restore --run-id {run_id}`), set MLFLOW_TRACKING_URI as it was, or remove"
+            f" {self._note} to have a new run for this training",
+        )
+        if logged is None:
+            tracking.log_origin(run_id, self._run["params"], self._run["tags"], self._run["dataset"])
+            tracking.mark(run_id, "RUNNING")
+            logged = tracking.epochs(run_id)
+        left = [row for row in self._rows if row["epoch"] not in logged]
+        tracking.log_epochs(run_id, left)
+        self._logged = logged | {row["epoch"] for row in left}

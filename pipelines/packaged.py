@@ -36,7 +36,7 @@ from pipelines import paths, places, store
 from pipelines.tracking import MODEL
 
 SERVED = Path(__file__).with_name("served.py")
-ANSWER = 60  # seconds that MLflow may take for each
+ANSWER = 20  # seconds for MLflow's server to answer
 CONTENT = "fadeformer.content"  # tag with the checksum of what is in a package
 # What loading needs, and what these do not bring in a version of their own choice; timm imports torchvision.
 REQUIREMENTS = (
@@ -94,15 +94,15 @@ def _downloaded(uri: str) -> Path:
     """Where the files of a model in the store lie: in a local store where they are, else brought here."""
     if not places.exists():
         raise UserError(f"{places.address()}: no MLflow store is there; run `dvc repro`, or set MLFLOW_TRACKING_URI")
-    with store.patience(ANSWER):
-        store.connect()
-        try:
-            return Path(mlflow.artifacts.download_artifacts(uri))
-        except (MlflowException, OSError) as error:
-            reason = str(error).strip().splitlines()[0][:300]
-            raise UserError(
-                f"{uri}: MLflow at {places.address()} has no such model ({reason}); `make ui` shows what there is"
-            ) from error
+    store.check(ANSWER)
+    store.connect()
+    try:
+        return Path(mlflow.artifacts.download_artifacts(uri))
+    except (MlflowException, OSError) as error:
+        reason = str(error).strip().splitlines()[0][:300]
+        raise UserError(
+            f"{uri}: MLflow at {places.address()} has no such model ({reason}); `make ui` shows what there is"
+        ) from error
 
 
 def load(folder: Path, config: Mapping[str, Any]) -> PyFuncModel:

@@ -19,7 +19,7 @@ from mlflow.exceptions import MlflowException
 from fadeformer import predictions
 from fadeformer.errors import UserError
 from fadeformer.predictions import Predictions
-from pipelines.store import Unreachable, may_pass, told
+from pipelines.store import Unreachable, told
 
 CHAMPION, CHALLENGER, PREVIOUS = "champion", "challenger", "previous"
 OURS = (CHAMPION, CHALLENGER, PREVIOUS)
@@ -63,7 +63,10 @@ def versions(name: str) -> dict[str, Version]:
             break
     return {
         str(one.version): Version(
-            name, str(one.version), one.run_id, tuple(text for key, text in one.tags.items() if key.startswith(ENTRY))
+            name,
+            str(one.version),
+            str(one.run_id),
+            tuple(text for key, text in one.tags.items() if key.startswith(ENTRY)),
         )
         for one in found
     }
@@ -117,12 +120,13 @@ def test_predictions(version: Version) -> Predictions:
     """
     with tempfile.TemporaryDirectory() as folder:
         try:
-            path = mlflow.artifacts.download_artifacts(
-                run_id=version.run_id, artifact_path="predictions.parquet", dst_path=folder
-            )
-        except (MlflowException, OSError) as error:
-            if may_pass(error):
-                raise Unreachable(error) from error
+            with told():
+                path = mlflow.artifacts.download_artifacts(
+                    run_id=version.run_id, artifact_path="predictions.parquet", dst_path=folder
+                )
+        except Unreachable:
+            raise
+        except (UserError, OSError) as error:
             raise UserError(
                 f"champion {version.name} version {version.number}: MLflow run {version.run_id} has no"
                 f" predictions.parquet ({error}); remove the alias, or restore mlruns/"

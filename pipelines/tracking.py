@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,9 +14,7 @@ import mlflow
 import numpy as np
 import pandas as pd
 from mlflow import MlflowClient
-from mlflow.data.code_dataset_source import CodeDatasetSource
-from mlflow.data.meta_dataset import MetaDataset
-from mlflow.entities import DatasetInput, InputTag, Metric, Param, RunTag
+from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag
 from mlflow.exceptions import MlflowException
 from mlflow.tracking.context.registry import resolve_tags
 from mlflow.utils.mlflow_tags import (
@@ -31,9 +29,11 @@ from ruamel.yaml import YAML
 from fadeformer.arrays import Meta
 from fadeformer.errors import UserError
 from fadeformer.files import checksum
+from pipelines import places
 from pipelines.store import REFUSALS, connect, told
 
 AT_ONCE = 1000  # metrics in one call, as many as MLflow takes
+EPOCHS_AT_ONCE = 50  # each of some ten metrics, so that MLflow has all of an epoch or nothing
 SOURCE = "python -m pipelines train"
 MODEL = "model"  # name of the logged model in its run
 IDENTITY = "fadeformer.training"  # tag with the name that a training, or a sweep, gave itself before it had a run
@@ -50,30 +50,28 @@ def run(run_id: str | None = None) -> Iterator[str]:
         Unreachable: MLflow is, also for what is asked of it in the block.
     """
     connect()
-    if run_id is not None and stage_of(run_id) != "active":
-        raise UserError(
-            f"MLflow has no run {run_id}, in which this model was trained, or it was deleted; `dvc repro -f train`"
-            " makes one"
-        )
+    if run_id is not None:
+        check_run(run_id, "`dvc repro -f train` makes one for this model")
     with told(), mlflow.start_run(run_id=run_id) as active:
         yield active.info.run_id
 
 
 @told()
-def stage_of(run_id: str) -> str | None:
-    """`active` or `deleted`, or None where MLflow has no such run; raises Unreachable."""
+def check_run(run_id: str, remedy: str) -> None:
+    """Raise UserError with a remedy if MLflow has no such run any more, or Unreachable."""
     try:
-        return MlflowClient().get_run(run_id).info.lifecycle_stage
+        lost = MlflowClient().get_run(run_id).info.lifecycle_stage != "active"
     except MlflowException as error:
-        if error.error_code in REFUSALS:
-            return None
-        raise
+        if error.error_code not in REFUSALS:
+            raise
+        lost = True
+    if lost:
+        raise UserError(f"MLflow at {places.address()} has no run {run_id}, or it was deleted; {remedy}")
 
 
 @told()
 def experiment_of(run_id: str) -> str:
     """The id of a run's experiment; raises Unreachable."""
-    connect()
     return str(MlflowClient().get_run(run_id).info.experiment_id)
 
 
@@ -93,9 +91,9 @@ def open_run(experiment: str, identity: str, began: int, tags: Mapping[str, str]
     client = MlflowClient()
     found = client.search_runs([experiment], f"tags.`{IDENTITY}` = '{identity}'", order_by=["start_time", "run_id"])
     if found:
-        return found[0].info.run_id
+        return str(found[0].info.run_id)
     own = {name: value for name, value in tags.items() if name.startswith("mlflow.")}
-    return client.create_run(experiment, start_time=began, tags={IDENTITY: identity, **own}).info.run_id
+    return str(client.create_run(experiment, start_time=began, tags={IDENTITY: identity, **own}).info.run_id)
 
 
 @told()
@@ -139,10 +137,9 @@ def log_origin(run_id: str, params: Mapping[str, Any], tags: Mapping[str, str], 
         params=[Param(name, str(value)) for name, value in params.items()],
         tags=[RunTag(name, value) for name, value in tags.items()],
     )
-    source = CodeDatasetSource(tags={"stage": "download", "file": card["file"], "sha256": card["sha256"]})
-    dataset = MetaDataset(source, name=card["name"], digest=card["sha256"][:32])
-    context = [InputTag(MLFLOW_DATASET_CONTEXT, "training")]
-    client.log_inputs(run_id, datasets=[DatasetInput(dataset._to_mlflow_entity(), context)])
+    source = json.dumps({"tags": {"stage": "download", "file": card["file"], "sha256": card["sha256"]}})
+    dataset = Dataset(card["name"], card["sha256"][:32], source_type="code", source=source)
+    client.log_inputs(run_id, datasets=[DatasetInput(dataset, [InputTag(MLFLOW_DATASET_CONTEXT, "training")])])
 
 
 @told()
@@ -156,14 +153,27 @@ def log_points(run_id: str, points: Iterable[tuple[str, float, int, int]]) -> No
     MlflowClient().log_batch(run_id, metrics=[Metric(*point) for point in points])
 
 
+def log_epochs(run_id: str, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Log rows of a history: `epoch`, `time` in ms since 1970, and metrics; missing values are left out.
+
+    Raises:
+        UserError: the run was deleted.
+        Unreachable: MLflow is.
+    """
+    for start in range(0, len(rows), EPOCHS_AT_ONCE):
+        points = [
+            (plain(name), float(value), row["time"], row["epoch"])
+            for row in rows[start : start + EPOCHS_AT_ONCE]
+            for name, value in row.items()
+            if name not in ("epoch", "time") and pd.notna(value)
+        ]
+        log_points(run_id, points)
+
+
 @told()
-def logged(run_id: str, wanted: Collection[tuple[str, int]]) -> set[tuple[str, int]]:
-    """Which of these metrics and steps a run has, when all went there in order; raises Unreachable."""
-    client = MlflowClient()
-    known = client.get_run(run_id).data.metrics
-    stepped = {name for name, step in wanted if step and name in known}  # else one answer is enough, not one a metric
-    have = {(name, point.step) for name in stepped for point in client.get_metric_history(run_id, name)}
-    return {(name, step) for name, step in wanted if (name, step) in have or (step == 0 and name in known)}
+def epochs(run_id: str) -> set[int]:
+    """The epochs that a run has; raises Unreachable."""
+    return {point.step for point in MlflowClient().get_metric_history(run_id, "learning_rate")}
 
 
 def log_settings(section: str, settings: Mapping[str, Any]) -> None:
@@ -184,7 +194,7 @@ def flat(metrics: Mapping[str, Any]) -> dict[str, float]:
     """The finite numbers of a nested dictionary under dotted names that MLflow allows."""
     values = pd.json_normalize(dict(metrics)).iloc[0].to_dict() if metrics else {}
     return {
-        plain(name): float(value)
+        plain(str(name)): float(value)
         for name, value in values.items()
         if isinstance(value, (int, float)) and not isinstance(value, bool) and np.isfinite(value)
     }
@@ -202,7 +212,7 @@ def log_files(*paths: Path, under: str | None = None) -> None:
 
 def with_own(tags: Mapping[str, str]) -> dict[str, str]:
     """Tags with MLflow's own, but for where git's repository is: a path of this machine, or an address with a token."""
-    found = resolve_tags(tags)
+    found: dict[str, str] = resolve_tags(tags)
     found.pop(MLFLOW_GIT_REPO_URL, None)
     return found
 

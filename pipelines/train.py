@@ -7,7 +7,6 @@ import logging
 import os
 import shutil
 import signal
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +21,8 @@ from fadeformer.errors import Interrupted, UserError
 from fadeformer.files import read_json, whole_folder, write_json
 from fadeformer.trained import Trained
 from fadeformer.unfamiliar import Familiar
-from pipelines import begun, fitting, paths, stage, store, tracking
-from pipelines.journal import PATIENCE, Journal
+from pipelines import begun, fitting, paths, stage, tracking
+from pipelines.journal import Journal
 from pipelines.orchestrator import temporary_server
 
 
@@ -122,14 +121,13 @@ def train() -> str:
             failed = isinstance(error, Exception) and not isinstance(error, Interrupted)
             Journal(begun_in).close("FAILED" if failed else "KILLED")
             raise
+        run_id = Journal(begun_in).settle()
         with whole_folder(paths.MODELS) as folder:
             result = write(begun_in, folder)
-            journal = Journal(begun_in)
-            journal.metrics({"seconds": {"fit": result["seconds"]}})
-            run_id = journal.settle()
             with tracking.run(run_id):
+                tracking.log_metrics({"seconds": {"fit": result["seconds"]}})
                 log_history(folder)
-            of_run = {"mlflow_run_id": run_id, "mlflow_experiment_id": tracking.experiment_of(run_id)}
+                of_run = {"mlflow_run_id": run_id, "mlflow_experiment_id": tracking.experiment_of(run_id)}
             write_json(folder / paths.RUN.name, of_run)
         begun.finish(begun_in, run_id)
     best = f"epoch {result['best_epoch']} of {result['epochs']} is the best, val loss {result['val_loss']:.4f}"
@@ -138,8 +136,6 @@ def train() -> str:
 
 def main() -> str:
     """Runs the flow."""
-    with suppress(store.Unreachable), store.patience(PATIENCE):  # of that the journal tells
-        store.connect()
     with temporary_server():
         return train()
 

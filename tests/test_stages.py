@@ -22,9 +22,16 @@ NO_INFLUENCE = {
     "fadeformer/explain.py": "how errors in params.yaml are told",
     "fadeformer/params.py": "holds no default: what it lets through stands in params.yaml, whose sections are listed",
     "pipelines/__init__.py": "where the tools keep their caches",
+    "pipelines/begun.py": "which checkpoint a training resumes from; the result is that of an uninterrupted training",
+    "pipelines/journal.py": "logs what an epoch has measured",
+    "pipelines/moved.py": "where MLflow's store keeps files",
     "pipelines/orchestrator.py": "which Prefect server sees the stage",
     "pipelines/paths.py": "the outputs that dvc.yaml lists itself",
+    "pipelines/places.py": "where MLflow's store is",
+    "pipelines/signals.py": "when a training is stopped; it resumes at the same batch",
     "pipelines/stage.py": "how errors are printed",
+    "pipelines/store.py": "connects to MLflow",
+    "pipelines/tracking.py": "logs parameters, metrics and files that others made",
     "pipelines/verdict_table.py": "how a decision is printed",
 }
 

@@ -186,6 +186,15 @@ def test_a_second_run_has_nothing_to_do(reproduced):
     assert ran(reproduced.run("dvc", "repro")) == []
 
 
+def test_rewording_a_message_of_the_tracking_module_repeats_no_stage(reproduced):
+    module = reproduced.folder / "pipelines" / "tracking.py"
+    before = module.read_text()
+    module.write_text(before.replace("or it was deleted", "or someone deleted it"))
+    assert module.read_text() != before
+    assert reproduced.run("dvc", "status", "train", "evaluate", "promote") == "Data and pipelines are up to date.\n"
+    module.write_text(before)
+
+
 def test_a_forced_run_gives_the_same_bytes_and_the_benchmark_tells_what_each_stage_takes(
     reproduced, capsys, monkeypatch
 ):

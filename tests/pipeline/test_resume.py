@@ -117,7 +117,7 @@ def test_killed_at_any_moment_it_comes_to_the_same_bytes(whole, pieces):
     assert re.search(r"taken up after epoch \d, batch \d of the next, step (2[2-9]|30)", output)
     for name in RESULTS:
         assert (pieces.folder / name).read_bytes() == (whole.folder / name).read_bytes(), name
-    assert [path.name for path in (pieces.folder / ".cache" / "train").iterdir()] == [".lock"]
+    assert not any(path.is_dir() for path in (pieces.folder / ".cache" / "train").iterdir())
     (metrics, runs), (expected, _) = told_to_mlflow(pieces), told_to_mlflow(whole)
     assert list(runs.values()) == ["FINISHED"]
     assert not metrics.duplicated(["key", "step"]).any()
