@@ -25,19 +25,19 @@ import numpy as np
 import torch
 from PIL import Image
 
-from fadeformer import decisions, inputs, predicting, unfamiliar
+from fadeformer import inputs, predicting, unfamiliar
+from fadeformer.classifier import Classifier
 from fadeformer.datasets import phantom
 from fadeformer.inference import logits_of
 from fadeformer.models import create_model
 from fadeformer.parts import Parts
-from fadeformer.trained import Trained
 from fadeformer.unfamiliar import Familiar
 
 CLASSES = ("a", "b", "c", "d", "e")
 FADE = {"variant": "published", "after_blocks": ["last"], "num_heads": 4, "dropout": 0.0, "K": 3, "alpha": 0.5}
 
 
-def network(folder: Path, backbone: str, side: int) -> Trained:
+def network(folder: Path, backbone: str, side: int) -> Classifier:
     """A network that has learned nothing, which costs the same."""
     made = {
         "backbone": backbone, "num_classes": len(CLASSES), "image_size": side, "in_chans": 3, "pretrained": False,
@@ -46,10 +46,11 @@ def network(folder: Path, backbone: str, side: int) -> Trained:
     torch.manual_seed(0)
     torch.save(create_model(**made).state_dict(), folder / "weights.pth")
     described = {
-        "model": made, "task": "multi-class", "head": "auto", "precision": "32",
+        "model": made, "task": "multi-class", "head": "auto", "classes": CLASSES,
         "normalise": {"mean": [0.5] * 3, "std": [0.25] * 3}, "calibration": {"slope": [1.0], "offset": [0.0]},
+        "input": {"image_size": side, "channels": 3, "aspect": "squash"},
     }  # fmt: skip
-    return Trained(described, folder / "weights.pth", torch.device("cpu"))
+    return Classifier(described, folder / "weights.pth", device=torch.device("cpu"))
 
 
 def write(folder: Path, images: int, side: int) -> np.ndarray:
@@ -61,37 +62,34 @@ def write(folder: Path, images: int, side: int) -> np.ndarray:
     return drawn[np.arange(images) % len(drawn)]
 
 
-def known(trained: Trained) -> Familiar:
+def known(classifier: Classifier) -> Familiar:
     """Of features that mean nothing."""
-    features = np.random.default_rng(0).normal(size=(50, trained.model.num_features)).astype(np.float32)
-    return unfamiliar.fit(features, np.zeros((50, 1), np.int64), trained.task, features)
+    features = np.random.default_rng(0).normal(size=(50, classifier.model.num_features)).astype(np.float32)
+    return unfamiliar.fit(features, np.zeros((50, 1), np.int64), classifier.task, features)
 
 
-def ours(trained: Trained, familiar: Familiar, folder: Path, side: int, out: Path) -> None:
+def ours(classifier: Classifier, familiar: Familiar, folder: Path, out: Path) -> None:
     """All that the command does but for loading the model."""
     images, _ = inputs.find([str(folder)])
     table = Parts(out, str(time.time()))
-    rule = decisions.rule(trained.task, CLASSES, None, "youden")
-    for rows in predicting.predict(
-        trained, familiar, rule, images, image_size=side, channels=3, aspect="squash", threads=None
-    ):
+    for rows in predicting.predict(classifier, familiar, classifier.operating_point("youden"), images, threads=None):
         table.add(rows)
     table.finish()
 
 
-def bare(trained: Trained, pixels: np.ndarray, batch: int) -> None:
+def bare(classifier: Classifier, pixels: np.ndarray, batch: int) -> None:
     """The model on what is ready."""
     torch.set_num_threads(os.cpu_count() or 1)
-    logits_of(trained.model, pixels, batch, trained.device, trained.normalisation)
+    logits_of(classifier.model, pixels, batch, classifier.device, classifier.normalisation)
 
 
-def bare_in_threads(trained: Trained, pixels: np.ndarray) -> None:
+def bare_in_threads(classifier: Classifier, pixels: np.ndarray) -> None:
     """Likewise, as `predict` runs it."""
     torch.set_num_threads(1)
 
     def one(start: int) -> None:
         with torch.inference_mode():
-            trained.model(trained.normalisation(torch.from_numpy(pixels[start : start + predicting.BATCH])))
+            classifier.model(classifier.normalisation(torch.from_numpy(pixels[start : start + predicting.BATCH])))
 
     with ThreadPoolExecutor() as pool:
         list(pool.map(one, range(0, len(pixels), predicting.BATCH)))
@@ -114,19 +112,19 @@ def main() -> None:
     wanted = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         base = Path(temporary)
-        trained = network(base, wanted.backbone, wanted.side)
-        familiar = known(trained)
+        classifier = network(base, wanted.backbone, wanted.side)
+        familiar = known(classifier)
         pixels = write(base / "images", wanted.images, wanted.side)
         if wanted.peak:
             del pixels
-            ours(trained, familiar, base / "images", wanted.side, base / "out.csv")
+            ours(classifier, familiar, base / "images", base / "out.csv")
             status = Path("/proc/self/status").read_text()  # ru_maxrss counts what the parent had when it forked
             print(int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) / 1024)
             return
         ways = {
-            "ours, files to table": lambda: ours(trained, familiar, base / "images", wanted.side, base / "out.csv"),
-            "bare model, batches of 256": lambda: bare(trained, pixels, 256),
-            "bare model, batches of 32 in threads": lambda: bare_in_threads(trained, pixels),
+            "ours, files to table": lambda: ours(classifier, familiar, base / "images", base / "out.csv"),
+            "bare model, batches of 256": lambda: bare(classifier, pixels, 256),
+            "bare model, batches of 32 in threads": lambda: bare_in_threads(classifier, pixels),
         }
         seconds: dict[str, list[float]] = {name: [] for name in ways}
         busy: dict[str, list[float]] = {name: [] for name in ways}

@@ -43,13 +43,13 @@ from fastapi import FastAPI, Request
 from fastapi.concurrency import run_in_threadpool
 from PIL import Image
 from fadeformer.files import read_json
-from fadeformer.trained import Trained
+from fadeformer.classifier import Classifier
 folder = Path(sys.argv[1])
-trained = Trained(read_json(folder / "model.json"), folder / "weights.safetensors", torch.device("cpu"))
+classifier = Classifier(read_json(folder / "model.json"), folder / "weights.safetensors", device=torch.device("cpu"))
 app = FastAPI()
 def score(texts):
     pixels = [np.asarray(Image.open(io.BytesIO(base64.b64decode(text)))) for text in texts]
-    return trained.scores(np.stack(pixels).reshape(len(pixels), *pixels[0].shape[:2], -1), 256).tolist()
+    return classifier.scores(np.stack(pixels).reshape(len(pixels), *pixels[0].shape[:2], -1), 256).tolist()
 @app.post("/invocations")
 async def invocations(request: Request):
     document = await request.json()

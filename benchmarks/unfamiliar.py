@@ -15,17 +15,18 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
 from scipy.special import logsumexp, softmax
 from sklearn.metrics import roc_auc_score
 
 from fadeformer import arrays, inputs, unfamiliar
+from fadeformer.classifier import Classifier
 from fadeformer.decode import to_channels
 from fadeformer.files import read_json
 from fadeformer.inference import logits_of
 from fadeformer.preprocess import fit
 from fadeformer.tasks import TASKS
-from fadeformer.trained import Trained
 
 Seen = tuple[np.ndarray, np.ndarray]  # logits and features
 ALL = TASKS["multi-label, binary-class"]  # has one mean, of all images
@@ -88,19 +89,19 @@ def main() -> None:
     parser.add_argument("--other", type=Path, nargs="*", default=[])
     wanted = parser.parse_args()
     processed, models = wanted.project / "data" / "processed", wanted.project / "models"
-    trained, meta = Trained(read_json(models / "model.json"), models / "best_model.pth"), arrays.read_meta(processed)
+    classifier = Classifier(read_json(models / "model.json"), models / "best_model.pth")
+    meta = arrays.read_meta(processed)
     splits = {split: arrays.read(processed, split) for split in ("train", "val", "test")}
 
     def see(pixels: np.ndarray) -> Seen:
-        _, features = trained.raw_scores_and_features(pixels, 256)
-        given = trained.device, trained.normalisation
-        return logits_of(trained.model, pixels, 256, *given), features
+        logits = logits_of(classifier.model, pixels, 256, classifier.device, classifier.normalisation)
+        return logits, classifier.predict(pixels).features
 
     train, val, test = (see(of.pixels) for of in splits.values())
     apart = {name: see(pixels) for name, pixels in others(np.array(splits["test"].pixels), wanted.other, meta).items()}
     print("| score | test | " + " | ".join(apart) + " |")
     print("| --- |" + " --- |" * (1 + len(apart)))
-    for name, score in scores(train, splits["train"].labels, val, splits["val"].labels, trained.task).items():
+    for name, score in scores(train, splits["train"].labels, val, splits["val"].labels, classifier.task).items():
         print(f"| {name} | " + " | ".join(row(score, val, test, apart)) + " |")
 
 

@@ -9,10 +9,10 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from fadeformer.classifier import Classifier
 from fadeformer.explanations import Floats, fade_maps, grad_cam, upsample
 from fadeformer.pointing import NAMES
 from fadeformer.randomisation import methods_of, model_randomisation
-from fadeformer.trained import Trained
 
 CHECKED = 16  # test images in the sanity check
 PLACES = (
@@ -37,19 +37,19 @@ class CaseMaps:
 
 
 def case_maps(
-    trained: Trained, wrong: pd.DataFrame, pixels: NDArray[np.uint8], called: NDArray[np.int64], seed: int
+    classifier: Classifier, wrong: pd.DataFrame, pixels: NDArray[np.uint8], called: NDArray[np.int64], seed: int
 ) -> CaseMaps:
     """Explains the worst mistakes, and checks the explanations on some images spread over test.
 
     Args:
-        trained: the network.
+        classifier: the model.
         wrong: of `fadeformer.mistakes.most_wrong`: rows and classes.
         pixels: of all test images, uint8, (images, side, side, channels).
         called: the class that each test image was called, (images,), or of findings the one of the highest score.
         seed: of the sanity check.
     """
-    cumulative = trained.task.spare_outputs > 0
-    model, normalisation = trained.model, trained.normalisation
+    cumulative = classifier.task.spare_outputs > 0
+    model, normalisation = classifier.model, classifier.normalisation
     methods = methods_of(model)
     sample = np.unique(np.linspace(0, len(pixels) - 1, CHECKED).round().astype(int))
     outputs = np.zeros_like(called) if cumulative else called
@@ -70,18 +70,18 @@ def case_maps(
         )
     maps: dict[str, Floats] = {}
     if len(wrong):
-        maps = maps_of(trained, np.array(pixels[wrong["row"].to_numpy()]), wrong["class"].to_numpy(dtype=np.int64))
+        maps = maps_of(classifier, np.array(pixels[wrong["row"].to_numpy()]), wrong["class"].to_numpy(dtype=np.int64))
         if "attention" in methods:
             numbers["alpha"] = model.attn.alpha.item()  # type: ignore[union-attr, operator]
             sentences.insert(0, _alpha(numbers["alpha"]))
     return CaseMaps(maps, numbers, sentences)
 
 
-def maps_of(trained: Trained, pixels: NDArray[np.uint8], classes: NDArray[np.int64]) -> dict[str, Floats]:
+def maps_of(classifier: Classifier, pixels: NDArray[np.uint8], classes: NDArray[np.int64]) -> dict[str, Floats]:
     """Every map that a network has of some images.
 
     Args:
-        trained: the network.
+        classifier: the model.
         pixels: uint8, (images, side, side, channels).
         classes: that are explained, (images,); of a cumulative head the output is that of the lowest grade.
 
@@ -92,14 +92,14 @@ def maps_of(trained: Trained, pixels: NDArray[np.uint8], classes: NDArray[np.int
         ValueError: it has none, for its last map has no places.
     """
     side = pixels.shape[1]
-    outputs = np.zeros_like(classes) if trained.task.spare_outputs > 0 else classes
-    given = pixels, trained.normalisation, outputs
+    outputs = np.zeros_like(classes) if classifier.task.spare_outputs > 0 else classes
+    given = pixels, classifier.normalisation, outputs
     maps: dict[str, Floats] = {}
-    if "attention" in methods_of(trained.model):
-        fade = fade_maps(trained.model, *given)
+    if "attention" in methods_of(classifier.model):
+        fade = fade_maps(classifier.model, *given)
         maps[f"{NAMES['attention']} (alpha {fade.alpha:.2f})"] = upsample(fade.attention, side)
         maps[NAMES["laplacian"]] = upsample(fade.laplacian, side)
-    maps[NAMES["grad_cam"]] = upsample(grad_cam(trained.model, *given), side)
+    maps[NAMES["grad_cam"]] = upsample(grad_cam(classifier.model, *given), side)
     return maps
 
 

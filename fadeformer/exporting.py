@@ -1,6 +1,6 @@
 """A trained network as one graph, from uint8 images to calibrated scores, for programs that do not know this library.
 
-The graph holds normalisation, network, head and calibration in float32; its scores are those of `Trained` but for
+The graph holds normalisation, network, head and calibration in float32; its scores are those of `Classifier` but for
 rounding. It takes any number of images of the network's size, and no files: who uses it decodes and resizes.
 """
 
@@ -17,9 +17,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from fadeformer.classifier import Classifier
 from fadeformer.errors import UserError
 from fadeformer.files import whole_file
-from fadeformer.scoring import Scorer
 
 TOLERANCE = 1e-5  # in a score
 IMAGES, SCORES = "images", "scores"  # input and output of the ONNX graph
@@ -31,30 +31,30 @@ class Scoring(nn.Module):
     slope: Tensor
     offset: Tensor
 
-    def __init__(self, scorer: Scorer) -> None:
+    def __init__(self, classifier: Classifier) -> None:
         super().__init__()
-        trained = scorer.trained
-        self.model, self.normalisation, self.task = trained.model, trained.normalisation, trained.task
-        self.register_buffer("slope", torch.tensor(trained.calibration.slope))
-        self.register_buffer("offset", torch.tensor(trained.calibration.offset))
+        self.model, self.classifier = classifier.model, classifier
+        self.register_buffer("slope", torch.tensor(classifier.calibration.slope))
+        self.register_buffer("offset", torch.tensor(classifier.calibration.offset))
 
     def forward(self, images: Tensor) -> Tensor:
-        """As `Trained.scores`, all in torch."""
-        logs = self.task.logs(self.model(self.normalisation(images)))
-        scaled = self.slope * logs + self.offset  # the offset is 0 for exclusive classes
-        return scaled.sigmoid() if self.task.multi_label else scaled.softmax(dim=1)
+        """As `Classifier.scores`, all in torch."""
+        _, logits = self.classifier.forward(images)
+        task = self.classifier.task
+        scaled = self.slope * task.logs(logits) + self.offset  # the offset is 0 for exclusive classes
+        return scaled.sigmoid() if task.multi_label else scaled.softmax(dim=1)
 
 
-def export(scorer: Scorer, kind: str, path: Path) -> float:
+def export(classifier: Classifier, kind: str, path: Path) -> float:
     """Writes the graph.
 
     Args:
-        scorer: whose network it is.
+        classifier: on the CPU.
         kind: `onnx`, or `program` (what `torch.export.load` reads, a .pt2).
         path: of the file.
 
     Returns:
-        The largest difference between its scores and the scorer's, on random images.
+        The largest difference between its scores and the classifier's, on random images.
 
     Raises:
         UserError: a package that writes or checks ONNX is missing, or the graph does not give the same scores.
@@ -63,30 +63,26 @@ def export(scorer: Scorer, kind: str, path: Path) -> float:
         missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if find_spec(name) is None]
         if missing:
             raise UserError(f"ONNX needs {' and '.join(missing)}: run `pip install {' '.join(missing)}`, then again")
-    side, channels = scorer.input["image_size"], scorer.input["channels"]
+    side, channels = classifier.input["image_size"], classifier.input["channels"]
     draw = np.random.default_rng(0)
     two, three = (draw.integers(0, 256, (n, side, side, channels), dtype=np.uint8) for n in (2, 3))
     with whole_file(path) as temporary, torch.inference_mode(False), torch.no_grad():
         write, score = {"onnx": (_write_onnx, _score_onnx), "program": (_write_program, _score_program)}[kind]
         batch = ({0: torch.export.Dim("batch")},)
-        write(Scoring(scorer).eval(), (torch.from_numpy(two),), batch, described(scorer), temporary)
-        difference = float(np.abs(score(temporary, three) - scorer.scores(three)).max())
+        write(Scoring(classifier).eval(), (torch.from_numpy(two),), batch, described(classifier), temporary)
+        difference = float(np.abs(score(temporary, three) - classifier.scores(three)).max())
         if not difference <= TOLERANCE:
             raise UserError(f"the exported graph gives other scores, by up to {difference:.2g}; it was not written")
     return difference
 
 
-def described(scorer: Scorer) -> dict[str, str]:
+def described(classifier: Classifier) -> dict[str, str]:
     """What a user of the graph must know, as text by name: in ONNX's metadata_props, and the program's extra files."""
-    points = {
-        rule: {name: point and point["threshold"] for name, point in found.items()}
-        for rule, found in scorer.points.items()
-    }
     values = {
-        "classes": list(scorer.classes),
-        "input": scorer.input,
-        "task": scorer.described["task"],
-        "points": points,
+        "classes": list(classifier.classes),
+        "input": classifier.input,
+        "task": classifier.task.name,
+        "points": {name: dict(classifier.operating_point(name).thresholds) for name in classifier.points or ()},
     }
     return {f"fadeformer.{name}": json.dumps(value, ensure_ascii=False) for name, value in values.items()}
 

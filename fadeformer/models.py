@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import nn
+from torch import Tensor, nn
 
 from fadeformer.attention import FadeAttn
 from fadeformer.diffusion import AttentionPool, DiffusionAttn
 from fadeformer.fadenet import FadeNet, timm_model
 
-__all__ = ["FadeNet", "create_model", "load_weights", "new_to_backbone"]
+__all__ = ["FadeNet", "create_model", "features_and_logits", "load_weights", "new_to_backbone"]
 
 CONTAINERS = ("model", "state_dict", "model_state_dict")
 
@@ -104,6 +104,22 @@ def load_weights(model: nn.Module, path: Path) -> None:
         model.load_state_dict(state)
     except RuntimeError as error:  # sparse tensors, or tensors without content
         raise ValueError(f"{path}: cannot be taken over by the model: {error}") from error
+
+
+def features_and_logits(model: Any, images: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the inputs of the network's last layer, (B, channels), and its logits, (B, outputs).
+
+    Networks with a distillation token have two last layers, one for each token; their features are the mean of both.
+
+    Args:
+        model: FadeNet, or any classifier of timm's kind.
+        images: normalized, (B, C, H, W).
+    """
+    places = model.forward_features(images)
+    features = model.forward_head(places, pre_logits=True)
+    # FadeNet's head is a layer of attention, which is not computed twice; other heads may be more than one linear layer
+    logits = model.classifier(features) if isinstance(model, FadeNet) else model.forward_head(places)
+    return features.flatten(1), logits
 
 
 def new_to_backbone(model: Any) -> list[nn.Module]:

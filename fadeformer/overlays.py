@@ -10,17 +10,16 @@ from numpy.typing import NDArray
 
 from fadeformer.case_maps import maps_of
 from fadeformer.case_plots import overlay
+from fadeformer.classifier import Classifier
 from fadeformer.errors import UserError
 from fadeformer.files import whole_file
-from fadeformer.trained import Trained
 
 DPI = 100
 SIDE = 2.2  # of a panel, inches
 
 
 def write(
-    trained: Trained,
-    classes: tuple[str, ...],
+    classifier: Classifier,
     folder: Path,
     names: list[str],
     pixels: NDArray[np.uint8],
@@ -29,8 +28,7 @@ def write(
     """Writes the overlays of some images.
 
     Args:
-        trained: the network.
-        classes: their names.
+        classifier: the model.
         folder: where they go, under the images' own names.
         names: of the images.
         pixels: uint8, (images, side, side, channels).
@@ -40,7 +38,7 @@ def write(
         UserError: the network cannot be explained.
     """
     try:
-        maps = maps_of(trained, pixels, called)
+        maps = maps_of(classifier, pixels, called)
     except ValueError as error:
         raise UserError(f"this network cannot be explained: {error}; leave --explain out") from error
     for place, name in enumerate(names):
@@ -48,7 +46,7 @@ def write(
         first, *others = figure.subplots(1, 1 + len(maps))
         image = pixels[place].squeeze()
         first.imshow(image, cmap="gray", vmin=0, vmax=255)
-        first.set_title(classes[called[place]], fontsize=8)
+        first.set_title(classifier.classes[called[place]], fontsize=8)
         first.set_axis_off()
         for axes, (told, of) in zip(others, maps.items(), strict=True):
             overlay(axes, image, of[place])

@@ -16,11 +16,11 @@ import pandas as pd
 from numpy.typing import ArrayLike, NDArray
 
 from fadeformer.boxes import PLACE
+from fadeformer.classifier import Classifier
 from fadeformer.explanations import Floats, is_flat
 from fadeformer.proportions import share_interval
 from fadeformer.randomisation import methods_of
 from fadeformer.resampling import group_numbers
-from fadeformer.trained import Trained
 
 MOST = 1000  # cases at most; NIH has 984 boxes
 NAMES = {"grad_cam": "Grad-CAM", "attention": "Attention part", "laplacian": "Laplacian part"}
@@ -126,7 +126,7 @@ def pointing(of: Pointed, groups: NDArray[np.int64], confidence: float) -> Point
 
 
 def points_at_boxes(
-    trained: Trained,
+    classifier: Classifier,
     boxes: pd.DataFrame,
     index: pd.DataFrame,
     pixels: NDArray[np.uint8],
@@ -139,7 +139,7 @@ def points_at_boxes(
     are judged that are spread evenly over the images.
 
     Args:
-        trained: the network.
+        classifier: the model.
         boxes: of these images, as `fadeformer.arrays.read_boxes` gives them.
         index: `id` and `group` of each image.
         pixels: uint8, (images, side, side, channels).
@@ -165,10 +165,10 @@ def points_at_boxes(
     values = boxes[PLACE].to_numpy(dtype=np.float64)
     places = [values[case_of == case] for case in chosen]
     groups = group_numbers(index["group"])[rows]
-    given = np.array(pixels[rows]), trained.normalisation, of_finding
+    given = np.array(pixels[rows]), classifier.normalisation, of_finding
     methods: dict[str, Any] = {}
-    for name, method in methods_of(trained.model).items():
-        of = pointed(method(trained.model, *given), places, pixels.shape[1])
+    for name, method in methods_of(classifier.model).items():
+        of = pointed(method(classifier.model, *given), places, pixels.shape[1])
         methods[name] = {
             "name": NAMES[name],
             "overall": asdict(pointing(of, groups, confidence)),

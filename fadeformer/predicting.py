@@ -22,14 +22,12 @@ import torch
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from fadeformer.decisions import Rule
+from fadeformer.classifier import Classifier, Floats, OperatingPoint, Pixels
 from fadeformer.decode import Aspect, fit
 from fadeformer.errors import UnreadableError, UserError
 from fadeformer.inputs import Input
-from fadeformer.trained import Floats, Trained
 from fadeformer.unfamiliar import Familiar
 
-Pixels = NDArray[np.uint8]
 BATCH = 32  # images that go through the network at once
 PART = 64 * BATCH  # rows that are handed on at once
 AHEAD = 2  # batches for each thread that may wait, under way or as rows; their pixels are gone once they are rows
@@ -37,14 +35,11 @@ OWN = ("name", "decision", "unfamiliar", "is_unfamiliar", "problem")  # columns 
 
 
 def predict(
-    trained: Trained,
+    classifier: Classifier,
     familiar: Familiar,
-    rule: Rule,
+    point: OperatingPoint,
     images: Sequence[Input],
     *,
-    image_size: int,
-    channels: int,
-    aspect: Aspect,
     threads: int | None,
     first: int = 0,
     explain: Callable[[list[str], Pixels, NDArray[np.int64]], None] | None = None,
@@ -53,13 +48,10 @@ def predict(
     """Predicts images in their order.
 
     Args:
-        trained: the network.
-        familiar: what it knows.
-        rule: how scores become a decision.
+        classifier: the model.
+        familiar: its out-of-distribution statistics.
+        point: operating point that decides.
         images: in the order of the rows.
-        image_size: side that the network sees, pixels.
-        channels: 1 (grey) or 3 (colour).
-        aspect: what becomes of an image that is not square.
         threads: that decode; None for one on each core. Memory grows with them, not with the images.
         first: row to begin with, a multiple of `PART`.
         explain: called with names, pixels and called classes of each batch, one batch at a time.
@@ -72,26 +64,26 @@ def predict(
     Raises:
         UserError: a class is called as a column of its own.
     """
-    if clash := set(OWN) & set(rule.classes):
+    if clash := set(OWN) & set(point.classes):
         raise UserError(f"the class {clash.pop()!r} has the name of a column; train the model with another name for it")
     threads = threads or os.cpu_count() or 1
-    alone = threading.Lock() if explain is not None or trained.device.type != "cpu" else nullcontext()
+    alone = threading.Lock() if explain is not None or classifier.device.type != "cpu" else nullcontext()
 
     def work(some: Sequence[Input]) -> pd.DataFrame:
-        pixels, problems = _decoded(some, image_size, channels, aspect)
+        pixels, problems = _decoded(some, **classifier.input)
         there = np.array([not problem for problem in problems])
-        scores, far = np.full((len(some), len(rule.classes)), np.nan), np.full(len(some), np.nan)
+        scores, far = np.full((len(some), len(point.classes)), np.nan), np.full(len(some), np.nan)
         further: Mapping[str, NDArray[Any]] = {}
         if there.any():
             readable = pixels[there]
             with alone:
-                scores[there], features = see(readable)
+                _, scores[there], features = classifier.predict(readable)
                 if explain is not None:
                     names = [image.name for image, ok in zip(some, there, strict=True) if ok]
-                    explain(names, readable, _foremost(rule, scores[there]))
+                    explain(names, readable, _foremost(point, scores[there]))
             far[there] = familiar.distance(features)
             further = more(readable, features) if more is not None else {}
-        rows = _rows(some, scores, far, problems, rule, familiar.limit)
+        rows = _rows(some, scores, far, problems, point, familiar.limit)
         columns = pd.DataFrame(dict(further), index=np.flatnonzero(there))
         return rows.join(columns) if more is not None else rows
 
@@ -99,8 +91,7 @@ def predict(
     waiting: deque[Future[pd.DataFrame]] = deque()
     part: list[pd.DataFrame] = []
     with (
-        trained.listening() as see,
-        _one_thread_each(trained.device),
+        _one_thread_each(classifier.device),
         ThreadPoolExecutor(threads, "predict") as pool,
         tqdm(total=len(images), initial=first, desc="predict", unit="image", disable=None) as progress,
     ):
@@ -135,19 +126,19 @@ def _decoded(some: Sequence[Input], image_size: int, channels: int, aspect: Aspe
     return pixels, problems
 
 
-def _foremost(rule: Rule, scores: Floats) -> NDArray[np.int64]:
-    """The class that an image is called; of findings the one of the highest score."""
-    return np.asarray((scores if rule.task.multi_label else rule.called(scores)).argmax(axis=1), dtype=np.int64)
+def _foremost(point: OperatingPoint, scores: Floats) -> NDArray[np.int64]:
+    """Return the class that is decided for, or of findings the one of the highest score."""
+    return np.asarray((scores if point.multi_label else point.decide(scores)).argmax(axis=1), dtype=np.int64)
 
 
 def _rows(
-    some: Sequence[Input], scores: Floats, far: Floats, problems: list[str], rule: Rule, limit: float
+    some: Sequence[Input], scores: Floats, far: Floats, problems: list[str], point: OperatingPoint, limit: float
 ) -> pd.DataFrame:
     there = [not problem for problem in problems]
-    words = iter(rule.words(scores[np.array(there)]))
+    words = iter(point.decisions(scores[np.array(there)]))
     columns = {
         "name": pd.array([image.name for image in some], dtype="string"),
-        **{name: scores[:, c] for c, name in enumerate(rule.classes)},
+        **{name: scores[:, c] for c, name in enumerate(point.classes)},
         "decision": pd.array([next(words) if ok else pd.NA for ok in there], dtype="string"),
         "unfamiliar": far,
         "is_unfamiliar": pd.array([far[i] > limit if ok else pd.NA for i, ok in enumerate(there)], dtype="boolean"),

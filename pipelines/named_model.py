@@ -8,9 +8,8 @@ from pathlib import Path
 import torch
 
 from fadeformer import model_files
-from fadeformer.errors import UserError
+from fadeformer.classifier import Classifier
 from fadeformer.model_files import ModelFiles
-from fadeformer.trained import Trained
 
 HELP = "models:/NAME@ALIAS, models:/NAME/VERSION, runs:/ID/model, or a folder as models/"
 
@@ -34,11 +33,8 @@ def find(name: str, points: Path | None = None) -> ModelFiles:
     return model_files.find(folder, name, points)
 
 
-def load(model: ModelFiles) -> Trained:
-    """The network, on a GPU if there is one; raises UserError where its weights are damaged."""
-    try:
-        trained = Trained(model.described, model.weights)
-    except ValueError as error:
-        raise UserError(f"{error}; fetch the model again, or train it again") from error
-    torch.use_deterministic_algorithms(True, warn_only=trained.device.type == "cuda")
-    return trained
+def load(model: ModelFiles) -> Classifier:
+    """Load the model, onto a GPU if there is one; raises UserError if its weights are damaged."""
+    classifier = Classifier.load(model)
+    torch.use_deterministic_algorithms(True, warn_only=classifier.device.type == "cuda")
+    return classifier

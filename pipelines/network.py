@@ -11,8 +11,8 @@ import torch
 from numpy.typing import NDArray
 
 from fadeformer import arrays, case_maps, embedding, mistakes, pointing, predictions, subgroups
+from fadeformer.classifier import Classifier
 from fadeformer.files import read_json, whole_file, write_json
-from fadeformer.trained import Trained
 from pipelines import paths
 
 
@@ -27,26 +27,25 @@ def predict(batch_size: int, wanted: str | list[str]) -> float:
         Seconds that the network took.
     """
     meta = arrays.read_meta(paths.PROCESSED)
-    model = trained()
+    model = classifier()
     splits = {split: arrays.read(paths.PROCESSED, split) for split in ("val", "test")}
     began = time.perf_counter()
-    of_val = model.raw_scores(splits["val"].pixels, batch_size)
-    of_test, features = model.raw_scores_and_features(splits["test"].pixels, batch_size)
+    of_val, of_test = (model.predict(of.pixels, batch_size) for of in splits.values())
     seconds = time.perf_counter() - began
-    raw, index = np.concatenate([of_val, of_test]), pd.concat([of.index for of in splits.values()], ignore_index=True)
+    index = pd.concat([of.index for of in splits.values()], ignore_index=True)
     table = predictions.table(
         index,
         np.concatenate([of.labels for of in splits.values()]),
-        model.calibration(raw, model.task),
+        np.concatenate([of_val.scores, of_test.scores]),
         meta.task,
         meta.classes,
-        raw,
+        np.concatenate([of_val.raw, of_test.raw]),
         subgroups.chosen(index.drop(columns=["split", "id", "group"]), wanted),
     )
     with whole_file(paths.PREDICTIONS) as path:
         predictions.write(table, path)
     with whole_file(paths.EMBEDDING) as path:
-        embedding.places(features, splits["test"].index["id"]).to_parquet(path, index=False)
+        embedding.places(of_test.features, splits["test"].index["id"]).to_parquet(path, index=False)
     return seconds
 
 
@@ -63,7 +62,7 @@ def explain(most: int, seed: int, confidence: float) -> tuple[dict[str, NDArray[
         boxes.
     """
     test, images = predictions.read(paths.PREDICTIONS).of("test"), arrays.read(paths.PROCESSED, "test")
-    model = trained()
+    model = classifier()
     wrong = mistakes.most_wrong(test, most)
     looked = case_maps.case_maps(model, wrong, images.pixels, test.scores.argmax(axis=1), seed)
     boxes = arrays.read_boxes(paths.PROCESSED, "test")
@@ -77,8 +76,8 @@ def explain(most: int, seed: int, confidence: float) -> tuple[dict[str, NDArray[
     return looked.maps, seconds
 
 
-def trained() -> Trained:
-    """The network of models/."""
-    found = Trained(read_json(paths.ARCHITECTURE), paths.WEIGHTS)
+def classifier() -> Classifier:
+    """The classifier of models/."""
+    found = Classifier(read_json(paths.ARCHITECTURE), paths.WEIGHTS)
     torch.use_deterministic_algorithms(True, warn_only=found.device.type == "cuda")
     return found

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from fadeformer import arrays, predictions, preprocess
+from fadeformer import arrays, model_files, predictions, preprocess
 from fadeformer.errors import UserError
 from fadeformer.predictions import Predictions
 from pipelines import packaged, paths, registry
@@ -29,20 +29,23 @@ def predictions_of(champion: Version, test: Predictions) -> Predictions:
     kept = registry.test_predictions(champion)
     if kept.task.name != test.task.name or kept.classes != test.classes or kept.identity() == test.identity():
         return kept  # of other classes no comparison is possible, which the gate tells
-    from fadeformer.scoring import Scorer  # torch takes seconds, and is needed here alone
+    import torch  # takes seconds to import, and only this case needs it
+
+    from fadeformer.classifier import Classifier
 
     told = f"champion {champion.name} version {champion.number}"
     print(f"the test images are not those that {told} was judged on: it predicts them now")
+    package = packaged.data(packaged.fetch(f"models:/{champion.name}/{champion.number}"))
     try:
-        scorer = Scorer(packaged.data(packaged.fetch(f"models:/{champion.name}/{champion.number}")))
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        classifier = Classifier.load(model_files.find(package, told), torch.device("cpu"))
+    except (UserError, OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"{told} cannot predict the new test images: its package cannot be loaded ({type(error).__name__}:"
             f" {error}); give this model its own promote.model_name, or roll back to another champion"
         ) from error
     with tempfile.TemporaryDirectory() as folder:
-        pixels, index = _images(scorer.input, Path(folder))
-        scores = scorer.scores(pixels)
+        pixels, index = _images(classifier.input, Path(folder))
+        scores = classifier.scores(pixels)
     rows = index.set_index("id").index.get_indexer(test.frame["id"])
     return predictions.table(test.frame, test.labels, scores[rows], test.task, test.classes)
 

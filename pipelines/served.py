@@ -11,15 +11,21 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import torch
 from mlflow.exceptions import MlflowException
 from mlflow.models import ModelSignature
 from mlflow.protos.databricks_pb2 import BAD_REQUEST
 from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema, TensorSpec
 
+from fadeformer import model_files
+from fadeformer.classifier import Classifier
 from fadeformer.errors import UserError
-from fadeformer.scoring import DECISION, POSITIVE, PROBABILITY, Scorer
+from fadeformer.pixels import pixels_of
 
 IMAGE = "image"
+PROBABILITY = "probability."  # column of a class's calibrated score
+POSITIVE = "positive."  # column of whether it reaches the operating point
+DECISION = "decision"
 # May be given anew to `mlflow.pyfunc.load_model(..., model_config=)`, or as JSON in SERVING_MODEL_CONFIG to a server.
 CONFIG = {
     "max_pixels": 25_000_000,  # of one image, so that a small file cannot fill the memory
@@ -34,8 +40,8 @@ def signature(classes: tuple[str, ...]) -> ModelSignature:
         outputs=Schema(
             [
                 *(ColSpec(DataType.double, f"{PROBABILITY}{name}") for name in classes),
-                *(ColSpec(DataType.boolean, f"{POSITIVE}{name}", required=False) for name in classes),
-                ColSpec(DataType.string, DECISION, required=False),
+                *(ColSpec(DataType.boolean, f"{POSITIVE}{name}") for name in classes),
+                ColSpec(DataType.string, DECISION),
             ]
         ),
         params=ParamSchema([ParamSpec("operating_point", DataType.string, "youden")]),
@@ -45,31 +51,47 @@ def signature(classes: tuple[str, ...]) -> ModelSignature:
 class Served:
     """What `mlflow.pyfunc.load_model` hands requests to.
 
-    Attributes:
-        scorer: for those who have arrays that fit: `load_model(...).get_raw_model().scores(pixels)`.
+    It computes on the CPU, so that its scores do not depend on the machine that serves them.
+
+    Args:
+        classifier: of the package.
+        max_pixels: of one image.
+        batch_size: images that go through the network at once.
     """
 
-    def __init__(self, scorer: Scorer) -> None:
-        self.scorer = scorer
+    def __init__(self, classifier: Classifier, max_pixels: int, batch_size: int) -> None:
+        self.classifier = classifier
+        self.max_pixels = max_pixels
+        self.batch_size = batch_size
 
-    def get_raw_model(self) -> Scorer:
-        """What MLflow's `get_raw_model` gives."""
-        return self.scorer
+    def get_raw_model(self) -> Classifier:
+        """Return the classifier, for arrays of the network's size: `get_raw_model().scores(pixels)`."""
+        return self.classifier
 
     def predict(self, data: dict[str, Any], params: dict[str, Any] | None = None) -> pd.DataFrame:
-        """A table of one row per image.
+        """Return a table of one row per image: probabilities, which of them are positive, and the decision.
 
         Args:
-            data: under `image`, what `Scorer.pixels` takes.
+            data: under `image`, what `fadeformer.pixels.pixels_of` takes.
             params: `operating_point`, by name.
 
         Raises:
             MlflowException: the request is at fault, which a server answers with status 400; `reason` says why.
         """
         try:
-            return pd.DataFrame(self.scorer.columns(data[IMAGE], (params or {}).get("operating_point", "youden")))
+            point = self.classifier.operating_point((params or {}).get("operating_point", "youden"))
+            pixels = pixels_of(data[IMAGE], **self.classifier.input, max_pixels=self.max_pixels)
         except UserError as error:
             raise MlflowException(str(error), BAD_REQUEST, reason=str(error)) from None
+        scores = self.classifier.scores(pixels, self.batch_size)
+        positive = point.positive(scores)
+        return pd.DataFrame(
+            {
+                **{f"{PROBABILITY}{name}": scores[:, place] for place, name in enumerate(point.classes)},
+                **{f"{POSITIVE}{name}": positive[:, place] for place, name in enumerate(point.classes)},
+                DECISION: point.decisions(scores),
+            }
+        )
 
 
 def _load_pyfunc(data_path: str, model_config: dict[str, Any] | None = None) -> Served:
@@ -78,4 +100,5 @@ def _load_pyfunc(data_path: str, model_config: dict[str, Any] | None = None) -> 
     wrong = [name for name, value in settings.items() if name not in CONFIG or type(value) is not int or value < 1]
     if wrong:
         raise ValueError(f"model_config: {', '.join(wrong)}: only {' and '.join(CONFIG)}, whole numbers above 0")
-    return Served(Scorer(Path(data_path), **settings))
+    files = model_files.find(Path(data_path), "the package")
+    return Served(Classifier.load(files, torch.device("cpu")), **settings)

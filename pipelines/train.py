@@ -17,9 +17,9 @@ from prefect import flow, task
 from fadeformer import arrays, calibration, params, reference, unfamiliar
 from fadeformer.calibration import Calibration
 from fadeformer.checkpoints import Checkpoints
+from fadeformer.classifier import Classifier
 from fadeformer.errors import Interrupted, UserError
 from fadeformer.files import read_json, whole_folder, write_json
-from fadeformer.trained import Trained
 from fadeformer.unfamiliar import Familiar
 from pipelines import begun, fitting, paths, stage, tracking
 from pipelines.journal import Journal
@@ -94,13 +94,14 @@ def fit_outputs(described: dict[str, Any], weights: Path) -> tuple[Calibration, 
     """
     settings = described["params"]["train"]
     train, val = (arrays.read(paths.PROCESSED, split) for split in ("train", "val"))
-    trained = Trained({**described, "calibration": calibration.NONE.described()}, weights)
-    raw, of_val = trained.raw_scores_and_features(val.pixels, settings["batch_size"])
-    _, of_train = trained.raw_scores_and_features(train.pixels, settings["batch_size"])
-    known = unfamiliar.fit(of_train, train.labels, trained.task, of_val)
-    fitted = calibration.fit(val.labels, raw, trained.task) if settings["calibrate"] else calibration.NONE
-    scores, classes = fitted(raw, trained.task), tuple(described["classes"])
-    return fitted, known, reference.table(val.pixels, scores, known.distance(of_val), of_val, classes)
+    classifier = Classifier({**described, "calibration": calibration.NONE.described()}, weights)
+    of_val, of_train = (classifier.predict(of.pixels, settings["batch_size"]) for of in (val, train))
+    task = classifier.task
+    known = unfamiliar.fit(of_train.features, train.labels, task, of_val.features)
+    fitted = calibration.fit(val.labels, of_val.raw, task) if settings["calibrate"] else calibration.NONE
+    distances = known.distance(of_val.features)
+    seen = reference.table(val.pixels, fitted(of_val.raw, task), distances, of_val.features, classifier.classes)
+    return fitted, known, seen
 
 
 @task(name="log the history to MLflow", persist_result=False)

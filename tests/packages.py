@@ -11,18 +11,18 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import save_file
 
-from fadeformer import reference, unfamiliar
-from fadeformer.model_files import DESCRIPTION, FAMILIAR, POINTS, REFERENCE, TRAINED, WEIGHTS
+from fadeformer import model_files, reference, unfamiliar
+from fadeformer.classifier import Classifier
+from fadeformer.model_files import DESCRIPTION, FAMILIAR, POINTS, REFERENCE, TRAINED
 from fadeformer.models import create_model
-from fadeformer.trained import Trained
+from fadeformer.normalisation import Normalisation
 from pipelines import store
 
 FADE = {"variant": "published", "num_heads": 4, "dropout": 0.1, "K": 2, "alpha": 0.5, "after_blocks": ["last"]}
 KINDS = {  # task, head, classes, calibration
     "binary": ("binary-class", "auto", ["benign", "malignant"], {"slope": [1.3], "offset": [0.0]}),
-    "multi-class": ("multi-class", "auto", ["a", "b", "c"], {"slope": [0.7], "offset": [0.0]}),
+    "multi-class": ("multi-class", "auto", ["a", "b", "c", "d", "e"], {"slope": [0.7], "offset": [0.0]}),
     "grades": ("ordinal-regression", "cumulative", ["none", "mild", "severe"], {"slope": [1.2], "offset": [0.0]}),
     "findings": (
         "multi-label, binary-class", "auto", ["mass", "nodule"], {"slope": [1.5, 0.8], "offset": [0.3, -0.2]},
@@ -30,17 +30,38 @@ KINDS = {  # task, head, classes, calibration
 }  # fmt: skip
 
 
-def write_model(folder: Path, kind: str = "binary", *, side: int = 16, channels: int = 3, aspect: str = "pad") -> Path:
-    """Writes models/ and reports/operating_points.json into a folder, which it returns."""
-    task, head, classes, calibration = KINDS[kind]
+def write_model(
+    folder: Path,
+    kind: str = "binary",
+    *,
+    side: int = 16,
+    channels: int = 3,
+    aspect: str = "pad",
+    backbone: str = "fadevit_nano",
+    fade: dict | None = FADE,
+    classes: list[str] | None = None,
+) -> Path:
+    """Writes models/ and reports/operating_points.json into a folder, which it returns.
+
+    At the point `sensitivity` everything is positive; at `specificity` no class has a threshold.
+    """
+    task, head, of_kind, calibration = KINDS[kind]
+    if classes is None:
+        classes = of_kind
+    else:
+        calibration = {"slope": [1.0], "offset": [0.0]}
     torch.manual_seed(0)
     network = {
-        "backbone": "fadevit_nano", "num_classes": len(classes) - (head == "cumulative"), "image_size": side,
-        "in_chans": channels, "pretrained": False, "dropout": 0.1, "drop_path": 0.0, "fade": FADE,
+        "backbone": backbone, "num_classes": len(classes) - (head == "cumulative"), "image_size": side,
+        "in_chans": channels, "pretrained": False, "dropout": 0.1, "drop_path": 0.0, "fade": fade,
     }  # fmt: skip
-    model = create_model(**network)
+    model, seen = create_model(**network).eval(), images(20, side, channels)
     for weight in model.parameters():  # an untrained network says the same of every image
-        weight.data += 0.1 * torch.randn_like(weight)
+        if weight.ndim:
+            weight.data += 0.1 * torch.randn_like(weight)
+    with torch.no_grad():
+        logits = model(Normalisation((0.5,) * channels, (0.25,) * channels)(torch.from_numpy(seen)))
+    model.get_classifier().bias.data -= logits.mean(dim=0)  # so that no decision is the same for every image
     described = {
         "model": network, "task": task, "head": head, "classes": classes, "calibration": calibration,
         "normalise": {"mean": [0.5] * channels, "std": [0.25] * channels}, "precision": "32", "weights": None,
@@ -52,15 +73,14 @@ def write_model(folder: Path, kind: str = "binary", *, side: int = 16, channels:
     (folder / "reports").mkdir()
     weights = folder / "models" / TRAINED
     torch.save(model.state_dict(), weights)
-    trained = Trained(described, weights)
-    middle = np.median(trained.scores(images(20, side, channels), 20), axis=0)
-    _, features = trained.raw_scores_and_features(images(20, side, channels), 20)
+    classifier = Classifier(described, weights)
+    _, scores, features = classifier.predict(seen)
+    middle = np.median(scores, axis=0)
     labels = np.zeros((20, len(classes) if kind == "findings" else 1), np.int64)
-    known = unfamiliar.fit(features, labels, trained.task, features)
+    known = unfamiliar.fit(features, labels, classifier.task, features)
     unfamiliar.write(known, folder / "models" / FAMILIAR)
     described["unfamiliar"] = {"limit": known.limit}
-    seen = images(20, side, channels)
-    scores, distances = trained.scores(seen, 20), known.distance(features)
+    distances = known.distance(features)
     reference.table(seen, scores, distances, features, tuple(classes)).to_parquet(folder / "models" / REFERENCE)
     points = {
         "youden": {name: {"threshold": middle[classes.index(name)]} for name in judged},
@@ -84,14 +104,11 @@ def project_with_store(folder: Path) -> Iterator[Path]:
     mlflow.set_tracking_uri(before)
 
 
-def gather(folder: Path) -> Path:
-    """The data of a package, out of what `write_model` wrote; returns their folder."""
-    package = folder / "package"
-    package.mkdir()
-    save_file(torch.load(folder / "models" / TRAINED, weights_only=True), package / WEIGHTS)
-    (package / DESCRIPTION).write_bytes((folder / "models" / DESCRIPTION).read_bytes())
-    (package / POINTS).write_bytes((folder / "reports" / POINTS).read_bytes())
-    return package
+def load(folder: Path) -> Classifier:
+    """The classifier, with its operating points, that `write_model` wrote into a folder, or a package."""
+    own = folder / "reports" / POINTS
+    files = model_files.find(folder / "models" if own.exists() else folder, "it", own if own.exists() else None)
+    return Classifier.load(files, torch.device("cpu"))
 
 
 def images(count: int, side: int = 16, channels: int = 3) -> np.ndarray:

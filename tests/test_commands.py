@@ -15,10 +15,9 @@ import numpy as np
 import pytest
 from mlflow import MlflowClient
 
-from fadeformer.scoring import Scorer
 from pipelines import packaged, registry, tracking
 from tests.conftest import ROOT
-from tests.packages import images, png, project_with_store
+from tests.packages import images, load, png, project_with_store
 
 CHAMPION = "models:/fadenet-phantom@champion"
 COMMAND = [sys.executable, "-c", "from pipelines.cli import main; main()"]
@@ -37,7 +36,7 @@ def project(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def expected(project) -> np.ndarray:
     (package,) = project.glob("mlruns/artifacts/models/*/artifacts")
-    return Scorer(packaged.data(package)).scores(images(2))
+    return load(packaged.data(package)).scores(images(2))
 
 
 def environment(project: Path) -> dict[str, str]:

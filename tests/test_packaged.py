@@ -15,9 +15,8 @@ from mlflow import MlflowClient
 from safetensors import safe_open
 
 from fadeformer.errors import UserError
-from fadeformer.scoring import Scorer
 from pipelines import moved, packaged, registry, tracking
-from tests.packages import gather, images, png, project_with_store
+from tests.packages import images, load, png, project_with_store
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -93,7 +92,7 @@ def load_elsewhere(uri: str, folder: Path, **environment: str) -> tuple[np.ndarr
 
 def test_a_fresh_process_scores_the_same_and_imports_no_orchestrator(project, package, tmp_path):
     scores, library, imported = load_elsewhere(str(package), tmp_path)
-    expected = Scorer(package / "data" / "model").scores(images(5))
+    expected = load(package / "data" / "model").scores(images(5))
     np.testing.assert_allclose(scores, expected, atol=1e-6)
     assert library.startswith(str(package))
     assert not imported & {"pipelines", "dvc", "prefect", "great_expectations", "matplotlib", "captum", "sklearn"}
@@ -145,7 +144,7 @@ def test_limits_can_be_set_where_it_is_loaded(package):
 def test_a_store_that_was_moved_serves_without_this_project(project, run_id, tmp_path):
     registry.register("moving", run_id, packaged.log(run_id).model_id)
     MlflowClient().set_registered_model_alias("moving", "champion", "1")
-    expected = Scorer(gather(project)).scores(images(5))
+    expected = load(project).scores(images(5))
     elsewhere = tmp_path / "with a space"
     shutil.copytree(project / "mlruns", elsewhere)
     away = (project / "mlruns" / "artifacts").rename(project / "mlruns" / "away")

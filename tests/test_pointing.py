@@ -12,7 +12,7 @@ from fadeformer.files import read_json
 from fadeformer.pointing import Pointing, pointed, points_at_boxes
 from fadeformer.proportions import wilson
 from pipelines import network, paths
-from tests.test_case_maps import trained
+from tests.packages import load, write_model
 
 
 def played(maps, boxes, sizes, side, aspect, margin=0.0) -> Pointing:
@@ -101,6 +101,7 @@ def test_the_interval_is_wilson_s_and_wider_where_cases_share_a_patient():
 PIXELS = np.random.default_rng(0).integers(0, 256, (40, 28, 28, 1), dtype=np.uint8)
 INDEX = pd.DataFrame({"id": [f"i{n}" for n in range(40)], "group": [f"p{n // 2}" for n in range(40)]})
 FINDINGS = ("a", "b", "c", "d", "e")
+SMALL = {"side": 28, "channels": 1, "classes": list(FINDINGS)}
 
 
 def at_the_peak(model, label):
@@ -113,7 +114,7 @@ def at_the_peak(model, label):
 
 
 def test_each_map_is_of_the_finding_of_its_box_and_every_method_is_judged(tmp_path):
-    model = trained(tmp_path, task="multi-label, binary-class")
+    model = load(write_model(tmp_path, "findings", **SMALL))
     (first, maps), (second, _) = at_the_peak(model, 1), at_the_peak(model, 4)
     boxes = pd.concat([first, second.iloc[:30]])
     found = points_at_boxes(model, boxes.sample(frac=1, random_state=0), INDEX, PIXELS, FINDINGS, 0.95)
@@ -133,7 +134,7 @@ def test_each_map_is_of_the_finding_of_its_box_and_every_method_is_judged(tmp_pa
 
 
 def test_what_was_found_is_told_in_sentences_and_a_table(tmp_path):
-    model = trained(tmp_path, task="multi-label, binary-class")
+    model = load(write_model(tmp_path, "findings", **SMALL))
     boxes, _ = at_the_peak(model, 2)
     nowhere = boxes.assign(id="i3", x=np.nan).iloc[:1].assign(**{"class": 0})
     found = points_at_boxes(model, pd.concat([boxes, nowhere]), INDEX, PIXELS, FINDINGS, 0.95)
@@ -150,14 +151,13 @@ def test_what_was_found_is_told_in_sentences_and_a_table(tmp_path):
 
 def test_the_stage_writes_what_was_found_beside_the_other_explanations(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    model = trained(tmp_path, task="multi-label, binary-class")
+    model = load(write_model(tmp_path, "findings", **SMALL))
     boxes, _ = at_the_peak(model, 2)
     paths.PROCESSED.mkdir(parents=True)
     labels = np.random.default_rng(1).integers(0, 2, (40, 5))
     test = predictions.table(INDEX.assign(split="test"), labels, model.scores(PIXELS, 8), model.task, FINDINGS)
-    paths.PREDICTIONS.parent.mkdir()
     predictions.write(test, paths.PREDICTIONS)
-    monkeypatch.setattr(network, "trained", lambda: model)
+    monkeypatch.setattr(network, "classifier", lambda: model)
     monkeypatch.setattr(network.arrays, "read", lambda folder, split: Images(PIXELS, labels, INDEX))
     maps, seconds = network.explain(3, 0, 0.95)
     assert {of.shape for of in maps.values()} == {(3, *PIXELS.shape[1:3])}
@@ -174,7 +174,7 @@ def test_the_stage_writes_what_was_found_beside_the_other_explanations(tmp_path,
 
 def test_as_many_cases_as_the_bound_allows_spread_over_the_images(tmp_path, monkeypatch):
     monkeypatch.setattr(pointing, "MOST", 7)
-    model = trained(tmp_path, fade=None, task="multi-label, binary-class")
+    model = load(write_model(tmp_path, "findings", fade=None, **SMALL))
     boxes = pd.DataFrame({"id": INDEX["id"], "class": 0, "x": 0.0, "y": 0.0, "w": 9.0, "h": 9.0})
     found = points_at_boxes(model, boxes, INDEX, PIXELS, FINDINGS, 0.95)
     assert (found["known"], found["cases"], found["images"]) == (40, 7, 7)

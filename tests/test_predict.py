@@ -12,50 +12,25 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-import torch
 from PIL import Image
 from pydicom.data import get_testdata_file
 
-from fadeformer import decisions, overlays, predicting, unfamiliar
+from fadeformer import overlays, predicting, unfamiliar
 from fadeformer.inputs import Input
-from fadeformer.models import create_model
 from fadeformer.preprocess import fit
-from fadeformer.tasks import TASKS
-from fadeformer.trained import Trained
 from pipelines import cli
 from tests.conftest import ROOT
-from tests.test_case_maps import FADE
+from tests.packages import load, write_model
 from tests.test_dicom import made as dicom_file
 
 CLASSES = ["red", "green", "blue"]
 PATIENT = "Doe^Jane"
 
 
-def model(folder, *, task="multi-class", classes=CLASSES, fade=FADE, channels=3):
+def model(folder, kind="multi-class", **options):
     """A model's folder as training leaves it, of a network that has learned nothing."""
-    folder.mkdir()
-    network = {
-        "backbone": "fadevit_nano", "num_classes": len(classes), "image_size": 28, "in_chans": channels,
-        "pretrained": False, "dropout": 0.0, "drop_path": 0.0, "fade": fade,
-    }  # fmt: skip
-    torch.manual_seed(0)
-    torch.save(create_model(**network).state_dict(), folder / "best_model.pth")
-    described = {
-        "model": network, "task": task, "head": "auto", "precision": "32", "classes": list(classes),
-        "normalise": {"mean": [0.5] * channels, "std": [0.25] * channels},
-        "calibration": {"slope": [1.0], "offset": [0.0]},
-        "input": {"image_size": 28, "channels": channels, "aspect": "pad"}, "params": {"train": {"device": "cpu"}},
-    }  # fmt: skip
-    trained = Trained(described, folder / "best_model.pth")
-    random = np.random.default_rng(0)
-    known = random.integers(0, 256, (60, 28, 28, channels), dtype=np.uint8)
-    _, features = trained.raw_scores_and_features(known, 32)
-    labels = random.integers(0, 2, (60, len(classes))) if trained.task.multi_label else np.arange(60)[:, None] % 3
-    familiar = unfamiliar.fit(features, labels, trained.task, features)
-    unfamiliar.write(familiar, folder / "unfamiliar.safetensors")
-    described["unfamiliar"] = {"limit": familiar.limit}
-    (folder / "model.json").write_text(json.dumps(described))
-    return folder
+    classes = CLASSES if kind == "multi-class" else None
+    return write_model(folder, kind, **{"side": 28, "classes": classes, **options}) / "models"
 
 
 @pytest.fixture
@@ -100,13 +75,13 @@ def test_every_image_has_a_row_with_the_scores_of_the_model(fixed, images, tmp_p
     assert list(table) == ["name", *CLASSES, "decision", "unfamiliar", "is_unfamiliar", "problem"]
     assert table["name"].tolist() == sorted(p.relative_to(images).as_posix() for p in images.rglob("*.png"))
     described = json.loads((fixed / "model.json").read_text())
-    trained = Trained(described, fixed / "best_model.pth")
+    classifier = load(fixed)
     pixels = np.stack([fit(Image.open(images / name), 28, 3, "pad") for name in table["name"]])
-    expected = trained.scores(pixels, 64)
+    _, expected, features = classifier.predict(pixels, 64)
     assert table[CLASSES].to_numpy() == pytest.approx(expected, abs=1e-6)
     assert table["decision"].tolist() == [CLASSES[c] for c in expected.argmax(axis=1)]
     familiar = unfamiliar.read(fixed / "unfamiliar.safetensors", described["unfamiliar"]["limit"])
-    far = familiar.distance(trained.raw_scores_and_features(pixels, 64)[1])
+    far = familiar.distance(features)
     assert table["unfamiliar"].to_numpy() == pytest.approx(far, rel=1e-4)
     assert (table["is_unfamiliar"] == (table["unfamiliar"] > familiar.limit)).all()
     assert table["is_unfamiliar"].any()
@@ -202,34 +177,11 @@ def test_a_damaged_member_of_a_zip_is_told_and_the_others_are_read(fixed, images
     assert table["problem"].notna().sum() == 1
 
 
-RULE = {"points": {"youden": {"b": {"threshold": 0.2}}, "sensitivity": {"b": {"threshold": 0.05}}}}
-
-
-def test_of_two_classes_the_last_one_s_threshold_decides():
-    scores = np.array([[0.9, 0.1], [0.7, 0.3], [0.2, 0.8], [0.8, 0.2]])
-    two = TASKS["binary-class"], ("a", "b")
-    assert decisions.rule(*two, RULE, "youden").words(scores) == ["a", "b", "b", "b"]
-    assert decisions.rule(*two, RULE, "sensitivity").words(scores) == ["b", "b", "b", "b"]
-    without = decisions.rule(*two, None, "youden")
-    assert without.words(scores) == ["a", "a", "b", "a"]
-    assert without.told == "decided at 0.5, since the model carries no operating points"
-    with pytest.raises(decisions.UserError, match="have no specificity"):
-        decisions.rule(*two, RULE, "specificity")
-
-
-def test_findings_are_named_above_their_thresholds_and_one_that_val_could_not_judge_is_told():
-    points = {"points": {"youden": {"x": {"threshold": 0.3}, "y": {"threshold": 0.9}, "z": None}}}
-    rule = decisions.rule(TASKS["multi-label, binary-class"], ("x", "y", "z"), points, "youden")
-    scores = np.array([[0.4, 0.95, 0.6], [0.2, 0.8, 0.4], [0.31, 0.1, 0.1]])
-    assert rule.words(scores) == ["x; y; z", "no finding", "x"]
-    assert rule.told == "decided at the operating point youden, but at 0.5 for z, which val could not judge"
-
-
 def test_the_model_s_own_points_or_a_file_of_them_decide(images, tmp_path, capsys):
-    folder = model(tmp_path / "two", task="binary-class", classes=["a", "b"])
+    folder = model(tmp_path / "two", "binary", classes=["a", "b"])
     out = tmp_path / "p.csv"
     predict(images, "--model", folder, "--out", out)
-    assert "decided at 0.5, since the model carries no operating points" in capsys.readouterr().out
+    assert "decided at 0.5, since the model has no operating points" in capsys.readouterr().out
     limit = float(pd.read_csv(out)["b"].median())
     points = {"points": {"youden": {"b": {"threshold": limit}}, "specificity": {"b": {"threshold": 2.0}}}}
     (folder / "operating_points.json").write_text(json.dumps(points))

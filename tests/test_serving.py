@@ -12,9 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from mlflow.pyfunc import scoring_server
 
-from fadeformer.scoring import Scorer
 from pipelines import packaged, serving, tracking
-from tests.packages import images, png, project_with_store
+from tests.packages import images, load, png, project_with_store
 
 JSON = {"content-type": "application/json"}
 TEXTS = [base64.b64encode(png(image)).decode() for image in images(3)]
@@ -53,7 +52,7 @@ def client(model):
 
 @pytest.fixture(scope="module")
 def expected(package) -> list[float]:
-    return Scorer(packaged.data(package)).scores(images(3))[:, 1].tolist()
+    return load(packaged.data(package)).scores(images(3))[:, 1].tolist()
 
 
 def scores(answer) -> list[float]:
@@ -127,7 +126,7 @@ def test_an_error_of_the_models_own_is_a_500_that_tells_and_logs_nothing(client,
     def fail(*_: object) -> None:
         raise ZeroDivisionError("secret")
 
-    monkeypatch.setattr(type(model.get_raw_model()), "columns", fail)
+    monkeypatch.setattr(type(model.get_raw_model()), "scores", fail)
     with caplog.at_level(logging.DEBUG):
         answer = client.post("/invocations", json={"inputs": TEXTS})
     assert (answer.status_code, answer.json()) == (500, {"error": "an error of the server's own"})

@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from fadeformer import decisions, drift, drift_page, inputs, predicting, reference, unfamiliar
+from fadeformer import drift, drift_page, inputs, predicting, reference, unfamiliar
+from fadeformer.classifier import POINTS
 from fadeformer.errors import UserError
 from fadeformer.files import whole_folder, write_json
 from fadeformer.model_files import ModelFiles
@@ -69,13 +70,10 @@ def compare(named: list[str], model: str, out: Path, most: int) -> Ended:
 
 def _seen(files: ModelFiles, images: list[inputs.Input]) -> tuple[pd.DataFrame, int]:
     """The columns of `fadeformer.reference` of new images, and how many could not be read."""
-    described, trained = files.described, named_model.load(files)
-    classes = tuple(described["classes"])
-    rule = decisions.rule(trained.task, classes, None, decisions.POINTS[0])
-    familiar = unfamiliar.read(files.familiar, described["unfamiliar"]["limit"])
-    parts = predicting.predict(
-        trained, familiar, rule, images, **described["input"], threads=None, more=reference.seen
-    )  # fmt: skip
+    classifier = named_model.load(files)
+    familiar = unfamiliar.read(files.familiar, files.described["unfamiliar"]["limit"])
+    point = classifier.operating_point(POINTS[0])  # decisions are not compared
+    parts = predicting.predict(classifier, familiar, point, images, threads=None, more=reference.seen)
     rows = pd.concat(parts, ignore_index=True)
-    names = {name: f"{reference.SCORE}{name}" for name in classes}
+    names = {name: f"{reference.SCORE}{name}" for name in classifier.classes}
     return rows.rename(columns={**names, "unfamiliar": reference.DISTANCE}), int(rows["problem"].notna().sum())

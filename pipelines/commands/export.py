@@ -5,9 +5,11 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from fadeformer import exporting
+import torch
+
+from fadeformer import exporting, model_files
+from fadeformer.classifier import Classifier
 from fadeformer.errors import UserError
-from fadeformer.scoring import Scorer
 from pipelines import packaged
 
 
@@ -25,6 +27,6 @@ def run(arguments: argparse.Namespace) -> str:
     suffix = {"onnx": ".onnx", "program": ".pt2"}[arguments.format]
     if arguments.out.suffix != suffix:  # torch refuses or changes others
         raise UserError(f"--out {arguments.out}: the name of a file of this format ends with {suffix}")
-    scorer = Scorer(packaged.data(packaged.fetch(arguments.model)))
-    difference = exporting.export(scorer, arguments.format, arguments.out)
+    files = model_files.find(packaged.data(packaged.fetch(arguments.model)), arguments.model)
+    difference = exporting.export(Classifier.load(files, torch.device("cpu")), arguments.format, arguments.out)
     return f"{arguments.out} gives the scores of {arguments.model}, to {difference:.1g} on random images"

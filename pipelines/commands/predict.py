@@ -9,12 +9,11 @@ from pathlib import Path
 
 import torch
 
-from fadeformer import decisions, inputs, overlays, parts, predicting, unfamiliar
+from fadeformer import inputs, overlays, parts, predicting, unfamiliar
+from fadeformer.classifier import POINTS, Classifier
 from fadeformer.errors import UserError
-from fadeformer.files import read_json
 from fadeformer.model_files import ModelFiles
 from fadeformer.parts import Parts
-from fadeformer.trained import Trained
 from pipelines import named_model
 from pipelines.stage import Ended
 
@@ -26,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("paths", nargs="+", metavar="PATH", help="image, DICOM file, folder, zip or pattern")
     parser.add_argument("--model", required=True, help=named_model.HELP)
     parser.add_argument("--out", required=True, type=Path, metavar="FILE", help="table to write: .csv or .parquet")
-    parser.add_argument("--point", choices=decisions.POINTS, default="youden", help="operating point (default: youden)")
+    parser.add_argument("--point", choices=POINTS, default="youden", help="operating point (default: youden)")
     parser.add_argument(
         "--operating-points", type=Path, metavar="FILE", help="thresholds in place of those that the model carries"
     )
@@ -47,21 +46,18 @@ def run(arguments: argparse.Namespace) -> Ended:
 
 
 def _predict(arguments: argparse.Namespace, images: list[inputs.Input], left_out: int, model: ModelFiles) -> Ended:
-    described = model.described
-    trained = named_model.load(model)
-    classes = tuple(described["classes"])
-    points = None if model.points is None else read_json(model.points)
-    rule = decisions.rule(trained.task, classes, points, arguments.point)
-    familiar = unfamiliar.read(model.familiar, described["unfamiliar"]["limit"])
-    table = Parts(arguments.out, _key(arguments, images, model, trained))
+    classifier = named_model.load(model)
+    point = classifier.operating_point(arguments.point)
+    familiar = unfamiliar.read(model.familiar, model.described["unfamiliar"]["limit"])
+    table = Parts(arguments.out, _key(arguments, images, model, classifier))
     if table.stale:
         print(f"{table.folder} was begun with other images, model or options, and is begun afresh")
     elif table.done:
         print(f"{table.folder} has {min(len(images), table.done * predicting.PART):,} rows, and is gone on with")
-    explain = arguments.explain and partial(overlays.write, trained, classes, arguments.explain)
+    explain = arguments.explain and partial(overlays.write, classifier, arguments.explain)
     for rows in predicting.predict(
-        trained, familiar, rule, images, **described["input"], threads=arguments.threads,
-        first=table.done * predicting.PART, explain=explain,
+        classifier, familiar, point, images, threads=arguments.threads, first=table.done * predicting.PART,
+        explain=explain,
     ):  # fmt: skip
         table.add(rows)
     unreadable = far = 0
@@ -73,16 +69,16 @@ def _predict(arguments: argparse.Namespace, images: list[inputs.Input], left_out
         f"{len(images):,} images, {unreadable:,} of them unreadable",
         f"{far:,} unfamiliar (further than {familiar.limit:.1f})",
         *([f"{left_out:,} other files left out"] if left_out else []),
-        rule.told,
+        point.summary,
         f"written to {arguments.out}",
     ]
     return Ended("; ".join(told), PROBLEMS if unreadable else 0)
 
 
-def _key(arguments: argparse.Namespace, images: list[inputs.Input], model: ModelFiles, trained: Trained) -> str:
+def _key(arguments: argparse.Namespace, images: list[inputs.Input], model: ModelFiles, classifier: Classifier) -> str:
     """Of all that decides the table: model, images by size and time, point, device, libraries."""
     digest = hashlib.sha256(model.identity().encode())
-    decides = [arguments.point, arguments.explain, trained.device, torch.__version__]
+    decides = [arguments.point, arguments.explain, classifier.device, torch.__version__]
     digest.update(repr([str(value) for value in decides]).encode())
     for image in images:
         digest.update(repr((image.name, str(image.path.resolve()), image.size, image.changed)).encode())

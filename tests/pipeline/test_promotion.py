@@ -53,15 +53,14 @@ def test_the_champion_sees_them_as_it_is_used_to(reproduced):
     """Its scores of the new images are those of its own package for the images as they lie in data/raw."""
     told = of(decision(reproduced), "not_inferior")["figures"]
     script = (
-        "import numpy as np, pandas as pd; from pathlib import Path;"
+        "import pandas as pd; from pathlib import Path;"
         "from fadeformer import predictions; from fadeformer.preprocess import decoded;"
-        "from fadeformer.scoring import Scorer;"
-        "from pipelines import packaged; from fadeformer.metrics import auc;"
-        f"scorer = Scorer(packaged.data(packaged.fetch('models:/{NAME}/1')));"
+        "from pipelines import named_model; from fadeformer.metrics import auc;"
+        f"champion = named_model.load(named_model.find('models:/{NAME}/1'));"
         "rows = pd.read_parquet('data/manifest.parquet').query(\"split == 'test'\");"
-        "pixels = decoded(rows, Path('data/raw'), Path('test.npy'), **scorer.input);"
+        "pixels = decoded(rows, Path('data/raw'), Path('test.npy'), **champion.input);"
         "test = predictions.read(Path('reports/predictions.parquet')).of('test');"
-        "print('AUC', auc(test.labels, scorer.scores(pixels), test.task))"
+        "print('AUC', auc(test.labels, champion.scores(pixels), test.task))"
     )
     output = reproduced.run("python", "-c", script, PYTHONPATH=str(reproduced.folder))
     (reproduced.folder / "test.npy").unlink()

@@ -1,0 +1,224 @@
+"""One score and one decision per image, however it reaches the model: evaluation, `predict`, MLflow, HTTP and ONNX."""
+
+import base64
+import json
+from pathlib import Path
+
+import mlflow
+import numpy as np
+import onnxruntime
+import pandas as pd
+import pytest
+import torch
+from fastapi.testclient import TestClient
+from mlflow.models import Model
+from PIL import Image
+
+from fadeformer import exporting, model_files, predictions
+from fadeformer.classifier import Classifier, OperatingPoint
+from fadeformer.errors import UserError
+from fadeformer.models import create_model, features_and_logits
+from fadeformer.tasks import TASKS
+from pipelines import cli, network, packaged, paths, serving
+from tests.packages import FADE, KINDS, images, load, png, write_model
+
+SMALL = {"backbone": "test_resnet", "fade": None, "side": 32}
+PIXELS = images(50, SMALL["side"])
+POINTS = ("youden", "specificity")  # with thresholds, and without any
+Answers = tuple[np.ndarray, list[str]]  # scores and decisions
+
+
+@pytest.fixture(scope="module", params=["binary", "multi-class", "findings"])
+def project(request, tmp_path_factory) -> Path:
+    """The current folder: a model, the same images as arrays and as files, and what is made of the model."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder := write_model(tmp_path_factory.mktemp("project"), request.param, **SMALL))
+        task, _, classes, _ = KINDS[request.param]
+        several = len(classes) if "multi-label" in task else 1
+        labels = pd.DataFrame(np.random.default_rng(0).integers(0, 2, (100, several)))
+        labels.columns = [f"label_{c}" for c in range(several)] if several > 1 else ["label"]
+        names = [f"{n:02}.png" for n in range(50)] * 2
+        paths.PROCESSED.mkdir(parents=True)
+        index = {"split": np.repeat(["val", "test"], 50), "id": names, "group": names}
+        pd.DataFrame(index).join(labels).to_parquet(paths.PROCESSED / "index.parquet")
+        meta = {
+            "dataset": {"task": task, "classes": classes}, "image_size": 32, "channels": 3, "counts": {}, "split": "x",
+            "cross_split_duplicates": 0, "channel_mean": [], "channel_std": [], "aspect": "pad",
+        }  # fmt: skip
+        (paths.PROCESSED / "meta.json").write_text(json.dumps(meta))
+        np.save(paths.PROCESSED / "val.npy", PIXELS[::-1])
+        np.save(paths.PROCESSED / "test.npy", PIXELS)
+        Path("images").mkdir()
+        for name, image in zip(names, PIXELS, strict=False):
+            Image.fromarray(image).save(Path("images", name))
+        packaged._write(folder / "package", Model(), "content")
+        exporting.export(load(folder), "onnx", Path("graph.onnx"))
+        network.predict(20, [])
+        yield folder
+
+
+def by_hand(scores: np.ndarray, classes: list[str], thresholds: dict[str, float], kind: str) -> list[str]:
+    """The decisions as the documents describe them."""
+    if kind == "findings":
+        limits = [thresholds[name] for name in classes]
+        return ["; ".join(np.array(classes)[row >= limits]) or "no finding" for row in scores]
+    if kind == "binary":
+        return [classes[int(row[1] >= thresholds[classes[1]])] for row in scores]
+    return [classes[row.argmax()] for row in scores]
+
+
+def of_evaluate(point: str, classes: list[str], kind: str) -> Answers:
+    scores = predictions.read(paths.PREDICTIONS).of("test").scores
+    given = json.loads(paths.OPERATING_POINTS.read_text())["points"][point]
+    return scores, by_hand(scores, classes, {name: of["threshold"] if of else 0.5 for name, of in given.items()}, kind)
+
+
+def of_command(point: str, classes: list[str], kind: str) -> Answers:
+    options = ("--operating-points", paths.OPERATING_POINTS, "--point", point, "--out", "predictions.parquet")
+    cli.main(["predict", "images", "--model", "models", *map(str, options)])
+    table = pd.read_parquet("predictions.parquet")
+    return table[classes].to_numpy(), table["decision"].tolist()
+
+
+def of_mlflow(point: str, classes: list[str], kind: str) -> Answers:
+    table = mlflow.pyfunc.load_model("package").predict(PIXELS, params={"operating_point": point})
+    check_columns(table, classes, kind)
+    return table.filter(like="probability.").to_numpy(), table["decision"].tolist()
+
+
+def of_http(point: str, classes: list[str], kind: str) -> Answers:
+    request = {
+        "inputs": [base64.b64encode(png(image)).decode() for image in PIXELS], "params": {"operating_point": point}
+    }  # fmt: skip
+    app = serving.app(mlflow.pyfunc.load_model("package"), max_bytes=2**20, max_images=50)
+    with TestClient(app) as client:
+        table = pd.DataFrame(client.post("/invocations", json=request).json()["predictions"])
+    check_columns(table, classes, kind)
+    return table.filter(like="probability.").to_numpy(), table["decision"].tolist()
+
+
+def of_onnx(point: str, classes: list[str], kind: str) -> Answers:
+    session = onnxruntime.InferenceSession("graph.onnx", providers=["CPUExecutionProvider"])
+    about = session.get_modelmeta().custom_metadata_map
+    assert json.loads(about["fadeformer.classes"]) == classes
+    (scores,) = session.run(["scores"], {"images": PIXELS})
+    return scores, by_hand(scores, classes, json.loads(about["fadeformer.points"])[point], kind)
+
+
+def check_columns(table: pd.DataFrame, classes: list[str], kind: str) -> None:
+    """No field is empty, and the decision is what is positive; of more than two classes the most probable one."""
+    prefixes = ("probability.", "positive.")
+    assert list(table) == [*(f"{prefix}{name}" for prefix in prefixes for name in classes), "decision"]
+    assert table.notna().all(axis=None)
+    for row in table.to_dict("records"):
+        positive = [name for name in classes if row[f"positive.{name}"]]
+        if kind == "binary":
+            assert positive == [row["decision"]]
+        elif kind == "findings":
+            assert row["decision"] == ("; ".join(positive) or "no finding")
+
+
+@pytest.mark.parametrize("point", POINTS)
+def test_an_image_has_the_same_score_and_decision_everywhere(project, request, point):
+    kind = request.node.callspec.params["project"]
+    classes = KINDS[kind][2]
+    expected, decisions = of_evaluate(point, classes, kind)
+    assert len(set(decisions)) > 1
+    for way in (of_command, of_mlflow, of_http, of_onnx):
+        scores, decided = way(point, classes, kind)
+        np.testing.assert_allclose(scores, expected, atol=1e-5, rtol=0, err_msg=way.__name__)
+        assert decided == decisions, way.__name__
+
+
+@pytest.fixture(scope="module")
+def binary(tmp_path_factory) -> Path:
+    return write_model(tmp_path_factory.mktemp("binary"), **SMALL)
+
+
+def test_the_precision_of_training_and_the_batch_size_change_no_score(binary):
+    described = json.loads((binary / "models" / "model.json").read_text())
+    found = Classifier({**described, "precision": "bf16"}, binary / "models" / "best_model.pth").predict(PIXELS, 7)
+    for one, other in zip(found, load(binary).predict(PIXELS), strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-5)
+
+
+def test_scores_are_calibrated_and_features_those_of_the_last_layer(binary):
+    classifier = load(binary)
+    raw, scores, features = classifier.predict(PIXELS)
+    sharper = raw**1.3
+    np.testing.assert_allclose(scores, sharper / sharper.sum(axis=1, keepdims=True))
+    np.testing.assert_array_equal(classifier.scores(PIXELS), scores)
+    with torch.inference_mode():
+        logits = classifier.model.get_classifier()(torch.from_numpy(features))
+    np.testing.assert_allclose(logits.softmax(dim=1), raw, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("backbone", "fade", "last"),
+    [
+        ("fadevit_nano", FADE, "classifier"), ("fadevit_nano", None, "head"), ("resnet18", None, "fc"),
+        ("fadevit_nano", {"variant": "diffusion", "after_blocks": [1, "last"], "num_heads": 4}, "classifier"),
+        ("efficientnet_b0", None, "classifier"), ("convnext_atto", None, "head.fc"),
+        ("deit_tiny_distilled_patch16_224", None, "head"),
+    ],
+)  # fmt: skip
+def test_logits_are_those_of_the_network_and_features_what_its_last_layer_gets(backbone, fade, last):
+    torch.manual_seed(0)
+    model = create_model(
+        backbone=backbone, num_classes=3, image_size=32, in_chans=3, pretrained=False, dropout=0.5, drop_path=0.1,
+        fade=fade,
+    ).eval()  # fmt: skip
+    given = []
+    model.get_submodule(last).register_forward_pre_hook(lambda _, inputs: given.append(inputs[0]))
+    if "distilled" in backbone:  # the mean of what its two last layers get
+        model.head_dist.register_forward_pre_hook(lambda _, inputs: given.append(inputs[0]))
+    images = torch.randn(2, 3, 32, 32)
+    with torch.inference_mode():
+        expected = model(images)
+        seen = torch.stack(given).mean(dim=0)
+        features, logits = features_and_logits(model, images)
+    torch.testing.assert_close(logits, expected)
+    torch.testing.assert_close(features, seen)
+    assert features.shape == (2, model.head_hidden_size if hasattr(model, "head_hidden_size") else model.num_features)
+
+
+def test_of_two_classes_the_last_one_s_threshold_decides():
+    two = TASKS["binary-class"], ("a", "b")
+    scores = np.array([[0.9, 0.1], [0.7, 0.3], [0.2, 0.8], [0.8, 0.2]])
+    at = OperatingPoint.of(*two, {"youden": {"b": {"threshold": 0.2}}}, "youden")
+    assert at.decisions(scores) == ["a", "b", "b", "b"]
+    assert at.positive(scores).tolist() == [[True, False], [False, True], [False, True], [False, True]]
+    assert at.summary == "decided at the operating point youden"
+    without = OperatingPoint.of(*two, None, "youden")
+    assert without.decisions(scores) == ["a", "a", "b", "a"]
+    assert without.summary == "decided at 0.5, since the model has no operating points"
+
+
+def test_findings_at_0_5_where_val_or_test_could_not_judge_them():
+    points = {"youden": {"x": {"threshold": 0.3}, "y": {"threshold": 0.9}, "z": None}}
+    at = OperatingPoint.of(TASKS["multi-label, binary-class"], ("x", "y", "z"), points, "youden")
+    scores = np.array([[0.4, 0.95, 0.6], [0.2, 0.8, 0.4], [0.31, 0.1, 0.1], [0.1, 0.1, 0.5]])
+    assert at.decisions(scores) == ["x; y; z", "no finding", "x", "z"]
+    but = "but at 0.5 for z, which val or test could not judge"
+    assert at.summary == f"decided at the operating point youden, {but}"
+
+
+def test_of_more_classes_the_most_probable_one_whatever_the_thresholds():
+    points = {"youden": {"a": {"threshold": 0.9}, "b": {"threshold": 0.1}, "c": None}}
+    at = OperatingPoint.of(TASKS["multi-class"], ("a", "b", "c"), points, "youden")
+    scores = np.array([[0.4, 0.35, 0.25], [0.05, 0.05, 0.9]])
+    assert at.decisions(scores) == ["a", "c"]
+    assert at.positive(scores).tolist() == [[False, True, False], [False, False, True]]
+    assert at.summary == "decided for the most probable class"
+
+
+def test_operating_points_of_another_model_are_refused(binary, tmp_path):
+    two = TASKS["binary-class"], ("a", "b")
+    with pytest.raises(UserError, match="operating_point is not one of this model's: sensitivity, youden"):
+        OperatingPoint.of(*two, {"youden": {}, "sensitivity": {}}, "best")
+    for points in ({"mass": None}, None, [], {"b": {"threshold": "high"}}, {"b": 0.5}):
+        with pytest.raises(UserError, match="the operating points are for other classes"):
+            OperatingPoint.of(*two, {"youden": points}, "youden")
+    (tmp_path / "x.json").write_text("{}")
+    with pytest.raises(UserError, match=r"x\.json: is not a file of operating points"):
+        Classifier.load(model_files.find(binary / "models", "it", tmp_path / "x.json"))

@@ -1,0 +1,79 @@
+"""What an image in a request may be, and that it becomes what preprocess makes of it."""
+
+import base64
+import io
+from functools import partial
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from fadeformer import pixels
+from fadeformer.decode import decode, fit
+from fadeformer.errors import UserError
+from tests.packages import images, png
+
+pixels_of = partial(pixels.pixels_of, image_size=16, channels=3, aspect="pad", max_pixels=10_000)
+
+
+def test_files_text_and_pixels_of_an_image_are_the_same():
+    expected = images(3)
+    files = [png(image) for image in expected]
+    for given in (
+        expected,
+        expected.astype(np.int64),
+        expected.astype(object),
+        files,
+        np.array(files, dtype=object),
+        [base64.b64encode(file).decode() for file in files],
+        [base64.encodebytes(file).decode() for file in files],
+        expected.tolist(),
+        [bytearray(files[0]), expected[1], expected[2].tolist()],
+    ):
+        np.testing.assert_array_equal(pixels_of(given), expected)
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "I;16"])
+def test_a_file_of_any_size_and_mode_becomes_what_preprocess_makes_of_it(mode):
+    big = np.random.default_rng(1).integers(0, 256, (40, 23, 3), dtype=np.uint8)
+    image = Image.fromarray(big).convert("L").convert("I;16") if mode == "I;16" else Image.fromarray(big).convert(mode)
+    buffer = io.BytesIO()
+    image.save(buffer, "TIFF" if mode == "CMYK" else "PNG")
+    expected = fit(decode(buffer.getvalue(), "x").image, 16, 3, "pad")
+    np.testing.assert_array_equal(pixels_of([buffer.getvalue()])[0], expected)
+
+
+@pytest.mark.parametrize("shape", [(2, 40, 23, 3), (2, 40, 23, 1), (2, 40, 23), (2, 16, 16)])
+def test_pixels_of_another_size_are_made_to_fit_as_files_are(shape):
+    given = np.random.default_rng(2).integers(0, 256, shape, dtype=np.uint8)
+    np.testing.assert_array_equal(pixels_of(given), pixels_of([png(image) for image in given]))
+
+
+@pytest.mark.parametrize(
+    ("given", "reason"),
+    [
+        ([], "there are no images"),
+        ("text", "the images are not a list"),
+        (np.array(None), "the images are not a list"),
+        (np.zeros((0, 16, 16, 3), np.uint8), "there are no images"),
+        (np.zeros((2, 16, 16, 3)), "the array of images: is not made of whole numbers from 0 to 255"),
+        (np.full((2, 16, 16, 3), 256), "the array of images: is not made of whole numbers from 0 to 255"),
+        (np.full((2, 16, 16, 3), "a"), "the array of images: is not made of whole numbers from 0 to 255"),
+        (np.zeros((2, 16, 16, 4), np.uint8), r"image 0: has the shape \(16, 16, 4\)"),
+        (np.zeros((2, 0, 16, 3), np.uint8), r"image 0: has the shape \(0, 16, 3\)"),
+        (np.zeros((1, 101, 100), np.uint8), "image 0: has more pixels than the limit of 10,000"),
+        ([png(np.zeros((101, 100), np.uint8))], "image 0: has 100 x 101 pixels, more than the limit of 10,000"),
+        ([png(images(1)[0]), b"nothing"], "image 1: is no JPEG, PNG"),
+        ([png(images(1)[0])[:-30]], "image 0: is cut off|image 0: is damaged"),
+        ([b""], "image 0: the file is empty"),
+        (["no base64!"], "image 0: is text that is not base64"),
+        (["ü"], "image 0: is text that is not base64"),
+        ([None], "image 0: is neither bytes"),
+        ([1.5], "image 0: is neither bytes"),
+        ([[[1, 2], [3]]], "image 0: is not an array: its rows differ in length"),
+        (np.array([png(images(1)[0])]), "numpy's type S"),
+    ],
+)
+def test_what_cannot_be_used_is_told_with_its_place(given, reason):
+    with pytest.raises(UserError, match=reason):
+        pixels_of(given)
