@@ -1,7 +1,7 @@
 """The flows of deployments: the whole pipeline, its last stages again, a grid of pipelines, and the watch for drift.
 
-In a working copy (`pipelines.working_copy`) what a run changes in params.yaml stays, and with the results becomes a DVC
-experiment; in the user's own folder params.yaml is afterwards what it was.
+In a workspace (`pipelines.working_copy`) the parameters and results of a run become a DVC experiment; in the user's own
+folder params.yaml is restored after the run.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def pipeline(
         train: how to train.
         evaluate: predictions, numbers, figures.
         promote: the registry gate.
-        hours: that a stage may take, after which it stops with a checkpoint; not given: as long as it takes.
+        hours: time limit of a stage, which then stops with a checkpoint; no limit if not given.
     """
     sections = {
         "dataset": dataset, "split": split, "validate": validate, "preprocess": preprocess, "model": model,
@@ -93,7 +93,7 @@ def evaluation(of: str, evaluate: EvaluateOverrides = EvaluateOverrides(), hours
     Args:
         of: the DVC experiment or commit that holds it.
         evaluate: overrides of predictions, numbers, figures.
-        hours: that a stage may take.
+        hours: time limit of a stage.
     """
     _run(("evaluate", "promote"), {"evaluate": overrides.given(evaluate)}, hours, of)
 
@@ -105,7 +105,7 @@ def promotion(of: str, promote: PromoteOverrides = PromoteOverrides(), hours: Ho
     Args:
         of: the DVC experiment or commit that holds it.
         promote: overrides of the registry gate.
-        hours: that a stage may take.
+        hours: time limit of a stage.
     """
     _run(("promote",), {"promote": overrides.given(promote)}, hours, of)
 
