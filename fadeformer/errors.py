@@ -11,7 +11,7 @@ class UserError(Exception):
 class PassingError(UserError):
     """One that may pass by itself: a server that does not answer, another process at the same work.
 
-    A stage exits with status 75, sysexits' EX_TEMPFAIL, so that a deployment run tries again, and with no other.
+    A stage exits with status 75, sysexits' EX_TEMPFAIL.
     """
 
 

@@ -1,8 +1,7 @@
-"""`make deploy`: what a Prefect server needs for this project's deployments; once more changes only what is new.
+"""`make deploy`: set up a Prefect server for this project's deployments; idempotent.
 
-A work pool, a queue for trainings that runs as many at a time as there are GPUs, the limit that keeps promotions apart,
-the deployments of prefect.yaml, and two automations: a run whose heartbeat fails has crashed, and a deployment's run
-that has crashed is scheduled again, to go on from its checkpoint on whichever worker comes.
+It creates a work pool, a queue for trainings that runs as many at a time as there are GPUs, the limit that keeps
+promotions apart, the automations of automations.yaml, and the deployments of prefect.yaml.
 """
 
 from __future__ import annotations
@@ -11,58 +10,23 @@ import argparse
 import os
 import subprocess
 import sys
-from datetime import timedelta
 from pathlib import Path
 
 from prefect.client.orchestration import get_client
-from prefect.client.schemas.objects import StateType
-from prefect.events.actions import ChangeFlowRunState
-from prefect.events.schemas.automations import AutomationCore, EventTrigger, Posture
-from prefect.events.schemas.events import ResourceSpecification
+from prefect.events.schemas.automations import AutomationCore
 from prefect.exceptions import ObjectAlreadyExists, ObjectNotFound
+from ruamel.yaml import YAML
 
 from fadeformer.errors import PassingError, UserError
 from pipelines import orchestrator, stage
 from pipelines.flows import PROMOTING
 
-POOL, QUEUE, TAG = "local", "training", "fadeformer"
-# Of heartbeats, of which prefect.yaml has one in 30 s. Prefect loses those that come while its database is away, which
-# may be a minute: a run must not be taken for dead and begun once more beside itself.
-SILENCE = timedelta(seconds=150)
-ENDS = ("Completed", "Failed", "Cancelled", "Crashed")
-AUTOMATIONS = (
-    AutomationCore(
-        name="fadeformer: a run without heartbeat has crashed",
-        trigger=EventTrigger(
-            after={"prefect.flow-run.heartbeat"},
-            expect={"prefect.flow-run.heartbeat", *(f"prefect.flow-run.{end}" for end in ENDS)},
-            match=ResourceSpecification({"prefect.resource.id": ["prefect.flow-run.*"]}),
-            for_each={"prefect.resource.id"},
-            posture=Posture.Proactive,
-            threshold=1,
-            within=SILENCE,
-        ),
-        actions=[ChangeFlowRunState(state=StateType.CRASHED, message="no heartbeat: its machine or worker is gone")],
-    ),
-    AutomationCore(
-        name="fadeformer: a crashed run of a deployment is scheduled again",
-        trigger=EventTrigger(
-            expect={"prefect.flow-run.Crashed"},
-            match=ResourceSpecification({"prefect.resource.id": ["prefect.flow-run.*"]}),
-            match_related=ResourceSpecification(
-                {"prefect.resource.role": ["tag"], "prefect.resource.id": [f"prefect.tag.{TAG}"]}
-            ),
-            for_each={"prefect.resource.id"},
-            posture=Posture.Reactive,
-            threshold=1,
-        ),
-        actions=[ChangeFlowRunState(state=StateType.SCHEDULED, message="scheduled again after a crash")],
-    ),
-)
+POOL, QUEUE = "local", "training"
+AUTOMATIONS = Path(__file__).with_name("automations.yaml")
 
 
 def main() -> str:
-    """Makes what is not there, on the server of `PREFECT_API_URL`."""
+    """Create what is missing on the server of `PREFECT_API_URL`."""
     parser = argparse.ArgumentParser(prog="python -m pipelines.deploy", description=__doc__)
     parser.add_argument("--at-once", type=int, default=1, metavar="N", help="trainings at a time, such as GPUs (1)")
     at_once = parser.parse_args().at_once
@@ -84,7 +48,7 @@ def main() -> str:
             queue = client.read_work_queue_by_name(QUEUE, work_pool_name=POOL)
         client.update_work_queue(queue.id, concurrency_limit=at_once)
         client.upsert_global_concurrency_limit_by_name(PROMOTING, 1)
-        for automation in AUTOMATIONS:
+        for automation in map(AutomationCore.model_validate, YAML(typ="safe").load(AUTOMATIONS)):
             for known in client.read_automations_by_name(automation.name):
                 client.delete_automation(known.id)
             client.create_automation(automation)

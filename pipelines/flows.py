@@ -1,7 +1,7 @@
 """The flows of deployments: the whole pipeline, its last stages again, a grid of pipelines, and the watch for drift.
 
-In a working copy (`pipelines.working_copy`) what a run changes in params.yaml stays, and with the results becomes a DVC
-experiment; in the user's own folder params.yaml is afterwards what it was.
+In a workspace (`pipelines.working_copy`) the parameters and results of a run become a DVC experiment; in the user's own
+folder params.yaml is restored after the run.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ from filelock import FileLock
 from prefect import State, flow
 from prefect.artifacts import create_table_artifact
 from prefect.client.orchestration import SyncPrefectClient, get_client
-from prefect.concurrency.asyncio import ConcurrencySlotAcquisitionError
 from prefect.concurrency.sync import concurrency
 from prefect.deployments import run_deployment
 from prefect.runtime import flow_run
@@ -77,7 +76,7 @@ def pipeline(
         train: how to train.
         evaluate: predictions, numbers, figures.
         promote: the registry gate.
-        hours: that a stage may take, after which it stops with a checkpoint; not given: as long as it takes.
+        hours: time limit of a stage, which then stops with a checkpoint; no limit if not given.
     """
     sections = {
         "dataset": dataset, "split": split, "validate": validate, "preprocess": preprocess, "model": model,
@@ -94,7 +93,7 @@ def evaluation(of: str, evaluate: EvaluateOverrides = EvaluateOverrides(), hours
     Args:
         of: the DVC experiment or commit that holds it.
         evaluate: overrides of predictions, numbers, figures.
-        hours: that a stage may take.
+        hours: time limit of a stage.
     """
     _run(("evaluate", "promote"), {"evaluate": overrides.given(evaluate)}, hours, of)
 
@@ -106,7 +105,7 @@ def promotion(of: str, promote: PromoteOverrides = PromoteOverrides(), hours: Ho
     Args:
         of: the DVC experiment or commit that holds it.
         promote: overrides of the registry gate.
-        hours: that a stage may take.
+        hours: time limit of a stage.
     """
     _run(("promote",), {"promote": overrides.given(promote)}, hours, of)
 
@@ -196,11 +195,13 @@ def _run(
     stages: Sequence[str], changes: Mapping[str, Any], hours: float | None, of: str | None = None,
     end: Callable[[], object] | None = None,
 ) -> None:  # fmt: skip
-    """Brings stages up to date and shows what they found; `end` is done in the same folder."""
+    """Bring stages up to date and show their results; `end` is called in the same folder."""
     with _workspace(changes, of, stages if stages[-1] != STAGES[-1] else ()):
         for stage in stages:
-            with _alone() if stage == "promote" and working_copy.here() else nullcontext():
-                reproduce(stage, hours)
+            # One promotion at a time, on all machines; in the user's own folder a file lock is enough.
+            alone = stage == "promote" and working_copy.here()
+            with concurrency(PROMOTING, strict=True) if alone else nullcontext():
+                reproduce.with_options(timeout_seconds=hours and hours * 3600)(stage)
         if "evaluate" in stages:
             run_artifacts.show_numbers()
         if "promote" in stages:
@@ -211,21 +212,22 @@ def _run(
 
 @contextmanager
 def _workspace(changes: Mapping[str, Any], of: str | None, stages: Sequence[str]) -> Iterator[None]:
-    """The folder in which a run works, params.yaml changed; a working copy is saved as an experiment at the end.
+    """Prepare the current folder for a run, params.yaml changed; save a workspace as an experiment at the end.
 
     Args:
         changes: by section.
-        of: experiment or commit to begin from.
-        stages: whose results there are at the end; none: those of all.
+        of: experiment or commit to start from.
+        stages: whose results there are at the end; empty for all.
     """
     if not working_copy.here():
         if of is not None:
-            raise UserError(f"{of} is brought into a working copy; here `dvc exp apply {of}` and `dvc repro` do that")
+            raise UserError(f"{of} is evaluated in a workspace; here use `dvc exp apply {of}` and `dvc repro`")
         with FileLock(".prefect/pipeline.lock"), overrides.applied(paths.PARAMS, changes):  # one run in a folder
             check.repair()
             yield
         return
-    with working_copy.alone():
+    with working_copy.exclusive():
+        cut_off.mend()
         if of is not None:
             working_copy.go_to(of)
         overrides.apply(paths.PARAMS, changes)
@@ -234,14 +236,4 @@ def _workspace(changes: Mapping[str, Any], of: str | None, stages: Sequence[str]
         name = keep(f"{flow_run.name}-{str(flow_run.id)[:8]}", stages)
         run_artifacts.show_experiment(name, working_copy.repository())
         run_artifacts.show_links()
-        working_copy.end()
-
-
-@contextmanager
-def _alone() -> Iterator[None]:
-    """No other run promotes meanwhile, on any machine."""
-    try:
-        with concurrency(PROMOTING, strict=True):
-            yield
-    except ConcurrencySlotAcquisitionError as error:
-        raise UserError(f"Prefect has no concurrency limit {PROMOTING}; `make deploy` makes it ({error})") from error
+        working_copy.finish()

@@ -1,13 +1,17 @@
-"""One stage of the pipeline as a Prefect task: `dvc repro` in a process of its own, its output going to the log."""
+"""One stage of the pipeline as a Prefect task: `dvc repro` in a process of its own, whose output goes to the run's log.
+
+DVC does not pass on with which status a stage failed. So Prefect repeats a failed stage once, whatever the cause, and a
+transfer from or to DVC's remote four times: a server that was away may be back by then.
+"""
 
 from __future__ import annotations
 
 import os
-import re
 import signal
 import subprocess
 import sys
 import threading
+from collections import deque
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -15,29 +19,17 @@ from typing import Any
 from prefect import State, task
 from prefect.runtime import flow_run
 
-from fadeformer.errors import PassingError
 from fadeformer.files import read_json
 from pipelines import paths, working_copy
 
-GRACE = 15.0  # seconds that a stage may take to end; Prefect's worker gives the whole run 30
-PAUSES = [15.0, 30.0, 60.0, 120.0]  # seconds before each further attempt
-PASSING = re.compile(rf"exited with {os.EX_TEMPFAIL}\b")  # as DVC tells of a stage that may go well next time
-OF_A_REMOTE = re.compile(r"ERROR: (unexpected error - |failed to (connect|download|fetch|pull|transfer)\b)")
+GRACE = 15.0  # seconds that a stage may take to stop; Prefect's worker gives the whole run 30
+TRANSFER: dict[str, Any] = {"persist_result": False, "retries": 4, "retry_delay_seconds": [15, 30, 60, 120]}
+
+pull = task(working_copy.pull, name="bring results", task_run_name="bring results", **TRANSFER)
+keep = task(working_copy.keep, name="keep results", task_run_name="keep results", **TRANSFER)
 
 
-def _may_pass(task: object, run: object, state: State[Any]) -> bool:
-    """Whether another attempt makes sense: not of a shut data gate, a wrong file or a diverged training."""
-    return isinstance(state.data, PassingError)
-
-
-RETRIED: dict[str, Any] = {
-    "persist_result": False, "retries": len(PAUSES), "retry_delay_seconds": PAUSES, "retry_condition_fn": _may_pass,
-}  # fmt: skip
-pull = task(working_copy.pull, name="bring results", task_run_name="bring results", **RETRIED)
-keep = task(working_copy.keep, name="keep results", task_run_name="keep results", **RETRIED)
-
-
-@task(name="note the trial", task_run_name="note the trial", **RETRIED)
+@task(name="note the trial", task_run_name="note the trial", **TRANSFER)
 def note_trial(parent: str, number: int) -> None:
     """Sees to it that a trial has an MLflow run, also where DVC took its training from the cache."""
     from pipelines import sweep_runs  # takes a while to import
@@ -45,67 +37,56 @@ def note_trial(parent: str, number: int) -> None:
     sweep_runs.nest(parent, number, read_json(paths.RUN)["mlflow_run_id"])
 
 
-@task(task_run_name="{stage}", **RETRIED)
-def reproduce(stage: str, hours: float | None = None) -> None:
-    """Brings one stage up to date by DVC; a signal to end goes on to DVC and the stage.
+def _failed_in_time(task: object, run: object, state: State[Any]) -> bool:
+    return not isinstance(state.data, TimeoutError)
 
-    Args:
-        stage: its name.
-        hours: after which it is asked to end, as a signal would; training writes a checkpoint first.
+
+@task(
+    task_run_name="{stage}", persist_result=False, retries=1, retry_delay_seconds=60, retry_condition_fn=_failed_in_time
+)
+def reproduce(stage: str) -> None:
+    """Bring one stage up to date with DVC.
+
+    DVC and the stage get SIGTERM when the run is cancelled or the task's time is over; training writes a checkpoint.
 
     Raises:
-        PassingError: what the stage needs, or DVC's remote, does not answer; it is tried again.
-        RuntimeError: it failed, or took too long.
+        RuntimeError: the stage failed.
     """
-    pulls = working_copy.here() and working_copy.has_remote()
-    command = [sys.executable, "-m", "dvc", "repro", *(["--pull"] if pulls else []), stage]
-    search = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
-    name = flow_run.name if working_copy.here() else None  # where each trains a model of its own
+    in_copy = working_copy.here()
+    options = ["--pull"] if in_copy and working_copy.has_remote() else []
+    programs = str(Path(sys.executable).parent)
     process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        [sys.executable, "-m", "dvc", "repro", *options, stage],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         env={
-            **os.environ, "PATH": search,
-            **({"MLFLOW_RUN_NAME": name} if name else {}),
-            "PYTHONUNBUFFERED": "1",  # else a pipe holds lines back, and a run's page shows them late and in disorder
+            **os.environ, "PATH": os.pathsep.join([programs, os.environ.get("PATH", "")]),
+            "PYTHONUNBUFFERED": "1",  # else the lines of a run's page come late and out of order
+            **({"MLFLOW_RUN_NAME": flow_run.name} if in_copy and flow_run.name else {}),
         },
-        start_new_session=True,  # a group of their own, so that a signal reaches DVC, its shell and the stage
+        start_new_session=True,  # one process group, so that a signal reaches DVC, its shell and the stage
+        close_fds=False,  # DVC inherits the lock of the workspace
     )  # fmt: skip
-    clock = threading.Timer(hours * 3600, _signal, [process, signal.SIGTERM]) if hours else None
     try:
-        if clock:
-            clock.start()
-        printed = _print(process)
-    except BaseException:  # Prefect's TerminationSignal when the run is cancelled or its worker stops, or Ctrl-C
+        last_lines = _print(process)
+    except BaseException:  # Prefect's TerminationSignal or time-out, or Ctrl-C
         _terminate(process)
         raise
-    finally:
-        late = clock is not None and clock.finished.is_set()
-        if clock:
-            clock.cancel()
-    if process.wait() == 0:
-        return
-    if late:
-        raise RuntimeError(f"stage {stage} had not ended after {hours:g} h; run again to go on from where it was")
-    told = next((line for line in printed if line.startswith(("ERROR: ", f"{stage}: "))), (printed or [""])[-1])
-    if any(PASSING.search(line) for line in printed):
-        raise PassingError(told)
-    if pulls and OF_A_REMOTE.match(told) and not working_copy.IN_VAIN.search(told):
-        raise PassingError(told)
-    raise RuntimeError(f"stage {stage} failed: {told}")
+    if process.wait() != 0:
+        raise RuntimeError(f"stage {stage} failed:\n{last_lines}")
 
 
-def _print(process: subprocess.Popen[str]) -> list[str]:
-    """Prints what a process and those below it print, until all have ended, and gives the last lines."""
-    last: list[str] = []
+def _print(process: subprocess.Popen[str]) -> str:
+    """Print the output of a process and its children until all have exited; return the last lines."""
+    last: deque[str] = deque(maxlen=5)
     for line in process.stdout or ():
         if line.strip():
             print(line.rstrip())
-            last = [*last[-20:], line.strip()]
-    return last
+            last.append(line.rstrip())
+    return "\n".join(last)
 
 
 def _terminate(process: subprocess.Popen[str]) -> None:
-    """Asks a group of processes to end and waits until they have: training writes a checkpoint first."""
+    """Ask a process group to stop and wait until it has: training writes a checkpoint first."""
     last_resort = threading.Timer(GRACE, _signal, [process, signal.SIGKILL])
     last_resort.start()
     _signal(process, signal.SIGTERM)

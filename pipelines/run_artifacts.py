@@ -64,18 +64,10 @@ def show_links() -> None:
     if server is None:
         return
     run_id = run["mlflow_run_id"]
-    experiment = run.get("mlflow_experiment_id") or _experiment_of(run_id)
-    page = RUN_PAGE.format(server=server, experiment=experiment, run=run_id)
+    page = RUN_PAGE.format(server=server, experiment=run["mlflow_experiment_id"], run=run_id)
     create_link_artifact(page, key="mlflow-run", link_text="MLflow run", description=f"MLflow run {run_id}")
     if paths.REPORT.is_file():  # a trial of a sweep has none
         create_link_artifact(f"{page}/artifacts/{paths.REPORT.name}", key="report", link_text="Report")
-
-
-def _experiment_of(run_id: str) -> str:
-    """The id of a run's experiment, which trainings of earlier versions did not note."""
-    from pipelines import tracking  # with MLflow, which takes seconds and is seldom wanted here
-
-    return tracking.experiment_of(run_id)
 
 
 def show_experiment(name: str, repository: str) -> None:

@@ -1,240 +1,174 @@
-"""The working copy of a deployment run: the project at one commit, with a workspace and a DVC lock of its own.
+"""The workspace of a deployment run: a git clone of the project at one commit, with a DVC lock of its own.
 
-Copies lie in `.cache/runs/` of a home: the project itself where it lies on this machine, else `FADEFORMER_HOME`. They
-share its DVC cache, its checkpoints of trainings that were begun and, without an MLflow server, its store and ledger. A
-copy is named by its Prefect run, so that a run that is started again, after its worker was killed, finds it again. What
-a run made is saved as a DVC experiment, and pushed to where the copy came from.
+Workspaces are in `.cache/runs/` of the home: `FADEFORMER_HOME`, or the project's folder if it is on this machine. They
+share the home's DVC cache, its training checkpoints and, without an MLflow server, its store and ledger. A workspace is
+named by its flow run, so a run that is scheduled again after a crash continues in it. The results of a run are saved as
+a DVC experiment and pushed to the repository.
 """
 
 from __future__ import annotations
 
-import json
+import fcntl
 import os
-import re
 import shutil
 import subprocess
-import sys
-import tempfile
 from collections.abc import Iterator, Sequence
+from configparser import ConfigParser
 from contextlib import contextmanager
-from functools import cache
 from pathlib import Path
+from urllib.parse import urlsplit
 
-from filelock import FileLock, Timeout
-
-from fadeformer.errors import PassingError, UserError
+from fadeformer.errors import UserError
 from fadeformer.files import read_json, write_json
 from pipelines import check
 from pipelines.places import COPY, RUNS
 
-LOCK = Path(".cache/alone.lock")  # in a copy, of the process that works there
-ENDED = Path(".cache/ended")  # in a copy whose run has ended well: the next one removes it
-MOST = 5  # starts of one run, each but the first after a crash
-PASSWORD = re.compile(r"://[^/@]*:[^/@]*@")
-SAVE_AND_PUSH = """
-import json, sys
-from dvc.cli import main
-save, push = json.loads(sys.argv[1])
-sys.exit(main(save) and 3 or main(push))
-"""  # in one process, as DVC takes seconds to begin
-NOT_SAVED = "failed with status 3:"  # the first of the two
-# What the same attempt would end with once more: a remote that is not there, may not be used, or lacks a package.
-IN_VAIN = re.compile(
-    r"access ?denied|forbidden|\b40[13]\b|no ?such ?bucket|credential|SignatureDoesNotMatch|InvalidAccessKey"
-    r"|permission denied|is supported, but requires|does not (appear to be|exist)",
-    re.IGNORECASE,
-)
+LOCK = Path(".cache/run.lock")  # in a workspace, held by the run that works there
+FINISHED = Path(".cache/finished")  # in a workspace that is no longer needed: the next run removes it
+MAX_STARTS = 5  # of one run, each but the first after a crash
 
 
 def check_out(repository: str, revision: str) -> dict[str, str]:
-    """Prefect's pull step: makes the working copy of the present run, or finds it, and works in it from then on.
+    """Clone the repository for the current flow run, or find the clone of an earlier start; a pull step of Prefect.
 
     Args:
         repository: folder or address of the git repository.
-        revision: commit, branch or tag.
+        revision: commit, by its full hash.
 
     Returns:
-        `directory`: the copy.
+        `directory`: the workspace, which is the current directory from then on.
 
     Raises:
-        UserError: there is no such repository or commit, this machine has no home for copies, or the run has crashed
-            too often.
+        UserError: there is no such repository or commit, this machine has no home for workspaces, or the run has
+            crashed too often.
     """
-    from prefect.runtime import flow_run  # the stages know no Prefect
+    from prefect.runtime import flow_run  # the stages do not import Prefect
 
     if not flow_run.id:
-        raise UserError("a working copy belongs to a run of a deployment; start one with `prefect deployment run`")
-    if flow_run.run_count > MOST:
-        raise UserError(f"the run has crashed {MOST} times; its log tells where, and what it left is kept")
-    copy = make(repository, revision, str(flow_run.id))
-    os.chdir(copy)
-    return {"directory": str(copy)}
+        raise UserError("a workspace belongs to a run of a deployment; start one with `prefect deployment run`")
+    if flow_run.run_count > MAX_STARTS:
+        raise UserError(f"the run has crashed {MAX_STARTS} times; see its log. Its workspace {flow_run.id} is kept")
+    return {"directory": str(make(repository, revision, str(flow_run.id)))}
 
 
 def make(repository: str, revision: str, name: str) -> Path:
-    """Makes a copy, or finds it; removes those whose runs have ended well."""
-    runs = _home(repository) / RUNS
-    runs.mkdir(parents=True, exist_ok=True)
-    copy = runs / name
-    with FileLock(runs / ".lock"):
-        for other in runs.iterdir():
-            if other != copy and (other / ENDED).exists():
-                shutil.rmtree(other)
-        if not copy.exists():
-            begun = Path(tempfile.mkdtemp(dir=runs, prefix=".begun."))
-            try:
-                _clone(repository, revision, begun)
-                begun.rename(copy)
-            finally:
-                shutil.rmtree(begun, ignore_errors=True)
-    return copy
+    """Make or find a workspace and change to it; remove those of finished runs."""
+    if urlsplit(repository).password:
+        raise UserError("the address of the repository contains a password; use git's credential helper instead")
+    home = _home(repository)
+    workspace = home / RUNS / name
+    workspace.parent.mkdir(parents=True, exist_ok=True)
+    for finished in workspace.parent.glob(f"*/{FINISHED}"):
+        shutil.rmtree(finished.parents[1], ignore_errors=True)  # another run that starts now may remove it too
+    if not (workspace / COPY).is_file():
+        if workspace.exists():  # the process was killed while it cloned
+            shutil.rmtree(workspace)
+        _clone(repository, revision, workspace, home)
+    os.chdir(workspace)
+    return workspace
 
 
 @contextmanager
-def alone() -> Iterator[None]:
-    """No other process works in the copy meanwhile: one whose heartbeats were lost is taken for dead, and may live.
+def exclusive() -> Iterator[None]:
+    """Lock the workspace until this process and every dvc process that it starts have exited.
 
-    DVC files that a kill has damaged are repaired.
+    An earlier start of this run may still be working: its heartbeats were lost, or only its flow was killed.
     """
-    lock = FileLock(LOCK)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        print("this run was begun before and still works; what it leaves undone is done here, once it has ended")
-        lock.acquire()
-    try:
+    with LOCK.open("w") as file:
+        os.set_inheritable(file.fileno(), True)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print("an earlier start of this run is still working; waiting until it has finished", flush=True)
+            fcntl.flock(file, fcntl.LOCK_EX)
         check.repair()
         yield
-    finally:
-        lock.release()
 
 
 def here() -> bool:
-    """Whether this process works in a copy."""
+    """Return True if the current directory is a workspace."""
     return COPY.is_file()
 
 
-def go_to(what: str) -> None:
-    """Brings the copy to another commit, or to a DVC experiment by its name.
+def go_to(revision: str) -> None:
+    """Bring the files of the workspace to those of another commit, or of a DVC experiment by its name.
+
+    `dvc exp apply` would need the results in DVC's cache; here `pull` and `dvc repro` bring those that are needed.
 
     Raises:
         UserError: the repository has neither.
     """
-    _git("fetch", "--quiet", "origin", "+refs/heads/*:refs/remotes/origin/*", "+refs/exps/*:refs/exps/*")
-    experiments = _git("for-each-ref", "--format=%(refname)", f"refs/exps/*/*/{what}").split()
-    if len(experiments) > 1:
-        raise UserError(f"{what} names several experiments; name one by its commit: {', '.join(experiments)}")
-    if experiments:  # git has its plots too, which in a workspace are DVC's alone
-        _git("checkout", "--quiet", "--force", "--detach", f"{experiments[0]}^")
-        _git("checkout", "--quiet", experiments[0], "--", ".")
-        _git("reset", "--quiet")
-        return
-    for candidate in (what, f"origin/{what}"):
-        if _git("rev-parse", "--quiet", "--verify", f"{candidate}^{{commit}}", check=False).strip():
-            _git("checkout", "--quiet", "--force", "--detach", candidate)
-            return
-    origin = repository()
-    raise UserError(f"{origin} has no experiment or commit {what}; `dvc exp list {origin}` tells what there is")
+    _run("git", "fetch", "--quiet", "origin", "+refs/heads/*:refs/heads/*", "+refs/exps/*:refs/exps/*")
+    newest = ("--sort=-creatordate", "--count=1", "--format=%(objectname)")
+    experiment = _run("git", "for-each-ref", *newest, f"refs/exps/*/*/{revision}").strip()
+    _run("git", "restore", f"--source={experiment or revision}", "--", ".")
 
 
 def repository() -> str:
-    """Where the copy came from."""
+    """Return the folder or address that the workspace was cloned from."""
     return str(read_json(COPY)["repository"])
 
 
 def has_remote() -> bool:
-    """Whether DVC has a default remote, which results are pulled from and pushed to."""
-    return _has_remote(Path.cwd())
-
-
-@cache
-def _has_remote(copy: Path) -> bool:
-    """Asked once, as DVC takes seconds to begin, and a run asks before each stage."""
-    return bool(_run("dvc", "config", "core.remote", cwd=copy, check=False).strip())
+    """Return True if DVC has a default remote, which results are pulled from and pushed to."""
+    config = ConfigParser()
+    config.read([".dvc/config", ".dvc/config.local"])
+    return config.has_option("core", "remote")
 
 
 def pull() -> None:
-    """Brings what the copy's dvc.lock and DVC's run cache name from the default remote, if there is one.
-
-    Raises:
-        PassingError: it does not answer.
-    """
+    """Fetch the results named by dvc.lock and DVC's run cache from the default remote, if there is one."""
     if has_remote():
-        with _passing():
-            _run("dvc", "pull", "--run-cache", "--allow-missing")
+        _run("dvc", "pull", "--run-cache", "--allow-missing")
 
 
 def keep(name: str, stages: Sequence[str] = ()) -> str:
-    """Saves parameters and results as a DVC experiment, pushes it, and the results to DVC's remote if there is one.
+    """Save parameters and results as a DVC experiment; push it, and the results to DVC's remote if there is one.
 
     Args:
         name: of the experiment; one of that name is replaced.
-        stages: whose results there are; not given: those of all.
-
-    Raises:
-        PassingError: a remote does not answer.
+        stages: whose results to save; empty for all.
     """
-    save = ["exp", "save", "--force", "--name", name, *stages]
-    push = ["exp", "push", "--force", "--run-cache" if has_remote() else "--no-cache", "origin", name]
-    with _passing():
-        _run(sys.executable, "-c", SAVE_AND_PUSH, json.dumps([save, push]), called="dvc exp save, dvc exp push")
+    _run("dvc", "exp", "save", "--force", "--name", name, *stages)
+    _run("dvc", "exp", "push", "--force", "--run-cache" if has_remote() else "--no-cache", "origin", name)
     return name
 
 
-def end() -> None:
-    """Notes that the run of this copy has ended well."""
-    ENDED.touch()
+def finish() -> None:
+    """Mark the workspace as no longer needed."""
+    FINISHED.touch()
 
 
 def _home(repository: str) -> Path:
-    if PASSWORD.search(repository):
-        raise UserError("the repository's address holds a password; leave it to git's credential helper")
-    named = os.environ.get("FADEFORMER_HOME")
-    if named:
-        return Path(named).resolve()
-    folder = Path(repository)
-    if folder.is_dir():
-        return folder.resolve()
-    raise UserError(
-        f"{repository} is no folder of this machine; set FADEFORMER_HOME for this worker, to the folder that is to hold"
-        " working copies, checkpoints and DVC's cache"
-    )
+    home = os.environ.get("FADEFORMER_HOME")
+    if not home and not Path(repository).is_dir():
+        raise UserError(
+            f"{repository} is not a folder of this machine; set FADEFORMER_HOME for this worker, to the folder for"
+            " workspaces, checkpoints and DVC's cache"
+        )
+    return Path(home or repository).resolve()
 
 
-def _clone(repository: str, revision: str, folder: Path) -> None:
-    home = _home(repository)
-    _git("clone", "--quiet", "--no-checkout", repository, str(folder), cwd=home)
-    found = _git("rev-parse", "--quiet", "--verify", f"{revision}^{{commit}}", cwd=folder, check=False).strip()
-    if not found:
-        raise UserError(f"{repository} has no commit {revision}; push it, then run again")
-    _git("checkout", "--quiet", "--detach", found, cwd=folder)
-    for key, fallback in (("user.name", "FadeFormer run"), ("user.email", "run@localhost")):  # whose experiments are
-        if not _git("config", key, cwd=folder, check=False).strip():
-            _git("config", key, fallback, cwd=folder)
-    settings = home / ".dvc" / "config.local"
-    if settings.is_file():  # such as a remote's address on this machine
-        shutil.copy(settings, folder / ".dvc" / settings.name)
-    _run("dvc", "config", "--local", "cache.dir", str(home / ".dvc" / "cache"), cwd=folder)
-    write_json(folder / COPY, {"repository": repository, "revision": found})
+def _clone(repository: str, commit: str, workspace: Path, home: Path) -> None:
+    from prefect.deployments.steps import git_clone
 
-
-@contextmanager
-def _passing() -> Iterator[None]:
-    """What reaches for a remote in the block may go well next time."""
+    os.chdir(workspace.parent)  # Prefect clones into the current directory
     try:
-        yield
-    except UserError as error:
-        raise error if NOT_SAVED in str(error) or IN_VAIN.search(str(error)) else PassingError(str(error)) from error
+        git_clone(repository, commit_sha=commit, clone_directory_name=workspace.name)
+    except (RuntimeError, ValueError, subprocess.CalledProcessError) as error:
+        raise UserError(f"{repository}: cannot clone commit {commit}; push it, then run again ({error})") from error
+    for key, value in (("name", "FadeFormer run"), ("email", "run@localhost")):
+        _run("git", "config", f"user.{key}", value, cwd=workspace)  # the author of its experiments
+    settings = home / ".dvc" / "config.local"
+    if settings.is_file():  # such as the address of a remote for this machine
+        shutil.copy(settings, workspace / ".dvc")
+    _run("dvc", "config", "--local", "cache.dir", str(home / ".dvc" / "cache"), cwd=workspace)
+    write_json(workspace / COPY, {"repository": repository, "revision": commit})
 
 
-def _git(*words: str, cwd: Path | None = None, check: bool = True) -> str:
-    return _run("git", *words, cwd=cwd, check=check)
-
-
-def _run(*command: str, cwd: Path | None = None, check: bool = True, called: str | None = None) -> str:
+def _run(*command: str, cwd: Path | None = None) -> str:
+    """Run a command and return its output."""
     done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False)
-    if check and done.returncode != 0:
-        told = [line for line in (done.stdout + done.stderr).splitlines() if line.strip()]
-        cause = next((line for line in told if line.startswith(("ERROR", "fatal"))), told[-1] if told else "")
-        raise UserError(f"`{called or ' '.join(command[:3])}` failed with status {done.returncode}: {cause}")
+    if done.returncode != 0:
+        raise UserError(f"`{' '.join(command[:3])}` failed with status {done.returncode}: {done.stderr.strip()}")
     return done.stdout

@@ -1,10 +1,9 @@
 """What the page of a deployment run says: where its MLflow run is for a browser, and how to have its results."""
 
-import mlflow
 import pytest
 
 from fadeformer.files import write_json
-from pipelines import paths, places, run_artifacts, store
+from pipelines import paths, run_artifacts
 
 SERVER = "http://mlflow:5000"
 
@@ -49,16 +48,6 @@ def test_there_are_none_without_a_server_and_none_to_a_report_that_is_not_there(
     paths.REPORT.unlink()
     run_artifacts.show_links()
     assert shown.keys() == {"mlflow-run"}
-
-
-def test_the_experiment_of_a_training_that_did_not_note_it_is_asked_for(shown, monkeypatch):
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    experiment = store.connect()
-    with mlflow.start_run(experiment_id=experiment) as run:
-        write_json(paths.RUN, {"mlflow_run_id": run.info.run_id})
-    monkeypatch.setattr(places, "pages", lambda: SERVER)
-    run_artifacts.show_links()
-    assert shown["mlflow-run"] == f"{SERVER}/#/experiments/{experiment}/runs/{run.info.run_id}"
 
 
 def test_an_experiment_is_applied_where_it_is_and_pulled_from_elsewhere(shown, tmp_path):

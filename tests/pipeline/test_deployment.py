@@ -140,11 +140,8 @@ def model_of(project: Project, experiment: str) -> list[dict]:
     return lock["stages"]["train"]["outs"]
 
 
-def test_the_run_ends_completed(finished):
+def test_parameters_and_results_are_an_experiment_and_the_users_folder_is_as_it_was(project, finished, experiment):
     assert "Completed" in finished
-
-
-def test_its_parameters_and_results_are_an_experiment_and_the_users_folder_is_as_it_was(project, experiment):
     assert experiment.startswith("first-")
     changed = project.run("git", "diff", "--unified=0", f"main..{commit_of(project, experiment)}", "--", "params.yaml")
     lines = [line.split("#")[0].split() for line in changed.splitlines() if line.startswith(("+ ", "- "))]
