@@ -168,6 +168,19 @@ def orchestrated() -> Iterator[str]:
         give_up()
 
 
+@contextmanager
+def temporary_server() -> Iterator[str]:
+    """A Prefect server for the duration of a command; `PREFECT_API_URL` names it."""
+    with orchestrated() as address:
+        given = os.environ.get("PREFECT_API_URL")
+        os.environ["PREFECT_API_URL"] = address
+        try:
+            yield address
+        finally:
+            if given is None:
+                del os.environ["PREFECT_API_URL"]
+
+
 def give_up() -> None:
     """Ends a server that was begun, of a stage that ends before its flow does."""
     while _started:

@@ -18,8 +18,7 @@ from prefect import State, task
 from prefect.runtime import flow_run
 
 from fadeformer.errors import PassingError
-from fadeformer.files import read_json
-from pipelines import orchestrator, paths, working_copy
+from pipelines import orchestrator, working_copy
 
 GRACE = 15.0  # seconds that a stage may take to end; Prefect's worker gives the whole run 30
 PAUSES = [15.0, 30.0, 60.0, 120.0]  # seconds before each further attempt
@@ -37,14 +36,6 @@ RETRIED: dict[str, Any] = {
 }  # fmt: skip
 pull = task(working_copy.pull, name="bring results", task_run_name="bring results", **RETRIED)
 keep = task(working_copy.keep, name="keep results", task_run_name="keep results", **RETRIED)
-
-
-@task(name="note the trial", task_run_name="note the trial", **RETRIED)
-def note_trial(parent: str, number: int) -> None:
-    """Sees to it that a trial has an MLflow run, also where DVC took its training from the cache."""
-    from pipelines import sweep_runs  # takes a while to import
-
-    sweep_runs.nest(parent, number, read_json(paths.RUN)["mlflow_run_id"])
 
 
 @task(task_run_name="{stage}", **RETRIED)

@@ -11,7 +11,7 @@ from fadeformer import comparison
 from fadeformer.complexity import Cost
 from fadeformer.numerals import told
 from fadeformer.predictions import Predictions
-from pipelines.tables.grid import Grid
+from pipelines.experiments.grid import Grid
 
 PUBLISHED = ("dataset", "resolution", "method", "auc", "accuracy", "balanced_accuracy", "comparable", "reason")
 Trained = Mapping[tuple[str, str], Mapping[int, Predictions]]  # predictions on test by set and network, by seed
@@ -65,7 +65,7 @@ def _head(setting: Setting) -> str:
     versions = "one version" if len(setting.codes) == 1 else f"{len(setting.codes)} versions"
     lines = [
         "# Tables", "", "```sh", setting.command, "```", "",
-        f"Trained and judged in {setting.seconds / 60:.0f} minutes of cells, by {versions} of the code"
+        f"Trained and evaluated in {setting.seconds / 60:.0f} minutes of runs, by {versions} of the code"
         f" ({', '.join(setting.codes) or 'none yet'}), on: {machines}.",
     ]  # fmt: skip
     if setting.missing:

@@ -1,9 +1,10 @@
-"""What is trained for the tables: sets x networks x seeds, as a strict YAML file over params.yaml."""
+"""Grids: data sets x networks x seeds, as a strict YAML file of overrides of params.yaml, and their runs."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast
 
@@ -15,11 +16,14 @@ from fadeformer import params
 from fadeformer.errors import UserError
 from fadeformer.explain import explain
 from fadeformer.params import Params
-from pipelines import overrides, preset
+from pipelines import overrides, paths, preset
+from pipelines.experiments.engine import DATA as DATA_SECTIONS
+from pipelines.experiments.engine import Run, State, Status, digest
+from pipelines.experiments.results import Result
 
 SHIPPED = Path(__file__).resolve().parent
 DATA = "{data}"  # in a value of a grid: the folder that --data names
-Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")]  # a folder is called so
+Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")]  # part of the name of a DVC experiment
 Overrides: Any = overrides.partial(params.Params)
 
 
@@ -116,7 +120,8 @@ def load(path: Path) -> Grid:
         raise UserError(f"{path}: cannot be read as YAML: {error}") from error
     if not isinstance(values, Mapping):
         raise UserError(f"{path}: must hold a grid: {', '.join(Grid.model_fields)}")
-    values, kinds = dict(values), {"sets": Images, "networks": Network}
+    values = dict(values)
+    kinds: dict[str, type[BaseModel]] = {"sets": Images, "networks": Network}
     for part, kind in kinds.items():
         if isinstance(values.get(part), Mapping):
             values[part] = {
@@ -134,11 +139,102 @@ def _checked(kind: type[BaseModel], value: Any, where: str) -> BaseModel:
 
 
 def cells(grid: Grid) -> Iterator[Cell]:
-    """All of them: a set after the other, and there a seed after the other, so that the first tables come early."""
+    """All cells, set after set and seed after seed, so that the first tables come early."""
     for images in grid.sets:
         for seed in grid.seeds:
             for network in grid.networks:
                 yield Cell(images, network, seed)
+
+
+@dataclass
+class GridPlan:
+    """The runs of a grid: the data stages once for each set, then each cell of it.
+
+    A cell is trained again if the parameters that decide its training, or its data, have changed. Another version of
+    the code is reported in the tables and is no reason: a comment would train the whole grid again.
+
+    Attributes:
+        name: of the grid.
+        grid: its definition.
+        data: what `{data}` in the grid stands for.
+        say: prints a line.
+        finished: results of sets and cells, by name.
+        failed: why a set or a cell is not finished, by name.
+        seconds: that runs of this process took, by name of the experiment.
+    """
+
+    name: str
+    grid: Grid
+    data: Path | None
+    say: Callable[[str], None] = print
+    finished: dict[str, Result] = field(default_factory=dict)
+    failed: dict[str, str] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Checks the parameters of all sets and cells.
+
+        Raises:
+            UserError: some are not valid.
+        """
+        problems: dict[str, str] = {}
+        self._waiting: list[str | Cell] = [*self.grid.sets, *cells(self.grid)]
+        for of in self._waiting:
+            try:
+                self.config(of)
+            except UserError as error:
+                problems.setdefault(str(error), str(of))
+        if problems:
+            raise UserError("\n".join(f"{name}: {problem}" for problem, name in problems.items()))
+        self._running: dict[Run, str | Cell] = {}
+
+    def config(self, of: str | Cell) -> Params:
+        """All parameters of a set or a cell."""
+        cell = Cell(of, "", 0) if isinstance(of, str) else of
+        network, seed = (cell.network, cell.seed) if cell.network else (None, None)
+        changed = changes(self.grid, cell.images, network, seed, self.data)
+        return params.parse(_merged(self._base, changed), f"{paths.PARAMS} with the overrides of {of}")
+
+    @cached_property
+    def _base(self) -> dict[str, Any]:
+        return params.load(paths.PARAMS).nested()
+
+    def next(self) -> Run | None:
+        """The data of a set, or a cell whose data are ready."""
+        for of in list(self._waiting):
+            if isinstance(of, Cell) and of.images in self.failed:
+                self.failed[str(of)] = f"the data of {of.images} are not ready"
+                self._waiting.remove(of)
+            elif isinstance(of, str) or of.images in self.finished:
+                self._waiting.remove(of)
+                run = self._run(of)
+                self._running[run] = of
+                return run
+        return None
+
+    def _run(self, of: str | Cell) -> Run:
+        config = self.config(of)
+        if isinstance(of, str):
+            return Run(f"{self.name}-{of}-{digest(config, DATA_SECTIONS)}", config.nested(), until="preprocess")
+        return Run(f"{self.name}-{str(of).replace('/', '-')}-{digest(config)}", config.nested())
+
+    def hopeless(self, run: Run) -> bool:
+        """No cell is: all are compared."""
+        return False
+
+    def ended(self, run: Run, status: Status) -> None:
+        """Takes note of a set whose data are ready, of a finished cell, or of a failure; the other runs go on."""
+        of = self._running.pop(run)
+        if status.state is State.COMPLETED and status.result:
+            self.finished[str(of)] = status.result
+            if status.seconds is None:
+                return
+            self.seconds[status.result.name] = status.seconds
+            outcome = f"{'data are ready' if isinstance(of, str) else 'trained and evaluated'} ({status.seconds:.0f} s)"
+        else:
+            outcome = self.failed[str(of)] = status.message or "stopped"
+        left = sum(isinstance(one, Cell) for one in (*self._waiting, *self._running.values()))
+        self.say(f"{of}: {outcome}; {left} cells are left")
 
 
 def changes(grid: Grid, images: str, network: str | None, seed: int | None, data: Path | None) -> dict[str, Any]:
@@ -164,15 +260,6 @@ def changes(grid: Grid, images: str, network: str | None, seed: int | None, data
     for layer in layers:
         merged = _merged(merged, layer)
     return cast(dict[str, Any], _filled(merged, images, data))
-
-
-def wanted(base: Mapping[str, Any], changed: Mapping[str, Any], source: str) -> Params:
-    """The values of params.yaml with overrides, checked.
-
-    Raises:
-        UserError: the result would not be valid; calls it by `source`.
-    """
-    return params.parse(_merged(base, changed), source)
 
 
 def _merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
