@@ -124,15 +124,15 @@ def grid(
         raise UserError("vary names no values; a grid is such as {'seed': [1, 2, 3]}")
     named = {", ".join(f"{key}={value}" for key, value in row.items()): row for row in rows}
     plan = engine.Listed(
-        engine.Run(name, overrides.nested({**(fixed or {}), **row}), "") for name, row in named.items()
+        {name: engine.Run(name, overrides.nested({**(fixed or {}), **row}), "") for name, row in named.items()}
     )
     runner = runners.PrefectRunner(deployment, lambda run: dict(run.values), group=str(flow_run.id))
     engine.execute(plan, runner, at_once=len(named))
-    table = []
-    for name, row in named.items():
-        completed = plan.statuses[name].state is engine.State.COMPLETED
-        shown = run_artifacts.of_run(runner.ids[name]) if completed else {}
-        table.append({**row, "state": plan.statuses[name].state.value, **shown})
+    states = {name: status.state for name, status in plan.statuses.items()}
+    completed = {
+        name: run_artifacts.of_run(runner.ids[name]) for name in named if states[name] is engine.State.COMPLETED
+    }
+    table = [{**row, "state": states[name].value, **completed.get(name, {})} for name, row in named.items()]
     create_table_artifact(table, key="grid", description=f"{len(table)} runs of {deployment}")
     failed = [row for row in table if row["state"] != "Completed"]
     if failed:

@@ -36,11 +36,13 @@ class Pretended:
         outcome: how a run ends instead, by number.
         away: the next look finds no server.
         most: runs side by side.
+        completed: names of runs that have left an experiment.
     """
 
     def __init__(self, epochs: int = 5, detached: bool = False) -> None:
         self.detached, self.started, self.starts, self.stopped = detached, {}, [], []
         self.outcome: dict[int, State] = {}
+        self.completed: set[str] = set()
         self.away, self.most = False, 0
         self._epochs, self._seen, self._running = epochs, {}, set()
 
@@ -60,6 +62,7 @@ class Pretended:
         state = State.STOPPED if number in self.stopped else self.outcome.get(number, State.RUNNING)
         if state is State.RUNNING and self._seen[number] > self._epochs:
             state = State.COMPLETED
+            self.completed.add(run.name)
         if state is not State.RUNNING:
             self._running.remove(number)
         return Status(state, "out of memory")
@@ -78,14 +81,7 @@ class Pretended:
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch) -> None:
-    """No pauses; a run leaves its experiment when it completes, so none is there before."""
     monkeypatch.setattr(engine, "INTERVAL", 0.0)
-    monkeypatch.setattr(engine, "_result", lambda run: None)
-    monkeypatch.setattr(
-        engine,
-        "_with_result",
-        lambda run, status, seconds: Status(status.state, status.message, 1.0, Result(run.name, "")),
-    )
 
 
 @pytest.fixture
@@ -100,12 +96,14 @@ def planned(tmp_path: Path, wanted: Params):
 
 
 @pytest.fixture
-def search(tmp_path: Path, wanted: Params):
+def search(tmp_path: Path, wanted: Params, monkeypatch):
     """Runs a sweep with pretended runs; gives its study and the lines that it printed."""
 
     def run(plan: Sweep, runner: Pretended, folder: str = "", values: Any = None) -> tuple[Any, list[str]]:
         study, storage = sweep.open_study(tmp_path / folder, plan, wanted)
         said: list[str] = []
+        left = lambda name: Result(name, "") if name in runner.completed else None  # noqa: E731
+        monkeypatch.setattr(engine.results, "find", left)
         trials = sweep.SweepPlan(plan, wanted, study, storage, "parent", values or runner.values, said.append)
         engine.execute(trials, runner, plan.at_once)
         return study, said

@@ -14,7 +14,6 @@ from fadeformer.tasks import TASKS
 from pipelines.experiments import engine, report
 from pipelines.experiments import grid as grids
 from pipelines.experiments.engine import Run, State, Status
-from pipelines.experiments.grid import GridPlan
 from pipelines.experiments.results import Result
 from tests.conftest import Project
 
@@ -44,7 +43,7 @@ def tiny(tmp_path: Path) -> Path:
 def test_the_shipped_grids_are_valid_and_offer_the_networks_of_the_published_tables(tmp_path):
     for name in ("cpu", "paper"):
         grid = grids.load(grids.find(name))
-        GridPlan(name, grid, tmp_path)
+        grids.plan(name, grid, tmp_path)
         assert len(list(grids.cells(grid))) == len(grid.sets) * len(grid.networks) * len(grid.seeds)
     paper = {"fadenet", "vit", "resnet18", "resnet50", "efficientnet_b0", "efficientnet_b4", "deit"}
     assert grid.networks.keys() == paper
@@ -91,7 +90,7 @@ def test_later_overrides_count_and_values_out_of_range_name_their_cells(tiny):
     assert "seed" not in grids.changes(grid, "phantom", None, None, None)
     tiny.write_text(TINY.replace("{model: {fade: null}}", "{train: {probe_epochs: 1}}"))
     with pytest.raises(UserError, match=r"^phantom/vit/0: params\.yaml with .*vit/0: train\.probe_epochs \(1\) and"):
-        GridPlan("tiny", grids.load(tiny), None)
+        grids.plan("tiny", grids.load(tiny), None)
 
 
 def test_a_set_that_needs_the_folder_of_its_files_says_so(tmp_path):
@@ -149,29 +148,32 @@ def name_of(run: Run) -> str:
 def runner(monkeypatch) -> Pretended:
     runner = Pretended()
     monkeypatch.setattr(engine, "INTERVAL", 0.0)
-    monkeypatch.setattr(engine.results, "find", lambda name, needed: runner.finished.get(name))
+    monkeypatch.setattr(engine.results, "find", runner.finished.get)
     return runner
 
 
-def finish(tiny: Path, runner: Pretended, jobs: int = 1) -> tuple[GridPlan, list[str], list[str]]:
-    """Runs a grid: its plan, what ran, what was printed."""
+def finish(tiny: Path, runner: Pretended, jobs: int = 1) -> tuple[dict[str, Status], list[str], list[str]]:
+    """Runs a grid: how each set and cell ended, what ran, what was printed."""
     said: list[str] = []
-    plan = GridPlan("tiny", grids.load(tiny), None, said.append)
+    plan = grids.plan("tiny", grids.load(tiny), None, said.append)
     runner.ran = []
     engine.execute(plan, runner, jobs)
-    return plan, runner.ran, said
+    return plan.statuses, runner.ran, said
+
+
+def failed(statuses: dict[str, Status]) -> dict[str, str]:
+    return {key: status.message for key, status in statuses.items() if status.result is None}
 
 
 @pytest.mark.parametrize("jobs", [1, 3])
 def test_data_are_prepared_first_and_what_is_finished_does_not_run_again(tiny, runner, jobs):
-    plan, ran, said = finish(tiny, runner, jobs)
+    statuses, ran, said = finish(tiny, runner, jobs)
     assert ran == ["phantom", *CELLS]
-    assert "phantom: data are ready (0 s); 4 cells are left" in said
-    assert said[-1] == "phantom/vit/1: trained and evaluated (0 s); 0 cells are left"
-    assert plan.finished.keys() == {"phantom", *CELLS}
-    plan, ran, said = finish(tiny, runner, jobs)
-    assert (plan.failed, ran, said) == ({}, [], [])
-    assert plan.finished.keys() == {"phantom", *CELLS}
+    assert said == [f"{key}: completed" for key in ran]
+    assert statuses.keys() == {"phantom", *CELLS}
+    statuses, ran, said = finish(tiny, runner, jobs)
+    assert (failed(statuses), ran) == ({}, [])
+    assert said == [f"{key}: finished before" for key in ("phantom", *CELLS)]
 
 
 def test_other_parameters_train_the_cells_that_they_decide(tiny, runner):
@@ -196,39 +198,38 @@ def test_other_content_of_a_users_own_file_trains_all_cells(tiny, runner, tmp_pa
 
 def test_a_cell_that_fails_is_named_and_the_others_are_finished(tiny, runner):
     runner.fails = (CELLS[1],)
-    plan, ran, said = finish(tiny, runner)
+    statuses, ran, said = finish(tiny, runner)
     assert ran == ["phantom", *CELLS]
-    assert plan.failed == {CELLS[1]: "it went wrong"}
-    assert f"{CELLS[1]}: it went wrong; 2 cells are left" in said
-    assert CELLS[1] not in plan.finished
+    assert failed(statuses) == {CELLS[1]: "it went wrong"}
+    assert f"{CELLS[1]}: it went wrong" in said
     runner.fails = ()
     assert finish(tiny, runner)[1] == [CELLS[1]]
 
 
 def test_data_that_cannot_be_prepared_stop_the_cells_of_their_set_alone(tiny, runner):
     other = "  other: {title: Other, accuracy: accuracy, params: {}}\nnetworks:"
-    tiny.write_text(
-        TINY.replace("networks:", other).replace(
-            "title: Phantom, accuracy: accuracy, params: {}",
-            "title: Phantom, accuracy: accuracy, params: {split: {seed: 1}}",
-        )
-    )
+    tiny.write_text(TINY.replace("networks:", other))
     runner.fails = ("phantom",)
-    plan, ran, _ = finish(tiny, runner)
+    statuses, ran, _ = finish(tiny, runner)
     assert sorted(ran) == sorted(["phantom", "other", *(cell.replace("phantom", "other") for cell in CELLS)])
-    assert plan.failed[CELLS[0]] == "the data of phantom are not ready"
-    assert plan.failed.keys() == {"phantom", *CELLS}
+    assert failed(statuses) == {"phantom": "it went wrong", **dict.fromkeys(CELLS, "phantom has failed")}
 
 
-def test_a_run_whose_results_cannot_be_read_is_not_finished(tiny, runner, monkeypatch):
-    monkeypatch.setattr(engine.results, "find", lambda name, needed: None)
-    plan, _, _ = finish(tiny, runner)
-    assert "neither this repository nor DVC's cache or remote has data/processed/meta.json" in plan.failed["phantom"]
+def test_a_run_that_leaves_no_experiment_has_failed(tiny, runner, monkeypatch):
+    monkeypatch.setattr(engine.results, "find", lambda name: None)
+    statuses, _, _ = finish(tiny, runner)
+    assert failed(statuses)["phantom"] == "it left no DVC experiment in this repository"
 
 
 def test_an_error_stops_what_runs(tiny, runner):
     status = runner.status
-    runner.status = lambda run: status(run) if run.until == "preprocess" else (_ for _ in ()).throw(KeyboardInterrupt)
+
+    def interrupted(run: Run) -> Status:
+        if run.until == "evaluate":
+            raise KeyboardInterrupt
+        return status(run)
+
+    runner.status = interrupted
     with pytest.raises(KeyboardInterrupt):
         finish(tiny, runner, jobs=2)
     assert [name_of(run) for run in runner.stopped] == CELLS[:2]
@@ -250,7 +251,7 @@ def document(tiny) -> str:
         columns=list(report.PUBLISHED),
     )
     setting = report.Setting(
-        "make tables", TINY, "0123456789abcdef" * 4, ["a machine"], ["c0de", "c0df"], 120.0, ["phantom/vit/7"]
+        "make tables", TINY, "0123456789abcdef" * 4, "a machine", ["c0de", "c0df"], ["phantom/vit/7"]
     )
     costs = {(16, "fadenet"): Cost(990_000, 2 * 580_000_000, 32, 15 * 2**20, 2053.4, 8)}
     return report.markdown(grid, trained, costs, published, setting)
@@ -283,7 +284,7 @@ def test_table_2_has_the_reference_less_each_other_network(document):
 def test_table_3_and_how_the_tables_came_to_be(document):
     assert rows(document, 3) == [["16 x 16", "FadeNet", "0.99", "0.58", "15", "2053"]]
     assert document.startswith("# Tables\n\n```sh\nmake tables\n```\n")
-    assert "in 2 minutes of runs, by 2 versions of the code (c0de, c0df), on: a machine." in document
+    assert "evaluated by 2 versions of the code (c0de, c0df); Table 3 was measured on: a machine." in document
     assert "**Not finished, and left out: phantom/vit/7.**" in document
     assert TINY in document
 
@@ -293,8 +294,8 @@ def test_a_grid_is_trained_and_resumed(project: Project):
     (project.folder / "tiny.yaml").write_text(TINY)
     command = ("make", "--old-file=.venv/installed", "tables", "GRID=tiny.yaml", "JOBS=2")
     output = project.run(*command)
-    assert "phantom: data are ready" in output
-    assert len(re.findall(r"^phantom/\w+/\d: trained and evaluated", output, re.MULTILINE)) == 4
+    assert "phantom: completed" in output
+    assert len(re.findall(r"^phantom/\w+/\d: completed", output, re.MULTILINE)) == 4
     written = project.folder / "docs/tables.md"
     first = written.read_text()
     assert [len(rows(first, table)) for table in (1, 2, 3)] == [2, 1, 2]
@@ -304,7 +305,7 @@ def test_a_grid_is_trained_and_resumed(project: Project):
     )
     project.run("dvc", "exp", "remove", next(name for name in names if name.startswith("tiny-phantom-fadenet-1")))
     output = project.run(*command)
-    assert re.findall(r"^(\S+): trained and evaluated", output, re.MULTILINE) == [CELLS[2]]
+    assert re.findall(r"^(\S+): completed", output, re.MULTILINE) == [CELLS[2]]
     assert rows(written.read_text(), 1) == rows(first, 1)
     assert project.run("git", "status", "--short").split("\n")[:-1] == [" M docs/tables.md", "?? tiny.yaml"]
     assert list(project.temporary.iterdir()) == []

@@ -1,6 +1,6 @@
 """The scheduler of many runs: starts them, some at a time, skips those that are finished, and reports how each ended.
 
-A plan (a grid or a sweep) says which run comes next. A runner carries them: DVC on this machine, or Prefect's workers.
+A plan (a list or a sweep) says which run comes next. A runner carries them: DVC on this machine, or Prefect's workers.
 A finished run is a DVC experiment; its name holds a digest of everything that decides its results, so that the same run
 is found again and no other.
 """
@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
@@ -19,7 +19,6 @@ from typing import Any, Protocol
 from fadeformer.errors import PassingError
 from fadeformer.files import checksum
 from fadeformer.params import Params
-from pipelines import paths
 from pipelines.experiments import results
 from pipelines.experiments.results import Result
 
@@ -27,7 +26,6 @@ INTERVAL = 2.0  # seconds between two looks at the runs
 DATA = ("dataset", "split", "validate", "preprocess")  # sections of params.yaml that decide the images
 TRAINING = ("seed", "model", "augment", "train")  # and the model
 WITHOUT_INFLUENCE = ("preprocess.threads",)
-RESULTS = {"preprocess": paths.PROCESSED / "meta.json", "train": paths.RUN, "evaluate": paths.PREDICTIONS}
 
 
 @dataclass(frozen=True)
@@ -37,7 +35,7 @@ class Run:
     Attributes:
         name: of the DVC experiment.
         values: all of params.yaml, nested.
-        until: the last stage: preprocess, train or evaluate; empty for a run that is never resumed from its results.
+        until: the last stage: preprocess, train or evaluate; empty for a run that is never taken from its experiment.
         trial: MLflow run of the sweep and number of the trial, such as `RUN/3`; empty for other runs.
     """
 
@@ -58,18 +56,10 @@ class State(Enum):
 
 @dataclass(frozen=True)
 class Status:
-    """State of a run.
-
-    Attributes:
-        state: how far it is.
-        message: why it failed.
-        seconds: that it took, where this process has started it.
-        result: files of a completed run.
-    """
+    """State of a run, why it failed, and the experiment of a completed one."""
 
     state: State
     message: str = ""
-    seconds: float | None = None
     result: Result | None = None
 
 
@@ -88,7 +78,7 @@ class Runner(Protocol):
         """Asks runs to stop; training writes a checkpoint first."""
 
     def wait(self) -> None:
-        """Returns when everything that was asked to stop has stopped, or after a timeout."""
+        """Returns when all that was asked to stop has stopped."""
 
 
 class Plan(Protocol):
@@ -105,76 +95,79 @@ class Plan(Protocol):
 
 
 class Listed:
-    """A plan of runs that are known from the start.
+    """A plan of runs that are known from the start, some of which need another one's results.
 
     Attributes:
-        statuses: of those that have ended, by name.
+        statuses: of runs that have ended, by the keys of the list.
     """
 
-    def __init__(self, runs: Iterable[Run]) -> None:
-        self._waiting = list(runs)
+    def __init__(
+        self, runs: Mapping[str, Run], needs: Mapping[str, str] | None = None, say: Callable[[str], None] = print
+    ) -> None:
+        """Takes the runs by any key, the key of the run that another one needs, and what prints a line."""
+        self._waiting, self._needs, self._say = dict(runs), needs or {}, say
+        self._keys = {run: key for key, run in runs.items()}
         self.statuses: dict[str, Status] = {}
 
     def next(self) -> Run | None:
-        """The next run of the list."""
-        return self._waiting.pop(0) if self._waiting else None
+        """The first run whose needs are met; one whose needs have failed fails too."""
+        for key in list(self._waiting):
+            needed = self.statuses.get(self._needs.get(key, ""))
+            if key not in self._needs or (needed and needed.result):
+                return self._waiting.pop(key)
+            if needed:
+                self.statuses[key] = Status(State.FAILED, f"{self._needs[key]} has failed")
+                del self._waiting[key]
+        return None
 
     def hopeless(self, run: Run) -> bool:
         """No run is."""
         return False
 
     def ended(self, run: Run, status: Status) -> None:
-        """Keeps the status."""
-        self.statuses[run.name] = status
+        """Keeps the status; the other runs go on."""
+        self.statuses[self._keys[run]] = status
+        self._say(f"{self._keys[run]}: {status.message or status.state.value.lower()}")
 
 
 def execute(plan: Plan, runner: Runner, at_once: int) -> None:
     """Runs everything that a plan asks for.
 
     Args:
-        plan: a grid or a sweep.
+        plan: says what.
         runner: carries the runs. When this function is left by a signal or an error, all runs are stopped, except for
             those of a detached runner whose server does not answer.
         at_once: runs side by side.
     """
-    running: dict[Run, float] = {}
+    running: list[Run] = []
     try:
         while True:
             while len(running) < at_once and (run := plan.next()):
-                if result := _result(run):
-                    plan.ended(run, Status(State.COMPLETED, result=result))
+                if run.until and (result := results.find(run.name)):
+                    plan.ended(run, Status(State.COMPLETED, "finished before", result))
                 else:
                     runner.start(run)
-                    running[run] = time.monotonic()
+                    running.append(run)
             if not running:
                 return
-            for run, start in list(running.items()):
+            for run in list(running):
                 status = runner.status(run)
-                if status.state is not State.RUNNING:
-                    del running[run]
-                    plan.ended(run, _with_result(run, status, time.monotonic() - start))
-                elif plan.hopeless(run):
-                    runner.stop([run])
+                if status.state is State.RUNNING:
+                    if plan.hopeless(run):
+                        runner.stop([run])
+                    continue
+                running.remove(run)
+                if status.state is State.COMPLETED and run.until:
+                    result = results.find(run.name)
+                    lost = Status(State.FAILED, "it left no DVC experiment in this repository")
+                    status = Status(State.COMPLETED, result=result) if result else lost
+                plan.ended(run, status)
             time.sleep(INTERVAL)
     except BaseException as error:  # Ctrl-C and SIGTERM too
         if not (runner.detached and isinstance(error, PassingError)):
             runner.stop(running)
             runner.wait()
         raise
-
-
-def _result(run: Run) -> Result | None:
-    return results.find(run.name, RESULTS[run.until]) if run.until else None
-
-
-def _with_result(run: Run, status: Status, seconds: float) -> Status:
-    if status.state is not State.COMPLETED or not run.until:
-        return status
-    result = _result(run)
-    if result is None:
-        message = f"it completed, but neither this repository nor DVC's cache or remote has {RESULTS[run.until]} of it"
-        return Status(State.FAILED, message)
-    return Status(State.COMPLETED, seconds=seconds, result=result)
 
 
 def digest(config: Params, sections: Iterable[str] = (*DATA, *TRAINING)) -> str:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
-from functools import cached_property
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast
 
@@ -15,11 +14,9 @@ from ruamel.yaml.error import YAMLError
 from fadeformer import params
 from fadeformer.errors import UserError
 from fadeformer.explain import explain
-from fadeformer.params import Params
 from pipelines import overrides, paths, preset
 from pipelines.experiments.engine import DATA as DATA_SECTIONS
-from pipelines.experiments.engine import Run, State, Status, digest
-from pipelines.experiments.results import Result
+from pipelines.experiments.engine import Listed, Run, digest
 
 SHIPPED = Path(__file__).resolve().parent
 DATA = "{data}"  # in a value of a grid: the folder that --data names
@@ -146,95 +143,39 @@ def cells(grid: Grid) -> Iterator[Cell]:
                 yield Cell(images, network, seed)
 
 
-@dataclass
-class GridPlan:
+def plan(name: str, grid: Grid, data: Path | None, say: Callable[[str], None] = print) -> Listed:
     """The runs of a grid: the data stages once for each set, then each cell of it.
 
     A cell is trained again if the parameters that decide its training, or its data, have changed. Another version of
     the code is reported in the tables and is no reason: a comment would train the whole grid again.
 
-    Attributes:
+    Args:
         name: of the grid.
         grid: its definition.
-        data: what `{data}` in the grid stands for.
+        data: what `{data}` in it stands for.
         say: prints a line.
-        finished: results of sets and cells, by name.
-        failed: why a set or a cell is not finished, by name.
-        seconds: that runs of this process took, by name of the experiment.
+
+    Raises:
+        UserError: sets or cells have parameters that are not valid.
     """
-
-    name: str
-    grid: Grid
-    data: Path | None
-    say: Callable[[str], None] = print
-    finished: dict[str, Result] = field(default_factory=dict)
-    failed: dict[str, str] = field(default_factory=dict)
-    seconds: dict[str, float] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        """Checks the parameters of all sets and cells.
-
-        Raises:
-            UserError: some are not valid.
-        """
-        problems: dict[str, str] = {}
-        self._waiting: list[str | Cell] = [*self.grid.sets, *cells(self.grid)]
-        for of in self._waiting:
-            try:
-                self.config(of)
-            except UserError as error:
-                problems.setdefault(str(error), str(of))
-        if problems:
-            raise UserError("\n".join(f"{name}: {problem}" for problem, name in problems.items()))
-        self._running: dict[Run, str | Cell] = {}
-
-    def config(self, of: str | Cell) -> Params:
-        """All parameters of a set or a cell."""
-        cell = Cell(of, "", 0) if isinstance(of, str) else of
-        network, seed = (cell.network, cell.seed) if cell.network else (None, None)
-        changed = changes(self.grid, cell.images, network, seed, self.data)
-        return params.parse(_merged(self._base, changed), f"{paths.PARAMS} with the overrides of {of}")
-
-    @cached_property
-    def _base(self) -> dict[str, Any]:
-        return params.load(paths.PARAMS).nested()
-
-    def next(self) -> Run | None:
-        """The data of a set, or a cell whose data are ready."""
-        for of in list(self._waiting):
-            if isinstance(of, Cell) and of.images in self.failed:
-                self.failed[str(of)] = f"the data of {of.images} are not ready"
-                self._waiting.remove(of)
-            elif isinstance(of, str) or of.images in self.finished:
-                self._waiting.remove(of)
-                run = self._run(of)
-                self._running[run] = of
-                return run
-        return None
-
-    def _run(self, of: str | Cell) -> Run:
-        config = self.config(of)
-        if isinstance(of, str):
-            return Run(f"{self.name}-{of}-{digest(config, DATA_SECTIONS)}", config.nested(), until="preprocess")
-        return Run(f"{self.name}-{str(of).replace('/', '-')}-{digest(config)}", config.nested())
-
-    def hopeless(self, run: Run) -> bool:
-        """No cell is: all are compared."""
-        return False
-
-    def ended(self, run: Run, status: Status) -> None:
-        """Takes note of a set whose data are ready, of a finished cell, or of a failure; the other runs go on."""
-        of = self._running.pop(run)
-        if status.state is State.COMPLETED and status.result:
-            self.finished[str(of)] = status.result
-            if status.seconds is None:
-                return
-            self.seconds[status.result.name] = status.seconds
-            outcome = f"{'data are ready' if isinstance(of, str) else 'trained and evaluated'} ({status.seconds:.0f} s)"
-        else:
-            outcome = self.failed[str(of)] = status.message or "stopped"
-        left = sum(isinstance(one, Cell) for one in (*self._waiting, *self._running.values()))
-        self.say(f"{of}: {outcome}; {left} cells are left")
+    base = params.load(paths.PARAMS).nested()
+    runs: dict[str, Run] = {}
+    problems: list[str] = []
+    for of in (*(Cell(images, "", 0) for images in grid.sets), *cells(grid)):
+        network, seed = (of.network, of.seed) if of.network else (None, None)
+        key = str(of) if of.network else of.images
+        changed = _merged(base, changes(grid, of.images, network, seed, data))
+        try:
+            config = params.parse(changed, f"{paths.PARAMS} with the overrides of {key}")
+        except UserError as error:
+            problems.append(f"{key}: {error}")
+            continue
+        fingerprint = digest(config) if of.network else digest(config, DATA_SECTIONS)
+        until = "evaluate" if of.network else "preprocess"
+        runs[key] = Run(f"{name}-{key.replace('/', '-')}-{fingerprint}", config.nested(), until)
+    if problems:
+        raise UserError("\n".join(problems))
+    return Listed(runs, {str(cell): cell.images for cell in cells(grid)}, say)
 
 
 def changes(grid: Grid, images: str, network: str | None, seed: int | None, data: Path | None) -> dict[str, Any]:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import subprocess
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,9 @@ from typing import Any
 from dvc.api import DVCFileSystem
 from dvc.exceptions import DvcException
 from ruamel.yaml import YAML
+
+from fadeformer.errors import UserError
+from fadeformer.files import read_json
 
 REPOSITORY = "FADEFORMER_REPOSITORY"  # environment: where deployed runs push their experiments, if not to this folder
 
@@ -30,23 +33,25 @@ class Result:
     commit: str
 
     def fetch(self, path: Path, folder: Path) -> Path:
-        """Copies a file of the run into a folder."""
+        """Copies a file of the run, from DVC's cache or remote, into a folder.
+
+        Raises:
+            UserError: it is in neither.
+        """
         target = folder / path.name
-        DVCFileSystem(rev=self.commit).get_file(path.as_posix(), str(target))
+        try:
+            DVCFileSystem(rev=self.commit).get_file(path.as_posix(), str(target))
+        except (OSError, DvcException) as error:
+            raise UserError(
+                f"{path} of the experiment {self.name} is in neither DVC's cache nor a remote ({error}); `dvc exp"
+                f" remove {self.name}`, then run again"
+            ) from error
         return target
 
     def json(self, path: Path) -> Any:
-        """Content of a JSON file of the run."""
-        return json.loads(DVCFileSystem(rev=self.commit).read_bytes(path.as_posix()))
-
-    def has(self, path: Path) -> bool:
-        """Return True if a file of the run can be read, from the cache or a remote."""
-        try:
-            with DVCFileSystem(rev=self.commit).open(path.as_posix()) as file:
-                file.read(1)
-        except (OSError, DvcException):
-            return False
-        return True
+        """Content of a JSON file of the run; raises UserError likewise."""
+        with tempfile.TemporaryDirectory() as folder:
+            return read_json(self.fetch(path, Path(folder)))
 
     def code(self) -> str:
         """Fingerprint of the sources that trained and evaluated it."""
@@ -56,24 +61,20 @@ class Result:
         return hashlib.sha256("\n".join(sorted(sums)).encode()).hexdigest()[:12]
 
 
-def find(name: str, needed: Path) -> Result | None:
-    """The experiment of a run, if it is there and a file of it can be read.
-
-    Args:
-        name: of the run; a deployed run appends its id.
-        needed: the file.
-    """
+def find(name: str) -> Result | None:
+    """The experiment of a run, if there is one; a deployed run appends its id to the name."""
     if repository := os.environ.get(REPOSITORY):
         _git("fetch", "--quiet", repository, "+refs/exps/*:refs/exps/*")
     refs = (f"refs/exps/*/*/{name}", f"refs/exps/*/*/{name}-*")
-    listed = _git("for-each-ref", "--sort=-creatordate", "--format=%(objectname) %(refname)", *refs)
-    for line in listed.splitlines():
-        commit, ref = line.split()
-        result = Result(ref.rpartition("/")[2], commit)
-        if result.has(needed):
-            return result
-    return None
+    listed = _git("for-each-ref", "--sort=-creatordate", "--count=1", "--format=%(objectname) %(refname)", *refs)
+    if not listed:
+        return None
+    commit, ref = listed.split()
+    return Result(ref.rpartition("/")[2], commit)
 
 
-def _git(*words: str, check: bool = True) -> str:
-    return subprocess.run(["git", *words], capture_output=True, text=True, check=check).stdout
+def _git(*words: str) -> str:
+    done = subprocess.run(["git", *words], capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise UserError(f"`git {words[0]}` failed: {done.stderr.strip()}")
+    return done.stdout
