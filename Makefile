@@ -49,7 +49,7 @@ preset: install  ## write a recipe into params.yaml: make preset NAME=paper
 	python -m pipelines.preset $(NAME)
 
 tables: install  ## train a grid and write docs/tables.md: make tables GRID=cpu DATA=FOLDER JOBS=2
-	python -m pipelines.tables $(GRID) $(if $(DATA),--data $(DATA)) --jobs $(or $(JOBS),1)
+	fadeformer tables $(GRID) $(if $(DATA),--data $(DATA)) --jobs $(or $(JOBS),1)
 
 .PHONY: images image-trainer image-worker image-mlflow up down
 images: image-trainer image-worker image-mlflow  ## build the images: make images TORCH_INDEX=URL TAG=cpu BASE=docker.io/library/python@sha256:DIGEST

@@ -17,6 +17,7 @@ COMMANDS = {  # module of pipelines.commands: what it does
     "registry": "what was decided about models",
     "serve": "a model over HTTP, with limits for requests from strangers",
     "sweep": "search the values of params.yaml that train best",
+    "tables": "train a grid of sets, networks and seeds, and write its tables",
 }
 
 

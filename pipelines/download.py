@@ -7,7 +7,7 @@ from fadeformer import params
 from fadeformer.datasets import folder as own
 from fadeformer.datasets import sources
 from fadeformer.files import whole_folder
-from pipelines import paths, stage
+from pipelines import paths, places, stage
 
 
 def main() -> str:
@@ -15,8 +15,9 @@ def main() -> str:
     wanted = params.load(paths.PARAMS).dataset
     with whole_folder(paths.RAW) as folder:
         facts = sources.fetch(
-            **wanted.model_dump(), downloads=paths.DOWNLOADS, lock=paths.PINS, salt=paths.SALT, into=folder
-        )
+            **wanted.model_dump(), downloads=places.project() / paths.DOWNLOADS, lock=paths.PINS, salt=paths.SALT,
+            into=folder,
+        )  # fmt: skip  # experiments share the project's downloads
     return f"{facts.file}, {facts.task}, {len(facts.classes)} classes, sha256 {facts.sha256[:16]}. {facts.note}".strip()
 
 

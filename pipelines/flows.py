@@ -8,32 +8,27 @@ from __future__ import annotations
 
 import itertools
 import os
-import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Annotated, Any
-from uuid import UUID
 
 from filelock import FileLock
 from prefect import State, flow
 from prefect.artifacts import create_table_artifact
-from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.concurrency.sync import concurrency
-from prefect.deployments import run_deployment
 from prefect.runtime import flow_run
-from prefect.states import Cancelling, Completed, Failed
+from prefect.states import Completed, Failed
 from pydantic import Field
 
 from fadeformer import params
 from fadeformer.errors import UserError
 from pipelines import check, overrides, paths, run_artifacts, working_copy
 from pipelines.__main__ import STAGES
-from pipelines.reproducing import keep, note_trial, pull, reproduce
+from pipelines.reproducing import keep, pull, reproduce
 
 PROMOTING = "fadeformer-promote"  # Prefect's concurrency limit that keeps promotions on several machines apart
-LOOK = 2.0  # seconds between two looks at a run that is waited for
 # Prefect makes a model of a flow's arguments, of which one has the name of a section, and of a method of models.
 warnings.filterwarnings("ignore", 'Field name "validate"', UserWarning)
 PRESENT = overrides.present(Path(__file__).parents[1] / paths.PARAMS)  # what the forms in Prefect's UI begin with
@@ -121,57 +116,44 @@ def grid(
         fixed: keys that are the same in every run, such as {"train.epochs": 30}.
         deployment: which is run.
     """
+    from pipelines.experiments import engine, runners  # with DVC and MLflow, which no other flow loads
+
     rows = [dict(zip(vary, values, strict=True)) for values in itertools.product(*vary.values())]
     if not rows:
         raise UserError("vary names no values; a grid is such as {'seed': [1, 2, 3]}")
-    names = [", ".join(f"{key}={value}" for key, value in row.items()) for row in rows]
-    with get_client(sync_client=True) as client:
-        begun = [
-            run_deployment(
-                deployment, parameters=overrides.nested({**(fixed or {}), **row}), flow_run_name=name, timeout=0,
-                idempotency_key=f"{flow_run.id} {name}",  # a grid that is started again finds its runs
-            )
-            for row, name in zip(rows, names, strict=True)
-        ]  # fmt: skip
-        try:
-            ended = [_ended(client, one.id) for one in begun]
-        except BaseException:  # Prefect's TerminationSignal when this run is cancelled, or Ctrl-C
-            for one in begun:
-                if (state := client.read_flow_run(one.id).state) is None or not state.is_final():
-                    client.set_flow_run_state(one.id, Cancelling())
-            raise
-    table = [
-        {**row, "state": state.name, **(run_artifacts.of_run(one.id) if state.is_completed() else {})}
-        for row, one, state in zip(rows, begun, ended, strict=True)
-    ]
-    create_table_artifact(table, key="grid", description=f"{len(rows)} runs of {deployment}")
+    named = {", ".join(f"{key}={value}" for key, value in row.items()): row for row in rows}
+    plan = engine.Listed(
+        {name: engine.Run(name, overrides.nested({**(fixed or {}), **row}), "") for name, row in named.items()}
+    )
+    runner = runners.PrefectRunner(deployment, lambda run: dict(run.values), group=str(flow_run.id))
+    engine.execute(plan, runner, at_once=len(named))
+    states = {name: status.state for name, status in plan.statuses.items()}
+    completed = {
+        name: run_artifacts.of_run(runner.ids[name]) for name in named if states[name] is engine.State.COMPLETED
+    }
+    table = [{**row, "state": states[name].value, **completed.get(name, {})} for name, row in named.items()]
+    create_table_artifact(table, key="grid", description=f"{len(table)} runs of {deployment}")
     failed = [row for row in table if row["state"] != "Completed"]
     if failed:
-        return Failed(message=f"{len(failed)} of {len(rows)} runs did not end Completed")
-    return Completed(message=f"{len(rows)} runs")
+        return Failed(message=f"{len(failed)} of {len(table)} runs did not end Completed")
+    return Completed(message=f"{len(table)} runs")
 
 
-def _ended(client: SyncPrefectClient, run: UUID) -> State[Any]:
-    """Waits until a run has ended and gives how."""
-    while (state := client.read_flow_run(run).state) is None or not state.is_final():
-        time.sleep(LOOK)
-    return state
-
-
-@flow(name="trial", persist_result=False, log_prints=True)
-def trial(changes: dict[str, Any], parent: str, number: int, hours: Hours | None = None) -> None:
-    """One trial of a sweep: from download to training, so that the images of test judge none of them.
+@flow(name="experiment", persist_result=False, log_prints=True)
+def experiment(values: dict[str, Any], until: str = "evaluate", trial: str = "", hours: Hours | None = None) -> None:
+    """One run of a grid or a sweep, which no model is registered of: `fadeformer tables` and `sweep` start them.
 
     Args:
-        changes: to params.yaml, by section.
-        parent: MLflow run of the sweep.
-        number: of the trial.
+        values: of params.yaml, by section.
+        until: the last stage; a trial ends with train, so that no image of test judges it.
+        trial: MLflow run of a sweep and number of the trial.
         hours: that a stage may take.
     """
-    from pipelines.tracking import PLACE  # takes a while to import
+    if trial:
+        from pipelines.tracking import PLACE  # takes a while to import
 
-    os.environ[PLACE] = f"{parent}/{number}"
-    _run(STAGES[: STAGES.index("train") + 1], changes, hours, end=lambda: note_trial(parent, number))
+        os.environ[PLACE] = trial
+    _run(STAGES[: STAGES.index(until) + 1], values, hours)
 
 
 @flow(name="drift", persist_result=False, log_prints=True)
@@ -191,11 +173,8 @@ def drift(images: list[str], model: str, out: str = "reports/drift", most: int =
     return Failed(message=ended.summary) if ended.status else Completed(message=ended.summary)
 
 
-def _run(
-    stages: Sequence[str], changes: Mapping[str, Any], hours: float | None, of: str | None = None,
-    end: Callable[[], object] | None = None,
-) -> None:  # fmt: skip
-    """Bring stages up to date and show their results; `end` is called in the same folder."""
+def _run(stages: Sequence[str], changes: Mapping[str, Any], hours: float | None, of: str | None = None) -> None:
+    """Bring stages up to date and show their results."""
     with _workspace(changes, of, stages if stages[-1] != STAGES[-1] else ()):
         for stage in stages:
             # One promotion at a time, on all machines; in the user's own folder a file lock is enough.
@@ -206,8 +185,6 @@ def _run(
             run_artifacts.show_numbers()
         if "promote" in stages:
             run_artifacts.show_verdict()
-        if end:
-            end()
 
 
 @contextmanager
@@ -227,7 +204,6 @@ def _workspace(changes: Mapping[str, Any], of: str | None, stages: Sequence[str]
             yield
         return
     with working_copy.exclusive():
-        cut_off.mend()
         if of is not None:
             working_copy.go_to(of)
         overrides.apply(paths.PARAMS, changes)

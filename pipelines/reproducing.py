@@ -19,22 +19,13 @@ from typing import Any
 from prefect import State, task
 from prefect.runtime import flow_run
 
-from fadeformer.files import read_json
-from pipelines import paths, working_copy
+from pipelines import working_copy
 
 GRACE = 15.0  # seconds that a stage may take to stop; Prefect's worker gives the whole run 30
 TRANSFER: dict[str, Any] = {"persist_result": False, "retries": 4, "retry_delay_seconds": [15, 30, 60, 120]}
 
 pull = task(working_copy.pull, name="bring results", task_run_name="bring results", **TRANSFER)
 keep = task(working_copy.keep, name="keep results", task_run_name="keep results", **TRANSFER)
-
-
-@task(name="note the trial", task_run_name="note the trial", **TRANSFER)
-def note_trial(parent: str, number: int) -> None:
-    """Sees to it that a trial has an MLflow run, also where DVC took its training from the cache."""
-    from pipelines import sweep_runs  # takes a while to import
-
-    sweep_runs.nest(parent, number, read_json(paths.RUN)["mlflow_run_id"])
 
 
 def _failed_in_time(task: object, run: object, state: State[Any]) -> bool:

@@ -60,9 +60,10 @@ def verdict(promotion: Mapping[str, Any]) -> str:
 
 def show_links() -> None:
     """The MLflow run and the report in it, where MLflow is a server with pages."""
-    server, run = places.pages(), read_json(paths.RUN)
-    if server is None:
+    server = places.pages()
+    if server is None or not paths.RUN.is_file():  # a run that ends before training
         return
+    run = read_json(paths.RUN)
     run_id = run["mlflow_run_id"]
     page = RUN_PAGE.format(server=server, experiment=run["mlflow_experiment_id"], run=run_id)
     create_link_artifact(page, key="mlflow-run", link_text="MLflow run", description=f"MLflow run {run_id}")

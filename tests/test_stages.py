@@ -27,7 +27,7 @@ NO_INFLUENCE = {
     "pipelines/moved.py": "where MLflow's store keeps files",
     "pipelines/orchestrator.py": "which Prefect server sees the stage",
     "pipelines/paths.py": "the outputs that dvc.yaml lists itself",
-    "pipelines/places.py": "where MLflow's store is",
+    "pipelines/places.py": "where the project keeps downloads and MLflow's store",
     "pipelines/signals.py": "when a training is stopped; it resumes at the same batch",
     "pipelines/stage.py": "how errors are printed",
     "pipelines/store.py": "connects to MLflow",

@@ -4,7 +4,8 @@ import pandas as pd
 import pytest
 from mlflow import MlflowClient
 
-from pipelines import store, sweep_runs, tracking
+from pipelines import store, tracking
+from pipelines.experiments import sweep_runs
 
 pytestmark = pytest.mark.usefixtures("own_store")
 SPACE = {"space.train.learning_rate": "low=0.001 high=0.1"}
@@ -40,13 +41,11 @@ def test_a_sweep_has_one_run_and_another_where_its_study_was_begun_anew():
     assert [file.path for file in MlflowClient().list_artifacts(first)] == ["trials.csv"]
 
 
-def test_a_training_that_was_made_before_is_copied_once(monkeypatch):
+def test_a_training_that_was_made_before_is_copied_once():
     sweep, before = sweep_runs.begin("cached", "three", SPACE), trained()
     assert sweep_runs.values(sweep, 4, "val_auc") == {}
-    monkeypatch.setenv(tracking.PLACE, f"{sweep}/4")
-    monkeypatch.setenv("MLFLOW_RUN_NAME", "cached-004")
     for _ in range(2):
-        sweep_runs.nest(sweep, 4, before)
+        sweep_runs.nest(sweep, 4, "cached-004", before)
     (copy,) = below(sweep)
     assert copy != before
     run = MlflowClient().get_run(copy)
@@ -59,7 +58,7 @@ def test_a_training_that_was_made_before_is_copied_once(monkeypatch):
 def test_a_training_of_the_trial_is_not_copied():
     sweep = sweep_runs.begin("fresh", "four", SPACE)
     own = trained(**{"mlflow.parentRunId": sweep, tracking.TRIAL: "0"})
-    sweep_runs.nest(sweep, 0, own)
+    sweep_runs.nest(sweep, 0, "fresh-000", own)
     assert below(sweep) == [own]
     assert sweep_runs.values(sweep, 0, "val_auc") == {1: 0.5, 2: 0.75}
 

@@ -1,10 +1,6 @@
-"""A grid is checked before it runs; what is finished stays, what fails is told, and the tables hold what was found."""
+"""Grids: strict checking, which cells run and which are finished already, and the tables."""
 
-import json
 import re
-import shutil
-import subprocess
-import threading
 from pathlib import Path
 
 import numpy as np
@@ -15,11 +11,11 @@ from fadeformer import predictions
 from fadeformer.complexity import Cost
 from fadeformer.errors import UserError
 from fadeformer.tasks import TASKS
-from pipelines.tables import copies, report, runs
-from pipelines.tables import grid as grids
-from pipelines.tables.copies import Failed, Stages
-from pipelines.tables.grid import Cell
-from tests.conftest import ROOT, Project
+from pipelines.experiments import engine, report
+from pipelines.experiments import grid as grids
+from pipelines.experiments.engine import Run, State, Status
+from pipelines.experiments.results import Result
+from tests.conftest import Project
 
 TINY = """\
 preset: null
@@ -47,7 +43,7 @@ def tiny(tmp_path: Path) -> Path:
 def test_the_shipped_grids_are_valid_and_offer_the_networks_of_the_published_tables(tmp_path):
     for name in ("cpu", "paper"):
         grid = grids.load(grids.find(name))
-        runs.check(runs.Runs(grid, ROOT, tmp_path, tmp_path))
+        grids.plan(name, grid, tmp_path)
         assert len(list(grids.cells(grid))) == len(grid.sets) * len(grid.networks) * len(grid.seeds)
     paper = {"fadenet", "vit", "resnet18", "resnet50", "efficientnet_b0", "efficientnet_b4", "deit"}
     assert grid.networks.keys() == paper
@@ -85,7 +81,7 @@ def test_an_unknown_grid_lists_those_there_are():
         grids.find("cpux")
 
 
-def test_later_overrides_count_and_values_out_of_range_name_their_cells(tiny, tmp_path):
+def test_later_overrides_count_and_values_out_of_range_name_their_cells(tiny):
     tiny.write_text(TINY.replace("params: {}}\nnet", "params: {train: {epochs: 3}}}\nnet"))
     grid = grids.load(tiny)
     of_vit = grids.changes(grid, "phantom", "vit", 1, None)
@@ -94,7 +90,7 @@ def test_later_overrides_count_and_values_out_of_range_name_their_cells(tiny, tm
     assert "seed" not in grids.changes(grid, "phantom", None, None, None)
     tiny.write_text(TINY.replace("{model: {fade: null}}", "{train: {probe_epochs: 1}}"))
     with pytest.raises(UserError, match=r"^phantom/vit/0: params\.yaml with .*vit/0: train\.probe_epochs \(1\) and"):
-        runs.check(runs.Runs(grids.load(tiny), ROOT, tmp_path, None))
+        grids.plan("tiny", grids.load(tiny), None)
 
 
 def test_a_set_that_needs_the_folder_of_its_files_says_so(tmp_path):
@@ -102,33 +98,6 @@ def test_a_set_that_needs_the_folder_of_its_files_says_so(tmp_path):
     with pytest.raises(UserError, match="the set retinamnist needs the folder of its files: give it with --data"):
         grids.changes(grid, "retinamnist", None, None, None)
     assert grids.changes(grid, "isic", "vit", 42, tmp_path)["dataset"]["mirror"] == f"{tmp_path}/isic2019"
-
-
-class Pretended(Stages):
-    """Leaves at once what the stages would leave; which cells fail is said by their params.yaml."""
-
-    def __init__(self, fails: tuple[str, ...] = ()) -> None:
-        super().__init__({})
-        self.fails, self.ran, self.lock = fails, [], threading.Lock()
-
-    def run(self, names, folder: Path, log: Path) -> float:
-        of = "/".join(folder.parent.parts[-(1 if folder.parents[1].name == "sets" else 3) :])
-        with self.lock:
-            self.ran.append(of)
-        if of in self.fails:
-            raise Failed(f"{names[-1]}: it went wrong", log)
-        if names == runs.DATA_STAGES:
-            (folder / "data/processed").mkdir(parents=True, exist_ok=True)
-            (folder / "data/processed/meta.json").write_text(json.dumps(of))
-            return 2.0
-        assert (folder / "data/processed/meta.json").is_file()
-        for name in ("models", "reports"):
-            (folder / name).mkdir()
-        described = {"model": {"image_size": 16}, "precision": "32", "best_epoch": 1}
-        (folder / "models/model.json").write_text(json.dumps(described))
-        (folder / "models/run.json").write_text(json.dumps({"mlflow_run_id": "x"}))
-        predictions.write(drawn(signal=1.0, seed=0), folder / "reports/predictions.parquet")
-        return 3.0
 
 
 def drawn(signal: float, seed: int, images: int = 60) -> predictions.Predictions:
@@ -143,95 +112,127 @@ def drawn(signal: float, seed: int, images: int = 60) -> predictions.Predictions
 CELLS = ["phantom/fadenet/0", "phantom/vit/0", "phantom/fadenet/1", "phantom/vit/1"]
 
 
-def finish(
-    tiny: Path, folder: Path, jobs: int = 1, fails: tuple[str, ...] = ()
-) -> tuple[runs.Runs, list[str], list[str]]:
-    """Runs a grid with pretended stages: what came of it, what ran, what was said."""
-    found, stages, said = runs.Runs(grids.load(tiny), ROOT, folder, None), Pretended(fails), []
-    found.finish(stages, jobs, said.append)
-    return found, stages.ran, said
+class Pretended:
+    """Completes each run at the next look, but for those that are to fail; keeps what completed, as DVC would."""
+
+    detached = False
+
+    def __init__(self) -> None:
+        self.finished: dict[str, Result] = {}
+        self.fails: tuple[str, ...] = ()
+        self.ran: list[str] = []
+        self.stopped: list[Run] = []
+
+    def start(self, run: Run) -> None:
+        self.ran.append(name_of(run))
+
+    def status(self, run: Run) -> Status:
+        if name_of(run) in self.fails:
+            return Status(State.FAILED, "it went wrong")
+        self.finished[run.name] = Result(run.name, "")
+        return Status(State.COMPLETED)
+
+    def stop(self, runs) -> None:
+        self.stopped += runs
+
+    def wait(self) -> None:
+        pass
 
 
-def test_data_are_prepared_once_and_what_is_finished_does_not_run_again(tiny, tmp_path):
-    _, ran, said = finish(tiny, tmp_path)
+def name_of(run: Run) -> str:
+    """`phantom` or `phantom/vit/1` from the name of an experiment such as tiny-phantom-vit-1-0123abcd."""
+    return "/".join(run.name.split("-")[1:-1])
+
+
+@pytest.fixture
+def runner(monkeypatch) -> Pretended:
+    runner = Pretended()
+    monkeypatch.setattr(engine, "INTERVAL", 0.0)
+    monkeypatch.setattr(engine.results, "find", runner.finished.get)
+    return runner
+
+
+def finish(tiny: Path, runner: Pretended, jobs: int = 1) -> tuple[dict[str, Status], list[str], list[str]]:
+    """Runs a grid: how each set and cell ended, what ran, what was printed."""
+    said: list[str] = []
+    plan = grids.plan("tiny", grids.load(tiny), None, said.append)
+    runner.ran = []
+    engine.execute(plan, runner, jobs)
+    return plan.statuses, runner.ran, said
+
+
+def failed(statuses: dict[str, Status]) -> dict[str, str]:
+    return {key: status.message for key, status in statuses.items() if status.result is None}
+
+
+@pytest.mark.parametrize("jobs", [1, 3])
+def test_data_are_prepared_first_and_what_is_finished_does_not_run_again(tiny, runner, jobs):
+    statuses, ran, said = finish(tiny, runner, jobs)
     assert ran == ["phantom", *CELLS]
-    assert said[-1] == "phantom/vit/1: trained and judged (3 s); 4 of 4"
-    found, ran, _ = finish(tiny, tmp_path)
-    assert (found.failed, ran, found.unfinished()) == ({}, [], ([], []))
-    assert not list(tmp_path.glob("cells/*/*/*/work"))
+    assert said == [f"{key}: completed" for key in ran]
+    assert statuses.keys() == {"phantom", *CELLS}
+    statuses, ran, said = finish(tiny, runner, jobs)
+    assert (failed(statuses), ran) == ({}, [])
+    assert said == [f"{key}: finished before" for key in ("phantom", *CELLS)]
 
 
-def test_a_cell_that_lacks_its_record_or_whose_predictions_are_damaged_runs_again(tiny, tmp_path):
-    finish(tiny, tmp_path)
-    shutil.rmtree(tmp_path / "cells" / CELLS[0])
-    (tmp_path / "cells" / CELLS[3] / "predictions.parquet").write_bytes(b"torn")
-    assert sorted(finish(tiny, tmp_path, jobs=2)[1]) == sorted([CELLS[0], CELLS[3]])
-
-
-def test_other_parameters_train_the_cells_that_they_decide_and_other_data_all(tiny, tmp_path):
-    finish(tiny, tmp_path)
+def test_other_parameters_train_the_cells_that_they_decide(tiny, runner):
+    finish(tiny, runner)
     tiny.write_text(TINY.replace("{model: {fade: null}}", "{model: {fade: null, dropout: 0.2}}"))
-    assert finish(tiny, tmp_path)[1] == [CELLS[1], CELLS[3]]
+    assert finish(tiny, runner)[1] == [CELLS[1], CELLS[3]]
     tiny.write_text(tiny.read_text().replace("bootstrap_draws: 100", "bootstrap_draws: 200"))
-    assert finish(tiny, tmp_path)[1] == []  # of no prediction
+    assert finish(tiny, runner)[1] == []  # of no prediction
     tiny.write_text(tiny.read_text().replace("images: 200", "images: 300"))
-    _, ran, _ = finish(tiny, tmp_path)
-    assert ran == ["phantom"]  # the pretended data are the same, and so the cells stand
-    (tmp_path / "sets/phantom/set.json").write_text(
-        (tmp_path / "sets/phantom/set.json").read_text().replace('"data": "', '"data": "another')
-    )
-    assert finish(tiny, tmp_path)[1] == CELLS
+    assert finish(tiny, runner)[1] == ["phantom", *CELLS]
 
 
-def test_a_cell_that_fails_is_named_and_the_others_are_finished(tiny, tmp_path):
-    found, ran, said = finish(tiny, tmp_path, fails=(CELLS[1],))
+def test_other_content_of_a_users_own_file_trains_all_cells(tiny, runner, tmp_path):
+    (tmp_path / "own.npz").write_bytes(b"one")
+    of_file = f"dataset: {{name: npz, root: {tmp_path / 'own.npz'}, "
+    tiny.write_text(TINY.replace("dataset: {name: phantom, ", of_file))
+    assert finish(tiny, runner)[1] == ["phantom", *CELLS]
+    assert finish(tiny, runner)[1] == []
+    (tmp_path / "own.npz").write_bytes(b"two")
+    assert finish(tiny, runner)[1] == ["phantom", *CELLS]
+
+
+def test_a_cell_that_fails_is_named_and_the_others_are_finished(tiny, runner):
+    runner.fails = (CELLS[1],)
+    statuses, ran, said = finish(tiny, runner)
     assert ran == ["phantom", *CELLS]
-    assert list(found.failed) == [CELLS[1]]
-    assert "evaluate: it went wrong; all that it printed: " in found.failed[CELLS[1]]
-    assert said[2] == f"{CELLS[1]}: evaluate: it went wrong; 2 of 4"
-    assert [str(cell) for cell in found.unfinished()[1]] == [CELLS[1]]
-    assert finish(tiny, tmp_path)[1] == [CELLS[1]]
+    assert failed(statuses) == {CELLS[1]: "it went wrong"}
+    assert f"{CELLS[1]}: it went wrong" in said
+    runner.fails = ()
+    assert finish(tiny, runner)[1] == [CELLS[1]]
 
 
-def test_data_that_cannot_be_prepared_stop_the_cells_of_their_set_alone(tiny, tmp_path):
+def test_data_that_cannot_be_prepared_stop_the_cells_of_their_set_alone(tiny, runner):
     other = "  other: {title: Other, accuracy: accuracy, params: {}}\nnetworks:"
     tiny.write_text(TINY.replace("networks:", other))
-    found, ran, _ = finish(tiny, tmp_path, fails=("phantom",))
+    runner.fails = ("phantom",)
+    statuses, ran, _ = finish(tiny, runner)
     assert sorted(ran) == sorted(["phantom", "other", *(cell.replace("phantom", "other") for cell in CELLS)])
-    assert found.failed[CELLS[0]] == "the data of phantom are not ready"
-    assert found.failed.keys() == {"phantom", *CELLS}
+    assert failed(statuses) == {"phantom": "it went wrong", **dict.fromkeys(CELLS, "phantom has failed")}
 
 
-def test_a_signal_ends_what_runs(tmp_path):
-    """Two sleep, the third fails in a way that is not meant for people: nothing is left behind."""
-    stages = Stages({})
-    sleeping = [subprocess.Popen(["sleep", "600"], start_new_session=True) for _ in range(2)]
-    stages._running.update(sleeping)
+def test_a_run_that_leaves_no_experiment_has_failed(tiny, runner, monkeypatch):
+    monkeypatch.setattr(engine.results, "find", lambda name: None)
+    statuses, _, _ = finish(tiny, runner)
+    assert failed(statuses)["phantom"] == "it left no DVC experiment in this repository"
 
-    def run(number: int) -> float:
-        if number == 2:
+
+def test_an_error_stops_what_runs(tiny, runner):
+    status = runner.status
+
+    def interrupted(run: Run) -> Status:
+        if run.until == "evaluate":
             raise KeyboardInterrupt
-        return float(sleeping[number].wait())
+        return status(run)
 
+    runner.status = interrupted
     with pytest.raises(KeyboardInterrupt):
-        list(runs._side_by_side([0, 1, 2], run, 3, stages))
-    assert all(process.poll() is not None for process in sleeping)
-    with pytest.raises(Failed, match="being stopped"):
-        stages.run(("train",), tmp_path, tmp_path / "log")
-
-
-@pytest.mark.parametrize(
-    ("printed", "told"),
-    [
-        ("train: epoch 1\n\nevaluate: models: not found;\nrun again\n", "evaluate: models: not found; run again"),
-        ("\ntrain: unknown key\n", "train: unknown key"),
-        ("Traceback ...\n  here\nValueError: oh\n", "exit status 3: ValueError: oh"),
-        ("train: epoch 1 is the best\nKilled\n", "exit status 3: Killed"),
-        ("", "exit status 3, and nothing printed"),
-    ],
-)  # fmt: skip
-def test_the_message_of_a_stage_that_failed_is_found(printed, told):
-    assert copies._told(("train", "evaluate"), printed, 3) == told
+        finish(tiny, runner, jobs=2)
+    assert [name_of(run) for run in runner.stopped] == CELLS[:2]
 
 
 @pytest.fixture
@@ -250,7 +251,7 @@ def document(tiny) -> str:
         columns=list(report.PUBLISHED),
     )
     setting = report.Setting(
-        "make tables", TINY, "0123456789abcdef" * 4, ["a machine"], ["c0de", "c0df"], 120.0, ["phantom/vit/7"]
+        "make tables", TINY, "0123456789abcdef" * 4, "a machine", ["c0de", "c0df"], ["phantom/vit/7"]
     )
     costs = {(16, "fadenet"): Cost(990_000, 2 * 580_000_000, 32, 15 * 2**20, 2053.4, 8)}
     return report.markdown(grid, trained, costs, published, setting)
@@ -283,33 +284,28 @@ def test_table_2_has_the_reference_less_each_other_network(document):
 def test_table_3_and_how_the_tables_came_to_be(document):
     assert rows(document, 3) == [["16 x 16", "FadeNet", "0.99", "0.58", "15", "2053"]]
     assert document.startswith("# Tables\n\n```sh\nmake tables\n```\n")
-    assert "in 2 minutes of cells, by 2 versions of the code (c0de, c0df), on: a machine." in document
+    assert "evaluated by 2 versions of the code (c0de, c0df); Table 3 was measured on: a machine." in document
     assert "**Not finished, and left out: phantom/vit/7.**" in document
     assert TINY in document
 
 
-def test_cells_are_named_as_their_folders():
-    assert str(Cell("a", "b", 3)) == "a/b/3"
-
-
 @pytest.mark.pipeline
-def test_a_grid_is_trained_and_goes_on_where_a_cell_is_gone(project: Project):
+def test_a_grid_is_trained_and_resumed(project: Project):
     (project.folder / "tiny.yaml").write_text(TINY)
     command = ("make", "--old-file=.venv/installed", "tables", "GRID=tiny.yaml", "JOBS=2")
     output = project.run(*command)
-    assert re.findall(r"^(\S+): (?:data are ready|trained)", output, re.MULTILINE)[0] == "phantom"
-    assert len(re.findall(r"^phantom/\w+/\d: trained and judged", output, re.MULTILINE)) == 4
+    assert "phantom: completed" in output
+    assert len(re.findall(r"^phantom/\w+/\d: completed", output, re.MULTILINE)) == 4
     written = project.folder / "docs/tables.md"
     first = written.read_text()
     assert [len(rows(first, table)) for table in (1, 2, 3)] == [2, 1, 2]
-    kept = project.folder / ".cache/tables/tiny/cells"
-    before = {str(path.parent.relative_to(kept)): path.read_bytes() for path in kept.rglob("predictions.parquet")}
-    assert sorted(before) == sorted(CELLS)
-    assert len(set(before.values())) == 4
-    shutil.rmtree(kept / CELLS[2])
+    names = project.run("dvc", "exp", "list", "--name-only").split()
+    assert sorted(name.rpartition("-")[0] for name in names) == sorted(
+        ["tiny-phantom", *(f"tiny-{cell.replace('/', '-')}" for cell in CELLS)]
+    )
+    project.run("dvc", "exp", "remove", next(name for name in names if name.startswith("tiny-phantom-fadenet-1")))
     output = project.run(*command)
-    assert re.findall(r"^(\S+): trained and judged", output, re.MULTILINE) == [CELLS[2]]
-    assert (kept / CELLS[2] / "predictions.parquet").read_bytes() == before[CELLS[2]]
-    assert written.read_text().split("Trained and judged")[1].split("\n", 1)[1] == first.split("Trained and judged")[1].split("\n", 1)[1]  # fmt: skip  # noqa: E501
+    assert re.findall(r"^(\S+): completed", output, re.MULTILINE) == [CELLS[2]]
+    assert rows(written.read_text(), 1) == rows(first, 1)
     assert project.run("git", "status", "--short").split("\n")[:-1] == [" M docs/tables.md", "?? tiny.yaml"]
     assert list(project.temporary.iterdir()) == []

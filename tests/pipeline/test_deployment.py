@@ -113,8 +113,10 @@ def ask(address: str, what: str, **wanted: object) -> list[dict]:
 
 
 def run_named(address: str, name: str) -> dict:
-    (found,) = ask(address, "flow_runs", flow_runs={"name": {"any_": [name]}})
-    return found
+    """The only run whose name is this, or begins with it."""
+    found = [run for run in ask(address, "flow_runs") if run["name"] == name or run["name"].startswith(f"{name}-")]
+    (run,) = [run for run in found if run["name"] == name] or found
+    return run
 
 
 def artifacts(address: str, name: str) -> dict[str, str]:

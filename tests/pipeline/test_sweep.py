@@ -1,8 +1,9 @@
-"""`fadeformer sweep` on a machine with nothing but this project: killed, gone on with, and its best judged."""
+"""`fadeformer sweep` on a machine with nothing but this project: interrupted, resumed, and its best evaluated."""
 
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 from contextlib import suppress
@@ -14,8 +15,9 @@ import pytest
 from mlflow import MlflowClient
 from mlflow.entities import Run
 
+from fadeformer import params
 from tests.conftest import Project
-from tests.pipeline.test_deployment import commit_of, soon
+from tests.pipeline.test_deployment import soon
 from tests.pipeline.test_reproduce import ran
 
 pytestmark = [pytest.mark.pipeline, pytest.mark.timeout(1200)]
@@ -33,14 +35,23 @@ space:
 
 @pytest.fixture(scope="module")
 def swept(project: Project) -> str:
-    """What a sweep has printed that was killed in its first trial and begun again."""
+    """What a sweep has printed that was interrupted in its first trial and started again."""
     (project.folder / "rates.yaml").write_text(RATES)
-    command, log = ["fadeformer", "sweep", "rates.yaml"], project.folder / ".prefect" / "worker.log"
+    shutil.copy(project.folder / "params.yaml", project.folder / "small.yaml")
+    command = ["fadeformer", "sweep", "rates.yaml"]
     with subprocess.Popen(command, cwd=project.folder, env=project.environment, stdout=subprocess.PIPE) as process:
-        soon(lambda: log.is_file() and "epoch   3/40" in log.read_text(), 300)
-        os.kill(process.pid, signal.SIGKILL)
-    soon(lambda: not below(project.folder))  # the worker, its run, DVC and the stage
+        soon(lambda: "epoch   3/40" in logs(project), 300)
+        os.kill(process.pid, signal.SIGINT)
+        assert process.wait(120) == 128 + signal.SIGINT
+    assert not below(project.folder)  # DVC and the stage
+    assert "epoch  40/40" not in logs(project)
     return project.run(*command)
+
+
+def logs(project: Project) -> str:
+    """What all trials have printed."""
+    files = sorted((project.folder / ".cache" / "sweeps" / "rates").glob("*.log"))
+    return "".join(file.read_text() for file in files)
 
 
 def below(folder: Path) -> list[str]:
@@ -61,24 +72,29 @@ def runs(project: Project, swept: str) -> dict[str, Run]:
     return {run.info.run_name: run for run in found}
 
 
-def test_it_goes_on_where_it_was_killed_and_stops_what_is_worse(project, swept):
+def test_it_is_resumed_and_stops_what_is_worse(project, swept):
     lines = swept.splitlines()
-    assert lines[0] == "rates: 0 trials have ended, 1 go on"
+    assert lines[0] == "rates: 0 trials have ended, 1 are resumed"
     assert re.match(r"trial 0: 0\.\d{4}, the best so far", lines[1])
     assert lines[2] == "trial 1: train.learning_rate=0.003 as trial 0, which is not run again"
     assert lines[3] == "trial 2: train.learning_rate=1e-09"
     assert re.match(r"trial 2: stopped at epoch \d+, worse than the median of the others", lines[4])
     assert re.match(r"sweep: 1 of 2 trials ran to their end, 1 were stopped early; no image of test", lines[5])
     assert len(lines) == 6
-    printed = (project.folder / ".prefect" / "worker.log").read_text()
-    assert "going on with the training that was begun" in printed
-    assert printed.count("epoch   2/40") == 2  # once of each trial that was trained
+    assert "going on with the training that was begun" in logs(project)
+    assert (
+        "epoch   2/40" not in (file := next((project.folder / ".cache/sweeps/rates").glob("rates-000-*"))).read_text()
+    )
+    assert "epoch  40/40" in file.read_text()
     assert not below(project.folder)
+    assert not list((project.folder / ".dvc/tmp/exps/standalone").glob("tmp*"))
+    assert project.run("git", "stash", "list") == ""
 
 
 def test_trials_are_runs_below_that_of_the_sweep(runs, swept):
-    assert {*runs} == {"rates", "rates-000", "rates-002"}
-    sweep, *trials = [runs[name] for name in sorted(runs)]
+    found = {name.rpartition("-")[0] or name: run for name, run in runs.items()}
+    assert {*found} == {"rates", "rates-000", "rates-002"}
+    sweep, *trials = [found[name] for name in sorted(found)]
     for trial in trials:
         assert trial.data.tags["mlflow.parentRunId"] == sweep.info.run_id
     assert [trial.data.tags["fadeformer.trial"] for trial in trials] == ["0", "2"]
@@ -97,26 +113,27 @@ def test_the_table_of_all_trials_lies_in_the_run_of_the_sweep(project, runs):
     assert "params_train.learning_rate" in table[0]
 
 
-def test_each_trial_that_ran_to_its_end_is_an_experiment(project, swept):
+def test_the_best_is_an_experiment_and_is_evaluated_without_another_training(project, swept):
     (name,) = project.run("dvc", "exp", "list", "--name-only").split()
-    assert name.startswith("rates-000-")
-    changed = project.run("git", "diff", "--unified=0", f"main..{commit_of(project, name)}", "--", "params.yaml")
-    keys = re.findall(r"^\+ +(\w+):", changed, flags=re.MULTILINE)
-    assert keys == ["epochs", "learning_rate", "monitor", "early_stopping_patience"]
-    assert len(project.run("git", "show", f"{commit_of(project, name)}:models/history.csv").splitlines()) == 41
-
-
-def test_the_best_is_judged_without_another_training(project, swept):
-    assert "`fadeformer sweep rates.yaml --apply` writes it into params.yaml" in swept
-    project.run("fadeformer", "sweep", "rates.yaml", "--apply")
-    output = project.run("dvc", "repro")
-    assert ran(output) == ["validate", "evaluate", "promote"]  # DVC keeps no run of a stage whose outs persist
+    assert f"`dvc exp apply {name}` brings it into this folder" in swept
+    project.run("dvc", "exp", "apply", name)
+    found, small = (params.load(project.folder / file).flat() for file in ("params.yaml", "small.yaml"))
+    changed = {key: value for key, value in found.items() if small[key] != value}
+    assert changed == {
+        "train.epochs": 40,
+        "train.early_stopping_patience": 40,
+        "train.monitor": "auc",
+        "train.learning_rate": 0.003,
+    }
+    assert len((project.folder / "models/history.csv").read_text().splitlines()) == 41
+    assert ran(project.run("dvc", "repro")) == ["evaluate", "promote"]
     assert json.loads((project.folder / "reports/promotion.json").read_text())["version"] == "1"
 
 
 def test_the_same_file_with_other_values_is_refused(project, swept):
+    shutil.copy(project.folder / "small.yaml", project.folder / "params.yaml")
     (project.folder / "rates.yaml").write_text(RATES.replace("1.0e-9", "1.0e-8"))
     output = project.run("fadeformer", "sweep", "rates.yaml", check=False)
     assert project.code == 1
-    assert "the sweep rates was begun with another space; give this one another name:" in output
+    assert "the sweep rates was started with another space; give this one another name:" in output
     assert "Traceback" not in output

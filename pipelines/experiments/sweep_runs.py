@@ -12,7 +12,7 @@ from mlflow.entities import Param, RunTag
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID, MLFLOW_RUN_NAME, MLFLOW_SOURCE_NAME
 
 from pipelines.store import connect, told
-from pipelines.tracking import SOURCE, TRIAL, log_points, open_run, started_by, with_own
+from pipelines.tracking import SOURCE, TRIAL, log_points, open_run, with_own
 
 SWEEP, SAME_AS = "fadeformer.sweep", "fadeformer.same_as"  # tags: the sweep's name; the run that a trial's is a copy of
 
@@ -54,20 +54,29 @@ def values(parent: str, number: int, metric: str) -> dict[int, float]:
 
 
 @told()
-def nest(parent: str, number: int, run_id: str) -> None:
-    """Makes a training's run that of a trial, or where it is not one a copy of its parameters and metrics.
+def nest(parent: str, number: int, name: str, run_id: str) -> None:
+    """Gives a trial an MLflow run if it has none: a copy of the run in which its model was trained before.
 
-    DVC takes a training that was made before from its cache, and its run may belong to another sweep or to none.
+    DVC takes such a training from its cache, and its run may belong to another sweep or to none. Raises Unreachable.
+
+    Args:
+        parent: the sweep's run.
+        number: of the trial.
+        name: of its run.
+        run_id: the run that its model names.
     """
     connect()
     if _trial_run(parent, number):
         return
     client = MlflowClient()
     same = client.get_run(run_id)
-    tags = with_own({SAME_AS: run_id, **started_by(), MLFLOW_SOURCE_NAME: SOURCE})
-    copy = client.create_run(same.info.experiment_id, tags=tags).info.run_id
+    tags = {
+        SAME_AS: run_id, MLFLOW_RUN_NAME: name, MLFLOW_PARENT_RUN_ID: parent, TRIAL: str(number),
+        MLFLOW_SOURCE_NAME: SOURCE,
+    }  # fmt: skip
+    copy = client.create_run(same.info.experiment_id, tags=with_own(tags)).info.run_id
     client.log_batch(copy, params=[Param(key, value) for key, value in same.data.params.items()])
-    points = [point for name in same.data.metrics for point in client.get_metric_history(run_id, name)]
+    points = [point for metric in same.data.metrics for point in client.get_metric_history(run_id, metric)]
     log_points(copy, [(point.key, point.value, point.timestamp, point.step) for point in points])
     client.set_terminated(copy)
 

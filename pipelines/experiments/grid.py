@@ -1,8 +1,8 @@
-"""What is trained for the tables: sets x networks x seeds, as a strict YAML file over params.yaml."""
+"""Grids: data sets x networks x seeds, as a strict YAML file of overrides of params.yaml, and their runs."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast
@@ -14,12 +14,13 @@ from ruamel.yaml.error import YAMLError
 from fadeformer import params
 from fadeformer.errors import UserError
 from fadeformer.explain import explain
-from fadeformer.params import Params
-from pipelines import overrides, preset
+from pipelines import overrides, paths, preset
+from pipelines.experiments.engine import DATA as DATA_SECTIONS
+from pipelines.experiments.engine import Listed, Run, digest
 
 SHIPPED = Path(__file__).resolve().parent
 DATA = "{data}"  # in a value of a grid: the folder that --data names
-Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")]  # a folder is called so
+Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")]  # part of the name of a DVC experiment
 Overrides: Any = overrides.partial(params.Params)
 
 
@@ -116,7 +117,8 @@ def load(path: Path) -> Grid:
         raise UserError(f"{path}: cannot be read as YAML: {error}") from error
     if not isinstance(values, Mapping):
         raise UserError(f"{path}: must hold a grid: {', '.join(Grid.model_fields)}")
-    values, kinds = dict(values), {"sets": Images, "networks": Network}
+    values = dict(values)
+    kinds: dict[str, type[BaseModel]] = {"sets": Images, "networks": Network}
     for part, kind in kinds.items():
         if isinstance(values.get(part), Mapping):
             values[part] = {
@@ -134,11 +136,46 @@ def _checked(kind: type[BaseModel], value: Any, where: str) -> BaseModel:
 
 
 def cells(grid: Grid) -> Iterator[Cell]:
-    """All of them: a set after the other, and there a seed after the other, so that the first tables come early."""
+    """All cells, set after set and seed after seed, so that the first tables come early."""
     for images in grid.sets:
         for seed in grid.seeds:
             for network in grid.networks:
                 yield Cell(images, network, seed)
+
+
+def plan(name: str, grid: Grid, data: Path | None, say: Callable[[str], None] = print) -> Listed:
+    """The runs of a grid: the data stages once for each set, then each cell of it.
+
+    A cell is trained again if the parameters that decide its training, or its data, have changed. Another version of
+    the code is reported in the tables and is no reason: a comment would train the whole grid again.
+
+    Args:
+        name: of the grid.
+        grid: its definition.
+        data: what `{data}` in it stands for.
+        say: prints a line.
+
+    Raises:
+        UserError: sets or cells have parameters that are not valid.
+    """
+    base = params.load(paths.PARAMS).nested()
+    runs: dict[str, Run] = {}
+    problems: list[str] = []
+    for of in (*(Cell(images, "", 0) for images in grid.sets), *cells(grid)):
+        network, seed = (of.network, of.seed) if of.network else (None, None)
+        key = str(of) if of.network else of.images
+        changed = _merged(base, changes(grid, of.images, network, seed, data))
+        try:
+            config = params.parse(changed, f"{paths.PARAMS} with the overrides of {key}")
+        except UserError as error:
+            problems.append(f"{key}: {error}")
+            continue
+        fingerprint = digest(config) if of.network else digest(config, DATA_SECTIONS)
+        until = "evaluate" if of.network else "preprocess"
+        runs[key] = Run(f"{name}-{key.replace('/', '-')}-{fingerprint}", config.nested(), until)
+    if problems:
+        raise UserError("\n".join(problems))
+    return Listed(runs, {str(cell): cell.images for cell in cells(grid)}, say)
 
 
 def changes(grid: Grid, images: str, network: str | None, seed: int | None, data: Path | None) -> dict[str, Any]:
@@ -164,15 +201,6 @@ def changes(grid: Grid, images: str, network: str | None, seed: int | None, data
     for layer in layers:
         merged = _merged(merged, layer)
     return cast(dict[str, Any], _filled(merged, images, data))
-
-
-def wanted(base: Mapping[str, Any], changed: Mapping[str, Any], source: str) -> Params:
-    """The values of params.yaml with overrides, checked.
-
-    Raises:
-        UserError: the result would not be valid; calls it by `source`.
-    """
-    return params.parse(_merged(base, changed), source)
 
 
 def _merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:

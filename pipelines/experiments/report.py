@@ -11,7 +11,7 @@ from fadeformer import comparison
 from fadeformer.complexity import Cost
 from fadeformer.numerals import told
 from fadeformer.predictions import Predictions
-from pipelines.tables.grid import Grid
+from pipelines.experiments.grid import Grid
 
 PUBLISHED = ("dataset", "resolution", "method", "auc", "accuracy", "balanced_accuracy", "comparable", "reason")
 Trained = Mapping[tuple[str, str], Mapping[int, Predictions]]  # predictions on test by set and network, by seed
@@ -26,18 +26,16 @@ class Setting:
         command: that makes them.
         grid: the YAML of the grid, as it was read.
         params: SHA-256 of params.yaml, which holds what the grid does not change.
-        machines: on which the cells were trained, and what Table 3 was measured on.
+        machine: on which Table 3 was measured.
         codes: versions of the sources by which cells were trained.
-        seconds: of all trainings and evaluations.
         missing: cells that are not finished.
     """
 
     command: str
     grid: str
     params: str
-    machines: Sequence[str]
+    machine: str
     codes: Sequence[str]
-    seconds: float
     missing: Sequence[str]
 
 
@@ -61,12 +59,11 @@ def markdown(
 
 
 def _head(setting: Setting) -> str:
-    machines = "; ".join(setting.machines)
     versions = "one version" if len(setting.codes) == 1 else f"{len(setting.codes)} versions"
     lines = [
         "# Tables", "", "```sh", setting.command, "```", "",
-        f"Trained and judged in {setting.seconds / 60:.0f} minutes of cells, by {versions} of the code"
-        f" ({', '.join(setting.codes) or 'none yet'}), on: {machines}.",
+        f"Trained and evaluated by {versions} of the code ({', '.join(setting.codes) or 'none yet'}); Table 3 was"
+        f" measured on: {setting.machine}.",
     ]  # fmt: skip
     if setting.missing:
         lines += ["", f"**Not finished, and left out: {', '.join(setting.missing)}.**"]

@@ -1,0 +1,80 @@
+"""Files of a finished run: a DVC experiment in this repository, its outputs in DVC's cache or remote."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dvc.api import DVCFileSystem
+from dvc.exceptions import DvcException
+from ruamel.yaml import YAML
+
+from fadeformer.errors import UserError
+from fadeformer.files import read_json
+
+REPOSITORY = "FADEFORMER_REPOSITORY"  # environment: where deployed runs push their experiments, if not to this folder
+
+
+@dataclass(frozen=True)
+class Result:
+    """A finished run.
+
+    Attributes:
+        name: of its DVC experiment.
+        commit: of the experiment.
+    """
+
+    name: str
+    commit: str
+
+    def fetch(self, path: Path, folder: Path) -> Path:
+        """Copies a file of the run, from DVC's cache or remote, into a folder.
+
+        Raises:
+            UserError: it is in neither.
+        """
+        target = folder / path.name
+        try:
+            DVCFileSystem(rev=self.commit).get_file(path.as_posix(), str(target))
+        except (OSError, DvcException) as error:
+            raise UserError(
+                f"{path} of the experiment {self.name} is in neither DVC's cache nor a remote ({error}); `dvc exp"
+                f" remove {self.name}`, then run again"
+            ) from error
+        return target
+
+    def json(self, path: Path) -> Any:
+        """Content of a JSON file of the run; raises UserError likewise."""
+        with tempfile.TemporaryDirectory() as folder:
+            return read_json(self.fetch(path, Path(folder)))
+
+    def code(self) -> str:
+        """Fingerprint of the sources that trained and evaluated it."""
+        lock = YAML(typ="safe").load(_git("show", f"{self.commit}:dvc.lock"))
+        deps = [dep for stage in ("train", "evaluate") for dep in lock["stages"][stage]["deps"]]
+        sums = {f"{dep['path']} {dep['md5']}" for dep in deps if dep["path"].endswith(".py")}
+        return hashlib.sha256("\n".join(sorted(sums)).encode()).hexdigest()[:12]
+
+
+def find(name: str) -> Result | None:
+    """The experiment of a run, if there is one; a deployed run appends its id to the name."""
+    if repository := os.environ.get(REPOSITORY):
+        _git("fetch", "--quiet", repository, "+refs/exps/*:refs/exps/*")
+    refs = (f"refs/exps/*/*/{name}", f"refs/exps/*/*/{name}-*")
+    listed = _git("for-each-ref", "--sort=-creatordate", "--count=1", "--format=%(objectname) %(refname)", *refs)
+    if not listed:
+        return None
+    commit, ref = listed.split()
+    return Result(ref.rpartition("/")[2], commit)
+
+
+def _git(*words: str) -> str:
+    done = subprocess.run(["git", *words], capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise UserError(f"`git {words[0]}` failed: {done.stderr.strip()}")
+    return done.stdout

@@ -1,0 +1,284 @@
+"""The trials of a sweep, with runs that are only pretended: what is proposed, pruned, counted and resumed."""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from optuna.trial import TrialState
+
+from fadeformer.errors import PassingError, UserError
+from fadeformer.params import Params
+from pipelines.experiments import engine, space, sweep
+from pipelines.experiments.engine import Run, State, Status
+from pipelines.experiments.results import Result
+from pipelines.experiments.space import Sweep
+
+SPACE = """
+trials: 12
+startup_trials: 4
+warmup_epochs: 1
+fixed: {train.epochs: 5, train.monitor: auc}
+space:
+  train.learning_rate: {low: 1.0e-5, high: 0.1, log: true}
+  train.batch_size: {low: 8, high: 32, step: 8}
+  train.clip: [null, 1.0]
+"""
+
+
+class Pretended:
+    """Runs that take an epoch for each look, and whose AUC grows to what their learning rate makes of it.
+
+    Attributes:
+        started: the `train` section of each run, by number of the trial.
+        starts: numbers, in the order in which they were started, those of resumed trials again.
+        stopped: numbers of runs that were asked to stop.
+        outcome: how a run ends instead, by number.
+        away: the next look finds no server.
+        most: runs side by side.
+        completed: names of runs that have left an experiment.
+    """
+
+    def __init__(self, epochs: int = 5, detached: bool = False) -> None:
+        self.detached, self.started, self.starts, self.stopped = detached, {}, [], []
+        self.outcome: dict[int, State] = {}
+        self.completed: set[str] = set()
+        self.away, self.most = False, 0
+        self._epochs, self._seen, self._running = epochs, {}, set()
+
+    def start(self, run: Run) -> None:
+        number = int(run.trial.partition("/")[2])
+        self.started[number] = run.values["train"]
+        self.starts.append(number)
+        self._seen.setdefault(number, 0)
+        self._running.add(number)
+        self.most = max(self.most, len(self._running))
+
+    def status(self, run: Run) -> Status:
+        if self.away:
+            raise PassingError("no server")
+        number = int(run.trial.partition("/")[2])
+        self._seen[number] += 1
+        state = State.STOPPED if number in self.stopped else self.outcome.get(number, State.RUNNING)
+        if state is State.RUNNING and self._seen[number] > self._epochs:
+            state = State.COMPLETED
+            self.completed.add(run.name)
+        if state is not State.RUNNING:
+            self._running.remove(number)
+        return Status(state, "out of memory")
+
+    def stop(self, runs: Iterable[Run]) -> None:
+        self.stopped += [int(run.trial.partition("/")[2]) for run in runs]
+
+    def wait(self) -> None:
+        self.stopped, self._running = [], set()
+
+    def values(self, number: int, result: Result | None) -> dict[int, float]:
+        best = 1 - abs(self.started[number]["learning_rate"] - 0.001)
+        epochs = min(self._seen[number], self._epochs)
+        return {epoch: best * (1 - 0.5**epoch) for epoch in range(1, epochs + 1)}
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch) -> None:
+    monkeypatch.setattr(engine, "INTERVAL", 0.0)
+
+
+@pytest.fixture
+def planned(tmp_path: Path, wanted: Params):
+    """Gives what a SPACE.yaml says, with keys changed."""
+
+    def plan(text: str = SPACE, **keys: Any) -> Sweep:
+        (tmp_path / "rates.yaml").write_text(text)
+        return space.load(tmp_path / "rates.yaml", wanted).model_copy(update=keys)
+
+    return plan
+
+
+@pytest.fixture
+def search(tmp_path: Path, wanted: Params, monkeypatch):
+    """Runs a sweep with pretended runs; gives its study and the lines that it printed."""
+
+    def run(plan: Sweep, runner: Pretended, folder: str = "", values: Any = None) -> tuple[Any, list[str]]:
+        study, storage = sweep.open_study(tmp_path / folder, plan, wanted)
+        said: list[str] = []
+        left = lambda name: Result(name, "") if name in runner.completed else None  # noqa: E731
+        monkeypatch.setattr(engine.results, "find", left)
+        trials = sweep.SweepPlan(plan, wanted, study, storage, "parent", values or runner.values, said.append)
+        engine.execute(trials, runner, plan.at_once)
+        return study, said
+
+    return run
+
+
+def test_as_many_trials_as_asked_for_and_the_best_is_found(planned, search):
+    plan, runner = planned(), Pretended()
+    study, said = search(plan, runner)
+    assert len(study.trials) == 12
+    assert {one.state for one in study.trials} == {TrialState.COMPLETE, TrialState.PRUNED}
+    whole = [one for one in study.trials if one.state == TrialState.COMPLETE]
+    assert study.best_value == max(one.value for one in whole)
+    assert study.best_value == max(study.best_trial.intermediate_values.values())
+    assert study.best_trial.user_attrs[sweep.RUN].startswith(f"rates-{study.best_trial.number:03d}-")
+    for number, train in runner.started.items():
+        assert train["epochs"] == 5
+        assert train["batch_size"] in (8, 16, 24, 32)
+        assert train["clip"] in (None, 1.0)
+        assert 1e-5 <= train["learning_rate"] <= 0.1
+        assert {key: train[key.partition(".")[2]] for key in plan.space} == study.trials[number].params
+    assert sum(", the best so far" in line for line in said) >= 1
+
+
+def test_a_trial_below_the_median_is_stopped_after_its_warm_up(planned, search):
+    plan, runner = planned(sampler="random", trials=20), Pretended()
+    study, said = search(plan, runner)
+    pruned = [one for one in study.trials if one.state == TrialState.PRUNED]
+    assert pruned
+    assert sorted(runner.stopped) == [one.number for one in pruned]
+    assert min(one.number for one in pruned) >= plan.startup_trials
+    for one in pruned:
+        epoch = max(one.intermediate_values)
+        assert epoch > plan.warmup_epochs
+        assert f"trial {one.number}: stopped at epoch {epoch}, worse than the median of the others" in said
+
+
+def test_without_a_pruner_none_is_stopped(planned, search):
+    runner = Pretended()
+    study, _ = search(planned(pruner="none", sampler="random"), runner)
+    assert runner.stopped == []
+    assert {one.state for one in study.trials} == {TrialState.COMPLETE}
+
+
+def test_trials_run_side_by_side(planned, search):
+    runner = Pretended()
+    search(planned(at_once=3), runner)
+    assert runner.most == 3
+
+
+def test_proposals_do_not_depend_on_when_the_search_was_resumed(planned, search):
+    plan, parts = planned(), Pretended()
+    whole, _ = search(plan, Pretended(), "whole")
+    for trials in (3, 7, 12):
+        found, _ = search(plan.model_copy(update={"trials": trials}), parts, "parts")
+    assert [one.params for one in found.trials] == [one.params for one in whole.trials]
+    assert [one.state for one in found.trials] == [one.state for one in whole.trials]
+
+
+def test_a_search_whose_server_goes_away_leaves_its_trials_and_finds_them(planned, search):
+    plan, runner = planned(at_once=2), Pretended(detached=True)
+    start = runner.start
+    runner.start = lambda run: (setattr(runner, "away", len(runner.started) >= 4), start(run))
+    with pytest.raises(PassingError):
+        search(plan, runner)
+    assert runner.stopped == []
+    runner.start, runner.away = start, False
+    study, _ = search(plan, runner)
+    assert len(study.trials) == 12
+    assert all(one.state.is_finished() for one in study.trials)
+
+
+def test_ctrl_c_stops_the_trials_that_run_and_the_next_search_resumes_them(planned, search):
+    plan, runner = planned(at_once=2, pruner="none"), Pretended()
+    status, wait, looks, stopped = runner.status, runner.wait, [], []
+
+    def interrupted(run: Run) -> Status:
+        looks.append(run)
+        if len(looks) == 3:
+            raise KeyboardInterrupt
+        return status(run)
+
+    runner.status = interrupted
+    runner.wait = lambda: (stopped.extend(runner.stopped), wait())
+    with pytest.raises(KeyboardInterrupt):
+        search(plan, runner)
+    assert sorted(stopped) == [0, 1]
+    first = dict(runner.started)
+    study, _ = search(plan, runner)
+    assert {one.state for one in study.trials} == {TrialState.COMPLETE}
+    assert runner.starts[:4] == [0, 1, 0, 1]
+    assert {number: runner.started[number] for number in (0, 1)} == first
+    assert runner.starts[4:] == list(range(2, 12))
+
+
+def test_failed_and_cancelled_trials_count_and_three_in_a_row_end_the_search(planned, search):
+    plan, runner = planned(), Pretended()
+    runner.outcome = {1: State.FAILED, 3: State.STOPPED}
+    study, said = search(plan, runner)
+    assert [one.number for one in study.trials if one.state == TrialState.FAIL] == [1, 3]
+    assert "trial 1: failed, out of memory" in said
+    assert "trial 3: cancelled" in said
+    assert len(study.trials) == 12
+    runner = Pretended()
+    runner.outcome = dict.fromkeys(range(2, 12), State.FAILED)
+    with pytest.raises(UserError, match="3 trials in a row have failed, the last with: out of memory"):
+        search(plan.model_copy(update={"name": "other"}), runner)
+    assert len(runner.started) == 5
+
+
+def test_the_same_values_are_not_run_twice(planned, search):
+    text = "trials: 6\nfixed: {train.monitor: auc}\nspace: {train.learning_rate: [0.001, 0.01]}\n"
+    runner = Pretended()
+    study, said = search(planned(text, pruner="none"), runner)
+    assert len(runner.started) == 2  # all that there are
+    assert len(study.trials) == 8
+    assert sum("which is not run again" in line for line in said) == 6
+    assert len({one.value for one in study.trials}) == 2
+
+
+def test_a_metric_that_is_undefined_in_every_epoch_is_no_value(planned, search):
+    study, said = search(planned(trials=2), Pretended(), values=lambda number, result: {1: float("nan")})
+    assert [one.state for one in study.trials] == [TrialState.FAIL] * 2
+    assert "trial 0: failed, its metric is not defined in any epoch" in said
+
+
+def test_the_smallest_loss_is_the_best(planned, search):
+    study, _ = search(planned(fixed={"train.monitor": "loss"}, trials=3, pruner="none"), Pretended())
+    assert study.best_value == min(one.value for one in study.trials)
+    for one in study.trials:
+        assert one.value == min(one.intermediate_values.values())
+
+
+def test_a_study_of_other_values_is_not_resumed(tmp_path, wanted, planned):
+    sweep.open_study(tmp_path, planned(), wanted)
+    assert sweep.open_study(tmp_path, planned(trials=30, at_once=4), wanted)[0].trials == []
+    with pytest.raises(UserError, match=r"rates was started with another fixed; .*name:, or remove .*rates\.jsonl"):
+        sweep.open_study(tmp_path, planned(fixed={"train.epochs": 6, "train.monitor": "auc"}), wanted)
+    other = wanted.model_copy(update={"seed": 7})
+    with pytest.raises(UserError, match="was started with another seed;"):
+        sweep.open_study(tmp_path, planned(), other)
+    judged = wanted.model_copy(update={"promote": wanted.promote.model_copy(update={"margin": 0.5})})
+    sweep.open_study(tmp_path, planned(), judged)  # which decides nothing of a trial
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("space: {seed: [1, 2]}", "key trials is missing"),
+        ("trial: 3\ntrials: 3\nspace: {seed: [1, 2]}", "unknown key trial; did you mean trials?"),
+        ("- 1", "must hold trials: and space:"),
+        ("a: [", "is not valid YAML"),
+        ("trials: 3\nspace: {train.learning_rat: [0.1, 0.2]}", "did you mean train.learning_rate?"),
+        ("trials: 3\nspace: {train.learning_rate: [0.1]}", "should be a list of two or more values, or a range"),
+        ("trials: 3\nspace: {train.learning_rate: {low: 0.2, high: 0.1}}", "high has to be the larger one"),
+        ("trials: 3\nspace: {train.ema: {low: 0, high: 0.5, log: true}}", "with log it has to be above 0"),
+        ("trials: 3\nspace: {seed: {low: 1, high: 9, log: true, step: 2}}", "step and log exclude each other"),
+        ("trials: 3\nspace: {seed: {low: 1, high: 9, step: 0}}", "step is 0; it has to be above 0"),
+        ("trials: 3\nspace: {seed: {lo: 1, high: 9}}", "space.seed: unknown key lo; did you mean low?"),
+        ("trials: 3\nspace: {train.batch_size: {low: 0, high: 9}}", "train.batch_size is 0, but should be"),
+        ("trials: 3\nspace: {train.batch_size: [8, x]}", "train.batch_size is 'x'"),
+        ("trials: 3\nspace: {promote.margin: [0.01, 0.02]}", "a trial, which ends with its training"),
+        ("trials: 3\nfixed: {seed: 1}\nspace: {seed: [1, 2]}", "seed stands in fixed and in space"),
+        ("trials: 3\nsampler: tpo\nspace: {seed: [1, 2]}", "did you mean tpe?"),
+        ("trials: 3\nspace: {train.monitor: [auc, loss]}", "is what trials are compared by"),
+    ],
+)
+def test_a_file_with_a_fault_is_told_by_key(planned, text, told):
+    with pytest.raises(UserError) as raised:
+        planned(text)
+    assert told in str(raised.value)
+    assert "rates.yaml: " in str(raised.value)
+
+
+def test_a_file_that_is_not_there_is_told(tmp_path, wanted):
+    with pytest.raises(UserError, match=r"none\.yaml: cannot be read"):
+        space.load(tmp_path / "none.yaml", wanted)
