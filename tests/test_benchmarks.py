@@ -28,7 +28,6 @@ from tests.test_augment import OFF
 from tests.test_training import RECIPE, network, some_images
 
 
-@pytest.mark.real_data
 def test_the_table_of_copies_has_a_column_for_each_set_and_a_row_for_each_change(real_data, capsys, monkeypatch):
     copies = benchmark("copies")
     monkeypatch.setattr(sys, "argv", ["copies.py", str(real_data), "--images", "20"])

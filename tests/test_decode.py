@@ -415,7 +415,6 @@ def test_a_callers_mistake_is_told(call):
         call()
 
 
-@pytest.mark.real_data
 def test_the_published_radiographs_are_grey(real_data):
     modes = {"L": 0, "RGB": 0, "RGBA": 0}
     for name, data in archives.members(real_data / "chestxray14" / "images_001.tar.gz"):

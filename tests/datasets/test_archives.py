@@ -444,7 +444,6 @@ def test_flipped_bytes_never_give_wrong_images(tmp_path_factory, kind, flips):
     assert found in (None, FILES) or kind == "tar"  # which has no checksum of its content
 
 
-@pytest.mark.real_data
 def test_the_published_archives_are_read(real_data):
     found = archives.listing(real_data / "chestxray14" / "images_001.tar.gz")
     assert len(found) == 1000

@@ -376,7 +376,6 @@ def test_a_disk_without_room_is_told_before_anything_is_copied(fetch, scans, mon
         fetch(root)
 
 
-@pytest.mark.real_data
 def test_mednist(fetch, real_data, tmp_path):
     facts, folder = fetch(real_data / "mednist" / "mednist.zip")
     assert len(facts.classes) == 6

@@ -459,7 +459,6 @@ def test_arrays_are_made_by_one_process_at_a_time(raw):
     assert arrays.main().endswith("images of 16x16x3")
 
 
-@pytest.mark.real_data
 def test_the_eight_leaks_of_the_rebuilt_pneumoniamnist_are_found(real_data, small, monkeypatch):
     monkeypatch.chdir(small.parent)
     paths.RAW.mkdir(parents=True)

@@ -140,7 +140,6 @@ def test_the_table_is_complete():
     assert all(len(md5) == 32 for md5 in sums)
 
 
-@pytest.mark.real_data
 def test_the_official_retinamnist_is_taken_and_a_rebuilt_file_is_not(real_data, tmp_path):
     (tmp_path / "out").mkdir()
     facts = medmnist.fetch("retinamnist", 28, str(real_data / "medmnist"), tmp_path, tmp_path / "out")

@@ -14,9 +14,8 @@ import pytest
 from mlflow import MlflowClient
 from mlflow.entities import Run
 
-from tests.conftest import Project
+from tests.conftest import Project, ran
 from tests.pipeline.test_deployment import commit_of, soon
-from tests.pipeline.test_reproduce import ran
 
 pytestmark = [pytest.mark.pipeline, pytest.mark.timeout(1200)]
 RATES = """\
