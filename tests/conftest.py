@@ -169,7 +169,6 @@ class Project:
         self.run("git", "add", "--all")
         self.run("git", "commit", "--quiet", "-m", message)
 
-
     def make(self, *arguments: str, **options: object) -> str:
         """Runs make with the environment that is there already."""
         return self.run("make", "--old-file=.venv/installed", *arguments, **options)

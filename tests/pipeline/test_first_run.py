@@ -1,4 +1,4 @@
-"""One `make repro` in a fresh copy of the project: what it prints and leaves, and that a second one has nothing to do."""
+"""What one `make repro` in a fresh copy of the project prints and leaves."""
 
 import json
 import re
