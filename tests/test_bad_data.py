@@ -446,7 +446,7 @@ def damaged(data: bytes, cuts: float, flips: list[tuple[float, int]]) -> bytes:
     return bytes(spoilt)
 
 
-@settings(max_examples=250)
+@settings(max_examples=60)
 @given(
     name=st.sampled_from(sorted(GOOD)),
     packing=st.sampled_from(["folder", "zip", "tar.gz"]),
