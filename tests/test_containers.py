@@ -409,11 +409,6 @@ def test_a_command_without_servers_needs_no_password(work, code):
     assert (done.returncode, done.stdout) == (0, "seed: 1\n"), done
 
 
-def test_a_command_knows_where_it_is(work, code):
-    done = start("trainer_start.py", "printenv", "PWD", folder=work, FADEFORMER_CODE=str(code))
-    assert done.stdout.strip() == str(work)
-
-
 def test_a_command_hears_of_an_interrupt_although_it_was_started_in_the_background(work, code):
     ask = "import signal; print(signal.getsignal(signal.SIGINT) is signal.default_int_handler)"
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)

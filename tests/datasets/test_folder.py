@@ -120,14 +120,6 @@ def test_columns_of_findings_are_told_by_the_classes(scans, fetch):
         fetch(root)
 
 
-def test_labels_that_are_no_class_have_no_label(scans, fetch):
-    names = [f"{i}.png" for i in range(6)]
-    root = scans(names, "path,label\n0.png,a\n1.png,b\n2.png,c\n3.png,\n4.png,1\n5.png,9\n")
-    facts, folder = fetch(root, classes=["a", "b"])
-    label = packed.table(facts, folder)["label"]
-    assert label.dropna().to_dict() == {0: 0, 1: 1, 4: 1}
-
-
 def test_numbers_as_labels_are_in_the_order_of_numbers(scans, fetch):
     names = [f"{i}.png" for i in range(12)]
     root = scans(names, "\n".join(["path,label", *(f"{n},{i}" for i, n in enumerate(names))]))
@@ -304,14 +296,6 @@ def test_frames_of_one_file_stay_together_even_if_it_names_nobody(tmp_path, fetc
     assert len(rows) == 48
     assert rows["group"].nunique() == 8
     assert rows.groupby("group")["split"].nunique().max() == 1
-
-
-def test_two_files_that_would_have_one_name_are_told(tmp_path, fetch, scans, monkeypatch):
-    monkeypatch.setattr(source, "_hidden", lambda name, salt: "a/0")
-    root = scans(["a/0.png", "b/1.png"])
-    (root / "a" / "0.dcm").write_bytes(scan("p"))
-    with pytest.raises(UserError, match=r"a/0\.\w+ and a/0\.\w+ would both be called a/0\.png; rename one"):
-        fetch(root)
 
 
 def test_many_damaged_images_are_no_copies_of_each_other(scans, fetch, tmp_path):
