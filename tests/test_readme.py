@@ -55,7 +55,8 @@ SERVERS = {
 }
 # Commands that are not run here, why, and what shows that this is still so.
 NOT_RUN = {
-    "make test": ("these tests are a part of it", lambda: "make test" in ci()),
+    "make test": ("CI runs it, and these tests after it", lambda: "make test" in ci()),
+    "make test-all": ("these tests are a part of it", lambda: {"make test", "make test-integration"} <= set(ci())),
     "make check": ("takes minutes, and CI runs it before all tests", lambda: ci().index("make check") == 0),
     "python benchmarks/overhead.py": ("runs the whole demo again", lambda: "--epochs" in helps("overhead")),
     "python benchmarks/fadenet.py layer": ("takes minutes at the published width", lambda: "layer" in helps("fadenet")),

@@ -106,7 +106,7 @@ def told_to_mlflow(project: Project) -> tuple[pd.DataFrame, dict[str, str]]:
 
 def test_killed_at_any_moment_it_comes_to_the_same_bytes(whole, pieces):
     moments = np.random.default_rng(0)
-    for reached in (1, 11, 22):
+    for reached in (1, 22):
         with running(pieces, "dvc", "repro", "evaluate", **EVERY_CORE) as process:
             wait_for_step(pieces, process, reached)
             time.sleep(0.1 * moments.random())
