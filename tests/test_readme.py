@@ -6,18 +6,16 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
-from urllib.error import URLError
-from urllib.request import urlopen
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from tests.conftest import ROOT, SMALL, Kept, Project, clone
+from tests.pipeline.cluster import answers, soon
 from tests.postgresql import free_port
 
 README = (ROOT / "README.md").read_text()
@@ -151,11 +149,8 @@ class Session:
         """Start a server and wait until it answers; stop it unless it stays."""
         process = self.start(command)
         self.servers.append(process)
-        deadline = time.monotonic() + 120
-        while address and not answers(address):
-            assert process.poll() is None, self.log.read_text()
-            assert time.monotonic() < deadline, self.log.read_text()
-            time.sleep(0.3)
+        soon(lambda: not address or answers(address) or process.poll() is not None, tell=self.log.read_text)
+        assert process.poll() is None, self.log.read_text()
         if not stays:
             self.stop()
 
@@ -167,14 +162,6 @@ class Session:
         except subprocess.TimeoutExpired:  # Prefect's worker hangs now and then when it ends just after a run
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-
-
-def answers(address: str) -> bool:
-    try:
-        with urlopen(address, timeout=5) as response:
-            return response.status == 200
-    except (URLError, OSError):
-        return False
 
 
 @pytest.fixture(scope="module")

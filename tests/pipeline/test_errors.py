@@ -2,12 +2,12 @@
 
 import re
 import shutil
-import socket
 
 import numpy as np
 import pytest
 
 from tests.conftest import Project, ran
+from tests.postgresql import free_port
 
 pytestmark = pytest.mark.pipeline
 
@@ -55,9 +55,7 @@ def archive(reproduced: Project):
 @pytest.fixture
 def nobody() -> str:
     """An address at which nobody answers."""
-    with socket.socket() as unused:
-        unused.bind(("127.0.0.1", 0))
-        return f"http://127.0.0.1:{unused.getsockname()[1]}"
+    return f"http://127.0.0.1:{free_port()}"
 
 
 def test_a_typo_stops_before_anything_runs(reproduced, stops, weights):
