@@ -3,16 +3,11 @@
 import itertools
 import json
 import re
-import shutil
-import sqlite3
 import sys
 from collections.abc import Iterator
-from contextlib import closing
-from pathlib import Path
 from types import ModuleType
 
 import numpy as np
-import pandas as pd
 import pytest
 import torch
 from sklearn.metrics import roc_auc_score
@@ -85,19 +80,6 @@ def test_shut_gates_leave_attention_alone():
     assert not layer.gate_logit.requires_grad
 
 
-def test_all_arms_begin_with_the_same_backbone():
-    science = benchmark("science")
-    models = {arm: science.network(arm, classes=3, seed=1) for arm in science.ARMS}
-    images = torch.randn(2, 3, 28, 28)
-    for arm, model in models.items():
-        model.eval()
-        tokens = model.patch_embed(images)
-        block = getattr(model.blocks[2], "block", model.blocks[2])
-        torch.testing.assert_close(tokens, models["plain"].patch_embed(images), msg=arm)
-        assert torch.equal(block.mlp.fc1.weight, models["plain"].blocks[2].mlp.fc1.weight), arm
-        assert torch.equal(model.pos_embed, models["plain"].pos_embed), arm
-
-
 def test_what_is_shut_stays_shut_in_training_and_a_row_is_left(tmp_path, monkeypatch, one_thread):
     science = benchmark("science")
     random = np.random.default_rng(0)
@@ -140,16 +122,6 @@ def test_the_comparison_is_paired_by_seed_and_by_image(tmp_path, capsys, monkeyp
     assert float(p) < float(holm) < 0.05
     low, high = map(float, interval.split(" to "))
     assert 0 < low < float(mean) < high
-
-
-def test_resampled_aucs_are_those_of_the_images_repeated():
-    science = benchmark("science")
-    random = np.random.default_rng(1)
-    labels, scores = random.integers(0, 3, 60), random.normal(size=(60, 3))
-    weights = random.multinomial(60, np.full(60, 1 / 60), 5)
-    for found, counts in zip(science.bootstrap_aucs(labels, scores, weights), weights, strict=True):
-        rows = np.repeat(np.arange(60), counts)
-        assert found == pytest.approx(roc_auc_score(np.eye(3)[labels[rows]], scores[rows]))
 
 
 @pytest.fixture
@@ -222,14 +194,6 @@ def test_the_table_of_coverage_has_every_measure_and_all_hold_most_of_the_time(c
     assert rows["quadratic_kappa"][0] == rows["quadratic_kappa"][2] == ""
 
 
-def test_the_population_has_the_shares_that_it_is_said_to_have():
-    bench = benchmark("evaluation")
-    small, large = bench.drawn(bench.MULTI_LABEL, 150, 1), bench.drawn(bench.MULTI_LABEL, 1500, 2)
-    np.testing.assert_allclose(small.labels.mean(axis=0), large.labels.mean(axis=0))
-    grades = bench.drawn("ordinal-regression", 150, 1).labels[:, 0]
-    np.testing.assert_allclose(np.bincount(grades) / 150, bench.KINDS["ordinal-regression"], atol=0.01)
-
-
 def test_the_table_of_subgroups_tells_how_often_one_is_called_worse(capsys):
     bench = benchmark("evaluation")
     bench.print_subgroups(sets=2, draws=20)
@@ -240,51 +204,6 @@ def test_the_table_of_subgroups_tells_how_often_one_is_called_worse(capsys):
     changed = women != lower
     assert (lower[changed] < women[changed]).all()
     assert 0 < changed.sum() < 100
-
-
-@pytest.fixture
-def whole(tmp_path: Path) -> Path:
-    """What a pipeline leaves, as far as the benchmark of kills looks at it."""
-    folder = tmp_path / "whole"
-    for name in benchmark("kills").RESULTS:
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_text(name)
-    (folder / "mlruns").mkdir()
-    with closing(sqlite3.connect(folder / "mlruns" / "mlflow.db")) as store:
-        rows = [("val_loss", 1, 0.5), ("val_loss", 2, 0.4), ("train_seconds", 1, 3.0), ("seconds.fit", 0, 6.0)]
-        pd.DataFrame(rows, columns=["key", "step", "value"]).to_sql("metrics", store, index=False)
-        pd.DataFrame({"status": ["FINISHED"], "start_time": [1]}).to_sql("runs", store, index=False)
-    return folder
-
-
-@pytest.mark.parametrize(
-    ("change", "told"),
-    [
-        ("update metrics set value = 4.0 where key in ('train_seconds', 'seconds.fit')", None),
-        ("update metrics set value = 0.41 where step = 2", "MLflow lacks 1 values: val_loss at step 2"),
-        ("delete from metrics where step = 2", "MLflow lacks 1 values: val_loss at step 2"),
-        ("insert into metrics values ('val_loss', 3, 0.3)", "MLflow has, but should not, 1 values: val_loss at step 3"),
-        ("insert into metrics values ('val_loss', 2, 0.4)", "MLflow has more than once 1 values: val_loss at step 2"),
-        ("insert into metrics values ('seconds.fit', 0, 1.0)", None),
-        ("insert into runs values ('FINISHED', 2)", "MLflow has the runs FINISHED, FINISHED"),
-        ("update runs set status = 'RUNNING'", "MLflow has the runs RUNNING"),
-    ],
-)
-def test_what_kills_have_changed_in_mlflow_is_told(whole, tmp_path, change, told):
-    pieces = shutil.copytree(whole, tmp_path / "pieces")
-    with closing(sqlite3.connect(pieces / "mlruns" / "mlflow.db")) as store:
-        store.execute(change)
-        store.commit()
-    found = benchmark("kills").differences(whole, pieces)
-    assert found == [] if told is None else any(told in line for line in found), found
-
-
-def test_a_byte_that_kills_have_changed_is_told(whole, tmp_path):
-    kills = benchmark("kills")
-    for name in kills.RESULTS:
-        pieces = shutil.copytree(whole, tmp_path / "pieces", dirs_exist_ok=True)
-        (pieces / name).write_text("another")
-        assert kills.differences(whole, pieces) == [f"{name} differs"]
 
 
 def test_the_benchmark_of_predict_compares_speed_and_memory(capsys, monkeypatch, one_thread):

@@ -1,8 +1,5 @@
 """Published scores are clean, and none of another set, size or split, or chosen on test, stands beside ours."""
 
-import subprocess
-import tomllib
-from importlib import resources
 from typing import get_args
 
 import numpy as np
@@ -13,7 +10,6 @@ from fadeformer import published
 from fadeformer.arrays import Meta
 from fadeformer.datasets import chestxray14, isic2019, medmnist
 from fadeformer.params import DatasetName
-from tests.conftest import ROOT
 
 MADE = "{}-0123456789ab.csv"  # a split that was made here, by its name
 ADOPTED = "proposed-0123abcd.csv (SHA-256 0123abcd)"
@@ -222,14 +218,3 @@ def test_nothing_is_published_of_phantoms_and_of_the_users_own_images(name):
     seen = published.beside(meta(name))
     assert seen.empty
     assert {"comparable", "reason", "caveat"} <= set(seen.columns)
-
-
-def test_the_scores_travel_with_the_package():
-    """Whatever of the packages is no Python is named as their data, and so goes into a wheel."""
-    told = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]
-    data = {path for name, globs in told["package-data"].items() for glob in globs for path in (ROOT / name).glob(glob)}
-    listing = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "fadeformer", "pipelines"]
-    known = subprocess.run(listing, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
-    assert data == {ROOT / name for name in known if not name.endswith(".py")}
-    assert ROOT / "fadeformer/published.csv" in data
-    assert (resources.files("fadeformer") / "published.csv").is_file()
