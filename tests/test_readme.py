@@ -40,7 +40,7 @@ SHORTER = {
     "python benchmarks/input.py": (".py", ".py --images 40 --side 64 --to 32 --repeats 1"),
     "python benchmarks/gate.py": (".py", ".py --rows 3000"),
     "python benchmarks/promotion.py": (".py", ".py --pairs 10 --sizes 2000"),
-    "python benchmarks/training.py": (".py", ".py --images 100 --size 16 --repeats 1"),
+    "python benchmarks/training.py": (".py", ".py --images 100 --repeats 1"),
     "python benchmarks/evaluation.py coverage": ("coverage", "coverage --sets 4 --images 150 --draws 100"),
     "python benchmarks/predict.py": (".py", ".py --images 40 --side 28 --repeats 1 --many 50"),
 }  # fmt: skip
