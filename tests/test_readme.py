@@ -187,7 +187,8 @@ def prepare(step: str, session: Session) -> None:
         shutil.rmtree(folder)
         shutil.copytree(session.project.folder, folder, symlinks=True)
         (folder / ".venv").mkdir()
-        (folder / ".venv/bin").symlink_to(Path(sys.executable).parent)
+        for path in set(Path(sys.prefix).iterdir()) - {Path(sys.prefix) / "installed"}:
+            (folder / ".venv" / path.name).symlink_to(path)
         (folder / ".venv/installed").touch()
         own_data(folder)
     elif step.startswith("make tables"):
