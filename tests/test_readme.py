@@ -30,7 +30,7 @@ SHORTER = {
     "prefect server start": ("start", f"start --port {PORTS['4200']}"),
     "dvc exp run -S model.fade.variant=diffusion": ("run", "run train -S train.epochs=1"),
     "dvc exp run -S model.backbone=resnet18 -S model.fade=null": ("run", "run -S train.epochs=1"),
-    "dvc exp run -S train.devices=2 -S train.precision=32": ("run", "run train -S train.epochs=1"),
+    "dvc exp run -S train.devices=2 -S train.precision=32": ("run", "run -S train.epochs=1"),
     "dvc exp run -S dataset.name=folder -S dataset.root=data/own/scans.zip -S preprocess.image_size=64": (
         "run", "run preprocess",
     ),
@@ -71,7 +71,7 @@ FAILING = {
 }
 PRINTED = {
     "make repro": "params.yaml is valid",
-    "dvc exp show": "train.learning_rate",
+    "dvc exp show": "Experiment",
     "dvc metrics diff": "test.overall.auc",
     "dvc plots show": "index.html",
     "fadeformer sweep rates.yaml": "sweep: 1 of 1 trials ran to their end",
@@ -197,8 +197,8 @@ def prepare(step: str, session: Session) -> None:
     elif step.startswith("fadeformer sweep"):
         (block,) = re.findall(r"```yaml\n(trials.*?)```", README, flags=re.DOTALL)
         (folder / "rates.yaml").write_text(block.replace("trials: 20", "trials: 1") + "fixed: {train.epochs: 1}\n")
-    elif "--rollback" in step:
-        session.run('fadeformer promote --force --reason "a second champion, to go back from"')
+    elif "--rollback" in step:  # from a second champion: the last model that was evaluated, on the data of the first
+        session.run('dvc repro preprocess && fadeformer promote --force --reason "to go back from it"')
 
 
 def own_data(folder: Path) -> None:
