@@ -380,6 +380,7 @@ def test_leaks_are_found_among_many_rows():
     })  # fmt: skip
     rows.loc[9_999, "sha256"] = rows.loc[5, "sha256"]
     rows.loc[9_999, "label"] = (rows.loc[5, "label"] + 1) % 5
+    rows.loc[8_001, "label"] = rows.loc[7, "label"]
     found = Manifest(
         rows,
         pd.DataFrame({"first": ["7.png"], "second": ["8001.png"], "similarity": [0.99]}),
