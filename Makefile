@@ -1,4 +1,4 @@
-.PHONY: help install repro test check ui deploy preset tables lock clean
+.PHONY: help install repro test test-integration test-all check ui deploy preset tables lock clean
 .DEFAULT_GOAL := help
 PYTHON ?= python3.11
 VENV := .venv
@@ -11,10 +11,13 @@ PROFILE ?= cpu
 DOCKER = $(shell docker info > /dev/null 2>&1 && echo docker)
 BUILDER = $(if $(DOCKER),docker build,buildah build --layers --format docker)
 BUILD = $(BUILDER) $(if $(BASE),--build-arg BASE=$(BASE)) $(FLAGS)
+# Markers (pyproject.toml) of the tests that need more than the installed environment, or run the pipeline again.
+INTEGRATION := pipeline or server or browser or container or real_data
+PYTEST := python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 COMPOSE = $(if $(DOCKER),docker compose,podman-compose) --env-file docker/.env --file docker/compose.yaml
 
 help:  ## this list
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
 
 install: $(VENV)/installed  ## make .venv and install requirements.lock into it
 
@@ -28,8 +31,13 @@ repro: install  ## the pipeline, from download to promote; only what is not up t
 	python -m pipelines.check
 	python -m pipelines.orchestrator dvc repro
 
-test: install  ## all tests
-	python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+test: install  ## the tests that need only the environment, with one run of the pipeline; about 8 minutes
+	$(PYTEST) -m "not ($(INTEGRATION))"
+
+test-integration: install  ## the other tests: pipeline, servers, browser, containers, real data; about 12 minutes
+	$(PYTEST) -m "$(INTEGRATION)"
+
+test-all: test test-integration  ## all tests
 
 check: install  ## format, lint, types, layers
 	ruff format --check .

@@ -1,7 +1,9 @@
 """Shared by all tests: the project's own params.yaml made small, copies of the project, and the real data beside it."""
 
 import importlib.util
+import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -21,7 +23,7 @@ from pipelines import orchestrator, overrides, store
 from tests import CORES
 
 # No deadline: how fast a machine is says nothing about the code. Always the same examples, so that a test fails or not.
-hypothesis.settings.register_profile("project", deadline=None, derandomize=True)
+hypothesis.settings.register_profile("project", deadline=None, derandomize=True, max_examples=40)
 hypothesis.settings.load_profile("project")
 
 ROOT = Path(__file__).parents[1]
@@ -43,19 +45,26 @@ SMALL = {
 }
 
 
-# Files whose tests take longest, longest first: a worker that began one of them last would keep the others waiting.
+# Files whose tests take longest, longest first: a worker that started one of them last would keep the others waiting.
 LONGEST = (
-    "pipeline/test_cluster.py",
-    "pipeline/test_deployment.py", "pipeline/test_resume.py", "pipeline/test_reproduce.py", "pipeline/test_sweep.py",
-    "pipeline/test_errors.py", "test_images.py",
-    "pipeline/test_networks.py", "pipeline/test_real_data.py", "test_readme.py", "test_orchestrator.py",
-    "test_tables.py", "test_bad_data.py", "test_benchmarks.py", "datasets/test_manifest.py", "test_report.py",
-    "test_complexity.py",
+    "pipeline/test_cluster.py", "pipeline/test_deployment.py", "test_images.py", "pipeline/test_first_run.py",
+    "pipeline/test_resume.py", "test_readme.py", "pipeline/test_reproduce.py", "pipeline/test_sweep.py",
+    "pipeline/test_real_data.py", "pipeline/test_errors.py", "pipeline/test_promotion.py", "test_tables.py",
+    "test_bad_data.py", "datasets/test_manifest.py", "test_benchmarks.py", "test_report.py",
 )  # fmt: skip
+# What a test needs, by the fixtures that it uses, directly or not.
+MARKERS = {
+    "prefect_server": "server", "cluster": "server", "browser": "browser", "built": "container",
+    "real_data": "real_data",
+}  # fmt: skip
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest selects by marker
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Puts the files that take longest first; the tests of a file keep their order."""
+    """Mark tests by what they need, and put the files that take longest first; the tests of a file keep their order."""
+    for item in items:
+        for fixture in MARKERS.keys() & set(item.fixturenames):
+            item.add_marker(MARKERS[fixture])
     rank = {ROOT / "tests" / name: place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: rank.get(item.path, len(rank)))
 
@@ -165,6 +174,20 @@ class Project:
     def commit(self, message: str) -> None:
         self.run("git", "add", "--all")
         self.run("git", "commit", "--quiet", "-m", message)
+
+    def make(self, *arguments: str, **options: object) -> str:
+        """Runs make with the environment that is there already."""
+        return self.run("make", "--old-file=.venv/installed", *arguments, **options)
+
+
+def ran(output: str) -> list[str]:
+    """Names of the stages that DVC ran."""
+    return re.findall(r"Running stage '(\w+)'", output)
+
+
+def read(project: Project, name: str) -> Any:
+    """The content of a JSON file of a project."""
+    return json.loads((project.folder / name).read_text())
 
 
 def clone(folder: Path) -> Project:

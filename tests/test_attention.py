@@ -42,16 +42,6 @@ def test_output_and_gradients_are_the_published_ones(name, heads, power, precomp
         assert relative(parameter.grad, numbers[f"grad_{key}"]) < 1e-5, key
 
 
-@pytest.mark.parametrize(("name", "heads", "power"), CASES)
-def test_pooled_is_the_mean_of_the_published_output(name, heads, power):
-    numbers = np.load(REFERENCE / f"fadeattn_{name}.npz")
-    layer = FadeAttn(numbers["x"].shape[1], heads, power).eval()
-    layer.load_state_dict({key: torch.from_numpy(numbers[key]) for key in layer.state_dict()})
-    pooled = layer.forward_pooled(torch.from_numpy(numbers["x"])).detach()
-    error = np.abs(pooled.numpy() - numbers["y"].mean(axis=(2, 3))).max()
-    assert error < 1e-5 * np.abs(numbers["y"]).max()
-
-
 def plain(layer: FadeAttn, x: torch.Tensor) -> torch.Tensor:
     """The formula of the module's docstring, one head and one patch at a time."""
     batch, channels, height, width = x.shape
@@ -151,29 +141,10 @@ def test_gradients_are_right(path, precomputed, chunk):
         assert torch.autograd.gradcheck(lambda *inputs: getattr(layer, path)(inputs[0]), (x, *layer.parameters()))
 
 
-def test_pooled_has_the_gradients_of_the_mean():
-    layer, x = make(CASE)
-    x.requires_grad_()
-    of_map = torch.autograd.grad(layer(x).mean(dim=(2, 3)).square().sum(), [x, *layer.parameters()])
-    of_pooled = torch.autograd.grad(layer.forward_pooled(x).square().sum(), [x, *layer.parameters()])
-    for one, other in zip(of_map, of_pooled, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
-
-
 def test_state_dict_holds_only_the_published_names():
     layer = FadeAttn(16)
     layer(torch.randn(1, 16, 3, 3))
     assert list(layer.state_dict()) == ["alpha", "qkv.weight", "qkv.bias", "proj.weight", "proj.bias"]
-
-
-def test_the_operator_is_computed_once_for_each_grid(monkeypatch):
-    asked = []
-    original = attention.rescaled_laplacian_operator
-    monkeypatch.setattr(attention, "rescaled_laplacian_operator", lambda *args: asked.append(args) or original(*args))
-    layer = FadeAttn(8, 2)
-    for sides in ((3, 4), (3, 4), (2, 2), (3, 4)):
-        layer(torch.randn(1, 8, *sides))
-    assert asked == [(3, 4, 3), (2, 2, 3)]
 
 
 def test_a_layer_first_used_for_inference_still_trains():
@@ -250,13 +221,6 @@ def test_no_image_and_no_content(path):
     assert getattr(FadeAttn(8, 2), path)(torch.empty(0, 8, 3, 4)).shape == shape
     with torch.device("meta"):
         assert getattr(FadeAttn(8, 2), path)(torch.empty(2, 8, 3, 4)).shape == (2, *shape[1:])
-
-
-def test_few_matrices_are_kept():
-    layer = FadeAttn(8, 2)
-    for width in range(1, 30):
-        layer(torch.randn(1, 8, 2, width))
-        assert 1 <= len(layer._operators) <= attention.KEPT
 
 
 def test_copies_and_conversions_give_the_same():

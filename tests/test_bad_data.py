@@ -21,12 +21,10 @@ import numpy as np
 import pandas as pd
 import pydicom
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from PIL import Image
 from pydicom.encaps import encapsulate
 
-from fadeformer.datasets import chestxray14, facts, folder, isic2019, manifest
+from fadeformer.datasets import chestxray14, facts, isic2019
 from fadeformer.errors import UserError
 from pipelines import download, overrides, paths, validate
 from tests.conftest import ROOT
@@ -413,93 +411,6 @@ def test_each_wrong_gets_its_message(sentence, small, monkeypatch):
 def test_the_table_has_no_other_lines():
     assert len(KINDS) >= 60
     assert [line.split(" | ")[0][2:] for line in table().splitlines() if line.startswith("| ")][2:] == list(KINDS)
-
-
-def variants() -> dict[str, bytes]:
-    """One good image of each kind."""
-    image = Image.fromarray(pixels(5))
-    return {
-        "a.png": saved(image, "PNG"), "b.png": saved(image.convert("P"), "PNG"),
-        "c.png": saved(Image.fromarray(np.arange(1600, dtype=np.uint16).reshape(40, 40) * 40), "PNG"),
-        "d.jpg": saved(image, "JPEG"), "e.jpg": saved(image.convert("CMYK"), "JPEG"), "f.gif": saved(image, "GIF"),
-        "g.tif": saved(image, "TIFF", compression="tiff_lzw"), "h.webp": saved(image, "WEBP"),
-        "i.bmp": saved(image, "BMP"),
-        "j.dcm": shipped("MR_small.dcm"), "k.dcm": shipped("SC_rgb_jpeg_gdcm.dcm"),
-        "l.dcm": shipped("MR_small_jpeg_ls_lossless.dcm"), "m.dcm": shipped("MR_small_jp2klossless.dcm"),
-        "n.dcm": shipped("MR_small_RLE.dcm"), "o.jpg": saved(image, "JPEG", progressive=True, optimize=True),
-        "p.tif": saved(image.convert("L"), "TIFF", compression="jpeg"),
-        "labels.csv": b"",
-    }  # fmt: skip
-
-
-GOOD = variants()
-GOOD["labels.csv"] = (
-    "path,label,group\n" + "".join(f"{n},{i % 2},p{i}\n" for i, n in enumerate(GOOD) if n[1] == ".")
-).encode()
-
-
-def damaged(data: bytes, cuts: float, flips: list[tuple[float, int]]) -> bytes:
-    spoilt = bytearray(data[: round(len(data) * cuts)])
-    for at, value in flips:
-        if spoilt:
-            spoilt[min(int(at * len(spoilt)), len(spoilt) - 1)] ^= value
-    return bytes(spoilt)
-
-
-@settings(max_examples=250)
-@given(
-    name=st.sampled_from(sorted(GOOD)),
-    packing=st.sampled_from(["folder", "zip", "tar.gz"]),
-    of_archive=st.booleans(),
-    cuts=st.floats(0, 1) | st.just(1.0),
-    flips=st.lists(st.tuples(st.floats(0, 0.9999), st.integers(1, 255)), max_size=4),
-)
-def test_whatever_is_damaged_is_read_named_or_refused(name, packing, of_archive, cuts, flips):
-    with tempfile.TemporaryDirectory() as temporary, contextlib.redirect_stderr(io.StringIO()):
-        base = Path(temporary)
-        files = GOOD if of_archive and packing != "folder" else {**GOOD, name: damaged(GOOD[name], cuts, flips)}
-        root = base / "scans" if packing == "folder" else base / f"scans.{packing}"
-        if packing == "folder":
-            root.mkdir()
-            for file, data in files.items():
-                (root / file).write_bytes(data)
-        elif packing == "zip":
-            with zipfile.ZipFile(root, "w", zipfile.ZIP_DEFLATED) as opened:
-                for file, data in files.items():
-                    opened.writestr(file, data)
-        else:
-            with tarfile.open(root, "w:gz") as opened:
-                for file, data in files.items():
-                    info = tarfile.TarInfo(file)
-                    info.size = len(data)
-                    opened.addfile(info, io.BytesIO(data))
-        if of_archive and packing != "folder":
-            root.write_bytes(damaged(root.read_bytes(), cuts, flips))
-        raw = base / "raw"
-        raw.mkdir()
-        try:
-            card = folder.fetch(root, None, None, base / "salt", raw)
-            rows = manifest.build(
-                card, raw, near_duplicate_similarity=0.975, anew=False, shares=[0.7, 0.1, 0.2], seed=0, adopted=None,
-                kept=base / "splits",
-            ).rows  # fmt: skip
-        except UserError as error:
-            named = str(error)
-        else:
-            named = None
-        if named is not None:
-            assert str(base) in named or name in named
-            return
-        pictures = {file for file in GOOD if file[1] == "." and not file.endswith(".dcm")}
-        assert set(rows["id"]) >= pictures
-        scans = dict(folder.scans(root, base / "salt"))
-        assert {*rows["id"].str.removesuffix(".png").map(scans).dropna()} == {*scans.values()}
-        found = re.search(r"(\d+) files are no images", card.note)
-        assert len(pictures) + len(scans) + (int(found[1]) if found else 0) == len(GOOD) - 1  # none goes without a word
-        unread = rows[rows["problem"].notna()]
-        assert all(row.id in row.problem for row in unread.itertuples())
-        assert rows.loc[rows["problem"].isna(), "sha256"].notna().all()
-        assert sum(path.stat().st_size for path in raw.rglob("*")) < 2**22
 
 
 def write_table() -> None:

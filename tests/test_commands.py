@@ -3,12 +3,9 @@
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
-from urllib.error import URLError
 from urllib.request import Request, urlopen
 
 import numpy as np
@@ -18,6 +15,8 @@ from mlflow import MlflowClient
 from pipelines import packaged, registry, tracking
 from tests.conftest import ROOT
 from tests.packages import images, load, png, project_with_store
+from tests.pipeline.cluster import answers, soon
+from tests.postgresql import free_port
 
 CHAMPION = "models:/fadenet-phantom@champion"
 COMMAND = [sys.executable, "-c", "from pipelines.cli import main; main()"]
@@ -80,9 +79,7 @@ def test_what_cannot_be_is_told_in_one_line(project, words, told):
 
 
 def test_the_champion_is_served_and_its_log_tells_nothing_of_requests(project, expected):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     address, log = f"http://127.0.0.1:{port}", project / "serve.log"
     with log.open("w") as file:
         process = subprocess.Popen(
@@ -90,15 +87,8 @@ def test_the_champion_is_served_and_its_log_tells_nothing_of_requests(project, e
             stdout=file, stderr=file, start_new_session=True,
         )  # fmt: skip
     try:
-        deadline = time.monotonic() + 120
-        while True:
-            try:
-                urlopen(f"{address}/ping", timeout=5).close()
-                break
-            except (URLError, OSError):
-                assert process.poll() is None, log.read_text()
-                assert time.monotonic() < deadline, log.read_text()
-                time.sleep(0.2)
+        soon(lambda: answers(f"{address}/ping") or process.poll() is not None, tell=log.read_text)
+        assert process.poll() is None, log.read_text()
         for image, scores in zip(images(2), expected, strict=True):
             request = Request(f"{address}/invocations?patient=Jane", png(image), {"content-type": "image/png"})
             with urlopen(request, timeout=60) as answer:

@@ -1,11 +1,9 @@
 """Bytes to pixels: every kind of picture gives what its file stores, and every bad one its reason in plain words."""
 
 import io
-import pickle
 import struct
 import warnings
 import zlib
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -256,11 +254,6 @@ def test_a_bad_file_is_told_by_name_with_its_reason(case):
     assert str(error.value) == f"folder/a b.png: {error.value.reason}"
 
 
-def test_the_error_goes_through_a_pool_of_processes():
-    error = pickle.loads(pickle.dumps(UnreadableError("a.png", "is cut off")))  # noqa: S301
-    assert (error.name, error.reason, str(error)) == ("a.png", "is cut off", "a.png: is cut off")
-
-
 def test_the_limit_of_pixels_is_the_callers(monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1)  # no filter and no limit of the process is asked
     with warnings.catch_warnings():
@@ -274,16 +267,6 @@ def test_images_are_never_filled_up(monkeypatch):
     monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)
     with pytest.raises(UserError, match=r"LOAD_TRUNCATED_IMAGES is on.*remove what sets it"):
         decode.decode(JPEG, "a.jpg")
-
-
-def test_threads_give_what_one_gives_and_change_nothing():
-    files = [data for data, _, _ in KEPT.values()] * 20
-    expected = [pixels(data) for data in files]
-    before = list(warnings.filters), Image.MAX_IMAGE_PIXELS
-    with ThreadPoolExecutor(8) as pool:
-        for found, wanted in zip(pool.map(pixels, files), expected, strict=True):
-            np.testing.assert_array_equal(found, wanted)
-    assert before == (list(warnings.filters), Image.MAX_IMAGE_PIXELS)
 
 
 WHOLE = {
@@ -379,13 +362,6 @@ def test_an_image_that_fits_stays_as_it_is():
     np.testing.assert_array_equal(resize(GREY[:5, :5], 5), GREY[:5, :5])
 
 
-@pytest.mark.parametrize("call", [lambda: resize(GREY, 5, "fit"), lambda: to_channels(GREY, 4)])
-def test_a_callers_mistake_is_told(call):
-    with pytest.raises(ValueError, match="it must be"):
-        call()
-
-
-@pytest.mark.real_data
 def test_the_published_radiographs_are_grey(real_data):
     modes = {"L": 0, "RGB": 0, "RGBA": 0}
     for name, data in archives.members(real_data / "chestxray14" / "images_001.tar.gz"):

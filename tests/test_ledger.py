@@ -327,7 +327,7 @@ def postgresql() -> Iterator[str]:
         server.remove()
 
 
-@pytest.mark.parametrize("database", ["sqlite", "postgresql"])
+@pytest.mark.parametrize("database", ["sqlite", pytest.param("postgresql", marks=pytest.mark.server)])
 def test_twenty_promotions_by_four_processes_with_kills(database, request, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     if database == "postgresql":

@@ -44,13 +44,6 @@ def test_the_auc_of_training_and_gate_is_that_of_the_evaluation_to_the_last_bit(
     assert metrics.auc(p.labels, p.scores, p.task) == summary.summarise(p)["overall"]["auc"]
 
 
-@pytest.mark.parametrize(("task", "classes"), [("binary-class", 2), ("multi-class", 30), (MULTI_LABEL, 14)])
-def test_so_it_is_for_many_classes(task, classes):
-    for seed in range(20):
-        p = made(task, classes, 401, seed, coarse=seed % 2 == 0)
-        assert metrics.auc(p.labels, p.scores, p.task) == summary.summarise(p)["overall"]["auc"]
-
-
 def test_the_calibration_error_is_that_of_its_bins_by_hand():
     """20 bins would be unlike these 15: quantiles at 1/15, ... of 30 scores leave two in each."""
     p = made("binary-class", 2, 30, 3)
@@ -275,16 +268,6 @@ def test_precision_of_no_mistake_and_of_nothing_else_has_an_interval_on_one_side
     assert proportions.predictive_interval(called, truth | ~truth, np.arange(90), 0.95) is None
 
 
-def test_precision_of_patients_whose_images_are_called_alike_is_surer_than_of_ones_that_are_not():
-    random = np.random.default_rng(0)
-    groups, truth = np.repeat(np.arange(40), 4), np.tile([True, True, False, False], 40)
-    level = random.random(40)
-    alike = random.random(160) < level[groups]
-    apart = random.random(160) < np.where(truth, level[groups], 1 - level[groups])  # as many, but of other patients
-    widths = [np.ptp(proportions.predictive_interval(called, truth, groups, 0.95)) for called in (alike, apart)]
-    assert widths[0] < 0.7 * widths[1]
-
-
 @pytest.mark.parametrize("patients", [False, True])
 def test_intervals_of_precision_hold_the_truth(patients):
     random, held = np.random.default_rng(1), []
@@ -353,12 +336,11 @@ def test_intervals_hold_their_numbers_and_two_seeds_agree(task, classes):
             (values[key], one["per_class"][name][key], other["per_class"][name][key]) for key in one["per_class"][name]
         ]
     assert one["overall"].pop("calibration_error") is None
-    for value, interval, of_other in pairs:
-        if interval is None:
-            continue
-        low, high = interval
+    known = [pair for pair in pairs if pair[1] is not None]
+    assert len(known) > 8
+    for value, (low, high), of_other in known:
         assert low <= value <= high
-        assert np.abs(np.subtract(interval, of_other)).max() < 0.08 * (high - low)
+        assert np.abs(np.subtract((low, high), of_other)).max() < 0.08 * (high - low)
 
 
 def test_a_perfect_number_is_not_told_to_be_certain():
@@ -381,14 +363,6 @@ def test_an_absent_class_has_no_interval():
     assert found["per_class"]["class 1"]["auc"] is None
     assert found["per_class"]["class 1"]["recall"] is None
     assert found["overall"]["auc"] is not None
-
-
-def test_one_minded_labels_have_no_auc_and_no_interval_of_it():
-    p = made("binary-class", 2, 20, 0, absent=0)
-    assert summary.summarise(p)["overall"]["auc"] is None
-    found = summary.intervals(p, draws=100, seed=0, confidence=0.95)
-    assert found["overall"]["auc"] is None
-    assert found["overall"]["accuracy"] is not None
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,5 @@
 """Learning rates of each step and each weight, against torch's schedulers and closed forms."""
 
-import math
 import re
 
 import pytest
@@ -42,11 +41,6 @@ def test_the_cosine_is_torchs_of_each_step(steps, warmup):
     assert found[-1] > 0  # the last step is not for nothing
 
 
-def test_the_cosine_by_its_formula():
-    for step in range(10):
-        assert pace(step, 10, 0, "cosine", 1.0) == pytest.approx(math.cos(math.pi * step / 20) ** 2)
-
-
 @given(st.integers(0, 100), st.floats(1e-3, 1))
 def test_a_constant_stays_and_a_plateau_is_what_it_has_become(step, rate):
     assert pace(step, 100, 0, "plateau", rate) == rate
@@ -76,18 +70,6 @@ def test_a_plateau_is_torchs_whose_state_may_be_taken_up_anywhere(factor, patien
         plateau.load_state_dict(state)
     assert found == pytest.approx(expected, rel=1e-6)
     assert found[-1] < found[0]
-
-
-def test_the_state_of_a_plateau_is_plain(tmp_path):
-    plateau = Plateau(0.5, 2)
-    for loss in LOSSES:
-        plateau.scheduler.step(loss)
-    torch.save(plateau.state_dict(), tmp_path / "plateau.pt")
-    other = Plateau(0.5, 2)
-    other.load_state_dict(torch.load(tmp_path / "plateau.pt", weights_only=True))
-    assert other.rate == plateau.rate < 1
-    assert other.scheduler.num_bad_epochs == plateau.scheduler.num_bad_epochs
-    assert other.scheduler.best == plateau.scheduler.best == 0.5
 
 
 def learning_rates(model: nn.Module, layer_decay: float, name: str = "adamw") -> dict[str, float]:

@@ -53,13 +53,6 @@ def test_an_unknown_preset_lists_those_there_are(monkeypatch):
         preset.main()
 
 
-def test_no_change_leaves_the_file_as_it_is(tmp_path):
-    path = tmp_path / "params.yaml"
-    shutil.copy(ROOT / "params.yaml", path)
-    overrides.apply(path, {})
-    assert path.read_bytes() == (ROOT / "params.yaml").read_bytes()
-
-
 def test_a_wrong_change_leaves_the_file_as_it_was(tmp_path):
     path = tmp_path / "params.yaml"
     shutil.copy(ROOT / "params.yaml", path)

@@ -82,10 +82,10 @@ def test_classes_that_are_called_by_digits_keep_their_bands(tmp_path):
     bands.bands(p, seed=0, confidence=0.9).to_csv(tmp_path / "bands.csv", index=False)
     found, bounds = summary.summarise(p), summary.intervals(p, draws=100, seed=0, confidence=0.9)
     drawn = curve_plots.roc_curves(p, found, bounds, bands.read(tmp_path / "bands.csv"))
-    for axes in drawn.axes:
-        if axes.lines:
-            (band,) = axes.collections
-            assert len(band.get_paths()[0].vertices) > 100
+    found = [axes.collections for axes in drawn.axes if axes.lines]
+    assert len(found) == 5
+    for (band,) in found:
+        assert len(band.get_paths()[0].vertices) > 100
 
 
 @pytest.mark.parametrize("figure", [curve_plots.roc_curves, curve_plots.pr_curves])

@@ -1,8 +1,5 @@
 """The sanity check by random weights: it must tell maps of a network from maps that know nothing of it."""
 
-import json
-from dataclasses import asdict
-
 import numpy as np
 import pytest
 import torch
@@ -89,13 +86,6 @@ def test_every_weight_takes_part_and_keeps_its_values(model):
             assert not torch.equal(seen[name], weight), name
     for name, buffer in model.named_buffers():
         assert torch.equal(seen[name], buffer)
-
-
-def test_numbers_are_plain(model):
-    told = model_randomisation(model, noise(2), GREY, CLASSES[:2])
-    assert set(told) == {"grad_cam", "attention", "laplacian"}
-    again = json.loads(json.dumps({name: asdict(one) for name, one in told.items()}, allow_nan=False))
-    assert again["attention"]["images"] + again["attention"]["flat"] == 2
 
 
 @pytest.mark.parametrize(

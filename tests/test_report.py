@@ -201,6 +201,7 @@ def test_the_page_in_a_browser(browser, tmp_path, name):
         tab.keyboard.press("Enter")
         assert tab.evaluate("document.activeElement.id") == "main"
         links = tab.evaluate("[...document.querySelectorAll('nav a')].map(link => link.getAttribute('href').slice(1))")
+        assert len(links) > 3
         assert all(tab.evaluate("id => document.getElementById(id) !== null", link) for link in links)
         tab.close()
 

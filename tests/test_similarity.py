@@ -137,7 +137,6 @@ def test_what_lies_in_the_same_round_frame_is_not_alike_for_that():
     assert similarity._explained([thumbnails[3]], [copy.thumbnail])[0] > 0.99
 
 
-@pytest.mark.real_data
 def test_of_real_images_copies_are_near_and_others_are_not(real_data, wanted):
     """Noise of a scanner, black borders, and eyes that all look alike."""
     least = wanted.validate_.near_duplicate_similarity

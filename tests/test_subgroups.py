@@ -82,14 +82,16 @@ def test_a_subgroup_in_which_the_model_fails_is_called_worse_and_no_other_is():
 
 
 def test_chance_alone_is_rarely_called_worse():
-    flagged = [bool(subgroups.worse(compared(two_classes(200, seed), draws=200)[1])) for seed in range(40)]
-    assert sum(flagged) <= 5  # of 40 at 5 % more come once in 70 times
+    flagged = [bool(subgroups.worse(compared(two_classes(200, seed), draws=100)[1])) for seed in range(20)]
+    assert sum(flagged) <= 3  # of 20 at 5 % more come once in 60 times
 
 
 def test_few_patients_are_not_compared_and_a_share_of_none_among_few_is_not_certain():
     p = two_classes(30, 0)
     _, found = compared(p)
-    assert all(of["compared"] == [] for of in found["age"].values() if of["groups"] < subgroups.FEWEST)
+    few = [of["compared"] for of in found["age"].values() if of["groups"] < subgroups.FEWEST]
+    assert few
+    assert not any(few)
     p = two_classes(400, 0)
     frame = p.frame.copy()
     chosen = frame.index[(frame["label"] == 1)][:10].append(frame.index[frame["label"] == 0][:20])

@@ -278,7 +278,6 @@ def test_without_boxes_there_is_no_table_of_them(fetch, tmp_path, monkeypatch, s
     assert arrays.read_boxes(paths.PROCESSED, "test") is None
 
 
-@pytest.mark.real_data
 def test_nihs_boxes_on_the_real_sample(fetched, real_data, tmp_path, monkeypatch, small):
     mirror = tmp_path / "mirror"
     mirror.mkdir()
@@ -300,7 +299,6 @@ def test_nihs_boxes_on_the_real_sample(fetched, real_data, tmp_path, monkeypatch
     assert all(labels.loc[name, f"label_{label}"] == 1 for name, label in held[["id", "class"]].itertuples(index=False))
 
 
-@pytest.mark.real_data
 def test_the_real_sample(fetched, real_data, tmp_path):
     facts, folder = fetched(name="chestxray14", mirror=str(real_data / "chestxray14"), edition="other", archives=[1])
     rows = built(facts, folder, tmp_path / "splits").rows

@@ -202,7 +202,6 @@ def test_an_image_that_is_not_in_the_archive_is_named(fetch, mirror, tmp_path):
     assert rows.set_index("id")["problem"].dropna().to_dict() == {"ISIC_0009999": "no such file in the archive"}
 
 
-@pytest.mark.real_data
 def test_the_real_sample(fetched, real_data, tmp_path):
     facts, folder = fetched(name="isic2019", mirror=str(real_data / "isic2019"), edition="other")
     found = built(facts, folder, tmp_path / "splits")

@@ -1,6 +1,5 @@
 """The cluster; its servers end with the module of tests that asks for it: as long as they run they take their share."""
 
-import os
 from collections.abc import Iterator
 
 import pytest
@@ -13,12 +12,7 @@ from tests.pipeline.cluster import Cluster
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    """A deployment that runs, of a project with small params.yaml; skipped without PostgreSQL, and where nobody asks.
-
-    Its six runs and two outages take ten minutes.
-    """
-    if os.environ.get("FADEFORMER_CLUSTER") != "required":
-        pytest.skip("takes ten minutes; FADEFORMER_CLUSTER=required runs it")
+    """A running deployment of a project with small params.yaml; skipped without PostgreSQL."""
     postgresql.require()
     project = clone(tmp_path_factory.mktemp("cluster"))
     project.change(**SMALL)

@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 from mlflow import MlflowClient
 
-from tests.pipeline.test_reproduce import ran
+from tests.conftest import ran
 
 pytestmark = [pytest.mark.pipeline, pytest.mark.usefixtures("shared_server")]
 NAME = "fadenet-phantom"

@@ -16,9 +16,8 @@ from mlflow import MlflowClient
 from mlflow.entities import Run
 
 from fadeformer import params
-from tests.conftest import Project
+from tests.conftest import Project, ran
 from tests.pipeline.test_deployment import soon
-from tests.pipeline.test_reproduce import ran
 
 pytestmark = [pytest.mark.pipeline, pytest.mark.timeout(1200)]
 RATES = """\
