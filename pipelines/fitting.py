@@ -18,6 +18,7 @@ import timm
 import torch
 from lightning_fabric import Fabric
 from torch import nn
+from torch.utils import deterministic
 
 from fadeformer import arrays, params, training
 from fadeformer.arrays import Meta
@@ -81,7 +82,7 @@ def run(folder: Path | None) -> None:
     device = choose_device(wanted.train.device)
     precision = choose_precision(wanted.train.precision, device)
     torch.use_deterministic_algorithms(True, warn_only=device.type == "cuda")
-    torch.utils.deterministic.fill_uninitialized_memory = False  # nothing reads it, and filling takes time
+    deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # filling takes time
     freezes = wanted.train.probe_epochs > 0
     fabric = make_fabric(device, precision, devices=devices(wanted), nodes=nodes(), freezes=freezes)
     _check_same(fabric, folder)
@@ -137,7 +138,7 @@ def _check_same(fabric: Fabric, folder: Path | None) -> None:
 
 def _network(wanted: ModelParams, meta: Meta, task: Task) -> tuple[dict[str, Any], nn.Module, dict[str, str] | None]:
     """What `create_model` is called with, the network, and which weights it starts from."""
-    described = {
+    described: dict[str, Any] = {
         "backbone": wanted.backbone,
         "num_classes": len(meta.classes) - task.spare_outputs,
         "image_size": meta.image_size,
@@ -237,7 +238,7 @@ def _report(result: Epoch, recipe: Recipe, journal: Journal) -> None:
 
 def history(results: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
     """One row per epoch, without what it cost: the same for the same training."""
-    return pd.DataFrame(results).drop(columns=list(COST))
+    return pd.DataFrame(list(results)).drop(columns=list(COST))
 
 
 def main() -> None:

@@ -25,7 +25,6 @@ from mlflow.entities import LoggedModel, LoggedModelOutput, LoggedModelStatus
 from mlflow.exceptions import MlflowException
 from mlflow.models import Model
 from mlflow.pyfunc import PyFuncModel
-from mlflow.utils import requirements_utils
 from PIL import Image
 
 import fadeformer
@@ -149,9 +148,6 @@ def _write(package: Path, model: Model, content: str) -> None:
     library = Path(fadeformer.__file__).parent
     shutil.copytree(library, code / library.name, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copyfile(SERVED, code / SERVED.name)
-    # What is required below is what runs here. To see that, MLflow would look for every file of every installed package
-    # in turn, for as long as loading torch takes; with a table of their modules, be it empty, it reads versions alone.
-    requirements_utils._MODULES_TO_PACKAGES = {}
     mlflow.pyfunc.save_model(
         package,
         mlflow_model=model,

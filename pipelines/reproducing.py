@@ -22,10 +22,14 @@ from prefect.runtime import flow_run
 from pipelines import working_copy
 
 GRACE = 15.0  # seconds that a stage may take to stop; Prefect's worker gives the whole run 30
-TRANSFER: dict[str, Any] = {"persist_result": False, "retries": 4, "retry_delay_seconds": [15, 30, 60, 120]}
+PAUSES = [15.0, 30.0, 60.0, 120.0]  # seconds before each further try of a transfer
 
-pull = task(working_copy.pull, name="bring results", task_run_name="bring results", **TRANSFER)
-keep = task(working_copy.keep, name="keep results", task_run_name="keep results", **TRANSFER)
+pull = task(name="bring results", persist_result=False, retries=len(PAUSES), retry_delay_seconds=PAUSES)(
+    working_copy.pull
+)
+keep = task(name="keep results", persist_result=False, retries=len(PAUSES), retry_delay_seconds=PAUSES)(
+    working_copy.keep
+)
 
 
 def _failed_in_time(task: object, run: object, state: State[Any]) -> bool:

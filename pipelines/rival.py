@@ -46,7 +46,7 @@ def predictions_of(champion: Version, test: Predictions) -> Predictions:
     with tempfile.TemporaryDirectory() as folder:
         pixels, index = _images(classifier.input, Path(folder))
         scores = classifier.scores(pixels)
-    rows = index.set_index("id").index.get_indexer(test.frame["id"])
+    rows = index.set_index("id").index.get_indexer(pd.Index(test.frame["id"]))
     return predictions.table(test.frame, test.labels, scores[rows], test.task, test.classes)
 
 

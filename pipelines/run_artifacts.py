@@ -87,7 +87,7 @@ def of_run(flow_run_id: UUID) -> dict[str, str]:
         found = client.read_artifacts(
             artifact_filter=ArtifactFilter(flow_run_id=ArtifactFilterFlowRunId(any_=[flow_run_id]))
         )
-    by_key = {artifact.key: artifact.data for artifact in found}
+    by_key = {artifact.key: str(artifact.data) for artifact in found}
     shown = {}
     if "metrics" in by_key:
         shown["test AUC"] = next(row["test"] for row in json.loads(by_key["metrics"]) if row["measure"] == "auc")

@@ -150,7 +150,7 @@ def _home(repository: str) -> Path:
 
 
 def _clone(repository: str, commit: str, workspace: Path, home: Path) -> None:
-    from prefect.deployments.steps import git_clone
+    from prefect.deployments.steps.pull import git_clone
 
     os.chdir(workspace.parent)  # Prefect clones into the current directory
     try:
