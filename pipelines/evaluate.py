@@ -7,16 +7,21 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import torch
 from numpy.typing import NDArray
 from prefect import flow, task
 
 from fadeformer import (
     arrays,
     bands,
+    case_maps,
+    embedding,
     medmnist_results,
     metrics,
+    mistakes,
     operating,
     params,
+    pointing,
     predictions,
     published,
     report,
@@ -24,19 +29,51 @@ from fadeformer import (
     summary,
 )
 from fadeformer.card import model_card
+from fadeformer.classifier import Classifier
 from fadeformer.errors import UserError
 from fadeformer.evidence_tables import Evidence
 from fadeformer.files import read_json, whole_file, whole_folder, write_json
-from pipelines import begun, drawing, network, paths, stage, tracking
+from pipelines import begun, drawing, paths, stage, tracking
 from pipelines.orchestrator import temporary_server
 
 GALLERY = 12  # images
 
 
+def classifier() -> Classifier:
+    """The classifier of models/."""
+    found = Classifier(read_json(paths.ARCHITECTURE), paths.WEIGHTS)
+    torch.use_deterministic_algorithms(True, warn_only=found.device.type == "cuda")
+    return found
+
+
 @task(name="predict", persist_result=False)
-def predict(batch_size: int, wanted: str | list[str]) -> None:
-    """Scores of every image of val and test, as predictions.parquet, and where test images lie by their features."""
-    tracking.log_metrics({"seconds": {"predict": network.predict(batch_size, wanted)}})
+def predict(batch_size: int, wanted: str | list[str]) -> float:
+    """Write predictions.parquet, of every image of val and test, and a map of test images by their features.
+
+    Returns:
+        Seconds that the network took.
+    """
+    meta = arrays.read_meta(paths.PROCESSED)
+    model = classifier()
+    splits = [arrays.read(paths.PROCESSED, split) for split in ("val", "test")]
+    began = time.perf_counter()
+    of_val, of_test = (model.predict(of.pixels, batch_size) for of in splits)
+    seconds = time.perf_counter() - began
+    index = pd.concat([of.index for of in splits], ignore_index=True)
+    table = predictions.table(
+        index,
+        np.concatenate([of.labels for of in splits]),
+        np.concatenate([of_val.scores, of_test.scores]),
+        meta.task,
+        meta.classes,
+        np.concatenate([of_val.raw, of_test.raw]),
+        subgroups.chosen(index.drop(columns=["split", "id", "group"]), wanted),
+    )
+    with whole_file(paths.PREDICTIONS) as path:
+        predictions.write(table, path)
+    with whole_file(paths.EMBEDDING) as path:
+        embedding.places(of_test.features, splits[1].index["id"]).to_parquet(path, index=False)
+    return seconds
 
 
 def evidence(found: dict[str, Any]) -> Evidence:
@@ -98,19 +135,38 @@ def measure(settings: dict[str, Any]) -> dict[str, float]:
 
 
 @task(name="explain", persist_result=False)
-def explain(seed: int, confidence: float) -> dict[str, NDArray[np.float64]]:
-    """Maps of the worst mistakes by name, and where the model points, as explanations.json."""
-    maps, seconds = network.explain(GALLERY, seed, confidence)
-    if seconds is not None:
-        tracking.log_metrics({"seconds": {"pointing": seconds}})
-    return maps
+def explain(most: int, seed: int, confidence: float) -> tuple[dict[str, NDArray[np.float64]], float | None]:
+    """Explain the worst mistakes; write explanations.json with how far that can be trusted and where the model points.
+
+    Args:
+        most: mistakes.
+        seed: of the sanity check.
+        confidence: of intervals.
+
+    Returns:
+        Maps of the mistakes by name, (mistakes, side, side), and the seconds that pointing at boxes took, if there are
+        boxes.
+    """
+    test, images = predictions.read(paths.PREDICTIONS).of("test"), arrays.read(paths.PROCESSED, "test")
+    model = classifier()
+    wrong = mistakes.most_wrong(test, most)
+    looked = case_maps.case_maps(model, wrong, images.pixels, test.scores.argmax(axis=1), seed)
+    boxes = arrays.read_boxes(paths.PROCESSED, "test")
+    began = time.perf_counter()
+    pointed: dict[str, Any] | None = None
+    if boxes is not None and looked.numbers["randomisation"]:  # else the network cannot be explained
+        pointed = pointing.points_at_boxes(model, boxes, images.index, images.pixels, test.classes, confidence)
+    seconds = time.perf_counter() - began if pointed is not None else None
+    sentences = [*looked.sentences, *(pointing.sentences(pointed) if pointed is not None else ())]
+    write_json(paths.EXPLANATIONS, {**looked.numbers, "pointing": pointed, "sentences": sentences})
+    return looked.maps, seconds
 
 
 @task(name="draw figures", persist_result=False)
 def draw(maps: dict[str, NDArray[np.float64]], dpi: int) -> None:
     """Every figure, as PNG and SVG."""
     with whole_folder(paths.FIGURES) as folder:
-        drawing.draw(drawing.Drawing(GALLERY, maps), folder, dpi)
+        drawing.draw(GALLERY, maps, folder, dpi)
 
 
 @task(name="write the report", persist_result=False)
@@ -156,9 +212,11 @@ def evaluate() -> str:
         raise UserError(f"{paths.RUN}: not found; run `dvc repro train` first") from error
     begun.forget(run_id)
     with tracking.run(run_id):
-        predict(wanted.batch_size, wanted.subgroups)
+        seconds = predict(wanted.batch_size, wanted.subgroups)
         test = measure(wanted.model_dump())
-        draw(explain(wanted.bootstrap_seed, wanted.confidence), wanted.figure_dpi)
+        maps, pointing_seconds = explain(GALLERY, wanted.bootstrap_seed, wanted.confidence)
+        tracking.log_metrics({"seconds": {"predict": seconds, "pointing": pointing_seconds}})
+        draw(maps, wanted.figure_dpi)
         write_report(run_id)
         log(wanted.model_dump())
     auc = "undefined" if test["auc"] is None else f"{test['auc']:.4f}"

@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import json
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import psutil
 from filelock import FileLock, Timeout
@@ -26,8 +26,7 @@ from fadeformer.verdict import Decision
 from pipelines import places, registry
 from pipelines.registry import CHALLENGER, CHAMPION, PREVIOUS, Aliases, Version
 
-Rival = TypeVar("Rival")
-LOCK_TIMEOUT = 600  # seconds that another promotion may take
+LOCK_TIMEOUT = 3600  # seconds that another promotion may take, with predictions for the champion
 REMEDY = "move it aside: its decisions are still tags of the registry's versions"
 
 
@@ -80,6 +79,10 @@ class Ledger:
     def line(self) -> list[str]:
         """Versions that were champion one after the other and were not taken back, the present one last."""
         return [number for number in (self.entries[-1]["line"] if self.entries else []) if number in self._versions]
+
+    def rival_of(self, subject: Subject) -> Version | None:
+        """The present champion; None if there is none, or if it is the subject itself."""
+        return None if self.champion in (None, subject.version) else self._versions[str(self.champion)]
 
     def taken_back(self, subject: Subject) -> str | None:
         """Why a version with this content was taken back; None if none was, or one was forced later."""
@@ -184,29 +187,6 @@ def opened(name: str) -> Iterator[Ledger]:
     except Timeout as error:
         told = f"another promotion has gone on for {LOCK_TIMEOUT} s; see what it waits for, then run again"
         raise UserError(f"{path()}: {told}") from error
-
-
-def judge(
-    name: str,
-    subject: Subject,
-    prepare: Callable[[Version], Rival],
-    decide: Callable[[Rival | None, str | None], Decision],
-) -> tuple[Decision, dict[str, Any]]:
-    """Judge a version against the champion of the moment, and return the decision and the ledger's entry about it.
-
-    `prepare` gives what the champion is compared by. It is called without the lock, and again if another process has
-    made another champion meanwhile. `decide` gives the decision, from that (None if there is no champion but the
-    version itself) and from why the version was taken back before (None if it was not).
-    """
-    number = registry.aliases(name).get(CHAMPION)
-    while True:
-        compared = number is not None and number != subject.version
-        champion = prepare(registry.versions(name)[str(number)]) if compared else None
-        with opened(name) as book:
-            if book.champion == number:
-                decision = decide(champion, book.taken_back(subject))
-                return decision, book.decide(subject, decision)
-            number = book.champion
 
 
 def history(name: str | None, *, mend: bool = False) -> list[dict[str, Any]]:

@@ -15,9 +15,8 @@ from fadeformer.gate import Asked, Candidate
 from fadeformer.params import PromoteParams
 from fadeformer.predictions import Predictions
 from fadeformer.verdict import Decision
-from pipelines import ledger, packaged, paths, registry, stage, store, tracking, verdict_table
+from pipelines import ledger, packaged, paths, registry, rival, stage, store, tracking, verdict_table
 from pipelines.ledger import Subject
-from pipelines.registry import Version
 
 
 def main() -> str:
@@ -43,12 +42,11 @@ def judge(forced: str | None) -> str:
         registry.describe(version, paths.CARD.read_text(encoding="utf-8"))
         subject = Subject(version.number, run_id, package.tags[packaged.CONTENT], _data(meta, test))
         asked = Asked(**wanted.model_dump(exclude={"model_name"}))
-        decision, entry = ledger.judge(
-            name,
-            subject,
-            lambda champion: _rival(champion, test),
-            lambda of_champion, taken_back: gate.decide(_candidate(test, taken_back), of_champion, asked, forced),
-        )
+        with ledger.opened(name) as book:
+            champion = book.rival_of(subject)
+            of_champion = None if champion is None else rival.predictions_of(champion, test)
+            decision = gate.decide(_candidate(test, book.taken_back(subject)), of_champion, asked, forced)
+            entry = book.decide(subject, decision)
         _write(name, decision, entry, meta)
         tracking.log_settings("promote", wanted.model_dump())
         tracking.log_files(paths.PROMOTION, paths.PROMOTION_PAGE, *filter(Path.is_file, [paths.LOCK]))
@@ -74,12 +72,6 @@ def roll_back(name: str, to: str | None, reason: str) -> str:
         entry = book.roll_back(to, reason)
     gone = ", ".join(one["version"] for one in entry["taken_back"])
     return f"ROLLED BACK {name} version {entry['to']} is champion again; taken back: version {gone} ({reason})"
-
-
-def _rival(champion: Version, test: Predictions) -> Predictions:
-    from pipelines import rival  # it may have to decode images, and what reads them takes a while to import
-
-    return rival.predictions_of(champion, test)
 
 
 def _candidate(test: Predictions, taken_back: str | None) -> Candidate:

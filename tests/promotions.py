@@ -30,15 +30,11 @@ def main() -> None:
     store.connect()
     for number in numbers:
         with ledger.opened(name) as book:
-            done = any(entry["version"] == number for entry in book.entries)
-        if not done:
-            run_id = registry.versions(name)[number].run_id
-            ledger.judge(
-                name,
-                Subject(number, run_id, f"content of {number}"),
-                quality_of,
-                lambda champion, _, number=number: decision(quality_of(number), champion),
-            )
+            if any(entry["version"] == number for entry in book.entries):
+                continue
+            subject = Subject(number, registry.versions(name)[number].run_id, f"content of {number}")
+            rival = book.rival_of(subject)
+            book.decide(subject, decision(quality_of(number), None if rival is None else quality_of(rival)))
 
 
 if __name__ == "__main__":

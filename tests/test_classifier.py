@@ -19,7 +19,7 @@ from fadeformer.classifier import Classifier, OperatingPoint
 from fadeformer.errors import UserError
 from fadeformer.models import create_model, features_and_logits
 from fadeformer.tasks import TASKS
-from pipelines import cli, network, packaged, paths, serving
+from pipelines import cli, evaluate, packaged, paths, serving
 from tests.packages import FADE, KINDS, images, load, png, write_model
 
 SMALL = {"backbone": "test_resnet", "fade": None, "side": 32}
@@ -53,7 +53,7 @@ def project(request, tmp_path_factory) -> Path:
             Image.fromarray(image).save(Path("images", name))
         packaged._write(folder / "package", Model(), "content")
         exporting.export(load(folder), "onnx", Path("graph.onnx"))
-        network.predict(20, [])
+        evaluate.predict.fn(20, [])
         yield folder
 
 

@@ -11,7 +11,7 @@ from fadeformer.explanations import grad_cam, upsample
 from fadeformer.files import read_json
 from fadeformer.pointing import Pointing, pointed, points_at_boxes
 from fadeformer.proportions import wilson
-from pipelines import network, paths
+from pipelines import evaluate, paths
 from tests.packages import load, write_model
 
 
@@ -157,14 +157,14 @@ def test_the_stage_writes_what_was_found_beside_the_other_explanations(tmp_path,
     labels = np.random.default_rng(1).integers(0, 2, (40, 5))
     test = predictions.table(INDEX.assign(split="test"), labels, model.scores(PIXELS, 8), model.task, FINDINGS)
     predictions.write(test, paths.PREDICTIONS)
-    monkeypatch.setattr(network, "classifier", lambda: model)
-    monkeypatch.setattr(network.arrays, "read", lambda folder, split: Images(PIXELS, labels, INDEX))
-    maps, seconds = network.explain(3, 0, 0.95)
+    monkeypatch.setattr(evaluate, "classifier", lambda: model)
+    monkeypatch.setattr(evaluate.arrays, "read", lambda folder, split: Images(PIXELS, labels, INDEX))
+    maps, seconds = evaluate.explain.fn(3, 0, 0.95)
     assert {of.shape for of in maps.values()} == {(3, *PIXELS.shape[1:3])}
     assert read_json(paths.EXPLANATIONS)["pointing"] is None
     assert seconds is None
     boxes.assign(split="test").to_parquet(paths.PROCESSED / "boxes.parquet")
-    _, seconds = network.explain(3, 0, 0.95)
+    _, seconds = evaluate.explain.fn(3, 0, 0.95)
     written = read_json(paths.EXPLANATIONS)
     assert written["pointing"]["methods"]["grad_cam"]["per_class"]["c"]["cases"] == 40
     assert sum("points into the box" in sentence for sentence in written["sentences"]) == 3
