@@ -67,7 +67,10 @@ def check(
     """
     context = gx.get_context(mode="ephemeral")
     context.variables.progress_bars = {"globally": False}  # type: ignore[assignment]  # a dict works
-    context.add_data_docs_site(site_name="validation", site_config=_site(folder))
+    store = {"class_name": "TupleFilesystemStoreBackend", "base_directory": str(folder.resolve())}
+    index = {"class_name": "DefaultSiteIndexBuilder"}
+    site = {"class_name": "SiteBuilder", "site_index_builder": index, "store_backend": store}
+    context.add_data_docs_site(site_name="validation", site_config=site)  # type: ignore[arg-type]  # a dict works
     asset = context.data_sources.add_pandas(facts.name).add_dataframe_asset("manifest")
     batch = asset.add_batch_definition_whole_dataframe("every image")
     suite = context.suites.add(gx.ExpectationSuite("manifest"))
@@ -104,14 +107,14 @@ def _expectations(
     min_per_class: int,
     max_label_shift: float,
 ) -> Iterator[Expectation]:
-    yield (
-        "split_missing",
-        gxe.ExpectColumnDistinctValuesToEqualSet,
-        {"column": "used_in", "value_set": list(SPLITS), "description": "train, val and test each have images"},
-    )
+    told = "train, val and test each have images"
+    yield _expect("split_missing", gxe.ExpectColumnDistinctValuesToEqualSet, "used_in", told, value_set=list(SPLITS))
     yield from _of_files(facts, counts)
     yield from _of_leaks(table, allowed_duplicates)
-    yield from _of_labels(table, facts, min_per_class, max_label_shift)
+    yield from _of_labels(table, facts, min_per_class)
+    for split in SPLITS[1:]:
+        told = f"the labels of {split} diverge by no more than {max_label_shift} bits from those of train"
+        yield _between("label_shift", "label_shift", told, max_value=max_label_shift, **_where("used_in", [split]))
 
 
 def _of_files(facts: Facts, counts: Mapping[str, int]) -> Iterator[Expectation]:
@@ -119,36 +122,19 @@ def _of_files(facts: Facts, counts: Mapping[str, int]) -> Iterator[Expectation]:
     for part, count in counts.items():
         where = {} if part == "all" else _where("split", SPLITS[:2] if part == "train_val" else [part])
         column = "images_in_split" if part in SPLITS else f"images_in_{part}"
-        told = f"{of.get(part, part)} has the published {count:,} images"
-        yield (
-            "published_counts",
-            gxe.ExpectColumnValuesToBeInSet,
-            {"column": column, "value_set": [count], "description": told, **where},
+        yield _in_set(
+            "published_counts", column, [count], f"{of.get(part, part)} has the published {count:,} images", **where
         )
-    yield (
-        "unreadable_image",
-        gxe.ExpectColumnValuesToBeNull,
-        {"column": "problem", "description": "every image can be read"},
-    )
-    yield (
-        "blank_image",
-        gxe.ExpectColumnValuesToBeBetween,
-        {"column": "contrast", "min_value": 0, "strict_min": True, "description": "no image is of one value all over"},
-    )
+    yield _expect("unreadable_image", gxe.ExpectColumnValuesToBeNull, "problem", "every image can be read")
+    yield _between("blank_image", "contrast", "no image is of one value all over", min_value=0, strict_min=True)
     told = "no two file names differ in case, or in how an accent is written, alone"
-    yield _never("colliding_names", "collides", told)
+    yield _in_set("colliding_names", "collides", [False], told)
     if facts.channels is not None:
         mode = "RGB" if facts.channels == 3 else "L"
-        settings = {"column": "mode", "value_set": [mode], "description": f"every image is {mode}"}
-        yield "unexpected_mode", gxe.ExpectColumnValuesToBeInSet, settings
+        yield _in_set("unexpected_mode", "mode", [mode], f"every image is {mode}")
     if facts.size is not None:
         for side in ("height", "width"):
-            text = f"every image has a {side} of {facts.size} pixels"
-            yield (
-                "unexpected_size",
-                gxe.ExpectColumnValuesToBeInSet,
-                {"column": side, "value_set": [facts.size], "description": text},
-            )
+            yield _in_set("unexpected_size", side, [facts.size], f"every image has a {side} of {facts.size} pixels")
 
 
 def _of_leaks(table: pd.DataFrame, allowed_duplicates: int) -> Iterator[Expectation]:
@@ -156,86 +142,62 @@ def _of_leaks(table: pd.DataFrame, allowed_duplicates: int) -> Iterator[Expectat
     # great-expectations counts in shares: all that were found may stay if they are as few as allowed, else none.
     share = (len(table) - leaks) / len(table) if leaks <= allowed_duplicates else 1.0
     relaxed = f" (up to {allowed_duplicates} may: validate.max_cross_split_duplicates)" if allowed_duplicates else ""
-    yield _never("image_in_two_splits", "leaked", f"no image stands in two splits{relaxed}", mostly=share)
+    told = f"no image stands in two splits{relaxed}"
+    yield _in_set("image_in_two_splits", "leaked", [False], told, mostly=share)
     told = "no image stands in one split and a near duplicate of it in another"
-    yield _never("near_duplicate_in_two_splits", "near_leaked", told)
+    yield _in_set("near_duplicate_in_two_splits", "near_leaked", [False], told)
     if table["group"].notna().any():  # of images whose group is not known it would hold without saying anything
-        yield (
-            "group_in_two_splits",
-            gxe.ExpectColumnValuesToBeBetween,
-            {
-                "column": "splits_of_group", "max_value": 1,
-                "description": "no group (patient, lesion, slide) stands in two splits",
-            },
-        )  # fmt: skip
-    yield (
-        "same_image_two_labels",
-        gxe.ExpectColumnValuesToBeBetween,
-        {"column": "labels_of_image", "max_value": 1, "description": "copies of an image have the same label"},
-    )
+        told = "no group (patient, lesion, slide) stands in two splits"
+        yield _between("group_in_two_splits", "splits_of_group", told, max_value=1)
+    told = "copies of an image have the same label"
+    yield _between("same_image_two_labels", "labels_of_image", told, max_value=1)
     told = "near duplicates of an image have the same label"
-    yield _never("near_duplicate_two_labels", "near_other_label", told)
+    yield _in_set("near_duplicate_two_labels", "near_other_label", [False], told)
 
 
-def _of_labels(table: pd.DataFrame, facts: Facts, min_per_class: int, max_label_shift: float) -> Iterator[Expectation]:
+def _of_labels(table: pd.DataFrame, facts: Facts, min_per_class: int) -> Iterator[Expectation]:
     many = facts.kind.multi_label
     values = [0, 1] if many else list(range(len(facts.classes)))
     for column, finding in zip(facts.kind.label_columns(len(facts.classes)), facts.classes, strict=False):
         what = f"label {finding}" if many else "label"
-        yield (
-            "label_out_of_range",
-            gxe.ExpectColumnValuesToNotBeNull,
-            {"column": column, "description": f"every image has a {what}"},
-        )
-        yield (
-            "label_out_of_range",
-            gxe.ExpectColumnValuesToBeInSet,
-            {"column": column, "value_set": values, "description": f"every {what} is from 0 to {values[-1]}"},
-        )
+        yield _expect("label_out_of_range", gxe.ExpectColumnValuesToNotBeNull, column, f"every image has a {what}")
+        yield _in_set("label_out_of_range", column, values, f"every {what} is from 0 to {values[-1]}")
         for split in SPLITS:
             used = table.loc[table["used_in"] == split, column]
             if many:
-                for limit, value, how in (
-                    ("min_value", min_per_class, "with"),
-                    ("max_value", len(used) - min_per_class, "without"),
-                ):
-                    found = int((used == (1 if how == "with" else 0)).sum())
-                    told = f"{split} has {min_per_class:,} or more images {how} {finding} (it has {found:,})"
-                    yield (
-                        "finding_without_images",
-                        gxe.ExpectColumnSumToBeBetween,
-                        {"column": column, limit: value, "description": told, **_where("used_in", [split])},
-                    )
+                yield from _of_finding(finding, split, used, min_per_class)
             else:
                 missing = [facts.classes[value] for value in values if value not in set(used)]
                 told = f"every class is in {split}" + (f": it has no {', '.join(missing)}" if missing else "")
-                yield (
-                    "class_missing",
-                    gxe.ExpectColumnDistinctValuesToContainSet,
-                    {"column": column, "value_set": values, "description": told, **_where("used_in", [split])},
-                )
+                kind, where = gxe.ExpectColumnDistinctValuesToContainSet, _where("used_in", [split])
+                yield _expect("class_missing", kind, column, told, value_set=values, **where)
     if not many and min_per_class > 1:
-        yield (
-            "class_too_small",
-            gxe.ExpectColumnValuesToBeBetween,
-            {
-                "column": "images_of_class", "min_value": min_per_class,
-                "description": f"every class has {min_per_class} or more images in each split",
-            },
-        )  # fmt: skip
-    for split in SPLITS[1:]:
-        told = f"the labels of {split} diverge by no more than {max_label_shift} bits from those of train"
-        yield (
-            "label_shift",
-            gxe.ExpectColumnValuesToBeBetween,
-            {"column": "label_shift", "max_value": max_label_shift, "description": told, **_where("used_in", [split])},
-        )
+        told = f"every class has {min_per_class} or more images in each split"
+        yield _between("class_too_small", "images_of_class", told, min_value=min_per_class)
 
 
-def _never(name: str, column: str, sentence: str, **settings: Any) -> Expectation:
-    """That a column is true of no row."""
-    told = {"column": column, "value_set": [False], "description": sentence, **settings}
-    return name, gxe.ExpectColumnValuesToBeInSet, told
+def _of_finding(finding: str, split: str, labels: pd.Series, fewest: int) -> Iterator[Expectation]:
+    """Enough images of a split with and without a finding."""
+    for how, value, limits in (
+        ("with", 1, {"min_value": fewest}),
+        ("without", 0, {"max_value": len(labels) - fewest}),
+    ):
+        found = int((labels == value).sum())
+        told = f"{split} has {fewest:,} or more images {how} {finding} (it has {found:,})"
+        kind, where = gxe.ExpectColumnSumToBeBetween, _where("used_in", [split])
+        yield _expect("finding_without_images", kind, str(labels.name), told, **limits, **where)
+
+
+def _expect(check: str, kind: Any, column: str, sentence: str, **settings: Any) -> Expectation:
+    return check, kind, {"column": column, "description": sentence, **settings}
+
+
+def _in_set(check: str, column: str, values: list[Any], sentence: str, **settings: Any) -> Expectation:
+    return _expect(check, gxe.ExpectColumnValuesToBeInSet, column, sentence, value_set=values, **settings)
+
+
+def _between(check: str, column: str, sentence: str, **settings: Any) -> Expectation:
+    return _expect(check, gxe.ExpectColumnValuesToBeBetween, column, sentence, **settings)
 
 
 def _where(column: str, values: Any) -> dict[str, str]:
@@ -261,11 +223,3 @@ def _outcome(one: Any, found: Manifest, facts: Facts, severity: Mapping[str, str
             value = one.result["partial_unexpected_list"][0]
             sentence += f", but by {value:.3f}" if column == "label_shift" else f", but there are {value:,}"
     return Check(name, severity[name], sentence, bool(one.success), chosen.assign(expectation=sentence))
-
-
-def _site(folder: Path) -> Any:
-    return {
-        "class_name": "SiteBuilder",
-        "site_index_builder": {"class_name": "DefaultSiteIndexBuilder"},
-        "store_backend": {"class_name": "TupleFilesystemStoreBackend", "base_directory": str(folder.resolve())},
-    }
