@@ -3,7 +3,6 @@
 It also repairs what a kill has cut off of DVC's own files, which DVC would refuse to read.
 """
 
-import json
 import subprocess
 from pathlib import Path
 
@@ -25,24 +24,17 @@ def main() -> str:
 
 def repair() -> None:
     """Restore a damaged dvc.lock from git, or remove it; remove a damaged list of DVC's processes."""
-    if PROCESSES.is_file() and not _is_json(PROCESSES.read_text(errors="replace")):
+    if PROCESSES.is_file() and not _is_mapping(PROCESSES.read_text(errors="replace")):
         PROCESSES.unlink()
         print(f"{PROCESSES} was damaged and is removed")
-    if LOCK.is_file() and not _is_lock(LOCK.read_text(errors="replace")):
+    if LOCK.is_file() and not _is_mapping(LOCK.read_text(errors="replace")):
         LOCK.unlink()
         subprocess.run(["git", "checkout", "--quiet", "--", LOCK], capture_output=True, check=False)
         print(f"{LOCK} was damaged and is {'restored from git' if LOCK.exists() else 'removed'}")
 
 
-def _is_json(text: str) -> bool:
-    try:
-        return isinstance(json.loads(text), dict)
-    except json.JSONDecodeError:
-        return False
-
-
-def _is_lock(text: str) -> bool:
-    """Whether DVC can read it, or a person has to: a merge conflict is no damage."""
+def _is_mapping(text: str) -> bool:
+    """Whether DVC can read it, as YAML or JSON, or a person has to: a merge conflict is no damage."""
     try:
         return "<<<<<<< " in text or isinstance(YAML(typ="safe").load(text), dict)
     except YAMLError:

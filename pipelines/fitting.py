@@ -151,7 +151,6 @@ def _network(wanted: ModelParams, meta: Meta, task: Task) -> tuple[dict[str, Any
     try:
         first = Path(wanted.weights) if Path(wanted.weights) != paths.NO_WEIGHTS else None
         model = create_model(**{**described, "pretrained": wanted.pretrained and first is None})
-        origin = None if first is None else load_start(model, first)
     except (ValueError, RuntimeError) as error:
         raise UserError(f"params.yaml: model: {error}") from error
     except OSError as error:
@@ -161,20 +160,13 @@ def _network(wanted: ModelParams, meta: Meta, task: Task) -> tuple[dict[str, Any
             f"the pretrained weights of {wanted.backbone} cannot be had ({type(error).__name__}); check the network, or"
             " set model.pretrained to false"
         ) from error
-    return described, model, origin
-
-
-def load_start(model: nn.Module, weights: Path) -> dict[str, str]:
-    """Puts the weights of a file into the model, and tells which they were.
-
-    Raises:
-        UserError: the file is none of weights for this model. (That it is there, `begun.made_of` has seen.)
-    """
+    if first is None:
+        return described, model, None
     try:
-        load_weights(model, weights)
+        load_weights(model, first)
     except ValueError as error:
         raise UserError(f"params.yaml: model.weights: {error}") from error
-    return {"file": weights.name, "sha256": checksum(weights, "sha256")}
+    return described, model, {"file": first.name, "sha256": checksum(first, "sha256")}
 
 
 def normalisation_of(wanted: ModelParams, meta: Meta, model: nn.Module) -> Normalisation:

@@ -11,11 +11,9 @@ import hashlib
 import re
 import shutil
 import tempfile
-from collections.abc import Mapping
 from importlib.metadata import version
 from io import BytesIO
 from pathlib import Path
-from typing import Any
 
 import mlflow
 import numpy as np
@@ -24,7 +22,6 @@ from mlflow import MlflowClient
 from mlflow.entities import LoggedModel, LoggedModelOutput, LoggedModelStatus
 from mlflow.exceptions import MlflowException
 from mlflow.models import Model
-from mlflow.pyfunc import PyFuncModel
 from PIL import Image
 
 import fadeformer
@@ -79,11 +76,8 @@ def fetch(name: str) -> Path:
         UserError: there is no such model, no store of this project, or it is none of this project's models.
         Unreachable: MLflow is.
     """
-    if re.match(r"\w+:/", name):
-        folder = _downloaded(name)
-    elif (folder := Path(name)).is_dir():
-        pass
-    else:
+    folder = _downloaded(name) if re.match(r"\w+:/", name) else Path(name)
+    if not folder.is_dir():
         raise UserError(f"{name}: no such folder; name a package's folder, or a model such as models:/NAME@champion")
     data(folder)
     return folder
@@ -102,11 +96,6 @@ def _downloaded(uri: str) -> Path:
         raise UserError(
             f"{uri}: MLflow at {places.address()} has no such model ({reason}); `make ui` shows what there is"
         ) from error
-
-
-def load(folder: Path, config: Mapping[str, Any]) -> PyFuncModel:
-    """The model of a package's folder, some of its settings changed; its code is the package's own."""
-    return mlflow.pyfunc.load_model(str(folder), model_config=dict(config))
 
 
 def data(folder: Path) -> Path:
@@ -141,10 +130,8 @@ def _write(package: Path, model: Model, content: str) -> None:
     data, code = (package.with_name("parts") / name for name in ("model", "code"))
     data.mkdir(parents=True)
     save_file(torch.load(paths.WEIGHTS, weights_only=True), data / model_files.WEIGHTS)
-    shutil.copyfile(paths.ARCHITECTURE, data / model_files.DESCRIPTION)
-    shutil.copyfile(paths.OPERATING_POINTS, data / model_files.POINTS)
-    shutil.copyfile(paths.FAMILIAR, data / model_files.FAMILIAR)
-    shutil.copyfile(paths.REFERENCE, data / model_files.REFERENCE)
+    for path in (paths.ARCHITECTURE, paths.OPERATING_POINTS, paths.FAMILIAR, paths.REFERENCE):
+        shutil.copyfile(path, data / path.name)
     library = Path(fadeformer.__file__).parent
     shutil.copytree(library, code / library.name, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copyfile(SERVED, code / SERVED.name)

@@ -13,7 +13,6 @@ from typing import Any
 
 import mlflow
 from mlflow import MlflowClient
-from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 
 from fadeformer import predictions
@@ -53,32 +52,18 @@ class Version:
 @told()
 def versions(name: str) -> dict[str, Version]:
     """All versions of a registered model by number; none where there is no such model."""
-    found: list[ModelVersion] = []
-    token = None
-    while True:
-        page = MlflowClient().search_model_versions(f"name = '{name}'", page_token=token)
-        found += page
-        token = page.token
-        if not token:
-            break
-    return {
-        str(one.version): Version(
-            name,
-            str(one.version),
-            str(one.run_id),
-            tuple(text for key, text in one.tags.items() if key.startswith(ENTRY)),
-        )
-        for one in found
-    }
+    found = {}
+    for one in mlflow.search_model_versions(filter_string=f"name = '{name}'"):
+        entries = tuple(text for key, text in one.tags.items() if key.startswith(ENTRY))
+        found[str(one.version)] = Version(name, str(one.version), str(one.run_id), entries)
+    return found
 
 
 @told()
 def aliases(name: str) -> Aliases:
     """The versions under the aliases of this project, by alias; none where there is no such model."""
-    if not MlflowClient().search_registered_models(f"name = '{name}'"):
-        return {}
-    found = MlflowClient().get_registered_model(name).aliases
-    return {alias: str(found[alias]) for alias in OURS if alias in found}
+    models = MlflowClient().search_registered_models(f"name = '{name}'")
+    return {alias: str(one.aliases[alias]) for one in models for alias in OURS if alias in one.aliases}
 
 
 @told()
@@ -87,14 +72,14 @@ def identity(name: str) -> str | None:
 
     None where there is no such model.
     """
-    client = MlflowClient()
-    if not client.search_registered_models(f"name = '{name}'"):
+    models = MlflowClient().search_registered_models(f"name = '{name}'")
+    if not models:
         return None
-    found = client.get_registered_model(name).tags.get(IDENTITY)
-    if found is None:
-        found = uuid.uuid4().hex
-        client.set_registered_model_tag(name, IDENTITY, found)
-    return str(found)
+    if IDENTITY in models[0].tags:
+        return str(models[0].tags[IDENTITY])
+    made = uuid.uuid4().hex
+    MlflowClient().set_registered_model_tag(name, IDENTITY, made)
+    return made
 
 
 @told()

@@ -69,7 +69,7 @@ async def _answer(scoring: App, scope: Scope, receive: Receive, max_bytes: int, 
     if scope["method"] != method:
         raise Refusal(405, f"this address takes {method}")
     headers = dict(scope["headers"])
-    body = await _body(headers, receive, max_bytes)
+    body = await _body(receive, max_bytes)
     if method == "POST":
         body = _canonical(headers.get(b"content-type", b"").decode("latin-1"), body, max_images)
     inner = {
@@ -90,11 +90,7 @@ async def _answer(scoring: App, scope: Scope, receive: Receive, max_bytes: int, 
     raise Refusal(status, f"the images have no common form; {HOW}")
 
 
-async def _body(headers: dict[bytes, bytes], receive: Receive, limit: int) -> bytes:
-    too_long = Refusal(413, f"the request has more than {limit:,} bytes; send fewer or smaller images")
-    told = headers.get(b"content-length", b"0")
-    if told.isdigit() and int(told) > limit:
-        raise too_long
+async def _body(receive: Receive, limit: int) -> bytes:
     parts, length, more = [], 0, True
     while more:
         message = await receive()
@@ -102,8 +98,8 @@ async def _body(headers: dict[bytes, bytes], receive: Receive, limit: int) -> by
             raise Refusal(400, "the request was broken off")
         parts.append(message.get("body", b""))
         length += len(parts[-1])
-        if length > limit:  # of a body that did not tell its length
-            raise too_long
+        if length > limit:
+            raise Refusal(413, f"the request has more than {limit:,} bytes; send fewer or smaller images")
         more = message.get("more_body", False)
     return b"".join(parts)
 
@@ -122,16 +118,12 @@ def _canonical(content_type: str, body: bytes, max_images: int) -> bytes:
     if not isinstance(document, dict) or len(document.keys() - {"params"}) != 1:
         raise Refusal(400, f"the request is not in one form; {HOW}")
     params = document.pop("params", None) or {}
-    if not isinstance(params, dict) or params.keys() - {"operating_point"} or not all(map(_is_text, params.values())):
+    if not isinstance(params, dict) or not all(k == "operating_point" and isinstance(params[k], str) for k in params):
         raise Refusal(400, "params has only operating_point, the name of one")
     images = _images(document)
     if len(images) > max_images:
         raise Refusal(413, f"the request has more than {max_images:,} images; send fewer at once")
     return json.dumps({"inputs": {"image": images}, "params": params}).encode()
-
-
-def _is_text(value: object) -> bool:
-    return isinstance(value, str)
 
 
 def _images(document: dict[str, Any]) -> list[Any]:

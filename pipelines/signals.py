@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import signal
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -17,8 +16,6 @@ ASKING = (signal.SIGTERM, signal.SIGINT)
 def asked_to_leave() -> Iterator[Callable[[], int]]:
     """Yield a function that returns the number of the signal that asked to stop, or 0.
 
-    Outside the main thread, where Python lets nobody handle signals, it always returns 0.
-
     Raises:
         Interrupted: A second signal was received.
     """
@@ -30,9 +27,6 @@ def asked_to_leave() -> Iterator[Callable[[], int]]:
             name = signal.Signals(received[0]).name
             raise Interrupted(f"stopped by {name} at once; run again to go on from the last checkpoint", received[0])
 
-    if threading.current_thread() is not threading.main_thread():
-        yield lambda: 0
-        return
     before = {number: signal.signal(number, ask) for number in ASKING}
     try:
         yield lambda: received[0] if received else 0

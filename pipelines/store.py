@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 import socket
 import sqlite3
 from collections.abc import Iterator
@@ -18,7 +19,6 @@ from mlflow.exceptions import MlflowException
 from sqlalchemy.exc import SQLAlchemyError
 
 from fadeformer.errors import PassingError, UserError
-from fadeformer.files import whole_file
 from pipelines import moved, places
 from pipelines.moved import EXPERIMENT
 
@@ -98,13 +98,12 @@ def connect() -> str:
     mlflow.set_tracking_uri(server or places.own())
     try:
         store.mkdir(exist_ok=True)
-        with FileLock(
-            store / ".lock", timeout=LOCK_TIMEOUT
-        ):  # two processes that create a database break its migration
+        # Two processes that create a database break its migration.
+        with FileLock(store / ".lock", timeout=LOCK_TIMEOUT):
             if not server:
                 if not (store / "mlflow.db").exists():
                     _create(store / "mlflow.db")
-                _copy_program(store)
+                shutil.copyfile(moved.__file__, store / "moved.py")  # for whoever moves that folder alone
             location = None if server else (store / "artifacts").as_uri()
             experiment = mlflow.get_experiment_by_name(EXPERIMENT)
             if experiment is None:
@@ -128,11 +127,3 @@ def _create(database: Path) -> None:
         left.unlink()
     MlflowClient(f"sqlite:///{unfinished}").search_experiments()
     unfinished.rename(database)
-
-
-def _copy_program(store: Path) -> None:
-    """Keep moved.py in the store, for whoever moves that folder alone."""
-    source, copy = Path(moved.__file__), store / Path(moved.__file__).name
-    if not copy.is_file() or copy.read_bytes() != source.read_bytes():
-        with whole_file(copy) as temporary:
-            temporary.write_bytes(source.read_bytes())

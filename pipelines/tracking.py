@@ -1,4 +1,7 @@
-"""MLflow runs: what a run of the pipeline leaves in its one run."""
+"""MLflow runs: what a run of the pipeline leaves in its one run.
+
+Functions raise `store.Unreachable` while MLflow cannot be reached, and UserError if it has no such run.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +35,6 @@ from fadeformer.files import checksum
 from pipelines import places
 from pipelines.store import REFUSALS, connect, told
 
-AT_ONCE = 1000  # metrics in one call, as many as MLflow takes
 EPOCHS_AT_ONCE = 50  # each of some ten metrics, so that MLflow has all of an epoch or nothing
 SOURCE = "python -m pipelines train"
 MODEL = "model"  # name of the logged model in its run
@@ -43,12 +45,7 @@ PLACE = "FADEFORMER_TRIAL"  # what a trial's stages are told: the sweep's run an
 
 @contextmanager
 def run(run_id: str | None = None) -> Iterator[str]:
-    """A new MLflow run, or more of an old one; gives its id. It ends as finished, or as failed by an error.
-
-    Raises:
-        UserError: no run of that id is in the store.
-        Unreachable: MLflow is, also for what is asked of it in the block.
-    """
+    """A new MLflow run, or more of an old one; gives its id. It ends as finished, or as failed by an error."""
     connect()
     if run_id is not None:
         check_run(run_id, "`dvc repro -f train` makes one for this model")
@@ -58,7 +55,7 @@ def run(run_id: str | None = None) -> Iterator[str]:
 
 @told()
 def check_run(run_id: str, remedy: str) -> None:
-    """Raise UserError with a remedy if MLflow has no such run any more, or Unreachable."""
+    """Raise UserError with a remedy if MLflow has no such run any more."""
     try:
         lost = MlflowClient().get_run(run_id).info.lifecycle_stage != "active"
     except MlflowException as error:
@@ -70,12 +67,6 @@ def check_run(run_id: str, remedy: str) -> None:
 
 
 @told()
-def experiment_of(run_id: str) -> str:
-    """The id of a run's experiment; raises Unreachable."""
-    return str(MlflowClient().get_run(run_id).info.experiment_id)
-
-
-@told()
 def open_run(experiment: str, identity: str, began: int, tags: Mapping[str, str]) -> str:
     """The id of the one run of a training or a sweep, which is made where there is none.
 
@@ -84,9 +75,6 @@ def open_run(experiment: str, identity: str, began: int, tags: Mapping[str, str]
         identity: what it called itself; a run with that tag is its own.
         began: ms since 1970.
         tags: of which the run has those of MLflow's own at once.
-
-    Raises:
-        Unreachable: which leaves open whether the run was made.
     """
     client = MlflowClient()
     found = client.search_runs([experiment], f"tags.`{IDENTITY}` = '{identity}'", order_by=["start_time", "run_id"])
@@ -98,7 +86,7 @@ def open_run(experiment: str, identity: str, began: int, tags: Mapping[str, str]
 
 @told()
 def mark(run_id: str, status: str) -> None:
-    """Sets a run's status: RUNNING, or with the time of its end FINISHED, FAILED or KILLED; raises Unreachable."""
+    """Sets a run's status: RUNNING, or with the time of its end FINISHED, FAILED or KILLED."""
     if status == "RUNNING":
         MlflowClient().update_run(run_id, status)
     else:
@@ -125,12 +113,7 @@ def describe(meta: Meta) -> dict[str, str]:
 
 @told()
 def log_origin(run_id: str, params: Mapping[str, Any], tags: Mapping[str, str], card: Mapping[str, Any]) -> None:
-    """Leaves parameters, tags and the data set of a card in a run; once more changes nothing.
-
-    Raises:
-        UserError: a parameter is there with another value, or the run was deleted.
-        Unreachable: MLflow is.
-    """
+    """Leaves parameters, tags and the data set of a card in a run; once more changes nothing."""
     client = MlflowClient()
     client.log_batch(
         run_id,
@@ -144,22 +127,12 @@ def log_origin(run_id: str, params: Mapping[str, Any], tags: Mapping[str, str], 
 
 @told()
 def log_points(run_id: str, points: Iterable[tuple[str, float, int, int]]) -> None:
-    """Logs (metric, value, ms since 1970, step) in order, in calls as large as MLflow takes.
-
-    Raises:
-        UserError: the run was deleted.
-        Unreachable: MLflow is.
-    """
+    """Log (metric, value, ms since 1970, step) in order, in calls as large as MLflow takes."""
     MlflowClient().log_batch(run_id, metrics=[Metric(*point) for point in points])
 
 
 def log_epochs(run_id: str, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Log rows of a history: `epoch`, `time` in ms since 1970, and metrics; missing values are left out.
-
-    Raises:
-        UserError: the run was deleted.
-        Unreachable: MLflow is.
-    """
+    """Log rows of a history: `epoch`, `time` in ms since 1970, and metrics; missing values are left out."""
     for start in range(0, len(rows), EPOCHS_AT_ONCE):
         points = [
             (plain(name), float(value), row["time"], row["epoch"])
@@ -172,7 +145,7 @@ def log_epochs(run_id: str, rows: Sequence[Mapping[str, Any]]) -> None:
 
 @told()
 def epochs(run_id: str) -> set[int]:
-    """The epochs that a run has; raises Unreachable."""
+    """The epochs that a run has."""
     return {point.step for point in MlflowClient().get_metric_history(run_id, "learning_rate")}
 
 
@@ -185,9 +158,7 @@ def log_metrics(metrics: Mapping[str, Any]) -> None:
     """Logs numbers of a nested dictionary under dotted names; leaves out what is no number, or is there already."""
     run = mlflow.active_run()
     there = MlflowClient().get_run(run.info.run_id).data.metrics if run else {}  # of a stage that was killed at its end
-    new = [(name, value) for name, value in flat(metrics).items() if there.get(name) != value]
-    for start in range(0, len(new), AT_ONCE):
-        mlflow.log_metrics(dict(new[start : start + AT_ONCE]))
+    mlflow.log_metrics({name: value for name, value in flat(metrics).items() if there.get(name) != value})
 
 
 def flat(metrics: Mapping[str, Any]) -> dict[str, float]:
@@ -202,7 +173,7 @@ def flat(metrics: Mapping[str, Any]) -> dict[str, float]:
 
 @told()
 def log_files(*paths: Path, under: str | None = None) -> None:
-    """Logs files, and the files of folders, as artifacts; raises Unreachable."""
+    """Log files, and the files of folders, as artifacts."""
     for path in paths:
         if path.is_dir():
             mlflow.log_artifacts(str(path), under)

@@ -10,6 +10,7 @@ import signal
 from pathlib import Path
 from typing import Any
 
+import mlflow
 import pandas as pd
 import torch
 from prefect import flow, task
@@ -104,12 +105,6 @@ def fit_outputs(described: dict[str, Any], weights: Path) -> tuple[Calibration, 
     return fitted, known, seen
 
 
-@task(name="log the history to MLflow", persist_result=False)
-def log_history(folder: Path) -> None:
-    """Leaves the history in the run; the model goes there as a package, once its operating points are known."""
-    tracking.log_files(folder / paths.HISTORY.name)
-
-
 @flow(name="train", persist_result=False, log_prints=True)
 def train() -> str:
     """Trains on data/processed and leaves models/; what was begun and not ended is gone on with."""
@@ -127,8 +122,8 @@ def train() -> str:
             result = write(begun_in, folder)
             with tracking.run(run_id):
                 tracking.log_metrics({"seconds": {"fit": result["seconds"]}})
-                log_history(folder)
-                of_run = {"mlflow_run_id": run_id, "mlflow_experiment_id": tracking.experiment_of(run_id)}
+                tracking.log_files(folder / paths.HISTORY.name)
+                of_run = {"mlflow_run_id": run_id, "mlflow_experiment_id": mlflow.get_run(run_id).info.experiment_id}
             write_json(folder / paths.RUN.name, of_run)
         begun.finish(begun_in, run_id)
     best = f"epoch {result['best_epoch']} of {result['epochs']} is the best, val loss {result['val_loss']:.4f}"

@@ -41,17 +41,6 @@ def test_a_model_that_is_not_registered_has_no_versions_and_no_aliases():
     assert registry.aliases("nobody") == {}
 
 
-def test_versions_are_all_there_however_many(monkeypatch):
-    monkeypatch.setattr(MlflowClient, "search_model_versions", one_a_page(MlflowClient.search_model_versions))
-    for _ in range(3):
-        version("many")
-    assert set(registry.versions("many")) == {"1", "2", "3"}
-
-
-def one_a_page(search):
-    return lambda client, query, page_token=None: search(client, query, max_results=1, page_token=page_token)
-
-
 def test_a_card_is_the_description():
     one = version("card")
     registry.describe(one, "| a | b |\n| --- | --- |")

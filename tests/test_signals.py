@@ -2,7 +2,6 @@
 
 import os
 import signal
-import threading
 import time
 
 import pytest
@@ -37,16 +36,3 @@ def test_a_second_signal_leaves_at_once():
     with pytest.raises(Interrupted, match="stopped by SIGTERM at once; run again to go on") as told:
         train()
     assert told.value.signal_number == signal.SIGTERM
-
-
-def test_outside_the_main_thread_none_is_noticed():
-    found = []
-
-    def work() -> None:
-        with signals.asked_to_leave() as asked:
-            found.append(asked())
-
-    thread = threading.Thread(target=work)
-    thread.start()
-    thread.join()
-    assert found == [0]

@@ -235,7 +235,7 @@ def test_the_server_saw_every_flow_and_task_by_its_name(finished, address):
     assert tasks == {
         "bring results", "keep results",
         "download", "validate", "preprocess", "train", "evaluate", "promote", "fit the network", "write the model",
-        "log the history to MLflow", "predict", "measure", "draw figures", "write the report",
+        "predict", "measure", "explain", "draw figures", "write the report",
         "log the evaluation to MLflow",
     }  # fmt: skip
 
