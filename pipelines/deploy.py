@@ -26,7 +26,7 @@ AUTOMATIONS = Path(__file__).with_name("automations.yaml")
 
 
 def main() -> str:
-    """Create what is missing on the server of `PREFECT_API_URL`."""
+    """Create or update the deployments on the server of `PREFECT_API_URL`."""
     parser = argparse.ArgumentParser(prog="python -m pipelines.deploy", description=__doc__)
     parser.add_argument("--at-once", type=int, default=1, metavar="N", help="trainings at a time, such as GPUs (1)")
     at_once = parser.parse_args().at_once

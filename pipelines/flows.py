@@ -31,7 +31,7 @@ from pipelines.reproducing import keep, pull, reproduce
 PROMOTING = "fadeformer-promote"  # Prefect's concurrency limit that keeps promotions on several machines apart
 # Prefect makes a model of a flow's arguments, of which one has the name of a section, and of a method of models.
 warnings.filterwarnings("ignore", 'Field name "validate"', UserWarning)
-PRESENT = overrides.present(Path(__file__).parents[1] / paths.PARAMS)  # what the forms in Prefect's UI begin with
+PRESENT = overrides.present(Path(__file__).parents[1] / paths.PARAMS)  # defaults of the forms in Prefect's UI
 DatasetOverrides: Any = overrides.partial(params.DatasetParams, "dataset", PRESENT)
 SplitOverrides: Any = overrides.partial(params.SplitParams, "split", PRESENT)
 ValidateOverrides: Any = overrides.partial(params.ValidateParams, "validate", PRESENT)
@@ -63,8 +63,8 @@ def pipeline(
     Args:
         seed: of training.
         dataset: which images.
-        split: which of them train, choose and judge.
-        validate: what the data gate lets pass.
+        split: training, validation and test images.
+        validate: limits of data validation.
         preprocess: arrays that training reads.
         model: the network.
         augment: random changes to each training image.
@@ -83,10 +83,10 @@ def pipeline(
 
 @flow(name="evaluation", persist_result=False, log_prints=True)
 def evaluation(of: str, evaluate: EvaluateOverrides = EvaluateOverrides(), hours: Hours | None = None) -> None:
-    """Evaluates a model again that an earlier run has trained, and judges it by what is found now.
+    """Evaluate a model of an earlier run again, and decide about its promotion.
 
     Args:
-        of: the DVC experiment or commit that holds it.
+        of: DVC experiment or commit with the model.
         evaluate: overrides of predictions, numbers, figures.
         hours: time limit of a stage.
     """
@@ -95,10 +95,10 @@ def evaluation(of: str, evaluate: EvaluateOverrides = EvaluateOverrides(), hours
 
 @flow(name="promotion", persist_result=False, log_prints=True)
 def promotion(of: str, promote: PromoteOverrides = PromoteOverrides(), hours: Hours | None = None) -> None:
-    """Judges a model again that an earlier run has evaluated.
+    """Decide again about the promotion of a model that an earlier run has evaluated.
 
     Args:
-        of: the DVC experiment or commit that holds it.
+        of: DVC experiment or commit with the model.
         promote: overrides of the registry gate.
         hours: time limit of a stage.
     """
@@ -210,6 +210,6 @@ def _workspace(changes: Mapping[str, Any], of: str | None, stages: Sequence[str]
         pull()
         yield
         name = keep(f"{flow_run.name}-{str(flow_run.id)[:8]}", stages)
-        run_artifacts.show_experiment(name, working_copy.repository())
+        run_artifacts.show_experiment(name)
         run_artifacts.show_links()
-        working_copy.finish()
+        working_copy.FINISHED.touch()

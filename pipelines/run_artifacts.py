@@ -1,4 +1,4 @@
-"""What a deployment run shows on its page in Prefect: the numbers, the gate's verdict, and where everything lies."""
+"""Artifacts on the page of a deployment run in Prefect: metrics, the verdict of the registry gate, and links."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def show_numbers() -> None:
 
 
 def show_verdict() -> None:
-    """What the registry gate decided, rule by rule."""
+    """The decision of the registry gate, rule by rule."""
     create_markdown_artifact(verdict(read_json(paths.PROMOTION)), key="verdict", description="The registry gate")
 
 
@@ -71,8 +71,9 @@ def show_links() -> None:
         create_link_artifact(f"{page}/artifacts/{paths.REPORT.name}", key="report", link_text="Report")
 
 
-def show_experiment(name: str, repository: str) -> None:
+def show_experiment(name: str) -> None:
     """How to have parameters and results in a workspace: that of the repository, or one's own clone of it."""
+    repository = read_json(places.COPY)["repository"]
     text = f"`dvc exp apply {name}`"
     if (Path(repository) / ".git").exists():  # the folder that was deployed from: the experiment is there already
         text += " in the repository that this was deployed from"

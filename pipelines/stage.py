@@ -6,10 +6,13 @@ import select
 import signal
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple, NoReturn
 
 from fadeformer.errors import Interrupted, PassingError, UserError
 from fadeformer.files import FULL
+
+STATUS = "FADEFORMER_STATUS"  # environment variable: file for the exit status, which DVC does not pass on
 
 
 class Terminated(KeyboardInterrupt):
@@ -72,6 +75,8 @@ def _without_traceback(record: logging.LogRecord) -> bool:
 
 def _exit(message: str, status: int = 1) -> NoReturn:
     print(f"\n{message}", file=sys.stderr)
+    if file := os.environ.get(STATUS):
+        Path(file).write_text(str(status))
     sys.exit(status)
 
 

@@ -19,7 +19,7 @@ from fadeformer import arrays, calibration, params, reference, unfamiliar
 from fadeformer.calibration import Calibration
 from fadeformer.checkpoints import Checkpoints
 from fadeformer.classifier import Classifier
-from fadeformer.errors import Interrupted, UserError
+from fadeformer.errors import Interrupted, PassingError, UserError
 from fadeformer.files import read_json, whole_folder, write_json
 from fadeformer.unfamiliar import Familiar
 from pipelines import begun, fitting, paths, stage, tracking
@@ -55,7 +55,7 @@ def _by_torchrun(folder: Path, devices: int) -> None:
     except ChildFailedError as error:
         told = [read_json(path) for path in sorted(folder.glob("stopped-*.json"))]
         if not told:
-            raise UserError(f"a process of the training died: {error.get_first_failure()[1].message}") from error
+            raise PassingError(f"a process of the training died: {error.get_first_failure()[1].message}") from error
         if told[0]["signal"]:
             raise Interrupted(told[0]["message"], told[0]["signal"]) from error
         raise UserError(told[0]["message"]) from error

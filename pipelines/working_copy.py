@@ -19,7 +19,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from fadeformer.errors import UserError
-from fadeformer.files import read_json, write_json
+from fadeformer.files import write_json
 from pipelines import check
 from pipelines.places import COPY, RUNS
 
@@ -31,41 +31,40 @@ MAX_STARTS = 5  # of one run, each but the first after a crash
 def check_out(repository: str, revision: str) -> dict[str, str]:
     """Clone the repository for the current flow run, or find the clone of an earlier start; a pull step of Prefect.
 
+    Workspaces of finished runs are removed.
+
     Args:
         repository: folder or address of the git repository.
         revision: commit, by its full hash.
 
     Returns:
         `directory`: the workspace, which is the current directory from then on.
-
-    Raises:
-        UserError: there is no such repository or commit, this machine has no home for workspaces, or the run has
-            crashed too often.
     """
     from prefect.runtime import flow_run  # the stages do not import Prefect
 
+    home = os.environ.get("FADEFORMER_HOME")
     if not flow_run.id:
         raise UserError("a workspace belongs to a run of a deployment; start one with `prefect deployment run`")
     if flow_run.run_count > MAX_STARTS:
         raise UserError(f"the run has crashed {MAX_STARTS} times; see its log. Its workspace {flow_run.id} is kept")
-    return {"directory": str(make(repository, revision, str(flow_run.id)))}
-
-
-def make(repository: str, revision: str, name: str) -> Path:
-    """Make or find a workspace and change to it; remove those of finished runs."""
     if urlsplit(repository).password:
         raise UserError("the address of the repository contains a password; use git's credential helper instead")
-    home = _home(repository)
-    workspace = home / RUNS / name
-    workspace.parent.mkdir(parents=True, exist_ok=True)
-    for finished in workspace.parent.glob(f"*/{FINISHED}"):
+    if not home and not Path(repository).is_dir():
+        raise UserError(
+            f"{repository} is not a folder of this machine; set FADEFORMER_HOME for this worker, to the folder for"
+            " workspaces, checkpoints and DVC's cache"
+        )
+    runs = Path(home or repository).resolve() / RUNS
+    runs.mkdir(parents=True, exist_ok=True)
+    for finished in runs.glob(f"*/{FINISHED}"):
         shutil.rmtree(finished.parents[1], ignore_errors=True)  # another run that starts now may remove it too
+    workspace = runs / str(flow_run.id)
     if not (workspace / COPY).is_file():
         if workspace.exists():  # the process was killed while it cloned
             shutil.rmtree(workspace)
-        _clone(repository, revision, workspace, home)
+        _clone(repository, revision, workspace)
     os.chdir(workspace)
-    return workspace
+    return {"directory": str(workspace)}
 
 
 @contextmanager
@@ -104,11 +103,6 @@ def go_to(revision: str) -> None:
     _run("git", "restore", f"--source={experiment or revision}", "--", ".")
 
 
-def repository() -> str:
-    """Return the folder or address that the workspace was cloned from."""
-    return str(read_json(COPY)["repository"])
-
-
 def has_remote() -> bool:
     """Return True if DVC has a default remote, which results are pulled from and pushed to."""
     config = ConfigParser()
@@ -134,22 +128,7 @@ def keep(name: str, stages: Sequence[str] = ()) -> str:
     return name
 
 
-def finish() -> None:
-    """Mark the workspace as no longer needed."""
-    FINISHED.touch()
-
-
-def _home(repository: str) -> Path:
-    home = os.environ.get("FADEFORMER_HOME")
-    if not home and not Path(repository).is_dir():
-        raise UserError(
-            f"{repository} is not a folder of this machine; set FADEFORMER_HOME for this worker, to the folder for"
-            " workspaces, checkpoints and DVC's cache"
-        )
-    return Path(home or repository).resolve()
-
-
-def _clone(repository: str, commit: str, workspace: Path, home: Path) -> None:
+def _clone(repository: str, commit: str, workspace: Path) -> None:
     from prefect.deployments.steps.pull import git_clone
 
     os.chdir(workspace.parent)  # Prefect clones into the current directory
@@ -159,10 +138,10 @@ def _clone(repository: str, commit: str, workspace: Path, home: Path) -> None:
         raise UserError(f"{repository}: cannot clone commit {commit}; push it, then run again ({error})") from error
     for key, value in (("name", "FadeFormer run"), ("email", "run@localhost")):
         _run("git", "config", f"user.{key}", value, cwd=workspace)  # the author of its experiments
-    settings = home / ".dvc" / "config.local"
-    if settings.is_file():  # such as the address of a remote for this machine
-        shutil.copy(settings, workspace / ".dvc")
-    _run("dvc", "config", "--local", "cache.dir", str(home / ".dvc" / "cache"), cwd=workspace)
+    dvc = workspace.parents[len(RUNS.parts)] / ".dvc"  # of the home
+    if (dvc / "config.local").is_file():  # such as the address of a remote for this machine
+        shutil.copy(dvc / "config.local", workspace / ".dvc")
+    _run("dvc", "config", "--local", "cache.dir", str(dvc / "cache"), cwd=workspace)
     write_json(workspace / COPY, {"repository": repository, "revision": commit})
 
 

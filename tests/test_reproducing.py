@@ -1,4 +1,4 @@
-"""A stage as a task: a failed one is repeated once, and one that takes too long or is cancelled is asked to stop."""
+"""A stage as a task: a failure that may pass is repeated once; a stage that takes too long is asked to stop."""
 
 import os
 import subprocess
@@ -7,16 +7,28 @@ from pathlib import Path
 
 import pytest
 
+from fadeformer.errors import UserError
 from pipelines import reproducing
 from pipelines.reproducing import reproduce
 from tests.conftest import ROOT
 
 STAGES = """
 stages:
-  shut: {cmd: "echo 'shut: the data gate is shut'; exit 1"}
-  later: {cmd: "if [ -e once ]; then echo later; else touch once; exit 75; fi"}
+  shut: {cmd: "python fails.py UserError"}
+  later: {cmd: "if [ -e once ]; then echo later; else touch once; python fails.py PassingError; fi"}
+  dies: {cmd: "kill -9 $$"}
   talks: {cmd: "python talks.py"}
   long: {cmd: "trap 'echo kept > checkpoint; exit 143' TERM; sleep 60 & wait"}
+"""
+FAILS = """
+import sys
+from fadeformer import errors
+from pipelines import stage
+
+def main() -> str:
+    raise getattr(errors, sys.argv[1])("the data gate is shut")
+
+stage.run("validate", main)
 """
 # Succeeds only if its output is read before it exits.
 TALKS = """
@@ -35,7 +47,7 @@ from pipelines.reproducing import reproduce
 
 @flow(persist_result=False)
 def once():
-    for stage, seconds in (("later", None), ("shut", None), ("long", 5)):
+    for stage, seconds in (("later", None), ("shut", None), ("dies", None), ("long", 5)):
         task = reproduce.with_options(retry_delay_seconds=0, timeout_seconds=seconds)
         print("STATE", stage, task(stage, return_state=True).name, flush=True)
 
@@ -45,9 +57,11 @@ once()
 
 @pytest.fixture
 def stages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with four stages, in which the test works."""
+    """A folder with some stages, in which the test works."""
     (tmp_path / "dvc.yaml").write_text(STAGES)
+    (tmp_path / "fails.py").write_text(FAILS)
     (tmp_path / "talks.py").write_text(TALKS)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.setenv("DVC_NO_ANALYTICS", "true")
     subprocess.run(["dvc", "init", "--quiet", "--no-scm"], cwd=tmp_path, check=True)
     monkeypatch.chdir(tmp_path)
@@ -56,19 +70,19 @@ def stages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.mark.usefixtures("stages")
 def test_a_failure_names_the_stage_and_its_last_lines():
-    with pytest.raises(RuntimeError, match=r"^stage shut failed:\n(.*\n)*shut: the data gate is shut\n"):
+    with pytest.raises(UserError, match=r"^stage shut failed:\n(.*\n)*validate: the data gate is shut\n"):
         reproduce.fn("shut")
 
 
-def test_a_failed_stage_is_repeated_once_and_one_that_takes_too_long_is_not(stages, prefect_server):
-    environment = {**os.environ, "PREFECT_API_URL": prefect_server, "PYTHONPATH": str(ROOT)}
+def test_a_failure_is_repeated_once_unless_it_needs_a_person_or_took_too_long(stages, prefect_server):
+    environment = {**os.environ, "PREFECT_API_URL": prefect_server}
     done = subprocess.run(  # not in this process, whose threads later tests would fork
         [sys.executable, "-c", IN_A_FLOW], env=environment, capture_output=True, text=True, check=False
     )
     output = done.stdout
     states = [line for line in output.splitlines() if line.startswith("STATE")]
-    assert states == ["STATE later Completed", "STATE shut Failed", "STATE long TimedOut"]
-    assert [output.count(f"Running stage '{stage}'") for stage in ("later", "shut", "long")] == [2, 2, 1]
+    assert states == ["STATE later Completed", "STATE shut Failed", "STATE dies Failed", "STATE long TimedOut"]
+    assert [output.count(f"Running stage '{stage}'") for stage in ("later", "shut", "dies", "long")] == [2, 1, 2, 1]
     assert (stages / "checkpoint").read_text() == "kept\n"
 
 

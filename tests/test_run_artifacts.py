@@ -3,7 +3,7 @@
 import pytest
 
 from fadeformer.files import write_json
-from pipelines import paths, run_artifacts
+from pipelines import paths, places, run_artifacts
 
 SERVER = "http://mlflow:5000"
 
@@ -51,10 +51,13 @@ def test_there_are_none_without_a_server_and_none_to_a_report_that_is_not_there(
 
 
 def test_an_experiment_is_applied_where_it_is_and_pulled_from_elsewhere(shown, tmp_path):
-    run_artifacts.show_experiment("first-1234", "https://git.example.org/fadeformer.git")
+    places.COPY.parent.mkdir()
+    write_json(places.COPY, {"repository": "https://git.example.org/fadeformer.git"})
+    run_artifacts.show_experiment("first-1234")
     assert shown["experiment"] == (
         "`dvc exp pull https://git.example.org/fadeformer.git first-1234`, then `dvc exp apply first-1234`"
     )
     (tmp_path / ".git").mkdir()
-    run_artifacts.show_experiment("first-1234", str(tmp_path))
+    write_json(places.COPY, {"repository": str(tmp_path)})
+    run_artifacts.show_experiment("first-1234")
     assert shown["experiment"] == "`dvc exp apply first-1234` in the repository that this was deployed from"

@@ -33,7 +33,7 @@ def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / ".gitignore").write_text("/doubled.txt\n/curve.csv\n/.cache\n")
     for command in (
         "git init --quiet --initial-branch=main", "git config user.name Test", "git config user.email t@example.org",
-        "dvc init --quiet", "git add --all", "git commit --quiet -m begin",
+        "dvc init --quiet", "git add --all", "git commit --quiet -m first",
     ):  # fmt: skip
         run(folder, *command.split())
     return folder
@@ -46,7 +46,8 @@ def copy(repository: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], P
     monkeypatch.chdir(repository)  # restored at the end
 
     def make(name: str, address: str = str(repository)) -> Path:
-        return working_copy.make(address, run(repository, "git", "rev-parse", "HEAD").strip(), name)
+        monkeypatch.setenv("PREFECT__RUNTIME__FLOW_RUN__ID", name)
+        return Path(working_copy.check_out(address, run(repository, "git", "rev-parse", "HEAD").strip())["directory"])
 
     return make
 
@@ -72,8 +73,8 @@ def test_a_copy_is_at_its_commit_and_belongs_to_the_project(copy, repository):
 
 
 def test_a_run_that_is_started_again_finds_what_it_left(copy):
-    (copy("again") / "half.txt").write_text("begun")
-    assert (copy("again") / "half.txt").read_text() == "begun"
+    (copy("again") / "half.txt").write_text("half")
+    assert (copy("again") / "half.txt").read_text() == "half"
 
 
 FLOW = """
@@ -104,7 +105,7 @@ def test_a_second_start_waits_for_the_processes_of_the_first_also_if_only_their_
 def test_a_copy_goes_once_its_run_has_ended_well_and_another_begins(copy, repository):
     left = copy("unfinished")
     ended = copy("ended")
-    working_copy.finish()
+    working_copy.FINISHED.touch()
     copy("next")
     assert left.exists()
     assert not ended.exists()
@@ -160,26 +161,29 @@ def test_results_go_to_dvcs_remote_and_come_back_from_it(copy, repository, tmp_p
 
 
 @pytest.mark.parametrize(
-    ("address", "revision", "told"),
+    ("address", "starts", "message"),
     [
-        ("{}", "0" * 40, "push it, then run again"),
-        ("https://example.org/x.git", "0" * 40, "FADEFORMER_HOME"),
-        ("https://me:secret@example.org/x.git", "0" * 40, "credential helper"),
+        ("{}", 1, "push it, then run again"),
+        ("{}", 6, "has crashed 5 times"),
+        ("https://example.org/x.git", 1, "FADEFORMER_HOME"),
+        ("https://me:secret@example.org/x.git", 1, "credential helper"),
     ],
 )
-def test_what_cannot_be_copied_is_told(repository, monkeypatch, address, revision, told):
+def test_no_workspace_is_made(repository, monkeypatch, address, starts, message):
     monkeypatch.chdir(repository)
-    with pytest.raises(UserError, match=told) as error:
-        working_copy.make(address.format(repository), revision, "refused")
+    monkeypatch.setenv("PREFECT__RUNTIME__FLOW_RUN__ID", "refused")
+    monkeypatch.setenv("PREFECT__RUNTIME__FLOW_RUN__RUN_COUNT", str(starts))
+    with pytest.raises(UserError, match=message) as error:
+        working_copy.check_out(address.format(repository), "0" * 40)
     assert "secret" not in str(error.value)
 
 
-def test_an_experiment_that_is_not_there_is_told(copy):
+def test_a_workspace_belongs_to_a_run(repository):
+    with pytest.raises(UserError, match="prefect deployment run"):
+        working_copy.check_out(str(repository), "main")
+
+
+def test_an_experiment_that_is_not_there_is_an_error(copy):
     copy("searching")
     with pytest.raises(UserError, match="could not resolve nothing-of-it"):
         working_copy.go_to("nothing-of-it")
-
-
-def test_a_copy_belongs_to_a_run(repository):
-    with pytest.raises(UserError, match="prefect deployment run"):
-        working_copy.check_out(str(repository), "main")
