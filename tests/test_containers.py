@@ -345,30 +345,39 @@ def work(tmp_path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("name", sorted(SETTINGS.keys() - {"MLFLOW_TRAINER_PASSWORD", "MLFLOW_S3_ENDPOINT_URL"}))
-def test_no_mlflow_without(name, work):
-    others = {other: value for other, value in SETTINGS.items() if other != name}
-    told = refused(start("mlflow_start.py", folder=work, **others))
-    assert told.startswith(f"MLflow does not start: {name} is missing")
+# The server, what is changed in its environment (None: taken out of it), and the reason not to start.
+REFUSED = [
+    *(
+        ("MLflow", {name: None}, f"{name} is missing")
+        for name in sorted(SETTINGS.keys() - {"MLFLOW_TRAINER_PASSWORD", "MLFLOW_S3_ENDPOINT_URL"})
+    ),
+    *(("the worker", {name: None}, f"{name} is missing") for name in SERVERS if name != "MLFLOW_TRACKING_URI"),
+    *(("MLflow", {name: GOOD[:11]}, f"{name} has fewer than 12 characters") for name in SECRETS),
+    *(
+        (server, {name: f"{user}{password}"}, f"{name} is a password that everybody knows")
+        for server, name, user in (
+            ("MLflow", "MLFLOW_AUTH_ADMIN_PASSWORD", ""), ("the worker", "PREFECT_API_AUTH_STRING", "user:"),
+        )
+        for password in DEFAULTS
+    ),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("server", "changes", "reason"), REFUSED)
+def test_no_server_without_settings_and_secrets_of_its_own(server, changes, reason, work):
+    command, settings = {
+        "MLflow": (["mlflow_start.py"], SETTINGS), "the worker": (["trainer_start.py", "worker"], SERVERS),
+    }[server]  # fmt: skip
+    environment = {name: value for name, value in {**settings, **changes}.items() if value is not None}
+    told = refused(start(*command, folder=work, **environment))
+    assert told.startswith(f"{server} does not start: {reason}")
+    assert not [value for value in changes.values() if value and value in told.replace(reason, "")]
 
 
 def test_all_that_mlflow_misses_is_told_at_once(work):
     some = {name: value for name, value in SETTINGS.items() if name not in SECRETS}
     told = refused(start("mlflow_start.py", folder=work, **some))
     assert told.count(" is missing") == len(SECRETS) - 1  # without a trainer's password there is no trainer
-
-
-@pytest.mark.parametrize("password", DEFAULTS)
-def test_no_mlflow_with_what_everybody_knows(password, work):
-    told = refused(start("mlflow_start.py", folder=work, **{**SETTINGS, "MLFLOW_AUTH_ADMIN_PASSWORD": password}))
-    assert "MLFLOW_AUTH_ADMIN_PASSWORD is a password that everybody knows" in told
-    assert password not in told.replace("a password that everybody knows", "")
-
-
-@pytest.mark.parametrize("name", SECRETS)
-def test_no_mlflow_with_a_short_secret(name, work):
-    told = refused(start("mlflow_start.py", folder=work, **{**SETTINGS, name: GOOD[:11]}))
-    assert told == f"MLflow does not start: {name} has fewer than 12 characters"
 
 
 def test_a_secret_may_be_a_file(work):
@@ -378,20 +387,6 @@ def test_a_secret_may_be_a_file(work):
     assert "PGPASSWORD is a password that everybody knows" in told
     told = refused(start("mlflow_start.py", folder=work, PGPASSWORD_FILE=str(work / "none"), **settings))
     assert "which cannot be read" in told
-
-
-@pytest.mark.parametrize("name", ["PREFECT_API_URL", "PREFECT_API_AUTH_STRING", "MLFLOW_TRACKING_PASSWORD"])
-def test_no_worker_without(name, work):
-    others = {other: value for other, value in SERVERS.items() if other != name}
-    assert f"the worker does not start: {name} is missing" in refused(
-        start("trainer_start.py", "worker", folder=work, **others)
-    )
-
-
-@pytest.mark.parametrize("password", [f"user:{default}" for default in DEFAULTS])
-def test_no_worker_with_what_everybody_knows(password, work):
-    told = refused(start("trainer_start.py", "worker", folder=work, **{**SERVERS, "PREFECT_API_AUTH_STRING": password}))
-    assert "PREFECT_API_AUTH_STRING is a password that everybody knows" in told
 
 
 def test_no_prefect_server_without_secrets(work):

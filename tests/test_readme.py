@@ -29,7 +29,7 @@ SHORTER = {
     "make ui": ("ui", f"ui PORT={PORTS['5000']}"),
     "prefect server start": ("start", f"start --port {PORTS['4200']}"),
     "dvc exp run -S model.fade.variant=diffusion": ("run", "run train -S train.epochs=1"),
-    "dvc exp run -S model.backbone=resnet18 -S model.fade=null": ("run", "run -S train.epochs=1"),
+    "dvc exp run -S model.backbone=resnet18 -S model.fade=null": ("run", "run train -S train.epochs=1"),
     "dvc exp run -S train.devices=2 -S train.precision=32": ("run", "run -S train.epochs=1"),
     "dvc exp run -S dataset.name=folder -S dataset.root=data/own/scans.zip -S preprocess.image_size=64": (
         "run", "run preprocess",
@@ -166,7 +166,7 @@ class Session:
 
 
 @pytest.fixture(scope="module")
-def session(tmp_path_factory: pytest.TempPathFactory, kept: Kept) -> Iterator[Session]:
+def session(tmp_path_factory: pytest.TempPathFactory, kept: Kept, prefect_server: str) -> Iterator[Session]:
     source = tmp_path_factory.mktemp("readme") / "source"
     source.mkdir()
     project = clone(source)
@@ -174,6 +174,7 @@ def session(tmp_path_factory: pytest.TempPathFactory, kept: Kept) -> Iterator[Se
     project.commit("small")
     project.run("git", "config", "--global", "user.name", "Test")
     project.run("git", "config", "--global", "user.email", "test@example.org")
+    project.environment["PREFECT_API_URL"] = prefect_server  # until the README exports another
     kept.give(project)
     session = Session(project)
     yield session

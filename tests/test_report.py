@@ -169,48 +169,51 @@ def test_marks_of_markdown_are_html_in_the_page_and_all_else_is_escaped(tmp_path
     assert pages.marked("<b> `a<b` **c&d**") == "&lt;b&gt; <code>a&lt;b</code> <strong>c&amp;d</strong>"
 
 
-@pytest.mark.parametrize("name", KINDS)
-def test_the_page_in_a_browser(browser, tmp_path, name):
-    of = made(name)
-    assert len(of.meta.classes) == KINDS[name]
-    path = page(of, tmp_path)
-    for width in (1200, 375):
-        tab = browser.new_page(viewport={"width": width, "height": 800})
-        messages, requests = [], []
-        tab.on("console", lambda message, found=messages: found.append(message.text))
-        tab.on("pageerror", lambda error, found=messages: found.append(str(error)))
-        tab.on("request", lambda request, found=requests: found.append(request.url))
-        tab.goto(path.as_uri())
-        assert messages == []
-        assert [url for url in requests if not url.startswith(("file:", "data:"))] == []
-        assert tab.evaluate("[...document.images].every(image => image.complete && image.naturalWidth > 0)")
-        assert tab.evaluate("document.images.length") == len(report.FIGURES) + 1
-        assert tab.evaluate("document.documentElement.scrollWidth") <= width
-        assert all(tab.evaluate("[...document.images].map(image => image.alt.length > 20)"))
-        # what a screen reader hears first, and in which order
-        levels = tab.evaluate("[...document.querySelectorAll('h1, h2, h3')].map(head => +head.tagName[1])")
-        assert levels[0] == 1
-        assert all(after - before <= 1 for before, after in itertools.pairwise(levels))
-        assert tab.evaluate("[...document.querySelectorAll('table')].every(table => table.caption)")
-        wide = "[...document.querySelectorAll('caption span')].map(of => of.getBoundingClientRect().right)"
-        assert max(tab.evaluate(wide)) <= width  # a caption wraps, however far its table scrolls
-        assert tab.evaluate("document.querySelectorAll('h2')[0].textContent") == "Verdict"
-        # the keyboard: first the way past the links, then the links, each to a place that is there
-        tab.keyboard.press("Tab")
-        assert tab.evaluate("document.activeElement.className") == "skip"
-        tab.keyboard.press("Enter")
-        assert tab.evaluate("document.activeElement.id") == "main"
-        links = tab.evaluate("[...document.querySelectorAll('nav a')].map(link => link.getAttribute('href').slice(1))")
-        assert len(links) > 3
-        assert all(tab.evaluate("id => document.getElementById(id) !== null", link) for link in links)
-        tab.close()
+@pytest.fixture(scope="module", params=KINDS)
+def written(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The page of a set of each kind."""
+    of = made(request.param)
+    assert len(of.meta.classes) == KINDS[request.param]
+    return page(of, tmp_path_factory.mktemp("page"))
 
 
-@pytest.mark.parametrize("name", KINDS)
-def test_nothing_is_cut_off_or_folded_away_on_paper(browser, tmp_path, name):
+@pytest.mark.parametrize("width", [1200, 375])
+def test_the_page_in_a_browser(browser, written, width):
+    tab = browser.new_page(viewport={"width": width, "height": 800})
+    messages, requests = [], []
+    tab.on("console", lambda message: messages.append(message.text))
+    tab.on("pageerror", lambda error: messages.append(str(error)))
+    tab.on("request", lambda request: requests.append(request.url))
+    tab.goto(written.as_uri())
+    assert messages == []
+    assert [url for url in requests if not url.startswith(("file:", "data:"))] == []
+    assert tab.evaluate("[...document.images].every(image => image.complete && image.naturalWidth > 0)")
+    assert tab.evaluate("document.images.length") == len(report.FIGURES) + 1
+    assert tab.evaluate("document.documentElement.scrollWidth") <= width
+    assert all(tab.evaluate("[...document.images].map(image => image.alt.length > 20)"))
+    # what a screen reader hears first, and in which order
+    levels = tab.evaluate("[...document.querySelectorAll('h1, h2, h3')].map(head => +head.tagName[1])")
+    assert levels[0] == 1
+    assert all(after - before <= 1 for before, after in itertools.pairwise(levels))
+    assert tab.evaluate("[...document.querySelectorAll('table')].every(table => table.caption)")
+    wide = "[...document.querySelectorAll('caption span')].map(of => of.getBoundingClientRect().right)"
+    assert max(tab.evaluate(wide)) <= width  # a caption wraps, however far its table scrolls
+    assert tab.evaluate("document.querySelectorAll('h2')[0].textContent") == "Verdict"
+    # the keyboard: first the way past the links, then the links, each to a place that is there
+    tab.keyboard.press("Tab")
+    assert tab.evaluate("document.activeElement.className") == "skip"
+    tab.keyboard.press("Enter")
+    assert tab.evaluate("document.activeElement.id") == "main"
+    links = tab.evaluate("[...document.querySelectorAll('nav a')].map(link => link.getAttribute('href').slice(1))")
+    assert len(links) > 3
+    assert all(tab.evaluate("id => document.getElementById(id) !== null", link) for link in links)
+    tab.close()
+
+
+def test_nothing_is_cut_off_or_folded_away_on_paper(browser, written):
     tab = browser.new_page(viewport={"width": A4, "height": 1000})
     tab.emulate_media(media="print")
-    tab.goto(page(made(name), tmp_path).as_uri())
+    tab.goto(written.as_uri())
     edges = "[...document.querySelectorAll('table, img, pre')].map(of => of.getBoundingClientRect().right)"
     assert max(tab.evaluate(edges)) <= A4
     assert tab.evaluate("document.querySelector('details table').getBoundingClientRect().height") > 100

@@ -167,7 +167,6 @@ def test_the_champion_scores_the_same_elsewhere(project, mlflow, tmp_path):
     project.run("python", str(tmp_path / "load.py"), store, str(images), str(tmp_path / "scores.npy"))
     predicted = pd.read_parquet(project.folder / "reports/predictions.parquet").query("split == 'test'")
     expected = predicted.filter(like="score_").to_numpy()
-    # the served model computes in float32, evaluate in bfloat16 where the machine has it
     np.testing.assert_allclose(np.load(tmp_path / "scores.npy"), expected, atol=1e-5)
 
 

@@ -8,7 +8,6 @@ import sqlite3
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 
@@ -30,9 +29,10 @@ RESULTS = ("models/best_model.pth", "models/history.csv", "reports/metrics.json"
 
 
 @pytest.fixture(scope="module")
-def pieces(tmp_path_factory: pytest.TempPathFactory) -> Project:
-    """A project whose next stage is train."""
+def pieces(tmp_path_factory: pytest.TempPathFactory, prefect_server: str) -> Project:
+    """A project whose next stage is train; its flows report to a server that is running."""
     project = clone(tmp_path_factory.mktemp("pieces"))
+    project.environment["PREFECT_API_URL"] = prefect_server
     project.change(**{**SMALL, "train": OFTEN})
     project.commit("small")
     project.run("dvc", "repro", "preprocess")
@@ -40,17 +40,16 @@ def pieces(tmp_path_factory: pytest.TempPathFactory) -> Project:
 
 
 @pytest.fixture
-def shared_server(pieces: Project, prefect_server: str) -> Iterator[None]:
-    """Of the project whose trainings are stopped, where it is not its own server that matters."""
-    pieces.environment["PREFECT_API_URL"] = prefect_server
-    yield
-    del pieces.environment["PREFECT_API_URL"]
+def own_server(pieces: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Flows start their own server."""
+    monkeypatch.delitem(pieces.environment, "PREFECT_API_URL")
 
 
 @pytest.fixture(scope="module")
 def whole(pieces: Project, tmp_path_factory: pytest.TempPathFactory) -> Project:
     """A copy of it, whose training is never interrupted."""
     project = Project(tmp_path_factory.mktemp("whole"))
+    project.environment["PREFECT_API_URL"] = pieces.environment["PREFECT_API_URL"]
     shutil.copytree(pieces.folder, project.folder)
     project.run("dvc", "repro", "evaluate", **EVERY_CORE)
     return project
@@ -129,6 +128,7 @@ def test_killed_at_any_moment_it_comes_to_the_same_bytes(whole, pieces):
     assert in_time.is_monotonic_increasing
 
 
+@pytest.mark.usefixtures("own_server")
 def test_sigterm_leaves_a_checkpoint_and_the_run_goes_on(pieces):
     pieces.change(train={**OFTEN, "weight_decay": 0.04})
     with running(pieces, "python", "-m", "pipelines", "train") as process:
@@ -148,7 +148,7 @@ def test_sigterm_leaves_a_checkpoint_and_the_run_goes_on(pieces):
     assert not metrics.duplicated(["run_uuid", "key", "step"]).any()
 
 
-@pytest.mark.usefixtures("interruptible")
+@pytest.mark.usefixtures("interruptible", "own_server")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_to_make_repro_does_the_same_and_leaves_no_process(pieces, number):
     forget(pieces)
@@ -169,7 +169,6 @@ def test_a_signal_to_make_repro_does_the_same_and_leaves_no_process(pieces, numb
     assert psutil.wait_procs(below, timeout=10)[1] == []
 
 
-@pytest.mark.usefixtures("shared_server")
 def test_other_parameters_train_afresh_and_say_so(pieces):
     """The one before was stopped and is kept."""
     assert len(begun(pieces)) == 1
@@ -184,7 +183,6 @@ def test_other_parameters_train_afresh_and_say_so(pieces):
     assert not begun(pieces)
 
 
-@pytest.mark.usefixtures("shared_server")
 def test_a_model_that_dvc_has_not_noted_yet_is_not_trained_again(pieces):
     """The stage was killed after its last line; DVC removes models/ and runs it again."""
     before = [(pieces.folder / name).read_bytes() for name in ("models/best_model.pth", "models/run.json")]
@@ -196,7 +194,6 @@ def test_a_model_that_dvc_has_not_noted_yet_is_not_trained_again(pieces):
     assert not (pieces.folder / ".models.killed").exists()
 
 
-@pytest.mark.usefixtures("shared_server")
 def test_a_training_that_another_process_runs_is_not_begun_twice(pieces):
     pieces.change(train={**SELDOM, "epochs": 200, "early_stopping_patience": 200})
     with running(pieces, "python", "-m", "pipelines", "train") as process:
@@ -206,7 +203,6 @@ def test_a_training_that_another_process_runs_is_not_begun_twice(pieces):
         assert "another process trains the very same; wait until it has ended" in output
 
 
-@pytest.mark.usefixtures("shared_server")
 def test_without_mlflow_training_goes_on_and_is_told_later(pieces):
     nobody = f"http://127.0.0.1:{free_port()}"
     forget(pieces)
@@ -237,7 +233,6 @@ def steady(pieces: Project) -> pd.DataFrame:
     return pd.read_csv(pieces.folder / "models" / "history.csv")
 
 
-@pytest.mark.usefixtures("shared_server")
 def test_two_processes_come_to_the_history_of_one(pieces, steady):
     pieces.change(train={"devices": 2})
     pieces.run("python", "-m", "pipelines", "train")
@@ -248,7 +243,6 @@ def test_two_processes_come_to_the_history_of_one(pieces, steady):
     assert steady["train_loss"].nunique() == len(steady)
 
 
-@pytest.mark.usefixtures("shared_server")
 def test_two_machines_do_so_too(pieces, steady):
     pieces.change(train={"devices": 1, "checkpoint_minutes": 6})
     cluster = {"PET_NNODES": "2", "PET_MASTER_ADDR": "127.0.0.1", "PET_MASTER_PORT": str(free_port())}
@@ -261,7 +255,6 @@ def test_two_machines_do_so_too(pieces, steady):
         assert found[name].to_numpy() == pytest.approx(steady[name].to_numpy(), abs=1e-5), name
 
 
-@pytest.mark.usefixtures("shared_server")
 def test_an_error_in_one_of_several_processes_is_one_message(pieces):
     pieces.change(train={"devices": 2, "batch_size": 2})
     output = pieces.run("python", "-m", "pipelines", "train", check=False)
