@@ -17,10 +17,6 @@ from fadeformer.datasets import archives
 from fadeformer.errors import UnreadableError, UserError
 
 
-def to_channels(pixels: np.ndarray, channels: int) -> np.ndarray:
-    return np.asarray(decode.to_channels(Image.fromarray(pixels), channels))
-
-
 def resize(pixels: np.ndarray, *arguments: object) -> np.ndarray:
     return np.asarray(decode.resize(Image.fromarray(pixels), *arguments))
 
@@ -91,7 +87,6 @@ KEPT = {
     "PNG 4 bits": (png(2, 1, 4, 0, b"\0\x5f"), np.uint8([[85, 255]]), "L"),
     "PNG palette": (saved(Image.fromarray(GREY // 64).convert("P")), np.dstack([GREY // 64] * 3), "P"),
     "PNG opaque": (saved(np.dstack([RGB, np.full((5, 7), 255, np.uint8)])), RGB, "RGBA"),
-    "PNG grey, opaque": (saved(np.dstack([GREY, np.full((5, 7), 255, np.uint8)]), mode="LA"), GREY, "LA"),
     "PNG 16 bits": (saved(DEEP), np.round(DEEP / 257).astype(np.uint8), "I;16"),
     "PNG 16 bits, grey and alpha": (png(1, 1, 16, 4, b"\0\x12\x34\xff\xff"), np.uint8([[0x12]]), "RGBA"),
     "PNG 16 bits, colour": (png(1, 1, 16, 2, b"\0\x12\xff\x34\xff\x56\xff"), np.uint8([[[0x12, 0x34, 0x56]]]), "RGB"),
@@ -106,7 +101,6 @@ KEPT = {
     "TIFF 8 bits, 0 is white": (tiff(7, 5, 8, 0, GREY.tobytes()), 255 - GREY, "L"),
     "TIFF 12 bits": (tiff(2, 1, 12, 1, b"\xff\xf8\x00"), np.uint8([[255, 128]]), "I;16"),
     "WebP colour": (saved(RGB, "WEBP", lossless=True), RGB, "RGB"),
-    "another ending": (saved(RGB, "BMP"), RGB, "RGB"),
 }  # fmt: skip
 
 
@@ -183,46 +177,29 @@ def test_exifs_orientation_is_applied(kind, orientation):
     np.testing.assert_array_equal(found.pixels, np.asarray(ImageOps.exif_transpose(Image.open(io.BytesIO(data)))))
 
 
-SEVERAL = {
-    kind: saved(RGB, kind, save_all=True, append_images=[Image.fromarray(255 - RGB)], **options)
-    for kind, options in {"PNG": {}, "TIFF": {}, "WEBP": {"lossless": True}}.items()
-} | {"GIF": saved(GREY, "GIF", save_all=True, append_images=[Image.fromarray(255 - GREY)])}
-
-
-@pytest.mark.parametrize("kind", SEVERAL)
-def test_several_frames_are_refused(kind):
-    with pytest.raises(UnreadableError, match=r"a\.x: holds 2 frames or pages, where one is expected; save the one"):
-        decode.decode(SEVERAL[kind], "a.x")
-
-
 def test_the_first_picture_of_a_phones_file_is_read():
     data = saved(SMOOTH, "MPO", save_all=True, append_images=[Image.fromarray(255 - SMOOTH)])
     np.testing.assert_array_equal(pixels(data), np.asarray(Image.open(io.BytesIO(data))))
 
 
-def flipped(data: bytes, mark: bytes, offset: int) -> bytes:
-    place = data.index(mark) + offset
-    return data[:place] + bytes([data[place] ^ 0xFF]) + data[place + 1 :]
+def several(kind: str, **options: object) -> bytes:
+    return saved(RGB, kind, save_all=True, append_images=[Image.fromarray(255 - RGB)], **options)
 
 
 JPEG = saved(SMOOTH, "JPEG")
 BAD = {
     "empty": (b"", "the file is empty; fetch it again"),
-    "a text": (b"image,label\n", "is no JPEG, PNG, BMP, TIFF, GIF or WebP; only these are read"),
-    "a web page": (b"\n<!DOCTYPE html><html>", "is a web page or another text, no image"),
-    "a pointer": (b"version https://git-lfs.github.com/spec/v1\n", "is a pointer of git-lfs, no image; run `git lfs"),
-    "a PDF": (b"%PDF-1.7", "is a PDF, no image"),
+    "several frames in a PNG": (several("PNG"), "holds 2 frames or pages, where one is expected; save the one"),
+    "several pages in a TIFF": (several("TIFF"), "holds 2 frames or pages"),
+    "several frames in a WebP": (several("WEBP", lossless=True), "holds 2 frames or pages"),
     "DICOM": (bytes(128) + b"DICM", "is a DICOM file, no picture"),
     "HEIC": (b"\0\0\0\x18ftypheic", "is a HEIC or AVIF picture"),
     "JPEG 2000": (b"\0\0\0\x0cjP  \r\n\x87\n", "is a JPEG 2000; convert it to PNG"),
     "a JPEG cut in its header": (JPEG[:50], "is cut off; fetch it again"),
     "a JPEG cut before its size": (JPEG[:158], "its header gives no width, no height or no colours"),
-    "a JPEG cut in its pixels": (JPEG[:-200], "is cut off; fetch it again"),
     "a JPEG cut at its last byte": (JPEG[:-1], "is cut off; fetch it again"),
     "a JPEG without rows": (JPEG.replace(b"\x08\0\x28\0\x30", b"\x08\0\0\0\x30"), "its header gives no width"),
-    "a PNG cut in its pixels": (saved(SMOOTH)[:100], "is cut off; fetch it again"),
     "a PNG without its end": (saved(SMOOTH)[:-12], "is cut off; fetch it again"),
-    "a PNG with a wrong checksum": (flipped(saved(SMOOTH), b"IDAT", 30), "is damaged: a checksum in it is wrong"),
     "a PNG without columns": (png(0, 5, 8, 0, bytes(5)), "its header gives no width, no height"),
     "a PNG without rows": (png(5, 0, 8, 0, b""), "its header gives no width, no height"),
     "a PNG of the wrong length": (png(50, 50, 8, 0, bytes(9)), "is cut off"),
@@ -317,14 +294,6 @@ def test_flipped_bytes_give_pixels_or_a_reason(kind, flips):
 IMAGES = arrays.arrays(np.uint8, st.tuples(st.integers(1, 40), st.integers(1, 40)) | st.just((9, 17, 3)))
 
 
-@given(image=IMAGES)
-def test_grey_and_colour_change_as_pillow_changes_them(image):
-    grey, colour = to_channels(image, 1), to_channels(image, 3)
-    np.testing.assert_array_equal(grey, np.asarray(Image.fromarray(image).convert("L")))
-    np.testing.assert_array_equal(colour, np.asarray(Image.fromarray(image).convert("RGB")))
-    np.testing.assert_array_equal(to_channels(to_channels(grey, 3), 1), grey)
-
-
 @given(image=IMAGES, side=st.integers(1, 30), aspect=st.sampled_from(["squash", "crop", "pad"]))
 def test_resizing_gives_a_square_and_the_same_bytes_again(image, side, aspect):
     found = resize(image, side, aspect)
@@ -349,6 +318,7 @@ def test_the_three_ways_with_proportions():
     assert not squashed[:, :2].any()
     tall = resize(wide.T, 20, "pad")
     np.testing.assert_array_equal(tall, padded.T)
+    np.testing.assert_array_equal(resize(GREY[:5, :5], 5), GREY[:5, :5])
     assert resize(np.full((1, 3000), 7, np.uint8), 10, "pad").any()  # one row is left
 
 
@@ -356,10 +326,6 @@ def test_fine_detail_is_averaged_and_not_picked():
     stripes = np.tile(np.uint8([0, 255]), (64, 32))
     inner = resize(stripes, 16)[2:-2, 2:-2]
     assert np.abs(inner.astype(int) - 128).max() <= 1
-
-
-def test_an_image_that_fits_stays_as_it_is():
-    np.testing.assert_array_equal(resize(GREY[:5, :5], 5), GREY[:5, :5])
 
 
 def test_the_published_radiographs_are_grey(real_data):

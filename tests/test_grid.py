@@ -71,30 +71,6 @@ def test_heat_is_the_exponential_of_the_whole_matrix_in_float32(sides, time):
     np.testing.assert_allclose(heated(v, time, 1.0).reshape(-1, 2), whole, rtol=0, atol=1e-6 * float(v.abs().max() + 1))
 
 
-def test_no_time_is_the_identity_and_endless_time_the_mean():
-    v = torch.randn(2, 5, 7, 3, dtype=torch.float64)
-    for exponent in (0.25, 0.6, 1.0):
-        torch.testing.assert_close(heated(v, 0.0, exponent), v, rtol=0, atol=1e-13)
-        mean = v.mean(dim=(1, 2), keepdim=True).expand_as(v)
-        torch.testing.assert_close(heated(v, 1e6, exponent), mean, rtol=0, atol=1e-13)
-
-
-@given(sides, times, exponents)
-def test_heat_keeps_the_mean_and_the_range(sides, time, exponent):
-    v = torch.randn(1, *sides, 4, dtype=torch.float64)
-    found = heated(v, time, exponent)
-    torch.testing.assert_close(found.mean(dim=(1, 2)), v.mean(dim=(1, 2)), rtol=0, atol=1e-12)
-    assert found.max() <= v.max() + 1e-12
-    assert found.min() >= v.min() - 1e-12
-
-
-@given(sides, times, times, exponents)
-def test_heat_for_two_times_is_heat_for_their_sum(sides, first, second, exponent):
-    v = torch.randn(1, *sides, 2, dtype=torch.float64)
-    one_after_the_other = heated(heated(v, first, exponent), second, exponent)
-    torch.testing.assert_close(one_after_the_other, heated(v, first + second, exponent), rtol=0, atol=1e-11)
-
-
 def test_each_head_has_its_own_time_and_exponent():
     time, exponent = torch.tensor([0.0, 0.5, 4.0]).double(), torch.tensor([1.0, 0.3, 0.7]).double()
     found = grid.heat_decay(4, 5, time, exponent)
@@ -117,14 +93,3 @@ def test_gradients_of_the_decay_are_right():
     time = torch.tensor([0.3, 2.0], dtype=torch.float64, requires_grad=True)
     exponent = torch.tensor([0.5, 0.9], dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda *numbers: grid.heat_decay(2, 3, *numbers), (time, exponent))
-
-
-@pytest.mark.parametrize("size", [1, 2, 7, 64, 200])
-def test_cosines_are_the_orthonormal_transform(size):
-    signal = np.random.default_rng(0).standard_normal((size, 3))
-    like = torch.empty(0, dtype=torch.float64)
-    matrix = grid.cosines(size, like)
-    np.testing.assert_allclose(matrix.numpy() @ signal, dctn(signal, axes=[0], norm="ortho"), atol=1e-12)
-    np.testing.assert_allclose(matrix.T.numpy() @ signal, idctn(signal, axes=[0], norm="ortho"), atol=1e-12)
-    single = grid.cosines(size, like.float())
-    torch.testing.assert_close(single.double(), matrix, rtol=0, atol=2e-7)

@@ -37,15 +37,6 @@ def test_any_number_of_channels_is_normalised(statistics, seed):
     np.testing.assert_allclose(normalisation(batch).permute(0, 2, 3, 1).numpy(), expected, rtol=1e-5, atol=1e-4)
 
 
-def test_pixels_that_are_normalised_by_their_own_mean_and_deviation_have_0_and_1():
-    batch = images(50, 8, 8, 2)
-    pixels = to_unit(batch)
-    mean, std = (tuple(f(pixels, dim=(0, 2, 3)).tolist()) for f in (torch.mean, torch.std))
-    found = Normalisation(mean, std)(batch)
-    torch.testing.assert_close(found.mean(dim=(0, 2, 3)), torch.zeros(2), rtol=0, atol=1e-5)
-    torch.testing.assert_close(found.std(dim=(0, 2, 3)), torch.ones(2))
-
-
 def test_grey_images_have_the_means_of_three_channels():
     assert IMAGENET.of(3) is IMAGENET
     grey = IMAGENET.of(1)

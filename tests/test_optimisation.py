@@ -10,13 +10,12 @@ from torch import nn
 from torch.optim import lr_scheduler
 
 from fadeformer.errors import UserError
-from fadeformer.models import create_model, new_to_backbone
-from fadeformer.optimisation import Plateau, make_optimizer, pace, set_learning_rate, unfreeze
+from fadeformer.models import create_model
+from fadeformer.optimisation import Plateau, make_optimizer, pace, set_learning_rate
 
 SCHEDULES = ["cosine", "plateau", "constant"]
 BUILT = {"num_classes": 3, "image_size": 32, "in_chans": 3, "pretrained": False, "dropout": 0.1, "drop_path": 0.0}
 FADE = {"num_heads": 4}
-DIFFUSION = {"variant": "diffusion", "after_blocks": [2, "last"], "num_heads": 4, "dropout": 0.1}
 
 
 @given(st.integers(0, 50), st.sampled_from(SCHEDULES))
@@ -45,11 +44,6 @@ def test_the_cosine_is_torchs_of_each_step(steps, warmup):
 def test_a_constant_stays_and_a_plateau_is_what_it_has_become(step, rate):
     assert pace(step, 100, 0, "plateau", rate) == rate
     assert pace(step, 100, 0, "constant", rate) == 1.0
-
-
-def test_the_cosine_and_warming_up_know_of_no_plateau():
-    for step in range(20):
-        assert pace(step, 20, 5, "cosine", 1.0) == pace(step, 20, 5, "cosine", 0.1)
 
 
 LOSSES = [1.0, 0.9, 0.95, 0.91, 0.9, 0.89, 0.9, 0.9, 0.9, 0.9, 0.9, 0.5, 0.6, 0.6, 0.6, 0.6, 0.6, 0.6]
@@ -111,11 +105,6 @@ def test_fade_layers_behind_blocks_learn_as_the_classifier_does():
     assert rates["blocks.1.block.attn.qkv.weight"] == pytest.approx(0.01 * 0.5**3)
 
 
-def test_without_layer_decay_all_learn_alike():
-    model = create_model(backbone="fadevit_nano", fade=FADE, **BUILT)
-    assert set(learning_rates(model, 1.0).values()) == {0.01}
-
-
 def test_a_network_without_attention_has_layers_too():
     rates = learning_rates(create_model(backbone="resnet18", fade=None, **BUILT), 0.5)
     assert rates["fc.weight"] == 0.01
@@ -132,29 +121,12 @@ def decays(model: nn.Module, name: str, layer_decay: float = 1.0) -> dict[str, f
 def test_adam_decays_everything_as_published_and_others_no_bias_and_no_norm(layer_decay):
     model = create_model(backbone="fadevit_nano", fade=FADE, **BUILT)
     assert set(decays(model, "adam", layer_decay).values()) == {0.05}
+    assert type(make_optimizer(model, "adam", 1e-3, 0.05, 1.0)) is torch.optim.Adam
+    assert set(learning_rates(model, 1.0).values()) == {0.01}
     spared = {name for name, decay in decays(model, "adamw", layer_decay).items() if decay == 0}
     tokens = {"cls_token", "pos_embed"}
     assert spared == {name for name, weight in model.named_parameters() if weight.ndim <= 1 or name in tokens}
     assert "attn.alpha" in spared
-
-
-def test_adam_takes_the_step_of_torchs_own_as_published():
-    torch.manual_seed(0)
-    ours = create_model(backbone="fadevit_nano", fade=FADE, **BUILT).eval()
-    theirs = create_model(backbone="fadevit_nano", fade=FADE, **BUILT).eval()
-    theirs.load_state_dict(ours.state_dict())
-    optimizers = (
-        make_optimizer(ours, "adam", 1e-3, 0.05, 1.0),
-        torch.optim.Adam(theirs.parameters(), lr=1e-3, weight_decay=0.05),
-    )
-    images = torch.randn(4, 3, 32, 32)
-    for model, optimizer in zip((ours, theirs), optimizers, strict=True):
-        for _ in range(2):
-            optimizer.zero_grad()
-            model(images).square().sum().backward()
-            optimizer.step()
-    for (name, one), other in zip(ours.named_parameters(), theirs.parameters(), strict=True):
-        torch.testing.assert_close(one, other, msg=name, rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize("name", ["adamv", "", "adam w", "fusedadam"])
@@ -162,33 +134,3 @@ def test_an_optimiser_that_cannot_be_had_is_told(name, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(UserError, match=rf"params\.yaml: train\.optimizer is '{name}'"):
         make_optimizer(nn.Linear(2, 2), name, 1e-3, 0.0, 1.0)
-
-
-@pytest.mark.parametrize("name", ["adam", "adamw", "sgd", "lamb", "lion", "adamp", "nadamw", "rmsprop", "adafactor"])
-def test_timms_optimisers_learn_by_name(name):
-    torch.manual_seed(0)
-    model = nn.Linear(4, 1)
-    inputs = torch.randn(32, 4)
-    wanted = inputs.sum(dim=1, keepdim=True)
-    optimizer = make_optimizer(model, name, 0.01, 0.0, 1.0)
-    losses = []
-    for _ in range(20):
-        optimizer.zero_grad()
-        loss = (model(inputs) - wanted).square().mean()
-        loss.backward()
-        set_learning_rate(optimizer, 0.01)
-        optimizer.step()
-        losses.append(loss.item())
-    assert losses[-1] < losses[0]
-
-
-@pytest.mark.parametrize("fade", [FADE, DIFFUSION])
-def test_while_frozen_only_the_new_learn(fade):
-    model = create_model(backbone="fadevit_nano", fade=fade, **BUILT)
-    new = new_to_backbone(model)
-    theirs = {id(weight) for module in new for weight in module.parameters()}
-    unfreeze(model, new, only_new=True)
-    assert {id(weight) for weight in model.parameters() if weight.requires_grad} == theirs
-    assert 0 < len(theirs) < len(list(model.parameters()))
-    unfreeze(model, new, only_new=False)
-    assert all(weight.requires_grad for weight in model.parameters())

@@ -48,7 +48,7 @@ COPIES = {
     [
         (name, side)
         for name in COPIES
-        for side in (28, 80, 200)
+        for side in (28, 200)
         if side > 28 or name not in ("cropped by a pixel", "half the size")
     ],
 )
@@ -105,22 +105,13 @@ def frame(seed: int, spread: float = 3.0) -> Image.Image:
     )
 
 
-def test_of_a_film_each_frame_is_tied_to_some_others_and_not_to_all():
-    sketches = [similarity.sketch(frame(seed)) for seed in range(300)]
+def test_of_a_film_each_frame_is_tied_to_some_others_and_not_to_all(monkeypatch):
+    monkeypatch.setattr(similarity, "SETTLED_AT_ONCE", 256)
+    sketches = [similarity.sketch(frame(seed)) for seed in range(100)]
     pairs = similarity.near_pairs(sketches, least=0.9)
-    assert len(pairs) < 300 * 30  # of 44,850
-    graph = coo_array((np.ones(len(pairs)), (pairs["first"], pairs["second"])), shape=(300, 300))
+    assert len(pairs) < 100 * 15  # of 4,950
+    graph = coo_array((np.ones(len(pairs)), (pairs["first"], pairs["second"])), shape=(100, 100))
     assert connected_components(graph, directed=False)[0] == 1
-
-
-def test_images_that_share_a_piece_of_their_hash_with_all_others_still_find_their_copy(monkeypatch):
-    monkeypatch.setattr(similarity, "LOOKED_AT", 16)
-    random = np.random.default_rng(0)
-    hashes = np.repeat(
-        random.integers(0, 2**48, (400, 1), dtype=np.uint64), len(similarity.SHIFTS), axis=1
-    )  # 16 bits are 0
-    hashes[399] = hashes[7] ^ np.uint64(1 << 5)
-    assert [7, 399] in similarity._candidates(hashes).tolist()
 
 
 def disc(seed: int) -> np.ndarray:
@@ -130,11 +121,9 @@ def disc(seed: int) -> np.ndarray:
 
 
 def test_what_lies_in_the_same_round_frame_is_not_alike_for_that():
-    sketches = [similarity.sketch(Image.fromarray(disc(seed))) for seed in range(12)]
-    thumbnails = [one.thumbnail for one in sketches]
-    assert similarity._explained(thumbnails[:6], thumbnails[6:]).max() < 0.9
-    copy = similarity.sketch(Image.fromarray(encoded(np.roll(disc(3), 1, axis=1), "JPEG", quality=75)))
-    assert similarity._explained([thumbnails[3]], [copy.thumbnail])[0] > 0.99
+    images = [*(disc(seed) for seed in range(12)), encoded(np.roll(disc(3), 1, axis=1), "JPEG", quality=75)]
+    pairs = similarity.near_pairs([similarity.sketch(Image.fromarray(image)) for image in images], least=0.9)
+    assert pairs[["first", "second"]].to_numpy().tolist() == [[3, 12]]
 
 
 def test_of_real_images_copies_are_near_and_others_are_not(real_data, wanted):

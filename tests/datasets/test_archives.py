@@ -3,7 +3,6 @@
 import gzip
 import io
 import os
-import socket
 import stat
 import struct
 import tarfile
@@ -170,16 +169,7 @@ def test_a_file_larger_than_the_limit_is_refused_only_if_it_is_wanted(good):
 
 
 def test_what_an_operating_system_left_behind_is_passed_over(tmp_path):
-    rubbish = [
-        "__MACOSX/a/._1.png",
-        "a/._1.png",
-        "a/.DS_Store",
-        "Thumbs.db",
-        ".DS_Store",
-        "a/desktop.ini",
-        ".cache/2.png",
-        "a/@eaDir/1.png",
-    ]
+    rubbish = ["__MACOSX/a/._1.png", "a/._1.png", "a/.DS_Store", "Thumbs.db", "a/desktop.ini", ".cache/2.png"]
     files = {"a/1.png": b"1"} | dict.fromkeys(rubbish, b"?")
     for data in (zipped(files), packed(files)):
         (tmp_path / "archive").write_bytes(data)
@@ -225,12 +215,9 @@ def link(name: str) -> int:
 BAD = {
     "zip: a symbolic link": (zipped(external_attr=link("S_IFLNK")), "'ä/ü.png' is a symbolic link"),
     "zip: a device": (zipped(external_attr=link("S_IFBLK")), "'ä/ü.png' is a device"),
-    "zip: a pipe": (zipped(external_attr=link("S_IFIFO")), "is a pipe"),
-    "zip: a socket": (zipped(external_attr=link("S_IFSOCK")), "is a socket"),
     "zip: encrypted": (zipped(flag_bits=0x801), "'ä/ü.png' is encrypted"),
     "zip: strongly encrypted": (zipped({"a": b"1"}, flag_bits=0x40), "'a' is encrypted"),
     "zip: another method": (zipped({"a": b"1"}, method=zipfile.ZIP_LZMA), "'a' is compressed by method 14"),
-    "zip: a bomb": (zipped({"a": bytes(10**7)}), "'a' would grow more than 1,000:1"),
     "zip: a bomb of shared bytes": (doubled_directory(), r"bytes would grow to 1,536,000,000, as a zip bomb does"),
     "zip: longer than it says": (zipped({"a": b"123456" * 9}, file_size=53), "'a' has another size than its header"),
     "zip: shorter than it says": (zipped({"a": b"123456" * 9}, file_size=55), "'a' has another size than its header"),
@@ -249,11 +236,8 @@ BAD = {
     "zip: a NUL in a name": (put(zipped({"a.png.exe": b"1"}), b"g.exe", b"g\0exe"), r"'a\.png\\x00exe' has a name"),
     "zip: without its directory": (zipped()[:300], "truncated or damaged"),
     "zip: a directory that hides an entry": (hidden_entry(), "2 of 3 entries found"),
-    "zip: cut in its directory": (zipped()[:-30], "truncated or damaged"),
-    "tar: a symbolic link": (packed(kind=tarfile.SYMTYPE, linkname="/etc"), "'ä/ü.png' is a symbolic link"),
     "tar: a hard link": (packed(kind=tarfile.LNKTYPE, linkname="a.csv"), "'ä/ü.png' is a hard link"),
     "tar: a device": (packed(kind=tarfile.CHRTYPE), "is a device"),
-    "tar: a block device": (packed(kind=tarfile.BLKTYPE), "is a device"),
     "tar: a pipe": (packed(kind=tarfile.FIFOTYPE), "is a pipe"),
     "tar: a sparse file": (packed(kind=tarfile.GNUTYPE_SPARSE), "is a sparse file"),
     "tar: a newer sparse file": (packed(pax_headers={"GNU.sparse.size": "9999999999"}), "is a sparse file"),
@@ -274,11 +258,9 @@ BAD = {
     ),
     "tar: a wrong extended header": (packed({"a": b"9 no newline"}, kind=tarfile.XHDTYPE), "not an extended header"),
     "tar: no file's name": (packed({".": b"1"}), r"'\.' has no name of a file"),
-    "tar.gz: cut": (gzip.compress(packed())[:-9], "truncated or damaged.*it ends too early"),
     "tar.gz: cut in its checksum": (gzip.compress(packed())[:-1], "it ends too early"),
     "tar.gz: a wrong checksum": (gzip.compress(packed())[:-8] + bytes(8), "truncated or damaged"),
     "tar.gz: rubbish behind": (gzip.compress(packed()) + b"rubbish", "truncated or damaged"),
-    "tar.gz: a bomb": (gzip.compress(packed({"a": bytes(2 * 10**7)})), "grows more than 1,000:1"),
     "tar.gz: no tar": (gzip.compress(b"1" * 1024), "not a header of a file"),
     "an empty file": (b"", "is empty; fetch the file again"),
     "bzip2": (b"BZh91AY" + bytes(600), "is a bzip2 file; a zip, a tar, a tar.gz or a folder is read"),
@@ -353,18 +335,6 @@ def test_a_name_asked_for_cannot_leave_the_folder(folder, name):
         archives.read(folder, name)
 
 
-def test_what_is_no_file_in_a_folder_is_refused(folder, monkeypatch):
-    os.mkfifo(folder / "pipe")
-    with pytest.raises(UserError, match="'pipe' is a pipe"):
-        archives.listing(folder)
-    (folder / "pipe").unlink()
-    monkeypatch.chdir(folder)  # the path of a socket must be short
-    with socket.socket(socket.AF_UNIX) as server:
-        server.bind("door")
-        with pytest.raises(UserError, match="'door' is a socket"):
-            archives.listing(folder)
-
-
 @pytest.mark.parametrize(("name", "message"), [(b"\xff.png", "cannot be decoded"), (b"a\\b.png", "has a backslash")])
 def test_a_name_in_a_folder_that_no_other_system_could_read_is_refused(folder, name, message):
     os.close(os.open(os.fsencode(folder) + b"/" + name, os.O_CREAT))
@@ -382,12 +352,9 @@ def test_a_folder_that_may_not_be_read_is_told(folder, monkeypatch):
         archives.listing(folder)
 
 
-def test_a_missing_archive_is_told(tmp_path):
+def test_what_is_not_there_and_a_pipe_are_no_archives(tmp_path):
     with pytest.raises(UserError, match="no such file or folder"):
         archives.listing(tmp_path / "none.zip")
-
-
-def test_a_pipe_is_no_archive(tmp_path):
     os.mkfifo(tmp_path / "scans.zip")
     with pytest.raises(UserError, match=r"scans\.zip: is no file and no folder"):
         archives.listing(tmp_path / "scans.zip")

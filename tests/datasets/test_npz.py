@@ -23,6 +23,8 @@ def test_the_card_says_what_the_archive_holds(archive, out):
     assert (facts.task, facts.classes, facts.size, facts.channels) == ("binary-class", ("normal", "pneumonia"), 16, 1)
     assert (out / "scans.npz").is_file()
     assert npz.fetch(archive(classes=4), None, None, out).classes == ("class 0", "class 1", "class 2", "class 3")
+    with pytest.raises(UserError, match=r"dataset\.classes names 2 classes, but the labels of .* have 3"):
+        npz.fetch(archive(), ["a", "b"], None, out)
 
 
 def test_several_label_columns_are_findings(archive, out):
@@ -43,29 +45,19 @@ def test_several_label_columns_are_findings(archive, out):
     [
         ({"val_images": np.zeros((20, 16, 16, 4), np.uint8)}, r"expected uint8 of shape \(N, S, S\)"),
         ({"test_labels": np.zeros((30, 1))}, "test_labels is float64"),
+        ({"train_labels": np.zeros((60, 3), int)}, "different numbers of columns"),
+        ({"train_groups": np.arange(10)}, r"train_groups is int64 \(10,\); expected one name or number for each of 60"),
+        ({"train_groups": np.zeros((60, 1), int)}, "expected one name or number"),
+        ({"train_groups": np.arange(60) + 0.5}, "train_groups holds fractions; a group is a name or a whole number"),
+        ({"val_groups": np.array([b"\xff\xfe"] * 20)}, "val_groups holds names that are no UTF-8"),
+        ({"val_labels": np.full((20, 1), 2**32 - 1, np.uint32)}, "has the label 4,294,967,295; a label is the number"),
+        ({f"{split}_labels": np.zeros((count, 0), int) for split, count in COUNTS.items()}, "so nothing in it"),
+        ({"val_images": np.zeros((20, 0, 0), np.uint8)}, r"val_images has the shape \(20, 0, 0\), so nothing in it"),
     ],
 )
-def test_a_wrong_layout_is_told(archive, out, arrays, message):
+def test_arrays_that_do_not_fit_are_told(archive, out, arrays, message):
     with pytest.raises(UserError, match=message):
         npz.fetch(archive(**arrays), None, None, out)
-
-
-def test_a_wrong_number_of_names_is_told(archive, out):
-    with pytest.raises(UserError, match=r"dataset\.classes names 2 classes, but the labels of .* have 3"):
-        npz.fetch(archive(), ["a", "b"], None, out)
-
-
-@pytest.mark.parametrize(
-    ("groups", "message"),
-    [
-        (np.arange(10), "train_groups is int64 \\(10,\\); expected one name or number for each of 60 images"),
-        (np.zeros((60, 1), int), "expected one name or number"),
-        (np.arange(60) + 0.5, "train_groups holds fractions"),
-    ],
-)
-def test_groups_that_are_not_one_for_each_image_are_told(archive, out, groups, message):
-    with pytest.raises(UserError, match=message):
-        npz.fetch(archive(train_groups=groups), None, None, out)
 
 
 def test_a_patient_is_the_same_however_the_number_is_stored(archive):
@@ -80,35 +72,12 @@ def test_a_patient_is_the_same_however_the_number_is_stored(archive):
     assert npz.groups(archive(), "train", 60).isna().all()
 
 
-def test_labels_of_different_width_are_told(archive, out):
-    with pytest.raises(UserError, match="different numbers of columns"):
-        npz.fetch(archive(train_labels=np.zeros((60, 3), int)), None, None, out)
-
-
-@pytest.mark.parametrize("share", [0.1, 0.5, 0.9, 0.999])
+@pytest.mark.parametrize("share", [0.1, 0.999])
 def test_a_truncated_archive_is_told(archive, out, share):
     path = archive()
     path.write_bytes(path.read_bytes()[: int(path.stat().st_size * share)])
     with pytest.raises(UserError, match="truncated or damaged"):
         npz.fetch(path, None, None, out)
-
-
-@pytest.mark.parametrize(
-    ("arrays", "message"),
-    [
-        (
-            {"val_labels": np.full((20, 1), 2**32 - 1, np.uint32)},
-            "has the label 4,294,967,295; a label is the number of",
-        ),
-        ({f"{split}_labels": np.zeros((count, 0), int) for split, count in COUNTS.items()}, "so nothing in it"),
-        ({"val_images": np.zeros((20, 0, 0), np.uint8)}, r"val_images has the shape \(20, 0, 0\), so nothing in it"),
-        ({"val_groups": np.array([b"\xff\xfe"] * 20)}, "val_groups holds names that are no UTF-8"),
-        ({"val_groups": np.full(20, 1e30)}, "val_groups holds fractions; a group is a name or a whole number"),
-    ],
-)
-def test_odd_values_are_told(archive, out, arrays, message):
-    with pytest.raises(UserError, match=message):
-        npz.fetch(archive(**arrays), None, None, out)
 
 
 def test_an_archive_of_another_name_is_read_like_any(archive, out):
@@ -124,15 +93,6 @@ def test_an_encrypted_archive_is_told(archive, out):
         data[at] |= 1
     path.write_bytes(data)
     with pytest.raises(UserError, match=r"truncated or damaged at train_images .*encrypted"):
-        npz.fetch(path, None, None, out)
-
-
-def test_a_flipped_bit_is_told(archive, out):
-    path = archive()
-    data = bytearray(path.read_bytes())
-    data[len(data) // 4] ^= 0xFF
-    path.write_bytes(data)
-    with pytest.raises(UserError, match="truncated or damaged"):
         npz.fetch(path, None, None, out)
 
 

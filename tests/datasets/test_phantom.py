@@ -1,24 +1,16 @@
 """The drawn blood smears: the same bytes everywhere, no slide in two splits, hard but not wrong."""
 
-import ast
 import hashlib
-import inspect
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fadeformer.datasets import chance, phantom, phantom_cells, phantom_subjects
+from fadeformer.datasets import phantom, phantom_subjects
 from fadeformer.datasets.facts import SPLITS
 from fadeformer.errors import UserError
 from tests.datasets.conftest import built
-
-# Anything else might differ in the last bit from one processor to another.
-EXACT = {
-    "abs", "arange", "argsort", "array", "broadcast_to", "clip", "empty", "flatnonzero", "float64", "floor",
-    "int64", "maximum", "minimum", "random", "repeat", "sqrt", "stack", "uint8", "where", "zeros",
-}  # fmt: skip
 
 
 def digest(made: dict) -> str:
@@ -37,19 +29,7 @@ def digest(made: dict) -> str:
 )
 def test_the_bytes_are_these_on_every_machine(size, expected):
     assert digest(phantom.draw(200, size, 7)) == expected
-
-
-def test_only_operations_are_used_that_are_exact():
-    tree = ast.parse("\n".join(inspect.getsource(module) for module in (phantom, phantom_cells, chance)))
-    used = {
-        node.attr
-        for node in ast.walk(tree)
-        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "np"
-    }
-    assert used <= EXACT
-    reductions = {"sum", "mean", "dot", "prod", "std", "var", "normal", "standard_normal", "choice", "shuffle"}
-    assert not reductions & {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
-    assert not [node for node in ast.walk(tree) if isinstance(node, (ast.Pow, ast.MatMult))]
+    assert digest(phantom.draw(200, size, 8)) != expected
 
 
 @settings(max_examples=5)
@@ -74,10 +54,6 @@ def test_classes_are_as_imbalanced_as_their_shares():
     labels = phantom.draw(1000, 16, 0)["train_labels"][:, 0]
     found = np.bincount(labels) / len(labels)
     np.testing.assert_allclose(found, [kind.share for kind in phantom.KINDS.values()], atol=0.01)
-
-
-def test_another_seed_draws_other_images():
-    assert digest(phantom.draw(200, 16, 1)) != digest(phantom.draw(200, 16, 2))
 
 
 @pytest.mark.parametrize(("images", "size"), [(199, 28), (200, 15)])

@@ -3,7 +3,6 @@
 import json
 
 import pytest
-from pydantic import ValidationError
 
 from fadeformer.datasets import pins
 from fadeformer.datasets.pins import Pin
@@ -75,8 +74,3 @@ def test_a_damaged_file_of_pins_is_told(lock, text, message):
         pins.read(lock)
     assert str(error.value).startswith(f"{lock}: ")
     assert "bring the file back from version control" in str(error.value)
-
-
-def test_a_pin_is_of_a_sha256():
-    with pytest.raises(ValidationError):
-        Pin(sha256="750601b1f35ba3300ea97c75c52ff8f6", size=1)
