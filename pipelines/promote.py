@@ -15,7 +15,7 @@ from fadeformer.gate import Asked, Candidate
 from fadeformer.params import PromoteParams
 from fadeformer.predictions import Predictions
 from fadeformer.verdict import Decision
-from pipelines import ledger, packaged, paths, registry, rival, stage, store, tracking, verdict_table
+from pipelines import ledger, packaged, paths, registry, rival, store, tracking, verdict_table
 from pipelines.ledger import Subject
 
 
@@ -121,7 +121,3 @@ def _summary(name: str, decision: Decision, entry: dict[str, Any]) -> str:
     held = [alias for alias, of in entry["aliases"].items() if of == entry["version"]]
     stays = f"stays {' and '.join(held)}" if held else "gets no alias"
     return f"REFUSED {version} {stays} ({decision.reason})"
-
-
-if __name__ == "__main__":
-    stage.run("promote", main)

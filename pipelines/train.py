@@ -22,7 +22,7 @@ from fadeformer.classifier import Classifier
 from fadeformer.errors import Interrupted, UserError
 from fadeformer.files import read_json, whole_folder, write_json
 from fadeformer.unfamiliar import Familiar
-from pipelines import begun, fitting, paths, stage, tracking
+from pipelines import begun, fitting, paths, tracking
 from pipelines.journal import Journal
 from pipelines.orchestrator import temporary_server
 
@@ -134,7 +134,3 @@ def main() -> str:
     """Runs the flow."""
     with temporary_server():
         return train()
-
-
-if __name__ == "__main__":
-    stage.run("train", main)
