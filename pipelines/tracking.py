@@ -218,7 +218,7 @@ def _lock_identity() -> dict[str, str]:
         return {"dvc.lock": "not run by DVC"}
     stages = YAML(typ="safe").load(lock)["stages"]
     outs = {out["path"]: out.get("md5", "") for stage in stages.values() for out in stage.get("outs", [])}
-    return {"dvc.lock": checksum(lock, "md5"), "dvc.data": json.dumps(outs.get("data/processed", ""))[1:-1]}
+    return {"dvc.lock": checksum(lock, "md5"), "dvc.data": outs.get("data/processed", "")}
 
 
 def plain(name: str) -> str:
