@@ -67,6 +67,12 @@ def check_run(run_id: str, remedy: str) -> None:
 
 
 @told()
+def experiment_of(run_id: str) -> str:
+    """The id of a run's experiment."""
+    return str(MlflowClient().get_run(run_id).info.experiment_id)
+
+
+@told()
 def open_run(experiment: str, identity: str, began: int, tags: Mapping[str, str]) -> str:
     """The id of the one run of a training or a sweep, which is made where there is none.
 
