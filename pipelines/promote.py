@@ -19,13 +19,8 @@ from pipelines import ledger, packaged, paths, registry, rival, store, tracking,
 from pipelines.ledger import Subject
 
 
-def main() -> str:
-    """Registers the version and decides about the alias; a refusal is a decision, not an error."""
-    return judge(None)
-
-
-def judge(forced: str | None) -> str:
-    """Judges what lies in models/ and reports/.
+def main(forced: str | None = None) -> str:
+    """Register the version and decide about the alias; a refusal is a decision, not an error.
 
     Args:
         forced: why it is promoted whatever comes of it; None: by the rules alone.

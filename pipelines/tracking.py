@@ -35,7 +35,6 @@ from fadeformer.files import checksum
 from pipelines import places
 from pipelines.store import REFUSALS, connect, told
 
-EPOCHS_AT_ONCE = 50  # each of some ten metrics, so that MLflow has all of an epoch or nothing
 SOURCE = "python -m pipelines train"
 MODEL = "model"  # name of the logged model in its run
 IDENTITY = "fadeformer.training"  # tag with the name that a training, or a sweep, gave itself before it had a run
@@ -139,10 +138,9 @@ def log_points(run_id: str, points: Iterable[tuple[str, float, int, int]]) -> No
 
 def log_epochs(run_id: str, rows: Sequence[Mapping[str, Any]]) -> None:
     """Log rows of a history: `epoch`, `time` in ms since 1970, and metrics; missing values are left out."""
-    for start in range(0, len(rows), EPOCHS_AT_ONCE):
+    for row in rows:  # one call each, so that MLflow has all of an epoch or nothing
         points = [
             (plain(name), float(value), row["time"], row["epoch"])
-            for row in rows[start : start + EPOCHS_AT_ONCE]
             for name, value in row.items()
             if name not in ("epoch", "time") and pd.notna(value)
         ]
