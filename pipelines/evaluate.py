@@ -33,7 +33,7 @@ from fadeformer.classifier import Classifier
 from fadeformer.errors import UserError
 from fadeformer.evidence_tables import Evidence
 from fadeformer.files import read_json, whole_file, whole_folder, write_json
-from pipelines import begun, drawing, paths, stage, tracking
+from pipelines import begun, drawing, paths, tracking
 from pipelines.orchestrator import temporary_server
 
 GALLERY = 12  # images
@@ -230,7 +230,3 @@ def main() -> str:
     """Runs the flow."""
     with temporary_server():
         return evaluate()
-
-
-if __name__ == "__main__":
-    stage.run("evaluate", main)

@@ -10,7 +10,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
 from typing import NoReturn
-from urllib.request import urlopen
 
 import httpx
 import psutil
@@ -79,9 +78,8 @@ def _started() -> Iterator[str]:
 def answers(url: str) -> bool:
     """Whether a Prefect server answers at a URL."""
     try:
-        with urlopen(f"{url.rstrip('/')}/health", timeout=5) as response:  # noqa: S310  the user's own address
-            return bool(response.status == 200)
-    except (OSError, ValueError):  # no server, or not a URL
+        return httpx.get(f"{url.rstrip('/')}/health", timeout=5).status_code == httpx.codes.OK
+    except (httpx.HTTPError, httpx.InvalidURL):
         return False
 
 

@@ -14,6 +14,7 @@ import tempfile
 from importlib.metadata import version
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import mlflow
 import numpy as np
@@ -22,6 +23,7 @@ from mlflow import MlflowClient
 from mlflow.entities import LoggedModel, LoggedModelOutput, LoggedModelStatus
 from mlflow.exceptions import MlflowException
 from mlflow.models import Model
+from mlflow.pyfunc import PyFuncModel
 from PIL import Image
 
 import fadeformer
@@ -96,6 +98,11 @@ def _downloaded(uri: str) -> Path:
         raise UserError(
             f"{uri}: MLflow at {places.address()} has no such model ({reason}); `make ui` shows what there is"
         ) from error
+
+
+def load(folder: Path, config: dict[str, Any]) -> PyFuncModel:
+    """The model of a package's folder, some of its settings changed; its code is the package's own."""
+    return mlflow.pyfunc.load_model(str(folder), model_config=config)
 
 
 def data(folder: Path) -> Path:

@@ -15,17 +15,12 @@ from fadeformer.gate import Asked, Candidate
 from fadeformer.params import PromoteParams
 from fadeformer.predictions import Predictions
 from fadeformer.verdict import Decision
-from pipelines import ledger, packaged, paths, registry, rival, stage, store, tracking, verdict_table
+from pipelines import ledger, packaged, paths, registry, rival, store, tracking, verdict_table
 from pipelines.ledger import Subject
 
 
-def main() -> str:
-    """Registers the version and decides about the alias; a refusal is a decision, not an error."""
-    return judge(None)
-
-
-def judge(forced: str | None) -> str:
-    """Judges what lies in models/ and reports/.
+def main(forced: str | None = None) -> str:
+    """Register the version and decide about the alias; a refusal is a decision, not an error.
 
     Args:
         forced: why it is promoted whatever comes of it; None: by the rules alone.
@@ -121,7 +116,3 @@ def _summary(name: str, decision: Decision, entry: dict[str, Any]) -> str:
     held = [alias for alias, of in entry["aliases"].items() if of == entry["version"]]
     stays = f"stays {' and '.join(held)}" if held else "gets no alias"
     return f"REFUSED {version} {stays} ({decision.reason})"
-
-
-if __name__ == "__main__":
-    stage.run("promote", main)

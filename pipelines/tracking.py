@@ -35,7 +35,6 @@ from fadeformer.files import checksum
 from pipelines import places
 from pipelines.store import REFUSALS, connect, told
 
-EPOCHS_AT_ONCE = 50  # each of some ten metrics, so that MLflow has all of an epoch or nothing
 SOURCE = "python -m pipelines train"
 MODEL = "model"  # name of the logged model in its run
 IDENTITY = "fadeformer.training"  # tag with the name that a training, or a sweep, gave itself before it had a run
@@ -64,6 +63,12 @@ def check_run(run_id: str, remedy: str) -> None:
         lost = True
     if lost:
         raise UserError(f"MLflow at {places.address()} has no run {run_id}, or it was deleted; {remedy}")
+
+
+@told()
+def experiment_of(run_id: str) -> str:
+    """The id of a run's experiment."""
+    return str(MlflowClient().get_run(run_id).info.experiment_id)
 
 
 @told()
@@ -133,10 +138,9 @@ def log_points(run_id: str, points: Iterable[tuple[str, float, int, int]]) -> No
 
 def log_epochs(run_id: str, rows: Sequence[Mapping[str, Any]]) -> None:
     """Log rows of a history: `epoch`, `time` in ms since 1970, and metrics; missing values are left out."""
-    for start in range(0, len(rows), EPOCHS_AT_ONCE):
+    for row in rows:  # one call each, so that MLflow has all of an epoch or nothing
         points = [
             (plain(name), float(value), row["time"], row["epoch"])
-            for row in rows[start : start + EPOCHS_AT_ONCE]
             for name, value in row.items()
             if name not in ("epoch", "time") and pd.notna(value)
         ]
@@ -218,7 +222,7 @@ def _lock_identity() -> dict[str, str]:
         return {"dvc.lock": "not run by DVC"}
     stages = YAML(typ="safe").load(lock)["stages"]
     outs = {out["path"]: out.get("md5", "") for stage in stages.values() for out in stage.get("outs", [])}
-    return {"dvc.lock": checksum(lock, "md5"), "dvc.data": json.dumps(outs.get("data/processed", ""))[1:-1]}
+    return {"dvc.lock": checksum(lock, "md5"), "dvc.data": outs.get("data/processed", "")}
 
 
 def plain(name: str) -> str:

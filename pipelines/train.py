@@ -10,7 +10,6 @@ import signal
 from pathlib import Path
 from typing import Any
 
-import mlflow
 import pandas as pd
 import torch
 from prefect import flow, task
@@ -22,7 +21,7 @@ from fadeformer.classifier import Classifier
 from fadeformer.errors import Interrupted, PassingError, UserError
 from fadeformer.files import read_json, whole_folder, write_json
 from fadeformer.unfamiliar import Familiar
-from pipelines import begun, fitting, paths, stage, tracking
+from pipelines import begun, fitting, paths, tracking
 from pipelines.journal import Journal
 from pipelines.orchestrator import temporary_server
 
@@ -123,7 +122,7 @@ def train() -> str:
             with tracking.run(run_id):
                 tracking.log_metrics({"seconds": {"fit": result["seconds"]}})
                 tracking.log_files(folder / paths.HISTORY.name)
-                of_run = {"mlflow_run_id": run_id, "mlflow_experiment_id": mlflow.get_run(run_id).info.experiment_id}
+                of_run = {"mlflow_run_id": run_id, "mlflow_experiment_id": tracking.experiment_of(run_id)}
             write_json(folder / paths.RUN.name, of_run)
         begun.finish(begun_in, run_id)
     best = f"epoch {result['best_epoch']} of {result['epochs']} is the best, val loss {result['val_loss']:.4f}"
@@ -134,7 +133,3 @@ def main() -> str:
     """Runs the flow."""
     with temporary_server():
         return train()
-
-
-if __name__ == "__main__":
-    stage.run("train", main)

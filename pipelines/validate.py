@@ -209,12 +209,7 @@ def _with_rows(pairs: pd.DataFrame, rows: pd.DataFrame, facts: Facts) -> pd.Data
     chosen = rows[rows["id"].isin({*pairs["first"], *pairs["second"]})]
     known = pd.DataFrame({"split": chosen["split"], "label": manifest.label_names(chosen, facts)})
     known.index = pd.Index(chosen["id"])
-    sides = {
-        f"{side}_{name}": known[name].loc[pairs[side].tolist()].to_numpy()
-        for side in ("first", "second")
-        for name in ("split", "label")
-    }
-    return pairs.assign(**sides)
+    return pairs.join(known.add_prefix("first_"), on="first").join(known.add_prefix("second_"), on="second")
 
 
 def _together(rows: pd.DataFrame, column: str, facts: Facts) -> list[str]:

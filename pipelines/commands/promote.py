@@ -33,6 +33,6 @@ def run(arguments: argparse.Namespace) -> str:
     from pipelines import promote  # MLflow takes seconds to import
 
     if not arguments.rollback:
-        return promote.judge(reason or None)
+        return promote.main(reason or None)
     wanted = arguments.model or promote.model_name(params.load(paths.PARAMS).promote, arrays.read_meta(paths.PROCESSED))
     return promote.roll_back(wanted, arguments.to, reason)

@@ -6,8 +6,6 @@ import argparse
 import logging
 import sys
 
-import mlflow
-
 from fadeformer.errors import UserError
 from pipelines import packaged
 
@@ -38,7 +36,7 @@ def run(arguments: argparse.Namespace) -> str:
         del sys.modules[name]  # the package brings its own
     logging.getLogger("mlflow").setLevel(logging.ERROR)  # its warnings quote what was sent
     config = {} if arguments.max_pixels is None else {"max_pixels": arguments.max_pixels}
-    model = mlflow.pyfunc.load_model(str(folder), model_config=config)
+    model = packaged.load(folder, config)
     app = serving.app(model, max_bytes=arguments.max_mebibytes * MEBIBYTE, max_images=arguments.max_images)
     print(f"serve: {arguments.model} at http://{arguments.host}:{arguments.port}/invocations", flush=True)
     uvicorn.run(
