@@ -22,7 +22,7 @@ from tests.postgresql import PROGRAMS
 pytestmark = [pytest.mark.pipeline, pytest.mark.timeout(1800)]
 LONG, OUTAGE, PATIENCE = "long", 60, 1200  # a run's name; seconds, and as many until a run must have come further
 WANTED = {  # parameters of each run; the promotion of the last is refused
-    LONG: {"seed": 1, "train": {"epochs": 20, "early_stopping_patience": 20}},
+    LONG: {"seed": 1, "train": {"epochs": 12, "early_stopping_patience": 12}},
     "short": {"seed": 2, "train": {"epochs": 2, "learning_rate": 0.003}},
     "strict": {"seed": 3, "train": {"epochs": 1}, "promote": {"min_auc": 1.0}},
 }
@@ -56,7 +56,7 @@ def killed(cluster: Cluster) -> str:
     def wait(true: Callable[[], Any]) -> Any:
         return soon(true, PATIENCE, tell, pause=2)
 
-    lost = wait(lambda: next((name for name in WORKERS[:2] if "epoch   3/20" in cluster.log(name)), None))
+    lost = wait(lambda: next((name for name in WORKERS[:2] if "epoch   3/12" in cluster.log(name)), None))
     cluster.kill_worker(lost)
     cluster.stop_objects()
     cluster.postgresql.stop()
@@ -185,18 +185,18 @@ def test_a_person_gets_an_experiment_with_its_results(cluster, killed):
     cluster.project.run("dvc", "exp", "pull", "origin", name, **environment)  # as the page of the run says
     cluster.project.run("dvc", "exp", "apply", name)
     with (cluster.project.folder / "models" / "history.csv").open() as file:
-        assert [row["epoch"] for row in csv.DictReader(file)] == [str(epoch) for epoch in range(1, 21)]
+        assert [row["epoch"] for row in csv.DictReader(file)] == [str(epoch) for epoch in range(1, 13)]
 
 
 def test_the_run_of_the_lost_machine_went_on_from_its_checkpoint_on_another(cluster, killed):
     (run,) = [run for run in cluster.ask("flow_runs") if run["name"] == LONG]
     assert run["run_count"] >= 2
-    (other,) = [name for name in WORKERS if "epoch  20/20" in cluster.log(name)]
+    (other,) = [name for name in WORKERS if "epoch  12/12" in cluster.log(name)]
     assert other != killed
     printed = cluster.log(other)
     assert "going on with the training that was begun" in printed
-    assert "epoch   1/20" not in printed
-    assert "epoch   2/20" not in printed
+    assert "epoch   1/12" not in printed
+    assert "epoch   2/12" not in printed
 
 
 def test_no_secret_stands_anywhere(cluster, killed, tmp_path):
@@ -205,7 +205,7 @@ def test_no_secret_stands_anywhere(cluster, killed, tmp_path):
     for name in ("mlflow", "prefect"):
         command = [str(PROGRAMS[-1] / "pg_dump"), "--username", "postgres", name]
         databases += subprocess.run(command, env=cluster.postgresql.environment, check=True, capture_output=True).stdout
-    for known in (b"train.learning_rate", b"early_stopping_patience", b"epoch  20/20", b"fadenet-phantom version"):
+    for known in (b"train.learning_rate", b"early_stopping_patience", b"epoch  12/12", b"fadenet-phantom version"):
         assert known in databases  # MLflow's parameters, Prefect's, the logs and artifacts of its runs
     places = {"the databases": databases}
     git = ["git", "--git-dir", str(cluster.repository), "cat-file", "--batch", "--batch-all-objects"]
