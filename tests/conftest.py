@@ -47,8 +47,8 @@ SMALL = {
 
 # Files whose tests take longest, longest first: a worker that started one of them last would keep the others waiting.
 LONGEST = (
-    "pipeline/test_cluster.py", "pipeline/test_deployment.py", "test_images.py", "pipeline/test_first_run.py",
-    "pipeline/test_resume.py", "test_readme.py", "pipeline/test_reproduce.py", "pipeline/test_sweep.py",
+    "test_readme.py", "pipeline/test_resume.py", "pipeline/test_cluster.py", "pipeline/test_deployment.py",
+    "test_images.py", "pipeline/test_first_run.py", "pipeline/test_reproduce.py", "pipeline/test_sweep.py",
     "pipeline/test_real_data.py", "pipeline/test_errors.py", "pipeline/test_promotion.py", "test_tables.py",
     "test_bad_data.py", "datasets/test_manifest.py", "test_benchmarks.py", "test_report.py",
 )  # fmt: skip
@@ -226,13 +226,13 @@ class Kept:
         self.folder, self.lock = folder, FileLock(folder.with_suffix(".lock"))
 
     def give(self, project: Project) -> None:
-        """Brings a project to where it is after one `dvc repro`."""
+        """Brings a project to where it is after one `make repro`."""
         with self.lock:
             if self.folder.is_dir():
                 shutil.rmtree(project.folder)
                 shutil.copytree(self.folder, project.folder, symlinks=True)
             else:
-                project.run("dvc", "repro")
+                project.make("repro")
                 self.take(project)
 
     def take(self, project: Project) -> None:
@@ -252,7 +252,7 @@ def kept(tmp_path_factory: pytest.TempPathFactory) -> Kept:
 
 @pytest.fixture(scope="module")
 def reproduced(project: Project, kept: Kept) -> Project:
-    """The same after one `dvc repro`; its tests run in their order, each from where the one before left it."""
+    """The same after one `make repro`; its tests run in their order, each from where the one before left it."""
     kept.give(project)
     return project
 

@@ -30,7 +30,7 @@ SHORTER = {
     "prefect server start": ("start", f"start --port {PORTS['4200']}"),
     "dvc exp run -S model.fade.variant=diffusion": ("run", "run train -S train.epochs=1"),
     "dvc exp run -S model.backbone=resnet18 -S model.fade=null": ("run", "run train -S train.epochs=1"),
-    "dvc exp run -S train.devices=2 -S train.precision=32": ("run", "run -S train.epochs=1"),
+    "dvc exp run -S train.devices=2 -S train.precision=32": ("run", "run train -S train.epochs=1"),
     "dvc exp run -S dataset.name=folder -S dataset.root=data/own/scans.zip -S preprocess.image_size=64": (
         "run", "run preprocess",
     ),
@@ -199,8 +199,9 @@ def prepare(step: str, session: Session) -> None:
     elif step.startswith("fadeformer sweep"):
         (block,) = re.findall(r"```yaml\n(trials.*?)```", README, flags=re.DOTALL)
         (folder / "rates.yaml").write_text(block.replace("trials: 20", "trials: 1") + "fixed: {train.epochs: 1}\n")
-    elif "--rollback" in step:  # from a second champion: the last model that was evaluated, on the data of the first
-        session.run('dvc repro preprocess && fadeformer promote --force --reason "to go back from it"')
+    elif "--rollback" in step:  # from a second champion: the experiment that was evaluated, out of DVC's cache
+        (experiment,) = (one for one in STEPS if one.startswith("dvc exp run -S train.learning_rate"))
+        session.run(f'{experiment} && fadeformer promote --force --reason "to go back from it"')
 
 
 def own_data(folder: Path) -> None:

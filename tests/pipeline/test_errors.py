@@ -9,7 +9,7 @@ import pytest
 from tests.conftest import Project, ran
 from tests.postgresql import free_port
 
-pytestmark = pytest.mark.pipeline
+pytestmark = [pytest.mark.pipeline, pytest.mark.usefixtures("shared_server")]
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +102,6 @@ def test_no_network_for_pretrained_weights(reproduced, stops):
     assert "set model.pretrained to false" in message
 
 
-@pytest.mark.usefixtures("shared_server")
 def test_weights_that_do_not_fit(reproduced, stops):
     shutil.copy(reproduced.folder / "models" / "best_model.pth", reproduced.folder / "start.pth")
     diffusion = {"variant": "diffusion", "after_blocks": [1, "last"]}
@@ -118,7 +117,6 @@ def test_a_model_that_is_not_there(reproduced, stops):
     assert "models/run.json: not found; run `dvc repro train` first" in message
 
 
-@pytest.mark.usefixtures("shared_server")
 def test_a_dead_mlflow_server(reproduced, stops, nobody):
     reproduced.run("dvc", "repro")
     message = stops("evaluate", "python", "-m", "pipelines", "evaluate", MLFLOW_TRACKING_URI=nobody)
@@ -130,7 +128,6 @@ def test_a_dead_prefect_server(stops, nobody):
     assert f"PREFECT_API_URL is {nobody}/api, but no Prefect server answers there" in message
 
 
-@pytest.mark.usefixtures("shared_server")
 def test_a_full_disk(reproduced, stops):
     reproduced.run("dvc", "repro")
     before = (reproduced.folder / "data" / "processed" / "train.npy").read_bytes()
