@@ -85,6 +85,12 @@ def small(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
+def without_data_docs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The data gate writes no pages of great-expectations, which take most of its time."""
+    monkeypatch.setattr("great_expectations.checkpoint.UpdateDataDocsAction.run", lambda *_, **__: {})
+
+
+@pytest.fixture
 def real_data(request: pytest.FixtureRequest) -> Path:
     """The folder of real data sets; the test is skipped where there is none, and fails where CI says there must be."""
     if not REAL_DATA.is_dir():

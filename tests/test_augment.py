@@ -169,24 +169,7 @@ def test_the_border_is_as_asked(border, dark):
 # Distributions
 
 
-def test_angles_are_distributed_as_torchvisions():
-    ramp = torch.arange(96, 96 + 2 * 32, 2, dtype=torch.uint8).expand(32, 32).unsqueeze(-1)
-
-    def angles(found: torch.Tensor) -> np.ndarray:
-        middle = found[:, 0, 8:24, 8:24]
-        across, down = middle.diff(dim=2).mean(dim=(1, 2)), middle.diff(dim=1).mean(dim=(1, 2))
-        return torch.rad2deg(torch.atan2(-down, across)).numpy()
-
-    bilinear = {"rotation": 15.0, "interpolation": "bilinear"}
-    ours = angles(augmented(copies(ramp), **bilinear))
-    alike(ours, angles(published_copies(transforms.RandomRotation(15, InterpolationMode.BILINEAR), ramp)))
-    assert stats.ks_2samp(ours, angles(augmented(copies(ramp), **{**bilinear, "rotation": 13.0}))).pvalue < CERTAIN
-    assert 14.5 < np.abs(ours).max() < 15.1
-
-
-@pytest.mark.parametrize(
-    ("scale", "size"), [((0.02, 0.12), (60, 60)), ((0.02, 0.12), (48, 70)), ((0.5, 1.0), (40, 40))]
-)
+@pytest.mark.parametrize(("scale", "size"), [((0.02, 0.12), (48, 70)), ((0.5, 1.0), (40, 40))])
 def test_erased_rectangles_are_distributed_as_torchvisions(scale, size):
     image = torch.full((*size, 1), 255, dtype=torch.uint8)
 
@@ -205,15 +188,6 @@ def test_erased_rectangles_are_distributed_as_torchvisions(scale, size):
     alike(ours[:, 2], theirs[:, 2])
     alike(ours[:, 3], theirs[:, 3])
     alike(ours[:, 3] / (size[1] - ours[:, 1] + 1), theirs[:, 3] / (size[1] - theirs[:, 1] + 1))  # of where it may lie
-
-
-def test_translation_stays_within_its_fraction():
-    spot = torch.zeros(300, 32, 32, 1, dtype=torch.uint8)
-    spot[:, 16, 16] = 255
-    place = augmented(spot, translate=0.25)[:, 0].flatten(1).argmax(dim=1)
-    for shift in (place // 32 - 16, place % 32 - 16):
-        assert -9 <= shift.min() <= -7
-        assert 7 <= shift.max() <= 9
 
 
 # Mixing
@@ -301,29 +275,14 @@ def test_a_part_of_the_rows_is_that_part_of_the_whole(channels, interpolation):
     assert (whole - augmented(batch, normalisation=IMAGENET)).abs().amax(dim=(1, 2, 3)).min() > 0.01  # all changed
 
 
-def test_an_image_depends_on_no_other_and_the_batch_given_stays_as_it_is():
-    batch = images(6)
-    given = batch.clone()
-    before = augmented(batch, **ALL)
-    assert torch.equal(batch, given)
-    batch[2] = 255 - batch[2]
-    same = (augmented(batch, **ALL) == before).flatten(1).all(dim=1)
-    assert same.tolist() == [True, True, False, True, True, True]
-
-
-def test_the_same_seed_gives_the_same_batch():
-    assert torch.equal(augmented(images(), 3, **ALL), augmented(images(), 3, **ALL))
-    assert not torch.equal(augmented(images(), 3, **ALL), augmented(images(), 4, **ALL))
-
-
-def test_the_draws_leave_torchs_own_generator_alone():
+def test_the_seed_decides_alone_and_the_batch_given_and_torchs_own_generator_stay_as_they_are():
     torch.manual_seed(0)
-    before = torch.get_rng_state()
-    draws = Augmentation(**{**OFF, **ALL}).draw(5, 1)
+    before, batch = torch.get_rng_state(), images()
+    given = batch.clone()
+    assert torch.equal(augmented(batch, 3, **ALL), augmented(batch, 3, **ALL))
+    assert not torch.equal(augmented(batch, 3, **ALL), augmented(batch, 4, **ALL))
+    assert torch.equal(batch, given)
     assert torch.equal(torch.get_rng_state(), before)
-    assert len(draws) == 5
-    assert draws.min() >= 0
-    assert draws.max() < 1
 
 
 fractions = st.floats(0, 1)

@@ -10,12 +10,6 @@ from fadeformer.diffusion import AttentionPool, DiffusionAttn
 from fadeformer.models import create_model, load_weights, new_to_backbone
 
 SMALL = {"num_classes": 3, "image_size": 28, "in_chans": 3, "pretrained": False, "dropout": 0.1, "drop_path": 0.1}
-# Weights of the baselines with 1000 classes, millions, as published: He et al. 2016, Tan and Le 2019, Dosovitskiy et
-# al. 2021, Touvron et al. 2021.
-BASELINES = {
-    "resnet18": 11.69, "resnet50": 25.56, "efficientnet_b0": 5.29, "efficientnet_b4": 19.34,
-    "vit_base_patch16_224": 86.57, "deit_base_patch16_224": 86.57,
-}  # fmt: skip
 
 
 @pytest.fixture
@@ -57,44 +51,18 @@ def test_a_file_that_would_run_code_is_refused(model, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["w.pth", "w.safetensors"])
-@pytest.mark.parametrize("content", [b"", b"no weights", b"PK\x03\x04 cut off"])
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 cut off"])
 def test_a_damaged_file_is_told(model, tmp_path, name, content):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=rf"{name}: is (damaged|refused)"):
         load_weights(model, tmp_path / name)
 
 
-@pytest.mark.parametrize("content", [torch.zeros(3), {"epoch": 3}, [1, 2], {1: torch.zeros(3)}])
+@pytest.mark.parametrize("content", [torch.zeros(3), {"epoch": 3}, {1: torch.zeros(3)}])
 def test_a_file_that_holds_no_named_tensors_is_told(model, tmp_path, content):
     torch.save(content, tmp_path / "w.pth")
     with pytest.raises(ValueError, match="holds no tensors by name"):
         load_weights(model, tmp_path / "w.pth")
-
-
-@pytest.mark.parametrize(("name", "millions"), BASELINES.items())
-def test_baselines_have_as_many_weights_as_published(name, millions):
-    wanted = {"num_classes": 1000, "image_size": 224, "in_chans": 3, "pretrained": False}
-    with torch.device("meta"):
-        model = create_model(backbone=name, fade=None, dropout=0.1, drop_path=0.1, **wanted)
-    assert sum(parameter.numel() for parameter in model.parameters()) / 1e6 == pytest.approx(millions, abs=0.006)
-
-
-@pytest.mark.parametrize(
-    ("backbone", "fade"),
-    [
-        ("fadevit_nano", {"num_heads": 4}), ("fadevit_nano", None), ("resnet18", None),
-        ("efficientnet_b0", None), ("medvit_small", None),
-        ("fadevit_nano", {"variant": "diffusion", "after_blocks": [1, "last"], "num_heads": 4, "dropout": 0.1}),
-        ("vit_tiny_patch16_224", {"num_heads": 3}), ("vit_tiny_patch16_224", None),
-    ],
-)  # fmt: skip
-def test_every_kind_of_network_gives_logits_and_learns(backbone, fade):
-    model = create_model(backbone=backbone, fade=fade, **{**SMALL, "image_size": 32})
-    logits = model(torch.randn(2, 3, 32, 32))
-    assert logits.shape == (2, 3)
-    logits.sum().backward()
-    without = [name for name, parameter in model.named_parameters() if parameter.grad is None]
-    assert without == []
 
 
 def test_a_network_without_stochastic_depth_needs_drop_path_0():
@@ -150,12 +118,3 @@ def test_new_to_the_backbone_are_the_classifier_and_the_fade_layers(backbone, fa
     new = new_to_backbone(model)
     assert {names[id(module)]: type(module) for module in new} == expected
     assert len(new) == len(expected)
-
-
-@pytest.mark.parametrize("fade", [FADE, DIFFUSION])
-def test_what_is_not_new_to_a_backbone_is_in_the_backbone(fade):
-    model = create_model(backbone="fadevit_nano", fade=fade, **SMALL)
-    plain = create_model(backbone="fadevit_nano", fade=None, **{**SMALL, "num_classes": 0})
-    new = {id(weight) for module in new_to_backbone(model) for weight in module.parameters()}
-    old = [tuple(weight.shape) for weight in model.parameters() if id(weight) not in new]
-    assert old == [tuple(weight.shape) for weight in plain.parameters()]

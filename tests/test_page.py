@@ -1,35 +1,24 @@
 """The data gate's page: what it shows of data with faults, and that nothing of theirs becomes markup."""
 
-import io
 import re
 from html import unescape
 
 import numpy as np
-import pandas as pd
 import pytest
-from PIL import Image
 
 from fadeformer.datasets import facts as cards
 from fadeformer.datasets import folder
 from fadeformer.datasets.manifest import Manifest
 from pipelines import expectations, page
-from tests.datasets.conftest import built
-
-
-def scene(seed: int, side: int = 32) -> np.ndarray:
-    """A smooth colour image, unlike that of any other seed."""
-    coarse = np.random.default_rng(seed).integers(0, 256, (6, 6, 3), dtype=np.uint8)
-    return np.asarray(Image.fromarray(coarse).resize((side, side), Image.Resampling.BICUBIC))
+from tests.datasets.conftest import built, scene
+from tests.packages import png
 
 
 def nearly(pixels: np.ndarray) -> np.ndarray:
     return np.roll(pixels, 1, axis=0)
 
 
-def png(pixels: np.ndarray) -> bytes:
-    held = io.BytesIO()
-    Image.fromarray(pixels).save(held, "PNG")
-    return held.getvalue()
+pytestmark = pytest.mark.usefixtures("without_data_docs")
 
 
 @pytest.fixture
@@ -124,7 +113,7 @@ def test_rows_that_offend_are_told_with_their_findings_in_one_column(shown):
     text, _, _ = shown(images(), findings, classes=["A", "B"])
     rows = rows_of(section(text, "Against: every image has a label B"))
     assert rows[1][:4] == ["val0.png", "val", "", "A, B: not known"]
-    assert rows[1][4:6] == ["32", "32"]
+    assert rows[1][4:6] == ["48", "48"]
 
 
 def test_only_images_that_will_be_used_are_counted(shown):
@@ -155,17 +144,3 @@ def test_no_more_pairs_with_different_labels_are_shown_than_of_two_splits(shown,
     pairs = section(text, "with different labels")
     assert len(captions(pairs)) == 2
     assert "and 1 more" in pairs
-
-
-def test_a_label_of_no_class_is_told_as_it_is():
-    names = [f"{i}.png" for i in range(100)]
-    rows = pd.DataFrame({
-        "path": "a.zip", "member": names, "split": "train", "id": names, "group": None,
-        "label": np.arange(100) // 2 % 4, "sha256": [f"{i // 2:064x}" for i in range(100)], "height": 64, "width": 64,
-        "mode": "L", "brightness": 9.0, "contrast": 40.0, "problem": None,
-    })  # fmt: skip
-    facts = cards.Facts("many", "a.zip", "0", "multi-class", tuple("abc"), None, None, None, "", "")
-    near = pd.DataFrame({"first": ["0.png"], "second": ["7.png"], "similarity": [0.99]})
-    found = Manifest(rows, near, [None] * 100, {}, "published")
-    pairs = section(page.page(facts, found, [], "docs.html"), "with different labels")
-    assert captions(pairs) == ["0.png train: a", "7.png train: label 3"]

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from fadeformer.datasets import manifest, sources
 from fadeformer.datasets.facts import Facts
@@ -44,6 +45,12 @@ def fetched(tmp_path: Path, wanted: Params) -> Callable[..., tuple[Facts, Path]]
         return sources.fetch(**{**wanted.dataset.model_dump(), **changes}, **beside, into=folder), folder
 
     return fetch
+
+
+def scene(seed: int, side: int = 48) -> np.ndarray:
+    """A smooth color image, unlike that of any other seed."""
+    coarse = np.random.default_rng(seed).integers(0, 256, (6, 6, 3), dtype=np.uint8)
+    return np.asarray(Image.fromarray(coarse).resize((side, side), Image.Resampling.BICUBIC))
 
 
 def built(facts: Facts, folder: Path, kept: Path, **changes: object) -> Manifest:

@@ -16,9 +16,11 @@ from fadeformer.datasets import manifest, npz
 from fadeformer.datasets.manifest import Manifest
 from fadeformer.errors import UserError
 from fadeformer.files import read_json
-from pipelines import expectations, overrides, page, paths, validate
+from pipelines import expectations, overrides, paths, validate
 from pipelines import preprocess as arrays
-from tests.datasets.conftest import COUNTS, built
+from tests.datasets.conftest import COUNTS, built, scene
+
+pytestmark = pytest.mark.usefixtures("without_data_docs")
 
 
 @pytest.fixture
@@ -72,38 +74,16 @@ def test_a_row_says_all_of_an_image(raw):
     assert first["id"] == f"own-scans-{facts.sha256[:8]}/train/0"
 
 
-def test_good_data_pass_and_leave_a_page(raw):
-    raw()
-    assert "hold for 110 images" in validate.main()
-    assert (paths.VALIDATION / "index.html").is_file()
-    assert len(pd.read_parquet(paths.MANIFEST)) == 110
-
-
-def test_the_page_needs_no_network_and_counts_every_class(raw):
+def test_good_data_pass_and_the_page_needs_no_network_and_counts_every_class(raw):
     facts = raw()
-    validate.main()
+    assert "hold for 110 images" in validate.main()
+    assert len(pd.read_parquet(paths.MANIFEST)) == 110
     text = (paths.VALIDATION / "index.html").read_text()
     assert "own-scans: all 18 expectations hold" in text
     assert not re.findall(r"(?:src|href)=['\"]?(?:https?:)?//", text)
     for label, name in enumerate(facts.classes):
         counts = [str(sum(i % 3 == label for i in range(count))) for count in COUNTS.values()]
         assert [name, *counts] in rows_of(text)
-    assert (paths.VALIDATION / "data_docs" / "index.html").is_file()
-
-
-def test_the_page_names_what_fails_and_escapes_what_it_shows(raw, archive):
-    held = arrays_of(archive)
-    held["val_images"][3] = held["train_images"][41]
-    held["val_labels"][3] = held["train_labels"][41]
-    facts = raw(**held)
-    found = build(facts)
-    strange = dataclasses.replace(facts, classes=("<script>", "b & c", "c"))
-    text = page.page(strange, found, check(found, strange), "docs.html")
-    assert "1 of 18 expectations do not hold" in text
-    assert text.count("<span class=fails>FAILS</span>") == 1
-    named = {row[0].split("/", 1)[1] for row in rows_of(text) if row[0].startswith("own-")}
-    assert named == {"train/41", "val/3"}
-    assert "<script>" not in text
 
 
 def test_an_image_in_two_splits_stops_with_both_its_places(raw, archive):
@@ -123,7 +103,7 @@ def test_an_image_in_two_splits_stops_with_both_its_places(raw, archive):
     assert len(pd.read_csv(paths.VALIDATION / "offending_rows.csv")) == 3
 
 
-@pytest.mark.parametrize(("allowed", "passes"), [(1, False), (2, True), (3, True)])
+@pytest.mark.parametrize(("allowed", "passes"), [(1, False), (2, True)])
 def test_leaks_pass_only_up_to_the_threshold_and_never_silently(raw, archive, capsys, allowed, passes):
     held = arrays_of(archive)
     held["val_images"][:2] = held["train_images"][:2]
@@ -155,30 +135,20 @@ def page_text() -> str:
     return (paths.VALIDATION / "index.html").read_text()
 
 
-def test_counts_that_are_not_the_published_ones_are_named(raw, monkeypatch):
+def test_counts_that_are_not_the_published_ones_are_named_of_parts_only_in_the_authors_split(raw, monkeypatch):
     facts = raw()
-    published = {**COUNTS, "val": 21}
-    monkeypatch.setattr(cards, "read", lambda folder: facts.__class__(**{**vars(facts), "counts": published}))
+
+    def publish(**counts: int) -> None:
+        monkeypatch.setattr(cards, "read", lambda folder: dataclasses.replace(facts, counts={**COUNTS, **counts}))
+
+    publish(val=21)
     with pytest.raises(UserError, match="val has the published 21 images, but there are 20"):
         validate.main()
-
-
-def test_counts_of_parts_are_not_asked_of_a_split_that_is_no_more_the_authors(raw, monkeypatch):
-    facts = raw()
-    monkeypatch.setattr(cards, "read", lambda folder: facts.__class__(**{**vars(facts), "counts": COUNTS}))
-    validate.main()
     overrides.apply(paths.PARAMS, {"split": {"anew": True}})
-    assert "expectations hold for 110 images" in validate.main()
-    published = {**COUNTS, "val": 21}
-    monkeypatch.setattr(cards, "read", lambda folder: facts.__class__(**{**vars(facts), "counts": published}))
     with pytest.raises(UserError, match="the data set has the published 111 images, but there are 110"):
         validate.main()
-
-
-def scene(seed: int, side: int = 48) -> np.ndarray:
-    """A smooth colour image, unlike that of any other seed."""
-    coarse = np.random.default_rng(seed).integers(0, 256, (6, 6, 3), dtype=np.uint8)
-    return np.asarray(Image.fromarray(coarse).resize((side, side), Image.Resampling.BICUBIC))
+    publish()
+    assert "expectations hold for 110 images" in validate.main()
 
 
 def reencoded(pixels: np.ndarray) -> np.ndarray:
@@ -204,9 +174,7 @@ def scenes(raw):
     return make
 
 
-@pytest.mark.parametrize(
-    "copy", [reencoded, lambda x: np.roll(x, 1, axis=0), lambda x: np.roll(x, (-1, 1), axis=(0, 1))]
-)
+@pytest.mark.parametrize("copy", [reencoded, lambda x: np.roll(x, (-1, 1), axis=(0, 1))])
 def test_a_near_duplicate_in_two_splits_is_named_with_its_like(scenes, copy):
     facts = scenes(test_7=copy(scene(41)))
     with pytest.raises(UserError) as error:
@@ -242,12 +210,6 @@ def test_the_proposed_split_has_no_leak_and_is_adopted(scenes, monkeypatch):
     before = proposed.read_bytes()
     assert validate.propose() == "no image, near duplicate or group stands in two splits; there is nothing to propose"
     assert proposed.read_bytes() == before
-
-
-def test_a_check_that_is_off_moves_nothing(scenes):
-    scenes(test_7=reencoded(scene(41)))
-    overrides.apply(paths.PARAMS, {"validate": {"severity": {"near_duplicate_in_two_splits": "off"}}})
-    assert "nothing to propose" in validate.propose()
 
 
 def test_a_class_that_would_be_lost_is_told(raw, archive):
@@ -286,6 +248,7 @@ def test_every_check_may_be_off(scenes):
     severity = params.load(paths.PARAMS).validate_.severity.model_dump()
     overrides.apply(paths.PARAMS, {"validate": {"severity": dict.fromkeys(severity, "off")}})
     assert "0 expectations hold for 110 images" in validate.main()
+    assert "nothing to propose" in validate.propose()
 
 
 def test_near_duplicates_with_two_labels_are_a_warning(scenes, capsys):
@@ -308,9 +271,7 @@ def test_images_of_few_greys_are_compared_too_and_told(scenes, capsys):
     assert "6 images are almost of one value: 16-bit grey is read by its full range" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(
-    ("severity", "outcome"), [("stop", "shut"), ("warn", "warned"), ("off", "silent"), (False, "silent")]
-)
+@pytest.mark.parametrize(("severity", "outcome"), [("stop", "shut"), ("warn", "warned"), (False, "silent")])
 def test_what_a_check_does_is_chosen(scenes, capsys, severity, outcome):
     scenes(test_7=reencoded(scene(40)))  # of the same class
     overrides.apply(paths.PARAMS, {"validate": {"severity": {"near_duplicate_in_two_splits": severity}}})
@@ -329,30 +290,17 @@ def test_what_a_check_does_is_chosen(scenes, capsys, severity, outcome):
     assert ("1 of 18 expectations do not hold: a warning, the gate is open" in page_of) == (outcome == "warned")
 
 
-def test_copies_with_two_labels_are_named(scenes):
-    facts = scenes(train_4=scene(0))
-    with pytest.raises(UserError, match="copies of an image have the same label") as error:
-        validate.main()
-    prefix = f"own-scans-{facts.sha256[:8]}"
-    assert f"{prefix}/train/0 " in str(error.value)
-    assert f"{prefix}/train/4 " in str(error.value)
-
-
-def test_labels_that_shift_are_a_warning_with_the_divergence(raw, capsys):
+def test_labels_that_shift_and_a_class_of_few_images_are_warnings(raw, capsys):
     raw(test_labels=np.array([0] * 24 + [1, 1, 1, 2, 2, 2], np.uint8)[:, None])
     validate.main()
-    assert re.search(
-        r"labels of test diverge by no more than 0.05 bits from those of train, but by 0\.1\d\d",
-        capsys.readouterr().out,
-    )
-
-
-def test_a_class_of_few_images_is_a_warning(raw, capsys):
-    raw()
+    printed = capsys.readouterr().out
+    assert re.search(r"labels of test diverge by no more than 0.05 bits from those of train, but by 0\.1\d\d", printed)
+    assert "images in each split" not in printed
     overrides.apply(paths.PARAMS, {"validate": {"min_per_class": 7}})
     validate.main()
     printed = capsys.readouterr().out
-    assert "every class has 7 or more images in each split\n    val has 6 of class 2\n" in printed
+    assert "every class has 7 or more images in each split\n    test has 3 of class 1\n" in printed
+    assert "    val has 6 of class 2\n" in printed
 
 
 def test_a_finding_without_positives_is_named(raw, capsys):

@@ -3,7 +3,6 @@
 import functools
 import hashlib
 import http.server
-import socket
 import threading
 
 import pytest
@@ -87,20 +86,6 @@ def test_a_wrong_checksum_stops_with_both_sums(server, fetch, published, tmp_pat
         assert expected in str(error.value)
     assert not list((tmp_path / "downloads").iterdir())
     assert (published / "breastmnist.npz").is_file()
-
-
-def test_no_network_is_told_with_a_remedy(fetch, tmp_path):
-    with socket.socket() as unused:
-        unused.bind(("127.0.0.1", 0))
-        address = f"http://127.0.0.1:{unused.getsockname()[1]}"
-    with pytest.raises(UserError, match=r"cannot be downloaded \(no connection\).*dataset\.mirror"):
-        fetch(28, address)
-    assert not list((tmp_path / "downloads").iterdir())
-
-
-def test_a_mirror_without_the_file_is_told(fetch, tmp_path):
-    with pytest.raises(UserError, match=r"no such file; dataset\.mirror must be a folder or URL"):
-        fetch(28, str(tmp_path))
 
 
 def test_the_table_is_complete():

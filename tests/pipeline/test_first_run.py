@@ -71,6 +71,7 @@ def test_all_outputs_of_the_readme_exist(project, first):
     for name in named:
         folder = "reports" if name in ("results.json", "intervals.json", "subgroups.json") else "."
         assert (project.folder / folder / name).exists(), name
+    assert (project.folder / "reports/validation/data_docs/index.html").is_file()
 
 
 def test_the_mlflow_run_holds_all_results(project, mlflow, run):
