@@ -177,7 +177,7 @@ def print_speed(images: int, findings: int, draws: int) -> None:
     seconds = []
     for _ in range(5):
         began = time.perf_counter()
-        delong.difference(truth, one, other)
+        delong.difference([truth], [one], [other])
         seconds.append(time.perf_counter() - began)
     print(f"paired DeLong of two models on 20,000 images: {np.median(seconds):.3f} s")
 

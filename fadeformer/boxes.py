@@ -47,15 +47,8 @@ def boxes_in_array(boxes: ArrayLike, width: int, height: int, side: int, aspect:
 
     Returns:
         (boxes, 4), each cut at the square's edges; NaN of a box of which nothing is left.
-
-    Raises:
-        ValueError: these are no boxes, no size or no aspect.
     """
     given = np.asarray(boxes, dtype=np.float64)
-    if given.ndim != 2 or given.shape[1:] != (4,) or not np.isfinite(given).all() or (given[:, 2:] <= 0).any():
-        raise ValueError("boxes are rows of x, y, w and h, of which w and h are above 0")
-    if min(width, height, side) < 1:
-        raise ValueError(f"an image of {width} x {height} pixels, or an array of {side}, there is not")
     scale, offset = _geometry(width, height, side, aspect)
     begin = np.clip(given[:, :2] * scale + offset, 0, side)
     end = np.clip((given[:, :2] + given[:, 2:]) * scale + offset, 0, side)
@@ -71,8 +64,6 @@ def _geometry(width: int, height: int, side: int, aspect: Aspect) -> tuple[Float
     if aspect == "crop":
         short = size.min()
         return np.full(2, side / short), -((size - short) // 2) * side / short
-    if aspect == "pad":
-        long = size.max()
-        inner = np.maximum(1, (2 * size * side + long) // (2 * long))
-        return inner / size, ((side - inner) // 2).astype(np.float64)
-    raise ValueError(f"aspect is {aspect!r}; it must be 'squash', 'crop' or 'pad'")
+    long = size.max()
+    inner = np.maximum(1, (2 * size * side + long) // (2 * long))
+    return inner / size, ((side - inner) // 2).astype(np.float64)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from io import BytesIO
 from typing import Literal
 
@@ -24,7 +23,7 @@ from PIL.PngImagePlugin import PngImageFile
 from PIL.TiffImagePlugin import BITSPERSAMPLE, PHOTOMETRIC_INTERPRETATION, TiffImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
-from fadeformer.errors import UnreadableError, UserError
+from fadeformer.errors import UnreadableError
 
 PIXELS = 89_478_485  # of one image at most: Pillow's own limit, 256 MiB of RGB
 READERS: dict[bytes, type[ImageFile.ImageFile]] = {
@@ -63,27 +62,8 @@ MODES = ("1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK",
 Aspect = Literal["squash", "crop", "pad"]
 
 
-@dataclass(frozen=True, eq=False)
-class Picture:
-    """One image.
-
-    Attributes:
-        image: of Pillow's mode L or RGB, in memory. Copying its pixels out of Pillow and in again costs as much as to
-            resize it, so that is left to who needs them.
-        mode: of the file, as Pillow calls it: 1, L, LA, P, RGB, RGBA, CMYK, I;16 and the like.
-    """
-
-    image: Image.Image
-    mode: str
-
-    @property
-    def pixels(self) -> NDArray[np.uint8]:
-        """A copy, uint8, (height, width) or (height, width, 3)."""
-        return np.array(self.image)
-
-
-def decode(data: bytes, name: str, *, limit: int = PIXELS) -> Picture:
-    """Reads a file of one image.
+def decode(data: bytes, name: str, *, limit: int = PIXELS) -> Image.Image:
+    """Reads a file of one image, as Pillow's mode L or RGB, in memory.
 
     EXIF's orientation is applied. A palette counts as colour. An alpha that hides nothing is dropped, one that does is
     laid on black. Grey of more than 8 bits is scaled linearly, rounded to the nearest, so that 0 stays 0 and the
@@ -107,8 +87,6 @@ def decode(data: bytes, name: str, *, limit: int = PIXELS) -> Picture:
 
 def to_channels(image: Image.Image, channels: int) -> Image.Image:
     """Grey, by the luma of ITU-R BT.601, for 1, or colour for 3."""
-    if channels not in (1, 3):
-        raise ValueError(f"channels is {channels}; it must be 1 or 3")
     mode = "L" if channels == 1 else "RGB"
     return image if image.mode == mode else image.convert(mode)
 
@@ -133,14 +111,12 @@ def resize(image: Image.Image, side: int, aspect: Aspect = "squash") -> Image.Im
         short = min(height, width)
         left, top = (width - short) // 2, (height - short) // 2
         return _scaled(image.crop((left, top, left + short, top + short)), side, side)
-    if aspect == "pad":
-        long = max(height, width)
-        inner_width, inner_height = (max(1, (2 * length * side + long) // (2 * long)) for length in image.size)
-        square = Image.new(image.mode, (side, side))
-        inner = _scaled(image, inner_height, inner_width)
-        square.paste(inner, ((side - inner_width) // 2, (side - inner_height) // 2))
-        return square
-    raise ValueError(f"aspect is {aspect!r}; it must be 'squash', 'crop' or 'pad'")
+    long = max(height, width)
+    inner_width, inner_height = (max(1, (2 * length * side + long) // (2 * long)) for length in image.size)
+    square = Image.new(image.mode, (side, side))
+    inner = _scaled(image, inner_height, inner_width)
+    square.paste(inner, ((side - inner_width) // 2, (side - inner_height) // 2))
+    return square
 
 
 def fit(image: Image.Image, side: int, channels: int, aspect: Aspect) -> NDArray[np.uint8]:
@@ -154,10 +130,6 @@ def _scaled(image: Image.Image, height: int, width: int) -> Image.Image:
 
 @contextmanager
 def _opened(data: bytes, name: str) -> Iterator[ImageFile.ImageFile]:
-    if ImageFile.LOAD_TRUNCATED_IMAGES:
-        raise UserError(
-            "Pillow's LOAD_TRUNCATED_IMAGES is on, which fills up images that are cut off; remove what sets it"
-        )
     if not data:
         raise UnreadableError(name, "the file is empty; fetch it again")
     reader = next((reader for magic, reader in READERS.items() if data.startswith(magic)), None)
@@ -188,7 +160,7 @@ def _reason(error: Exception) -> str:
     return f"is damaged, or of a kind that is not read ({text}); fetch it again, or convert it to PNG"
 
 
-def _picture(image: ImageFile.ImageFile, data: bytes, name: str, limit: int) -> Picture:
+def _picture(image: ImageFile.ImageFile, data: bytes, name: str, limit: int) -> Image.Image:
     """The image as it is stored, but for what `decode` says."""
     if image.width * image.height > limit:
         raise UnreadableError(
@@ -207,14 +179,12 @@ def _picture(image: ImageFile.ImageFile, data: bytes, name: str, limit: int) -> 
         pixels = _eight_bits(values, 2**bits - 1, is_inverted=_zero_is_white(image))
         if key is not None:
             pixels[values == key] = 0
-        flat = Image.fromarray(pixels)
-    elif mode in MODES:
+        return Image.fromarray(pixels)
+    if mode in MODES:
         if bits > 8 and key is not None:  # compared with the high byte alone it would hide too much
             raise UnreadableError(name, "has a transparent colour of 16 bits; save it with 8 bits a channel")
-        flat = _flat(_plain(image, turned, data, bits))
-    else:
-        raise UnreadableError(name, f"has pixels of the kind {mode!r}; convert it to 8 or 16 bits, grey or RGB")
-    return Picture(flat, mode)
+        return _flat(_plain(image, turned, data, bits))
+    raise UnreadableError(name, f"has pixels of the kind {mode!r}; convert it to 8 or 16 bits, grey or RGB")
 
 
 def _bits(image: ImageFile.ImageFile, data: bytes) -> int:

@@ -110,34 +110,14 @@ def interval(found: Aucs, curves: Sequence[int], confidence: float) -> tuple[flo
 
 @dataclass(frozen=True)
 class Difference:
-    """Of two AUCs on the same images: first less second, its standard error, interval and two-sided p."""
+    """Of two AUCs on the same images: first less second, and its interval."""
 
     value: float
-    standard_error: float
     low: float
     high: float
-    p: float
 
 
 def difference(
-    truth: Truth, first: Floats, second: Floats, groups: NDArray[np.int64] | None = None, confidence: float = 0.95
-) -> Difference:
-    """Paired comparison of two models.
-
-    Args:
-        truth: which images are positive, (images,).
-        first: scores of one model, (images,).
-        second: of the other.
-        groups: number of each image's patient or lesion; None where every image stands alone.
-        confidence: of the interval.
-
-    Raises:
-        ValueError: there are no positives or negatives, or in one group only.
-    """
-    return mean_difference([truth], [first], [second], groups, confidence)
-
-
-def mean_difference(
     truths: Sequence[Truth],
     first: Sequence[Floats],
     second: Sequence[Floats],
@@ -164,11 +144,8 @@ def mean_difference(
         raise ValueError("a comparison needs positives and negatives of two groups each")
     if variance < ROUNDING * found.covariance.diagonal().max():  # of scores in the same order only rounding is left
         variance = 0.0
-    error = math.sqrt(variance)
-    half = float(norm.ppf((1 + confidence) / 2)) * error
-    of_equals = 1.0 if value == 0 else 0.0  # scores in the same order have no error
-    p = float(2 * norm.sf(abs(value) / error)) if error > 0 else of_equals
-    return Difference(value, error, value - half, value + half, p)
+    half = float(norm.ppf((1 + confidence) / 2)) * math.sqrt(variance)
+    return Difference(value, value - half, value + half)
 
 
 def _degrees(variances: Floats, degrees: Floats) -> Floats:

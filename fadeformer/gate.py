@@ -267,7 +267,7 @@ def compared(first: Predictions, second: Predictions, confidence: float) -> Diff
     truths = [truth[:, c] for c in places]
     scores, of_others = ([part.scores[:, c] for c in places] for part in (ours, others))
     try:
-        return delong.mean_difference(truths, scores, of_others, groups, confidence)
+        return delong.difference(truths, scores, of_others, groups, confidence)
     except ValueError:  # of one group alone
         return None
 

@@ -53,7 +53,7 @@ class Input:
         """
         data = self._bytes()
         if not is_dicom(self.member or self.path.name, data):
-            return decode(data, self.name).image
+            return decode(data, self.name)
         frames = dicom.read(data, self.name, salt=SALT).frames
         if len(frames) > 1:
             raise UnreadableError(

@@ -27,10 +27,15 @@ def auc(labels: Labels, scores: Scores, task: Task) -> float | None:
 
     Of two exclusive classes it is the last one's, whose score decides. None where no class can be judged.
     """
-    found = [value for value in _aucs(labels, scores, task) if value is not None]
-    if task.multi_label or scores.shape[1] > 2:
-        return float(np.mean(found)) if found else None
-    return _aucs(labels, scores, task)[-1]
+    truth, everyone = one_versus_rest(labels, scores.shape[1], task), np.arange(len(scores))
+    each_once = np.ones((1, len(scores)))
+    shown = range(scores.shape[1]) if task.multi_label or scores.shape[1] > 2 else [1]
+    found = [
+        Ranked(truth[:, c], scores[:, c], everyone).areas(each_once)[0]
+        for c in shown
+        if truth[:, c].any() and not truth[:, c].all()
+    ]
+    return float(np.mean(found)) if found else None
 
 
 def accuracy(labels: Labels, scores: Scores, task: Task) -> float:
@@ -113,15 +118,3 @@ def shown_classes(predictions: Predictions) -> range:
     """The classes that have a curve of their own: all, but of two exclusive ones only the last, its mirror image."""
     count = len(predictions.classes)
     return range(count - 1, count) if count == 2 and not predictions.task.multi_label else range(count)
-
-
-def _aucs(labels: Labels, scores: Scores, task: Task) -> list[float | None]:
-    """AUC of each class by the ranks that `fadeformer.measures` uses too, so that both are the same to the last bit."""
-    truth, everyone = one_versus_rest(labels, scores.shape[1], task), np.arange(len(scores))
-    each_once = np.ones((1, len(scores)))
-    return [
-        float(Ranked(truth[:, c], scores[:, c], everyone).areas(each_once)[0][0])
-        if truth[:, c].any() and not truth[:, c].all()
-        else None
-        for c in range(scores.shape[1])
-    ]

@@ -47,10 +47,8 @@ def threshold(truth: Truth, score: Floats, rule: str, least: float | None) -> fl
         place = int(np.argmax(true - false))
     elif rule == "sensitivity":
         place = int(np.argmax(true >= least))  # the first, of the highest threshold
-    elif rule == "specificity":
-        place = int(np.flatnonzero(1 - false >= least)[-1])
     else:
-        raise ValueError(f"rule is {rule!r}; it is youden, sensitivity or specificity")
+        place = int(np.flatnonzero(1 - false >= least)[-1])
     if place == 0:  # roc_curve begins where nothing is positive
         return float(np.nextafter(max(1.0, scores[1]), np.inf))
     above, below = float(scores[place]), float(scores[place + 1]) if place + 1 < len(scores) else 0.0

@@ -58,7 +58,7 @@ def _picture(image: Any, name: str, max_pixels: int) -> Image.Image:
     if isinstance(image, str):
         image = _bytes(image, name)
     if isinstance(image, (bytes, bytearray, memoryview)):
-        return decode(bytes(image), name, limit=max_pixels).image
+        return decode(bytes(image), name, limit=max_pixels)
     if isinstance(image, (np.ndarray, Sequence)):
         return _picture_of_array(image, name, max_pixels)
     raise UnreadableError(name, "is neither bytes of a file, nor base64 text, nor an array of pixels")

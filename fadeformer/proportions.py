@@ -12,13 +12,7 @@ Truth = NDArray[np.bool_]
 
 
 def wilson(hits: int, trials: int, confidence: float = 0.95) -> tuple[float, float]:
-    """Wilson's score interval (1927, doi:10.2307/2276774), which holds its level in small samples and near 0 and 1.
-
-    Raises:
-        ValueError: there are no trials.
-    """
-    if trials < 1:
-        raise ValueError("a proportion of nothing has no interval")
+    """Wilson's score interval (1927, doi:10.2307/2276774), which holds its level in small samples and near 0 and 1."""
     return score(hits / trials, trials, float(norm.ppf((1 + confidence) / 2)))
 
 

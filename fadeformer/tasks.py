@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.special import expit, log_expit, softmax
 
 from fadeformer.errors import UserError
 
@@ -83,16 +84,7 @@ def _right_grade(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def _softmax(logits: NDArray[np.float64]) -> NDArray[np.float64]:
-    shifted = np.exp(logits - logits.max(axis=1, keepdims=True))
-    return np.asarray(shifted / shifted.sum(axis=1, keepdims=True))
-
-
-def _sigmoid(logits: NDArray[np.float64]) -> NDArray[np.float64]:
-    return np.asarray(np.exp(_log_sigmoid(logits)))
-
-
-def _log_sigmoid(logits: NDArray[np.float64]) -> NDArray[np.float64]:
-    return np.asarray(-np.logaddexp(0.0, -logits))
+    return np.asarray(softmax(logits, axis=1))
 
 
 def _grades(logits: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -102,9 +94,9 @@ def _grades(logits: NDArray[np.float64]) -> NDArray[np.float64]:
     """
     steps = np.cumsum(np.logaddexp(0.0, logits[:, 1:]), axis=1)
     above = logits[:, :1] - np.pad(steps, ((0, 0), (1, 0)))
-    over = np.pad(_log_sigmoid(above), ((0, 0), (1, 0)))
-    under = np.pad(_log_sigmoid(-above), ((0, 0), (0, 1)))
-    between = np.pad(_log_sigmoid(logits[:, 1:]), ((0, 0), (1, 1)))
+    over = np.pad(log_expit(above), ((0, 0), (1, 0)))
+    under = np.pad(log_expit(-above), ((0, 0), (0, 1)))
+    between = np.pad(log_expit(logits[:, 1:]), ((0, 0), (1, 1)))
     return np.asarray(np.exp(over + under + between))
 
 
@@ -205,7 +197,7 @@ class Task:
 
 
 _CLASSES = (False, 0, _one_hot, _softmax_losses, _right_class, _softmax, _log_softmax, _most_likely, _balanced)
-_LABELS = (True, 0, _findings, _sigmoid_losses, _right_findings, _sigmoid, _as_they_are, _above_half, _against_absent)
+_LABELS = (True, 0, _findings, _sigmoid_losses, _right_findings, expit, _as_they_are, _above_half, _against_absent)
 
 TASKS: dict[str, Task] = {
     task.name: task

@@ -37,21 +37,6 @@ def test_what_a_crop_cuts_off_is_cut_off():
     np.testing.assert_allclose(mapped, [(25, 5, 10, 10), (np.nan,) * 4, (0, 0, 5, 25)])
 
 
-@pytest.mark.parametrize(
-    ("boxes", "width", "aspect", "message"),
-    [
-        ([(0, 0, 1, 0)], 9, "squash", "w and h are above 0"),
-        ([(0, 0, 1)], 9, "squash", "rows of x, y, w and h"),
-        ([(0, np.nan, 1, 1)], 9, "squash", "rows of x, y, w and h"),
-        ([(0, 0, 1, 1)], 0, "squash", "0 x 9 pixels"),
-        ([(0, 0, 1, 1)], 9, "stretch", "aspect is 'stretch'"),
-    ],
-)
-def test_what_is_no_box_is_told(boxes, width, aspect, message):
-    with pytest.raises(ValueError, match=message):
-        boxes_in_array(boxes, width, 9, 28, aspect)
-
-
 def test_boxes_of_images_that_are_there_in_pixels_of_their_arrays():
     boxes = pd.DataFrame(
         [("b", 3, 0, 512, 512, 256), ("b", 1, 512, 0, 64, 64), ("z", 3, 1, 1, 1, 1)],

@@ -39,7 +39,7 @@ def test_a_file_of_any_size_and_mode_becomes_what_preprocess_makes_of_it(mode):
     image = Image.fromarray(big).convert("L").convert("I;16") if mode == "I;16" else Image.fromarray(big).convert(mode)
     buffer = io.BytesIO()
     image.save(buffer, "TIFF" if mode == "CMYK" else "PNG")
-    expected = fit(decode(buffer.getvalue(), "x").image, 16, 3, "pad")
+    expected = fit(decode(buffer.getvalue(), "x"), 16, 3, "pad")
     np.testing.assert_array_equal(pixels_of([buffer.getvalue()])[0], expected)
 
 

@@ -72,9 +72,7 @@ def listing(path: Path) -> list[Member]:
     return [member for member, _ in _walk(path)]
 
 
-def members(
-    path: Path, wanted: Callable[[str], bool] = lambda name: True, *, largest: int = LARGEST
-) -> Iterator[tuple[str, bytes]]:
+def members(path: Path, wanted: Callable[[str], bool] = lambda name: True) -> Iterator[tuple[str, bytes]]:
     """Streams name and content of the wanted files, in the archive's order; a folder's sorted by name.
 
     A zip is judged before its first member is given out; a tar only as it is read, so that what came out of one that
@@ -83,23 +81,21 @@ def members(
     Args:
         path: the archive or folder.
         wanted: says of a name whether to read the file; the `__contains__` of a set will do.
-        largest: bytes that one member may have.
 
     Raises:
         UserError: it is damaged, or refused for one of its members.
     """
     for member, content in _walk(path):
         if wanted(member.name):
-            yield member.name, _taken(path, member, content, largest)
+            yield member.name, _taken(path, member, content)
 
 
-def read(path: Path, name: str, *, largest: int = LARGEST) -> bytes:
+def read(path: Path, name: str) -> bytes:
     """One file of a zip or a folder, in any order and from any thread.
 
     Args:
         path: the zip or folder.
         name: as `listing` gives it.
-        largest: bytes that it may have.
 
     Raises:
         UserError: there is no such file, it is refused or damaged, or the archive is a tar.
@@ -109,13 +105,13 @@ def read(path: Path, name: str, *, largest: int = LARGEST) -> bytes:
             name = _safe(path, name)
             member, content = _file(path, path.resolve(), path.resolve() / name)
         elif _walker(path) is _zip:
-            entry = _directory_of(path).get(name)
-            if entry is None:
+            archive, files = _directory_of(path)
+            if name not in files:
                 raise UserError(f"{path}: has no file {name!r}")
-            member, content = Member(name, entry.size), partial(_content_of, path, entry)
+            member, content = Member(name, files[name].file_size), partial(zips.content, archive, files[name])
         else:
             raise UserError(f"{path}: a tar is read from front to back only; unpack it, and name the folder instead")
-    return _taken(path, member, content, largest)
+    return _taken(path, member, content)
 
 
 def collisions(names: Iterable[str]) -> list[tuple[str, ...]]:
@@ -194,38 +190,35 @@ def _file(path: Path, root: Path, file: Path) -> tuple[Member, Callable[[], byte
 
 
 def _zip(path: Path) -> Walk:
-    with path.open("rb") as file:
-        for name, entry in _directory_of(path).items():
-            yield Member(name, entry.size), partial(zips.content, file, entry)
+    archive, files = _directory_of(path)
+    for name, info in files.items():
+        yield Member(name, info.file_size), partial(zips.content, archive, info)
 
 
-def _directory_of(path: Path) -> dict[str, zips.Entry]:
+def _directory_of(path: Path) -> tuple[zipfile.ZipFile, dict[str, zipfile.ZipInfo]]:
     status = path.stat()
     return _directory(path, status.st_size, status.st_mtime_ns)
 
 
 @lru_cache(maxsize=4)  # random access would read the directory anew for every image
-def _directory(path: Path, size: int, changed: int) -> dict[str, zips.Entry]:
-    """The files of a zip in its order, with every claim checked that needs no inflating."""
-    files: dict[str, zips.Entry] = {}
-    for entry in zips.entries(path, RATIO):
-        name = _safe(path, entry.name, is_folder=entry.is_folder)
-        if entry.problem:
-            raise _refusal(path, name, entry.problem)
-        if entry.is_folder:
+def _directory(path: Path, size: int, changed: int) -> tuple[zipfile.ZipFile, dict[str, zipfile.ZipInfo]]:
+    """An opened zip and its files in its order, with every claim checked that needs no inflating."""
+    archive = zips.opened(path)
+    files: dict[str, zipfile.ZipInfo] = {}
+    for info in sorted(archive.infolist(), key=lambda info: info.header_offset):
+        raw = info.orig_filename  # zipfile cuts `filename` at a NUL
+        name = _safe(path, raw, is_folder=raw.endswith("/"))
+        if problem := zips.problem(info, RATIO):
+            raise _refusal(path, name, problem)
+        if raw.endswith("/"):
             continue
         if name in files:
             raise _refusal(path, name, "stands in it twice")
-        files[name] = entry
-    total = sum(entry.size for entry in files.values())
+        files[name] = info
+    total = sum(info.file_size for info in files.values())
     if total > RATIO * size:  # members that share their bytes: each is harmless alone
         raise UserError(f"{path}: {size:,} bytes would grow to {total:,}, as a zip bomb does; it is refused")
-    return files
-
-
-def _content_of(path: Path, entry: zips.Entry) -> bytes:
-    with path.open("rb") as file:
-        return zips.content(file, entry)
+    return archive, files
 
 
 def _tar(path: Path) -> Walk:
@@ -259,9 +252,9 @@ def _is_rubbish(name: str) -> bool:
     return any(part in RUBBISH or part.startswith(".") for part in parts) or parts[-1].lower() in RUBBISH
 
 
-def _taken(path: Path, member: Member, content: Callable[[], bytes], largest: int) -> bytes:
-    if member.size > largest:
-        raise _refusal(path, member.name, f"has {member.size:,} bytes; an image may have {largest:,}")
+def _taken(path: Path, member: Member, content: Callable[[], bytes]) -> bytes:
+    if member.size > LARGEST:
+        raise _refusal(path, member.name, f"has {member.size:,} bytes; an image may have {LARGEST:,}")
     with _explained(path):
         return content()
 

@@ -79,9 +79,7 @@ def _done(
     done: list[tuple[int, Result | UnreadableError]] = []
     for row, image, name in some:
         try:
-            done.append(
-                (row, work(row, decode(image, name).image if isinstance(image, bytes) else Image.fromarray(image)))
-            )
+            done.append((row, work(row, decode(image, name) if isinstance(image, bytes) else Image.fromarray(image))))
         except UnreadableError as error:
             done.append((row, error))
     return done

@@ -5,14 +5,10 @@ Facts are those of `medmnist/info.py` 3.0.2; the files are published at https://
 
 from __future__ import annotations
 
-import shutil
-from pathlib import Path
 from typing import NamedTuple
 
-from fadeformer.datasets import download
+from fadeformer.datasets.download import Remote
 from fadeformer.datasets.facts import SPLITS, Facts
-from fadeformer.errors import UserError
-from fadeformer.files import check_room, checksum, place
 
 PUBLISHED_AT = "https://zenodo.org/records/10519652/files"
 SIDED = ("organamnist", "organcmnist")  # axial and coronal: left and right organs are classes of their own
@@ -43,50 +39,31 @@ class Set(NamedTuple):
     md5: dict[int, str]
 
 
-def fetch(name: str, size: int, mirror: str | None, downloads: Path, folder: Path) -> Facts:
-    """Brings one archive into `folder`, its MD5 verified.
+def remote(name: str, size: int) -> Remote:
+    """The archive of a set, by MedMNIST's flag and the side of an image."""
+    file = f"{name}.npz" if size == 28 else f"{name}_{size}.npz"
+    return Remote(f"{PUBLISHED_AT}/{file}?download=1", file, ("md5", SETS[name].md5[size]))
+
+
+def facts(name: str, size: int, sha256: str) -> Facts:
+    """The card of the data set.
 
     Args:
         name: MedMNIST's flag.
         size: side of an image, pixels.
-        mirror: folder or URL that holds the archives under their published names; None for the published address.
-        downloads: where verified downloads stay, so that none is made twice.
-        folder: where the archive goes.
-
-    Raises:
-        UserError: it cannot be reached, or its MD5 is not the published one.
+        sha256: of the archive.
     """
-    facts = SETS[name]
-    file = f"{name}.npz" if size == 28 else f"{name}_{size}.npz"
-    if mirror is not None and not mirror.startswith(("http://", "https://")):
-        source = Path(mirror).expanduser() / file
-        if not source.is_file():
-            raise UserError(f"{source}: no such file; dataset.mirror must be a folder or URL that holds {file}")
-        found = checksum(source, "md5")
-        if found != facts.md5[size]:
-            raise UserError(
-                f"{source}: MD5 is {found}, but {name} at {size} pixels is published with {facts.md5[size]};"
-                " the file is damaged or another one: fetch it again, or use it as your own with dataset.name: npz"
-            )
-        check_room(folder, source.stat().st_size, "the copy of the data")
-        sha256 = checksum(shutil.copyfile(source, folder / file), "sha256")
-    else:
-        url = f"{mirror.rstrip('/')}/{file}" if mirror else f"{PUBLISHED_AT}/{file}?download=1"
-        remote = download.Remote(url, file, ("md5", facts.md5[size]))
-        remedy = f"check the network, or set dataset.mirror to a folder that holds {file}"
-        brought = download.fetch([remote], downloads, remedy=remedy)[file]
-        sha256 = brought.sha256
-        place(brought.path, folder / file)
+    known = SETS[name]
     return Facts(
         name=name,
-        file=file,
+        file=remote(name, size).name,
         sha256=sha256,
-        task=facts.task,
-        classes=facts.classes,
+        task=known.task,
+        classes=known.classes,
         size=size,
-        channels=facts.channels,
-        counts=dict(zip(SPLITS, facts.counts, strict=True)),
-        licence=facts.licence,
+        channels=known.channels,
+        counts=dict(zip(SPLITS, known.counts, strict=True)),
+        licence=known.licence,
         note=NOTES.get(name, ""),
         mirrors=name not in SIDED,
     )

@@ -28,6 +28,12 @@ from fadeformer.datasets.facts import SPLITS, Facts
 from fadeformer.errors import UserError
 from fadeformer.files import check_room, checksum, place
 
+OTHER_EDITION = (
+    "{} is published; the file is damaged: fetch it again; or it is a sample or another edition: set dataset.edition:"
+    " other"
+)
+OTHER_SET = "the file is damaged or another one: fetch it again, or use it as your own with dataset.name: npz"
+
 
 def fetch(
     *,
@@ -87,7 +93,10 @@ def fetch(
         files = _bring(remote, edition, mirror, downloads, lock, into, optional=[boxes])
         found = chestxray14.facts(files, facts.digest(files), numbers, edition == "published")
     else:
-        found = medmnist.fetch(name, size, mirror, downloads, into)
+        archive = medmnist.remote(name, size)
+        mismatch = f"{name} at {size} pixels is published with {{}}; {OTHER_SET}"
+        files = _bring([archive], "published", mirror, downloads, lock, into, mismatch=mismatch)
+        found = medmnist.facts(name, size, files[archive.name])
     facts.write(found, into)
     return found
 
@@ -105,10 +114,12 @@ def _bring(
     lock: Path,
     into: Path,
     optional: Sequence[Remote] = (),
+    mismatch: str = OTHER_EDITION,
 ) -> dict[str, str]:
     """Brings files and compares those without a published checksum with their pins; SHA-256 of each by name.
 
-    One of the optional files, which come last, is left out where there is none.
+    One of the optional files, which come last, is left out where there is none. `mismatch` is the end of the message
+    about a file in the mirror that has another checksum than the published one.
     """
     names = ", ".join(file.name for file in remote)
     remote, needed = [*remote, *optional], {file.name for file in remote}
@@ -132,10 +143,8 @@ def _bring(
             if not path.is_file():
                 raise UserError(f"{path}: no such file; dataset.mirror must be a folder or URL that holds {names}")
             if file.checksum is not None and (digest := checksum(path, file.checksum[0])) != file.checksum[1]:
-                raise UserError(
-                    f"{path}: {file.checksum[0].upper()} is {digest}, but {file.checksum[1]} is published; the file is"
-                    " damaged: fetch it again; or it is a sample or another edition: set dataset.edition: other"
-                )
+                published = mismatch.format(file.checksum[1])
+                raise UserError(f"{path}: {file.checksum[0].upper()} is {digest}, but {published}")
             brought[file.name] = (path, checksum(path, "sha256"), path.stat().st_size)
     unpublished = {file.name for file in remote if file.checksum is None}
     found = {

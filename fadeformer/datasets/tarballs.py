@@ -7,10 +7,10 @@ error, and all that is held is one header or one member.
 
 from __future__ import annotations
 
-import os
+import gzip
 import tarfile
-import zlib
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import BinaryIO, NamedTuple
 
 BLOCK = tarfile.BLOCKSIZE
@@ -73,14 +73,12 @@ def entries(file: BinaryIO, ratio: int) -> Iterator[Entry]:
         BombError: more came out.
         EOFError: it is truncated or damaged.
         ValueError: a header is.
-        zlib.error: the gzip stream is.
+        OSError: the gzip stream is.
     """
-    is_gzip = file.read(len(GZIP)) == GZIP
-    file.seek(0)
-    stream = _Gunzip(file, ratio) if is_gzip else file
+    stream = _Stream(file, ratio)
     for_all: dict[str, str] = {}
     for_next: dict[str, str] = {}
-    while any(block := _exactly(stream, BLOCK)):  # zeros are the end marker
+    while any(block := stream.exactly(BLOCK)):  # zeros are the end marker
         try:
             info = tarfile.TarInfo.frombuf(block, "utf-8", "strict")
         except tarfile.HeaderError as error:
@@ -91,19 +89,18 @@ def entries(file: BinaryIO, ratio: int) -> Iterator[Entry]:
         size = int(fields.get("size", info.size))
         if size < 0 or ((extended or long_name) and size > LARGEST_HEADER):
             raise EOFError(f"a header of {size} bytes")
-        body = _Body(stream, size)
+        content, end = partial(stream.exactly, size), stream.place() + size
         if extended:
-            (for_all if info.type == tarfile.XGLTYPE else for_next).update(_records(body.content()))
+            (for_all if info.type == tarfile.XGLTYPE else for_next).update(_records(content()))
         elif info.type == tarfile.GNUTYPE_LONGNAME:
-            for_next["path"] = body.content().rstrip(b"\0").decode("utf-8")
+            for_next["path"] = content().rstrip(b"\0").decode("utf-8")
         elif not long_name:
             kind = tarfile.GNUTYPE_SPARSE if any(key.startswith("GNU.sparse") for key in fields) else info.type
             known = kind in (*REGULAR, tarfile.DIRTYPE)
             problem = "" if known else PROBLEMS.get(kind, f"is an entry of the unknown kind {kind!r}")
             for_next = {}
-            yield Entry(fields.get("path", info.name), size, kind == tarfile.DIRTYPE, problem, body.content)
-        body.skip()
-        _exactly(stream, -size % BLOCK)
+            yield Entry(fields.get("path", info.name), size, kind == tarfile.DIRTYPE, problem, content)
+        stream.skip_to(end + -size % BLOCK)
     while rest := stream.read(CHUNK):  # to the end of the gzip stream, whose checksum stands there
         if rest.strip(b"\0"):
             raise EOFError("more data stands behind its end")
@@ -122,68 +119,33 @@ def _records(data: bytes) -> dict[str, str]:
     return fields
 
 
-class _Gunzip:
-    """Inflates as a stream and stops as soon as far more came out than went in."""
+class _Stream:
+    """The bytes of a tar, or of a tar.gz as it is inflated; stops when far more came out than went in."""
 
     def __init__(self, file: BinaryIO, ratio: int) -> None:
-        self.file = file
-        self.ratio = ratio
-        self.inflater = zlib.decompressobj(16 + zlib.MAX_WBITS)
-        self.waiting = b""
-        self.taken = 0
-        self.given = 0
+        is_gzip = file.read(len(GZIP)) == GZIP
+        file.seek(0)
+        self.file, self.ratio = file, ratio
+        self.opened = gzip.GzipFile(fileobj=file, mode="rb") if is_gzip else file
+
+    def place(self) -> int:
+        return self.opened.tell()
 
     def read(self, size: int) -> bytes:
-        parts = []
-        while size and (not self.inflater.eof or self._begin_next_stream()):
-            self.waiting = self.waiting or self.file.read(CHUNK)
-            part = self.inflater.decompress(self.waiting, size)
-            if not part and not self.waiting and not self.inflater.eof:
-                raise EOFError("it ends too early")
-            rest = self.inflater.unused_data if self.inflater.eof else self.inflater.unconsumed_tail
-            self.taken += len(self.waiting) - len(rest)
-            self.waiting = rest
-            self.given += len(part)
-            if self.given > max(FREE, self.ratio * self.taken):
-                raise BombError
-            parts.append(part)
-            size -= len(part)
-        return b"".join(parts)
-
-    def _begin_next_stream(self) -> bool:
-        """Goes on where one stream has ended: parallel gzip writes several. Zeros are the padding of a tape."""
-        self.waiting = self.waiting.lstrip(b"\0")
-        while not self.waiting:
-            block = self.file.read(CHUNK)
-            if not block:
-                return False
-            self.waiting = block.lstrip(b"\0")
-        self.inflater = zlib.decompressobj(16 + zlib.MAX_WBITS)
-        return True
-
-
-class _Body:
-    """The bytes of one entry."""
-
-    def __init__(self, stream: BinaryIO | _Gunzip, size: int) -> None:
-        self.stream = stream
-        self.left = size
-
-    def content(self) -> bytes:
-        data = _exactly(self.stream, self.left)
-        self.left = 0
+        try:
+            data = self.opened.read(size)
+        except EOFError as error:
+            raise EOFError("it ends too early") from error
+        if self.place() > max(FREE, self.ratio * self.file.tell()):
+            raise BombError
         return data
 
-    def skip(self) -> None:
-        if self.left and not isinstance(self.stream, _Gunzip):
-            self.stream.seek(self.left - 1, os.SEEK_CUR)
-            self.left = 1  # read, since one may seek beyond the end
-        while self.left:
-            self.left -= len(_exactly(self.stream, min(self.left, CHUNK)))
+    def exactly(self, size: int) -> bytes:
+        data = self.read(size)
+        if len(data) != size:
+            raise EOFError("it ends too early")
+        return data
 
-
-def _exactly(stream: BinaryIO | _Gunzip, size: int) -> bytes:
-    data = stream.read(size)
-    if len(data) != size:
-        raise EOFError("it ends too early")
-    return data
+    def skip_to(self, place: int) -> None:
+        while (left := place - self.place()) > 0:
+            self.exactly(min(left, CHUNK))

@@ -7,7 +7,7 @@ import threading
 
 import pytest
 
-from fadeformer.datasets import medmnist
+from fadeformer.datasets import medmnist, sources
 from fadeformer.errors import UserError
 
 
@@ -49,7 +49,13 @@ def server(published):
 @pytest.fixture
 def fetch(tmp_path):
     (tmp_path / "out").mkdir()
-    return lambda size, mirror: medmnist.fetch("breastmnist", size, mirror, tmp_path / "downloads", tmp_path / "out")
+    kept = {"downloads": tmp_path / "downloads", "lock": tmp_path / "lock.json", "salt": tmp_path / "salt"}
+    own = {"root": "", "classes": None, "images": 0, "task": None, "seed": 0, "edition": "published", "archives": []}
+
+    def bring(size, mirror, name="breastmnist"):
+        return sources.fetch(name=name, size=size, mirror=mirror, **own, **kept, into=tmp_path / "out")
+
+    return bring
 
 
 def test_from_a_folder(published, fetch, tmp_path):
@@ -97,9 +103,8 @@ def test_the_table_is_complete():
     assert all(len(md5) == 32 for md5 in sums)
 
 
-def test_the_official_retinamnist_is_taken_and_a_rebuilt_file_is_not(real_data, tmp_path):
-    (tmp_path / "out").mkdir()
-    facts = medmnist.fetch("retinamnist", 28, str(real_data / "medmnist"), tmp_path, tmp_path / "out")
+def test_the_official_retinamnist_is_taken_and_a_rebuilt_file_is_not(real_data, fetch):
+    facts = fetch(28, str(real_data / "medmnist"), "retinamnist")
     assert facts.task == "ordinal-regression"
     with pytest.raises(UserError, match="28209eda62fecd6e6a2d98b1501bb15f"):
-        medmnist.fetch("pneumoniamnist", 28, str(real_data / "npz"), tmp_path, tmp_path / "out")
+        fetch(28, str(real_data / "npz"), "pneumoniamnist")
