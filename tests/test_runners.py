@@ -11,6 +11,8 @@ import pytest
 from dvc.utils.hydra import apply_overrides
 from hypothesis import given
 from hypothesis import strategies as st
+from prefect.client.orchestration import get_client
+from prefect.settings import PREFECT_API_URL, PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 
 from fadeformer import params
 from fadeformer.errors import PassingError, UserError
@@ -115,3 +117,46 @@ def test_a_users_own_files_that_git_does_not_have_are_copied(tmp_path, monkeypat
     (tmp_path / "dataset.lock").touch()
     own["dataset"] |= {"name": "folder", "root": "scans"}
     assert runners.untracked(own) == ["scans", "dataset.lock"]
+
+
+@pytest.fixture
+def deployment(prefect_server):
+    """Name of a deployment that no worker serves."""
+    with temporary_settings({PREFECT_API_URL: prefect_server, PREFECT_CLIENT_MAX_RETRIES: 0}):
+        with get_client(sync_client=True) as client:
+            client.create_deployment(
+                client.create_flow_from_name("experiment"), name="run", enforce_parameter_schema=False
+            )
+        yield "experiment/run"
+
+
+def test_a_run_on_a_server_is_found_again_until_it_has_ended(deployment, wanted):
+    run, runner = Run("one", wanted.nested()), runners.PrefectRunner(deployment, runners.experiment)
+    runner.start(run)
+    first = runner.ids["one"]
+    assert runner.status(run).state == "Running"
+    runner.start(run)
+    assert runner.ids["one"] == first
+    for _ in range(2):
+        runner.stop([run])
+        assert runner.status(run).state == "Stopped"
+    runner.start(run)
+    assert runner.ids["one"] != first
+
+
+def test_a_run_with_a_key_is_started_once(deployment, wanted):
+    run, ids = Run("two", wanted.nested()), []
+    for key in ("grid", "grid", "other"):
+        runner = runners.PrefectRunner(deployment, runners.experiment, key)
+        runner.start(run)
+        ids.append(runner.ids["two"])
+        runner.stop([run])
+    assert ids[0] == ids[1] != ids[2]
+
+
+def test_without_a_deployment_or_a_server_there_is_one_message(deployment, wanted):
+    run = Run("three", wanted.nested())
+    with pytest.raises(UserError, match="no such run or deployment; run `make deploy`"):
+        runners.PrefectRunner("experiment/none", runners.experiment).start(run)
+    with temporary_settings({PREFECT_API_URL: "http://127.0.0.1:9/api"}), pytest.raises(PassingError, match="its runs"):
+        runners.PrefectRunner(deployment, runners.experiment).start(run)
