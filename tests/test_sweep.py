@@ -263,8 +263,3 @@ def test_a_file_with_a_fault_is_told_by_key(planned, text, told):
         planned(text)
     assert told in str(raised.value)
     assert "rates.yaml: " in str(raised.value)
-
-
-def test_a_file_that_is_not_there_is_told(tmp_path, wanted):
-    with pytest.raises(UserError, match=r"none\.yaml: cannot be read"):
-        space.load(tmp_path / "none.yaml", wanted)

@@ -1,6 +1,8 @@
 """Grids: strict checking, which cells run and which are finished already, and the tables."""
 
+import argparse
 import re
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 
@@ -12,6 +14,7 @@ from fadeformer import predictions
 from fadeformer.complexity import Cost
 from fadeformer.errors import UserError
 from fadeformer.tasks import TASKS
+from pipelines.commands import tables
 from pipelines.experiments import engine, report
 from pipelines.experiments import grid as grids
 from pipelines.experiments.engine import Listed, Run, Status
@@ -59,18 +62,10 @@ def test_the_shipped_grids_are_valid_and_offer_the_networks_of_the_published_tab
         ("seeds: [0, 1]", "seeds: []", "seeds is [], but should be"),
         ("seeds: [0, 1]", "seeds: [-1]", "params.yaml with the overrides of phantom/fadenet/-1: seed is -1"),
         ("preset: null", "preset: papper", "presets/papper.yaml: cannot be read"),
-        (
-            "model: {fade",
-            "model: {fad",
-            "the overrides of phantom/vit/0: unknown key model.fad; did you mean model.fade?",
-        ),
+        ("model: {fade", "model: {fad", "of phantom/vit/0: unknown key model.fad; did you mean model.fade?"),
         ("model: {fade: null}", "dataset: {size: 32}", "networks.vit.params changes dataset, but all share the images"),
         ("accuracy: accuracy", "accuracy: acuracy", "sets.phantom.accuracy is 'acuracy', but should be"),
-        (
-            "accuracy: accuracy",
-            "acuracy: accuracy",
-            "unknown key sets.phantom.acuracy; did you mean sets.phantom.accuracy?",
-        ),
+        ("accuracy: accuracy", "acuracy: accuracy", "phantom.acuracy; did you mean sets.phantom.accuracy?"),
         ("images: 200", "images: 20", "params.yaml with the overrides of phantom: dataset.images is 20"),
         ("  vit:", "  V it:", "should match pattern"),
         ("preset: null", "- preset", "is not valid YAML"),
@@ -116,31 +111,47 @@ def drawn(signal: float, seed: int, images: int = 60) -> predictions.Predictions
 CELLS = ["phantom/fadenet/0", "phantom/vit/0", "phantom/fadenet/1", "phantom/vit/1"]
 
 
+def names(grid: Path) -> dict[str, str]:
+    """Names of the experiments of a grid's cells."""
+    return {str(cell): run.name for cell, run in grids.runs("tiny", grids.load(grid), None)[1].items()}
+
+
+def test_other_parameters_train_the_cells_that_they_decide(tiny):
+    before = names(tiny)
+    assert list(before) == CELLS
+    tiny.write_text(TINY.replace("{model: {fade: null}}", "{model: {fade: null, dropout: 0.2}}"))
+    assert {key for key, name in names(tiny).items() if name != before[key]} == {CELLS[1], CELLS[3]}
+    tiny.write_text(TINY.replace("bootstrap_draws: 100", "bootstrap_draws: 200"))
+    assert names(tiny) == before  # of no prediction
+    tiny.write_text(TINY.replace("images: 200", "images: 300"))
+    assert not set(names(tiny).values()) & set(before.values())
+
+
+def test_other_content_of_a_users_own_file_trains_all_cells(tiny, tmp_path):
+    (tmp_path / "own.npz").write_bytes(b"one")
+    of_file = f"dataset: {{name: npz, root: {tmp_path / 'own.npz'}, "
+    tiny.write_text(TINY.replace("dataset: {name: phantom, ", of_file))
+    before = names(tiny)
+    (tmp_path / "own.npz").write_bytes(b"two")
+    assert not set(names(tiny).values()) & set(before.values())
+
+
 class Pretended:
     """Completes each run at the next look, but for those that are to fail; keeps what completed, as DVC would."""
 
     def __init__(self) -> None:
         self.finished: dict[str, Result] = {}
-        self.fails: tuple[str, ...] = ()
+        self.fails = ""
         self.ran: list[str] = []
-        self.stopped: list[Run] = []
 
     def start(self, run: Run) -> None:
-        self.ran.append(name_of(run))
+        self.ran.append("/".join(run.name.split("-")[1:-1]))
 
     def status(self, run: Run) -> Status:
-        if name_of(run) in self.fails:
+        if self.fails and self.fails in run.name:
             return Status("Failed", "it went wrong")
         self.finished[run.name] = Result(run.name, "")
         return Status("Completed")
-
-    def stop(self, runs) -> None:
-        self.stopped += runs
-
-
-def name_of(run: Run) -> str:
-    """`phantom` or `phantom/vit/1` from the name of an experiment such as tiny-phantom-vit-1-0123abcd."""
-    return "/".join(run.name.split("-")[1:-1])
 
 
 @pytest.fixture
@@ -151,60 +162,38 @@ def runner(monkeypatch) -> Pretended:
     return runner
 
 
-def finish(tiny: Path, runner: Pretended, jobs: int = 1) -> tuple[list[str], dict[str, str]]:
-    """Runs the cells of a grid: which of them ran, and why others failed."""
-    _, trained = grids.runs("tiny", grids.load(tiny), None)
-    plan = Listed({str(cell): run for cell, run in trained.items()})
-    runner.ran = []
-    engine.execute(plan, runner, jobs)
-    return runner.ran, {key: status.message for key, status in plan.statuses.items() if status.result is None}
-
-
 @pytest.mark.parametrize("jobs", [1, 3])
-def test_what_is_finished_does_not_run_again(tiny, runner, jobs, capsys):
-    assert finish(tiny, runner, jobs) == (CELLS, {})
-    assert capsys.readouterr().out.splitlines() == [f"{key}: completed" for key in CELLS]
-    assert finish(tiny, runner, jobs) == ([], {})
-    assert capsys.readouterr().out.splitlines() == [f"{key}: finished before" for key in CELLS]
+def test_a_run_that_fails_is_named_and_what_is_finished_does_not_run_again(tiny, runner, jobs, capsys):
+    _, trained = grids.runs("tiny", grids.load(tiny), None)
+    ended = dict.fromkeys(CELLS, "completed")
+    for fails, ran, expected in (
+        ("vit-0", CELLS, {**ended, CELLS[1]: "it went wrong"}),
+        ("", [CELLS[1]], {**dict.fromkeys(CELLS, "finished before"), CELLS[1]: "completed"}),
+    ):
+        plan, runner.fails, runner.ran = Listed({str(cell): run for cell, run in trained.items()}), fails, []
+        engine.execute(plan, runner, jobs)
+        assert runner.ran == ran
+        assert sorted(capsys.readouterr().out.splitlines()) == sorted(f"{key}: {how}" for key, how in expected.items())
+        assert [key for key, status in plan.statuses.items() if status.result is None] == [CELLS[1]] * bool(fails)
 
 
-def test_other_parameters_train_the_cells_that_they_decide(tiny, runner):
-    finish(tiny, runner)
-    tiny.write_text(TINY.replace("{model: {fade: null}}", "{model: {fade: null, dropout: 0.2}}"))
-    assert finish(tiny, runner)[0] == [CELLS[1], CELLS[3]]
-    tiny.write_text(tiny.read_text().replace("bootstrap_draws: 100", "bootstrap_draws: 200"))
-    assert finish(tiny, runner)[0] == []  # of no prediction
-    tiny.write_text(tiny.read_text().replace("images: 200", "images: 300"))
-    assert finish(tiny, runner)[0] == CELLS
-
-
-def test_other_content_of_a_users_own_file_trains_all_cells(tiny, runner, tmp_path):
-    (tmp_path / "own.npz").write_bytes(b"one")
-    of_file = f"dataset: {{name: npz, root: {tmp_path / 'own.npz'}, "
-    tiny.write_text(TINY.replace("dataset: {name: phantom, ", of_file))
-    assert finish(tiny, runner)[0] == CELLS
-    assert finish(tiny, runner)[0] == []
-    (tmp_path / "own.npz").write_bytes(b"two")
-    assert finish(tiny, runner)[0] == CELLS
-
-
-def test_a_cell_that_fails_is_named_and_the_others_are_finished(tiny, runner, monkeypatch):
-    runner.fails = (CELLS[1],)
-    assert finish(tiny, runner) == (CELLS, {CELLS[1]: "it went wrong"})
-    runner.fails = ()
-    assert finish(tiny, runner) == ([CELLS[1]], {})
+def test_a_run_that_leaves_no_experiment_has_failed(tiny, runner, monkeypatch):
     monkeypatch.setattr(engine.results, "find", lambda name: None)
-    assert finish(tiny, runner)[1] == dict.fromkeys(CELLS, "it left no DVC experiment in this repository")
+    plan = Listed(grids.runs("tiny", grids.load(tiny), None)[0])
+    engine.execute(plan, runner, 1)
+    assert plan.statuses["phantom"] == Status("Failed", "it left no DVC experiment in this repository")
 
 
-def test_an_error_stops_what_runs(tiny, runner):
-    def interrupted(run: Run) -> Status:
-        raise KeyboardInterrupt
-
-    runner.status = interrupted
-    with pytest.raises(KeyboardInterrupt):
-        finish(tiny, runner, jobs=2)
-    assert [name_of(run) for run in runner.stopped] == CELLS[:2]
+def test_data_that_cannot_be_prepared_stop_the_cells_of_their_set(tiny, runner, monkeypatch, tmp_path):
+    monkeypatch.setattr(tables.runners, "runner", lambda logs: nullcontext(runner))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    runner.fails = "tiny-phantom"
+    arguments = argparse.Namespace(grid=str(tiny), data=None, jobs=1, out=tmp_path / "tables.md")
+    with pytest.raises(UserError, match=r"lacks what failed.*\nphantom: it went wrong$"):
+        tables.run(arguments)
+    assert runner.ran == ["phantom"]
+    left_out = ", ".join(CELLS)
+    assert f"**Not finished, and left out: {left_out}.**" in (tmp_path / "tables.md").read_text()
 
 
 @pytest.fixture
