@@ -69,8 +69,9 @@ def _keys(section: type[BaseModel]) -> dict[str, Any]:
 
 
 def _nested(annotation: Any) -> type[BaseModel] | None:
-    """The section that a value is, if it is one."""
-    sections = [kind for kind in _kinds(annotation) if isinstance(kind, type) and issubclass(kind, BaseModel)]
+    """The section that a value is, or each value of a dictionary, if it is one."""
+    kinds = get_args(annotation) if get_origin(annotation) is dict else _kinds(annotation)
+    sections = [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)]
     return sections[0] if sections else None
 
 
@@ -82,7 +83,7 @@ def _kinds(annotation: Any) -> Sequence[Any]:
 
 def _section(path: Sequence[str], root: type[BaseModel]) -> type[BaseModel]:
     for part in path:
-        root = _nested(_keys(root)[part]) or root
+        root = _nested(_keys(root).get(part)) or root
     return root
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
-from typing import Annotated, Any, Literal, cast
+from typing import Annotated, Any, Literal, TypeVar, cast
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 from ruamel.yaml import YAML
@@ -28,6 +28,7 @@ Fraction = Annotated[Number, Field(ge=0, le=1)]
 Rate = Annotated[Number, Field(ge=0, lt=1)]
 # YAML 1.1, which some editors write, has off as a false
 Severity = Annotated[Literal["stop", "warn", "off"], BeforeValidator(lambda value: "off" if value is False else value)]
+Kind = TypeVar("Kind", bound=BaseModel)
 
 
 class Section(BaseModel):
@@ -314,12 +315,18 @@ def parse(values: Any, source: str) -> Params:
     Raises:
         UserError: names every wrong key by its full path, with the nearest valid one.
     """
+    return checked(values, Params, source)
+
+
+def checked(values: Any, kind: type[Kind], source: str) -> Kind:
+    """The same for any model of sections, such as another YAML file of the user's."""
     if not isinstance(values, Mapping):
-        raise UserError(f"{source}: must hold sections such as dataset: and train:, but is empty or a list")
+        names = ", ".join(field.alias or name for name, field in kind.model_fields.items())
+        raise UserError(f"{source}: must hold the keys {names}, but is empty or a list")
     try:
-        return Params.model_validate(values)
+        return kind.model_validate(values)
     except ValidationError as error:
-        problems = explain(cast(list[Mapping[str, Any]], error.errors()), Params)
+        problems = explain(cast(list[Mapping[str, Any]], error.errors()), kind)
         raise UserError("\n".join(f"{source}: {problem}" for problem in problems)) from error
 
 

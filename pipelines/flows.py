@@ -125,13 +125,14 @@ def grid(
     plan = engine.Listed(
         {name: engine.Run(name, overrides.nested({**(fixed or {}), **row}), "") for name, row in named.items()}
     )
-    runner = runners.PrefectRunner(deployment, lambda run: dict(run.values), group=str(flow_run.id))
+    runner = runners.PrefectRunner(deployment, lambda run: dict(run.values), str(flow_run.id))
     engine.execute(plan, runner, at_once=len(named))
-    states = {name: status.state for name, status in plan.statuses.items()}
-    completed = {
-        name: run_artifacts.of_run(runner.ids[name]) for name in named if states[name] is engine.State.COMPLETED
-    }
-    table = [{**row, "state": states[name].value, **completed.get(name, {})} for name, row in named.items()]
+    table = []
+    for name, row in named.items():
+        state = plan.statuses[name].state
+        table.append(
+            {**row, "state": state, **(run_artifacts.of_run(runner.ids[name]) if state == "Completed" else {})}
+        )
     create_table_artifact(table, key="grid", description=f"{len(table)} runs of {deployment}")
     failed = [row for row in table if row["state"] != "Completed"]
     if failed:

@@ -60,29 +60,26 @@ def applied(path: Path, changes: Mapping[str, Any]) -> Iterator[None]:
             print(f"{path} was edited during the run: it keeps that edit, and the run's overrides {dict(changes)}")
 
 
-def partial(section: type[BaseModel], key: str = "", present: Present | None = None) -> type[BaseModel]:
+def partial(section: type[BaseModel], key: str, present: Present) -> type[BaseModel]:
     """A section of params.yaml of which every key may be left out; Prefect makes a form of it.
 
     Args:
         section: its type.
-        key: of the section, such as `train`; that of all of params.yaml is empty.
-        present: what the form begins with, and what explains it; without it every key begins with nothing.
+        key: of the section, such as `train`.
+        present: what the form begins with, and what explains it.
     """
     fields: dict[str, Any] = {}
     for name, field in section.model_fields.items():
-        called = f"{key}.{field.alias or name}".lstrip(".")
+        called = f"{key}.{field.alias or name}"
         inner = next((c for c in (field.annotation, *get_args(field.annotation)) if _is_section(c)), None)
         if inner is not None:
             kind: Any = partial(inner, called, present)
-            begins = kind() if present and any(other.startswith(f"{called}.") for other in present.values) else None
-            optional = inner is not field.annotation
+            begins = kind() if any(other.startswith(f"{called}.") for other in present.values) else None
+            kind = kind if inner is field.annotation else kind | None
         else:
             kind = Annotated[field.annotation, *field.metadata] if field.metadata else field.annotation
-            begins, optional = present.values.get(called) if present else None, False
-        if present is None or optional:
-            kind = kind | None
-        told = present.told.get(called) if present else None
-        fields[name] = (kind, Field(default=begins, alias=field.alias, description=told))
+            begins = present.values.get(called)
+        fields[name] = (kind, Field(default=begins, alias=field.alias, description=present.told.get(called)))
     name = section.__name__.replace("Params", "Overrides")
     return create_model(name, __config__=ConfigDict(extra="forbid", serialize_by_alias=True), **fields)
 
@@ -131,6 +128,16 @@ def nested(flat: Mapping[str, Any]) -> dict[str, Any]:
         for section in sections:
             place = place.setdefault(section, {})
         place[name] = value
+    return found
+
+
+def merged(below: Mapping[str, Any], *above: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested values with others laid over them, section by section; of two values the later counts."""
+    found = dict(below)
+    for layer in above:
+        for key, value in layer.items():
+            both = isinstance(value, Mapping) and isinstance(found.get(key), Mapping)
+            found[key] = merged(found[key], value) if both else value
     return found
 
 

@@ -100,7 +100,7 @@ def real_data(request: pytest.FixtureRequest) -> Path:
     return REAL_DATA
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def interruptible() -> Iterator[None]:
     """Processes that a test starts receive SIGINT, also where the tests run in the background of a shell."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)

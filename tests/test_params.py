@@ -115,7 +115,7 @@ def test_every_key_is_commented(wanted):
 
 
 @pytest.mark.parametrize(
-    ("text", "message"), [("a: [1", "is not valid YAML"), ("", "must hold sections"), ("- 1", "must hold sections")]
+    ("text", "message"), [("a: [1", "is not valid YAML"), ("", "must hold the keys"), ("- 1", "must hold the keys")]
 )
 def test_a_file_that_is_no_mapping_is_told(tmp_path, text, message):
     (tmp_path / "params.yaml").write_text(text)

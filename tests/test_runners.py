@@ -5,19 +5,23 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 
 import pytest
 from dvc.utils.hydra import apply_overrides
 from hypothesis import given
 from hypothesis import strategies as st
+from prefect.client.orchestration import get_client
+from prefect.settings import PREFECT_API_URL, PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 
 from fadeformer import params
+from fadeformer.errors import PassingError, UserError
 from pipelines.experiments import runners
-from pipelines.experiments.engine import Run, State
+from pipelines.experiments.engine import Run
 from tests.conftest import ROOT
 
-text = st.text(st.characters(codec="ascii", exclude_categories=["Cc"], exclude_characters="$"), max_size=12)
-values = st.none() | st.booleans() | st.integers(-(10**6), 10**6) | st.floats(-1e6, 1e6).map(float) | text
+text = st.text(st.characters(codec="utf-8", exclude_categories=["C", "Z"], exclude_characters='$\\"'), max_size=12)
+values = st.none() | st.booleans() | st.integers(-(10**6), 10**6) | st.floats(-1e6, 1e6) | text
 
 
 @pytest.mark.parametrize(
@@ -25,7 +29,7 @@ values = st.none() | st.booleans() | st.integers(-(10**6), 10**6) | st.floats(-1
     [
         {"train.learning_rate": 1e-9, "train.calibrate": False, "train.clip": 1.0, "train.monitor": "auc"},
         {"model.fade": None, "train.class_weights": {"nevus": 2.0, "melanoma": 1.0}},
-        {"dataset.mirror": "/a b/it's=\\,{1}", "dataset.classes": ["x y", "z"], "augment.erasing_scale": [0.1, 0.2]},
+        {"dataset.mirror": "/a b/it's=,{1}", "dataset.classes": ["x y", "z"], "augment.erasing_scale": [0.1, 0.2]},
     ],
 )
 def test_dvc_writes_the_values_of_a_run_into_params_yaml(tmp_path, changes):
@@ -34,11 +38,8 @@ def test_dvc_writes_the_values_of_a_run_into_params_yaml(tmp_path, changes):
     present = params.load(path).nested()
     target = params.load(path).nested()
     for key, value in changes.items():
-        *sections, name = key.split(".")
-        place = target
-        for section in sections:
-            place = place[section]
-        place[name] = value
+        section, name = key.split(".")
+        target[section][name] = value
     found = list(runners.differences(present, target))
     assert dict(found) == changes
     apply_overrides(path, [f"{key}={runners.literal(value)}" for key, value in found])
@@ -55,22 +56,29 @@ def test_dvc_reads_any_value_as_it_was_written(tmp_path_factory, listed):
     assert params.read(path) == {"a": listed}
 
 
-@pytest.mark.parametrize(
-    ("printed", "told"),
-    [
-        ("epoch 1\n\ntrain: a: not found\nERROR: failed to reproduce 'train': x\n", "train: a: not found"),
-        ("ERROR: Failed to parse params.yaml\n", "ERROR: Failed to parse params.yaml"),
-        ("", "exit status 3, and nothing was printed"),
-    ],
-)  # fmt: skip
-def test_the_reason_of_a_failure_is_what_the_stage_printed_last(printed, told):
-    assert runners.reason(printed, 3) == told
+def test_a_text_that_dvc_would_change_is_refused():
+    for value in ("a\\b", "${HOME}", ["a", "\\"]):
+        with pytest.raises(UserError, match="cannot be passed to DVC"):
+            runners.literal(value)
+
+
+def test_runs_that_a_killed_command_left_keep_the_next_one_out(tmp_path, monkeypatch):
+    monkeypatch.setenv("PREFECT_API_URL", "http://there")
+    monkeypatch.setattr(runners.orchestrator, "temporary_server", nullcontext)
+    with runners.runner(tmp_path / "rates"):
+        left = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE, close_fds=False)
+    with pytest.raises(PassingError, match="works on rates, or runs that it started go on"):
+        runners.runner(tmp_path / "rates").__enter__()
+    left.communicate()
+    with runners.runner(tmp_path / "rates") as runner:
+        assert isinstance(runner, runners.PrefectRunner)
 
 
 @pytest.fixture
 def runner(tmp_path, monkeypatch) -> runners.DvcRunner:
     """Whose runs are a program that goes on until it is interrupted, as DVC does."""
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "logs").mkdir()
     runner = runners.DvcRunner(tmp_path / "logs")
     started = subprocess.Popen
 
@@ -83,22 +91,22 @@ def runner(tmp_path, monkeypatch) -> runners.DvcRunner:
     return runner
 
 
-def test_a_run_that_is_stopped_is_no_failure_and_leaves_no_process(runner, wanted):
+def test_a_run_that_is_stopped_is_no_failure_and_leaves_no_process(interruptible, runner, wanted):
     first, second = Run("first", wanted.nested(), "train"), Run("second", wanted.nested(), "train")
     for run in (first, second):
         runner.start(run)
         while "ready" not in (runner.logs / f"{run.name}.log").read_text():
             time.sleep(0.05)
-    assert runner.status(first).state is State.RUNNING
+    assert runner.status(first).state == "Running"
     runner.stop([first])
-    while runner.status(first).state is State.RUNNING:
+    while runner.status(first).state == "Running":
         time.sleep(0.05)
-    assert runner.status(first).state is State.STOPPED
-    runner._signal(runner._processes["second"], signal.SIGKILL)
+    assert runner.status(first).state == "Stopped"
+    runners._signal(runner._processes["second"], signal.SIGKILL)
     runner.wait()
     failed = runner.status(second)
-    assert failed.state is State.FAILED
-    assert failed.message == f"ready; the log is {runner.logs / 'second.log'}"
+    assert failed.state == "Failed"
+    assert failed.message == f"exit status -9; {runner.logs / 'second.log'} ends with:\nready"
 
 
 def test_a_users_own_files_that_git_does_not_have_are_copied(tmp_path, monkeypatch, wanted):
@@ -109,3 +117,46 @@ def test_a_users_own_files_that_git_does_not_have_are_copied(tmp_path, monkeypat
     (tmp_path / "dataset.lock").touch()
     own["dataset"] |= {"name": "folder", "root": "scans"}
     assert runners.untracked(own) == ["scans", "dataset.lock"]
+
+
+@pytest.fixture
+def deployment(prefect_server):
+    """Name of a deployment that no worker serves."""
+    with temporary_settings({PREFECT_API_URL: prefect_server, PREFECT_CLIENT_MAX_RETRIES: 0}):
+        with get_client(sync_client=True) as client:
+            client.create_deployment(
+                client.create_flow_from_name("experiment"), name="run", enforce_parameter_schema=False
+            )
+        yield "experiment/run"
+
+
+def test_a_run_on_a_server_is_found_again_until_it_has_ended(deployment, wanted):
+    run, runner = Run("one", wanted.nested()), runners.PrefectRunner(deployment, runners.experiment)
+    runner.start(run)
+    first = runner.ids["one"]
+    assert runner.status(run).state == "Running"
+    runner.start(run)
+    assert runner.ids["one"] == first
+    for _ in range(2):
+        runner.stop([run])
+        assert runner.status(run).state == "Stopped"
+    runner.start(run)
+    assert runner.ids["one"] != first
+
+
+def test_a_run_with_a_key_is_started_once(deployment, wanted):
+    run, ids = Run("two", wanted.nested()), []
+    for key in ("grid", "grid", "other"):
+        runner = runners.PrefectRunner(deployment, runners.experiment, key)
+        runner.start(run)
+        ids.append(runner.ids["two"])
+        runner.stop([run])
+    assert ids[0] == ids[1] != ids[2]
+
+
+def test_without_a_deployment_or_a_server_there_is_one_message(deployment, wanted):
+    run = Run("three", wanted.nested())
+    with pytest.raises(UserError, match="no such run or deployment; run `make deploy`"):
+        runners.PrefectRunner("experiment/none", runners.experiment).start(run)
+    with temporary_settings({PREFECT_API_URL: "http://127.0.0.1:9/api"}), pytest.raises(PassingError, match="its runs"):
+        runners.PrefectRunner(deployment, runners.experiment).start(run)

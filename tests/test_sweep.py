@@ -10,7 +10,7 @@ from optuna.trial import TrialState
 from fadeformer.errors import PassingError, UserError
 from fadeformer.params import Params
 from pipelines.experiments import engine, space, sweep
-from pipelines.experiments.engine import Run, State, Status
+from pipelines.experiments.engine import Run, Status
 from pipelines.experiments.results import Result
 from pipelines.experiments.space import Sweep
 
@@ -24,6 +24,7 @@ space:
   train.batch_size: {low: 8, high: 32, step: 8}
   train.clip: [null, 1.0]
 """
+EPOCHS = 5
 
 
 class Pretended:
@@ -34,17 +35,17 @@ class Pretended:
         starts: numbers, in the order in which they were started, those of resumed trials again.
         stopped: numbers of runs that were asked to stop.
         outcome: how a run ends instead, by number.
-        away: the next look finds no server.
         most: runs side by side.
+        error: raised by the next look.
         completed: names of runs that have left an experiment.
     """
 
-    def __init__(self, epochs: int = 5, detached: bool = False) -> None:
-        self.detached, self.started, self.starts, self.stopped = detached, {}, [], []
-        self.outcome: dict[int, State] = {}
+    def __init__(self) -> None:
+        self.started, self.starts, self.stopped = {}, [], []
+        self.outcome: dict[int, str] = {}
         self.completed: set[str] = set()
-        self.away, self.most = False, 0
-        self._epochs, self._seen, self._running = epochs, {}, set()
+        self.most, self.error = 0, None
+        self._seen, self._running = {}, set()
 
     def start(self, run: Run) -> None:
         number = int(run.trial.partition("/")[2])
@@ -55,27 +56,24 @@ class Pretended:
         self.most = max(self.most, len(self._running))
 
     def status(self, run: Run) -> Status:
-        if self.away:
-            raise PassingError("no server")
+        if self.error:
+            raise self.error
         number = int(run.trial.partition("/")[2])
         self._seen[number] += 1
-        state = State.STOPPED if number in self.stopped else self.outcome.get(number, State.RUNNING)
-        if state is State.RUNNING and self._seen[number] > self._epochs:
-            state = State.COMPLETED
+        state = "Stopped" if number in self.stopped else self.outcome.get(number, "Running")
+        if state == "Running" and self._seen[number] > EPOCHS:
+            state = "Completed"
             self.completed.add(run.name)
-        if state is not State.RUNNING:
+        if state != "Running":
             self._running.remove(number)
         return Status(state, "out of memory")
 
     def stop(self, runs: Iterable[Run]) -> None:
         self.stopped += [int(run.trial.partition("/")[2]) for run in runs]
 
-    def wait(self) -> None:
-        self.stopped, self._running = [], set()
-
     def values(self, number: int, result: Result | None) -> dict[int, float]:
         best = 1 - abs(self.started[number]["learning_rate"] - 0.001)
-        epochs = min(self._seen[number], self._epochs)
+        epochs = min(self._seen[number], EPOCHS)
         return {epoch: best * (1 - 0.5**epoch) for epoch in range(1, epochs + 1)}
 
 
@@ -96,17 +94,16 @@ def planned(tmp_path: Path, wanted: Params):
 
 
 @pytest.fixture
-def search(tmp_path: Path, wanted: Params, monkeypatch):
+def search(tmp_path: Path, wanted: Params, monkeypatch, capsys):
     """Runs a sweep with pretended runs; gives its study and the lines that it printed."""
 
     def run(plan: Sweep, runner: Pretended, folder: str = "", values: Any = None) -> tuple[Any, list[str]]:
         study, storage = sweep.open_study(tmp_path / folder, plan, wanted)
-        said: list[str] = []
         left = lambda name: Result(name, "") if name in runner.completed else None  # noqa: E731
         monkeypatch.setattr(engine.results, "find", left)
-        trials = sweep.SweepPlan(plan, wanted, study, storage, "parent", values or runner.values, said.append)
+        trials = sweep.SweepPlan(plan, wanted, study, storage, "parent", values or runner.values)
         engine.execute(trials, runner, plan.at_once)
-        return study, said
+        return study, capsys.readouterr().out.splitlines()
 
     return run
 
@@ -142,16 +139,11 @@ def test_a_trial_below_the_median_is_stopped_after_its_warm_up(planned, search):
         assert f"trial {one.number}: stopped at epoch {epoch}, worse than the median of the others" in said
 
 
-def test_without_a_pruner_none_is_stopped(planned, search):
+def test_without_a_pruner_none_is_stopped_and_trials_run_side_by_side(planned, search):
     runner = Pretended()
-    study, _ = search(planned(pruner="none", sampler="random"), runner)
+    study, _ = search(planned(pruner="none", sampler="random", at_once=3), runner)
     assert runner.stopped == []
     assert {one.state for one in study.trials} == {TrialState.COMPLETE}
-
-
-def test_trials_run_side_by_side(planned, search):
-    runner = Pretended()
-    search(planned(at_once=3), runner)
     assert runner.most == 3
 
 
@@ -164,35 +156,18 @@ def test_proposals_do_not_depend_on_when_the_search_was_resumed(planned, search)
     assert [one.state for one in found.trials] == [one.state for one in whole.trials]
 
 
-def test_a_search_whose_server_goes_away_leaves_its_trials_and_finds_them(planned, search):
-    plan, runner = planned(at_once=2), Pretended(detached=True)
-    start = runner.start
-    runner.start = lambda run: (setattr(runner, "away", len(runner.started) >= 4), start(run))
-    with pytest.raises(PassingError):
-        search(plan, runner)
-    assert runner.stopped == []
-    runner.start, runner.away = start, False
-    study, _ = search(plan, runner)
-    assert len(study.trials) == 12
-    assert all(one.state.is_finished() for one in study.trials)
-
-
-def test_ctrl_c_stops_the_trials_that_run_and_the_next_search_resumes_them(planned, search):
+@pytest.mark.parametrize(
+    ("error", "stopped"), [(PassingError("no server"), []), (KeyboardInterrupt(), [0, 1]), (UserError("other"), [0, 1])]
+)
+def test_a_search_that_ends_early_stops_its_trials_or_leaves_them_and_the_next_resumes_them(
+    planned, search, error, stopped
+):
     plan, runner = planned(at_once=2, pruner="none"), Pretended()
-    status, wait, looks, stopped = runner.status, runner.wait, [], []
-
-    def interrupted(run: Run) -> Status:
-        looks.append(run)
-        if len(looks) == 3:
-            raise KeyboardInterrupt
-        return status(run)
-
-    runner.status = interrupted
-    runner.wait = lambda: (stopped.extend(runner.stopped), wait())
-    with pytest.raises(KeyboardInterrupt):
+    runner.error = error
+    with pytest.raises(type(error)):
         search(plan, runner)
-    assert sorted(stopped) == [0, 1]
-    first = dict(runner.started)
+    assert runner.stopped == stopped
+    first, runner.stopped, runner.error = dict(runner.started), [], None
     study, _ = search(plan, runner)
     assert {one.state for one in study.trials} == {TrialState.COMPLETE}
     assert runner.starts[:4] == [0, 1, 0, 1]
@@ -202,15 +177,15 @@ def test_ctrl_c_stops_the_trials_that_run_and_the_next_search_resumes_them(plann
 
 def test_failed_and_cancelled_trials_count_and_three_in_a_row_end_the_search(planned, search):
     plan, runner = planned(), Pretended()
-    runner.outcome = {1: State.FAILED, 3: State.STOPPED}
+    runner.outcome = {1: "Failed", 3: "Stopped"}
     study, said = search(plan, runner)
     assert [one.number for one in study.trials if one.state == TrialState.FAIL] == [1, 3]
     assert "trial 1: failed, out of memory" in said
     assert "trial 3: cancelled" in said
     assert len(study.trials) == 12
     runner = Pretended()
-    runner.outcome = dict.fromkeys(range(2, 12), State.FAILED)
-    with pytest.raises(UserError, match="3 trials in a row have failed, the last with: out of memory"):
+    runner.outcome = dict.fromkeys(range(2, 12), "Failed")
+    with pytest.raises(UserError, match="3 trials in a row have failed, the last: failed, out of memory"):
         search(plan.model_copy(update={"name": "other"}), runner)
     assert len(runner.started) == 5
 
@@ -221,14 +196,21 @@ def test_the_same_values_are_not_run_twice(planned, search):
     study, said = search(planned(text, pruner="none"), runner)
     assert len(runner.started) == 2  # all that there are
     assert len(study.trials) == 8
-    assert sum("which is not run again" in line for line in said) == 6
-    assert len({one.value for one in study.trials}) == 2
+    assert sum("was tried before and is not run again" in line for line in said) == 6
+    assert [one.state for one in study.trials if sweep.REPEATED not in one.user_attrs] == [TrialState.COMPLETE] * 2
 
 
 def test_a_metric_that_is_undefined_in_every_epoch_is_no_value(planned, search):
     study, said = search(planned(trials=2), Pretended(), values=lambda number, result: {1: float("nan")})
     assert [one.state for one in study.trials] == [TrialState.FAIL] * 2
     assert "trial 0: failed, its metric is not defined in any epoch" in said
+
+
+def test_the_same_values_are_not_run_side_by_side(planned, search):
+    text = "trials: 4\nat_once: 4\nfixed: {train.monitor: auc}\nspace: {train.learning_rate: [0.001, 0.01]}\n"
+    runner = Pretended()
+    search(planned(text), runner)
+    assert sorted(train["learning_rate"] for train in runner.started.values()) == [0.001, 0.01]
 
 
 def test_the_smallest_loss_is_the_best(planned, search):
@@ -255,19 +237,23 @@ def test_a_study_of_other_values_is_not_resumed(tmp_path, wanted, planned):
     [
         ("space: {seed: [1, 2]}", "key trials is missing"),
         ("trial: 3\ntrials: 3\nspace: {seed: [1, 2]}", "unknown key trial; did you mean trials?"),
-        ("- 1", "must hold trials: and space:"),
+        ("- 1", "must hold the keys name, trials, "),
         ("a: [", "is not valid YAML"),
         ("trials: 3\nspace: {train.learning_rat: [0.1, 0.2]}", "did you mean train.learning_rate?"),
+        ("trials: 3\nspace: {learning_rate: [0.1, 0.2]}", "unknown key learning_rate"),
+        ("trials: 3\nspace: {seed.a.b: [0.1, 0.2]}", "seed is {'a': {'b': 0.1}}, but should be"),
+        ("trials: 3\nspace: {train: [0.1, 0.2]}", "train is 0.1, but should be a section with the keys"),
         ("trials: 3\nspace: {train.learning_rate: [0.1]}", "should be a list of two or more values, or a range"),
-        ("trials: 3\nspace: {train.learning_rate: {low: 0.2, high: 0.1}}", "high has to be the larger one"),
-        ("trials: 3\nspace: {train.ema: {low: 0, high: 0.5, log: true}}", "with log it has to be above 0"),
-        ("trials: 3\nspace: {seed: {low: 1, high: 9, log: true, step: 2}}", "step and log exclude each other"),
-        ("trials: 3\nspace: {seed: {low: 1, high: 9, step: 0}}", "step is 0; it has to be above 0"),
-        ("trials: 3\nspace: {seed: {lo: 1, high: 9}}", "space.seed: unknown key lo; did you mean low?"),
+        ("trials: 3\nspace: {train.learning_rate: 0.1}", "should be a list of two or more values, or a range"),
+        ("trials: 3\nspace: {augment.erasing_scale: [[0, 1], [0, 0.5]]}", "not a list of two or more numbers"),
+        ("trials: 3\nspace: {train.learning_rate: {low: 0.2, high: 0.1}}", "`low <= high` must hold"),
+        ("trials: 3\nspace: {train.ema: {low: 0, high: 0.5, log: true}}", "`low > 0` must hold for `log=True`"),
+        ("trials: 3\nspace: {seed: {low: 1, high: 9, log: true, step: 2}}", "only accept step is 1 when `log`"),
+        ("trials: 3\nspace: {seed: {low: 1, high: 9, step: 0}}", "`step > 0` must hold"),
+        ("trials: 3\nspace: {seed: {lo: 1, high: 9}}", "space.seed is {'lo': 1, 'high': 9}, but should be"),
         ("trials: 3\nspace: {train.batch_size: {low: 0, high: 9}}", "train.batch_size is 0, but should be"),
         ("trials: 3\nspace: {train.batch_size: [8, x]}", "train.batch_size is 'x'"),
         ("trials: 3\nspace: {promote.margin: [0.01, 0.02]}", "a trial, which ends with its training"),
-        ("trials: 3\nfixed: {seed: 1}\nspace: {seed: [1, 2]}", "seed stands in fixed and in space"),
         ("trials: 3\nsampler: tpo\nspace: {seed: [1, 2]}", "did you mean tpe?"),
         ("trials: 3\nspace: {train.monitor: [auc, loss]}", "is what trials are compared by"),
     ],
@@ -277,8 +263,3 @@ def test_a_file_with_a_fault_is_told_by_key(planned, text, told):
         planned(text)
     assert told in str(raised.value)
     assert "rates.yaml: " in str(raised.value)
-
-
-def test_a_file_that_is_not_there_is_told(tmp_path, wanted):
-    with pytest.raises(UserError, match=r"none\.yaml: cannot be read"):
-        space.load(tmp_path / "none.yaml", wanted)

@@ -1,6 +1,9 @@
 """Grids: strict checking, which cells run and which are finished already, and the tables."""
 
+import argparse
 import re
+from contextlib import nullcontext
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -11,9 +14,10 @@ from fadeformer import predictions
 from fadeformer.complexity import Cost
 from fadeformer.errors import UserError
 from fadeformer.tasks import TASKS
+from pipelines.commands import tables
 from pipelines.experiments import engine, report
 from pipelines.experiments import grid as grids
-from pipelines.experiments.engine import Run, State, Status
+from pipelines.experiments.engine import Listed, Run, Status
 from pipelines.experiments.results import Result
 from tests.conftest import Project
 
@@ -43,8 +47,9 @@ def tiny(tmp_path: Path) -> Path:
 def test_the_shipped_grids_are_valid_and_offer_the_networks_of_the_published_tables(tmp_path):
     for name in ("cpu", "paper"):
         grid = grids.load(grids.find(name))
-        grids.plan(name, grid, tmp_path)
-        assert len(list(grids.cells(grid))) == len(grid.sets) * len(grid.networks) * len(grid.seeds)
+        prepared, trained = grids.runs(name, grid, tmp_path)
+        assert prepared.keys() == grid.sets.keys()
+        assert len(trained) == len(grid.sets) * len(grid.networks) * len(grid.seeds)
     paper = {"fadenet", "vit", "resnet18", "resnet50", "efficientnet_b0", "efficientnet_b4", "deit"}
     assert grid.networks.keys() == paper
 
@@ -54,26 +59,23 @@ def test_the_shipped_grids_are_valid_and_offer_the_networks_of_the_published_tab
     [
         ("reference:", "referense:", "unknown key referense; did you mean reference?"),
         ("reference: fadenet", "reference: fade", "reference is fade, but the networks are fadenet, vit"),
-        ("seeds: [0, 1]", "seeds: [1, 1]", "seeds names a seed twice"),
-        ("seeds: [0, 1]", "seeds: [-1]", "seeds.0 is -1"),
-        ("preset: null", "preset: papper", "preset is papper; there are: paper, retinamnist"),
-        (
-            "model: {fade",
-            "model: {fad",
-            "in networks.vit: unknown key params.model.fad; did you mean params.model.fade?",
-        ),
+        ("seeds: [0, 1]", "seeds: []", "seeds is [], but should be"),
+        ("seeds: [0, 1]", "seeds: [-1]", "params.yaml with the overrides of phantom/fadenet/-1: seed is -1"),
+        ("preset: null", "preset: papper", "presets/papper.yaml: cannot be read"),
+        ("model: {fade", "model: {fad", "of phantom/vit/0: unknown key model.fad; did you mean model.fade?"),
         ("model: {fade: null}", "dataset: {size: 32}", "networks.vit.params changes dataset, but all share the images"),
-        ("accuracy, params: {}", "accuracy, params: {seed: 3}", "sets.phantom.params changes seed"),
-        ("accuracy: accuracy", "accuracy: acuracy", "in sets.phantom: accuracy is 'acuracy'"),
+        ("accuracy: accuracy", "accuracy: acuracy", "sets.phantom.accuracy is 'acuracy', but should be"),
+        ("accuracy: accuracy", "acuracy: accuracy", "phantom.acuracy; did you mean sets.phantom.accuracy?"),
+        ("images: 200", "images: 20", "params.yaml with the overrides of phantom: dataset.images is 20"),
         ("  vit:", "  V it:", "should match pattern"),
-        ("preset: null", "- preset", "cannot be read as YAML"),
+        ("preset: null", "- preset", "is not valid YAML"),
     ],
 )
 def test_a_wrong_grid_is_told_by_key(tiny, before, after, told):
     assert before in TINY
     tiny.write_text(TINY.replace(before, after))
     with pytest.raises(UserError, match=re.escape(told)):
-        grids.load(tiny)
+        grids.runs("tiny", grids.load(tiny), None)
 
 
 def test_an_unknown_grid_lists_those_there_are():
@@ -81,23 +83,20 @@ def test_an_unknown_grid_lists_those_there_are():
         grids.find("cpux")
 
 
-def test_later_overrides_count_and_values_out_of_range_name_their_cells(tiny):
+def test_later_overrides_count(tiny):
     tiny.write_text(TINY.replace("params: {}}\nnet", "params: {train: {epochs: 3}}}\nnet"))
     grid = grids.load(tiny)
-    of_vit = grids.changes(grid, "phantom", "vit", 1, None)
-    assert of_vit["train"] == {"epochs": 3, "batch_size": 32, "device": "cpu"}
-    assert (of_vit["seed"], of_vit["model"]) == (1, {"fade": None})
-    assert "seed" not in grids.changes(grid, "phantom", None, None, None)
-    tiny.write_text(TINY.replace("{model: {fade: null}}", "{train: {probe_epochs: 1}}"))
-    with pytest.raises(UserError, match=r"^phantom/vit/0: params\.yaml with .*vit/0: train\.probe_epochs \(1\) and"):
-        grids.plan("tiny", grids.load(tiny), None)
+    values = asdict(grids.runs("tiny", grid, None)[1][grids.Cell("phantom", "vit", 1)])["values"]
+    assert (values["train"]["epochs"], values["train"]["batch_size"]) == (3, 32)
+    assert (values["seed"], values["model"]["fade"]) == (1, None)
 
 
 def test_a_set_that_needs_the_folder_of_its_files_says_so(tmp_path):
     grid = grids.load(grids.find("cpu"))
-    with pytest.raises(UserError, match="the set retinamnist needs the folder of its files: give it with --data"):
-        grids.changes(grid, "retinamnist", None, None, None)
-    assert grids.changes(grid, "isic", "vit", 42, tmp_path)["dataset"]["mirror"] == f"{tmp_path}/isic2019"
+    with pytest.raises(UserError, match="retinamnist needs the folder of its files: give it with --data"):
+        grids.runs("cpu", grid, None)
+    run = grids.runs("cpu", grid, tmp_path)[1][grids.Cell("isic", "vit", 42)]
+    assert asdict(run)["values"]["dataset"]["mirror"] == f"{tmp_path}/isic2019"
 
 
 def drawn(signal: float, seed: int, images: int = 60) -> predictions.Predictions:
@@ -112,36 +111,47 @@ def drawn(signal: float, seed: int, images: int = 60) -> predictions.Predictions
 CELLS = ["phantom/fadenet/0", "phantom/vit/0", "phantom/fadenet/1", "phantom/vit/1"]
 
 
+def names(grid: Path) -> dict[str, str]:
+    """Names of the experiments of a grid's cells."""
+    return {str(cell): run.name for cell, run in grids.runs("tiny", grids.load(grid), None)[1].items()}
+
+
+def test_other_parameters_train_the_cells_that_they_decide(tiny):
+    before = names(tiny)
+    assert list(before) == CELLS
+    tiny.write_text(TINY.replace("{model: {fade: null}}", "{model: {fade: null, dropout: 0.2}}"))
+    assert {key for key, name in names(tiny).items() if name != before[key]} == {CELLS[1], CELLS[3]}
+    tiny.write_text(TINY.replace("bootstrap_draws: 100", "bootstrap_draws: 200"))
+    assert names(tiny) == before  # of no prediction
+    tiny.write_text(TINY.replace("images: 200", "images: 300"))
+    assert not set(names(tiny).values()) & set(before.values())
+
+
+def test_other_content_of_a_users_own_file_trains_all_cells(tiny, tmp_path):
+    (tmp_path / "own.npz").write_bytes(b"one")
+    of_file = f"dataset: {{name: npz, root: {tmp_path / 'own.npz'}, "
+    tiny.write_text(TINY.replace("dataset: {name: phantom, ", of_file))
+    before = names(tiny)
+    (tmp_path / "own.npz").write_bytes(b"two")
+    assert not set(names(tiny).values()) & set(before.values())
+
+
 class Pretended:
     """Completes each run at the next look, but for those that are to fail; keeps what completed, as DVC would."""
 
-    detached = False
-
     def __init__(self) -> None:
         self.finished: dict[str, Result] = {}
-        self.fails: tuple[str, ...] = ()
+        self.fails = ""
         self.ran: list[str] = []
-        self.stopped: list[Run] = []
 
     def start(self, run: Run) -> None:
-        self.ran.append(name_of(run))
+        self.ran.append("/".join(run.name.split("-")[1:-1]))
 
     def status(self, run: Run) -> Status:
-        if name_of(run) in self.fails:
-            return Status(State.FAILED, "it went wrong")
+        if self.fails and self.fails in run.name:
+            return Status("Failed", "it went wrong")
         self.finished[run.name] = Result(run.name, "")
-        return Status(State.COMPLETED)
-
-    def stop(self, runs) -> None:
-        self.stopped += runs
-
-    def wait(self) -> None:
-        pass
-
-
-def name_of(run: Run) -> str:
-    """`phantom` or `phantom/vit/1` from the name of an experiment such as tiny-phantom-vit-1-0123abcd."""
-    return "/".join(run.name.split("-")[1:-1])
+        return Status("Completed")
 
 
 @pytest.fixture
@@ -152,87 +162,38 @@ def runner(monkeypatch) -> Pretended:
     return runner
 
 
-def finish(tiny: Path, runner: Pretended, jobs: int = 1) -> tuple[dict[str, Status], list[str], list[str]]:
-    """Runs a grid: how each set and cell ended, what ran, what was printed."""
-    said: list[str] = []
-    plan = grids.plan("tiny", grids.load(tiny), None, said.append)
-    runner.ran = []
-    engine.execute(plan, runner, jobs)
-    return plan.statuses, runner.ran, said
-
-
-def failed(statuses: dict[str, Status]) -> dict[str, str]:
-    return {key: status.message for key, status in statuses.items() if status.result is None}
-
-
 @pytest.mark.parametrize("jobs", [1, 3])
-def test_data_are_prepared_first_and_what_is_finished_does_not_run_again(tiny, runner, jobs):
-    statuses, ran, said = finish(tiny, runner, jobs)
-    assert ran == ["phantom", *CELLS]
-    assert said == [f"{key}: completed" for key in ran]
-    assert statuses.keys() == {"phantom", *CELLS}
-    statuses, ran, said = finish(tiny, runner, jobs)
-    assert (failed(statuses), ran) == ({}, [])
-    assert said == [f"{key}: finished before" for key in ("phantom", *CELLS)]
-
-
-def test_other_parameters_train_the_cells_that_they_decide(tiny, runner):
-    finish(tiny, runner)
-    tiny.write_text(TINY.replace("{model: {fade: null}}", "{model: {fade: null, dropout: 0.2}}"))
-    assert finish(tiny, runner)[1] == [CELLS[1], CELLS[3]]
-    tiny.write_text(tiny.read_text().replace("bootstrap_draws: 100", "bootstrap_draws: 200"))
-    assert finish(tiny, runner)[1] == []  # of no prediction
-    tiny.write_text(tiny.read_text().replace("images: 200", "images: 300"))
-    assert finish(tiny, runner)[1] == ["phantom", *CELLS]
-
-
-def test_other_content_of_a_users_own_file_trains_all_cells(tiny, runner, tmp_path):
-    (tmp_path / "own.npz").write_bytes(b"one")
-    of_file = f"dataset: {{name: npz, root: {tmp_path / 'own.npz'}, "
-    tiny.write_text(TINY.replace("dataset: {name: phantom, ", of_file))
-    assert finish(tiny, runner)[1] == ["phantom", *CELLS]
-    assert finish(tiny, runner)[1] == []
-    (tmp_path / "own.npz").write_bytes(b"two")
-    assert finish(tiny, runner)[1] == ["phantom", *CELLS]
-
-
-def test_a_cell_that_fails_is_named_and_the_others_are_finished(tiny, runner):
-    runner.fails = (CELLS[1],)
-    statuses, ran, said = finish(tiny, runner)
-    assert ran == ["phantom", *CELLS]
-    assert failed(statuses) == {CELLS[1]: "it went wrong"}
-    assert f"{CELLS[1]}: it went wrong" in said
-    runner.fails = ()
-    assert finish(tiny, runner)[1] == [CELLS[1]]
-
-
-def test_data_that_cannot_be_prepared_stop_the_cells_of_their_set_alone(tiny, runner):
-    other = "  other: {title: Other, accuracy: accuracy, params: {}}\nnetworks:"
-    tiny.write_text(TINY.replace("networks:", other))
-    runner.fails = ("phantom",)
-    statuses, ran, _ = finish(tiny, runner)
-    assert sorted(ran) == sorted(["phantom", "other", *(cell.replace("phantom", "other") for cell in CELLS)])
-    assert failed(statuses) == {"phantom": "it went wrong", **dict.fromkeys(CELLS, "phantom has failed")}
+def test_a_run_that_fails_is_named_and_what_is_finished_does_not_run_again(tiny, runner, jobs, capsys):
+    _, trained = grids.runs("tiny", grids.load(tiny), None)
+    ended = dict.fromkeys(CELLS, "completed")
+    for fails, ran, expected in (
+        ("vit-0", CELLS, {**ended, CELLS[1]: "it went wrong"}),
+        ("", [CELLS[1]], {**dict.fromkeys(CELLS, "finished before"), CELLS[1]: "completed"}),
+    ):
+        plan, runner.fails, runner.ran = Listed({str(cell): run for cell, run in trained.items()}), fails, []
+        engine.execute(plan, runner, jobs)
+        assert runner.ran == ran
+        assert sorted(capsys.readouterr().out.splitlines()) == sorted(f"{key}: {how}" for key, how in expected.items())
+        assert [key for key, status in plan.statuses.items() if status.result is None] == [CELLS[1]] * bool(fails)
 
 
 def test_a_run_that_leaves_no_experiment_has_failed(tiny, runner, monkeypatch):
     monkeypatch.setattr(engine.results, "find", lambda name: None)
-    statuses, _, _ = finish(tiny, runner)
-    assert failed(statuses)["phantom"] == "it left no DVC experiment in this repository"
+    plan = Listed(grids.runs("tiny", grids.load(tiny), None)[0])
+    engine.execute(plan, runner, 1)
+    assert plan.statuses["phantom"] == Status("Failed", "it left no DVC experiment in this repository")
 
 
-def test_an_error_stops_what_runs(tiny, runner):
-    status = runner.status
-
-    def interrupted(run: Run) -> Status:
-        if run.until == "evaluate":
-            raise KeyboardInterrupt
-        return status(run)
-
-    runner.status = interrupted
-    with pytest.raises(KeyboardInterrupt):
-        finish(tiny, runner, jobs=2)
-    assert [name_of(run) for run in runner.stopped] == CELLS[:2]
+def test_data_that_cannot_be_prepared_stop_the_cells_of_their_set(tiny, runner, monkeypatch, tmp_path):
+    monkeypatch.setattr(tables.runners, "runner", lambda logs: nullcontext(runner))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    runner.fails = "tiny-phantom"
+    arguments = argparse.Namespace(grid=str(tiny), data=None, jobs=1, out=tmp_path / "tables.md")
+    with pytest.raises(UserError, match=r"lacks what failed.*\nphantom: it went wrong$"):
+        tables.run(arguments)
+    assert runner.ran == ["phantom"]
+    left_out = ", ".join(CELLS)
+    assert f"**Not finished, and left out: {left_out}.**" in (tmp_path / "tables.md").read_text()
 
 
 @pytest.fixture
@@ -250,11 +211,8 @@ def document(tiny) -> str:
         ],
         columns=list(report.PUBLISHED),
     )
-    setting = report.Setting(
-        "make tables", TINY, "0123456789abcdef" * 4, "a machine", ["c0de", "c0df"], ["phantom/vit/7"]
-    )
     costs = {(16, "fadenet"): Cost(990_000, 2 * 580_000_000, 32, 15 * 2**20, 2053.4, 8)}
-    return report.markdown(grid, trained, costs, published, setting)
+    return "\n\n".join(report.tables(grid, trained, costs, published))
 
 
 def rows(document: str, table: int) -> list[list[str]]:
@@ -281,12 +239,8 @@ def test_table_2_has_the_reference_less_each_other_network(document):
     assert re.fullmatch(r"0\.\d{4}, 0\.\d{4}", errors)
 
 
-def test_table_3_and_how_the_tables_came_to_be(document):
+def test_table_3_has_a_row_for_each_network_and_size(document):
     assert rows(document, 3) == [["16 x 16", "FadeNet", "0.99", "0.58", "15", "2053"]]
-    assert document.startswith("# Tables\n\n```sh\nmake tables\n```\n")
-    assert "evaluated by 2 versions of the code (c0de, c0df); Table 3 was measured on: a machine." in document
-    assert "**Not finished, and left out: phantom/vit/7.**" in document
-    assert TINY in document
 
 
 @pytest.mark.pipeline
@@ -298,6 +252,11 @@ def test_a_grid_is_trained_and_resumed(project: Project):
     assert len(re.findall(r"^phantom/\w+/\d: completed", output, re.MULTILINE)) == 4
     written = project.folder / "docs/tables.md"
     first = written.read_text()
+    assert first.startswith(
+        "# Tables\n\n```sh\nfadeformer tables tiny.yaml\n```\n\nTrained and evaluated by 1 version(s)"
+    )
+    assert "left out" not in first
+    assert TINY in first
     assert [len(rows(first, table)) for table in (1, 2, 3)] == [2, 1, 2]
     names = project.run("dvc", "exp", "list", "--name-only").split()
     assert sorted(name.rpartition("-")[0] for name in names) == sorted(

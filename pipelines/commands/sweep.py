@@ -8,7 +8,6 @@ from contextlib import suppress
 from pathlib import Path
 
 import optuna
-from filelock import FileLock, Timeout
 from optuna.trial import TrialState
 
 from fadeformer import params
@@ -29,44 +28,39 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> str:
-    """Searches, from wherever an earlier search of that name has stopped."""
+    """Search, from wherever an earlier search of that name has stopped."""
     present = params.load(paths.PARAMS)
     plan = space.load(arguments.space, present)
-    folder = Path.cwd() / FOLDER
-    study, storage = sweep.open_study(folder, plan, present)
-    try:
-        with FileLock(folder / f"{plan.name}.lock", timeout=0), runners.runner(LOGS / plan.name) as runner:
-            metric, _ = space.metric_of(plan, present)
-            space_of = {f"space.{key}": str(of_key) for key, of_key in plan.space.items()}
-            parent = sweep_runs.begin(plan.name, study.user_attrs[sweep.IDENTITY], space_of)
+    metric, _ = space.metric_of(plan, present)
+    with runners.runner(LOGS / plan.name) as runner:
+        study, storage = sweep.open_study(Path.cwd() / FOLDER, plan, present)
+        space_of = {f"space.{key}": str(of_key) for key, of_key in plan.space.items()}
+        parent = sweep_runs.begin(plan.name, study.user_attrs[sweep.IDENTITY], space_of)
 
-            def values(number: int, result: Result | None) -> Mapping[int, float]:
-                """From MLflow; none while it is away and the trial, which keeps them until later, goes on."""
-                if result:
-                    sweep_runs.nest(parent, number, result.name, result.json(paths.RUN)["mlflow_run_id"])
-                    return sweep_runs.values(parent, number, metric)
-                with suppress(store.Unreachable):
-                    return sweep_runs.values(parent, number, metric)
-                return {}
+        def values(number: int, result: Result | None) -> Mapping[int, float]:
+            """Of a trial that runs from MLflow; none while that is away."""
+            if result:
+                return result.by_epoch(metric)
+            with suppress(store.Unreachable):
+                return sweep_runs.values(parent, number, metric)
+            return {}
 
-            if study.trials:
-                left = sum(one.state == TrialState.RUNNING for one in study.trials)
-                _say(f"{plan.name}: {len(study.trials) - left} trials have ended, {left} are resumed")
-            try:
-                trials = sweep.SweepPlan(plan, present, study, storage, parent, values, _say)
-                engine.execute(trials, runner, plan.at_once)
-            except BaseException:
-                with suppress(store.Unreachable):
-                    tracking.mark(parent, "KILLED")
-                raise
-            return _end(plan, study, parent, metric, runner.detached)
-    except Timeout as error:
-        raise UserError(f"another `fadeformer sweep` works on {plan.name}") from error
+        if study.trials:
+            left = sum(one.state == TrialState.RUNNING for one in study.trials)
+            print(f"{plan.name}: {len(study.trials) - left} trials have ended, {left} are resumed", flush=True)
+        try:
+            trials = sweep.SweepPlan(plan, present, study, storage, parent, values)
+            engine.execute(trials, runner, plan.at_once)
+        except BaseException:
+            with suppress(store.Unreachable):
+                tracking.mark(parent, "KILLED")
+            raise
+        return _end(plan, study, parent, metric, isinstance(runner, runners.PrefectRunner))
 
 
 def _end(plan: Sweep, study: optuna.Study, parent: str, metric: str, on_a_server: bool) -> str:
     """Leaves the result in MLflow; returns it, and how the best trial is evaluated."""
-    made = [one for one in study.trials if sweep.SAME not in one.user_attrs]
+    made = [one for one in study.trials if sweep.REPEATED not in one.user_attrs]
     done = [one for one in made if one.state == TrialState.COMPLETE]
     if not done:
         tracking.mark(parent, "FAILED")
@@ -85,7 +79,3 @@ def _end(plan: Sweep, study: optuna.Study, parent: str, metric: str, on_a_server
         f" was looked at. The best is trial {best.number}: {metric} {value:.4f} with"
         f" {sweep.described(best.params)}. {judged}"
     )
-
-
-def _say(line: str) -> None:
-    print(line, flush=True)

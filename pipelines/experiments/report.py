@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import pandas as pd
 
@@ -18,56 +17,16 @@ Trained = Mapping[tuple[str, str], Mapping[int, Predictions]]  # predictions on 
 MIB = 2**20
 
 
-@dataclass(frozen=True)
-class Setting:
-    """How the tables came to be.
-
-    Attributes:
-        command: that makes them.
-        grid: the YAML of the grid, as it was read.
-        params: SHA-256 of params.yaml, which holds what the grid does not change.
-        machine: on which Table 3 was measured.
-        codes: versions of the sources by which cells were trained.
-        missing: cells that are not finished.
-    """
-
-    command: str
-    grid: str
-    params: str
-    machine: str
-    codes: Sequence[str]
-    missing: Sequence[str]
-
-
-def markdown(
-    grid: Grid, trained: Trained, costs: Mapping[tuple[int, str], Cost], published: pd.DataFrame, setting: Setting
-) -> str:
-    """The whole document.
+def tables(grid: Grid, trained: Trained, costs: Mapping[tuple[int, str], Cost], published: pd.DataFrame) -> list[str]:
+    """The three tables, each with its heading and what it shows.
 
     Args:
-        grid: what was wanted.
+        grid: what was asked for.
         trained: what is finished.
         costs: of Table 3, by side of the images and network.
-        published: rows of PUBLISHED; `dataset` is the name of a set in the grid, numbers lie in [0, 1] or are NaN.
-        setting: how the tables came to be.
+        published: rows of PUBLISHED; `dataset` is the name of a set in the grid, numbers are in [0, 1] or NaN.
     """
-    parts = [
-        _head(setting), _table_1(grid, trained, published), _table_2(grid, trained), _table_3(grid, costs),
-        _settings(setting),
-    ]  # fmt: skip
-    return "\n\n".join(parts) + "\n"
-
-
-def _head(setting: Setting) -> str:
-    versions = "one version" if len(setting.codes) == 1 else f"{len(setting.codes)} versions"
-    lines = [
-        "# Tables", "", "```sh", setting.command, "```", "",
-        f"Trained and evaluated by {versions} of the code ({', '.join(setting.codes) or 'none yet'}); Table 3 was"
-        f" measured on: {setting.machine}.",
-    ]  # fmt: skip
-    if setting.missing:
-        lines += ["", f"**Not finished, and left out: {', '.join(setting.missing)}.**"]
-    return "\n".join(lines)
+    return [_table_1(grid, trained, published), _table_2(grid, trained), _table_3(grid, costs)]
 
 
 def _table_1(grid: Grid, trained: Trained, published: pd.DataFrame) -> str:
@@ -143,14 +102,6 @@ def _table_3(grid: Grid, costs: Mapping[tuple[int, str], Cost]) -> str:
         " weights and input; speed is the median of interleaved rounds.",
         ["images", "network", "M parameters", "G MACs", "memory, MiB", "images/s"], rows,
     )  # fmt: skip
-
-
-def _settings(setting: Setting) -> str:
-    return (
-        "## Settings\n\nThe grid; all else is as in the `params.yaml` of SHA-256"
-        f" `{setting.params[:16]}`. The epoch is chosen on val, test is looked at once for each training.\n\n"
-        f"```yaml\n{setting.grid.rstrip()}\n```"
-    )
 
 
 def _section(title: str, text: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

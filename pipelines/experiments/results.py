@@ -10,12 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 from dvc.api import DVCFileSystem
 from dvc.exceptions import DvcException
 from ruamel.yaml import YAML
 
 from fadeformer.errors import UserError
 from fadeformer.files import read_json
+from pipelines import paths
 
 REPOSITORY = "FADEFORMER_REPOSITORY"  # environment: where deployed runs push their experiments, if not to this folder
 
@@ -33,7 +35,7 @@ class Result:
     commit: str
 
     def fetch(self, path: Path, folder: Path) -> Path:
-        """Copies a file of the run, from DVC's cache or remote, into a folder.
+        """Copy a file of the run, from DVC's cache or remote, into a folder.
 
         Raises:
             UserError: it is in neither.
@@ -49,9 +51,15 @@ class Result:
         return target
 
     def json(self, path: Path) -> Any:
-        """Content of a JSON file of the run; raises UserError likewise."""
+        """Content of a JSON file of the run."""
         with tempfile.TemporaryDirectory() as folder:
             return read_json(self.fetch(path, Path(folder)))
+
+    def by_epoch(self, metric: str) -> dict[int, float]:
+        """A metric of the training by epoch."""
+        with tempfile.TemporaryDirectory() as folder:
+            history = pd.read_csv(self.fetch(paths.HISTORY, Path(folder)))
+        return {int(epoch): float(value) for epoch, value in zip(history["epoch"], history[metric], strict=True)}
 
     def code(self) -> str:
         """Fingerprint of the sources that trained and evaluated it."""
@@ -62,7 +70,7 @@ class Result:
 
 
 def find(name: str) -> Result | None:
-    """The experiment of a run, if there is one; a deployed run appends its id to the name."""
+    """Return the experiment of a run, if there is one; a deployed run appends its id to the name."""
     if repository := os.environ.get(REPOSITORY):
         _git("fetch", "--quiet", repository, "+refs/exps/*:refs/exps/*")
     refs = (f"refs/exps/*/*/{name}", f"refs/exps/*/*/{name}-*")

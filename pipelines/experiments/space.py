@@ -2,57 +2,24 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, cast
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError, model_validator
+from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+from pydantic import Field
 
 from fadeformer import params
 from fadeformer.errors import UserError
-from fadeformer.explain import explain
 from fadeformer.params import Params, Section
 from pipelines import overrides
 
+Distribution = CategoricalDistribution | FloatDistribution | IntDistribution
 AFTER_TRAINING = ("evaluate.", "promote.")  # sections that change nothing of a trial, which ends with its training
-CHOICE = (bool, int, float, str, type(None))  # what Optuna takes for a choice
-Kind = TypeVar("Kind", bound=Section)
-
-
-class Range(Section):
-    """Numbers from `low` to `high`, both included; whole ones where both are.
-
-    Attributes:
-        log: as likely from 0.001 to 0.01 as from 0.01 to 0.1.
-        step: only low, low + step and so on.
-    """
-
-    low: int | float
-    high: int | float
-    log: bool = False
-    step: int | float | None = None
-
-    @model_validator(mode="after")
-    def _is_a_range(self) -> Range:
-        if not self.low < self.high:
-            raise ValueError(f"low is {self.low} and high {self.high}; high has to be the larger one")
-        if self.log and self.low <= 0:
-            raise ValueError(f"low is {self.low}; with log it has to be above 0")
-        if self.log and self.step is not None:
-            raise ValueError("step and log exclude each other")
-        if self.step is not None and self.step <= 0:
-            raise ValueError(f"step is {self.step}; it has to be above 0")
-        return self
-
-    @property
-    def whole(self) -> bool:
-        """Whether it is of whole numbers."""
-        return all(isinstance(value, int) for value in (self.low, self.high, self.step or 0))
 
 
 class Sweep(Section):
-    """What SPACE.yaml says; only `trials` and `space` have to be there.
+    """What SPACE.yaml says; only `trials` and `space` are required.
 
     Attributes:
         name: of the sweep; else that of the file.
@@ -65,7 +32,7 @@ class Sweep(Section):
         warmup_epochs: of each trial in which it is not stopped.
         seed: of the sampler.
         fixed: keys of params.yaml that are the same in every trial, by dotted names.
-        space: keys of params.yaml, and of each a list of values or a `Range`.
+        space: keys of params.yaml, and of each a list of values, or the arguments of a distribution of Optuna.
     """
 
     name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]*$")]
@@ -81,35 +48,45 @@ class Sweep(Section):
 
 
 def load(path: Path, present: Params) -> Sweep:
-    """Reads and checks SPACE.yaml.
+    """Read and check SPACE.yaml.
 
     Args:
         path: the file.
-        present: params.yaml, to whose keys every end of a range and every choice must be allowed.
-
-    Raises:
-        UserError: it cannot be read, or has a key or value that is not allowed.
+        present: params.yaml, in which every end of a range and every choice must be valid.
     """
     values = params.read(path)
-    if not isinstance(values, Mapping):
-        raise UserError(f"{path}: must hold trials: and space:, but is empty or a list")
-    called = path.stem.lower().replace("_", "-").replace(" ", "-")
-    plan = _checked(Sweep, {"name": called, **values}, f"{path}: ")
-    plan = plan.model_copy(update={"space": {key: _varied(key, of, path) for key, of in plan.space.items()}})
-    for key in {**plan.fixed, **plan.space}:
-        if key not in present.flat():
-            near = difflib.get_close_matches(key, present.flat(), n=1)
-            hint = f"did you mean {near[0]}?" if near else "such as train.learning_rate, with its section"
-            raise UserError(f"{path}: params.yaml has no key {key}; {hint}")
-    if both := plan.fixed.keys() & plan.space.keys():
-        raise UserError(f"{path}: {', '.join(sorted(both))} stands in fixed and in space")
+    if isinstance(values, Mapping):
+        values = {"name": path.stem.lower().replace("_", "-").replace(" ", "-"), **values}
+    plan = params.checked(values, Sweep, str(path))
     for key, of_key in plan.space.items():
-        for value in (of_key.low, of_key.high) if isinstance(of_key, Range) else of_key:
-            try:
-                values_of(present, {**plan.fixed, key: value})
-            except UserError as error:
-                raise UserError(f"{path}: {error}") from error
+        if key.startswith(AFTER_TRAINING):
+            raise UserError(f"{path}: space.{key} changes nothing in a trial, which ends with its training")
+        if key == "train.monitor":
+            raise UserError(f"{path}: space.{key} is what trials are compared by; set it in fixed or in params.yaml")
+        try:
+            found = distribution(of_key)
+        except (TypeError, ValueError) as error:
+            raise UserError(
+                f"{path}: space.{key} is {of_key!r}, but should be a list of two or more values, or a range such as"
+                f" {{low: 1.0e-4, high: 0.1, log: true}} ({error})"
+            ) from error
+        for value in found.choices if isinstance(found, CategoricalDistribution) else (found.low, found.high):
+            values_of(present, {**plan.fixed, key: value}, str(path))
     return plan
+
+
+def distribution(of_key: Any) -> Distribution:
+    """The distribution of Optuna for a key: of whole numbers where its ends and step are.
+
+    Raises:
+        TypeError, ValueError: there is none.
+    """
+    if isinstance(of_key, list):
+        if len(of_key) < 2 or not all(isinstance(one, bool | int | float | str | None) for one in of_key):
+            raise ValueError("not a list of two or more numbers, texts, true, false or null")
+        return CategoricalDistribution(of_key)
+    numbers = [of_key[name] for name in ("low", "high", "step") if name in of_key]
+    return (IntDistribution if all(isinstance(one, int) for one in numbers) else FloatDistribution)(**of_key)
 
 
 def metric_of(plan: Sweep, present: Params) -> tuple[str, Literal["maximize", "minimize"]]:
@@ -118,39 +95,17 @@ def metric_of(plan: Sweep, present: Params) -> tuple[str, Literal["maximize", "m
     return f"val_{monitor}", "minimize" if monitor == "loss" else "maximize"
 
 
-def values_of(present: Params, changes: Mapping[str, Any]) -> dict[str, Any]:
+def values_of(present: Params, changes: Mapping[str, Any], source: str = "params.yaml") -> dict[str, Any]:
     """All of params.yaml with some keys changed, nested.
 
     Args:
         present: params.yaml.
         changes: by dotted names.
+        source: of the changes, for the message.
 
     Raises:
         UserError: the result would not be valid.
     """
-    values = overrides.nested({**present.flat(), **changes})
-    params.parse(values, "params.yaml")
+    values = overrides.merged(present.nested(), *(overrides.nested({key: value}) for key, value in changes.items()))
+    params.parse(values, source)
     return values
-
-
-def _varied(key: str, value: Any, path: Path) -> Range | list[Any]:
-    if key.startswith(AFTER_TRAINING):
-        raise UserError(f"{path}: space.{key} changes nothing in a trial, which ends with its training")
-    if key == "train.monitor":
-        raise UserError(f"{path}: space.{key} is what trials are compared by; it stands in fixed or in params.yaml")
-    if isinstance(value, Mapping):
-        return _checked(Range, value, f"{path}: space.{key}: ")
-    if isinstance(value, list) and len(value) > 1 and all(isinstance(one, CHOICE) for one in value):
-        return value
-    raise UserError(
-        f"{path}: space.{key} is {value!r}, but should be a list of two or more values, or a range such as"
-        " {low: 0.0, high: 0.3}"
-    )
-
-
-def _checked(kind: type[Kind], values: Mapping[str, Any], prefix: str) -> Kind:
-    try:
-        return kind.model_validate(dict(values))
-    except ValidationError as error:
-        problems = explain(cast(list[Mapping[str, Any]], error.errors()), kind)
-        raise UserError("\n".join(prefix + problem for problem in problems)) from error

@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 import optuna
-from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
-from optuna.pruners import BasePruner, MedianPruner, NopPruner
+from optuna.distributions import BaseDistribution
+from optuna.pruners import MedianPruner, NopPruner
 from optuna.samplers import BaseSampler, RandomSampler, TPESampler
 from optuna.storages import BaseStorage, JournalStorage
 from optuna.storages.journal import JournalFileBackend
@@ -25,17 +25,16 @@ from fadeformer import params
 from fadeformer.errors import UserError
 from fadeformer.params import Params
 from pipelines.experiments import space
-from pipelines.experiments.engine import Run, State, Status, digest
+from pipelines.experiments.engine import Plan, Run, Status, digest
 from pipelines.experiments.results import Result
-from pipelines.experiments.space import AFTER_TRAINING, Range, Sweep, metric_of
+from pipelines.experiments.space import AFTER_TRAINING, Sweep, metric_of
 
 IN_A_ROW = 3  # failed trials, after which the next would most likely fail too
-SAME, RUN, IDENTITY = "same as trial", "run", "identity"  # attributes of a trial, of a trial, of a study
-ENDED = (TrialState.COMPLETE, TrialState.PRUNED)
+REPEATED, RUN, IDENTITY = "repeated", "run", "identity"  # attributes of a trial, of a trial, of a study
 
 
 def open_study(folder: Path, plan: Sweep, present: Params) -> tuple[optuna.Study, BaseStorage]:
-    """The study of a sweep, created if there is none, and where it is kept.
+    """Return the study of a sweep, which is created if there is none, and its storage.
 
     Args:
         folder: of all sweeps.
@@ -56,7 +55,7 @@ def open_study(folder: Path, plan: Sweep, present: Params) -> tuple[optuna.Study
     same = {
         key: value for key, value in present.flat().items() if key not in varied and not key.startswith(AFTER_TRAINING)
     }
-    asks = {"fixed": plan.fixed, "space": plan.model_dump()["space"], **same}
+    asks = {"fixed": plan.fixed, "space": plan.space, **same}
     known = study.user_attrs.get("asks")
     if known is None:
         study.set_user_attr(IDENTITY, uuid.uuid4().hex)
@@ -67,61 +66,58 @@ def open_study(folder: Path, plan: Sweep, present: Params) -> tuple[optuna.Study
             f"the sweep {plan.name} was started with another {other}; give this one another name:, or remove {path} to"
             " start again"
         )
-    study.pruner = _pruner(plan)
+    pruner = MedianPruner(n_startup_trials=plan.startup_trials, n_warmup_steps=plan.warmup_epochs + 1)
+    study.pruner = pruner if plan.pruner == "median" else NopPruner()
     return study, storage
 
 
-class SweepPlan:
-    """The trials of a sweep, from wherever its study is."""
+class SweepPlan(Plan):
+    """The trials of a sweep, from wherever its study is; those that an earlier search has left running come first.
+
+    Args:
+        plan: what SPACE.yaml says.
+        present: params.yaml.
+        study: of `open_study`.
+        storage: likewise.
+        parent: the sweep's MLflow run.
+        values: gives the metric of a trial by epoch, from its number, and its result once it has completed.
+    """
 
     def __init__(
         self, plan: Sweep, present: Params, study: optuna.Study, storage: BaseStorage, parent: str,
-        values: Callable[[int, Result | None], Mapping[int, float]], say: Callable[[str], None] = print,
+        values: Callable[[int, Result | None], Mapping[int, float]],
     ) -> None:  # fmt: skip
-        """Finds the trials that an earlier search has left running; they are resumed first.
-
-        Args:
-            plan: what SPACE.yaml says.
-            present: params.yaml.
-            study: of `open_study`.
-            storage: likewise.
-            parent: the sweep's MLflow run.
-            values: gives the metric of a trial by epoch, from its number, and its result once it has completed.
-            say: prints a line.
-        """
         self._plan, self._present, self._study, self._storage = plan, present, study, storage
-        self._parent, self._values, self._say = parent, values, say
-        self._distributions = {key: _distribution(of_key) for key, of_key in plan.space.items()}
+        self._parent, self._values = parent, values
         self._left = [one.number for one in study.trials if one.state == TrialState.RUNNING]
         self._trials: dict[Run, Trial] = {}
         self._pruned: dict[Run, int] = {}
+        self._failed = 0  # in a row
 
     def next(self) -> Run | None:
-        """An unfinished trial of an earlier search, or a new one; None if there are as many as asked for."""
+        """Return an unfinished trial of an earlier search, or a new one; None if there are as many as asked for."""
         if self._left:
             number = self._left.pop(0)
             study_id = self._storage.get_study_id_from_name(self._study.study_name)
             trial_id = self._storage.get_trial_id_from_study_id_trial_number(study_id, number)
             return self._run(Trial(self._study, trial_id))
+        distributions: dict[str, BaseDistribution] = {
+            key: space.distribution(of_key) for key, of_key in self._plan.space.items()
+        }
         while self._more():
             self._study.sampler = _sampler(self._plan, len(self._study.trials))
-            trial = self._study.ask(self._distributions)
-            earlier = self._study.trials[: trial.number]
-            same = [one for one in earlier if one.params == trial.params and one.state in ENDED]
-            if not same:
-                self._say(f"trial {trial.number}: {described(trial.params)}")
+            trial = self._study.ask(distributions)
+            if trial.params not in [one.params for one in self._study.trials[: trial.number]]:
+                _say(trial.number, described(trial.params))
                 return self._run(trial)
-            trial.set_user_attr(SAME, same[0].number)
-            value = same[0].value if same[0].state == TrialState.COMPLETE else None
-            self._study.tell(trial.number, value, state=same[0].state)
-            self._say(
-                f"trial {trial.number}: {described(trial.params)} as trial {same[0].number}, which is not run again"
-            )
+            trial.set_user_attr(REPEATED, True)
+            self._study.tell(trial.number, state=TrialState.FAIL)
+            _say(trial.number, f"{described(trial.params)} was tried before and is not run again")
         return None
 
     def _more(self) -> bool:
         """Whether trials are missing; as many repetitions as trials end the search: everything has been tried."""
-        repeated = sum(SAME in one.user_attrs for one in self._study.trials)
+        repeated = sum(REPEATED in one.user_attrs for one in self._study.trials)
         return len(self._study.trials) - repeated < self._plan.trials and repeated < self._plan.trials
 
     def _run(self, trial: Trial) -> Run:
@@ -132,7 +128,7 @@ class SweepPlan:
         return run
 
     def hopeless(self, run: Run) -> bool:
-        """Reports new epochs to Optuna and returns True if the trial is to be stopped."""
+        """Report new epochs to Optuna and return True if the trial is to be stopped."""
         return run not in self._pruned and self._report(run, self._values(self._trials[run].number, None), prune=True)
 
     def _report(self, run: Run, values: Mapping[int, float], prune: bool) -> bool:
@@ -147,40 +143,37 @@ class SweepPlan:
         return False
 
     def ended(self, run: Run, status: Status) -> None:
-        """Tells Optuna how a trial ended.
+        """Tell Optuna how a trial ended.
 
         Raises:
             UserError: several trials in a row have failed.
         """
         number = self._trials[run].number
-        if status.state is State.COMPLETED and status.result:
-            self._complete(run, status.result)
-        elif status.state is State.STOPPED and run in self._pruned:
+        if status.state == "Completed" and status.result:
+            message = self._complete(run, status.result)
+        elif status.state == "Stopped" and run in self._pruned:
             self._study.tell(number, state=TrialState.PRUNED)
-            self._say(f"trial {number}: stopped at epoch {self._pruned[run]}, worse than the median of the others")
+            message = f"stopped at epoch {self._pruned[run]}, worse than the median of the others"
         else:
-            message = status.message if status.state is State.FAILED else "cancelled"
             self._study.tell(number, state=TrialState.FAIL)
-            self._say(f"trial {number}: {f'failed, {message}' if status.state is State.FAILED else message}")
-            last = [one for one in self._study.trials if one.state.is_finished()][-IN_A_ROW:]
-            if len(last) == IN_A_ROW and all(one.state == TrialState.FAIL for one in last):
-                raise UserError(f"{IN_A_ROW} trials in a row have failed, the last with: {message}")
+            message = f"failed, {status.message}" if status.state == "Failed" else "cancelled"
+        _say(number, message)
+        self._failed = self._failed + 1 if self._study.trials[number].state == TrialState.FAIL else 0
+        if self._failed == IN_A_ROW:
+            raise UserError(f"{IN_A_ROW} trials in a row have failed, the last: {message}")
 
-    def _complete(self, run: Run, result: Result) -> None:
-        trial = self._trials[run]
-        number, values = trial.number, self._values(trial.number, result)
+    def _complete(self, run: Run, result: Result) -> str:
+        trial, values = self._trials[run], self._values(self._trials[run].number, result)
         self._report(run, values, prune=False)
         trial.set_user_attr(RUN, result.name)
         finite = [value for value in values.values() if math.isfinite(value)]
         if not finite:
-            self._study.tell(number, state=TrialState.FAIL)
-            self._say(f"trial {number}: failed, its metric is not defined in any epoch")
-            return
+            self._study.tell(trial.number, state=TrialState.FAIL)
+            return "failed, its metric is not defined in any epoch"
         value = max(finite) if self._study.direction == StudyDirection.MAXIMIZE else min(finite)
-        self._study.tell(number, value)
+        self._study.tell(trial.number, value)
         best = self._study.best_trial.number
-        place = ", the best so far" if best == number else f" (best: trial {best})"
-        self._say(f"trial {number}: {value:.4f}{place}")
+        return f"{value:.4f}{', the best so far' if best == trial.number else f' (best: trial {best})'}"
 
 
 def described(values: Mapping[str, Any]) -> str:
@@ -190,12 +183,8 @@ def described(values: Mapping[str, Any]) -> str:
     )
 
 
-def _distribution(of_key: Range | list[Any]) -> BaseDistribution:
-    if isinstance(of_key, list):
-        return CategoricalDistribution(of_key)
-    if of_key.whole:
-        return IntDistribution(int(of_key.low), int(of_key.high), log=of_key.log, step=int(of_key.step or 1))
-    return FloatDistribution(float(of_key.low), float(of_key.high), log=of_key.log, step=of_key.step)
+def _say(number: int, message: str) -> None:
+    print(f"trial {number}: {message}", flush=True)
 
 
 def _sampler(plan: Sweep, number: int) -> BaseSampler:
@@ -204,9 +193,3 @@ def _sampler(plan: Sweep, number: int) -> BaseSampler:
     if plan.sampler == "random":
         return RandomSampler(seed)
     return TPESampler(seed=seed, n_startup_trials=plan.startup_trials)
-
-
-def _pruner(plan: Sweep) -> BasePruner:
-    if plan.pruner == "none":
-        return NopPruner()
-    return MedianPruner(n_startup_trials=plan.startup_trials, n_warmup_steps=plan.warmup_epochs + 1)
