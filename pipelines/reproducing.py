@@ -27,10 +27,12 @@ from pipelines.stage import STATUS
 GRACE = 15.0  # seconds that a stage may take to stop; Prefect's worker gives the whole run 30
 PAUSES = [15.0, 30.0, 60.0, 120.0]  # seconds before each further try of a transfer
 
-TRANSFER: Any = {"persist_result": False, "retries": len(PAUSES), "retry_delay_seconds": PAUSES}
-
-pull = task(working_copy.pull, name="bring results", **TRANSFER)
-keep = task(working_copy.keep, name="keep results", **TRANSFER)
+pull = task(name="bring results", persist_result=False, retries=len(PAUSES), retry_delay_seconds=PAUSES)(
+    working_copy.pull
+)
+keep = task(name="keep results", persist_result=False, retries=len(PAUSES), retry_delay_seconds=PAUSES)(
+    working_copy.keep
+)
 
 
 def _may_pass(task: object, run: object, state: State[Any]) -> bool:
