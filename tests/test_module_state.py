@@ -24,8 +24,10 @@ def violations(source: str) -> Iterator[str]:
         if isinstance(node, ast.Assign | ast.AnnAssign):
             targets = node.targets if isinstance(node, ast.Assign) else [node.target]
             names = [one.id for target in targets for one in ast.walk(target) if isinstance(one, ast.Name)]
-            made_by = ast.unparse(node.value.func).split(".")[-1] if isinstance(node.value, ast.Call) else None
-            if made_by not in FIXED:
+            made_by = node.value
+            while isinstance(made_by, ast.Call):  # such as task(...)(function)
+                made_by = made_by.func
+            if made_by is node.value or ast.unparse(made_by).split(".")[-1] not in FIXED:
                 lower = [name for name in names if name.islower() and not name.startswith("__")]
                 yield from (f"{node.lineno}: {name} in lower case" for name in lower)
             bound |= set(names)
