@@ -34,7 +34,7 @@ def started(project: Project, address: str) -> Iterator[Callable[..., Path]]:
     running = []
 
     def start(*command: str) -> Path:
-        log = project.folder.parent / f"{command[1]}.log"
+        log = project.folder.parent / f"{command[0]}-{command[1]}.log"
         environment = {**project.environment, "PREFECT_API_URL": address, "PREFECT_WORKER_QUERY_SECONDS": "2"}
         with log.open("w") as file:
             process = subprocess.Popen(command, cwd=project.folder, env=environment, stdout=file, stderr=file)
