@@ -240,14 +240,14 @@ def test_an_error_in_one_of_several_processes_is_one_message(pieces):
 
 
 @pytest.mark.usefixtures("own_server")
-def test_another_process_does_not_train_the_same_and_sigterm_reaches_all(pieces):
+def test_another_process_does_not_train_the_same_and_sigterm_reaches_all(pieces, prefect_server):
     """Several processes, of a network with batch normalization, in the second epoch."""
     forget(pieces)
-    long = {**SELDOM, "devices": 2, "epochs": 200, "early_stopping_patience": 200}
+    long = {**SELDOM, "devices": 2, "epochs": 1000, "early_stopping_patience": 1000}
     pieces.change(model={"backbone": "resnet18", "fade": None}, train=long)
     with running(pieces, sys.executable, "-m", "pipelines", "train") as process:
         wait_for_step(pieces, process, STEPS)
-        output = pieces.run("python", "-m", "pipelines", "train", check=False)
+        output = pieces.run("python", "-m", "pipelines", "train", check=False, PREFECT_API_URL=prefect_server)
         assert pieces.code == os.EX_TEMPFAIL
         assert "another process trains the very same; wait until it has ended" in output
         below = psutil.Process(process.pid).children(recursive=True)
