@@ -13,7 +13,6 @@ import shutil
 import tarfile
 import tempfile
 import zipfile
-import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -28,6 +27,7 @@ from fadeformer.datasets import chestxray14, facts, isic2019
 from fadeformer.errors import UserError
 from pipelines import download, overrides, paths, validate
 from tests.conftest import ROOT
+from tests.test_decode import png, saved
 from tests.test_dicom import BLACK, made, shipped
 
 TABLE = ROOT / "docs" / "bad_data.md"
@@ -39,12 +39,6 @@ KINDS: dict[str, Callable[[], dict[str, object] | None]] = {}
 def pixels(seed: int, size: int = 40) -> np.ndarray:
     random = np.random.default_rng(seed)
     return np.asarray(Image.fromarray(random.integers(0, 256, (6, 6, 3), dtype=np.uint8)).resize((size, size)))
-
-
-def saved(image: np.ndarray | Image.Image, kind: str, **options: object) -> bytes:
-    held = io.BytesIO()
-    (image if isinstance(image, Image.Image) else Image.fromarray(image)).save(held, kind, **options)
-    return held.getvalue()
 
 
 def write_scans() -> None:
@@ -74,17 +68,6 @@ def one_file(sentence: str, data: bytes, name: str = "train/benign/x.png") -> No
     KINDS[sentence] = spoil
 
 
-def huge_png() -> bytes:
-    """A PNG of 60,000 x 60,000 pixels in 60 bytes."""
-
-    def chunk(name: bytes, data: bytes) -> bytes:
-        return len(data).to_bytes(4, "big") + name + data + zlib.crc32(name + data).to_bytes(4, "big")
-
-    size = (60_000).to_bytes(4, "big")
-    header = chunk(b"IHDR", size + size + bytes([8, 0, 0, 0, 0])) + chunk(b"IDAT", zlib.compress(b""))
-    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IEND", b"")
-
-
 PNG, JPEG = saved(pixels(99), "PNG"), saved(pixels(99), "JPEG", quality=95)
 one_file("an empty file", b"")
 one_file("a JPEG that is cut off", JPEG[:-200], "train/benign/x.jpg")
@@ -94,7 +77,7 @@ one_file("the page of a login, saved as an image", b"<!DOCTYPE html><html>", "tr
 one_file("a text, named as an image", b"no image")
 one_file("a pointer of git-lfs", b"version https://git-lfs.github.com/spec/v1\n")
 one_file("a PDF", b"%PDF-1.7\n")
-one_file("a picture of 3.6 gigapixels in 100 bytes", huge_png())
+one_file("a picture of 3.6 gigapixels in 100 bytes", png(60_000, 60_000, 8, 0, b""))
 TWO = saved(Image.fromarray(pixels(0)), "GIF", save_all=True, append_images=[Image.fromarray(pixels(1))])
 one_file("an animation", TWO, "train/benign/x.gif")
 one_file("a TIFF of fractions", saved(Image.fromarray(np.ones((40, 40), np.float32)), "TIFF"), "train/benign/x.tif")
@@ -398,6 +381,7 @@ def table() -> str:
     return TABLE.read_text(encoding="utf-8")
 
 
+@pytest.mark.usefixtures("without_data_docs")
 @pytest.mark.parametrize("sentence", KINDS)
 def test_each_wrong_gets_its_message(sentence, small, monkeypatch):
     monkeypatch.chdir(small.parent)

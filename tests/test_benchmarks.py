@@ -13,7 +13,6 @@ import torch
 from sklearn.metrics import roc_auc_score
 
 from fadeformer.attention import FadeAttn
-from fadeformer.tasks import TASKS
 from tests.conftest import benchmark
 from tests.test_attention import CASES, REFERENCE, relative
 
@@ -125,54 +124,3 @@ def test_the_training_loop_and_the_plain_loop_are_timed(wanted, backbone):
     rates = benchmark("training").compare(backbone, 28, wanted, count=20, repeats=1)
     assert len(rates) == 3
     assert all(len(each) == 1 and each[0] > 0 for each in rates.values())
-
-
-def test_the_table_of_coverage_has_every_measure_and_all_hold_most_of_the_time(capsys, monkeypatch):
-    bench = benchmark("evaluation")
-    monkeypatch.setattr(bench, "POPULATION", 15_000)
-    bench.print_coverage(sets=6, images=150, draws=100)
-    lines = capsys.readouterr().out.splitlines()
-    rows = {cells[1]: cells[2:-1] for line in lines[3:-1] if (cells := [c.strip() for c in line.split("|")])}
-    assert {"auc", "accuracy", "average_precision, class 4", "quadratic_kappa"} <= rows.keys()
-    assert all(float(share) >= 50 for share in rows["auc"] + rows["accuracy"])
-    assert rows["quadratic_kappa"][0] == rows["quadratic_kappa"][2] == ""
-
-
-def test_the_table_of_subgroups_tells_how_often_one_is_called_worse(capsys):
-    bench = benchmark("evaluation")
-    bench.print_subgroups(sets=2, draws=20)
-    rows = [line.split("|")[1:4] for line in capsys.readouterr().out.splitlines()[3:]]
-    assert [name.strip() for name, _, _ in rows][-1] == "two classes, diseased women lower by 1 SD"
-    assert all(0 <= float(women) <= float(any_of_them) <= 100 for _, any_of_them, women in rows)
-    women, lower = (bench.divided("two classes", shift, 0).scores[:, 1] for shift in (0.0, 1.0))
-    changed = women != lower
-    assert (lower[changed] < women[changed]).all()
-    assert 0 < changed.sum() < 100
-
-
-def test_the_benchmark_of_predict_compares_speed_and_memory(capsys, monkeypatch, one_thread):
-    monkeypatch.setattr(sys, "argv", ["predict.py", "--images", "40", "--side", "28", "--repeats", "1", "--many", "50"])
-    bench = benchmark("predict")
-    monkeypatch.setattr(bench, "peak", lambda images, side, backbone: 100.0)
-    bench.main()
-    lines = capsys.readouterr().out.splitlines()
-    assert re.match(r"ours, files to table +\d+ images/s   ours by this 1.00, by processor time 1.00", lines[1])
-    assert [line[:30] for line in lines[4:]] == ["peak memory for      5 images ", "peak memory for     50 images "]
-
-
-def test_scores_of_unfamiliar_images_are_judged_alike():
-    bench, random = benchmark("unfamiliar"), np.random.default_rng(0)
-    labels = random.integers(0, 2, (300, 1))
-
-    def seen(shift):
-        features = (random.normal(size=(300, 4)) + 6 * labels + shift).astype(np.float32)
-        return np.stack([-features.sum(axis=1), features.sum(axis=1)], axis=1), features
-
-    train, val, test = seen(0), seen(0), seen(0)
-    given = train, labels, val, labels, TASKS["multi-class"]
-    for name, score in bench.scores(*given).items():
-        known, far, same = bench.row(score, val, test, {"far": seen([30, -30, 30, -30]), "same": test})
-        assert float(known.split()[0]) < 15
-        assert same.startswith("0.500, ")
-        if name.startswith("distance"):
-            assert far == "1.000, 100 %"

@@ -10,7 +10,7 @@ import pytest
 
 from fadeformer import exporting
 from fadeformer.errors import UserError
-from tests.packages import images, load, write_model
+from tests.packages import FADE, images, load, write_model
 
 # In a process that knows nothing of this library, but what each file needs.
 RUN = {
@@ -31,13 +31,16 @@ assert "fadeformer" not in sys.modules
 """,
 }
 SUFFIX = {"onnx": ".onnx", "program": ".pt2"}
+DIFFUSION = {"variant": "diffusion", "after_blocks": [1, "last"], "num_heads": 4, "dropout": 0.1}
 
 
-@pytest.mark.parametrize(("kind", "format_", "channels"), [("grades", "onnx", 3), ("findings", "program", 1)])
-def test_a_graph_gives_the_same_scores_in_a_process_of_its_own(kind, format_, channels, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("kind", "format_", "channels", "fade"), [("grades", "onnx", 3, DIFFUSION), ("findings", "program", 1, FADE)]
+)
+def test_a_graph_gives_the_same_scores_in_a_process_of_its_own(kind, format_, channels, fade, tmp_path, monkeypatch):
     monkeypatch.setenv("ORT_DISABLE_TELEMETRY", "1")
     monkeypatch.setenv("HOME", str(tmp_path))
-    classifier = load(write_model(tmp_path, kind, channels=channels))
+    classifier = load(write_model(tmp_path, kind, channels=channels, fade=fade))
     path = tmp_path / f"graph{SUFFIX[format_]}"
     assert exporting.export(classifier, format_, path) <= 1e-5
     for count in (1, 5):

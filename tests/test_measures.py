@@ -55,19 +55,6 @@ def test_the_calibration_error_is_that_of_its_bins_by_hand():
     assert summary.summarise(p)["overall"]["calibration_error"] == pytest.approx(sum(gaps) / 30)
 
 
-@pytest.mark.parametrize("task", ["multi-class", MULTI_LABEL])
-def test_perfect_calibration_has_a_small_error_and_confident_nonsense_a_large_one(task):
-    random = np.random.default_rng(1)
-    p = made(task, 3, 20_000, 0)
-    if TASKS[task].multi_label:
-        p.frame[[f"label_{c}" for c in range(3)]] = (random.random(p.scores.shape) < p.scores).astype(int)
-    else:
-        p.frame["label"] = (p.scores.cumsum(axis=1) < random.random((len(p.scores), 1))).sum(axis=1)
-    assert summary.summarise(p)["overall"]["calibration_error"] < 0.02
-    p.frame[[f"score_{c}" for c in range(3)]] = np.eye(3)[random.integers(3, size=len(p.scores))]
-    assert summary.summarise(p)["overall"]["calibration_error"] > 0.3
-
-
 def plain_delong(truth, scores):
     """Every pair, one after the other, by the formulas of the paper."""
     kernel = [np.array([[(p > n) + 0.5 * (p == n) for n in s[~truth]] for p in s[truth]], dtype=float) for s in scores]
@@ -266,20 +253,6 @@ def test_precision_of_no_mistake_and_of_nothing_else_has_an_interval_on_one_side
     assert proportions.predictive_interval(called, truth | ~truth, np.arange(90), 0.95) is None
 
 
-@pytest.mark.parametrize("patients", [False, True])
-def test_intervals_of_precision_hold_the_truth(patients):
-    random, held = np.random.default_rng(1), []
-    truth, groups = np.tile([True, False, True, False, False], 30), np.arange(150) // (5 if patients else 1)
-    precision = 0.4 * 0.7 / (0.4 * 0.7 + 0.6 * 0.2)
-    for _ in range(600):
-        shared = random.normal(size=int(groups.max()) + 1)[groups] if patients else random.normal(size=150)
-        score = (shared + random.normal(size=150)) / np.sqrt(2)
-        called = score > np.where(truth, stats.norm.ppf(0.3), stats.norm.ppf(0.8))
-        low, high = proportions.predictive_interval(called, truth, groups, 0.95)
-        held.append(low <= precision <= high)
-    assert 0.925 < np.mean(held) < 0.98
-
-
 def test_few_groups_make_wider_percentiles():
     samples = np.random.default_rng(0).normal(size=20_000)
     many, few = (resampling.percentiles(samples, groups, 0.95) for groups in (10_000, 8))
@@ -310,10 +283,10 @@ def test_intervals_of_average_precision_allow_for_its_being_too_high_of_few_imag
         value = summary.summarise(p)["per_class"]["b"]["average_precision"]
         if images > 1000:
             return float(special.logit(value)), np.nan
-        bounds = summary.intervals(p, draws=100, seed=0, confidence=0.95)["per_class"]["b"]["average_precision"]
+        bounds = summary.intervals(p, draws=50, seed=0, confidence=0.95)["per_class"]["b"]["average_precision"]
         return float(special.logit(value)), float(special.logit(bounds).mean())
 
-    truth, _ = log_odds(400_000, 0)
+    truth, _ = log_odds(100_000, 0)
     values, middles = np.array([log_odds(200, seed) for seed in range(1, 201)]).T
     too_high = values.mean() - truth
     assert too_high > 2 * values.std() / np.sqrt(len(values))

@@ -17,7 +17,7 @@ from fadeformer.metrics import medmnist_accuracy, medmnist_auc
 from tests.test_metrics import made
 
 TASKS = ("binary-class", "multi-class", "ordinal-regression", "multi-label, binary-class")
-FLAGS = {"breastmnist": 28, "bloodmnist": 28, "retinamnist": 224, "chestmnist": 64}  # one of each task, and sizes
+FLAGS = {"breastmnist": 28, "chestmnist": 64}
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +41,7 @@ def official(evaluator, labels, scores, task):
 @pytest.mark.parametrize("task", TASKS)
 def test_official_numbers_are_equal_to_the_last_bits(evaluator, task):
     absent = 0
-    for seed in range(200):
+    for seed in range(50):
         classes = 2 if task == "binary-class" else max(3, 2 + seed % 4)
         p = made(task, classes, 20 + seed % 30, seed, coarse=seed % 2 == 0, absent=1 if seed % 10 == 0 else None)
         area, share = official(evaluator, p.labels, p.scores, task)
@@ -51,7 +51,7 @@ def test_official_numbers_are_equal_to_the_last_bits(evaluator, task):
         if found is not None:
             assert abs(found - area) < 1e-12
         assert abs(medmnist_accuracy(p.labels, p.scores, task) - share) < 1e-12
-    assert absent == 20
+    assert absent == 5
 
 
 def test_scores_of_the_positive_class_alone_are_enough():

@@ -11,10 +11,8 @@ from timm.models._manipulate import group_parameters
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from fadeformer.medvit import ECB, ESA, LTB, MedViT
+from fadeformer.medvit import ESA, MedViT
 from tests.test_attention import relative
-
-SIZES = ("medvit_small", "medvit_base", "medvit_large")
 
 
 def tiny(**options: float) -> MedViT:
@@ -119,14 +117,6 @@ def test_attention_is_the_plain_computation(reduction, tokens):
         assert relative(layer(x), plain_attention(layer, x).numpy()) < 1e-12
 
 
-def test_the_blocks_lie_where_the_authors_have_them():
-    blocks = timm.create_model("medvit_small", num_classes=0).features
-    attention = [i for i, block in enumerate(blocks) if isinstance(block, LTB)]
-    assert attention == [6, 11, 16, 19]
-    assert [blocks[i].e_mhsa.reduction for i in attention] == [4, 2, 2, 1]
-    assert all(isinstance(block, ECB) for i, block in enumerate(blocks) if i not in attention)
-
-
 @pytest.mark.parametrize("size", [(224, 224), (64, 64), (28, 28), (65, 33), (1, 1)])
 def test_images_may_have_any_size(size):
     model = tiny().eval()
@@ -150,10 +140,9 @@ def test_timm_builds_it_as_the_factory_asks():
     assert (last.drop_path1.drop_prob, last.drop_path2.drop_prob) == pytest.approx((0.075, 0.025))
 
 
-@pytest.mark.parametrize("name", SIZES)
-def test_pretrained_weights_are_refused(name):
-    with pytest.raises(ValueError, match=f"{name} has no pretrained weights"):
-        timm.create_model(name, pretrained=True)
+def test_pretrained_weights_are_refused():
+    with pytest.raises(ValueError, match="medvit_small has no pretrained weights"):
+        timm.create_model("medvit_small", pretrained=True)
 
 
 @pytest.mark.parametrize(

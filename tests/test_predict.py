@@ -4,7 +4,6 @@ import json
 import shutil
 import subprocess
 import sys
-import threading
 import time
 import zipfile
 from pathlib import Path
@@ -263,35 +262,6 @@ def _fails_at(name, rows):
         return 1 / 0 if some[0].name > name else rows(some, *rest)
 
     return fail
-
-
-def test_no_more_pixels_are_alive_than_a_batch_for_each_thread(fixed, images, tmp_path, monkeypatch):
-    alive, most, lock = 0, 0, threading.Lock()
-
-    class Counted(np.ndarray):
-        def __del__(self):
-            nonlocal alive
-            with lock:
-                alive -= self.counted if hasattr(self, "counted") else 0
-
-    def decoded(some, *rest, before=predicting._decoded):
-        nonlocal alive, most
-        pixels, problems = before(some, *rest)
-        counted = pixels.view(Counted)
-        counted.counted = len(some)
-        with lock:
-            alive += len(some)
-            most = max(most, alive)
-        return counted, problems
-
-    # `readable` is a copy of these pixels, so that twice as many are alive at most
-    monkeypatch.setattr(predicting, "_decoded", decoded)
-    monkeypatch.setattr(predicting, "BATCH", 4)
-    monkeypatch.setattr(predicting, "PART", 16)
-    many = [images, *(shutil.copytree(images, tmp_path / f"copy-{copy}") for copy in range(5))]
-    predict(*many, "--model", fixed, "--out", tmp_path / "p.csv", "--threads", 2)
-    assert len(pd.read_csv(tmp_path / "p.csv")) == 240
-    assert 0 < most <= 2 * 4
 
 
 def test_explain_writes_an_overlay_for_each_image(fixed, images, tmp_path):

@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 import torch
-from scipy import stats
 from torchvision.transforms import InterpolationMode, RandAugment
 from torchvision.transforms.autoaugment import _apply_op
 
@@ -42,10 +41,10 @@ def test_the_table_is_torchvisions():
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-@pytest.mark.parametrize("magnitude", [0, 4, 9, 17, 30])
+@pytest.mark.parametrize("magnitude", [0, 9, 30])
 @pytest.mark.parametrize("name", list(OPERATIONS))
 def test_every_operation_gives_torchvisions_bytes(name, magnitude, channels):
-    for size in ((24, 20), (32, 32), (37, 45)):
+    for size in ((32, 32), (37, 45)):
         batch = images(4, *size, channels)
         batch[1] = 255 - batch[1]
         batch[2] = 128  # a plain image has no contrast to stretch
@@ -53,13 +52,6 @@ def test_every_operation_gives_torchvisions_bytes(name, magnitude, channels):
         for sign in (1, -1):
             expected = torch.stack([published(image, name, sign, magnitude) for image in batch.permute(0, 3, 1, 2)])
             assert torch.equal(ours(batch, [drawn(name, sign)] * 4, magnitude), expected)
-
-
-def test_the_strongest_of_every_operation_changes_a_colour_image():
-    batch = images(1, 32, 32)
-    for name in OPERATIONS:
-        changed = not torch.equal(ours(batch, [drawn(name, 1)], 30), batch.permute(0, 3, 1, 2))
-        assert changed == (name != "Identity"), name
 
 
 def test_each_image_undergoes_its_own_operations_one_after_the_other():
@@ -75,23 +67,3 @@ def test_each_image_undergoes_its_own_operations_one_after_the_other():
         for name, sign in pair:
             expected = published(expected, name, sign, 9)
         assert torch.equal(result, expected)
-
-
-def test_operations_and_signs_are_as_frequent_as_torchvisions():
-    image = images(1, 24, 24)[0]
-    first = image.permute(2, 0, 1).contiguous()
-    kinds = [(name, sign) for name in OPERATIONS for sign in ((1, -1) if name in SIGNED else (1,))]
-    by_bytes = {published(first, *kind, 9).numpy().tobytes(): i for i, kind in enumerate(kinds)}
-    assert len(by_bytes) == len(kinds) == 23
-    count = 3000
-    uniform = torch.rand(count, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    mine = randaugment(image.expand(count, -1, -1, -1), uniform, 9).permute(0, 3, 1, 2)
-    torch.manual_seed(0)
-    transform = RandAugment(num_ops=1, magnitude=9)
-    theirs = [transform(first) for _ in range(count)]
-    counts = [
-        np.bincount([by_bytes[found.contiguous().numpy().tobytes()] for found in results], minlength=len(kinds))
-        for results in (mine, theirs)
-    ]
-    assert min(map(min, counts)) > 50
-    assert stats.chi2_contingency(counts).pvalue > 0.01

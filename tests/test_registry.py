@@ -81,14 +81,6 @@ def test_a_run_that_is_not_in_the_store_is_told():
         pass
 
 
-def test_a_run_that_was_deleted_is_told():
-    with tracking.run() as run_id:
-        pass
-    MlflowClient().delete_run(run_id)
-    with pytest.raises(UserError, match=f"has no run {run_id}, or it was deleted"), tracking.run(run_id):
-        pass
-
-
 def test_a_store_whose_making_was_killed_is_made_again(tmp_path, monkeypatch):
     """MLflow itself gives up on a database that has some of its tables."""
     before = mlflow.get_tracking_uri()
