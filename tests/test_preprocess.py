@@ -122,18 +122,6 @@ def test_what_was_interrupted_is_gone_on_with_and_not_begun_again(tmp_path, monk
     assert len(decoded) == 100 + len(rows) - noted
 
 
-@pytest.mark.parametrize("torn", [b"", b"\x93NUMPY", "other"])
-def test_a_torn_note_of_what_is_done_counts_as_nothing_done(tmp_path, torn):
-    rows = photographs(tmp_path / "own.zip")
-    expected = render(rows, tmp_path, tmp_path / "whole")
-    (tmp_path / "begun").mkdir()
-    if isinstance(torn, bytes):
-        (tmp_path / "begun/done.npy").write_bytes(torn)
-    else:
-        np.save(tmp_path / "begun/done.npy", np.ones(3, bool))
-    assert render(rows, tmp_path, tmp_path / "begun") == expected
-
-
 KILLED = """
 import sys, time
 from pathlib import Path
