@@ -27,6 +27,7 @@ from pydicom.encaps import generate_frames
 from pydicom.filereader import read_dataset
 from pydicom.pixels.decoders.base import get_decoder
 from pydicom.pixels.processing import apply_color_lut
+from pydicom.pixels.utils import get_expected_length
 from pydicom.tag import Tag
 
 from fadeformer import jpegs, windowing
@@ -100,7 +101,7 @@ class Scan:
     manufacturer: str | None
 
 
-def read(data: bytes, name: str, *, salt: bytes, limit: int = PIXELS) -> Scan:
+def read(data: bytes, name: str, *, salt: bytes) -> Scan:
     """Reads one file.
 
     The group is made of Patient ID alone: its issuer is left out, since a patient whose files name it only now and then
@@ -110,7 +111,6 @@ def read(data: bytes, name: str, *, salt: bytes, limit: int = PIXELS) -> Scan:
         data: the file's bytes.
         name: what errors call it.
         salt: the key of the hash, 16 to 64 random bytes that are kept secret and the same for the whole data set.
-        limit: pixels of all frames together.
 
     Raises:
         UnreadableError: it is empty, cut off, damaged, too large, no DICOM, has no image or one of a kind that is not
@@ -120,7 +120,7 @@ def read(data: bytes, name: str, *, salt: bytes, limit: int = PIXELS) -> Scan:
     if len(salt) not in SALT:
         raise UserError(f"the salt has {len(salt)} bytes; it must be {SALT.start} to {SALT.stop - 1} random ones")
     try:
-        return _read(data, salt, limit)
+        return _read(data, salt)
     except (_RefusalError, windowing.WindowError, jpegs.JpegError) as refusal:
         reason = str(refusal)
     except Exception as error:  # a damaged file makes pydicom and its decoders stumble in any way
@@ -146,16 +146,16 @@ class _RefusalError(Exception):
     """Why a file is not read."""
 
 
-def _read(data: bytes, salt: bytes, limit: int) -> Scan:
+def _read(data: bytes, salt: bytes) -> Scan:
     dataset = _parsed(data)
     keyword = next((keyword for keyword in PIXEL_DATA if keyword in dataset), None)
     if keyword is None:
         raise _RefusalError("holds no image, or is cut off before it; leave it out, or fetch it again")
     count = int(dataset.get("NumberOfFrames") or 1)
     pixels = dataset.Rows * dataset.Columns * count
-    if not 0 < pixels <= limit:
+    if not 0 < pixels <= PIXELS:
         size = f"{dataset.Columns:,} x {dataset.Rows:,} pixels in {count:,} frames"
-        raise _RefusalError(f"has {size}; at least 1 and at most {limit:,} in all are read")
+        raise _RefusalError(f"has {size}; at least 1 and at most {PIXELS:,} in all are read")
     stored = list(_stored(dataset, keyword, count))
     if len(stored) != count:
         raise _RefusalError(f"says that it has {count} frames, but holds {len(stored)}; export it again")
@@ -213,7 +213,7 @@ def _stored(dataset: Dataset, keyword: str, count: int) -> Iterator[NDArray[Any]
     if syntax not in uid.UncompressedTransferSyntaxes:
         plugin = _decoder(syntax)
         _sizes_agree(dataset, syntax, count)
-    elif (found := len(dataset[keyword].value)) < (expected := _native_size(dataset, count)):
+    elif (found := len(dataset[keyword].value)) < (expected := get_expected_length(dataset)):
         raise _RefusalError(f"is cut off: it has {found:,} of {expected:,} bytes of pixels; fetch it again")
     for frame, properties in get_decoder(syntax).iter_array(dataset, decoding_plugin=plugin):
         colours = str(properties["photometric_interpretation"])
@@ -222,14 +222,6 @@ def _stored(dataset: Dataset, keyword: str, count: int) -> Iterator[NDArray[Any]
                 "has colours that are neither RGB nor YBR_FULL, YBR_ICT, YBR_RCT; convert it with dcmconv"
             )
         yield frame
-
-
-def _native_size(dataset: Dataset, count: int) -> int:
-    """Bytes of pixels that are not compressed."""
-    bits = dataset.Rows * dataset.Columns * dataset.SamplesPerPixel * dataset.BitsAllocated * count
-    if dataset.PhotometricInterpretation == "YBR_FULL_422":
-        bits = bits * 2 // 3  # two pixels share their colour
-    return int(bits + 7) // 8
 
 
 def _decoder(syntax: uid.UID) -> str:

@@ -79,8 +79,7 @@ def load_weights(model: nn.Module, path: Path) -> None:
     them), or behind the `module.` of data-parallel training, they are found there.
 
     Raises:
-        ValueError: the file cannot be read, holds anything but tensors by name, or does not fit; says what is missing,
-            left over or of another shape.
+        ValueError: the file cannot be read, holds anything but tensors by name, or does not fit, with torch's reasons.
         OSError: there is no such file.
     """
     state = _read(path)
@@ -91,19 +90,10 @@ def load_weights(model: nn.Module, path: Path) -> None:
         raise ValueError(f"{path}: holds no tensors by name but a {type(state).__name__}")
     if state and all(name.startswith("module.") for name in state):
         state = {name.removeprefix("module."): value for name, value in state.items()}
-    own = model.state_dict()
-    problems = {
-        "missing": sorted(own.keys() - state.keys()),
-        "left over": sorted(state.keys() - own.keys()),
-        "of another shape": sorted(k for k in own.keys() & state.keys() if own[k].shape != state[k].shape),
-    }
-    if any(problems.values()):
-        told = "; ".join(f"{kind}: {', '.join(names)}" for kind, names in problems.items() if names)
-        raise ValueError(f"{path}: does not fit the model; {told}")
     try:
         model.load_state_dict(state)
-    except RuntimeError as error:  # sparse tensors, or tensors without content
-        raise ValueError(f"{path}: cannot be taken over by the model: {error}") from error
+    except RuntimeError as error:
+        raise ValueError(f"{path}: does not fit the model; {' '.join(str(error).split())}") from error
 
 
 def features_and_logits(model: Any, images: Tensor) -> tuple[Tensor, Tensor]:

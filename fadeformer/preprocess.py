@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from math import prod
 from pathlib import Path
@@ -73,7 +72,7 @@ def write(
         }
         starts = {split: file.tell() for split, file in files.items()}
         noted = folder / "done.npy"
-        done = _noted(noted, len(manifest))
+        done = np.load(noted) if noted.exists() else np.zeros(len(manifest), bool)
         left = np.flatnonzero(~done)
         splits = manifest["split"].to_numpy()
 
@@ -95,7 +94,7 @@ def write(
     if not done.all():
         raise UserError(f"{source}: {int((~done).sum()):,} images of the manifest are gone; run `dvc repro validate`")
     manifest.drop(columns=[*OF_THE_FILES], errors="ignore").to_parquet(folder / "index.parquet", index=False)
-    mean, std = channel_statistics(folder / "train.npy", threads)
+    mean, std = channel_statistics(folder / "train.npy")
     meta = Meta(dict(dataset), image_size, channels, counts, split, cross_split_duplicates, mean, std, aspect)
     write_json(folder / "meta.json", asdict(meta))
     noted.unlink()
@@ -140,15 +139,6 @@ def _opened(path: Path, shape: tuple[int, ...]) -> BinaryIO:
     return file
 
 
-def _noted(path: Path, count: int) -> NDArray[np.bool_]:
-    """What is done, (images,): nothing, if a power cut tore the note."""
-    try:
-        done = np.load(path, allow_pickle=False)
-    except (FileNotFoundError, EOFError, ValueError):
-        return np.zeros(count, bool)
-    return done if done.shape == (count,) and done.dtype == np.bool_ else np.zeros(count, bool)
-
-
 def _note(path: Path, done: NDArray[np.bool_], files: Iterable[BinaryIO]) -> None:
     for file in files:
         file.flush()
@@ -157,22 +147,17 @@ def _note(path: Path, done: NDArray[np.bool_], files: Iterable[BinaryIO]) -> Non
         np.save(temporary, done)
 
 
-def channel_statistics(path: Path, threads: int | None = None) -> tuple[list[float], list[float]]:
+def channel_statistics(path: Path) -> tuple[list[float], list[float]]:
     """Mean and standard deviation of each channel, in [0, 1], of an array of images; exact, and block by block."""
-    with path.open("rb") as file, ThreadPoolExecutor(threads or os.cpu_count()) as pool:
-        np.lib.format.read_magic(file)
-        (count, height, width, channels), _, _ = np.lib.format.read_array_header_1_0(file)
-        image, begin = height * width * channels, file.tell()
-
-        def histogram(first: int) -> list[int]:
-            rows = min(ROWS_AT_ONCE, count - first) * height  # of the images one below the other
-            # not mapped: what is read of a map counts as the process's memory
-            data = os.pread(file.fileno(), rows * width * channels, begin + first * image)
-            return Image.frombytes("L" if channels == 1 else "RGB", (width, rows), data).histogram()
-
-        counts = np.zeros((channels, 256), np.int64)
-        for found in pool.map(histogram, range(0, count, ROWS_AT_ONCE)):
-            counts += np.array(found).reshape(counts.shape)
+    images = np.load(path, mmap_mode="r", allow_pickle=False)
+    _, height, width, channels = images.shape
+    counts = np.zeros((channels, 256), np.int64)
+    size = ROWS_AT_ONCE * height * width * channels
+    for start in range(0, images.size, size):
+        # not of the map: what is read of it counts as the process's memory
+        block = np.fromfile(path, np.uint8, size, offset=images.offset + start)
+        rows = block.reshape((-1, width) if channels == 1 else (-1, width, channels))
+        counts += np.array(Image.fromarray(rows).histogram()).reshape(counts.shape)
     values = np.arange(256) / 255
     shares = counts / max(1, counts[0].sum())
     mean = shares @ values

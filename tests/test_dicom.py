@@ -492,10 +492,12 @@ def test_a_bomb_is_told_before_it_is_inflated(monkeypatch):
         read(deflated(2**24))
 
 
-def test_the_limit_of_pixels_is_the_callers():
-    assert read(made(BLACK), limit=64).frames.shape == (1, 8, 8)
+def test_too_many_pixels_are_refused(monkeypatch):
+    monkeypatch.setattr(dicom, "PIXELS", 64)
+    assert read(made(BLACK)).frames.shape == (1, 8, 8)
+    monkeypatch.setattr(dicom, "PIXELS", 63)
     with pytest.raises(UnreadableError, match="at most 63 in all are read"):
-        read(made(BLACK), limit=63)
+        read(made(BLACK))
 
 
 def test_old_files_without_a_preamble_are_read():

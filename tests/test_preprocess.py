@@ -1,6 +1,11 @@
 """Images decoded and resized once, in any number of threads, and after any interruption."""
 
 import io
+import os
+import signal
+import subprocess
+import sys
+import time
 import zipfile
 
 import numpy as np
@@ -116,15 +121,37 @@ def test_what_was_interrupted_is_gone_on_with_and_not_begun_again(tmp_path, monk
     assert len(decoded) == 100 + len(rows) - noted
 
 
-@pytest.mark.parametrize("torn", [b"", b"\x93NUMPY", "other"])
-def test_a_torn_note_of_what_is_done_counts_as_nothing_done(tmp_path, torn):
-    rows = photographs(tmp_path / "own.zip")
+KILLED = """
+import sys, time
+from pathlib import Path
+import pandas as pd
+from fadeformer import preprocess
+from fadeformer.datasets import images
+preprocess.NOTED_EVERY = 5
+decode = images.decode
+def slow(data, name):
+    time.sleep(0.05)
+    return decode(data, name)
+images.decode = slow
+folder = Path(sys.argv[1])
+(folder / "begun").mkdir()
+preprocess.write(
+    {}, pd.read_parquet(folder / "rows.parquet"), folder, image_size=32, channels=3, aspect="crop", threads=1,
+    split="published", cross_split_duplicates=0, folder=folder / "begun",
+)
+"""
+
+
+def test_a_process_that_is_killed_leaves_nothing_wrong(tmp_path):
+    rows = photographs(tmp_path / "own.zip", 120)
     expected = render(rows, tmp_path, tmp_path / "whole")
-    (tmp_path / "begun").mkdir()
-    if isinstance(torn, bytes):
-        (tmp_path / "begun/done.npy").write_bytes(torn)
-    else:
-        np.save(tmp_path / "begun/done.npy", np.ones(3, bool))
+    rows.to_parquet(tmp_path / "rows.parquet")
+    process = subprocess.Popen([sys.executable, "-c", KILLED, str(tmp_path)])
+    while process.poll() is None and not (tmp_path / "begun/done.npy").exists():
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not np.load(tmp_path / "begun/done.npy").all()
     assert render(rows, tmp_path, tmp_path / "begun") == expected
 
 

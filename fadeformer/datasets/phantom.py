@@ -56,12 +56,7 @@ def draw(images: int, size: int, seed: int, task: str = "multi-class") -> dict[s
     Returns:
         For each split `{split}_images` (uint8, N x size x size x 3), `{split}_labels` (uint8, N x 1, or N x 5 where
         multi-label) and `{split}_groups` (int64, N: the slide).
-
-    Raises:
-        ValueError: fewer than 200 images, or smaller than 16 pixels.
     """
-    if images < 200 or size < 16:
-        raise ValueError(f"{images} images of {size} pixels; a phantom has 200 images or more, of 16 pixels or more")
     slides = max(10, images // PER_SLIDE)
     ends = {"train": round(slides * SHARES["train"]), "val": round(slides * (SHARES["train"] + SHARES["val"]))}
     groups = np.arange(images) * slides // images

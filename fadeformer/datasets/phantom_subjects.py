@@ -16,7 +16,6 @@ from numpy.typing import NDArray
 from fadeformer.datasets import npz
 from fadeformer.datasets.chance import Chance
 from fadeformer.datasets.facts import SPLITS, Facts
-from fadeformer.errors import UserError
 
 SUBJECTS = "subjects.csv"
 COLUMNS = ("age", "sex", "site")
@@ -49,15 +48,7 @@ def draw(slides: Mapping[str, NDArray[np.int64]], seed: int) -> pd.DataFrame:
 
 
 def table(facts: Facts, folder: Path) -> pd.DataFrame:
-    """One row per image, as `npz.table` gives it, with age, sex and site of the patient that its slide is of.
-
-    Raises:
-        UserError: the archive or the table of patients is damaged.
-    """
+    """One row per image, as `npz.table` gives it, with age, sex and site of the patient that its slide is of."""
     rows = npz.table(facts, folder)
-    path = folder / SUBJECTS
-    try:
-        known = pd.read_csv(path, dtype={"slide": "string"}).set_index("slide")[list(COLUMNS)].loc[rows["group"]]
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{path}: damaged ({error}); run `dvc repro -f download`") from error
+    known = pd.read_csv(folder / SUBJECTS, dtype={"slide": "string"}).set_index("slide").loc[rows["group"]]
     return rows.assign(**{name: known[name].to_numpy() for name in COLUMNS})

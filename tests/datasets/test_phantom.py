@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 
 from fadeformer.datasets import phantom, phantom_subjects
 from fadeformer.datasets.facts import SPLITS
-from fadeformer.errors import UserError
 from tests.datasets.conftest import built
 
 
@@ -54,12 +53,6 @@ def test_classes_are_as_imbalanced_as_their_shares():
     labels = phantom.draw(1000, 16, 0)["train_labels"][:, 0]
     found = np.bincount(labels) / len(labels)
     np.testing.assert_allclose(found, [kind.share for kind in phantom.KINDS.values()], atol=0.01)
-
-
-@pytest.mark.parametrize(("images", "size"), [(199, 28), (200, 15)])
-def test_too_little_is_refused(images, size):
-    with pytest.raises(ValueError, match="200 images or more, of 16 pixels or more"):
-        phantom.draw(images, size, 0)
 
 
 @pytest.mark.parametrize("task", ["ordinal-regression", "multi-label, binary-class"])
@@ -122,11 +115,3 @@ def test_age_sex_and_site_of_a_slide_reach_the_manifest_and_leave_images_and_ids
     for column in ("age", "sex", "site"):
         assert rows[column].tolist() == expected[column].tolist()
     assert "made up" in facts.note
-
-
-@pytest.mark.parametrize("text", ["", "slide,age\n0,3\n", "slide,age,sex,site\n0,30,F,A\n"])
-def test_a_damaged_table_of_patients_is_told(fetched, text):
-    facts, folder = fetched(name="phantom", images=200, size=16, seed=3)
-    (folder / phantom_subjects.SUBJECTS).write_text(text)
-    with pytest.raises(UserError, match=r"subjects\.csv: damaged .*dvc repro -f download"):
-        phantom_subjects.table(facts, folder)
