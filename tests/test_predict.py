@@ -172,7 +172,7 @@ def test_a_damaged_member_of_a_zip_is_told_and_the_others_are_read(fixed, images
     (tmp_path / "a.zip").write_bytes(bytes(data))
     assert predict(tmp_path / "a.zip", "--model", fixed, "--out", tmp_path / "p.csv") == 3
     table = pd.read_csv(tmp_path / "p.csv", index_col="name")
-    assert "the checksum of '02.png' is wrong" in table["problem"]["02.png"]
+    assert "Bad CRC-32 for file '02.png'" in table["problem"]["02.png"]
     assert table["problem"].notna().sum() == 1
 
 
