@@ -31,10 +31,10 @@ repro: install  ## the pipeline, from download to promote; only what is not up t
 	python -m pipelines.check
 	python -m pipelines.orchestrator dvc repro
 
-test: install  ## the tests that need only the environment, with one run of the pipeline; about 8 minutes
+test: install  ## the tests that need only the environment, with one run of the pipeline; about 10 minutes
 	$(PYTEST) -m "not ($(INTEGRATION))"
 
-test-integration: install  ## the other tests: pipeline, servers, browser, containers, real data; about 12 minutes
+test-integration: install  ## the other tests: pipeline, servers, browser, containers, real data; about 30 minutes
 	$(PYTEST) -m "$(INTEGRATION)"
 
 test-all: test test-integration  ## all tests

@@ -238,7 +238,7 @@ class Kept:
                 shutil.rmtree(project.folder)
                 shutil.copytree(self.folder, project.folder, symlinks=True)
             else:
-                project.make("repro")
+                project.make("repro", **EVERY_CORE)
                 self.take(project)
 
     def take(self, project: Project) -> None:

