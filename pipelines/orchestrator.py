@@ -19,6 +19,7 @@ from pipelines import stage
 
 STARTUP = 120  # seconds; the first start creates Prefect's database
 RETRIES = "2"  # of a request; more only delay the end of a flow whose temporary server died
+NO_LINKS = ""  # Prefect prints no link to a page that is gone when the command ends
 SENDING = 5.0  # seconds for the last logs and events of flows
 POLL = 1.0  # seconds between two looks at the processes below a command
 GROUP = 1.0  # seconds within which a SIGTERM to the whole process group has ended the command
@@ -47,7 +48,7 @@ def _started() -> Iterator[str]:
     from prefect.events.worker import EventsWorker
     from prefect.logging.handlers import APILogWorker
     from prefect.server.api.server import SubprocessASGIServer
-    from prefect.settings import PREFECT_API_URL, PREFECT_CLIENT_MAX_RETRIES, temporary_settings
+    from prefect.settings import PREFECT_API_URL, PREFECT_CLIENT_MAX_RETRIES, PREFECT_UI_URL, temporary_settings
 
     server = SubprocessASGIServer()
     # Blocked in the server too: whoever signals the process group, flows can still report their end to it.
@@ -59,7 +60,7 @@ def _started() -> Iterator[str]:
             raise UserError(f"Prefect's temporary server did not start: {error}") from error
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-        changes = {PREFECT_API_URL: server.api_url, PREFECT_CLIENT_MAX_RETRIES: RETRIES}
+        changes = {PREFECT_API_URL: server.api_url, PREFECT_CLIENT_MAX_RETRIES: RETRIES, PREFECT_UI_URL: NO_LINKS}
         os.environ.update({setting.name: value for setting, value in changes.items()})
         with temporary_settings(changes):
             try:
@@ -68,7 +69,7 @@ def _started() -> Iterator[str]:
                 APILogWorker.drain_all(timeout=SENDING)
                 EventsWorker.drain_all(timeout=SENDING)
     finally:
-        for setting in (PREFECT_API_URL, PREFECT_CLIENT_MAX_RETRIES):
+        for setting in (PREFECT_API_URL, PREFECT_CLIENT_MAX_RETRIES, PREFECT_UI_URL):
             os.environ.pop(setting.name, None)
         if server.server_process:
             server.server_process.kill()  # the states of all runs are in its database

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import optuna
 from optuna.trial import TrialState
 
 from fadeformer import params
 from fadeformer.errors import UserError
+from fadeformer.params import Params
 from pipelines import paths, store, tracking
 from pipelines.experiments import engine, runners, space, sweep, sweep_runs
 from pipelines.experiments.results import Result
@@ -55,27 +58,32 @@ def run(arguments: argparse.Namespace) -> str:
             with suppress(store.Unreachable):
                 tracking.mark(parent, "KILLED")
             raise
-        return _end(plan, study, parent, metric, isinstance(runner, runners.PrefectRunner))
+        return _end(plan, study, parent, metric, None if isinstance(runner, runners.PrefectRunner) else present)
 
 
-def _end(plan: Sweep, study: optuna.Study, parent: str, metric: str, on_a_server: bool) -> str:
-    """Leaves the result in MLflow; returns it, and how the best trial is evaluated."""
+def _end(plan: Sweep, study: optuna.Study, parent: str, metric: str, local: Params | None) -> str:
+    """Leaves the result in MLflow; returns it, and how the best trial is evaluated: with `local`, in this folder."""
     made = [one for one in study.trials if sweep.REPEATED not in one.user_attrs]
     done = [one for one in made if one.state == TrialState.COMPLETE]
     if not done:
         tracking.mark(parent, "FAILED")
         raise UserError(f"none of the {len(made)} trials of {plan.name} has ended well")
     best, stopped = study.best_trial, sum(one.state == TrialState.PRUNED for one in made)
-    value, kept = float(study.best_value), best.user_attrs[sweep.RUN]
+    value = float(study.best_value)
     sweep_runs.end(parent, metric, value, best.params, study.trials_dataframe())
-    judged = (
-        f"`prefect deployment run {EVALUATE} --param of={kept}` evaluates and judges it"
-        if on_a_server
-        else f"`dvc exp apply {kept}` brings it into this folder, and `dvc repro` then evaluates and judges it, without"
-        " another training"
+    command = (
+        _evaluation(local, {**plan.fixed, **best.params})
+        if local
+        else f"prefect deployment run {EVALUATE} --param of={best.user_attrs[sweep.RUN]}"
     )
     return (
         f"{len(done)} of {len(made)} trials ran to their end, {stopped} were stopped early; no image of test"
         f" was looked at. The best is trial {best.number}: {metric} {value:.4f} with"
-        f" {sweep.described(best.params)}. {judged}"
+        f" {sweep.described(best.params)}. This evaluates and judges it, without another training:\n{command}"
     )
+
+
+def _evaluation(present: Params, values: Mapping[str, Any]) -> str:
+    """Command that runs the pipeline with a trial's values: DVC takes the training from its cache."""
+    changed = runners.differences(present.nested(), space.values_of(present, values))
+    return shlex.join(["dvc", "exp", "run", *[f"--set-param={key}={runners.literal(value)}" for key, value in changed]])

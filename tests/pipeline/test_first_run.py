@@ -51,6 +51,7 @@ def test_every_stage_prints_one_line(first):
         assert len(re.findall(rf"^{stage}: ", first, flags=re.MULTILINE)) == 1
     assert "promote: PROMOTED" in first
     assert "Warning" not in first
+    assert "View at" not in first
 
 
 def test_nothing_is_written_outside_the_project(project, first):
