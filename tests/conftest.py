@@ -54,7 +54,7 @@ LONGEST = (
 )  # fmt: skip
 # What a test needs, by the fixtures that it uses, directly or not.
 MARKERS = {
-    "prefect_server": "server", "cluster": "server", "browser": "browser", "built": "container",
+    "prefect_server": "server", "started": "server", "cluster": "server", "browser": "browser", "built": "container",
     "real_data": "real_data",
 }  # fmt: skip
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from mlflow import MlflowClient
 
-from pipelines import packaged, registry, tracking
+from pipelines import cli, packaged, registry, tracking
 from tests.conftest import ROOT
 from tests.packages import images, load, png, project_with_store
 from tests.pipeline.cluster import answers, soon
@@ -43,17 +43,19 @@ def environment(project: Path) -> dict[str, str]:
     return {**kept, "PYTHONPATH": str(ROOT), "HOME": str(project)}
 
 
-def run(project: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [*COMMAND, *words], cwd=project, env=environment(project), capture_output=True, text=True, check=False
-    )
+@pytest.fixture
+def inside(project, monkeypatch) -> None:
+    """The test runs in the project's folder, as a user whose home it is."""
+    monkeypatch.chdir(project)
+    monkeypatch.setenv("HOME", str(project))
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
 
 
-def test_the_champion_is_exported(project, expected):
+@pytest.mark.usefixtures("inside")
+def test_the_champion_is_exported(project, expected, capsys):
     onnxruntime = pytest.importorskip("onnxruntime")
-    done = run(project, "export", CHAMPION, "--format", "onnx", "--out", "champion.onnx")
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith(f"export: champion.onnx gives the scores of {CHAMPION}, to ")
+    cli.main(["export", CHAMPION, "--format", "onnx", "--out", "champion.onnx"])
+    assert capsys.readouterr().out.startswith(f"export: champion.onnx gives the scores of {CHAMPION}, to ")
     session = onnxruntime.InferenceSession(project / "champion.onnx", providers=["CPUExecutionProvider"])
     (scores,) = session.run(["scores"], {"images": images(2)})
     np.testing.assert_allclose(scores, expected, atol=1e-5)
@@ -70,11 +72,12 @@ def test_the_champion_is_exported(project, expected):
         (("serve", CHAMPION, "--max-images", "0"), "whole numbers above 0"),
     ],
 )
-def test_what_cannot_be_is_told_in_one_line(project, words, told):
-    done = run(project, *words)
-    assert done.returncode == 1
-    assert told in done.stderr
-    assert "Traceback" not in done.stderr
+@pytest.mark.usefixtures("inside")
+def test_what_cannot_be_is_told_in_one_line(project, words, told, capsys):
+    with pytest.raises(SystemExit) as ended:
+        cli.main(list(words))
+    assert ended.value.code == 1
+    assert told in capsys.readouterr().err
     assert not list(project.glob("x.*"))
 
 

@@ -17,15 +17,17 @@ RUN = {
     "onnx": """
 import sys, numpy as np, onnxruntime
 session = onnxruntime.InferenceSession(sys.argv[1], providers=["CPUExecutionProvider"])
-np.save(sys.argv[3], session.run(["scores"], {"images": np.load(sys.argv[2])})[0])
+for name in sys.argv[2:]:
+    np.save(f"scores-{name}", session.run(["scores"], {"images": np.load(name)})[0])
 print(session.get_modelmeta().custom_metadata_map["fadeformer.classes"])
 assert "torch" not in sys.modules and "fadeformer" not in sys.modules
 """,
     "program": """
 import sys, numpy as np, torch
 extra = {"fadeformer.classes": ""}
-program = torch.export.load(sys.argv[1], extra_files=extra)
-np.save(sys.argv[3], program.module()(torch.from_numpy(np.load(sys.argv[2]))).detach().numpy())
+program = torch.export.load(sys.argv[1], extra_files=extra).module()
+for name in sys.argv[2:]:
+    np.save(f"scores-{name}", program(torch.from_numpy(np.load(name))).detach().numpy())
 print(extra["fadeformer.classes"])
 assert "fadeformer" not in sys.modules
 """,
@@ -43,16 +45,15 @@ def test_a_graph_gives_the_same_scores_in_a_process_of_its_own(kind, format_, ch
     classifier = load(write_model(tmp_path, kind, channels=channels, fade=fade))
     path = tmp_path / f"graph{SUFFIX[format_]}"
     assert exporting.export(classifier, format_, path) <= 1e-5
-    for count in (1, 5):
-        pixels = images(count, channels=channels)
-        np.save(tmp_path / "images.npy", pixels)
-        done = subprocess.run(
-            [sys.executable, "-c", RUN[format_], str(path), str(tmp_path / "images.npy"), str(tmp_path / "scores.npy")],
-            capture_output=True, text=True, check=False, cwd=tmp_path,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr
-        assert json.loads(done.stdout) == list(classifier.classes)
-        np.testing.assert_allclose(np.load(tmp_path / "scores.npy"), classifier.scores(pixels), atol=1e-5)
+    batches = {f"{count}.npy": images(count, channels=channels) for count in (1, 5)}
+    for name, pixels in batches.items():
+        np.save(tmp_path / name, pixels)
+    command = [sys.executable, "-c", RUN[format_], str(path), *batches]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == list(classifier.classes)
+    for name, pixels in batches.items():
+        np.testing.assert_allclose(np.load(tmp_path / f"scores-{name}"), classifier.scores(pixels), atol=1e-5)
 
 
 def test_what_writes_onnx_is_named_where_it_is_missing(tmp_path, monkeypatch):

@@ -456,6 +456,7 @@ class Server:
             self.process = None
 
 
+@pytest.mark.server
 def test_a_server_that_comes_late_and_dies_in_between(project, monkeypatch, capfd):
     monkeypatch.setattr(journal, "PAUSE", 0)
     server = Server(project)

@@ -10,7 +10,6 @@ import pandas as pd
 import pytest
 
 from fadeformer import (
-    evidence_plots,
     evidence_tables,
     pages,
     plots,
@@ -83,15 +82,10 @@ EXPLAINED = {"sentences": ["A sentence on <explanations>."], "pointing": None}
 
 def page(of: SimpleNamespace, folder: Path, explained: dict = EXPLAINED) -> Path:
     folder.mkdir(exist_ok=True)
-    drawn = {
-        "confusion_matrix": plots.confusion_matrix(of.test),
-        "score_histograms": evidence_plots.score_histograms(of.test),
-    }
-    pngs = {}
     left_out = () if of.evidence.subgroups else ("subgroup_forest",)
-    for name in {*report.FIGURES, "gallery"}.difference(left_out):
-        plots.save(drawn.get(name, drawn["confusion_matrix"]), folder / f"{name}.png", 40)
-        pngs[name] = (folder / f"{name}.png").read_bytes()
+    plots.save(plots.confusion_matrix(of.test), folder / "figure.png", 40)
+    figure = (folder / "figure.png").read_bytes()  # stands for all
+    pngs = dict.fromkeys({*report.FIGURES, "gallery"}.difference(left_out), figure)
     text = report.report(
         of.evidence,
         of.evidence.summary["test"],
