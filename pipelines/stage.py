@@ -1,5 +1,7 @@
 """The runner of a stage or command: one message for an error meant for people, and an exit status."""
 
+import atexit
+import gc
 import logging
 import os
 import select
@@ -32,6 +34,7 @@ def run(name: str, main: Callable[[], str | Ended]) -> None:
     Exits with one message and status 1 on a `UserError`, 75 on a `PassingError`, or 128 + n after signal n. Inside a
     flow, Prefect handles SIGTERM first, reports it, and sends it again.
     """
+    atexit.register(gc.freeze)  # the interpreter's last collections take seconds over what torch and MLflow define
     for logger in ("prefect.flow_runs", "prefect.task_runs"):
         logging.getLogger(logger).addFilter(_without_traceback)
     signal.signal(signal.SIGTERM, _terminate)

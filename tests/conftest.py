@@ -47,10 +47,10 @@ SMALL = {
 
 # Files whose tests take longest, longest first: a worker that started one of them last would keep the others waiting.
 LONGEST = (
-    "test_readme.py", "pipeline/test_resume.py", "pipeline/test_cluster.py", "pipeline/test_deployment.py",
-    "test_images.py", "pipeline/test_first_run.py", "pipeline/test_reproduce.py", "pipeline/test_sweep.py",
-    "pipeline/test_real_data.py", "pipeline/test_errors.py", "pipeline/test_promotion.py", "test_tables.py",
-    "test_bad_data.py", "datasets/test_manifest.py", "test_benchmarks.py", "test_report.py",
+    "test_readme.py", "pipeline/test_cluster.py", "pipeline/test_deployment.py", "pipeline/test_resume.py",
+    "pipeline/test_sweep.py", "test_images.py", "pipeline/test_first_run.py", "pipeline/test_reproduce.py",
+    "pipeline/test_real_data.py", "pipeline/test_promotion.py", "pipeline/test_errors.py", "pipeline/test_dicom.py",
+    "test_orchestrator.py", "test_bad_data.py", "datasets/test_manifest.py", "test_benchmarks.py", "test_report.py",
 )  # fmt: skip
 # What a test needs, by the fixtures that it uses, directly or not.
 MARKERS = {

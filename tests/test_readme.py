@@ -14,9 +14,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from pipelines.experiments import space
 from tests.conftest import ROOT, SMALL, Kept, Project, clone
 from tests.pipeline.cluster import answers, soon
 from tests.postgresql import free_port
+from tests.test_tables import TINY as GRID
 
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```(sh|python)\n(.*?)```", README, flags=re.DOTALL)
@@ -30,7 +32,6 @@ SHORTER = {
     "prefect server start": ("start", f"start --port {PORTS['4200']}"),
     "dvc exp run -S model.fade.variant=diffusion": ("run", "run train -S train.epochs=1"),
     "dvc exp run -S model.backbone=resnet18 -S model.fade=null": ("run", "run train -S train.epochs=1"),
-    "dvc exp run -S train.devices=2 -S train.precision=32": ("run", "run train -S train.epochs=1"),
     "dvc exp run -S dataset.name=folder -S dataset.root=data/own/scans.zip -S preprocess.image_size=64": (
         "run", "run preprocess",
     ),
@@ -41,9 +42,9 @@ SHORTER = {
     "python benchmarks/input.py": (".py", ".py --images 40 --side 64 --to 32 --repeats 1"),
     "python benchmarks/gate.py": (".py", ".py --rows 3000"),
     "python benchmarks/promotion.py": (".py", ".py --pairs 10 --sizes 2000"),
-    "python benchmarks/training.py": (".py", ".py --images 100 --repeats 1"),
-    "python benchmarks/evaluation.py coverage": ("coverage", "coverage --sets 4 --images 150 --draws 100"),
-    "python benchmarks/predict.py": (".py", ".py --images 40 --side 28 --repeats 1 --many 50"),
+    "python benchmarks/training.py": (".py", ".py --images 60 --repeats 1 --sizes 28 --networks fadevit_nano"),
+    "python benchmarks/evaluation.py coverage": ("coverage", "coverage --sets 2 --images 100 --draws 50"),
+    "python benchmarks/predict.py": (".py", ".py --images 10 --side 28 --repeats 1 --many 20"),
 }  # fmt: skip
 # Commands that go on until they are stopped: where they answer, or None, and whether later commands need them.
 SERVERS = {
@@ -57,12 +58,17 @@ NOT_RUN = {
     "make test": ("CI runs it, and these tests after it", lambda: "make test" in ci()),
     "make test-all": ("these tests are a part of it", lambda: {"make test", "make test-integration"} <= set(ci())),
     "make check": ("takes minutes, and CI runs it before all tests", lambda: ci().index("make check") == 0),
-    "python benchmarks/overhead.py": ("runs the whole demo again", lambda: "--epochs" in helps("overhead")),
-    "python benchmarks/fadenet.py layer": ("takes minutes at the published width", lambda: "layer" in helps("fadenet")),
-    "python benchmarks/kills.py": (
-        "twenty runs that are killed take half an hour",
-        lambda: "--kills" in helps("kills"),
+    "fadeformer sweep rates.yaml": (
+        "another test runs it, interrupts it and runs it again",
+        lambda: '["fadeformer", "sweep", "rates.yaml"]' in text("tests/pipeline/test_sweep.py"),
     ),
+    """prefect deployment run pipeline/train --param 'train={"epochs": 1}' --watch""": (
+        "another test runs it, on two workers",
+        lambda: '"prefect", "deployment", "run", "pipeline/train"' in text("tests/pipeline/test_cluster.py"),
+    ),
+    "python benchmarks/overhead.py": ("runs the demo again", lambda: "--epochs" in text("benchmarks/overhead.py")),
+    "python benchmarks/fadenet.py layer": ("takes minutes", lambda: '"layer"' in text("benchmarks/fadenet.py")),
+    "python benchmarks/kills.py": ("takes half an hour", lambda: '"--kills"' in text("benchmarks/kills.py")),
 }
 # Commands that end with another status than 0 here, and their message.
 FAILING = {
@@ -76,7 +82,6 @@ PRINTED = {
     "dvc exp show": "Experiment",
     "dvc metrics diff": "test.overall.auc",
     "dvc plots show": "index.html",
-    "fadeformer sweep rates.yaml": "sweep: 1 of 1 trials ran to their end",
     "make preset NAME=paper": "params.yaml now holds the recipe paper",
     "make preset NAME=retinamnist": "params.yaml now holds the recipe retinamnist",
     "python -m pipelines.validate --fix": "nothing to propose",
@@ -86,8 +91,8 @@ PRINTED = {
     "fadeformer predict data/own/scans --model models:/fadenet-phantom@champion --out predictions.csv": (
         "40 images, 0 of them unreadable"
     ),
-    "prefect deployment run pipeline/train --param 'train={\"epochs\": 1}' --watch": "Completed",
     "make help": "test-integration",
+    "make tables GRID=cpu DATA=../data JOBS=2": "phantom/fadenet/0: completed",
     "pre-commit install": "pre-commit installed",
     "python benchmarks/gate.py": "3 near duplicates, ",
     "python benchmarks/promotion.py": "most of those worse by 2 margins: 0.0 %",
@@ -95,29 +100,14 @@ PRINTED = {
 }
 
 
-TINY = """\
-preset: null
-reference: fadenet
-seeds: [0]
-common:
-  dataset: {name: phantom, images: 200, size: 16}
-  train: {epochs: 1, batch_size: 32, device: cpu}
-  evaluate: {figure_dpi: 50, bootstrap_draws: 100}
-sets:
-  phantom: {title: Phantom, accuracy: accuracy, params: {}}
-networks:
-  fadenet: {title: FadeNet, params: {}}
-"""
-
-
 def ci() -> list[str]:
     """The make commands of CI."""
-    return [line for line in (ROOT / ".ci/run").read_text().splitlines() if line.startswith("make ")]
+    return [line for line in text(".ci/run").splitlines() if line.startswith("make ")]
 
 
-def helps(name: str) -> str:
-    command = ["python", f"benchmarks/{name}.py", "--help"]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+def text(name: str) -> str:
+    """Content of a file of the project."""
+    return (ROOT / name).read_text()
 
 
 class Session:
@@ -160,7 +150,7 @@ class Session:
         process = self.servers.pop()
         os.killpg(process.pid, signal.SIGTERM)
         try:
-            process.wait(60)
+            process.wait(10)
         except subprocess.TimeoutExpired:  # Prefect's worker hangs now and then when it ends just after a run
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
@@ -195,11 +185,8 @@ def prepare(step: str, session: Session) -> None:
         (folder / ".venv/installed").touch()
         own_data(folder)
     elif step.startswith("make tables"):
-        (folder / "tiny.yaml").write_text(TINY)
+        (folder / "tiny.yaml").write_text(GRID.replace("seeds: [0, 1]", "seeds: [0]"))
         (session.base / "data").mkdir()
-    elif step.startswith("fadeformer sweep"):
-        (block,) = re.findall(r"```yaml\n(trials.*?)```", README, flags=re.DOTALL)
-        (folder / "rates.yaml").write_text(block.replace("trials: 20", "trials: 1") + "fixed: {train.epochs: 1}\n")
     elif "--rollback" in step:  # from a second champion: the experiment that was evaluated, out of DVC's cache
         (experiment,) = (one for one in STEPS if one.startswith("dvc exp run -S train.learning_rate"))
         session.run(f'{experiment} && fadeformer promote --force --reason "to go back from it"')
@@ -228,7 +215,7 @@ def shortened(step: str) -> str:
     command = step.replace(before, after, 1)
     for port, free in PORTS.items():
         command = command.replace(port, str(free))
-    local = step.startswith(("fadeformer sweep", "make tables"))  # without deployments, before the README makes them
+    local = step.startswith("make tables")  # without deployments, before the README makes them
     return f"env -u PREFECT_API_URL {command}" if local else command
 
 
@@ -267,6 +254,12 @@ def test_every_exception_is_a_step_of_the_readme():
     assert len(PYTHON) == 2
     for steps in (SHORTER, SERVERS, NOT_RUN, FAILING, PRINTED):
         assert steps.keys() <= set(STEPS)
+
+
+def test_the_search_space_is_valid(tmp_path, wanted):
+    (block,) = re.findall(r"```yaml\n(trials.*?)```", README, flags=re.DOTALL)
+    (tmp_path / "rates.yaml").write_text(block)
+    assert space.load(tmp_path / "rates.yaml", wanted).trials == 20
 
 
 @pytest.mark.parametrize("link", re.findall(r"\]\((?!http)([^)#]+)", README))

@@ -19,7 +19,6 @@ from pipelines.experiments import engine, report
 from pipelines.experiments import grid as grids
 from pipelines.experiments.engine import Listed, Run, Status
 from pipelines.experiments.results import Result
-from tests.conftest import Project
 
 TINY = """\
 preset: null
@@ -241,30 +240,3 @@ def test_table_2_has_the_reference_less_each_other_network(document):
 
 def test_table_3_has_a_row_for_each_network_and_size(document):
     assert rows(document, 3) == [["16 x 16", "FadeNet", "0.99", "0.58", "15", "2053"]]
-
-
-@pytest.mark.pipeline
-def test_a_grid_is_trained_and_resumed(project: Project):
-    (project.folder / "tiny.yaml").write_text(TINY)
-    command = ("make", "--old-file=.venv/installed", "tables", "GRID=tiny.yaml", "JOBS=2")
-    output = project.run(*command)
-    assert "phantom: completed" in output
-    assert len(re.findall(r"^phantom/\w+/\d: completed", output, re.MULTILINE)) == 4
-    written = project.folder / "docs/tables.md"
-    first = written.read_text()
-    assert first.startswith(
-        "# Tables\n\n```sh\nfadeformer tables tiny.yaml\n```\n\nTrained and evaluated by 1 version(s)"
-    )
-    assert "left out" not in first
-    assert TINY in first
-    assert [len(rows(first, table)) for table in (1, 2, 3)] == [2, 1, 2]
-    names = project.run("dvc", "exp", "list", "--name-only").split()
-    assert sorted(name.rpartition("-")[0] for name in names) == sorted(
-        ["tiny-phantom", *(f"tiny-{cell.replace('/', '-')}" for cell in CELLS)]
-    )
-    project.run("dvc", "exp", "remove", next(name for name in names if name.startswith("tiny-phantom-fadenet-1")))
-    output = project.run(*command)
-    assert re.findall(r"^(\S+): completed", output, re.MULTILINE) == [CELLS[2]]
-    assert rows(written.read_text(), 1) == rows(first, 1)
-    assert project.run("git", "status", "--short").split("\n")[:-1] == [" M docs/tables.md", "?? tiny.yaml"]
-    assert list(project.temporary.iterdir()) == []

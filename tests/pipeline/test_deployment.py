@@ -45,7 +45,7 @@ def started(project: Project, address: str) -> Iterator[Callable[..., Path]]:
     for process in reversed(running):  # the worker while it can still report to the server
         process.terminate()
         try:
-            process.wait(60)
+            process.wait(10)
         except subprocess.TimeoutExpired:  # Prefect's worker sometimes hangs if it is stopped just after a run
             process.kill()
             process.wait()
@@ -201,7 +201,7 @@ def test_the_form_has_the_values_bounds_and_comments_of_params_yaml(grid, addres
 def test_a_sweep_runs_its_trials_on_the_server(project, trial, address):
     assert run_named(address, TRIAL)["state_type"] == "COMPLETED"
     assert set(artifacts(address, TRIAL)) == {"experiment"}
-    assert f"`prefect deployment run evaluation/evaluate --param of={experiment(project, TRIAL)}`" in trial
+    assert f"\nprefect deployment run evaluation/evaluate --param of={experiment(project, TRIAL)}\n" in trial
 
 
 def test_its_best_is_evaluated_and_judged_without_another_training(project, trial, address):

@@ -10,7 +10,7 @@ from pydicom.data import get_testdata_file
 
 from tests.conftest import Project
 
-pytestmark = pytest.mark.pipeline
+pytestmark = [pytest.mark.pipeline, pytest.mark.usefixtures("shared_server")]
 # Drawn, so that this file, which the project holds a copy of, does not hold them.
 LETTERS = "".join(np.random.default_rng(774).permutation(list("ABCDEFGHIKLMNOPRSTUVWXYZ")))
 NAME, BORN, NUMBER = f"{LETTERS[:10]}^{LETTERS[10:20]}", "1933" + "11" * 2, LETTERS[:8] + "-{:03}-" + LETTERS[8:12]
@@ -39,7 +39,7 @@ def scans(tmp_path):
 
 def test_no_name_and_no_number_of_a_patient_is_in_anything_that_is_left(project: Project, scans):
     project.change(dataset={"name": "folder", "root": str(scans)}, preprocess={"image_size": 32}, train={"epochs": 1})
-    output = project.make("repro")
+    output = project.run("dvc", "repro")
     rows = pd.read_parquet(project.folder / "data/manifest.parquet")
     assert rows["group"].nunique() == 40
     assert rows.groupby("group")["split"].nunique().max() == 1

@@ -17,7 +17,7 @@ import psutil
 import pytest
 
 from fadeformer.state import COST
-from tests.conftest import EVERY_CORE, SMALL, Project, clone
+from tests.conftest import EVERY_CORE, Kept, Project
 from tests.postgresql import free_port
 
 pytestmark = pytest.mark.pipeline
@@ -29,13 +29,13 @@ RESULTS = ("models/best_model.pth", "models/history.csv")
 
 
 @pytest.fixture(scope="module")
-def pieces(tmp_path_factory: pytest.TempPathFactory, prefect_server: str) -> Project:
-    """A project whose next stage is train; its flows report to a server that is running."""
-    project = clone(tmp_path_factory.mktemp("pieces"))
+def pieces(project: Project, kept: Kept, prefect_server: str) -> Project:
+    """A project whose next stage is train, without any run in MLflow; its flows report to a server that is running."""
+    kept.give(project)
     project.environment["PREFECT_API_URL"] = prefect_server
-    project.change(**{**SMALL, "train": OFTEN})
-    project.commit("small")
-    project.run("dvc", "repro", "preprocess")
+    project.change(train=OFTEN)
+    project.commit("often")
+    shutil.rmtree(project.folder / "mlruns")
     return project
 
 
