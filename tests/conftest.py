@@ -20,6 +20,7 @@ from filelock import FileLock
 from fadeformer import params
 from fadeformer.params import Params
 from pipelines import orchestrator, overrides, store
+from pipelines.__main__ import STAGES
 from tests import CORES
 
 # No deadline: how fast a machine is says nothing about the code. Always the same examples, so that a test fails or not.
@@ -180,6 +181,10 @@ class Project:
     def commit(self, message: str) -> None:
         self.run("git", "add", "--all")
         self.run("git", "commit", "--quiet", "-m", message)
+
+    def stages(self, *names: str) -> str:
+        """Runs stages in one process, all of them by default; what DVC notes of them stays as it was."""
+        return self.run("python", "-m", "pipelines", *(names or STAGES), **EVERY_CORE)
 
     def make(self, *arguments: str, **options: object) -> str:
         """Runs make with the environment that is there already."""

@@ -9,7 +9,6 @@ from tests.conftest import Project, ran, read
 from tests.datasets.test_chestxray14 import OF_THE_SAMPLE
 
 pytestmark = [pytest.mark.pipeline, pytest.mark.usefixtures("shared_server")]
-QUICK = ("-S", "train.epochs=1")
 
 
 def test_retinamnist_is_prepared_from_a_mirror(project: Project, real_data):
@@ -36,9 +35,11 @@ def test_the_radiographs_of_nih_by_finding(project: Project, real_data, tmp_path
     for path in (real_data / "chestxray14").iterdir():
         (tmp_path / path.name).symlink_to(path)
     (tmp_path / BOXES).write_text(OF_THE_SAMPLE)
-    settings = {"name": "chestxray14", "mirror": tmp_path, "edition": "other", "archives": "[1]"}
-    options = [word for key, value in settings.items() for word in ("-S", f"dataset.{key}={value}")]
-    project.run("dvc", "exp", "run", *QUICK, "-S", "preprocess.image_size=28", *options)
+    project.change(
+        dataset={"name": "chestxray14", "mirror": str(tmp_path), "edition": "other", "archives": [1]},
+        preprocess={"image_size": 28}, train={"epochs": 1},
+    )  # fmt: skip
+    project.stages()
     meta, metrics = read(project, "data/processed/meta.json"), read(project, "reports/metrics.json")
     card = (project.folder / "reports/model_card.md").read_text()
     assert meta["counts"]["test"] == 251
