@@ -35,7 +35,7 @@ test: install  ## the tests that need only the environment, with one run of the 
 	$(PYTEST) -m "not ($(INTEGRATION))"
 
 test-integration: install  ## the other tests: pipeline, servers, browser, containers, real data; about 30 minutes
-	$(PYTEST) --numprocesses 3 -m "$(INTEGRATION)"
+	$(PYTEST) -m "$(INTEGRATION)"
 
 test-all: test test-integration  ## all tests
 

@@ -1,5 +1,6 @@
 """Shared by all tests: the project's own params.yaml made small, copies of the project, and the real data beside it."""
 
+import hashlib
 import importlib.util
 import json
 import os
@@ -201,15 +202,19 @@ def read(project: Project, name: str) -> Any:
     return json.loads((project.folder / name).read_text())
 
 
+def known() -> list[str]:
+    """Files of the project that git knows or would, but for the lock, which tells of a run in the working tree."""
+    listing = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
+    listed = subprocess.run(listing, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
+    return sorted(name for name in {*listed} - {"dvc.lock"} if (ROOT / name).is_file())
+
+
 def clone(folder: Path) -> Project:
     """Copies what git knows of the project, as it lies in the working tree, into a repository of its own."""
-    listing = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
-    known = subprocess.run(listing, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\n")
     project = Project(folder)
-    for name in set(known) - {"", "dvc.lock"}:  # the lock tells of a run in the working tree
-        if (ROOT / name).is_file():
-            (project.folder / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(ROOT / name, project.folder / name)
+    for name in known():
+        (project.folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, project.folder / name)
     project.run("git", "init", "--quiet", "--initial-branch=main")
     project.run("git", "config", "user.name", "Test")
     project.run("git", "config", "user.email", "test@example.org")
@@ -227,7 +232,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Project:
 
 
 class Kept:
-    """A reproduced project: whichever module needs one first makes it, in whichever of xdist's workers; others copy it.
+    """A reproduced project: whichever module needs one first makes it, of whichever session of tests; others copy it.
 
     Args:
         folder: where it is kept.
@@ -256,9 +261,16 @@ class Kept:
 
 
 @pytest.fixture(scope="session")
-def kept(tmp_path_factory: pytest.TempPathFactory) -> Kept:
-    base = tmp_path_factory.getbasetemp()
-    return Kept((base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "reproduced")
+def kept(pytestconfig: pytest.Config) -> Kept:
+    """In pytest's cache, under a digest of the project's files; those of other digests are removed."""
+    digest = hashlib.sha256(sys.version.encode())
+    for name in known():
+        digest.update(name.encode() + (ROOT / name).read_bytes())
+    folder = pytestconfig.cache.mkdir("reproduced") / digest.hexdigest()[:16]
+    for other in folder.parent.glob("*"):
+        if other.stem != folder.name:
+            shutil.rmtree(other) if other.is_dir() else other.unlink(missing_ok=True)
+    return Kept(folder)
 
 
 @pytest.fixture(scope="module")

@@ -119,6 +119,24 @@ def test_the_comparison_is_paired_by_seed_and_by_image(tmp_path, capsys, monkeyp
     assert 0 < low < float(mean) < high
 
 
+SMALLEST = {
+    "preprocess": (["--images", "40", "--side", "64", "--to", "32", "--repeats", "1"], "taken up: the same bytes"),
+    "input": (["--images", "32", "--side", "64", "--to", "32", "--repeats", "1"], "| published | "),
+    "gate": (["--rows", "3000"], "3 near duplicates, "),
+    "promotion": (["--pairs", "10", "--sizes", "2000"], "most of those worse by 2 margins: 0.0 %"),
+    "evaluation": (["coverage", "--sets", "2", "--images", "100", "--draws", "50"], "coverage"),
+    "predict": (["--images", "10", "--side", "28", "--repeats", "1", "--many", "20"], "peak memory for     20 images"),
+}
+
+
+@pytest.mark.parametrize("name", SMALLEST)
+def test_a_benchmark_runs_on_little_data(name, capsys, monkeypatch, one_thread, without_data_docs):
+    options, printed = SMALLEST[name]
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", *options])
+    benchmark(name).main()
+    assert printed in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("backbone", ["fadevit_nano", "resnet18"])
 def test_the_training_loop_and_the_plain_loop_are_timed(wanted, backbone):
     rates = benchmark("training").compare(backbone, 28, wanted, count=20, repeats=1)

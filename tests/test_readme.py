@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import zipfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -24,34 +23,22 @@ README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```(sh|python)\n(.*?)```", README, flags=re.DOTALL)
 STEPS = [step for kind, text in BLOCKS for step in (text.splitlines() if kind == "sh" else [text])]
 PYTHON = [text for kind, text in BLOCKS if kind == "python"]
-PORTS = {"5000": free_port(), "5001": free_port(), "4200": free_port()}  # those of the README may be taken
+PORTS = {"5000": free_port(), "5001": free_port()}  # those of the README may be taken
 # What is added to a command, or replaces a part of it, so that it takes seconds instead of minutes or hours.
 SHORTER = {
     "git clone REPOSITORY fadeformer": ("REPOSITORY", "source/project"),
     "make ui": ("ui", f"ui PORT={PORTS['5000']}"),
-    "prefect server start": ("start", f"start --port {PORTS['4200']}"),
-    "dvc exp run -S model.fade.variant=diffusion": ("run", "run train -S train.epochs=1"),
-    "dvc exp run -S model.backbone=resnet18 -S model.fade=null": ("run", "run train -S train.epochs=1"),
     "dvc exp run -S dataset.name=folder -S dataset.root=data/own/scans.zip -S preprocess.image_size=64": (
         "run", "run preprocess",
     ),
     "dvc exp run -S dataset.name=bloodmnist -S dataset.mirror=/data/medmnist": ("run", "run -S dataset.size=28"),
     "dvc exp run -S dataset.name=npz -S dataset.root=data/own/scans.npz": ("run", "run preprocess"),
     "make tables GRID=cpu DATA=../data JOBS=2": ("GRID=cpu", "GRID=tiny.yaml"),
-    "python benchmarks/preprocess.py": (".py", ".py --images 40 --side 64 --to 32 --repeats 1"),
-    "python benchmarks/input.py": (".py", ".py --images 40 --side 64 --to 32 --repeats 1"),
-    "python benchmarks/gate.py": (".py", ".py --rows 3000"),
-    "python benchmarks/promotion.py": (".py", ".py --pairs 10 --sizes 2000"),
-    "python benchmarks/training.py": (".py", ".py --images 60 --repeats 1 --sizes 28 --networks fadevit_nano"),
-    "python benchmarks/evaluation.py coverage": ("coverage", "coverage --sets 2 --images 100 --draws 50"),
-    "python benchmarks/predict.py": (".py", ".py --images 10 --side 28 --repeats 1 --many 20"),
 }  # fmt: skip
-# Commands that go on until they are stopped: where they answer, or None, and whether later commands need them.
+# Commands that go on until they are stopped, and where they answer.
 SERVERS = {
-    "make ui": (f"http://127.0.0.1:{PORTS['5000']}/version", False),
-    "fadeformer serve models:/fadenet-phantom@champion --port 5001": (f"http://127.0.0.1:{PORTS['5001']}/ping", False),
-    "prefect server start": (f"http://127.0.0.1:{PORTS['4200']}/api/health", True),
-    "prefect worker start --pool local": (None, True),
+    "make ui": f"http://127.0.0.1:{PORTS['5000']}/version",
+    "fadeformer serve models:/fadenet-phantom@champion --port 5001": f"http://127.0.0.1:{PORTS['5001']}/ping",
 }
 # Commands that are not run here, why, and what shows that this is still so.
 NOT_RUN = {
@@ -62,13 +49,6 @@ NOT_RUN = {
         "another test runs it, interrupts it and runs it again",
         lambda: '["fadeformer", "sweep", "rates.yaml"]' in text("tests/pipeline/test_sweep.py"),
     ),
-    """prefect deployment run pipeline/train --param 'train={"epochs": 1}' --watch""": (
-        "another test runs it, on two workers",
-        lambda: '"prefect", "deployment", "run", "pipeline/train"' in text("tests/pipeline/test_cluster.py"),
-    ),
-    "python benchmarks/overhead.py": ("runs the demo again", lambda: "--epochs" in text("benchmarks/overhead.py")),
-    "python benchmarks/fadenet.py layer": ("takes minutes", lambda: '"layer"' in text("benchmarks/fadenet.py")),
-    "python benchmarks/kills.py": ("takes half an hour", lambda: '"--kills"' in text("benchmarks/kills.py")),
 }
 # Commands that end with another status than 0 here, and their message.
 FAILING = {
@@ -94,9 +74,6 @@ PRINTED = {
     "make help": "test-integration",
     "make tables GRID=cpu DATA=../data JOBS=2": "phantom/fadenet/0: completed",
     "pre-commit install": "pre-commit installed",
-    "python benchmarks/gate.py": "3 near duplicates, ",
-    "python benchmarks/promotion.py": "most of those worse by 2 margins: 0.0 %",
-    "python benchmarks/preprocess.py": "taken up: the same bytes",
 }
 
 
@@ -121,7 +98,6 @@ class Session:
         self.project, self.base = project, project.folder.parents[1]
         self.folder = self.base / "fadeformer"
         self.state: list[str] = []  # lines that change the shell itself, and count for all that follow
-        self.servers: list[subprocess.Popen[str]] = []
         self.log = self.base / "log"
 
     def start(self, command: str) -> subprocess.Popen[str]:
@@ -137,27 +113,19 @@ class Session:
         status = self.start(command).wait(500)
         return status, self.log.read_text()
 
-    def serve(self, command: str, address: str | None, *, stays: bool) -> None:
-        """Start a server and wait until it answers; stop it unless it stays."""
+    def serve(self, command: str, address: str) -> None:
+        """Start a server, wait until it answers, and stop it."""
         process = self.start(command)
-        self.servers.append(process)
-        soon(lambda: not address or answers(address) or process.poll() is not None, tell=self.log.read_text)
-        assert process.poll() is None, self.log.read_text()
-        if not stays:
-            self.stop()
-
-    def stop(self) -> None:
-        process = self.servers.pop()
-        os.killpg(process.pid, signal.SIGTERM)
         try:
-            process.wait(10)
-        except subprocess.TimeoutExpired:  # Prefect's worker hangs now and then when it ends just after a run
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+            soon(lambda: answers(address) or process.poll() is not None, tell=self.log.read_text)
+            assert process.poll() is None, self.log.read_text()
+        finally:
+            os.killpg(process.pid, signal.SIGTERM)
+            process.wait(60)
 
 
 @pytest.fixture(scope="module")
-def session(tmp_path_factory: pytest.TempPathFactory, kept: Kept, prefect_server: str) -> Iterator[Session]:
+def session(tmp_path_factory: pytest.TempPathFactory, kept: Kept, prefect_server: str) -> Session:
     source = tmp_path_factory.mktemp("readme") / "source"
     source.mkdir()
     project = clone(source)
@@ -165,12 +133,9 @@ def session(tmp_path_factory: pytest.TempPathFactory, kept: Kept, prefect_server
     project.commit("small")
     project.run("git", "config", "--global", "user.name", "Test")
     project.run("git", "config", "--global", "user.email", "test@example.org")
-    project.environment["PREFECT_API_URL"] = prefect_server  # until the README exports another
+    project.environment["PREFECT_API_URL"] = prefect_server
     kept.give(project)
-    session = Session(project)
-    yield session
-    while session.servers:
-        session.stop()
+    return Session(project)
 
 
 def prepare(step: str, session: Session) -> None:
@@ -215,7 +180,7 @@ def shortened(step: str) -> str:
     command = step.replace(before, after, 1)
     for port, free in PORTS.items():
         command = command.replace(port, str(free))
-    local = step.startswith("make tables")  # without deployments, before the README makes them
+    local = step.startswith("make tables")  # the server has no deployments
     return f"env -u PREFECT_API_URL {command}" if local else command
 
 
@@ -236,8 +201,7 @@ def test_step(session, step):
     elif step.startswith(("cd ", "export ", ". ")):
         session.state.append(command)
     if step in SERVERS:
-        address, stays = SERVERS[step]
-        session.serve(command, address, stays=stays)
+        session.serve(command, SERVERS[step])
         return
     status, output = session.run("true" if command in session.state else command)
     if step in FAILING:
@@ -250,7 +214,7 @@ def test_step(session, step):
 
 
 def test_every_exception_is_a_step_of_the_readme():
-    assert len(STEPS) > 40
+    assert len(STEPS) > 30
     assert len(PYTHON) == 2
     for steps in (SHORTER, SERVERS, NOT_RUN, FAILING, PRINTED):
         assert steps.keys() <= set(STEPS)
