@@ -9,9 +9,11 @@ params.yaml, the start of Prefect's server and of DVC. `--epochs N` trains for l
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import sqlite3
 import subprocess
+import sys
 import tempfile
 import time
 from contextlib import closing
@@ -45,7 +47,8 @@ def reproduce(folder: Path) -> dict[str, float]:
     """Seconds of each stage of one `make repro`."""
     walls = {}
     part, start = "start", time.perf_counter()
-    with subprocess.Popen(COMMAND, cwd=folder, stdout=subprocess.PIPE, text=True) as process:
+    environment = os.environ | {"PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])}
+    with subprocess.Popen(COMMAND, cwd=folder, env=environment, stdout=subprocess.PIPE, text=True) as process:
         for line in process.stdout or ():
             if named := re.match(r"Running stage '(\w+)'", line):
                 now = time.perf_counter()
