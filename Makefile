@@ -31,7 +31,7 @@ repro: install  ## the pipeline, from download to promote; only what is not up t
 	python -m pipelines.check
 	python -m pipelines.orchestrator dvc repro
 
-test: install  ## the tests that need only the environment, with one run of the pipeline; about 10 minutes
+test: install  ## the tests that need only the environment, with one run of the pipeline; about 7 minutes
 	$(PYTEST) -m "not ($(INTEGRATION))"
 
 test-integration: install  ## the other tests: pipeline, servers, browser, containers, real data; about 30 minutes
