@@ -34,7 +34,7 @@ repro: install  ## the pipeline, from download to promote; only what is not up t
 test: install  ## the tests that need only the environment, with one run of the pipeline; about 7 minutes
 	$(PYTEST) -m "not ($(INTEGRATION))"
 
-test-integration: install  ## the other tests: pipeline, servers, browser, containers, real data; about 30 minutes
+test-integration: install  ## the other tests: pipeline, servers, browser, containers, real data; about 22 minutes
 	$(PYTEST) -m "$(INTEGRATION)"
 
 test-all: test test-integration  ## all tests
