@@ -184,7 +184,7 @@ class Project:
         self.run("git", "commit", "--quiet", "-m", message)
 
     def stages(self, *names: str) -> str:
-        """Runs stages in one process, all of them by default; what DVC notes of them stays as it was."""
+        """Run stages in one process, all by default, without DVC: dvc.lock stays as it is."""
         return self.run("python", "-m", "pipelines", *(names or STAGES), **EVERY_CORE)
 
     def make(self, *arguments: str, **options: object) -> str:
@@ -203,7 +203,7 @@ def read(project: Project, name: str) -> Any:
 
 
 def known() -> list[str]:
-    """Files of the project that git knows or would, but for the lock, which tells of a run in the working tree."""
+    """Tracked files of the project, and untracked ones that git does not ignore; without dvc.lock."""
     listing = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
     listed = subprocess.run(listing, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
     return sorted(name for name in {*listed} - {"dvc.lock"} if (ROOT / name).is_file())
@@ -232,7 +232,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Project:
 
 
 class Kept:
-    """A reproduced project: whichever module needs one first makes it, of whichever session of tests; others copy it.
+    """A reproduced project: the first module that needs one makes it, later modules and sessions copy it.
 
     Args:
         folder: where it is kept.
@@ -256,6 +256,7 @@ class Kept:
         with self.lock:
             if not self.folder.is_dir():
                 begun = self.folder.with_suffix(".begun")
+                shutil.rmtree(begun, ignore_errors=True)  # of a session that was killed
                 shutil.copytree(project.folder, begun, symlinks=True)
                 begun.rename(self.folder)
 

@@ -77,7 +77,9 @@ def test_what_cannot_be_is_told_in_one_line(project, words, told, capsys):
     with pytest.raises(SystemExit) as ended:
         cli.main(list(words))
     assert ended.value.code == 1
-    assert told in capsys.readouterr().err
+    message = capsys.readouterr().err
+    assert told in message
+    assert "Traceback" not in message
     assert not list(project.glob("x.*"))
 
 

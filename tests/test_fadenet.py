@@ -223,7 +223,7 @@ def exportable(variant: str) -> FadeNet:
 def test_a_compiled_model_takes_any_batch(variant):
     """Traced as a whole, and not turned into C++; test_exporting.py exports both variants."""
     model = exportable(variant)
-    compiled = torch.compile(model, backend="eager", dynamic=True, fullgraph=True)
+    compiled = torch.compile(model, backend="aot_eager", dynamic=True, fullgraph=True)
     with torch.no_grad():
         for count in (3, 8):
             images = torch.randn(count, 3, 28, 28)

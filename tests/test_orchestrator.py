@@ -68,7 +68,7 @@ def test_a_command_has_one_server_and_its_status(started):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_to_the_group_ends_all_and_is_reported(started, number):
-    """test_resume.py sends SIGTERM to `make repro` alone."""
+    """test_resume.py sends signals to `make repro` itself."""
     process, below = started("-m", "pipelines.orchestrator", sys.executable, "dvc.py", seconds=600)
     os.killpg(process.pid, number)
     output = process.communicate(timeout=60)[0]

@@ -28,6 +28,8 @@ PORTS = {"5000": free_port(), "5001": free_port()}  # those of the README may be
 SHORTER = {
     "git clone REPOSITORY fadeformer": ("REPOSITORY", "source/project"),
     "make ui": ("ui", f"ui PORT={PORTS['5000']}"),
+    "dvc exp run -S model.fade.variant=diffusion": ("run", "run train -S train.epochs=1"),
+    "dvc exp run -S model.backbone=resnet18 -S model.fade=null": ("run", "run train -S train.epochs=1"),
     "dvc exp run -S dataset.name=folder -S dataset.root=data/own/scans.zip -S preprocess.image_size=64": (
         "run", "run preprocess",
     ),
@@ -72,7 +74,7 @@ PRINTED = {
         "40 images, 0 of them unreadable"
     ),
     "make help": "test-integration",
-    "make tables GRID=cpu DATA=../data JOBS=2": "phantom/fadenet/0: completed",
+    "make tables GRID=cpu DATA=../data JOBS=2": "phantom/fadenet/0: finished before",
     "pre-commit install": "pre-commit installed",
 }
 
@@ -180,8 +182,9 @@ def shortened(step: str) -> str:
     command = step.replace(before, after, 1)
     for port, free in PORTS.items():
         command = command.replace(port, str(free))
-    local = step.startswith("make tables")  # the server has no deployments
-    return f"env -u PREFECT_API_URL {command}" if local else command
+    if step.startswith("make tables"):  # the server has no deployments; the second time, all cells are finished
+        return f"unset PREFECT_API_URL; {command} && {command} && grep 'Table 3' docs/tables.md"
+    return command
 
 
 @pytest.mark.pipeline

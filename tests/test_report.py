@@ -10,6 +10,7 @@ import pandas as pd
 import pytest
 
 from fadeformer import (
+    evidence_plots,
     evidence_tables,
     pages,
     plots,
@@ -83,9 +84,14 @@ EXPLAINED = {"sentences": ["A sentence on <explanations>."], "pointing": None}
 def page(of: SimpleNamespace, folder: Path, explained: dict = EXPLAINED) -> Path:
     folder.mkdir(exist_ok=True)
     left_out = () if of.evidence.subgroups else ("subgroup_forest",)
-    plots.save(plots.confusion_matrix(of.test), folder / "figure.png", 40)
-    figure = (folder / "figure.png").read_bytes()  # stands for all
-    pngs = dict.fromkeys({*report.FIGURES, "gallery"}.difference(left_out), figure)
+    for name, figure in {
+        "confusion_matrix": plots.confusion_matrix(of.test),
+        "score_histograms": evidence_plots.score_histograms(of.test),
+    }.items():
+        plots.save(figure, folder / f"{name}.png", 40)
+    matrix = (folder / "confusion_matrix.png").read_bytes()  # stands for all others
+    pngs = dict.fromkeys({*report.FIGURES, "gallery"}.difference(left_out), matrix)
+    pngs["score_histograms"] = (folder / "score_histograms.png").read_bytes()
     text = report.report(
         of.evidence,
         of.evidence.summary["test"],

@@ -58,11 +58,12 @@ def run(arguments: argparse.Namespace) -> str:
             with suppress(store.Unreachable):
                 tracking.mark(parent, "KILLED")
             raise
-        return _end(plan, study, parent, metric, None if isinstance(runner, runners.PrefectRunner) else present)
+        on_a_server = isinstance(runner, runners.PrefectRunner)
+        return _end(plan, present, study, parent, metric, on_a_server=on_a_server)
 
 
-def _end(plan: Sweep, study: optuna.Study, parent: str, metric: str, local: Params | None) -> str:
-    """Leaves the result in MLflow; returns it, and how the best trial is evaluated: with `local`, in this folder."""
+def _end(plan: Sweep, present: Params, study: optuna.Study, parent: str, metric: str, *, on_a_server: bool) -> str:
+    """Log the result to MLflow; return a summary with the command that evaluates the best trial."""
     made = [one for one in study.trials if sweep.REPEATED not in one.user_attrs]
     done = [one for one in made if one.state == TrialState.COMPLETE]
     if not done:
@@ -72,9 +73,9 @@ def _end(plan: Sweep, study: optuna.Study, parent: str, metric: str, local: Para
     value = float(study.best_value)
     sweep_runs.end(parent, metric, value, best.params, study.trials_dataframe())
     command = (
-        _evaluation(local, {**plan.fixed, **best.params})
-        if local
-        else f"prefect deployment run {EVALUATE} --param of={best.user_attrs[sweep.RUN]}"
+        f"prefect deployment run {EVALUATE} --param of={best.user_attrs[sweep.RUN]}"
+        if on_a_server
+        else _evaluation(present, {**plan.fixed, **best.params})
     )
     return (
         f"{len(done)} of {len(made)} trials ran to their end, {stopped} were stopped early; no image of test"
@@ -84,6 +85,6 @@ def _end(plan: Sweep, study: optuna.Study, parent: str, metric: str, local: Para
 
 
 def _evaluation(present: Params, values: Mapping[str, Any]) -> str:
-    """Command that runs the pipeline with a trial's values: DVC takes the training from its cache."""
+    """Return the command that runs the pipeline with a trial's values; DVC restores its training from the cache."""
     changed = runners.differences(present.nested(), space.values_of(present, values))
     return shlex.join(["dvc", "exp", "run", *[f"--set-param={key}={runners.literal(value)}" for key, value in changed]])

@@ -11,10 +11,19 @@ from tests.datasets.test_chestxray14 import OF_THE_SAMPLE
 pytestmark = [pytest.mark.pipeline, pytest.mark.usefixtures("shared_server")]
 
 
-def test_retinamnist_is_prepared_from_a_mirror(project: Project, real_data):
-    project.change(dataset={"name": "retinamnist", "mirror": f"{real_data}/medmnist", "size": 28})
-    project.run("dvc", "repro", "preprocess")
-    assert read(project, "data/processed/meta.json")["counts"] == {"train": 1080, "val": 120, "test": 400}
+def test_retinamnist_from_a_mirror_runs_to_a_decision(project: Project, real_data):
+    project.change(dataset={"name": "retinamnist", "mirror": f"{real_data}/medmnist", "size": 28}, train={"epochs": 1})
+    output = project.stages()
+    decision = read(project, "reports/promotion.json")
+    assert decision["model"] == "fadenet-retinamnist"
+    assert f"promote: {decision['decision'].upper()} fadenet-retinamnist version 1" in output
+    meta = read(project, "data/processed/meta.json")
+    assert meta["counts"] == {"train": 1080, "val": 120, "test": 400}
+    numbers = read(project, "reports/metrics.json")["test"]["overall"]
+    official = f"[AUC]{numbers['auc']:.3f}_[ACC]{numbers['accuracy']:.3f}"
+    (result,) = (project.folder / "reports/medmnist").glob("retinamnist_test_*.csv")
+    assert result.name == f"retinamnist_test_{official}@42.csv"
+    assert len(result.read_text().splitlines()) == 400
     project.run("git", "checkout", "params.yaml")
 
 

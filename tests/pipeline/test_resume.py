@@ -11,6 +11,7 @@ import time
 from contextlib import closing, contextmanager
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import psutil
 import pytest
@@ -103,10 +104,13 @@ def told_to_mlflow(project: Project) -> tuple[pd.DataFrame, dict[str, str]]:
     return metrics.sort_values(["timestamp", "step", "key"], kind="stable"), runs
 
 
-def test_a_killed_training_comes_to_the_same_bytes(whole, pieces):
-    with running(pieces, "dvc", "repro", "train", **EVERY_CORE) as process:
-        wait_for_step(pieces, process, 22)
-        os.killpg(process.pid, signal.SIGKILL)
+def test_a_training_killed_anytime_ends_the_same(whole, pieces):
+    moments = np.random.default_rng(0)
+    for reached in (1, 22):
+        with running(pieces, "dvc", "repro", "train", **EVERY_CORE) as process:
+            wait_for_step(pieces, process, reached)
+            time.sleep(0.1 * moments.random())
+            os.killpg(process.pid, signal.SIGKILL)
     output = pieces.run("dvc", "repro", "train", **EVERY_CORE)
     assert "going on with the training that was begun in .cache/train/" in output
     assert re.search(r"taken up after epoch \d, batch \d of the next, step (2[2-9]|30)", output)
@@ -125,16 +129,23 @@ def test_a_killed_training_comes_to_the_same_bytes(whole, pieces):
 
 
 @pytest.mark.usefixtures("interruptible", "own_server")
-def test_sigterm_to_make_repro_leaves_a_checkpoint_and_no_process(pieces):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_leaves_a_checkpoint_and_no_process(pieces, number):
+    """A signal to `make repro`."""
     forget(pieces)
     pieces.change(train={**OFTEN, "weight_decay": 0.03})
     with running(pieces, "make", "--assume-old", "install", "repro") as process:
         wait_for_step(pieces, process, 5)
         below = psutil.Process(process.pid).children(recursive=True)
-        process.send_signal(signal.SIGTERM)
+        if number == signal.SIGINT:
+            os.killpg(process.pid, number)  # as a terminal does
+        else:
+            process.send_signal(number)
         output, _ = process.communicate(timeout=60)
     assert process.returncode != 0
-    assert re.search(r"^train: stopped by SIGTERM (in epoch \d+, after step|at once)", output, re.MULTILINE), output
+    assert re.search(rf"^train: stopped by {number.name} (in epoch \d, after step|at once)", output, re.MULTILINE), (
+        output
+    )
     assert "Traceback" not in output
     assert psutil.wait_procs(below, timeout=10)[1] == []
     assert list(told_to_mlflow(pieces)[1].values())[-1] == "KILLED"
