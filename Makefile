@@ -28,8 +28,8 @@ $(VENV)/installed: requirements.lock pyproject.toml
 	touch $@
 
 repro: install  ## the pipeline, from download to promote; only what is not up to date
-	python -m pipelines.check
-	python -m pipelines.orchestrator dvc repro
+	python -m pipelines.config.check
+	python -m pipelines.server dvc repro
 
 test: install  ## the tests that need only the environment, with one run of the pipeline; about 7 minutes
 	$(PYTEST) -m "not ($(INTEGRATION))"
@@ -51,10 +51,10 @@ ui: install  ## MLflow on this project's runs and models, at http://127.0.0.1:50
 	  --backend-store-uri "sqlite:///mlruns/mlflow.db?timeout=60" --artifacts-destination mlruns/artifacts
 
 deploy: install  ## this project's deployments, on the Prefect server of PREFECT_API_URL: make deploy GPUS=2
-	python -m pipelines.deploy --at-once $(or $(GPUS),1)
+	python -m pipelines.orchestration.deploy --at-once $(or $(GPUS),1)
 
 preset: install  ## write a recipe into params.yaml: make preset NAME=paper
-	python -m pipelines.preset $(NAME)
+	python -m pipelines.config.presets $(NAME)
 
 tables: install  ## train a grid and write docs/tables.md: make tables GRID=cpu DATA=FOLDER JOBS=2
 	fadeformer tables $(GRID) $(if $(DATA),--data $(DATA)) --jobs $(or $(JOBS),1)

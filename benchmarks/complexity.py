@@ -13,8 +13,8 @@ import argparse
 import torch
 from fadenet import PublishedNet
 
-from fadeformer import complexity
-from fadeformer.inference import choose_device
+from fadeformer.inference.forward import choose_device
+from fadeformer.models import complexity
 
 BATCH, CLASSES, SIDE = 32, 11, 224
 FADE = {"variant": "published", "after_blocks": ["last"], "num_heads": 8, "dropout": 0.1, "K": 3, "alpha": 0.5}

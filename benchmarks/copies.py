@@ -4,7 +4,7 @@
 
 FOLDER holds `isic2019/ISIC_2019_Training_Input.zip`, `chestxray14/images_001.tar.gz`, `mednist/mednist.zip` and
 `medmnist/retinamnist.npz`; those that are missing are left out. Of each set some images are drawn, altered, and looked
-for among all by `fadeformer.similarity`.
+for among all by `fadeformer.data.near_duplicates`.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageEnhance
 
-from fadeformer import params, similarity
-from fadeformer.datasets import archives
+from fadeformer.config import schema
+from fadeformer.data import near_duplicates
+from fadeformer.data.archives import reader
 
 ROOT = Path(__file__).resolve().parents[1]
 SETS = {
@@ -58,16 +59,16 @@ def drawn(path: Path, count: int) -> Iterator[Image.Image]:
         pixels = np.load(path)["train_images"]
         yield from (Image.fromarray(pixels[i]) for i in np.linspace(0, len(pixels) - 1, count).astype(int))
         return
-    names = [member.name for member in archives.listing(path) if member.name.lower().endswith(SUFFIXES)]
+    names = [member.name for member in reader.listing(path) if member.name.lower().endswith(SUFFIXES)]
     chosen = {names[i] for i in np.linspace(0, len(names) - 1, count).astype(int)}
-    for _, data in archives.members(path, chosen.__contains__):
+    for _, data in reader.members(path, chosen.__contains__):
         with Image.open(io.BytesIO(data)) as image:
             yield image.convert("L" if image.mode.startswith(("L", "I")) else "RGB")
 
 
-def found(originals: list[similarity.Sketch], copies: list[similarity.Sketch], least: float) -> float:
+def found(originals: list[near_duplicates.Sketch], copies: list[near_duplicates.Sketch], least: float) -> float:
     """Share of the copies that are a pair with their original."""
-    pairs = similarity.near_pairs([*originals, *copies], least)
+    pairs = near_duplicates.near_pairs([*originals, *copies], least)
     told = set(zip(pairs["first"], pairs["second"], strict=True))
     return float(np.mean([(i, i + len(originals)) in told for i in range(len(originals))]))
 
@@ -77,19 +78,21 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--images", type=int, default=200)
     wanted = parser.parse_args()
-    least = params.load(ROOT / "params.yaml").validate_.near_duplicate_similarity
+    least = schema.load(ROOT / "params.yaml").validate_.near_duplicate_similarity
     columns = {}
     for name, place in SETS.items():
         if not (wanted.folder / place).exists():
             print(f"{name}: {wanted.folder / place} is not there, left out")
             continue
         images = list(drawn(wanted.folder / place, wanted.images))
-        sketches = [similarity.sketch(image) for image in images]
-        shares = {"other images": str(len(similarity.near_pairs(sketches, least)))}
+        sketches = [near_duplicates.sketch(image) for image in images]
+        shares = {"other images": str(len(near_duplicates.near_pairs(sketches, least)))}
         for kind, change in COPIES.items():
             copies = [change(image) for image in images]
-            small = min(min(copy.size) for copy in copies) < similarity.LEAST_SIDE
-            shares[kind] = "too small" if small else f"{found(sketches, [*map(similarity.sketch, copies)], least):.3f}"
+            small = min(min(copy.size) for copy in copies) < near_duplicates.LEAST_SIDE
+            shares[kind] = (
+                "too small" if small else f"{found(sketches, [*map(near_duplicates.sketch, copies)], least):.3f}"
+            )
         columns[f"{name} {images[0].width} x {images[0].height}"] = shares
     print(f"| share found, or pairs among the {wanted.images} images | {' | '.join(columns)} |")
     print(f"| --- |{' --- |' * len(columns)}")

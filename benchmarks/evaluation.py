@@ -24,10 +24,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from fadeformer import bands, delong, predictions, subgroups
-from fadeformer.predictions import Predictions
-from fadeformer.proportions import wilson
-from fadeformer.summary import intervals, summarise
+from fadeformer.evaluation import predictions, subgroups
+from fadeformer.evaluation.intervals import curve_bands, delong
+from fadeformer.evaluation.intervals.proportions import wilson
+from fadeformer.evaluation.predictions import Predictions
+from fadeformer.evaluation.summary import intervals, summarise
 from fadeformer.tasks import TASKS
 
 AGE_BANDS = (0, 18, 40, 60, 80)
@@ -168,7 +169,7 @@ def print_speed(images: int, findings: int, draws: int) -> None:
     began = time.perf_counter()
     summarise(table)
     subgroups.compare(table, AGE_BANDS, draws=draws, seed=0, confidence=0.95)
-    bands.bands(table, seed=0, confidence=0.95)
+    curve_bands.bands(table, seed=0, confidence=0.95)
     took, memory = time.perf_counter() - began, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     told = f"{images:,} images, {findings} findings, {draws:,} draws, {os.cpu_count()} cores"
     print(f"{told}: {took:.1f} s, {memory:.2f} GiB")

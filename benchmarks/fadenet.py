@@ -27,10 +27,10 @@ from timm.layers.config import set_fused_attn
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from fadeformer import attention
-from fadeformer.attention import FadeAttn
-from fadeformer.diffusion import DiffusionAttn
-from fadeformer.models import FadeNet
+from fadeformer.models import fade_attention
+from fadeformer.models.factory import FadeNet
+from fadeformer.models.fade_attention import FadeAttn
+from fadeformer.models.heat_diffusion import DiffusionAttn
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 CHANNELS, HEADS, POWER = 768, 8, 3
@@ -82,7 +82,7 @@ class PlainAttention(nn.Module):
         self.qkv, self.proj, self.heads = like.qkv, like.proj, like.num_heads
 
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v = attention.split_heads(attention.project(self.qkv, x), 3, self.heads)
+        q, k, v = fade_attention.split_heads(fade_attention.project(self.qkv, x), 3, self.heads)
         attended = nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2)  # B, N, heads, d
         return self.proj(attended.reshape(len(x), *x.shape[2:], -1).permute(0, 3, 1, 2))
 
@@ -250,10 +250,10 @@ def rules_table(rounds: int) -> None:
 
 def ruled(step: Callable[[], object], rule: str, value: int) -> Callable[[], object]:
     def ruled_step() -> None:
-        kept = getattr(attention, rule)
-        setattr(attention, rule, value)
+        kept = getattr(fade_attention, rule)
+        setattr(fade_attention, rule, value)
         step()
-        setattr(attention, rule, kept)
+        setattr(fade_attention, rule, kept)
 
     return ruled_step
 

@@ -21,11 +21,11 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
-from fadeformer import params, similarity
-from fadeformer.datasets import manifest, splits
-from fadeformer.datasets.facts import Facts
-from fadeformer.datasets.manifest import Manifest
-from pipelines import expectations, page
+from fadeformer.config import schema
+from fadeformer.data import manifest, near_duplicates, splits
+from fadeformer.data.dataset_card import Facts
+from fadeformer.data.manifest import Manifest
+from pipelines.validation import page, suite
 
 ROOT = Path(__file__).resolve().parents[1]
 SIDE = 64
@@ -44,7 +44,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=100_000)
     count = parser.parse_args().rows
-    wanted = params.load(ROOT / "params.yaml").validate_
+    wanted = schema.load(ROOT / "params.yaml").validate_
     random = np.random.default_rng(0)
     seconds: dict[str, float] = {}
     coarse = random.integers(0, 256, (count, 8, 8), dtype=np.uint8)
@@ -53,9 +53,9 @@ def main() -> None:
         images[copied + 50] = Image.fromarray(np.roll(np.asarray(images[copied]), 1, axis=1))
     began = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with timed("hashes", seconds):
-        sketches = [similarity.sketch(image) for image in images]
+        sketches = [near_duplicates.sketch(image) for image in images]
     with timed("near duplicates", seconds):
-        pairs = similarity.near_pairs(sketches, wanted.near_duplicate_similarity)
+        pairs = near_duplicates.near_pairs(sketches, wanted.near_duplicate_similarity)
     names = [f"{row:06}.png" for row in range(count)]
     rows = pd.DataFrame({
         "path": "images.zip", "member": names, "id": names, "group": [f"patient {row // 3}" for row in range(count)],
@@ -78,7 +78,7 @@ def main() -> None:
     facts = Facts("many", "images.zip", "0" * 64, "multi-class", CLASSES, SIDE, 1, None, "", "")
     found = Manifest(rows, near, thumbnails, {}, "made")
     with timed("great-expectations", seconds), tempfile.TemporaryDirectory() as folder:
-        checks = expectations.check(
+        checks = suite.check(
             found, facts, severity=wanted.severity.model_dump(), allowed_duplicates=0, min_per_class=1,
             max_label_shift=wanted.max_label_shift, folder=Path(folder),
         )  # fmt: skip

@@ -23,11 +23,11 @@ import torch
 from PIL import Image
 from torchvision import transforms
 
-from fadeformer.augment import Augmentation
-from fadeformer.normalisation import IMAGENET
+from fadeformer.data.normalization import IMAGENET
+from fadeformer.training.augmentation import Augmentation
 
 EPOCHS = 25  # of the published run
-RECIPE = {  # pipelines/presets/paper.yaml
+RECIPE = {  # pipelines/config/presets/paper.yaml
     "horizontal_flip": 0.5, "rotation": 15.0, "scale": 0.0, "translate": 0.0, "border": "zeros",
     "interpolation": "nearest", "brightness": 0.15, "contrast": 0.15, "saturation": 0.15, "erasing": 0.4,
     "erasing_scale": (0.02, 0.12), "randaugment_operations": 0, "randaugment_magnitude": 9, "mixup": 0.0, "cutmix": 0.0,

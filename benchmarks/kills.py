@@ -32,8 +32,8 @@ import numpy as np
 import pandas as pd
 import psutil
 
-from fadeformer.state import COST
-from pipelines import overrides
+from fadeformer.training.state import COST
+from pipelines.config import overrides
 
 PROJECT = Path(__file__).resolve().parents[1]
 SMALLER = {

@@ -22,7 +22,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from pipelines.__main__ import STAGES
+from pipelines.stages import STAGES
 from tests.conftest import clone
 from tests.pipeline.cluster import Cluster, running
 

@@ -25,13 +25,14 @@ import numpy as np
 import torch
 from PIL import Image
 
-from fadeformer import inputs, predicting, unfamiliar
-from fadeformer.classifier import Classifier
-from fadeformer.datasets import phantom
-from fadeformer.inference import logits_of
-from fadeformer.models import create_model
-from fadeformer.parts import Parts
-from fadeformer.unfamiliar import Familiar
+from fadeformer.data.sources.phantom import generate
+from fadeformer.inference import batch as predicting
+from fadeformer.inference import inputs, ood
+from fadeformer.inference.classifier import Classifier
+from fadeformer.inference.forward import logits_of
+from fadeformer.inference.ood import Familiar
+from fadeformer.io.chunked_table import Parts
+from fadeformer.models.factory import create_model
 
 CLASSES = ("a", "b", "c", "d", "e")
 FADE = {"variant": "published", "after_blocks": ["last"], "num_heads": 4, "dropout": 0.0, "K": 3, "alpha": 0.5}
@@ -55,7 +56,7 @@ def network(folder: Path, backbone: str, side: int) -> Classifier:
 
 def write(folder: Path, images: int, side: int) -> np.ndarray:
     """PNGs of the phantom, of which a few are repeated."""
-    drawn = phantom.draw(300, side, seed=0)["train_images"]
+    drawn = generate.draw(300, side, seed=0)["train_images"]
     folder.mkdir()
     for number in range(images):
         Image.fromarray(drawn[number % len(drawn)]).save(folder / f"{number:06}.png")
@@ -65,7 +66,7 @@ def write(folder: Path, images: int, side: int) -> np.ndarray:
 def known(classifier: Classifier) -> Familiar:
     """Of features that mean nothing."""
     features = np.random.default_rng(0).normal(size=(50, classifier.model.num_features)).astype(np.float32)
-    return unfamiliar.fit(features, np.zeros((50, 1), np.int64), classifier.task, features)
+    return ood.fit(features, np.zeros((50, 1), np.int64), classifier.task, features)
 
 
 def ours(classifier: Classifier, familiar: Familiar, folder: Path, out: Path) -> None:

@@ -27,7 +27,7 @@ import pandas as pd
 import pyarrow.parquet  # noqa: F401  the stage has read its manifest before; no import is part of the time
 from PIL import Image
 
-from fadeformer import preprocess
+from fadeformer.data import preprocess
 
 CARD = {"name": "benchmark", "task": "multi-class", "classes": ["a", "b"]}
 

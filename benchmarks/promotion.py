@@ -18,10 +18,11 @@ import numpy as np
 import pandas as pd
 from scipy.stats import norm
 
-from fadeformer import gate, predictions
-from fadeformer.gate import Asked, Candidate
-from fadeformer.predictions import Predictions
-from fadeformer.proportions import wilson
+from fadeformer.evaluation import predictions
+from fadeformer.evaluation.intervals.proportions import wilson
+from fadeformer.evaluation.predictions import Predictions
+from fadeformer.promotion import gate
+from fadeformer.promotion.gate import Asked, Candidate
 from fadeformer.tasks import TASKS
 
 SIZES = (100, 200, 400, 1000, 2000, 5000)

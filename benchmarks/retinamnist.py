@@ -23,19 +23,20 @@ from ruamel.yaml import YAML
 from science import bootstrap_aucs, command_line
 from scipy import stats
 
-from fadeformer import params, training
-from fadeformer.arrays import Images
-from fadeformer.augment import Augmentation
-from fadeformer.devices import make_fabric
-from fadeformer.files import read_json, whole_file, write_json
-from fadeformer.inference import choose_precision, logits_of
-from fadeformer.metrics import accuracy, auc
-from fadeformer.models import create_model
-from fadeformer.normalisation import IMAGENET
-from fadeformer.params import Params
-from fadeformer.state import Recipe, start
+from fadeformer.config import schema
+from fadeformer.config.schema import Params
+from fadeformer.data.arrays import Images
+from fadeformer.data.normalization import IMAGENET
+from fadeformer.evaluation.metrics import accuracy, auc
+from fadeformer.inference.forward import choose_precision, logits_of
+from fadeformer.io.atomic import read_json, whole_file, write_json
+from fadeformer.models.factory import create_model
 from fadeformer.tasks import TASKS
-from pipelines.fitting import ELSEWHERE
+from fadeformer.training import loop
+from fadeformer.training.augmentation import Augmentation
+from fadeformer.training.distributed import make_fabric
+from fadeformer.training.state import Recipe, start
+from pipelines.stages.train_worker import ELSEWHERE
 
 PROJECT = Path(__file__).resolve().parents[1]
 TASK = TASKS["ordinal-regression"]
@@ -49,9 +50,9 @@ def preset() -> Params:
     """params.yaml as `make preset NAME=retinamnist` leaves it."""
     yaml = YAML(typ="safe")
     values = yaml.load(PROJECT / "params.yaml")
-    for section, changes in yaml.load(PROJECT / "pipelines/presets/retinamnist.yaml").items():
+    for section, changes in yaml.load(PROJECT / "pipelines/config/presets/retinamnist.yaml").items():
         values[section].update(changes)
-    return params.parse(values, "retinamnist.yaml")
+    return schema.parse(values, "retinamnist.yaml")
 
 
 def splits(file: Path) -> dict[str, Images]:
@@ -79,7 +80,7 @@ def train_and_test(file: Path, runs: Path, arm: str, seed: int, **changes: Any) 
     precision = choose_precision(wanted.train.precision, CPU)
     state, began = start(model, recipe), time.perf_counter()
     chosen = wanted.augment.model_dump() | {"erasing_scale": tuple(wanted.augment.erasing_scale)}
-    epochs = training.fit(
+    epochs = loop.fit(
         state, images["train"], images["val"], task=TASK, recipe=recipe, class_weights=np.ones(5),
         augmentation=Augmentation(**chosen), normalisation=IMAGENET, seed=seed, fabric=make_fabric(CPU, precision),
     )  # fmt: skip

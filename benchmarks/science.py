@@ -31,18 +31,18 @@ from sklearn.model_selection import StratifiedGroupKFold
 from timm.models._registry import register_model
 from timm.models.vision_transformer import VisionTransformer
 
-from fadeformer import training
-from fadeformer.arrays import Images
-from fadeformer.augment import Augmentation
-from fadeformer.backbones import without_timms_own
-from fadeformer.devices import make_fabric
-from fadeformer.files import read_json, whole_file, write_json
-from fadeformer.inference import logits_of
-from fadeformer.metrics import auc, log_loss
-from fadeformer.models import FadeNet
-from fadeformer.normalisation import IMAGENET
-from fadeformer.state import Recipe, start
+from fadeformer.data.arrays import Images
+from fadeformer.data.normalization import IMAGENET
+from fadeformer.evaluation.metrics import auc, log_loss
+from fadeformer.inference.forward import logits_of
+from fadeformer.io.atomic import read_json, whole_file, write_json
+from fadeformer.models.factory import FadeNet
+from fadeformer.models.fadevit import without_timms_own
 from fadeformer.tasks import TASKS
+from fadeformer.training import loop
+from fadeformer.training.augmentation import Augmentation
+from fadeformer.training.distributed import make_fabric
+from fadeformer.training.state import Recipe, start
 
 Splits = dict[str, tuple[np.ndarray, np.ndarray]]  # pixels (images, 28, 28, 3) and labels (images, 1) of each split
 
@@ -137,7 +137,7 @@ def train_and_test(data: Path, runs: Path, dataset: str, arm: str, seed: int) ->
     state = start(model, recipe)
     train, val = (Images(*splits[split], pd.DataFrame()) for split in ("train", "val"))
     epochs = list(
-        training.fit(
+        loop.fit(
             state, train, val, task=TASK, recipe=recipe, class_weights=np.ones(classes), augmentation=augmentation,
             normalisation=IMAGENET, seed=seed, fabric=make_fabric(CPU),
         )

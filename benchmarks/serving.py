@@ -30,8 +30,8 @@ import numpy as np
 import urllib3
 from PIL import Image
 
-from fadeformer.files import read_json
-from pipelines import packaged
+from fadeformer.io.atomic import read_json
+from pipelines.registry import package
 
 LOADS = ((1, 4), (32, 2))  # images in a request, connections
 # It knows the network's own size alone, no limits, no operating points, and gives scores as a list.
@@ -42,8 +42,8 @@ import numpy as np, torch, uvicorn
 from fastapi import FastAPI, Request
 from fastapi.concurrency import run_in_threadpool
 from PIL import Image
-from fadeformer.files import read_json
-from fadeformer.classifier import Classifier
+from fadeformer.io.atomic import read_json
+from fadeformer.inference.classifier import Classifier
 folder = Path(sys.argv[1])
 classifier = Classifier(read_json(folder / "model.json"), folder / "weights.safetensors", device=torch.device("cpu"))
 app = FastAPI()
@@ -112,7 +112,7 @@ def main() -> None:
     parser.add_argument("package", type=Path)
     parser.add_argument("--seconds", type=float, default=10)
     arguments = parser.parse_args()
-    data = packaged.data(arguments.package)
+    data = package.data(arguments.package)
     wanted = read_json(data / "model.json")["input"]
     shape = (wanted["image_size"], wanted["image_size"], wanted["channels"])
     draw = np.random.default_rng(0)
@@ -127,7 +127,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         plain = Path(temporary) / "plain.py"
         plain.write_text(PLAIN)
-        served = [sys.executable, "-c", "from pipelines.cli import main; main()", "serve", str(arguments.package)]
+        served = [sys.executable, "-c", "from pipelines.cli.main import main; main()", "serve", str(arguments.package)]
         commands = {
             "plain": [sys.executable, str(plain), str(data), str(port)], "served": [*served, "--port", str(port)],
         }  # fmt: skip

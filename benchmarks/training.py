@@ -26,17 +26,19 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, WeightedRandomSampler
 from torchvision.transforms import InterpolationMode, v2
 
-from fadeformer import params, training
-from fadeformer.arrays import Images
-from fadeformer.augment import Augmentation
-from fadeformer.batches import sampling_weights
-from fadeformer.devices import make_fabric
-from fadeformer.models import create_model
-from fadeformer.normalisation import IMAGENET
-from fadeformer.params import Params
-from fadeformer.state import Recipe, start
+from fadeformer.config import schema
+from fadeformer.config.schema import Params
+from fadeformer.data.arrays import Images
+from fadeformer.data.normalization import IMAGENET
+from fadeformer.models.factory import create_model
 from fadeformer.tasks import TASKS
-from pipelines import fitting, paths
+from fadeformer.training import loop
+from fadeformer.training.augmentation import Augmentation
+from fadeformer.training.distributed import make_fabric
+from fadeformer.training.sampling import sampling_weights
+from fadeformer.training.state import Recipe, start
+from pipelines import paths
+from pipelines.stages import train_worker
 
 CPU = torch.device("cpu")
 TASK = TASKS["multi-class"]
@@ -122,7 +124,7 @@ def plain_epochs(
 def our_epochs(model: nn.Module, images: Images, augmentation: Augmentation, recipe: Recipe) -> Iterator[float]:
     """Seconds of the training part of each epoch of ours, deterministic as the train stage is."""
     few = Images(images.pixels[: 4 * CLASSES], images.labels[: 4 * CLASSES], images.index[: 4 * CLASSES])
-    epochs = training.fit(
+    epochs = loop.fit(
         start(model, recipe), images, few, task=TASK, recipe=recipe, class_weights=np.ones(CLASSES),
         augmentation=augmentation, normalisation=IMAGENET, seed=0, fabric=make_fabric(CPU),
     )  # fmt: skip
@@ -136,7 +138,7 @@ def our_epochs(model: nn.Module, images: Images, augmentation: Augmentation, rec
 def compare(backbone: str, size: int, wanted: Params, count: int, repeats: int) -> dict[str, list[float]]:
     """Images per second of each loop in each epoch."""
     images = some_images(count, size)
-    recipe = Recipe(**wanted.train.model_dump(exclude=set(fitting.ELSEWHERE)))
+    recipe = Recipe(**wanted.train.model_dump(exclude=set(train_worker.ELSEWHERE)))
     recipe = replace(recipe, epochs=repeats + 1, early_stopping_patience=repeats + 1)
     chosen = wanted.augment.model_dump() | {"horizontal_flip": 0.5}
     given = images, Augmentation(**chosen), recipe
@@ -164,7 +166,7 @@ def main() -> None:
     logging.getLogger("lightning_fabric").setLevel(logging.WARNING)  # it announces the precision
     torch.set_num_threads(arguments.threads)
     torch.utils.deterministic.fill_uninitialized_memory = False  # as the train stage does
-    wanted = params.load(paths.PARAMS)
+    wanted = schema.load(paths.PARAMS)
     print(f"images/s, median of {arguments.repeats} epochs of {arguments.images} images, {arguments.threads} threads")
     print("| network | pixels | ours | plain, no worker | plain, workers | ours / the faster plain |")
     print("| --- | --- | --- | --- | --- | --- |")

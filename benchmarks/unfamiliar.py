@@ -19,12 +19,13 @@ from PIL import Image
 from scipy.special import logsumexp, softmax
 from sklearn.metrics import roc_auc_score
 
-from fadeformer import arrays, inputs, unfamiliar
-from fadeformer.classifier import Classifier
-from fadeformer.decode import to_channels
-from fadeformer.files import read_json
-from fadeformer.inference import logits_of
-from fadeformer.preprocess import fit
+from fadeformer.data import arrays
+from fadeformer.data.decode import to_channels
+from fadeformer.data.preprocess import fit
+from fadeformer.inference import inputs, ood
+from fadeformer.inference.classifier import Classifier
+from fadeformer.inference.forward import logits_of
+from fadeformer.io.atomic import read_json
 from fadeformer.tasks import TASKS
 
 Seen = tuple[np.ndarray, np.ndarray]  # logits and features
@@ -36,8 +37,8 @@ def scores(
 ) -> dict[str, Callable[[Seen], np.ndarray]]:
     """What is compared; the higher, the less familiar."""
     none = np.zeros((1, train[1].shape[1]), np.float32)  # the limit is taken from val here, for all alike
-    by_class, by_val = (unfamiliar.fit(*given, task, none) for given in ((train[1], labels), (val[1], of_val)))
-    together = unfamiliar.fit(train[1], labels, ALL, none)
+    by_class, by_val = (ood.fit(*given, task, none) for given in ((train[1], labels), (val[1], of_val)))
+    together = ood.fit(train[1], labels, ALL, none)
     return {
         "energy": lambda seen: -logsumexp(seen[0], axis=1),  # Liu et al. 2020, arXiv:2010.03759
         "probability": lambda seen: (
@@ -73,7 +74,7 @@ def others(test: np.ndarray, more: list[Path], meta: arrays.Meta) -> dict[str, n
 
 def row(score: Callable[[Seen], np.ndarray], val: Seen, test: Seen, apart: dict[str, Seen]) -> list[str]:
     """Cells of the table."""
-    limit, known = np.quantile(score(val), unfamiliar.FAMILIAR), score(test)
+    limit, known = np.quantile(score(val), ood.FAMILIAR), score(test)
     cells = [f"{100 * (known > limit).mean():.0f} %"]
     for seen in apart.values():
         far = score(seen)

@@ -4,9 +4,8 @@ import sys
 from functools import partial
 from importlib import import_module
 
-from pipelines import stage
-
-STAGES = ("download", "validate", "preprocess", "train", "evaluate", "promote")
+from pipelines import runner
+from pipelines.stages import STAGES
 
 
 def main() -> None:
@@ -15,12 +14,12 @@ def main() -> None:
     if not names or not set(names) <= set(STAGES):
         sys.exit(f"usage: python -m pipelines {{{','.join(STAGES)}}}")
     for name in names:
-        stage.run(name, partial(load_and_run, name))
+        runner.run(name, partial(load_and_run, name))
 
 
 def load_and_run(name: str) -> str:
     """Import the module of a stage and run it."""
-    return str(import_module(f"pipelines.{name}").main())
+    return str(import_module(f"pipelines.stages.{name}").main())
 
 
 if __name__ == "__main__":

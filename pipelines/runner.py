@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import NamedTuple, NoReturn
 
 from fadeformer.errors import Interrupted, PassingError, UserError
-from fadeformer.files import FULL
+from fadeformer.io.atomic import FULL
 
 STATUS = "FADEFORMER_STATUS"  # environment variable: file for the exit status, which DVC does not pass on
 

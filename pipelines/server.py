@@ -1,6 +1,6 @@
 """The Prefect server that flows report to: the one of `PREFECT_API_URL`, or a temporary one.
 
-`python -m pipelines.orchestrator COMMAND...` runs a command, such as `dvc repro`, with one server for all its stages.
+`python -m pipelines.server COMMAND...` runs a command, such as `dvc repro`, with one server for all its stages.
 """
 
 import os
@@ -15,7 +15,7 @@ import httpx
 import psutil
 
 from fadeformer.errors import PassingError, UserError
-from pipelines import stage
+from pipelines import runner
 
 STARTUP = 120  # seconds; the first start creates Prefect's database
 RETRIES = "2"  # of a request; more only delay the end of a flow whose temporary server died
@@ -95,7 +95,7 @@ def run(command: Sequence[str]) -> NoReturn:
                 with suppress(psutil.TimeoutExpired):
                     process.wait(POLL)
         except KeyboardInterrupt as error:  # Ctrl-C reaches them from the terminal
-            if isinstance(error, stage.Terminated) and process not in psutil.wait_procs([process], GROUP)[0]:
+            if isinstance(error, runner.Terminated) and process not in psutil.wait_procs([process], GROUP)[0]:
                 for one in below:
                     with suppress(psutil.NoSuchProcess):
                         one.terminate()
@@ -105,4 +105,4 @@ def run(command: Sequence[str]) -> NoReturn:
 
 
 if __name__ == "__main__":
-    stage.run(" ".join(sys.argv[1:]), partial(run, sys.argv[1:]))
+    runner.run(" ".join(sys.argv[1:]), partial(run, sys.argv[1:]))

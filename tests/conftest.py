@@ -18,10 +18,12 @@ import hypothesis
 import pytest
 from filelock import FileLock
 
-from fadeformer import params
-from fadeformer.params import Params
-from pipelines import orchestrator, overrides, store
-from pipelines.__main__ import STAGES
+from fadeformer.config import schema
+from fadeformer.config.schema import Params
+from pipelines import server
+from pipelines.config import overrides
+from pipelines.stages import STAGES
+from pipelines.tracking import store
 from tests import CORES
 
 # No deadline: how fast a machine is says nothing about the code. Always the same examples, so that a test fails or not.
@@ -74,7 +76,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture
 def wanted() -> Params:
     """params.yaml as it is shipped."""
-    return params.load(ROOT / "params.yaml")
+    return schema.load(ROOT / "params.yaml")
 
 
 @pytest.fixture
@@ -305,7 +307,7 @@ def prefect_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """Address of a server for tests that are not about how a project starts and ends its own, which takes long."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PREFECT_HOME", str(tmp_path_factory.mktemp("prefect")))
-        with orchestrator.temporary_server() as url:
+        with server.temporary_server() as url:
             patch.delenv("PREFECT_API_URL")  # the tests that use it set it for their project
             yield url
 

@@ -12,12 +12,13 @@ import pytest
 import torch
 from PIL import Image
 
-from fadeformer import model_files, reference, unfamiliar
-from fadeformer.classifier import Classifier
-from fadeformer.model_files import DESCRIPTION, FAMILIAR, POINTS, REFERENCE, TRAINED
-from fadeformer.models import create_model
-from fadeformer.normalisation import Normalisation
-from pipelines import store
+from fadeformer.data.normalization import Normalisation
+from fadeformer.inference import model_files, ood
+from fadeformer.inference.classifier import Classifier
+from fadeformer.inference.model_files import DESCRIPTION, FAMILIAR, POINTS, REFERENCE, TRAINED
+from fadeformer.models.factory import create_model
+from fadeformer.monitoring import reference
+from pipelines.tracking import store
 
 FADE = {"variant": "published", "num_heads": 4, "dropout": 0.1, "K": 2, "alpha": 0.5, "after_blocks": ["last"]}
 KINDS = {  # task, head, classes, calibration
@@ -77,8 +78,8 @@ def write_model(
     _, scores, features = classifier.predict(seen)
     middle = np.median(scores, axis=0)
     labels = np.zeros((20, len(classes) if kind == "findings" else 1), np.int64)
-    known = unfamiliar.fit(features, labels, classifier.task, features)
-    unfamiliar.write(known, folder / "models" / FAMILIAR)
+    known = ood.fit(features, labels, classifier.task, features)
+    ood.write(known, folder / "models" / FAMILIAR)
     described["unfamiliar"] = {"limit": known.limit}
     distances = known.distance(features)
     reference.table(seen, scores, distances, features, tuple(classes)).to_parquet(folder / "models" / REFERENCE)

@@ -6,10 +6,11 @@ the champion. What was decided before, by this process until it was killed or by
 
 import sys
 
-from fadeformer.verdict import FAILED, PASSED, Decision, Rule
-from pipelines import ledger, registry, store
-from pipelines.ledger import Subject
-from pipelines.registry import Version
+from fadeformer.promotion.decision import FAILED, PASSED, Decision, Rule
+from pipelines.registry import ledger, versions
+from pipelines.registry.ledger import Subject
+from pipelines.registry.versions import Version
+from pipelines.tracking import store
 
 
 def decision(quality: int, champion: int | None) -> Decision:
@@ -32,7 +33,7 @@ def main() -> None:
         with ledger.opened(name) as book:
             if any(entry["version"] == number for entry in book.entries):
                 continue
-            subject = Subject(number, registry.versions(name)[number].run_id, f"content of {number}")
+            subject = Subject(number, versions.versions(name)[number].run_id, f"content of {number}")
             rival = book.rival_of(subject)
             book.decide(subject, decision(quality_of(number), None if rival is None else quality_of(rival)))
 

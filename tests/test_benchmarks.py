@@ -12,9 +12,9 @@ import pytest
 import torch
 from sklearn.metrics import roc_auc_score
 
-from fadeformer.attention import FadeAttn
+from fadeformer.models.fade_attention import FadeAttn
 from tests.conftest import benchmark
-from tests.test_attention import CASES, REFERENCE, relative
+from tests.models.test_fade_attention import CASES, REFERENCE, relative
 
 
 def test_the_table_of_copies_has_a_column_for_each_set_and_a_row_for_each_change(real_data, capsys, monkeypatch):

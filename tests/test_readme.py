@@ -15,9 +15,9 @@ from PIL import Image
 
 from pipelines.experiments import space
 from tests.conftest import ROOT, SMALL, Kept, Project, clone
+from tests.experiments.test_grid import TINY as GRID
 from tests.pipeline.cluster import answers, soon
 from tests.postgresql import free_port
-from tests.test_tables import TINY as GRID
 
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```(sh|python)\n(.*?)```", README, flags=re.DOTALL)
@@ -66,7 +66,7 @@ PRINTED = {
     "dvc plots show": "index.html",
     "make preset NAME=paper": "params.yaml now holds the recipe paper",
     "make preset NAME=retinamnist": "params.yaml now holds the recipe retinamnist",
-    "python -m pipelines.validate --fix": "nothing to propose",
+    "python -m pipelines.stages.validate --fix": "nothing to propose",
     "fadeformer registry history": "promoted",
     'fadeformer promote --rollback --reason "misses lesions of the new scanner"': "ROLLED BACK",
     'fadeformer promote --force --reason "the old one cannot read DICOM"': "PROMOTED",

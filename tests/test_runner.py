@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from fadeformer.errors import Interrupted, UserError
-from pipelines import stage
+from pipelines import runner
 from tests.conftest import ROOT
 
 
@@ -27,23 +27,23 @@ def ending(capsys):
 
     def run(main) -> tuple[str, int]:
         with pytest.raises(SystemExit) as caught:
-            stage.run("train", main)
+            runner.run("train", main)
         return capsys.readouterr().err.strip("\n"), caught.value.code
 
     return run
 
 
 def test_the_summary_is_printed(capsys):
-    stage.run("download", lambda: "three images")
+    runner.run("download", lambda: "three images")
     assert capsys.readouterr().out == "download: three images\n"
 
 
 def test_a_command_may_end_well_with_a_status_of_its_own(capsys):
     with pytest.raises(SystemExit) as ended:
-        stage.run("predict", lambda: stage.Ended("two images, one of them unreadable", 3))
+        runner.run("predict", lambda: runner.Ended("two images, one of them unreadable", 3))
     assert ended.value.code == 3
     assert capsys.readouterr().out == "predict: two images, one of them unreadable\n"
-    stage.run("predict", lambda: stage.Ended("two images", 0))
+    runner.run("predict", lambda: runner.Ended("two images", 0))
 
 
 def test_an_error_for_people_is_the_message_and_the_exit_is_not_0(ending):
@@ -63,12 +63,12 @@ def test_a_reader_that_has_enough_of_the_output_is_no_error():
 
 def test_another_pipe_that_breaks_is_one():
     with pytest.raises(BrokenPipeError):
-        stage.run("train", raising(BrokenPipeError()))
+        runner.run("train", raising(BrokenPipeError()))
 
 
 def test_an_error_of_the_program_keeps_its_traceback():
     with pytest.raises(ZeroDivisionError):
-        stage.run("train", raising(ZeroDivisionError()))
+        runner.run("train", raising(ZeroDivisionError()))
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="the system has no /dev/full")

@@ -11,7 +11,7 @@ import psutil
 import pytest
 
 from fadeformer.errors import PassingError
-from pipelines import orchestrator
+from pipelines import server as orchestrator
 from tests.conftest import ROOT
 
 # A stage with a flow, such as `dvc repro` runs.
@@ -58,7 +58,7 @@ def started(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, in_backgro
 
 
 def test_a_command_has_one_server_and_its_status(started):
-    process, below = started("-m", "pipelines.orchestrator", sys.executable, "dvc.py", seconds=0.1)
+    process, below = started("-m", "pipelines.server", sys.executable, "dvc.py", seconds=0.1)
     assert len(below) == 3  # the server, DVC and its stage
     output = process.communicate(timeout=120)[0]
     assert output.endswith("evaluate: done\n")
@@ -69,7 +69,7 @@ def test_a_command_has_one_server_and_its_status(started):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_to_the_group_ends_all_and_is_reported(started, number):
     """test_resume.py sends signals to `make repro` itself."""
-    process, below = started("-m", "pipelines.orchestrator", sys.executable, "dvc.py", seconds=600)
+    process, below = started("-m", "pipelines.server", sys.executable, "dvc.py", seconds=600)
     os.killpg(process.pid, number)
     output = process.communicate(timeout=60)[0]
     assert "Finished in state Crashed" in output
@@ -80,7 +80,7 @@ def test_a_signal_to_the_group_ends_all_and_is_reported(started, number):
 
 
 def test_a_kill_of_the_group_leaves_no_server(started):
-    process, below = started("-m", "pipelines.orchestrator", sys.executable, "dvc.py", seconds=600)
+    process, below = started("-m", "pipelines.server", sys.executable, "dvc.py", seconds=600)
     os.killpg(process.pid, signal.SIGKILL)
     assert psutil.wait_procs(below, timeout=10)[1] == []
 

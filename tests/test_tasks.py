@@ -12,7 +12,7 @@ from torch.nn import functional
 from torchvision.ops import sigmoid_focal_loss
 
 from fadeformer.errors import UserError
-from fadeformer.metrics import log_loss
+from fadeformer.evaluation.metrics import log_loss
 from fadeformer.tasks import TASKS, Task
 
 LOGITS = arrays(np.float64, (4, 3), elements=st.floats(-700, 700))

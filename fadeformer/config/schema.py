@@ -15,8 +15,8 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
+from fadeformer.config.validation import explain
 from fadeformer.errors import UserError
-from fadeformer.explain import explain
 
 DatasetName = Literal[
     "phantom", "folder", "npz", "isic2019", "chestxray14",

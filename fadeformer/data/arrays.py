@@ -1,9 +1,9 @@
-"""Images as arrays: decoded and resized once (`fadeformer.preprocess`), then memory-mapped by all that reads them.
+"""Images as arrays: decoded and resized once (`fadeformer.data.preprocess`), then memory-mapped by all that reads them.
 
 A folder of arrays holds, for each split, `{split}.npy` (uint8, images x side x side x channels), beside `index.parquet`
 (one row per image: split, id, group, labels, and what else is known of it, such as age, sex and view), `meta.json`
 (what a model and a reader must know of them) and, where people have drawn boxes of lesions, `boxes.parquet` (as
-`fadeformer.boxes.of_arrays` gives them).
+`fadeformer.data.boxes.of_arrays` gives them).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from fadeformer.errors import UserError
-from fadeformer.files import read_json
+from fadeformer.io.atomic import read_json
 from fadeformer.tasks import TASKS, Task
 
 BOXES = "boxes.parquet"
@@ -36,7 +36,7 @@ class Meta:
         cross_split_duplicates: images that stand in two splits by content, as the data gate was told to allow.
         channel_mean: of the pixels of train, by channel, in [0, 1].
         channel_std: their standard deviation, likewise.
-        aspect: what became of images that are not square, as `fadeformer.decode.resize` names it.
+        aspect: what became of images that are not square, as `fadeformer.data.decode.resize` names it.
     """
 
     dataset: dict[str, Any]

@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike, NDArray
 
-from fadeformer.decode import Aspect
+from fadeformer.data.decode import Aspect
 
 Floats = NDArray[np.float64]
 
@@ -17,7 +17,7 @@ def of_arrays(boxes: pd.DataFrame, manifest: pd.DataFrame, side: int, aspect: As
     """The boxes of the images of a manifest, where they lie in its arrays.
 
     Args:
-        boxes: of `fadeformer.datasets.boxes.table`.
+        boxes: of `fadeformer.data.sources.lesion_boxes.table`.
         manifest: one row per image, with `split` and `id`.
         side: of the arrays, pixels.
         aspect: with which they are made.
@@ -36,7 +36,7 @@ def of_arrays(boxes: pd.DataFrame, manifest: pd.DataFrame, side: int, aspect: As
 
 
 def boxes_in_array(boxes: ArrayLike, width: int, height: int, side: int, aspect: Aspect) -> Floats:
-    """Boxes of an original image to pixels of the square that `fadeformer.decode.resize` makes of it.
+    """Boxes of an original image to pixels of the square that `fadeformer.data.decode.resize` makes of it.
 
     Args:
         boxes: (boxes, 4).

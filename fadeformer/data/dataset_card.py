@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from fadeformer.errors import UserError
-from fadeformer.files import read_json, write_json
+from fadeformer.io.atomic import read_json, write_json
 from fadeformer.tasks import TASKS, Task
 
 SPLITS = ("train", "val", "test")
@@ -30,7 +30,7 @@ class Facts:
         counts: images that there must be, where its authors say so: by split, of train_val together, or of all.
         licence: under which it may be used.
         note: what a reader of a result must know, such as that the images are synthetic.
-        layout: in which the images and labels lie: a key of `fadeformer.datasets.manifest.TABLES`.
+        layout: in which the images and labels lie: a key of `fadeformer.data.manifest.TABLES`.
         files: name and SHA-256 of each file, where there are several.
         mirrors: whether a mirrored image keeps its label; not where left and right are classes.
     """

@@ -20,8 +20,9 @@ from numpy.typing import NDArray
 from PIL import Image
 from tqdm import tqdm
 
-from fadeformer.datasets import archives, npz
-from fadeformer.decode import decode
+from fadeformer.data.archives import reader
+from fadeformer.data.decode import decode
+from fadeformer.data.sources import npz
 from fadeformer.errors import UnreadableError
 
 Pixels = NDArray[np.uint8]
@@ -94,7 +95,7 @@ def _stored(table: pd.DataFrame, folder: Path) -> Iterator[tuple[int, bytes | Pi
         if path.endswith(".npz"):
             yield from _arrays(folder / path, rows)
         else:
-            for member, data in archives.members(folder / path, rows.__contains__):
+            for member, data in reader.members(folder / path, rows.__contains__):
                 yield rows[member], data
 
 

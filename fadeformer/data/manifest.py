@@ -19,15 +19,16 @@ import pandas as pd
 from numpy.typing import NDArray
 from PIL import Image
 
-from fadeformer import similarity
-from fadeformer.datasets import chestxray14, images, isic2019, npz, packed, phantom_subjects, splits
-from fadeformer.datasets.facts import SPLITS, Facts
-from fadeformer.decode import resize, to_channels
-from fadeformer.files import checksum
+from fadeformer.data import image_stream, near_duplicates, splits
+from fadeformer.data.dataset_card import SPLITS, Facts
+from fadeformer.data.decode import resize, to_channels
+from fadeformer.data.sources import chestxray14, isic2019, npz, user_table
+from fadeformer.data.sources.phantom import patients
+from fadeformer.io.atomic import checksum
 
 TABLES: dict[str, Callable[[Facts, Path], pd.DataFrame]] = {
-    "npz": npz.table, "packed": packed.table, "isic2019": isic2019.table, "chestxray14": chestxray14.table,
-    "phantom": phantom_subjects.table,
+    "npz": npz.table, "packed": user_table.table, "isic2019": isic2019.table, "chestxray14": chestxray14.table,
+    "phantom": patients.table,
 }  # fmt: skip
 SEEN = ("sha256", "height", "width", "mode", "brightness", "contrast")
 LEAKS = ("image_in_two_splits", "near_duplicate_in_two_splits", "group_in_two_splits")  # checks of the data gate
@@ -63,7 +64,7 @@ class _Seen(NamedTuple):
     mode: str
     brightness: float
     contrast: float
-    sketch: similarity.Sketch | None
+    sketch: near_duplicates.Sketch | None
     example: NDArray[np.uint8] | None
 
 
@@ -99,7 +100,7 @@ def build(
     shown = {int(row) for label in present.T for row in _spread(np.flatnonzero(label))}
     found: list[_Seen | None] = [None] * len(table)
     problems: list[str | None] = ["no such file in the archive"] * len(table)
-    for row, seen in images.each(table, folder, lambda row, image: _see(image, row in shown), what=facts.name):
+    for row, seen in image_stream.each(table, folder, lambda row, image: _see(image, row in shown), what=facts.name):
         found[row], problems[row] = (seen, None) if isinstance(seen, _Seen) else (None, str(seen))
     seen_of = {name: [None if one is None else getattr(one, name) for one in found] for name in SEEN}
     rows = pd.concat([table, pd.DataFrame({**seen_of, "problem": problems}, index=table.index)], axis=1)
@@ -136,15 +137,15 @@ def _spread(positions: NDArray[np.int64]) -> NDArray[np.int64]:
 def _see(image: Image.Image, shown: bool) -> _Seen:
     pixels = np.asarray(image)
     # an even surface has no features that could be compared, and an image of few pixels too few
-    alike = min(pixels.shape[:2]) >= similarity.LEAST_SIDE and np.ptp(pixels) > 0
+    alike = min(pixels.shape[:2]) >= near_duplicates.LEAST_SIDE and np.ptp(pixels) > 0
     return _Seen(
-        sha256=similarity.content_hash(pixels),
+        sha256=near_duplicates.content_hash(pixels),
         height=pixels.shape[0],
         width=pixels.shape[1],
         mode=image.mode,
         brightness=float(pixels.mean()),
         contrast=float(pixels.std()),
-        sketch=similarity.sketch(image) if alike else None,
+        sketch=near_duplicates.sketch(image) if alike else None,
         example=np.asarray(resize(to_channels(image, 3), EXAMPLE_SIDE, "pad")) if shown else None,
     )
 
@@ -153,7 +154,7 @@ def _near_duplicates(rows: pd.DataFrame, found: Sequence[_Seen | None], least: f
     """Pairs by their ids; of images with the same content the first stands for all."""
     first = np.flatnonzero(~rows["sha256"].duplicated() & rows["sha256"].notna()).tolist()
     kept = [(i, one.sketch) for i in first if (one := found[i]) is not None and one.sketch is not None]
-    pairs = similarity.near_pairs([sketch for _, sketch in kept], least)
+    pairs = near_duplicates.near_pairs([sketch for _, sketch in kept], least)
     ids = rows["id"].to_numpy()[[i for i, _ in kept]]
     return pairs.assign(first=ids[pairs["first"]], second=ids[pairs["second"]])
 

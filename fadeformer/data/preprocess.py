@@ -1,4 +1,4 @@
-"""Every image of a manifest decoded and resized once, into the arrays of `fadeformer.arrays`."""
+"""Every image of a manifest decoded and resized once, into the arrays of `fadeformer.data.arrays`."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ import pandas as pd
 from numpy.typing import NDArray
 from PIL import Image
 
-from fadeformer.arrays import Meta
-from fadeformer.datasets import images
-from fadeformer.datasets.packed import TOLD
-from fadeformer.decode import Aspect, fit
+from fadeformer.data import image_stream
+from fadeformer.data.arrays import Meta
+from fadeformer.data.decode import Aspect, fit
+from fadeformer.data.sources.user_table import TOLD
 from fadeformer.errors import UnreadableError, UserError
-from fadeformer.files import whole_file, write_json
+from fadeformer.io.atomic import whole_file, write_json
 
 # Columns of a manifest that are of the files; all others go into the index: labels, and age, sex, view and the like.
 OF_THE_FILES = (
@@ -79,7 +79,7 @@ def write(
         def work(_: int, image: Image.Image) -> NDArray[np.uint8]:
             return fit(image, image_size, channels, aspect)
 
-        found = images.each(manifest.iloc[left], source, work, what="arrays", threads=threads)
+        found = image_stream.each(manifest.iloc[left], source, work, what="arrays", threads=threads)
         for number, (position, pixels) in enumerate(found, start=1):
             row = left[position]
             if isinstance(pixels, UnreadableError):
@@ -122,7 +122,7 @@ def decoded(
     def work(_: int, image: Image.Image) -> NDArray[np.uint8]:
         return fit(image, image_size, channels, aspect)
 
-    for position, pixels in images.each(manifest, source, work, what="arrays", threads=None):
+    for position, pixels in image_stream.each(manifest, source, work, what="arrays", threads=None):
         if isinstance(pixels, UnreadableError):
             raise pixels
         found[position] = pixels

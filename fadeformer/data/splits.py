@@ -17,9 +17,9 @@ from numpy.typing import NDArray
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
-from fadeformer.datasets.facts import SPLITS
+from fadeformer.data.dataset_card import SPLITS
 from fadeformer.errors import UserError
-from fadeformer.files import whole_file
+from fadeformer.io.atomic import whole_file
 
 PASSES = 10  # at most
 DIGITS = 12

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 
-from fadeformer.predictions import Predictions
+from fadeformer.evaluation.predictions import Predictions
 from fadeformer.tasks import one_versus_rest
 
 COLUMNS = ("row", "id", "class", "true", "called", "score")

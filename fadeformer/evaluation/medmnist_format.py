@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pandas as pd
 
-from fadeformer.metrics import medmnist_accuracy, medmnist_auc
-from fadeformer.predictions import Predictions
+from fadeformer.evaluation.metrics import medmnist_accuracy, medmnist_auc
+from fadeformer.evaluation.predictions import Predictions
 
 ABOUT = "Scores as `python -m medmnist evaluate` reads them, of MedMNIST's sets in their published split only.\n"
 

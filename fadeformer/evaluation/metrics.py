@@ -1,4 +1,4 @@
-"""The few measures that training looks at, MedMNIST's own, and curves; all others are those of `fadeformer.measures`.
+"""The few measures that training looks at, MedMNIST's own, and curves; all others are those of `fadeformer.evaluation.weighted_metrics`.
 
 A class or finding without positives or without negatives is left out of means. No number is ever a NaN: what is
 undefined is None.
@@ -13,8 +13,8 @@ import pandas as pd
 from numpy.typing import NDArray
 from sklearn.metrics import precision_recall_curve, roc_auc_score, roc_curve
 
-from fadeformer.predictions import Predictions
-from fadeformer.ranked import Ranked
+from fadeformer.evaluation.predictions import Predictions
+from fadeformer.evaluation.weighted_auc import Ranked
 from fadeformer.tasks import TASKS, TINY, Task, one_versus_rest
 
 Labels = NDArray[np.int64]

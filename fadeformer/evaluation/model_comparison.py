@@ -2,7 +2,7 @@
 
 What is told is the mean over seeds: what one training comes to, not what an ensemble of all does. Two things make it
 unsure, and they are kept apart. Other test images: the covariance of all trainings' numbers over the images, of AUCs
-after DeLong (`fadeformer.delong`), of accuracies by how much each image moves them (their linear parts, summed over a
+after DeLong (`fadeformer.evaluation.intervals.delong`), of accuracies by how much each image moves them (their linear parts, summed over a
 patient or lesion before they are squared; exact for accuracy, first order for balanced accuracy). Other trainings: the
 variance of the numbers from seed to seed.
 
@@ -23,9 +23,9 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import t
 
-from fadeformer import delong, proportions, resampling
-from fadeformer.measures import Measures
-from fadeformer.predictions import Predictions
+from fadeformer.evaluation.intervals import bootstrap, delong, proportions
+from fadeformer.evaluation.predictions import Predictions
+from fadeformer.evaluation.weighted_metrics import Measures
 
 Floats = NDArray[np.float64]
 Measure = Literal["auc", "accuracy", "balanced_accuracy"]
@@ -149,7 +149,7 @@ def aligned(trainings: Sequence[Predictions]) -> list[Predictions]:
 
 
 def _values(trainings: Sequence[Predictions], measure: Measure) -> Floats:
-    """The measure of each training, (trainings,), as `fadeformer.measures` defines it."""
+    """The measure of each training, (trainings,), as `fadeformer.evaluation.weighted_metrics` defines it."""
     once = np.ones((1, len(trainings[0].frame)))
     return np.array([Measures(each).of(once).overall[measure][0] for each in trainings])
 
@@ -203,7 +203,7 @@ def _parts(measures: Measures, measure: Measure) -> Floats:
 
 
 def _groups(predictions: Predictions) -> NDArray[np.int64]:
-    return resampling.group_numbers(predictions.frame["group"])
+    return bootstrap.group_numbers(predictions.frame["group"])
 
 
 def _share(value: float, variance: float, groups: NDArray[np.int64], confidence: float) -> tuple[float, float] | None:

@@ -14,11 +14,11 @@ import pandas as pd
 from numpy.typing import NDArray
 from sklearn.metrics import roc_curve
 
-from fadeformer import resampling
-from fadeformer.metrics import shown_classes
-from fadeformer.predictions import Predictions
-from fadeformer.proportions import predictive_interval, share_interval
-from fadeformer.resampling import Interval
+from fadeformer.evaluation.intervals import bootstrap
+from fadeformer.evaluation.intervals.bootstrap import Interval
+from fadeformer.evaluation.intervals.proportions import predictive_interval, share_interval
+from fadeformer.evaluation.metrics import shown_classes
+from fadeformer.evaluation.predictions import Predictions
 from fadeformer.tasks import one_versus_rest
 
 Floats = NDArray[np.float64]
@@ -73,7 +73,7 @@ def operating_points(
     """
     count = len(val.classes)
     truth_val, truth = (one_versus_rest(part.labels, count, part.task) for part in (val, test))
-    groups = resampling.group_numbers(test.frame["group"])
+    groups = bootstrap.group_numbers(test.frame["group"])
     found: dict[str, dict[str, Any]] = {}
     for rule, least in wanted.items():
         found[rule] = {}

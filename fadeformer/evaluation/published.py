@@ -24,8 +24,8 @@ from typing import Any
 
 import pandas as pd
 
-from fadeformer.arrays import Meta
-from fadeformer.datasets.splits import TRAIN_VAL
+from fadeformer.data.arrays import Meta
+from fadeformer.data.splits import TRAIN_VAL
 
 SCORES = ("auc", "accuracy", "balanced_accuracy")
 TEXTS = ("dataset", "resolution", "method", "split", "selection", "origin", "source", "note")
@@ -37,7 +37,7 @@ ORIGIN = {"quoted": "quoted by others", "unknown": "who trained it is not told"}
 
 def read() -> pd.DataFrame:
     """Every row, in the columns of the file; a score that is not told is a NaN."""
-    with (resources.files("fadeformer") / "published.csv").open(encoding="utf-8") as file:
+    with (resources.files("fadeformer.evaluation") / "published.csv").open(encoding="utf-8") as file:
         rows: pd.DataFrame = pd.read_csv(
             file,
             dtype={**dict.fromkeys(TEXTS, str), **dict.fromkeys(SCORES, float)},

@@ -19,11 +19,12 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from fadeformer import resampling, summary
 from fadeformer.errors import UserError
-from fadeformer.measures import Measured, Measures
-from fadeformer.predictions import Predictions
-from fadeformer.resampling import ENOUGH
+from fadeformer.evaluation import summary
+from fadeformer.evaluation.intervals import bootstrap
+from fadeformer.evaluation.intervals.bootstrap import ENOUGH
+from fadeformer.evaluation.predictions import Predictions
+from fadeformer.evaluation.weighted_metrics import Measured, Measures
 
 Floats = NDArray[np.float64]
 
@@ -103,17 +104,17 @@ def compare(
         for value in of.cat.categories
         if (of == value).any()
     ]
-    whole, groups = Measures(predictions), resampling.group_numbers(predictions.frame["group"])
+    whole, groups = Measures(predictions), bootstrap.group_numbers(predictions.frame["group"])
     parts = [predictions.where(rows) for _, _, rows in cells]
     measures = [Measures(part) for part in parts]
 
-    def measure(weights: resampling.Weights) -> list[Measured]:
+    def measure(weights: bootstrap.Weights) -> list[Measured]:
         of_parts = (of.of(weights[:, rows]) for of, (_, _, rows) in zip(measures, cells, strict=True))
         return [whole.of(weights), *of_parts]
 
-    stratum = resampling.strata(whole.truth, groups)
+    stratum = bootstrap.strata(whole.truth, groups)
     with np.errstate(invalid="ignore", divide="ignore"):  # a sample may have no image of a subgroup
-        sampled = resampling.over_samples(measure, groups, stratum, draws, seed)
+        sampled = bootstrap.over_samples(measure, groups, stratum, draws, seed)
     of_whole, *of_parts = (summary.joined(some) for some in zip(*sampled, strict=True))
     once = whole.of(np.ones((1, len(groups))))
     found: dict[str, dict[str, dict[str, Any]]] = {column: {} for column in divisions}

@@ -16,11 +16,11 @@ import pandas as pd
 from numpy.typing import NDArray
 from scipy.special import expit, logit
 
-from fadeformer import delong, resampling
-from fadeformer.measures import Measured, Measures
-from fadeformer.predictions import Predictions
-from fadeformer.proportions import predictive_interval, share_interval
-from fadeformer.resampling import Interval
+from fadeformer.evaluation.intervals import bootstrap, delong
+from fadeformer.evaluation.intervals.bootstrap import Interval
+from fadeformer.evaluation.intervals.proportions import predictive_interval, share_interval
+from fadeformer.evaluation.predictions import Predictions
+from fadeformer.evaluation.weighted_metrics import Measured, Measures
 
 HALVES = 200  # samples of half of the images
 CALIBRATED = ("loss", "brier", "calibration_error")  # what calibration is for
@@ -71,9 +71,9 @@ def intervals(predictions: Predictions, *, draws: int, seed: int, confidence: fl
         `groups`, how many patients or lesions there are, and `overall` and `per_class` with (low, high), or None where
         there is none, as of a perfect number by bootstrap, whose samples are all alike.
     """
-    measures, groups = Measures(predictions), resampling.group_numbers(predictions.frame["group"])
-    stratum = resampling.strata(measures.truth, groups)
-    parts = resampling.over_samples(measures.of, groups, stratum, draws, seed)
+    measures, groups = Measures(predictions), bootstrap.group_numbers(predictions.frame["group"])
+    stratum = bootstrap.strata(measures.truth, groups)
+    parts = bootstrap.over_samples(measures.of, groups, stratum, draws, seed)
     return intervals_of(measures, predictions.classes, groups, joined(parts), confidence)
 
 
@@ -99,9 +99,9 @@ def intervals_of(
         confidence: such as 0.95.
     """
     count = int(groups.max()) + 1
-    point, stratum = measures.of(np.ones((1, len(groups)))), resampling.strata(measures.truth, groups)
+    point, stratum = measures.of(np.ones((1, len(groups)))), bootstrap.strata(measures.truth, groups)
     with np.errstate(invalid="ignore", divide="ignore"):  # half of a few may have no image of a class
-        half = measures.areas(resampling.halves(groups, stratum, HALVES, 0))
+        half = measures.areas(bootstrap.halves(groups, stratum, HALVES, 0))
     in_stratum = max(min(count, 2), count // len(np.unique(stratum)))
     overall = {
         name: _bootstrapped(name, float(point.overall[name][0]), values, half.overall.get(name), in_stratum, confidence)
@@ -152,8 +152,8 @@ def nested(
         test: of `summarise`.
         val: likewise.
         uncalibrated: of test, likewise, by the scores before calibration.
-        subgroups: of `fadeformer.subgroups.compare`.
-        points: of `fadeformer.operating.operating_points`.
+        subgroups: of `fadeformer.evaluation.subgroups.compare`.
+        points: of `fadeformer.evaluation.operating_points.operating_points`.
     """
     return {
         "val": {"overall": val["overall"], "per_class": val["per_class"]},
@@ -205,13 +205,13 @@ def _bootstrapped(
     groups: int,
     confidence: float,
 ) -> Interval:
-    bounds = resampling.percentiles(samples, groups, confidence)
+    bounds = bootstrap.percentiles(samples, groups, confidence)
     if bounds is None or name == "calibration_error" or np.ptp(samples[np.isfinite(samples)]) == 0:
         return None
     if half is not None and 0 < value < 1:
         spread, of_half = _log_odds(samples), _log_odds(half)
         too_high = float(of_half.mean()) - logit(value) if len(of_half) else 0.0
-        reach = resampling.quantile(groups, confidence) * spread.std(ddof=1) if len(spread) > 1 else math.inf
+        reach = bootstrap.quantile(groups, confidence) * spread.std(ddof=1) if len(spread) > 1 else math.inf
         return float(expit(logit(value) - too_high - reach)), float(expit(logit(value) - too_high + reach))
     return bounds
 

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fadeformer.predictions import Predictions
-from fadeformer.ranked import Ranked
+from fadeformer.evaluation.predictions import Predictions
+from fadeformer.evaluation.weighted_auc import Ranked
 from fadeformer.tasks import ORDINAL, TINY, one_versus_rest
 
 Floats = NDArray[np.float64]

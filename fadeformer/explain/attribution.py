@@ -7,14 +7,14 @@
 
 where the second sum is that of (1 - alpha) u . (L^^K V)_n / N over the grid (docs/fadeattn.md). `grad_cam` needs no
 layer of its own and works on every network (Selvaraju et al. 2017, arXiv:1610.02391; by captum). Whether a map depends
-on what was learned is a question for `fadeformer.randomisation`; whether it points at a lesion, for
-`fadeformer.pointing`.
+on what was learned is a question for `fadeformer.explain.sanity_checks`; whether it points at a lesion, for
+`fadeformer.explain.pointing_game`.
 
 All maps are on the grid of patches; `upsample` brings them to the image's side. A patch's token has seen the whole
 image by the time that it gets here, so a map says at which place the network holds what it decides by, which need not
 be where that lies in the image. Small FadeNets that had learned to see a bright square, without error, pointed at it in
 62 % of the images by the attention map and in 20 % by Grad-CAM, where chance is 8 %; in single ones of ten trainings
-that was anything from none to all. A small CNN did in all (ten trainings). So measure it (`fadeformer.pointing`) before
+that was anything from none to all. A small CNN did in all (ten trainings). So measure it (`fadeformer.explain.pointing_game`) before
 a map is shown to anyone as the place of a finding.
 """
 
@@ -32,10 +32,10 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fadeformer.attention import mean_attention_weights, split_heads
-from fadeformer.fadenet import FadeNet, is_vit
-from fadeformer.grid import rescaled_laplacian_power
-from fadeformer.normalisation import Normalisation
+from fadeformer.data.normalization import Normalisation
+from fadeformer.models.fade_attention import mean_attention_weights, split_heads
+from fadeformer.models.fadenet import FadeNet, is_vit
+from fadeformer.models.grid_laplacian import rescaled_laplacian_power
 
 Floats = NDArray[np.float64]
 

@@ -9,10 +9,10 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from fadeformer.classifier import Classifier
-from fadeformer.explanations import Floats, fade_maps, grad_cam, upsample
-from fadeformer.pointing import NAMES
-from fadeformer.randomisation import methods_of, model_randomisation
+from fadeformer.explain.attribution import Floats, fade_maps, grad_cam, upsample
+from fadeformer.explain.pointing_game import NAMES
+from fadeformer.explain.sanity_checks import methods_of, model_randomisation
+from fadeformer.inference.classifier import Classifier
 
 CHECKED = 16  # test images in the sanity check
 PLACES = (
@@ -43,7 +43,7 @@ def case_maps(
 
     Args:
         classifier: the model.
-        wrong: of `fadeformer.mistakes.most_wrong`: rows and classes.
+        wrong: of `fadeformer.evaluation.error_gallery.most_wrong`: rows and classes.
         pixels: of all test images, uint8, (images, side, side, channels).
         called: the class that each test image was called, (images,), or of findings the one of the highest score.
         seed: of the sanity check.

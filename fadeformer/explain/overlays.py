@@ -8,11 +8,11 @@ import numpy as np
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from fadeformer.case_maps import maps_of
-from fadeformer.case_plots import overlay
-from fadeformer.classifier import Classifier
 from fadeformer.errors import UserError
-from fadeformer.files import whole_file
+from fadeformer.explain.cases import maps_of
+from fadeformer.inference.classifier import Classifier
+from fadeformer.io.atomic import whole_file
+from fadeformer.reporting.plots.cases import overlay
 
 DPI = 100
 SIDE = 2.2  # of a panel, inches

@@ -2,7 +2,7 @@
 
 "Top-down neural attention by excitation backprop", Int. J. Comput. Vis. 126, doi:10.1007/s11263-017-1059-x. A case is
 an image with one of its findings, of which there are one or more boxes: x, y, w, h, that is left and upper edge, width
-and height, in pixels of the array (`fadeformer.boxes` brings them there).
+and height, in pixels of the array (`fadeformer.data.boxes` brings them there).
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike, NDArray
 
-from fadeformer.boxes import PLACE
-from fadeformer.classifier import Classifier
-from fadeformer.explanations import Floats, is_flat
-from fadeformer.proportions import share_interval
-from fadeformer.randomisation import methods_of
-from fadeformer.resampling import group_numbers
+from fadeformer.data.boxes import PLACE
+from fadeformer.evaluation.intervals.bootstrap import group_numbers
+from fadeformer.evaluation.intervals.proportions import share_interval
+from fadeformer.explain.attribution import Floats, is_flat
+from fadeformer.explain.sanity_checks import methods_of
+from fadeformer.inference.classifier import Classifier
 
 MOST = 1000  # cases at most; NIH has 984 boxes
 NAMES = {"grad_cam": "Grad-CAM", "attention": "Attention part", "laplacian": "Laplacian part"}
@@ -140,7 +140,7 @@ def points_at_boxes(
 
     Args:
         classifier: the model.
-        boxes: of these images, as `fadeformer.arrays.read_boxes` gives them.
+        boxes: of these images, as `fadeformer.data.arrays.read_boxes` gives them.
         index: `id` and `group` of each image.
         pixels: uint8, (images, side, side, channels).
         classes: names of the findings.

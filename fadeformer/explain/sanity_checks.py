@@ -22,9 +22,9 @@ from numpy.typing import NDArray
 from scipy.stats import spearmanr
 from torch import Tensor, nn
 
-from fadeformer.explanations import Floats, fade_maps, grad_cam, is_flat
-from fadeformer.fadenet import FadeNet
-from fadeformer.normalisation import Normalisation
+from fadeformer.data.normalization import Normalisation
+from fadeformer.explain.attribution import Floats, fade_maps, grad_cam, is_flat
+from fadeformer.models.fadenet import FadeNet
 
 Method = Callable[[nn.Module, NDArray[np.uint8], Normalisation, NDArray[np.int64]], Floats]
 

@@ -22,11 +22,11 @@ import torch
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from fadeformer.classifier import Classifier, Floats, OperatingPoint, Pixels
-from fadeformer.decode import Aspect, fit
+from fadeformer.data.decode import Aspect, fit
 from fadeformer.errors import UnreadableError, UserError
-from fadeformer.inputs import Input
-from fadeformer.unfamiliar import Familiar
+from fadeformer.inference.classifier import Classifier, Floats, OperatingPoint, Pixels
+from fadeformer.inference.inputs import Input
+from fadeformer.inference.ood import Familiar
 
 BATCH = 32  # images that go through the network at once
 PART = 64 * BATCH  # rows that are handed on at once

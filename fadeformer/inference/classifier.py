@@ -17,13 +17,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
-from fadeformer import calibration
+from fadeformer.data.normalization import Normalisation
 from fadeformer.errors import UserError
-from fadeformer.files import read_json
-from fadeformer.inference import choose_device
-from fadeformer.model_files import ModelFiles
-from fadeformer.models import create_model, features_and_logits, load_weights
-from fadeformer.normalisation import Normalisation
+from fadeformer.inference import calibration
+from fadeformer.inference.forward import choose_device
+from fadeformer.inference.model_files import ModelFiles
+from fadeformer.io.atomic import read_json
+from fadeformer.models.factory import create_model, features_and_logits, load_weights
 from fadeformer.tasks import TASKS, Task
 
 Pixels = NDArray[np.uint8]

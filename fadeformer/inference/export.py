@@ -17,9 +17,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from fadeformer.classifier import Classifier
 from fadeformer.errors import UserError
-from fadeformer.files import whole_file
+from fadeformer.inference.classifier import Classifier
+from fadeformer.io.atomic import whole_file
 
 TOLERANCE = 1e-5  # in a score
 IMAGES, SCORES = "images", "scores"  # input and output of the ONNX graph

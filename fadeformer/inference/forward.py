@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 from torch import nn
 from tqdm import tqdm
 
+from fadeformer.data.normalization import Normalisation
 from fadeformer.errors import UserError
-from fadeformer.normalisation import Normalisation
 
 
 def choose_device(name: str) -> torch.device:

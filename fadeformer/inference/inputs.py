@@ -1,6 +1,6 @@
 """What a user wants predictions of: files, folders, zips and patterns, as a list of images in one order.
 
-Read are the pictures of `fadeformer.decode` and DICOM files, which are told by their mark where the name does not
+Read are the pictures of `fadeformer.data.decode` and DICOM files, which are told by their mark where the name does not
 tell. Of a folder or a zip what is neither is left out, as are DICOM files that are no images; a file that was named is
 an image, and if it cannot be read, that is told.
 """
@@ -16,10 +16,10 @@ from pathlib import Path, PurePosixPath
 
 from PIL import Image
 
-from fadeformer import dicom
-from fadeformer.datasets import archives, tarballs
-from fadeformer.datasets.folder import DICOM, SUFFIXES, is_dicom
-from fadeformer.decode import decode
+from fadeformer.data.archives import reader, tar_stream
+from fadeformer.data.decode import decode
+from fadeformer.data.dicom import dicom_image
+from fadeformer.data.sources.folder import DICOM, SUFFIXES, is_dicom
 from fadeformer.errors import UnreadableError, UserError
 
 HEAD = 4096  # bytes of a file, in which DICOM says what it holds
@@ -54,7 +54,7 @@ class Input:
         data = self._bytes()
         if not is_dicom(self.member or self.path.name, data):
             return decode(data, self.name)
-        frames = dicom.read(data, self.name, salt=SALT).frames
+        frames = dicom_image.read(data, self.name, salt=SALT).frames
         if len(frames) > 1:
             raise UnreadableError(
                 self.name, f"holds {len(frames)} frames, where one is expected; export the one wanted"
@@ -62,10 +62,10 @@ class Input:
         return Image.fromarray(frames[0])
 
     def _bytes(self) -> bytes:
-        if self.size > archives.LARGEST:
-            raise UnreadableError(self.name, f"has {self.size:,} bytes; an image may have {archives.LARGEST:,}")
+        if self.size > reader.LARGEST:
+            raise UnreadableError(self.name, f"has {self.size:,} bytes; an image may have {reader.LARGEST:,}")
         try:
-            return archives.read(self.path, self.member) if self.member else self.path.read_bytes()
+            return reader.read(self.path, self.member) if self.member else self.path.read_bytes()
         except OSError as error:
             raise UnreadableError(self.name, f"cannot be read ({error.strerror}); mend the file") from error
         except UserError as error:
@@ -116,7 +116,7 @@ def _within(path: Path, *, alone: bool) -> Iterator[Input | None]:
     """The images of one argument, and None for each file that is left out."""
     prefix = "" if alone else f"{path.as_posix()}/"
     if path.is_dir():
-        for member in archives.listing(path):
+        for member in reader.listing(path):
             file = path / member.name
             with file.open("rb") as opened:
                 head = b"" if _is_picture(member.name) else opened.read(HEAD)
@@ -129,12 +129,12 @@ def _within(path: Path, *, alone: bool) -> Iterator[Input | None]:
     with path.open("rb") as opened:
         head = opened.read(HEAD)
     if head.startswith(ZIP):
-        for member in archives.listing(path):
+        for member in reader.listing(path):
             name = member.name
             part = b"" if _is_picture(name) else _head(path, name)
             yield Input(prefix + name, path, name, member.size, status.st_mtime_ns) if _wanted(name, part) else None
-    elif head.startswith(tarballs.GZIP) or (
-        len(head) >= tarballs.BLOCK and not is_dicom("", head) and tarballs.is_header(head[: tarballs.BLOCK])
+    elif head.startswith(tar_stream.GZIP) or (
+        len(head) >= tar_stream.BLOCK and not is_dicom("", head) and tar_stream.is_header(head[: tar_stream.BLOCK])
     ):
         raise UserError(f"{path}: a tar is read from front to back only; unpack it, and name the folder instead")
     else:
@@ -146,12 +146,12 @@ def _is_picture(name: str) -> bool:
 
 
 def _wanted(name: str, head: bytes) -> bool:
-    return _is_picture(name) or (is_dicom(name, head) and not dicom.is_no_image(head))
+    return _is_picture(name) or (is_dicom(name, head) and not dicom_image.is_no_image(head))
 
 
 def _head(archive: Path, member: str) -> bytes:
     """How a member of a zip begins; nothing, of one that cannot be read: it is an image only if its name says so."""
     try:
-        return archives.read(archive, member)[:HEAD]
+        return reader.read(archive, member)[:HEAD]
     except UserError:
         return b""

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fadeformer.errors import UserError
-from fadeformer.files import checksum, read_json
+from fadeformer.io.atomic import checksum, read_json
 
 DESCRIPTION = "model.json"
 WEIGHTS = "weights.safetensors"  # of a package
@@ -42,12 +42,12 @@ class ModelFiles:
 
     @property
     def familiar(self) -> Path:
-        """Of `fadeformer.unfamiliar`."""
+        """Of `fadeformer.inference.ood`."""
         return self.folder / FAMILIAR
 
     @property
     def reference(self) -> Path:
-        """Of `fadeformer.reference`; a model of an older version has none."""
+        """Of `fadeformer.monitoring.reference`; a model of an older version has none."""
         return self.folder / REFERENCE
 
     def identity(self) -> str:

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from fadeformer.decode import PIXELS, Aspect, decode, fit
+from fadeformer.data.decode import PIXELS, Aspect, decode, fit
 from fadeformer.errors import UnreadableError, UserError
 
 Pixels = NDArray[np.uint8]

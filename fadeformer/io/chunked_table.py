@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from fadeformer.errors import UserError
-from fadeformer.files import read_json, whole_file, write_json
+from fadeformer.io.atomic import read_json, whole_file, write_json
 
 KEY = "key.json"
 ENDINGS = (".csv", ".parquet")

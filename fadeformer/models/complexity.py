@@ -27,7 +27,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from fadeformer.errors import UserError
-from fadeformer.models import create_model
+from fadeformer.models.factory import create_model
 
 STATUS, PEAK = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 META = torch.device("meta")

@@ -12,9 +12,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from fadeformer.attention import FadeAttn
-from fadeformer.diffusion import AttentionPool, DiffusionAttn
-from fadeformer.fadenet import FadeNet, timm_model
+from fadeformer.models.fade_attention import FadeAttn
+from fadeformer.models.fadenet import FadeNet, timm_model
+from fadeformer.models.heat_diffusion import AttentionPool, DiffusionAttn
 
 __all__ = ["FadeNet", "create_model", "features_and_logits", "load_weights", "new_to_backbone"]
 

@@ -2,7 +2,7 @@
 
     out = proj(alpha softmax(Q K^T / sqrt(d)) V + (1 - alpha) L^^K V)
 
-L^ is that of `fadeformer.grid`; `alpha` and `K` are the published argument names; `num_heads` heads have
+L^ is that of `fadeformer.models.grid_laplacian`; `alpha` and `K` are the published argument names; `num_heads` heads have
 d = in_channels / num_heads channels each.
 
 L 1 = 0, so 1^T L^^K = (-1)^K 1^T: under a mean over the grid the second term is (-1)^K (1 - alpha) mean(V), whatever
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from fadeformer.grid import rescaled_laplacian_operator, rescaled_laplacian_power
+from fadeformer.models.grid_laplacian import rescaled_laplacian_operator, rescaled_laplacian_power
 
 # Measured by `python benchmarks/fadenet.py rules`.
 PRECOMPUTED_UP_TO = 256  # patches; L^^K is one matrix on grids up to here, and separable beyond

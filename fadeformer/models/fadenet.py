@@ -19,9 +19,9 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from fadeformer import backbones, medvit  # noqa: F401  make their names known to timm
-from fadeformer.attention import FadeAttn
-from fadeformer.diffusion import AttentionPool, DiffusionAttn
+from fadeformer.models import fadevit, medvit  # noqa: F401  make their names known to timm
+from fadeformer.models.fade_attention import FadeAttn
+from fadeformer.models.heat_diffusion import AttentionPool, DiffusionAttn
 
 Vit: Any = nn.Module  # stands for the class of timm's that a FadeNet gets, whichever it is
 

@@ -3,7 +3,7 @@
     y = x + proj(concat over heads of g softmax(Q K^T / sqrt(d)) V + (1 - g) exp(-t Lambda^s) V),  Q, K, V of norm(x)
 
 Each head learns its own time t, exponent s and gate g. Lambda is the Laplacian of the grid of patches with its four
-neighbours and reflecting borders (`fadeformer.grid`, exact). The residual, the normalisation and a read-out that
+neighbours and reflecting borders (`fadeformer.models.grid_laplacian`, exact). The residual, the normalisation and a read-out that
 weighs patches (`AttentionPool`) are what the published layer lacks: there a linear map and a mean follow the diffusion,
 and all that they leave of it is a constant (docs/fadeattn.md).
 """
@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from fadeformer.attention import as_they_are, at_least_float32, channels_of_a_head, project, split_heads
-from fadeformer.grid import from_waves, heat_decay, to_waves
+from fadeformer.models.fade_attention import as_they_are, at_least_float32, channels_of_a_head, project, split_heads
+from fadeformer.models.grid_laplacian import from_waves, heat_decay, to_waves
 
 TIMES = (0.02, 20.0)  # range of t; a kernel of standard deviation sqrt(2 t) patches where s is 1
 EXPONENTS = (0.25, 1.0)  # range of s; in (0, 1] the kernel is nowhere negative
@@ -94,7 +94,7 @@ def gated_heat(values: Tensor, attended: Tensor, time: Tensor, exponent: Tensor,
     Args:
         values: (B, H, W, heads, d).
         attended: the same shape.
-        time: (heads,), as in `fadeformer.grid.heat_decay`.
+        time: (heads,), as in `fadeformer.models.grid_laplacian.heat_decay`.
         exponent: (heads,), as there.
         gate: (heads,), in [0, 1].
 

@@ -38,7 +38,7 @@ from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
-from fadeformer.backbones import without_timms_own
+from fadeformer.models.fadevit import without_timms_own
 
 GROUP = 5  # blocks of the third stage come in groups of four ECB and one LTB
 REDUCTIONS = (8, 4, 2, 1)  # r of each stage; the first has no attention

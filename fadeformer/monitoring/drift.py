@@ -20,9 +20,9 @@ from sklearn.model_selection import StratifiedKFold, cross_val_predict
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from fadeformer import delong
 from fadeformer.errors import UserError
-from fadeformer.reference import FEATURE
+from fadeformer.evaluation.intervals import delong
+from fadeformer.monitoring.reference import FEATURE
 
 FEWEST = 20  # images that are compared
 COMPONENTS = 50  # of the features, at most, that the logistic regression gets
@@ -82,7 +82,7 @@ def compare(known: pd.DataFrame, new: pd.DataFrame) -> Drift:
     """Compares new images with known ones.
 
     Args:
-        known: of `fadeformer.reference.table`.
+        known: of `fadeformer.monitoring.reference.table`.
         new: the same columns of the new images; a row with a gap is an image that could not be read, and left out.
 
     Raises:

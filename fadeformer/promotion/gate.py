@@ -15,14 +15,14 @@ from typing import Any
 
 import numpy as np
 
-from fadeformer import delong, resampling
-from fadeformer.delong import Difference
-from fadeformer.metrics import auc, shown_classes
-from fadeformer.numerals import told
-from fadeformer.predictions import Predictions
-from fadeformer.summary import summarise
+from fadeformer.evaluation.intervals import bootstrap, delong
+from fadeformer.evaluation.intervals.delong import Difference
+from fadeformer.evaluation.metrics import auc, shown_classes
+from fadeformer.evaluation.predictions import Predictions
+from fadeformer.evaluation.summary import summarise
+from fadeformer.io.formatting import told
+from fadeformer.promotion.decision import FAILED, NOT_JUDGED, PASSED, Decision, Part, Rule, kept, of_parts
 from fadeformer.tasks import one_versus_rest
-from fadeformer.verdict import FAILED, NOT_JUDGED, PASSED, Decision, Part, Rule, kept, of_parts
 
 UNDEFINED = "undefined: no class has both positives and negatives"
 
@@ -60,10 +60,10 @@ class Candidate:
 
     Attributes:
         test: its predictions on the test images.
-        intervals: of `fadeformer.summary.intervals`, of test.
+        intervals: of `fadeformer.evaluation.summary.intervals`, of test.
         confidence: of all intervals.
-        subgroups: of `fadeformer.subgroups.compare`, of test.
-        points: of `fadeformer.operating.operating_points`.
+        subgroups: of `fadeformer.evaluation.subgroups.compare`, of test.
+        points: of `fadeformer.evaluation.operating_points.operating_points`.
         data_passed: whether the data gate let the data pass.
         rolled_back: why this very model was taken back once; None where it was not.
     """
@@ -263,7 +263,7 @@ def compared(first: Predictions, second: Predictions, confidence: float) -> Diff
     places = [c for c in places if truth[:, c].any() and not truth[:, c].all()]
     if not places:
         return None
-    groups = resampling.group_numbers(mine["group"])
+    groups = bootstrap.group_numbers(mine["group"])
     truths = [truth[:, c] for c in places]
     scores, of_others = ([part.scores[:, c] for c in places] for part in (ours, others))
     try:
@@ -279,7 +279,7 @@ def _judged(predictions: Predictions) -> list[str]:
 
 def _cases(predictions: Predictions) -> dict[str, int]:
     """Of each class the fewer of: patients, lesions or single images with it, and without it."""
-    groups = resampling.group_numbers(predictions.frame["group"])
+    groups = bootstrap.group_numbers(predictions.frame["group"])
     truth = one_versus_rest(predictions.labels, len(predictions.classes), predictions.task)
     return {
         name: min(len(np.unique(groups[is_so])) for is_so in (truth[:, c], ~truth[:, c]))

@@ -10,11 +10,12 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from fadeformer import drift, pages
-from fadeformer.drift import Drift
-from fadeformer.evidence_tables import Table
-from fadeformer.numerals import told
-from fadeformer.plots import COLOURS, panels, short
+from fadeformer.io.formatting import told
+from fadeformer.monitoring import drift
+from fadeformer.monitoring.drift import Drift
+from fadeformer.reporting import rendering
+from fadeformer.reporting.plots.base import COLOURS, panels, short
+from fadeformer.reporting.tables import Table
 
 SHOWN = 12  # columns in the figure
 DPI = 110
@@ -30,7 +31,7 @@ def page(found: Drift, known: pd.DataFrame, new: pd.DataFrame, *, model: str, im
 
     Args:
         found: what has moved.
-        known: of `fadeformer.reference.table`.
+        known: of `fadeformer.monitoring.reference.table`.
         new: the same columns of the new images.
         model: how it was named.
         images: likewise.
@@ -41,7 +42,7 @@ def page(found: Drift, known: pd.DataFrame, new: pd.DataFrame, *, model: str, im
     what = ", ".join(found.found)
     area = told(found.auc, found.interval)
     apart = "can be told apart from" if found.features_drifted else "are like"
-    return pages.template("drift.html").render(
+    return rendering.template("drift.html").render(
         title=f"Drift of {images}",
         good=not found.found,
         verdict="Drift." if found.found else "No drift.",

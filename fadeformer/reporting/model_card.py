@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from fadeformer import evidence_tables
-from fadeformer.evidence_tables import Evidence, Table
+from fadeformer.reporting import tables
+from fadeformer.reporting.tables import Evidence, Table
 
 INTENDED = (
     "To try and to compare methods on images of the kind and population below. Not a medical device: no decision about"
@@ -25,26 +25,26 @@ def model_card(of: Evidence) -> str:
         "",
         "## Data",
         "",
-        *_table(evidence_tables.data(of)),
+        *_table(tables.data(of)),
         "",
         "## Model",
         "",
-        *_table(evidence_tables.model(of)),
+        *_table(tables.model(of)),
         "",
         f"## Results on {test['images']:,} test images of the split {of.meta.split}",
         "",
-        *_table(evidence_tables.numbers(of)),
+        *_table(tables.numbers(of)),
         "",
-        *_table(evidence_tables.classes(of)),
+        *_table(tables.classes(of)),
         "",
         "## Operating points, chosen on validation and judged on test",
         "",
-        *_table(evidence_tables.operating_points(of)),
+        *_table(tables.operating_points(of)),
         "",
         *_subgroups(of),
         "## Limits",
         "",
-        " ".join(evidence_tables.limits(of)),
+        " ".join(tables.limits(of)),
         "",
     ]
     return "\n".join(lines)
@@ -52,10 +52,10 @@ def model_card(of: Evidence) -> str:
 
 def _subgroups(of: Evidence) -> list[str]:
     if not of.subgroups:
-        return [evidence_tables.UNDIVIDED, ""]
-    verdict, sentences = evidence_tables.subgroups_verdict(of)
+        return [tables.UNDIVIDED, ""]
+    verdict, sentences = tables.subgroups_verdict(of)
     listed = ["", *(f"- {sentence}" for sentence in sentences)] if sentences else []
-    return ["## Subgroups of the test images", "", *_table(evidence_tables.subgroups(of)), "", verdict, *listed, ""]
+    return ["## Subgroups of the test images", "", *_table(tables.subgroups(of)), "", verdict, *listed, ""]
 
 
 def _table(table: Table) -> list[str]:

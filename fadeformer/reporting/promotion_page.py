@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fadeformer import pages
-from fadeformer.evidence_tables import Table
+from fadeformer.reporting import rendering
+from fadeformer.reporting.tables import Table
 
 SHOWN = 200  # decisions of the ledger, the newest
 COLUMNS = ("No.", "Time (UTC)", "Decision", "Version", "Champion", "AUC", "By", "Reason")  # of the ledger
@@ -32,7 +32,7 @@ def page(told: Mapping[str, Any], entries: Sequence[Mapping[str, Any]]) -> str:
     held = " and ".join(told["aliases"])
     stays = f"It stays {held}." if held else "It gets no alias."
     head = ("Rule", "Verdict", "Figures")
-    return pages.template("verdict.html").render(
+    return rendering.template("verdict.html").render(
         title=f"Decision about {version}",
         model=told["model"],
         good=promoted,

@@ -12,7 +12,7 @@ INTERVAL = re.compile(r"[\d.]+ \([\d.]+ to [\d.]+\)")
 
 def template(name: str) -> Template:
     """A template of this library, such as `report.html`; what it lacks is an error, and text in it is escaped."""
-    pages = Environment(loader=PackageLoader("fadeformer", "."), autoescape=True, undefined=StrictUndefined)
+    pages = Environment(loader=PackageLoader("fadeformer.reporting"), autoescape=True, undefined=StrictUndefined)
     pages.filters["marked"] = marked
     pages.tests["interval"] = lambda text: INTERVAL.fullmatch(text) is not None
     return pages.get_template(name)

@@ -13,10 +13,10 @@ from ruamel.yaml.compat import StringIO
 from ruamel.yaml.nodes import ScalarNode, SequenceNode
 from ruamel.yaml.representer import RoundTripRepresenter
 
-from fadeformer import evidence_tables, pages
-from fadeformer.card import INTENDED
-from fadeformer.evidence_tables import Evidence
-from fadeformer.numerals import told
+from fadeformer.io.formatting import told
+from fadeformer.reporting import rendering, tables
+from fadeformer.reporting.model_card import INTENDED
+from fadeformer.reporting.tables import Evidence
 
 GOOD, BAD, PLAIN = "good", "bad", "plain"
 TRAINING = ("training_curves",)
@@ -74,8 +74,8 @@ def report(
 
     Args:
         of: what the model card is made of too.
-        uncalibrated: of `fadeformer.summary.summarise`, of test, by the scores before calibration.
-        published: of `fadeformer.published.beside`.
+        uncalibrated: of `fadeformer.evaluation.summary.summarise`, of test, by the scores before calibration.
+        published: of `fadeformer.evaluation.published.beside`.
         explained: what `reports/explanations.json` holds: `sentences`, and `pointing` where boxes are known.
         figures: PNG by name; that of the subgroups may be missing.
         run_id: MLflow's, of the training.
@@ -86,27 +86,27 @@ def report(
     stream, yaml = StringIO(), YAML()
     yaml.Representer = _Told
     yaml.dump(of.described["params"], stream)
-    verdict, worse = evidence_tables.subgroups_verdict(of) if of.subgroups else ("", [])
-    return pages.template("report.html").render(
+    verdict, worse = tables.subgroups_verdict(of) if of.subgroups else ("", [])
+    return rendering.template("report.html").render(
         title=f"{of.described['model']['backbone']} on {of.meta.dataset['name']}",
         note=of.meta.dataset["note"],
         intended=INTENDED,
         verdicts=verdicts(of, uncalibrated, published),
-        data=evidence_tables.data(of),
-        model=evidence_tables.model(of),
-        numbers=evidence_tables.numbers(of),
-        classes=evidence_tables.classes(of),
-        operating=evidence_tables.operating_points(of),
-        subgroups=evidence_tables.subgroups(of) if of.subgroups else None,
+        data=tables.data(of),
+        model=tables.model(of),
+        numbers=tables.numbers(of),
+        classes=tables.classes(of),
+        operating=tables.operating_points(of),
+        subgroups=tables.subgroups(of) if of.subgroups else None,
         subgroups_verdict=verdict,
         worse=worse,
-        comparable=evidence_tables.published(published, comparable=True),
-        not_comparable=evidence_tables.published(published, comparable=False),
-        limits=evidence_tables.limits(of),
+        comparable=tables.published(published, comparable=True),
+        not_comparable=tables.published(published, comparable=False),
+        limits=tables.limits(of),
         explained=explained["sentences"],
-        pointing=evidence_tables.pointing(explained["pointing"]) if explained["pointing"] else None,
+        pointing=tables.pointing(explained["pointing"]) if explained["pointing"] else None,
         training=[drawn[name] for name in TRAINING],
-        undivided=evidence_tables.UNDIVIDED,
+        undivided=tables.UNDIVIDED,
         many=len(of.meta.classes) > SIDE_BY_SIDE,
         figures=[drawn[name] for name in FIGURES if name not in TRAINING and name in drawn],
         gallery=drawn["gallery"],
@@ -138,12 +138,12 @@ def verdicts(of: Evidence, uncalibrated: Mapping[str, Any], published: pd.DataFr
         changed = f"calibration error {after:.3f}, {before:.3f} before calibration on validation."
         found.append((GOOD if after <= before else PLAIN, changed[0].upper() + changed[1:]))
     if of.subgroups:
-        verdict, worse = evidence_tables.subgroups_verdict(of)
+        verdict, worse = tables.subgroups_verdict(of)
         compared = any(one["compared"] for values in of.subgroups.values() for one in values.values())
         told_of = f"{len(worse)} measures of subgroups are worse than the whole beyond chance." if worse else verdict
         found.append((BAD if worse else GOOD if compared else PLAIN, told_of))
     else:
-        found.append((PLAIN, evidence_tables.UNDIVIDED))
+        found.append((PLAIN, tables.UNDIVIDED))
     found.append(_beside(overall["auc"], bounds["auc"], published))
     if test["not_judged"]:
         found.append((BAD, f"Not judged, for want of images with or without: {', '.join(test['not_judged'])}."))

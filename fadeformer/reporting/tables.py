@@ -8,10 +8,10 @@ from typing import Any
 
 import pandas as pd
 
-from fadeformer.arrays import Meta
-from fadeformer.calibration import NONE, of_description
-from fadeformer.numerals import told
-from fadeformer.subgroups import OVERALL, worse
+from fadeformer.data.arrays import Meta
+from fadeformer.evaluation.subgroups import OVERALL, worse
+from fadeformer.inference.calibration import NONE, of_description
+from fadeformer.io.formatting import told
 from fadeformer.tasks import Task
 
 NUMBERS = {
@@ -43,10 +43,10 @@ class Evidence:
     Attributes:
         meta: of the arrays the model was trained and judged on.
         described: what `models/model.json` holds.
-        summary: of `fadeformer.summary.summarise`, by split.
-        intervals: of `fadeformer.summary.intervals`, of test.
+        summary: of `fadeformer.evaluation.summary.summarise`, by split.
+        intervals: of `fadeformer.evaluation.summary.intervals`, of test.
         operating: what `reports/operating_points.json` holds: `wanted`, `confidence` and `points`.
-        subgroups: of `fadeformer.subgroups.compare`, of test.
+        subgroups: of `fadeformer.evaluation.subgroups.compare`, of test.
     """
 
     meta: Meta
@@ -182,7 +182,7 @@ def published(rows: pd.DataFrame, *, comparable: bool) -> Table:
     """Published scores beside which ours may stand, or those that may not, with why.
 
     Args:
-        rows: of `fadeformer.published.beside`.
+        rows: of `fadeformer.evaluation.published.beside`.
         comparable: which of them.
     """
     cells = []
@@ -199,7 +199,7 @@ def pointing(found: Mapping[str, Any]) -> Table:
     """How often each explanation points into boxes, of each finding, in %.
 
     Args:
-        found: of `fadeformer.pointing.points_at_boxes`.
+        found: of `fadeformer.explain.pointing_game.points_at_boxes`.
     """
     methods = list(found["methods"].values())
     parts = [("all", [of["overall"] for of in methods])]

@@ -27,8 +27,8 @@ from scipy.special import betaincinv
 from torch import Tensor
 from torch.nn import functional
 
-from fadeformer.normalisation import Normalisation
-from fadeformer.randaugment import randaugment, sent
+from fadeformer.data.normalization import Normalisation
+from fadeformer.training.randaugment import randaugment, sent
 
 LUMA = (0.2989, 0.587, 0.114)  # weights of red, green and blue in grey, ITU-R BT.601, as torchvision has them
 ASPECTS = (0.3, 3.3)  # smallest and largest height / width of what is erased, RandomErasing's default

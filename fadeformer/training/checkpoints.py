@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from fadeformer.errors import UserError
-from fadeformer.files import FULL, whole_file
+from fadeformer.io.atomic import FULL, whole_file
 
 KEPT = 2
 DAMAGED = (zipfile.BadZipFile, zlib.error, OSError, RuntimeError, UnpicklingError, EOFError, LookupError, ValueError)

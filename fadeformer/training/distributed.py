@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import resource
 import sys
 from collections.abc import Callable, Iterator
@@ -17,9 +18,9 @@ from lightning_fabric.strategies.ddp import DDPStrategy
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from fadeformer.data.normalization import Normalisation
 from fadeformer.errors import UserError
-from fadeformer.inference import logits_of
-from fadeformer.normalisation import Normalisation
+from fadeformer.inference.forward import logits_of
 
 PRECISIONS: dict[str, Literal["32-true", "bf16-mixed", "16-mixed"]] = {
     "32": "32-true", "bf16": "bf16-mixed", "16": "16-mixed",
@@ -39,6 +40,10 @@ def make_fabric(
         nodes: machines.
         freezes: whether some weights are frozen for some of the time.
     """
+    if (device.type, precision) == ("cpu", "bf16"):
+        # With AMX, oneDNN's bfloat16 products read past a matrix whose inner size is no multiple of 32, and now and
+        # then return NaN (oneDNN issue 5717). oneDNN reads this variable when it first computes.
+        os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_BF16")
     together = devices * nodes > 1
     fabric = Fabric(
         accelerator=device.type, devices=devices, num_nodes=nodes, precision=PRECISIONS[precision],

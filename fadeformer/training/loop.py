@@ -22,18 +22,18 @@ from timm.utils.distributed import distribute_bn
 from torch import Tensor
 from tqdm import tqdm
 
-from fadeformer import batches
-from fadeformer.arrays import Images
-from fadeformer.augment import Augmentation
-from fadeformer.checkpoints import Checkpoints
-from fadeformer.devices import peak_memory, predict_together, within_memory
+from fadeformer.data.arrays import Images
+from fadeformer.data.normalization import Normalisation
 from fadeformer.errors import Interrupted, UserError
-from fadeformer.metrics import accuracy, auc, log_loss
-from fadeformer.models import new_to_backbone
-from fadeformer.normalisation import Normalisation
-from fadeformer.optimisation import pace, set_learning_rate, unfreeze
-from fadeformer.state import Epoch, Recipe, State
+from fadeformer.evaluation.metrics import accuracy, auc, log_loss
+from fadeformer.models.factory import new_to_backbone
 from fadeformer.tasks import Task
+from fadeformer.training import sampling
+from fadeformer.training.augmentation import Augmentation
+from fadeformer.training.checkpoints import Checkpoints
+from fadeformer.training.distributed import peak_memory, predict_together, within_memory
+from fadeformer.training.optim import pace, set_learning_rate, unfreeze
+from fadeformer.training.state import Epoch, Recipe, State
 
 SHOWN = 8  # ids of images in a message
 
@@ -109,24 +109,24 @@ def fit(
         if recipe.probe_epochs:  # else what a caller has frozen stays so
             unfreeze(state.model, new_to_backbone(state.model), only_new=probing)
         model.train(not probing)
-        order = batches.draw(train.labels, task, recipe.sampling, recipe.batch_size, batches.mix(seed, epoch, 0))
-        batches.check_size(order, world, recipe.accumulate)
-        own = [rows[batches.share(len(rows), rank, world)] for rows in order]  # of this process
+        order = sampling.draw(train.labels, task, recipe.sampling, recipe.batch_size, sampling.mix(seed, epoch, 0))
+        sampling.check_size(order, world, recipe.accumulate)
+        own = [rows[sampling.share(len(rows), rank, world)] for rows in order]  # of this process
         began = time.perf_counter() - state.train_seconds
         with _bar(epoch, recipe.epochs, len(train.labels), state.seen, fabric) as bar:
-            for images in batches.feed(train.pixels, own[state.batch :], fabric.device):
+            for images in sampling.feed(train.pixels, own[state.batch :], fabric.device):
                 arrived = time.perf_counter()
                 set_learning_rate(state.optimizer, learning_rate(state.step))
                 rows, count = own[state.batch], len(order[state.batch])
-                draws = augmentation.draw(count, batches.mix(seed, epoch, 1, state.batch))
-                draws = draws[batches.share(count, rank, world)]
+                draws = augmentation.draw(count, sampling.mix(seed, epoch, 1, state.batch))
+                draws = draws[sampling.share(count, rank, world)]
                 labels = torch.from_numpy(train.labels[rows])
-                torch.manual_seed(batches.mix(seed, epoch, 2, state.batch) + rank)  # of dropout
+                torch.manual_seed(sampling.mix(seed, epoch, 2, state.batch) + rank)  # of dropout
 
                 with within_memory(recipe.batch_size, recipe.accumulate):
                     parts, right = [], torch.zeros((), device=fabric.device)
                     for number in range(recipe.accumulate):
-                        part = batches.share(len(rows), number, recipe.accumulate)
+                        part = sampling.share(len(rows), number, recipe.accumulate)
                         truth = labels[part].to(fabric.device, non_blocking=True)
                         targets = task.smooth(task.targets(truth, len(weights)), recipe.label_smoothing)
                         seen = augmentation(images[part], draws[part], normalisation)

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal
 from timm.utils.model_ema import ModelEmaV3
 from torch import Tensor, nn, optim
 
-from fadeformer.optimisation import Plateau, make_optimizer
+from fadeformer.training.optim import Plateau, make_optimizer
 
 
 @dataclass(frozen=True)

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import torch
 
-from fadeformer import exporting, model_files
-from fadeformer.classifier import Classifier
 from fadeformer.errors import UserError
-from pipelines import packaged
+from fadeformer.inference import export, model_files
+from fadeformer.inference.classifier import Classifier
+from pipelines.registry import package
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,6 +27,6 @@ def run(arguments: argparse.Namespace) -> str:
     suffix = {"onnx": ".onnx", "program": ".pt2"}[arguments.format]
     if arguments.out.suffix != suffix:  # torch refuses or changes others
         raise UserError(f"--out {arguments.out}: the name of a file of this format ends with {suffix}")
-    files = model_files.find(packaged.data(packaged.fetch(arguments.model)), arguments.model)
-    difference = exporting.export(Classifier.load(files, torch.device("cpu")), arguments.format, arguments.out)
+    files = model_files.find(package.data(package.fetch(arguments.model)), arguments.model)
+    difference = export.export(Classifier.load(files, torch.device("cpu")), arguments.format, arguments.out)
     return f"{arguments.out} gives the scores of {arguments.model}, to {difference:.1g} on random images"

@@ -7,9 +7,9 @@ import sys
 from functools import partial
 from importlib import import_module
 
-from pipelines import stage
+from pipelines import runner
 
-COMMANDS = {  # module of pipelines.commands: what it does
+COMMANDS = {  # module of pipelines.cli: what it does
     "drift": "whether new images are like those that a model was made with",
     "export": "a model as one ONNX graph or torch.export program",
     "predict": "predict images on the disk by a model",
@@ -30,11 +30,11 @@ def main(words: list[str] | None = None) -> None:
     for name, told in COMMANDS.items():
         command = commands.add_parser(name, help=told, description=told)
         if name == wanted:
-            module = import_module(f"pipelines.commands.{name}")
+            module = import_module(f"pipelines.cli.{name}")
             module.add_arguments(command)
             command.set_defaults(run=module.run)
     arguments = parser.parse_args(words)
-    stage.run(arguments.command, partial(arguments.run, arguments))
+    runner.run(arguments.command, partial(arguments.run, arguments))
 
 
 if __name__ == "__main__":

@@ -9,13 +9,15 @@ from pathlib import Path
 
 import torch
 
-from fadeformer import inputs, overlays, parts, predicting, unfamiliar
-from fadeformer.classifier import POINTS, Classifier
 from fadeformer.errors import UserError
-from fadeformer.model_files import ModelFiles
-from fadeformer.parts import Parts
-from pipelines import named_model
-from pipelines.stage import Ended
+from fadeformer.explain import overlays
+from fadeformer.inference import batch, inputs, ood
+from fadeformer.inference.classifier import POINTS, Classifier
+from fadeformer.inference.model_files import ModelFiles
+from fadeformer.io import chunked_table
+from fadeformer.io.chunked_table import Parts
+from pipelines.registry import resolve
+from pipelines.runner import Ended
 
 PROBLEMS = 3  # exit status where some files could not be read
 
@@ -23,7 +25,7 @@ PROBLEMS = 3  # exit status where some files could not be read
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What to predict, by which model, and where to write it."""
     parser.add_argument("paths", nargs="+", metavar="PATH", help="image, DICOM file, folder, zip or pattern")
-    parser.add_argument("--model", required=True, help=named_model.HELP)
+    parser.add_argument("--model", required=True, help=resolve.HELP)
     parser.add_argument("--out", required=True, type=Path, metavar="FILE", help="table to write: .csv or .parquet")
     parser.add_argument("--point", choices=POINTS, default="youden", help="operating point (default: youden)")
     parser.add_argument(
@@ -39,24 +41,24 @@ def run(arguments: argparse.Namespace) -> Ended:
     """Predicts, or goes on with what was begun."""
     if arguments.threads is not None and arguments.threads < 1:
         raise UserError(f"--threads is {arguments.threads}; it must be 1 or more")
-    parts.check(arguments.out)
+    chunked_table.check(arguments.out)
     images, left_out = inputs.find(arguments.paths)
-    model = named_model.find(arguments.model, arguments.operating_points)
+    model = resolve.find(arguments.model, arguments.operating_points)
     return _predict(arguments, images, left_out, model)
 
 
 def _predict(arguments: argparse.Namespace, images: list[inputs.Input], left_out: int, model: ModelFiles) -> Ended:
-    classifier = named_model.load(model)
+    classifier = resolve.load(model)
     point = classifier.operating_point(arguments.point)
-    familiar = unfamiliar.read(model.familiar, model.described["unfamiliar"]["limit"])
+    familiar = ood.read(model.familiar, model.described["unfamiliar"]["limit"])
     table = Parts(arguments.out, _key(arguments, images, model, classifier))
     if table.stale:
         print(f"{table.folder} was begun with other images, model or options, and is begun afresh")
     elif table.done:
-        print(f"{table.folder} has {min(len(images), table.done * predicting.PART):,} rows, and is gone on with")
+        print(f"{table.folder} has {min(len(images), table.done * batch.PART):,} rows, and is gone on with")
     explain = arguments.explain and partial(overlays.write, classifier, arguments.explain)
-    for rows in predicting.predict(
-        classifier, familiar, point, images, threads=arguments.threads, first=table.done * predicting.PART,
+    for rows in batch.predict(
+        classifier, familiar, point, images, threads=arguments.threads, first=table.done * batch.PART,
         explain=explain,
     ):  # fmt: skip
         table.add(rows)

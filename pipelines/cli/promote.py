@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 
-from fadeformer import arrays, params
+from fadeformer.config import schema
+from fadeformer.data import arrays
 from fadeformer.errors import UserError
 from pipelines import paths
 
@@ -30,9 +31,9 @@ def run(arguments: argparse.Namespace) -> str:
         raise UserError("--reason is of --force and --rollback; without them the rules of promote: decide")
     if (arguments.to or arguments.model) and not arguments.rollback:
         raise UserError("--to and --model are of --rollback; what is judged is what lies in models/ and reports/")
-    from pipelines import promote  # MLflow takes seconds to import
+    from pipelines.stages import promote  # MLflow takes seconds to import
 
     if not arguments.rollback:
         return promote.main(reason or None)
-    wanted = arguments.model or promote.model_name(params.load(paths.PARAMS).promote, arrays.read_meta(paths.PROCESSED))
+    wanted = arguments.model or promote.model_name(schema.load(paths.PARAMS).promote, arrays.read_meta(paths.PROCESSED))
     return promote.roll_back(wanted, arguments.to, reason)

@@ -17,7 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> str:
     """Prints the ledger."""
-    from pipelines import ledger, verdict_table
+    from pipelines.registry import ledger, tables
 
     entries = ledger.history(arguments.model)
     if not entries:
@@ -27,5 +27,5 @@ def run(arguments: argparse.Namespace) -> str:
         for entry in entries:
             print(json.dumps(entry, ensure_ascii=False))
     else:
-        verdict_table.show_history(entries)
+        tables.show_history(entries)
     return f"{len(entries)} decisions in {ledger.path()}"

@@ -12,13 +12,14 @@ from typing import Any
 import optuna
 from optuna.trial import TrialState
 
-from fadeformer import params
+from fadeformer.config import schema
+from fadeformer.config.schema import Params
 from fadeformer.errors import UserError
-from fadeformer.params import Params
-from pipelines import paths, store, tracking
+from pipelines import paths
 from pipelines.experiments import engine, runners, space, sweep, sweep_runs
 from pipelines.experiments.results import Result
 from pipelines.experiments.space import Sweep
+from pipelines.tracking import runs, store
 
 FOLDER = Path("mlruns/sweeps")
 LOGS = Path(".cache/sweeps")
@@ -32,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> str:
     """Search, from wherever an earlier search of that name has stopped."""
-    present = params.load(paths.PARAMS)
+    present = schema.load(paths.PARAMS)
     plan = space.load(arguments.space, present)
     metric, _ = space.metric_of(plan, present)
     with runners.runner(LOGS / plan.name) as runner:
@@ -56,7 +57,7 @@ def run(arguments: argparse.Namespace) -> str:
             engine.execute(trials, runner, plan.at_once)
         except BaseException:
             with suppress(store.Unreachable):
-                tracking.mark(parent, "KILLED")
+                runs.mark(parent, "KILLED")
             raise
         on_a_server = isinstance(runner, runners.PrefectRunner)
         return _end(plan, present, study, parent, metric, on_a_server=on_a_server)
@@ -67,7 +68,7 @@ def _end(plan: Sweep, present: Params, study: optuna.Study, parent: str, metric:
     made = [one for one in study.trials if sweep.REPEATED not in one.user_attrs]
     done = [one for one in made if one.state == TrialState.COMPLETE]
     if not done:
-        tracking.mark(parent, "FAILED")
+        runs.mark(parent, "FAILED")
         raise UserError(f"none of the {len(made)} trials of {plan.name} has ended well")
     best, stopped = study.best_trial, sum(one.state == TrialState.PRUNED for one in made)
     value = float(study.best_value)

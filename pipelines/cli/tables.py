@@ -14,11 +14,13 @@ from typing import Any
 import pandas as pd
 import torch
 
-from fadeformer import arrays, complexity, predictions, published
-from fadeformer.complexity import Cost
+from fadeformer.data import arrays
 from fadeformer.errors import UserError
-from fadeformer.files import checksum, whole_file
-from fadeformer.inference import choose_device
+from fadeformer.evaluation import predictions, published
+from fadeformer.inference.forward import choose_device
+from fadeformer.io.atomic import checksum, whole_file
+from fadeformer.models import complexity
+from fadeformer.models.complexity import Cost
 from pipelines import paths
 from pipelines.experiments import engine, report, runners
 from pipelines.experiments import grid as grids

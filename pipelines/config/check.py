@@ -1,4 +1,4 @@
-"""`python -m pipelines.check`, before DVC: report a typo in params.yaml while all outputs are still there.
+"""`python -m pipelines.config.check`, before DVC: report a typo in params.yaml while all outputs are still there.
 
 It also repairs what a kill has cut off of DVC's own files, which DVC would refuse to read.
 """
@@ -9,8 +9,8 @@ from pathlib import Path
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
-from fadeformer import params
-from pipelines import paths, stage
+from fadeformer.config import schema
+from pipelines import paths, runner
 
 LOCK, PROCESSES = Path("dvc.lock"), Path(".dvc/tmp/rwlock")
 
@@ -18,7 +18,7 @@ LOCK, PROCESSES = Path("dvc.lock"), Path(".dvc/tmp/rwlock")
 def main() -> str:
     """Repair DVC's files and check params.yaml."""
     repair()
-    wanted = params.load(paths.PARAMS)
+    wanted = schema.load(paths.PARAMS)
     return f"{paths.PARAMS} is valid: {wanted.dataset.name}, {wanted.model.backbone}, seed {wanted.seed}"
 
 
@@ -42,4 +42,4 @@ def _is_mapping(text: str) -> bool:
 
 
 if __name__ == "__main__":
-    stage.run("check", main)
+    runner.run("check", main)

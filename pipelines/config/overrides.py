@@ -12,9 +12,9 @@ from typing import Annotated, Any, NamedTuple, get_args
 from pydantic import BaseModel, ConfigDict, Field, create_model
 from ruamel.yaml import YAML
 
-from fadeformer import params
+from fadeformer.config import schema
 from fadeformer.errors import UserError
-from fadeformer.files import whole_file
+from fadeformer.io.atomic import whole_file
 
 
 def apply(path: Path, changes: Mapping[str, Any]) -> None:
@@ -31,12 +31,12 @@ def apply(path: Path, changes: Mapping[str, Any]) -> None:
     yaml.preserve_quotes = True
     yaml.width = 1000
     yaml.representer.add_representer(type(None), lambda r, _: r.represent_scalar("tag:yaml.org,2002:null", "null"))
-    params.load(path)  # whatever is wrong with it is told by key
+    schema.load(path)  # whatever is wrong with it is told by key
     document = yaml.load(path)
     _merge(document, changes)
     text = io.StringIO()
     yaml.dump(document, text)
-    params.parse(YAML(typ="safe").load(text.getvalue()), str(path))
+    schema.parse(YAML(typ="safe").load(text.getvalue()), str(path))
     with whole_file(path) as temporary:
         temporary.write_text(text.getvalue(), encoding="utf-8")
 
@@ -98,7 +98,7 @@ class Present(NamedTuple):
 
 def present(path: Path) -> Present:
     """Reads params.yaml, which must be valid."""
-    return Present(params.load(path).flat(), comments(path.read_text(encoding="utf-8")))
+    return Present(schema.load(path).flat(), comments(path.read_text(encoding="utf-8")))
 
 
 def comments(text: str) -> dict[str, str]:

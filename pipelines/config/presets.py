@@ -1,4 +1,4 @@
-"""`python -m pipelines.preset NAME`: writes a recipe of pipelines/presets into params.yaml, its comments kept."""
+"""`python -m pipelines.config.presets NAME`: writes a recipe of pipelines/config/presets into params.yaml, its comments kept."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from pathlib import Path
 from ruamel.yaml import YAML
 
 from fadeformer.errors import UserError
-from pipelines import overrides, paths, stage
+from pipelines import paths, runner
+from pipelines.config import overrides
 
 PRESETS = Path(__file__).resolve().parent / "presets"
 
@@ -24,4 +25,4 @@ def main() -> str:
 
 
 if __name__ == "__main__":
-    stage.run("preset", main)
+    runner.run("preset", main)

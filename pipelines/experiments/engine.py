@@ -14,9 +14,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
+from fadeformer.config.schema import Params
 from fadeformer.errors import PassingError
-from fadeformer.files import checksum
-from fadeformer.params import Params
+from fadeformer.io.atomic import checksum
 from pipelines.experiments import results
 from pipelines.experiments.results import Result
 

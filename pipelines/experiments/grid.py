@@ -10,10 +10,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from fadeformer import params
+from fadeformer.config import schema
+from fadeformer.config.schema import Section
 from fadeformer.errors import UserError
-from fadeformer.params import Section
-from pipelines import overrides, paths, preset
+from pipelines import paths
+from pipelines.config import overrides, presets
 from pipelines.experiments import engine
 from pipelines.experiments.engine import Run
 
@@ -81,7 +82,7 @@ def find(name: str) -> Path:
 
 def load(path: Path) -> Grid:
     """Read and check a grid."""
-    return params.checked(params.read(path), Grid, str(path))
+    return schema.checked(schema.read(path), Grid, str(path))
 
 
 def cells(grid: Grid) -> Iterator[Cell]:
@@ -106,12 +107,12 @@ def runs(name: str, grid: Grid, data: Path | None) -> tuple[dict[str, Run], dict
     Raises:
         UserError: the parameters of a set or a cell are not valid.
     """
-    recipe = params.read(preset.PRESETS / f"{grid.preset}.yaml") if grid.preset else {}
-    base = overrides.merged(params.load(paths.PARAMS).nested(), recipe, grid.common)
+    recipe = schema.read(presets.PRESETS / f"{grid.preset}.yaml") if grid.preset else {}
+    base = overrides.merged(schema.load(paths.PARAMS).nested(), recipe, grid.common)
 
     def run(key: str, until: str, sections: tuple[str, ...], *changes: Mapping[str, Any]) -> Run:
         values = _filled(overrides.merged(base, *changes), key, data)
-        config = params.parse(values, f"{paths.PARAMS} with the overrides of {key}")
+        config = schema.parse(values, f"{paths.PARAMS} with the overrides of {key}")
         return Run(f"{name}-{key.replace('/', '-')}-{engine.digest(config, sections)}", config.nested(), until)
 
     prepared = {name: run(name, "preprocess", engine.DATA, images.params) for name, images in grid.sets.items()}

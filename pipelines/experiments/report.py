@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 
 import pandas as pd
 
-from fadeformer import comparison
-from fadeformer.complexity import Cost
-from fadeformer.numerals import told
-from fadeformer.predictions import Predictions
+from fadeformer.evaluation import model_comparison
+from fadeformer.evaluation.predictions import Predictions
+from fadeformer.io.formatting import told
+from fadeformer.models.complexity import Cost
 from pipelines.experiments.grid import Grid
 
 PUBLISHED = ("dataset", "resolution", "method", "auc", "accuracy", "balanced_accuracy", "comparable", "reason")
@@ -32,11 +32,11 @@ def tables(grid: Grid, trained: Trained, costs: Mapping[tuple[int, str], Cost], 
 def _table_1(grid: Grid, trained: Trained, published: pd.DataFrame) -> str:
     rows = []
     for name, images in grid.sets.items():
-        kind: comparison.Measure = images.accuracy
+        kind: model_comparison.Measure = images.accuracy
         for network, described in grid.networks.items():
             found = list(trained.get((name, network), {}).values())
             if found:
-                cells = [_mean(comparison.mean_over_seeds(found, measure)) for measure in ("auc", kind)]
+                cells = [_mean(model_comparison.mean_over_seeds(found, measure)) for measure in ("auc", kind)]
                 rows.append([images.title, described.title, str(len(found)), *cells, ""])
         for row in published[published["dataset"] == name].to_dict("records"):
             note = "comparable" if row["comparable"] else f"not comparable: {row['reason']}"
@@ -57,7 +57,7 @@ def _table_2(grid: Grid, trained: Trained) -> str:
     rows = []
     for name, images in grid.sets.items():
         first = trained.get((name, grid.reference), {})
-        kind: comparison.Measure = images.accuracy
+        kind: model_comparison.Measure = images.accuracy
         for network, described in grid.networks.items():
             second = trained.get((name, network), {})
             seeds = first.keys() & second.keys()
@@ -66,7 +66,7 @@ def _table_2(grid: Grid, trained: Trained) -> str:
                 cells = [
                     cell
                     for measure in ("auc", kind)
-                    for cell in _difference(comparison.difference(first, second, measure))
+                    for cell in _difference(model_comparison.difference(first, second, measure))
                 ]
                 rows.append([images.title, title, str(len(seeds)), *cells])
     return _section(
@@ -110,14 +110,14 @@ def _section(title: str, text: str, header: Sequence[str], rows: Sequence[Sequen
     return "\n".join([f"## {title}", "", text, "", *lines])
 
 
-def _mean(found: comparison.Mean | None) -> str:
+def _mean(found: model_comparison.Mean | None) -> str:
     if found is None:
         return "undefined"
     spread = "" if found.spread is None else f" ± {found.spread:.4f}"
     return told(found.value, found.interval) + spread
 
 
-def _difference(found: comparison.Difference | None) -> list[str]:
+def _difference(found: model_comparison.Difference | None) -> list[str]:
     if found is None:
         return ["undefined", ""]
     interval = "" if found.interval is None else f" ({found.interval[0]:+.4f} to {found.interval[1]:+.4f})"

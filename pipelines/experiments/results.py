@@ -16,7 +16,7 @@ from dvc.exceptions import DvcException
 from ruamel.yaml import YAML
 
 from fadeformer.errors import UserError
-from fadeformer.files import read_json
+from fadeformer.io.atomic import read_json
 from pipelines import paths
 
 REPOSITORY = "FADEFORMER_REPOSITORY"  # environment: where deployed runs push their experiments, if not to this folder

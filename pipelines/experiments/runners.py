@@ -22,11 +22,11 @@ from prefect.deployments import run_deployment
 from prefect.exceptions import ObjectNotFound
 from prefect.states import Cancelling, Pending
 
-from fadeformer import params
+from fadeformer.config import schema
 from fadeformer.errors import PassingError, UserError
-from pipelines import orchestrator, paths
+from pipelines import paths, server
 from pipelines.experiments.engine import Run, Runner, Status
-from pipelines.tracking import PLACE
+from pipelines.tracking.runs import PLACE
 
 DEPLOYMENT = "experiment/run"
 TIMEOUT = 60.0  # seconds that runs may take to stop: training writes a checkpoint
@@ -53,7 +53,7 @@ def runner(logs: Path) -> Iterator[Runner]:
                 " ended"
             ) from error
         configured = bool(os.environ.get("PREFECT_API_URL"))  # before the temporary server sets it
-        with orchestrator.temporary_server():
+        with server.temporary_server():
             if configured:
                 yield PrefectRunner(DEPLOYMENT, experiment)
                 return
@@ -85,7 +85,7 @@ class DvcRunner:
 
     def start(self, run: Run) -> None:
         """Start a run."""
-        present = params.load(paths.PARAMS).nested()
+        present = schema.load(paths.PARAMS).nested()
         options = [f"--set-param={key}={literal(value)}" for key, value in differences(present, run.values)]
         options += [f"--copy-paths={path}" for path in untracked(run.values)]
         command = [sys.executable, "-m", "dvc", "--wait-for-lock", "exp", "run", "--temp", "--name", run.name]

@@ -9,10 +9,10 @@ from typing import Annotated, Any, Literal
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 from pydantic import Field
 
-from fadeformer import params
+from fadeformer.config import schema
+from fadeformer.config.schema import Params, Section
 from fadeformer.errors import UserError
-from fadeformer.params import Params, Section
-from pipelines import overrides
+from pipelines.config import overrides
 
 Distribution = CategoricalDistribution | FloatDistribution | IntDistribution
 AFTER_TRAINING = ("evaluate.", "promote.")  # sections that change nothing of a trial, which ends with its training
@@ -54,10 +54,10 @@ def load(path: Path, present: Params) -> Sweep:
         path: the file.
         present: params.yaml, in which every end of a range and every choice must be valid.
     """
-    values = params.read(path)
+    values = schema.read(path)
     if isinstance(values, Mapping):
         values = {"name": path.stem.lower().replace("_", "-").replace(" ", "-"), **values}
-    plan = params.checked(values, Sweep, str(path))
+    plan = schema.checked(values, Sweep, str(path))
     for key, of_key in plan.space.items():
         if key.startswith(AFTER_TRAINING):
             raise UserError(f"{path}: space.{key} changes nothing in a trial, which ends with its training")
@@ -107,5 +107,5 @@ def values_of(present: Params, changes: Mapping[str, Any], source: str = "params
         UserError: the result would not be valid.
     """
     values = overrides.merged(present.nested(), *(overrides.nested({key: value}) for key, value in changes.items()))
-    params.parse(values, source)
+    schema.parse(values, source)
     return values

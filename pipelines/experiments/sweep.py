@@ -21,9 +21,9 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.study import StudyDirection
 from optuna.trial import Trial, TrialState
 
-from fadeformer import params
+from fadeformer.config import schema
+from fadeformer.config.schema import Params
 from fadeformer.errors import UserError
-from fadeformer.params import Params
 from pipelines.experiments import space
 from pipelines.experiments.engine import Plan, Run, Status, digest
 from pipelines.experiments.results import Result
@@ -122,7 +122,7 @@ class SweepPlan(Plan):
 
     def _run(self, trial: Trial) -> Run:
         values = space.values_of(self._present, {**self._plan.fixed, **trial.params})
-        name = f"{self._plan.name}-{trial.number:03d}-{digest(params.parse(values, 'params.yaml'))}"
+        name = f"{self._plan.name}-{trial.number:03d}-{digest(schema.parse(values, 'params.yaml'))}"
         run = Run(name, values, until="train", trial=f"{self._parent}/{trial.number}")
         self._trials[run] = trial
         return run

@@ -11,8 +11,8 @@ from mlflow import MlflowClient
 from mlflow.entities import Param, RunTag
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID, MLFLOW_RUN_NAME, MLFLOW_SOURCE_NAME
 
-from pipelines.store import connect, told
-from pipelines.tracking import TRIAL, open_run, with_own
+from pipelines.tracking.runs import TRIAL, open_run, with_own
+from pipelines.tracking.store import connect, told
 
 SWEEP = "fadeformer.sweep"  # tag: the sweep's name
 

@@ -12,9 +12,10 @@ from prefect import get_client
 from prefect.artifacts import create_link_artifact, create_markdown_artifact, create_table_artifact
 from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterFlowRunId
 
-from fadeformer.files import read_json
-from fadeformer.numerals import told
-from pipelines import paths, places
+from fadeformer.io.atomic import read_json
+from fadeformer.io.formatting import told
+from pipelines import paths
+from pipelines.tracking import locations
 
 RUN_PAGE = "{server}/#/experiments/{experiment}/runs/{run}"
 
@@ -60,7 +61,7 @@ def verdict(promotion: Mapping[str, Any]) -> str:
 
 def show_links() -> None:
     """The MLflow run and the report in it, where MLflow is a server with pages."""
-    server = places.pages()
+    server = locations.pages()
     if server is None or not paths.RUN.is_file():  # a run that ends before training
         return
     run = read_json(paths.RUN)
@@ -73,7 +74,7 @@ def show_links() -> None:
 
 def show_experiment(name: str) -> None:
     """How to have parameters and results in a workspace: that of the repository, or one's own clone of it."""
-    repository = read_json(places.COPY)["repository"]
+    repository = read_json(locations.COPY)["repository"]
     text = f"`dvc exp apply {name}`"
     if (Path(repository) / ".git").exists():  # the folder that was deployed from: the experiment is there already
         text += " in the repository that this was deployed from"

@@ -18,8 +18,9 @@ from prefect.exceptions import ObjectAlreadyExists, ObjectNotFound
 from ruamel.yaml import YAML
 
 from fadeformer.errors import PassingError, UserError
-from pipelines import orchestrator, stage
-from pipelines.flows import PROMOTING
+from pipelines import runner
+from pipelines import server as orchestrator
+from pipelines.orchestration.flows import PROMOTING
 
 POOL, QUEUE = "local", "training"
 AUTOMATIONS = Path(__file__).with_name("automations.yaml")
@@ -27,7 +28,7 @@ AUTOMATIONS = Path(__file__).with_name("automations.yaml")
 
 def main() -> str:
     """Create or update the deployments on the server of `PREFECT_API_URL`."""
-    parser = argparse.ArgumentParser(prog="python -m pipelines.deploy", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m pipelines.orchestration.deploy", description=__doc__)
     parser.add_argument("--at-once", type=int, default=1, metavar="N", help="trainings at a time, such as GPUs (1)")
     at_once = parser.parse_args().at_once
     if at_once < 1:
@@ -64,4 +65,4 @@ def _prefect(*words: str) -> None:
 
 
 if __name__ == "__main__":
-    stage.run("deploy", main)
+    runner.run("deploy", main)

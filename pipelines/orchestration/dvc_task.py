@@ -21,18 +21,14 @@ from prefect import State, task
 from prefect.runtime import flow_run
 
 from fadeformer.errors import UserError
-from pipelines import working_copy
-from pipelines.stage import STATUS
+from pipelines.orchestration import workspace
+from pipelines.runner import STATUS
 
 GRACE = 15.0  # seconds that a stage may take to stop; Prefect's worker gives the whole run 30
 PAUSES = [15.0, 30.0, 60.0, 120.0]  # seconds before each further try of a transfer
 
-pull = task(name="bring results", persist_result=False, retries=len(PAUSES), retry_delay_seconds=PAUSES)(
-    working_copy.pull
-)
-keep = task(name="keep results", persist_result=False, retries=len(PAUSES), retry_delay_seconds=PAUSES)(
-    working_copy.keep
-)
+pull = task(name="bring results", persist_result=False, retries=len(PAUSES), retry_delay_seconds=PAUSES)(workspace.pull)
+keep = task(name="keep results", persist_result=False, retries=len(PAUSES), retry_delay_seconds=PAUSES)(workspace.keep)
 
 
 def _may_pass(task: object, run: object, state: State[Any]) -> bool:
@@ -49,8 +45,8 @@ def reproduce(stage: str) -> None:
         UserError: the stage failed with status 1 and a message; it would fail again.
         RuntimeError: the stage failed otherwise.
     """
-    in_copy = working_copy.here()
-    options = ["--pull"] if in_copy and working_copy.has_remote() else []
+    in_copy = workspace.here()
+    options = ["--pull"] if in_copy and workspace.has_remote() else []
     programs = str(Path(sys.executable).parent)
     with NamedTemporaryFile("r") as status:
         process = subprocess.Popen(

@@ -1,6 +1,6 @@
 """The flows of deployments: the whole pipeline, its last stages again, a grid of pipelines, and the watch for drift.
 
-In a workspace (`pipelines.working_copy`) the parameters and results of a run become a DVC experiment; in the user's own
+In a workspace (`pipelines.orchestration.workspace`) the parameters and results of a run become a DVC experiment; in the user's own
 folder params.yaml is restored after the run.
 """
 
@@ -22,25 +22,27 @@ from prefect.runtime import flow_run
 from prefect.states import Completed, Failed
 from pydantic import Field
 
-from fadeformer import params
+from fadeformer.config import schema
 from fadeformer.errors import UserError
-from pipelines import check, overrides, paths, run_artifacts, working_copy
-from pipelines.__main__ import STAGES
-from pipelines.reproducing import keep, pull, reproduce
+from pipelines import paths
+from pipelines.config import check, overrides
+from pipelines.orchestration import artifacts, workspace
+from pipelines.orchestration.dvc_task import keep, pull, reproduce
+from pipelines.stages import STAGES
 
 PROMOTING = "fadeformer-promote"  # Prefect's concurrency limit that keeps promotions on several machines apart
 # Prefect makes a model of a flow's arguments, of which one has the name of a section, and of a method of models.
 warnings.filterwarnings("ignore", 'Field name "validate"', UserWarning)
-PRESENT = overrides.present(Path(__file__).parents[1] / paths.PARAMS)  # defaults of the forms in Prefect's UI
-DatasetOverrides: Any = overrides.partial(params.DatasetParams, "dataset", PRESENT)
-SplitOverrides: Any = overrides.partial(params.SplitParams, "split", PRESENT)
-ValidateOverrides: Any = overrides.partial(params.ValidateParams, "validate", PRESENT)
-PreprocessOverrides: Any = overrides.partial(params.PreprocessParams, "preprocess", PRESENT)
-ModelOverrides: Any = overrides.partial(params.ModelParams, "model", PRESENT)
-AugmentOverrides: Any = overrides.partial(params.AugmentParams, "augment", PRESENT)
-TrainOverrides: Any = overrides.partial(params.TrainParams, "train", PRESENT)
-EvaluateOverrides: Any = overrides.partial(params.EvaluateParams, "evaluate", PRESENT)
-PromoteOverrides: Any = overrides.partial(params.PromoteParams, "promote", PRESENT)
+PRESENT = overrides.present(Path(__file__).parents[2] / paths.PARAMS)  # defaults of the forms in Prefect's UI
+DatasetOverrides: Any = overrides.partial(schema.DatasetParams, "dataset", PRESENT)
+SplitOverrides: Any = overrides.partial(schema.SplitParams, "split", PRESENT)
+ValidateOverrides: Any = overrides.partial(schema.ValidateParams, "validate", PRESENT)
+PreprocessOverrides: Any = overrides.partial(schema.PreprocessParams, "preprocess", PRESENT)
+ModelOverrides: Any = overrides.partial(schema.ModelParams, "model", PRESENT)
+AugmentOverrides: Any = overrides.partial(schema.AugmentParams, "augment", PRESENT)
+TrainOverrides: Any = overrides.partial(schema.TrainParams, "train", PRESENT)
+EvaluateOverrides: Any = overrides.partial(schema.EvaluateParams, "evaluate", PRESENT)
+PromoteOverrides: Any = overrides.partial(schema.PromoteParams, "promote", PRESENT)
 Hours = Annotated[float, Field(gt=0)]
 
 
@@ -130,9 +132,7 @@ def grid(
     table = []
     for name, row in named.items():
         state = plan.statuses[name].state
-        table.append(
-            {**row, "state": state, **(run_artifacts.of_run(runner.ids[name]) if state == "Completed" else {})}
-        )
+        table.append({**row, "state": state, **(artifacts.of_run(runner.ids[name]) if state == "Completed" else {})})
     create_table_artifact(table, key="grid", description=f"{len(table)} runs of {deployment}")
     failed = [row for row in table if row["state"] != "Completed"]
     if failed:
@@ -151,7 +151,7 @@ def experiment(values: dict[str, Any], until: str = "evaluate", trial: str = "",
         hours: that a stage may take.
     """
     if trial:
-        from pipelines.tracking import PLACE  # takes a while to import
+        from pipelines.tracking.runs import PLACE  # takes a while to import
 
         os.environ[PLACE] = trial
     _run(STAGES[: STAGES.index(until) + 1], values, hours)
@@ -167,7 +167,7 @@ def drift(images: list[str], model: str, out: str = "reports/drift", most: int =
         out: folder for the page.
         most: images that are looked at, drawn from more.
     """
-    from pipelines.commands.drift import compare  # torch, which the pipeline's own flow does without
+    from pipelines.orchestration.drift_check import compare  # torch, which the pipeline's own flow does without
 
     ended = compare(images, model, Path(out), most)
     print(ended.summary)
@@ -179,13 +179,13 @@ def _run(stages: Sequence[str], changes: Mapping[str, Any], hours: float | None,
     with _workspace(changes, of, stages if stages[-1] != STAGES[-1] else ()):
         for stage in stages:
             # One promotion at a time, on all machines; in the user's own folder a file lock is enough.
-            alone = stage == "promote" and working_copy.here()
+            alone = stage == "promote" and workspace.here()
             with concurrency(PROMOTING, strict=True) if alone else nullcontext():
                 reproduce.with_options(timeout_seconds=hours and hours * 3600)(stage)
         if "evaluate" in stages:
-            run_artifacts.show_numbers()
+            artifacts.show_numbers()
         if "promote" in stages:
-            run_artifacts.show_verdict()
+            artifacts.show_verdict()
 
 
 @contextmanager
@@ -197,20 +197,20 @@ def _workspace(changes: Mapping[str, Any], of: str | None, stages: Sequence[str]
         of: experiment or commit to start from.
         stages: whose results there are at the end; empty for all.
     """
-    if not working_copy.here():
+    if not workspace.here():
         if of is not None:
             raise UserError(f"{of} is evaluated in a workspace; here use `dvc exp apply {of}` and `dvc repro`")
         with FileLock(".prefect/pipeline.lock"), overrides.applied(paths.PARAMS, changes):  # one run in a folder
             check.repair()
             yield
         return
-    with working_copy.exclusive():
+    with workspace.exclusive():
         if of is not None:
-            working_copy.go_to(of)
+            workspace.go_to(of)
         overrides.apply(paths.PARAMS, changes)
         pull()
         yield
         name = keep(f"{flow_run.name}-{str(flow_run.id)[:8]}", stages)
-        run_artifacts.show_experiment(name)
-        run_artifacts.show_links()
-        working_copy.FINISHED.touch()
+        artifacts.show_experiment(name)
+        artifacts.show_links()
+        workspace.FINISHED.touch()

@@ -19,9 +19,9 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from fadeformer.errors import UserError
-from fadeformer.files import write_json
-from pipelines import check
-from pipelines.places import COPY, RUNS
+from fadeformer.io.atomic import write_json
+from pipelines.config import check
+from pipelines.tracking.locations import COPY, RUNS
 
 LOCK = Path(".cache/run.lock")  # in a workspace, held by the run that works there
 FINISHED = Path(".cache/finished")  # in a workspace that is no longer needed: the next run removes it

@@ -9,11 +9,15 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from fadeformer import arrays, model_files, predictions, preprocess
+from fadeformer.data import arrays, preprocess
 from fadeformer.errors import UserError
-from fadeformer.predictions import Predictions
-from pipelines import packaged, paths, registry
-from pipelines.registry import Version
+from fadeformer.evaluation import predictions
+from fadeformer.evaluation.predictions import Predictions
+from fadeformer.inference import model_files
+from pipelines import paths
+from pipelines.registry import package as packaged
+from pipelines.registry import versions
+from pipelines.registry.versions import Version
 
 
 def predictions_of(champion: Version, test: Predictions) -> Predictions:
@@ -26,12 +30,12 @@ def predictions_of(champion: Version, test: Predictions) -> Predictions:
     Raises:
         UserError: its files are gone, or cannot be used any more.
     """
-    kept = registry.test_predictions(champion)
+    kept = versions.test_predictions(champion)
     if kept.task.name != test.task.name or kept.classes != test.classes or kept.identity() == test.identity():
         return kept  # of other classes no comparison is possible, which the gate tells
     import torch  # takes seconds to import, and only this case needs it
 
-    from fadeformer.classifier import Classifier
+    from fadeformer.inference.classifier import Classifier
 
     told = f"champion {champion.name} version {champion.number}"
     print(f"the test images are not those that {told} was judged on: it predicts them now")

@@ -20,11 +20,12 @@ from typing import Any
 import psutil
 from filelock import FileLock, Timeout
 
-from fadeformer import lines
 from fadeformer.errors import UserError
-from fadeformer.verdict import Decision
-from pipelines import places, registry
-from pipelines.registry import CHALLENGER, CHAMPION, PREVIOUS, Aliases, Version
+from fadeformer.io import jsonl
+from fadeformer.promotion.decision import Decision
+from pipelines.registry import versions
+from pipelines.registry.versions import CHALLENGER, CHAMPION, PREVIOUS, Aliases, Version
+from pipelines.tracking import locations
 
 LOCK_TIMEOUT = 3600  # seconds that another promotion may take, with predictions for the champion
 REMEDY = "move it aside: its decisions are still tags of the registry's versions"
@@ -32,7 +33,7 @@ REMEDY = "move it aside: its decisions are still tags of the registry's versions
 
 def path() -> Path:
     """Where the ledger is kept."""
-    return places.project() / "mlruns" / "ledger.jsonl"
+    return locations.project() / "mlruns" / "ledger.jsonl"
 
 
 @dataclass(frozen=True)
@@ -52,17 +53,17 @@ class Ledger:
     """
 
     def __init__(self, name: str) -> None:
-        self.name, self._registry, self._versions = name, registry.identity(name), registry.versions(name)
+        self.name, self._registry, self._versions = name, versions.identity(name), versions.versions(name)
         known = [entry["id"] for entry in history(name, mend=True)]
         tagged = [json.loads(text) for version in self._versions.values() for text in version.entries]
         for entry in sorted(tagged, key=lambda one: one["number"]):
             if entry["id"] not in known:
-                lines.append(path(), entry)
+                jsonl.append(path(), entry)
         self._everywhere = history(name)
         for entry in self.entries[-1:]:  # the registry had followed all before it when it was written
             if entry not in tagged and entry["version"] in self._versions:
-                registry.follow(entry)
-        self.aliases = registry.aliases(name)
+                versions.follow(entry)
+        self.aliases = versions.aliases(name)
         self._record_outside_changes()
 
     @property
@@ -166,8 +167,8 @@ class Ledger:
             "aliases": dict(aliases), "line": line, "reason": reason, "taken_back": [], "rules": [], "auc": None,
             "champion_auc": None, **asdict(subject), **more,
         }  # fmt: skip
-        lines.append(path(), entry)
-        registry.follow(entry)
+        jsonl.append(path(), entry)
+        versions.follow(entry)
         self._everywhere.append(entry)
         self.aliases = dict(aliases)
         return entry
@@ -191,6 +192,6 @@ def opened(name: str) -> Iterator[Ledger]:
 
 def history(name: str | None, *, mend: bool = False) -> list[dict[str, Any]]:
     """Decisions about one registered model or all, oldest first; `mend` is for a process that holds the lock."""
-    records = lines.read(path(), REMEDY, mend=mend)
+    records = jsonl.read(path(), REMEDY, mend=mend)
     decided = (one for one in records if one["kind"] == "decided" and name in (None, one["model"]))
     return sorted(decided, key=lambda entry: (entry["time"], entry["number"]))

@@ -2,7 +2,7 @@
 
 `data/` has the weights as safetensors, `model.json` (network, classes, normalisation, input, calibration),
 `unfamiliar.safetensors`, `reference.parquet` (what new images are compared with) and `operating_points.json`; `code/`
-the library and `served.py`. Nothing is pickled, and no file tells where it was made.
+the library and `pyfunc_model.py`. Nothing is pickled, and no file tells where it was made.
 """
 
 from __future__ import annotations
@@ -27,13 +27,14 @@ from mlflow.pyfunc import PyFuncModel
 from PIL import Image
 
 import fadeformer
-from fadeformer import model_files
 from fadeformer.errors import UserError
-from fadeformer.files import checksum, read_json
-from pipelines import paths, places, store
-from pipelines.tracking import MODEL
+from fadeformer.inference import model_files
+from fadeformer.io.atomic import checksum, read_json
+from pipelines import paths
+from pipelines.tracking import locations, store
+from pipelines.tracking.runs import MODEL
 
-SERVED = Path(__file__).with_name("served.py")
+SERVED = Path(__file__).with_name("pyfunc_model.py")
 ANSWER = 20  # seconds for MLflow's server to answer
 CONTENT = "fadeformer.content"  # tag with the checksum of what is in a package
 # What loading needs, and what these do not bring in a version of their own choice; timm imports torchvision.
@@ -87,8 +88,8 @@ def fetch(name: str) -> Path:
 
 def _downloaded(uri: str) -> Path:
     """Where the files of a model in the store lie: in a local store where they are, else brought here."""
-    if not places.exists():
-        raise UserError(f"{places.address()}: no MLflow store is there; run `dvc repro`, or set MLFLOW_TRACKING_URI")
+    if not locations.exists():
+        raise UserError(f"{locations.address()}: no MLflow store is there; run `dvc repro`, or set MLFLOW_TRACKING_URI")
     store.check(ANSWER)
     store.connect()
     try:
@@ -96,7 +97,7 @@ def _downloaded(uri: str) -> Path:
     except (MlflowException, OSError) as error:
         reason = str(error).strip().splitlines()[0][:300]
         raise UserError(
-            f"{uri}: MLflow at {places.address()} has no such model ({reason}); `make ui` shows what there is"
+            f"{uri}: MLflow at {locations.address()} has no such model ({reason}); `make ui` shows what there is"
         ) from error
 
 
@@ -131,7 +132,7 @@ def _write(package: Path, model: Model, content: str) -> None:
     import torch  # takes seconds, and who finds that a package is there already needs none of it
     from safetensors.torch import save_file
 
-    from pipelines import served
+    from pipelines.registry import pyfunc_model
 
     described = read_json(paths.ARCHITECTURE)
     data, code = (package.with_name("parts") / name for name in ("model", "code"))
@@ -148,12 +149,12 @@ def _write(package: Path, model: Model, content: str) -> None:
         loader_module=SERVED.stem,
         data_path=str(data),
         code_paths=[str(code / library.name), str(code / SERVED.name)],
-        signature=served.signature(tuple(described["classes"])),
+        signature=pyfunc_model.signature(tuple(described["classes"])),
         input_example=pd.DataFrame(
-            {served.IMAGE: [_black(described["input"]["image_size"], described["input"]["channels"])]}
+            {pyfunc_model.IMAGE: [_black(described["input"]["image_size"], described["input"]["channels"])]}
         ),
         pip_requirements=[f"{name}=={version(name).partition('+')[0]}" for name in REQUIREMENTS],
-        model_config=served.CONFIG,
+        model_config=pyfunc_model.CONFIG,
         metadata={"content": content, "classes": described["classes"], "input": described["input"]},
     )
 

@@ -17,10 +17,10 @@ from mlflow.models import ModelSignature
 from mlflow.protos.databricks_pb2 import BAD_REQUEST
 from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema, TensorSpec
 
-from fadeformer import model_files
-from fadeformer.classifier import Classifier
 from fadeformer.errors import UserError
-from fadeformer.pixels import pixels_of
+from fadeformer.inference import model_files
+from fadeformer.inference.classifier import Classifier
+from fadeformer.inference.pixels import pixels_of
 
 IMAGE = "image"
 PROBABILITY = "probability."  # column of a class's calibrated score
@@ -72,7 +72,7 @@ class Served:
         """Return a table of one row per image: probabilities, which of them are positive, and the decision.
 
         Args:
-            data: under `image`, what `fadeformer.pixels.pixels_of` takes.
+            data: under `image`, what `fadeformer.inference.pixels.pixels_of` takes.
             params: `operating_point`, by name.
 
         Raises:

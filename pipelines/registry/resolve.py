@@ -7,9 +7,9 @@ from pathlib import Path
 
 import torch
 
-from fadeformer import model_files
-from fadeformer.classifier import Classifier
-from fadeformer.model_files import ModelFiles
+from fadeformer.inference import model_files
+from fadeformer.inference.classifier import Classifier
+from fadeformer.inference.model_files import ModelFiles
 
 HELP = "models:/NAME@ALIAS, models:/NAME/VERSION, runs:/ID/model, or a folder as models/"
 
@@ -27,9 +27,9 @@ def find(name: str, points: Path | None = None) -> ModelFiles:
     """
     folder = Path(name)
     if re.match(r"\w+:/", name):
-        from pipelines import packaged  # MLflow takes seconds to import, and a folder does without it
+        from pipelines.registry import package  # MLflow takes seconds to import, and a folder does without it
 
-        folder = packaged.fetch(name)
+        folder = package.fetch(name)
     return model_files.find(folder, name, points)
 
 

@@ -10,8 +10,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from fadeformer import promotion
-from fadeformer.verdict import FAILED, NOT_JUDGED, PASSED, Decision
+from fadeformer.promotion.decision import FAILED, NOT_JUDGED, PASSED, Decision
+from fadeformer.reporting import promotion_page
 
 STYLES = {PASSED: "green", FAILED: "bold red", NOT_JUDGED: "yellow"}
 PLAIN_WIDTH = 120  # columns where nobody looks at a terminal
@@ -27,9 +27,9 @@ def show(decision: Decision) -> None:
 
 def show_history(entries: Iterable[Mapping[str, Any]]) -> None:
     """Prints the ledger, a decision a row, the oldest first."""
-    table = _table("Model", *promotion.COLUMNS)
+    table = _table("Model", *promotion_page.COLUMNS)
     for entry in entries:
-        table.add_row(entry["model"], *promotion.row(entry).values())
+        table.add_row(entry["model"], *promotion_page.row(entry).values())
     _print(table)
 
 

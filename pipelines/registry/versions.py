@@ -15,10 +15,10 @@ import mlflow
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
-from fadeformer import predictions
 from fadeformer.errors import UserError
-from fadeformer.predictions import Predictions
-from pipelines.store import Unreachable, told
+from fadeformer.evaluation import predictions
+from fadeformer.evaluation.predictions import Predictions
+from pipelines.tracking.store import Unreachable, told
 
 CHAMPION, CHALLENGER, PREVIOUS = "champion", "challenger", "previous"
 OURS = (CHAMPION, CHALLENGER, PREVIOUS)
@@ -84,7 +84,7 @@ def identity(name: str) -> str | None:
 
 @told()
 def register(name: str, run_id: str, model_id: str) -> Version:
-    """Registers a package of a run (`pipelines.packaged`) as a new version, or finds the version that it already is."""
+    """Registers a package of a run (`pipelines.registry.package`) as a new version, or finds the version that it already is."""
     client = MlflowClient()
     if not client.search_registered_models(f"name = '{name}'"):
         client.create_registered_model(name)

@@ -80,7 +80,7 @@ async def _answer(scoring: App, scope: Scope, receive: Receive, max_bytes: int, 
     if status < 400:
         return status, answer
     told = json.loads(answer) if answer.startswith(b"{") else {}
-    if "reason" in told:  # of `served.py`
+    if "reason" in told:  # of `pyfunc_model.py`
         raise Refusal(status, told["reason"])
     if status == 504:
         raise Refusal(status, "it took too long; send fewer or smaller images")

@@ -11,30 +11,31 @@ import torch
 from numpy.typing import NDArray
 from prefect import flow, task
 
-from fadeformer import (
-    arrays,
-    bands,
-    case_maps,
+from fadeformer.config import schema
+from fadeformer.data import arrays
+from fadeformer.errors import UserError
+from fadeformer.evaluation import (
     embedding,
-    medmnist_results,
+    error_gallery,
+    medmnist_format,
     metrics,
-    mistakes,
-    operating,
-    params,
-    pointing,
+    operating_points,
     predictions,
     published,
-    report,
     subgroups,
     summary,
 )
-from fadeformer.card import model_card
-from fadeformer.classifier import Classifier
-from fadeformer.errors import UserError
-from fadeformer.evidence_tables import Evidence
-from fadeformer.files import read_json, whole_file, whole_folder, write_json
-from pipelines import begun, drawing, paths, tracking
-from pipelines.orchestrator import temporary_server
+from fadeformer.evaluation.intervals import curve_bands
+from fadeformer.explain import cases, pointing_game
+from fadeformer.inference.classifier import Classifier
+from fadeformer.io.atomic import read_json, whole_file, whole_folder, write_json
+from fadeformer.reporting import report
+from fadeformer.reporting.model_card import model_card
+from fadeformer.reporting.tables import Evidence
+from pipelines import paths
+from pipelines.server import temporary_server
+from pipelines.stages import evaluate_figures
+from pipelines.tracking import resume, runs
 
 GALLERY = 12  # images
 
@@ -105,9 +106,9 @@ def measure(settings: dict[str, Any]) -> dict[str, float]:
     wanted = {
         "youden": None, "sensitivity": settings["sensitivity_at_least"], "specificity": settings["specificity_at_least"]
     }  # fmt: skip
-    points = operating.operating_points(val, test, wanted, confidence)
+    points = operating_points.operating_points(val, test, wanted, confidence)
     write_json(paths.OPERATING_POINTS, {"wanted": wanted, "confidence": confidence, "points": points})
-    tracking.log_metrics({"seconds": {"intervals": time.perf_counter() - began}})
+    runs.log_metrics({"seconds": {"intervals": time.perf_counter() - began}})
     uncalibrated = summary.summarise(test.before_calibration())
     write_json(paths.METRICS, summary.nested(found["test"], found["val"], uncalibrated, of_subgroups, points))
     # The challenges' balanced accuracy is never told without the split that it is of.
@@ -120,17 +121,17 @@ def measure(settings: dict[str, Any]) -> dict[str, float]:
     with whole_folder(paths.CURVES) as folder:
         metrics.roc_points(test).to_csv(folder / "roc.csv", index=False)
         metrics.pr_points(test).to_csv(folder / "pr.csv", index=False)
-        bands.bands(test, seed=settings["bootstrap_seed"], confidence=confidence).to_csv(
+        curve_bands.bands(test, seed=settings["bootstrap_seed"], confidence=confidence).to_csv(
             folder / "bands.csv", index=False
         )
-        operating.net_benefit(test).to_csv(folder / "net_benefit.csv", index=False)
+        operating_points.net_benefit(test).to_csv(folder / "net_benefit.csv", index=False)
     with whole_folder(paths.MEDMNIST) as folder:
-        (folder / "about.txt").write_text(medmnist_results.ABOUT, encoding="utf-8")  # DVC warns of an empty folder
+        (folder / "about.txt").write_text(medmnist_format.ABOUT, encoding="utf-8")  # DVC warns of an empty folder
         flag = meta.dataset["name"]
         if flag.endswith("mnist") and not flag.startswith("own-") and meta.split == "published":
             of_run = {"size": meta.dataset["size"], "run": str(described["params"]["seed"])}
             for split, part in (("val", val), ("test", test)):
-                medmnist_results.write(part, folder, flag=flag, split=split, **of_run)
+                medmnist_format.write(part, folder, flag=flag, split=split, **of_run)
     return dict(found["test"]["overall"])
 
 
@@ -149,15 +150,15 @@ def explain(most: int, seed: int, confidence: float) -> tuple[dict[str, NDArray[
     """
     test, images = predictions.read(paths.PREDICTIONS).of("test"), arrays.read(paths.PROCESSED, "test")
     model = classifier()
-    wrong = mistakes.most_wrong(test, most)
-    looked = case_maps.case_maps(model, wrong, images.pixels, test.scores.argmax(axis=1), seed)
+    wrong = error_gallery.most_wrong(test, most)
+    looked = cases.case_maps(model, wrong, images.pixels, test.scores.argmax(axis=1), seed)
     boxes = arrays.read_boxes(paths.PROCESSED, "test")
     began = time.perf_counter()
     pointed: dict[str, Any] | None = None
     if boxes is not None and looked.numbers["randomisation"]:  # else the network cannot be explained
-        pointed = pointing.points_at_boxes(model, boxes, images.index, images.pixels, test.classes, confidence)
+        pointed = pointing_game.points_at_boxes(model, boxes, images.index, images.pixels, test.classes, confidence)
     seconds = time.perf_counter() - began if pointed is not None else None
-    sentences = [*looked.sentences, *(pointing.sentences(pointed) if pointed is not None else ())]
+    sentences = [*looked.sentences, *(pointing_game.sentences(pointed) if pointed is not None else ())]
     write_json(paths.EXPLANATIONS, {**looked.numbers, "pointing": pointed, "sentences": sentences})
     return looked.maps, seconds
 
@@ -166,7 +167,7 @@ def explain(most: int, seed: int, confidence: float) -> tuple[dict[str, NDArray[
 def draw(maps: dict[str, NDArray[np.float64]], dpi: int) -> None:
     """Every figure, as PNG and SVG."""
     with whole_folder(paths.FIGURES) as folder:
-        drawing.draw(GALLERY, maps, folder, dpi)
+        evaluate_figures.draw(GALLERY, maps, folder, dpi)
 
 
 @task(name="write the report", persist_result=False)
@@ -189,33 +190,33 @@ def write_report(run_id: str) -> None:
 @task(name="log the evaluation to MLflow", persist_result=False)
 def log(settings: dict[str, Any]) -> None:
     """Adds numbers, figures and predictions to the run in which the model was trained."""
-    tracking.log_settings("evaluate", settings)
+    runs.log_settings("evaluate", settings)
     bounds = read_json(paths.INTERVALS)["test"]["overall"]
     told = {name: dict(zip(("low", "high"), bound, strict=True)) for name, bound in bounds.items() if bound}
-    tracking.log_metrics(read_json(paths.METRICS))
-    tracking.log_metrics({"test": {"interval": told}})
-    tracking.log_files(
+    runs.log_metrics(read_json(paths.METRICS))
+    runs.log_metrics({"test": {"interval": told}})
+    runs.log_files(
         paths.PREDICTIONS, paths.EMBEDDING, paths.METRICS, paths.INTERVALS, paths.SUBGROUPS, paths.OPERATING_POINTS,
         paths.EXPLANATIONS, paths.RESULTS, paths.CARD, paths.REPORT,
     )  # fmt: skip
-    tracking.log_files(paths.FIGURES, under="figures")
-    tracking.log_files(paths.MEDMNIST, under="medmnist")
+    runs.log_files(paths.FIGURES, under="figures")
+    runs.log_files(paths.MEDMNIST, under="medmnist")
 
 
 @flow(name="evaluate", persist_result=False, log_prints=True)
 def evaluate() -> str:
     """Predicts, measures and draws."""
-    wanted = params.load(paths.PARAMS).evaluate
+    wanted = schema.load(paths.PARAMS).evaluate
     try:
         run_id = read_json(paths.RUN)["mlflow_run_id"]
     except OSError as error:
         raise UserError(f"{paths.RUN}: not found; run `dvc repro train` first") from error
-    begun.forget(run_id)
-    with tracking.run(run_id):
+    resume.forget(run_id)
+    with runs.run(run_id):
         seconds = predict(wanted.batch_size, wanted.subgroups)
         test = measure(wanted.model_dump())
         maps, pointing_seconds = explain(GALLERY, wanted.bootstrap_seed, wanted.confidence)
-        tracking.log_metrics({"seconds": {"predict": seconds, "pointing": pointing_seconds}})
+        runs.log_metrics({"seconds": {"predict": seconds, "pointing": pointing_seconds}})
         draw(maps, wanted.figure_dpi)
         write_report(run_id)
         log(wanted.model_dump())

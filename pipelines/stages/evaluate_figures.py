@@ -9,9 +9,13 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from fadeformer import arrays, bands, case_plots, curve_plots, evidence_plots, mistakes, operating, plots, predictions
-from fadeformer.files import read_json
-from fadeformer.summary import summarise
+from fadeformer.data import arrays
+from fadeformer.evaluation import error_gallery, operating_points, predictions
+from fadeformer.evaluation.intervals import curve_bands
+from fadeformer.evaluation.summary import summarise
+from fadeformer.io.atomic import read_json
+from fadeformer.reporting.plots import base, cases, uncertainty
+from fadeformer.reporting.plots import curves as curve_plots
 from pipelines import paths
 
 
@@ -26,26 +30,26 @@ def draw(count: int, maps: Mapping[str, NDArray[np.float64]], folder: Path, dpi:
     """
     test = predictions.read(paths.PREDICTIONS).of("test")
     found, intervals = summarise(test), read_json(paths.INTERVALS)
-    curves, confidence = bands.read(paths.CURVES / "bands.csv"), intervals["confidence"]
+    curves, confidence = curve_bands.read(paths.CURVES / "bands.csv"), intervals["confidence"]
     before = read_json(paths.METRICS)["test"]["before_calibration"]["calibration_error"]
     errors = (before, found["overall"]["calibration_error"])
-    wrong, pixels = mistakes.most_wrong(test, count), arrays.read(paths.PROCESSED, "test").pixels
+    wrong, pixels = error_gallery.most_wrong(test, count), arrays.read(paths.PROCESSED, "test").pixels
     places, subgroups = pd.read_parquet(paths.EMBEDDING), read_json(paths.SUBGROUPS)["test"]
     best_epoch = read_json(paths.ARCHITECTURE)["best_epoch"]
     figures = {
-        "training_curves": plots.training_curves(pd.read_csv(paths.HISTORY), best_epoch),
-        "confusion_matrix": plots.confusion_matrix(test),
+        "training_curves": base.training_curves(pd.read_csv(paths.HISTORY), best_epoch),
+        "confusion_matrix": base.confusion_matrix(test),
         "roc_curves": curve_plots.roc_curves(test, found, intervals["test"], curves),
         "pr_curves": curve_plots.pr_curves(test, found, intervals["test"], curves),
-        "auc_forest": evidence_plots.auc_forest(test, found, intervals["test"], confidence),
-        "reliability": evidence_plots.reliability(test, errors, confidence),
-        "score_histograms": evidence_plots.score_histograms(test),
-        "decision_curves": evidence_plots.decision_curves(operating.net_benefit(test)),
-        "gallery": case_plots.gallery(wrong, pixels[wrong["row"].to_numpy()], maps),
-        "embedding": case_plots.embedding(test, places, places.attrs["explained"]),
+        "auc_forest": uncertainty.auc_forest(test, found, intervals["test"], confidence),
+        "reliability": uncertainty.reliability(test, errors, confidence),
+        "score_histograms": uncertainty.score_histograms(test),
+        "decision_curves": uncertainty.decision_curves(operating_points.net_benefit(test)),
+        "gallery": cases.gallery(wrong, pixels[wrong["row"].to_numpy()], maps),
+        "embedding": cases.embedding(test, places, places.attrs["explained"]),
     }
     if subgroups:
-        forest = evidence_plots.subgroup_forest(found, intervals["test"], subgroups, confidence)
+        forest = uncertainty.subgroup_forest(found, intervals["test"], subgroups, confidence)
         figures["subgroup_forest"] = forest
     for name, figure in figures.items():
-        plots.save(figure, folder / f"{name}.png", dpi)
+        base.save(figure, folder / f"{name}.png", dpi)

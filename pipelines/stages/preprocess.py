@@ -12,20 +12,21 @@ from typing import Any
 import pandas as pd
 from filelock import FileLock, Timeout
 
-from fadeformer import arrays, params, preprocess
-from fadeformer.boxes import of_arrays
-from fadeformer.datasets import boxes, facts, manifest
-from fadeformer.datasets.facts import Facts
+from fadeformer.config import schema
+from fadeformer.config.schema import PreprocessParams
+from fadeformer.data import arrays, dataset_card, manifest, preprocess
+from fadeformer.data.boxes import of_arrays
+from fadeformer.data.dataset_card import Facts
+from fadeformer.data.sources import lesion_boxes
 from fadeformer.errors import UserError
-from fadeformer.files import checksum, whole_file
-from fadeformer.params import PreprocessParams
-from pipelines import paths, stage
+from fadeformer.io.atomic import checksum, whole_file
+from pipelines import paths, runner
 
 
 def main() -> str:
     """Writes the arrays that training maps into memory."""
-    wanted = params.load(paths.PARAMS).preprocess
-    found = facts.read(paths.RAW)
+    wanted = schema.load(paths.PARAMS).preprocess
+    found = dataset_card.read(paths.RAW)
     side = wanted.image_size or found.size
     if side is None:
         raise UserError(f"{paths.PARAMS}: the images of {found.name} differ in size; set preprocess.image_size, pixels")
@@ -40,7 +41,7 @@ def _write(found: Facts, side: int, wanted: PreprocessParams) -> str:
     rows = pd.read_parquet(paths.MANIFEST)
     settings: dict[str, Any] = {"image_size": side, "channels": wanted.channels, "aspect": wanted.aspect}
     begun = _begun(json.dumps([settings, asdict(found), checksum(paths.MANIFEST, "sha256")]))
-    drawn = boxes.table(found, paths.RAW)
+    drawn = lesion_boxes.table(found, paths.RAW)
     if drawn is not None:  # first, for what is begun counts as whole once the arrays are
         with whole_file(begun / arrays.BOXES) as path:
             of_arrays(drawn, rows, side, wanted.aspect).to_parquet(path, index=False)
@@ -72,4 +73,4 @@ def _begun(told: str) -> Path:
 
 
 if __name__ == "__main__":
-    stage.run("preprocess", main)
+    runner.run("preprocess", main)

@@ -1,6 +1,6 @@
 """Stage promote: reads what was found of a model, registers it and decides about the champion: the registry gate.
 
-Writes reports/promotion.json and promotion.html. What was decided stands in the ledger (`pipelines.ledger`) first.
+Writes reports/promotion.json and promotion.html. What was decided stands in the ledger (`pipelines.registry.ledger`) first.
 """
 
 from __future__ import annotations
@@ -8,15 +8,23 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from fadeformer import arrays, gate, params, predictions, promotion
-from fadeformer.arrays import Meta
-from fadeformer.files import read_json, whole_file, write_json
-from fadeformer.gate import Asked, Candidate
-from fadeformer.params import PromoteParams
-from fadeformer.predictions import Predictions
-from fadeformer.verdict import Decision
-from pipelines import ledger, packaged, paths, registry, rival, store, tracking, verdict_table
-from pipelines.ledger import Subject
+from fadeformer.config import schema
+from fadeformer.config.schema import PromoteParams
+from fadeformer.data import arrays
+from fadeformer.data.arrays import Meta
+from fadeformer.evaluation import predictions
+from fadeformer.evaluation.predictions import Predictions
+from fadeformer.io.atomic import read_json, whole_file, write_json
+from fadeformer.promotion import gate
+from fadeformer.promotion.decision import Decision
+from fadeformer.promotion.gate import Asked, Candidate
+from fadeformer.reporting import promotion_page
+from pipelines import paths
+from pipelines.registry import champion as rival
+from pipelines.registry import ledger, tables, versions
+from pipelines.registry import package as packaged
+from pipelines.registry.ledger import Subject
+from pipelines.tracking import runs, store
 
 
 def main(forced: str | None = None) -> str:
@@ -25,16 +33,16 @@ def main(forced: str | None = None) -> str:
     Args:
         forced: why it is promoted whatever comes of it; None: by the rules alone.
     """
-    wanted = params.load(paths.PARAMS).promote
+    wanted = schema.load(paths.PARAMS).promote
     run_id = read_json(paths.RUN)["mlflow_run_id"]
     meta = arrays.read_meta(paths.PROCESSED)
     name = model_name(wanted, meta)
     test = predictions.read(paths.PREDICTIONS).of("test")
-    with tracking.run(run_id):
+    with runs.run(run_id):
         package = packaged.log(run_id)
         with ledger.opened(name):
-            version = registry.register(name, run_id, package.model_id)
-        registry.describe(version, paths.CARD.read_text(encoding="utf-8"))
+            version = versions.register(name, run_id, package.model_id)
+        versions.describe(version, paths.CARD.read_text(encoding="utf-8"))
         subject = Subject(version.number, run_id, package.tags[packaged.CONTENT], _data(meta, test))
         asked = Asked(**wanted.model_dump(exclude={"model_name"}))
         with ledger.opened(name) as book:
@@ -43,9 +51,9 @@ def main(forced: str | None = None) -> str:
             decision = gate.decide(_candidate(test, book.taken_back(subject)), of_champion, asked, forced)
             entry = book.decide(subject, decision)
         _write(name, decision, entry, meta)
-        tracking.log_settings("promote", wanted.model_dump())
-        tracking.log_files(paths.PROMOTION, paths.PROMOTION_PAGE, *filter(Path.is_file, [paths.LOCK]))
-    verdict_table.show(decision)
+        runs.log_settings("promote", wanted.model_dump())
+        runs.log_files(paths.PROMOTION, paths.PROMOTION_PAGE, *filter(Path.is_file, [paths.LOCK]))
+    tables.show(decision)
     return _summary(name, decision, entry)
 
 
@@ -106,7 +114,7 @@ def _write(name: str, decision: Decision, entry: dict[str, Any], meta: Meta) -> 
     }  # fmt: skip
     write_json(paths.PROMOTION, told)
     with whole_file(paths.PROMOTION_PAGE) as path:
-        path.write_text(promotion.page(told, ledger.history(name)), encoding="utf-8")
+        path.write_text(promotion_page.page(told, ledger.history(name)), encoding="utf-8")
 
 
 def _summary(name: str, decision: Decision, entry: dict[str, Any]) -> str:

@@ -14,24 +14,29 @@ import pandas as pd
 import torch
 from prefect import flow, task
 
-from fadeformer import arrays, calibration, params, reference, unfamiliar
-from fadeformer.calibration import Calibration
-from fadeformer.checkpoints import Checkpoints
-from fadeformer.classifier import Classifier
+from fadeformer.config import schema
+from fadeformer.data import arrays
 from fadeformer.errors import Interrupted, PassingError, UserError
-from fadeformer.files import read_json, whole_folder, write_json
-from fadeformer.unfamiliar import Familiar
-from pipelines import begun, fitting, paths, tracking
-from pipelines.journal import Journal
-from pipelines.orchestrator import temporary_server
+from fadeformer.inference import calibration, ood
+from fadeformer.inference.calibration import Calibration
+from fadeformer.inference.classifier import Classifier
+from fadeformer.inference.ood import Familiar
+from fadeformer.io.atomic import read_json, whole_folder, write_json
+from fadeformer.monitoring import reference
+from fadeformer.training.checkpoints import Checkpoints
+from pipelines import paths
+from pipelines.server import temporary_server
+from pipelines.stages import train_worker
+from pipelines.tracking import resume, runs
+from pipelines.tracking.journal import Journal
 
 
 @task(name="fit the network", persist_result=False)
 def fit(folder: Path) -> None:
     """Trains to the end, from the last checkpoint in `folder` if there is one; in several processes by torchrun."""
-    count = fitting.devices(params.load(paths.PARAMS))
-    if count * fitting.nodes() == 1:
-        fitting.run(folder)
+    count = train_worker.devices(schema.load(paths.PARAMS))
+    if count * train_worker.nodes() == 1:
+        train_worker.run(folder)
     else:
         _by_torchrun(folder, count)
 
@@ -45,9 +50,9 @@ def _by_torchrun(folder: Path, devices: int) -> None:
         left.unlink()
     logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)  # its tracebacks are not the message
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // devices)))  # else torchrun sets 1
-    alone = ["--standalone"] if fitting.nodes() == 1 else []
+    alone = ["--standalone"] if train_worker.nodes() == 1 else []
     try:
-        run(parse_args([*alone, "--nproc-per-node", str(devices), "-m", "pipelines.fitting", str(folder)]))
+        run(parse_args([*alone, "--nproc-per-node", str(devices), "-m", "pipelines.stages.train_worker", str(folder)]))
     except SignalException as error:
         name = signal.Signals(error.sigval).name
         raise Interrupted(f"stopped by {name}; run again to go on from the last checkpoint", error.sigval) from error
@@ -69,12 +74,12 @@ def write(begun_in: Path, folder: Path) -> dict[str, Any]:
     buffer = io.BytesIO()  # a file's own name would stand in the archive, and the bytes would differ
     torch.save(state["best_weights"], buffer)
     (folder / paths.WEIGHTS.name).write_bytes(buffer.getvalue())
-    history = fitting.history(state["history"])
+    history = train_worker.history(state["history"])
     history.to_csv(folder / paths.HISTORY.name, index=False)
     described = {**read_json(begun_in / paths.ARCHITECTURE.name), "best_epoch": state["best_epoch"]}
     fitted, known, seen = fit_outputs(described, folder / paths.WEIGHTS.name)
     described["calibration"], described["unfamiliar"] = fitted.described(), {"limit": known.limit}
-    unfamiliar.write(known, folder / paths.FAMILIAR.name)
+    ood.write(known, folder / paths.FAMILIAR.name)
     seen.to_parquet(folder / paths.REFERENCE.name, index=False)
     write_json(folder / paths.ARCHITECTURE.name, described)
     best = history[history["epoch"] == state["best_epoch"]].iloc[0]
@@ -97,7 +102,7 @@ def fit_outputs(described: dict[str, Any], weights: Path) -> tuple[Calibration, 
     classifier = Classifier({**described, "calibration": calibration.NONE.described()}, weights)
     of_val, of_train = (classifier.predict(of.pixels, settings["batch_size"]) for of in (val, train))
     task = classifier.task
-    known = unfamiliar.fit(of_train.features, train.labels, task, of_val.features)
+    known = ood.fit(of_train.features, train.labels, task, of_val.features)
     fitted = calibration.fit(val.labels, of_val.raw, task) if settings["calibrate"] else calibration.NONE
     distances = known.distance(of_val.features)
     seen = reference.table(val.pixels, fitted(of_val.raw, task), distances, of_val.features, classifier.classes)
@@ -107,7 +112,7 @@ def fit_outputs(described: dict[str, Any], weights: Path) -> tuple[Calibration, 
 @flow(name="train", persist_result=False, log_prints=True)
 def train() -> str:
     """Trains on data/processed and leaves models/; what was begun and not ended is gone on with."""
-    with begun.taken_up() as begun_in:
+    with resume.taken_up() as begun_in:
         for half in paths.MODELS.parent.glob(f".{paths.MODELS.name}.*"):  # of a stage that was killed
             shutil.rmtree(half)
         try:
@@ -119,12 +124,12 @@ def train() -> str:
         run_id = Journal(begun_in).settle()
         with whole_folder(paths.MODELS) as folder:
             result = write(begun_in, folder)
-            with tracking.run(run_id):
-                tracking.log_metrics({"seconds": {"fit": result["seconds"]}})
-                tracking.log_files(folder / paths.HISTORY.name)
-                of_run = {"mlflow_run_id": run_id, "mlflow_experiment_id": tracking.experiment_of(run_id)}
+            with runs.run(run_id):
+                runs.log_metrics({"seconds": {"fit": result["seconds"]}})
+                runs.log_files(folder / paths.HISTORY.name)
+                of_run = {"mlflow_run_id": run_id, "mlflow_experiment_id": runs.experiment_of(run_id)}
             write_json(folder / paths.RUN.name, of_run)
-        begun.finish(begun_in, run_id)
+        resume.finish(begun_in, run_id)
     best = f"epoch {result['best_epoch']} of {result['epochs']} is the best, val loss {result['val_loss']:.4f}"
     return f"{best}; MLflow run {run_id}"
 

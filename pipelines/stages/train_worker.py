@@ -1,6 +1,6 @@
 """One process of a training: makes all that it needs, takes up the last checkpoint, and leaves the next ones.
 
-With one device it runs in the process of the stage; with several, torchrun starts `python -m pipelines.fitting FOLDER`.
+With one device it runs in the process of the stage; with several, torchrun starts `python -m pipelines.stages.train_worker FOLDER`.
 """
 
 from __future__ import annotations
@@ -20,22 +20,25 @@ from lightning_fabric import Fabric
 from torch import nn
 from torch.utils import deterministic
 
-from fadeformer import arrays, params, training
-from fadeformer.arrays import Meta
-from fadeformer.augment import Augmentation
-from fadeformer.checkpoints import Checkpoints
-from fadeformer.devices import make_fabric
+from fadeformer.config import schema
+from fadeformer.config.schema import ModelParams, Params
+from fadeformer.data import arrays
+from fadeformer.data.arrays import Meta
+from fadeformer.data.normalization import IMAGENET, Normalisation
 from fadeformer.errors import Interrupted, UserError
-from fadeformer.files import checksum, write_json
-from fadeformer.inference import choose_device, choose_precision
-from fadeformer.models import create_model, load_weights
-from fadeformer.normalisation import IMAGENET, Normalisation
-from fadeformer.params import ModelParams, Params
-from fadeformer.state import COST, Epoch, Recipe, State, start
+from fadeformer.inference.forward import choose_device, choose_precision
+from fadeformer.io.atomic import checksum, write_json
+from fadeformer.models.factory import create_model, load_weights
 from fadeformer.tasks import Task
-from pipelines import begun, paths
-from pipelines.journal import Journal
-from pipelines.signals import asked_to_leave
+from fadeformer.training import loop
+from fadeformer.training.augmentation import Augmentation
+from fadeformer.training.checkpoints import Checkpoints
+from fadeformer.training.distributed import make_fabric
+from fadeformer.training.state import COST, Epoch, Recipe, State, start
+from pipelines import paths
+from pipelines.stages.signals import asked_to_leave
+from pipelines.tracking import resume
+from pipelines.tracking.journal import Journal
 
 FLIPPED = 0.5  # of images that mean the same when mirrored
 # Keys of train: that are no part of the recipe.
@@ -77,7 +80,7 @@ def run(folder: Path | None) -> None:
         Interrupted: a signal asked to stop; the state is in a checkpoint.
     """
     logging.getLogger("lightning_fabric").setLevel(logging.WARNING)  # it announces each process
-    wanted = params.load(paths.PARAMS)
+    wanted = schema.load(paths.PARAMS)
     meta = arrays.read_meta(paths.PROCESSED)
     device = choose_device(wanted.train.device)
     precision = choose_precision(wanted.train.precision, device)
@@ -115,7 +118,7 @@ def run(folder: Path | None) -> None:
         journal.deliver()
     class_weights = class_weights_of(wanted, meta, task, train.labels)
     with asked_to_leave() as asked:
-        for result in training.fit(
+        for result in loop.fit(
             state, train, val, task=task, recipe=recipe, class_weights=class_weights,
             augmentation=augmentation_of(wanted, meta), normalisation=normalisation, seed=wanted.seed, fabric=fabric,
             checkpoints=checkpoints, asked_to_stop=asked,
@@ -132,7 +135,7 @@ def _check_same(fabric: Fabric, folder: Path | None) -> None:
             "the first process is not on the machine that runs the stage; set PET_NODE_RANK to 0 there, and to 1 and so"
             " on elsewhere"
         )
-    if folder is None and fabric.local_rank == 0 and begun.digest(begun.made_of()) != name:
+    if folder is None and fabric.local_rank == 0 and resume.digest(resume.made_of()) != name:
         raise UserError("params.yaml, data, code or libraries are others here than on the first machine")
 
 

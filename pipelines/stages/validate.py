@@ -8,16 +8,17 @@ from typing import Any
 
 import pandas as pd
 
-from fadeformer import params
-from fadeformer.datasets import facts as cards
-from fadeformer.datasets import manifest, splits
-from fadeformer.datasets.facts import SPLITS, Facts
-from fadeformer.datasets.manifest import LEAKS, Manifest
-from fadeformer.datasets.packed import TOLD
+from fadeformer.config import schema
+from fadeformer.config.schema import Params
+from fadeformer.data import dataset_card as cards
+from fadeformer.data import manifest, splits
+from fadeformer.data.dataset_card import SPLITS, Facts
+from fadeformer.data.manifest import LEAKS, Manifest
+from fadeformer.data.sources.user_table import TOLD
 from fadeformer.errors import UserError
-from fadeformer.files import whole_file, whole_folder, write_json
-from fadeformer.params import Params
-from pipelines import expectations, page, paths, stage
+from fadeformer.io.atomic import whole_file, whole_folder, write_json
+from pipelines import paths, runner
+from pipelines.validation import page, suite
 
 SHOWN = 20  # lines of one check in the message; all rows stand in offending_rows.csv
 FILES = 3  # of a group in one split, in the message
@@ -26,7 +27,7 @@ DIM = 3  # standard deviation of the pixels, of 255
 
 def main() -> str:
     """Builds the manifest and holds it against the expectations."""
-    wanted = params.load(paths.PARAMS)
+    wanted = schema.load(paths.PARAMS)
     allowed = wanted.validate_.max_cross_split_duplicates
     facts = cards.read(paths.RAW)
     found = read(facts, wanted)
@@ -34,7 +35,7 @@ def main() -> str:
     leaks = crossing["sha256"].nunique()
     near = manifest.near_across_splits(found.rows, found.near)
     with whole_folder(paths.VALIDATION) as folder:
-        checks = expectations.check(
+        checks = suite.check(
             found,
             facts,
             severity=wanted.validate_.severity.model_dump(),
@@ -81,7 +82,7 @@ def main() -> str:
 
 def propose() -> str:
     """Writes a split without leaks for the user to adopt; nothing else is changed."""
-    wanted = params.load(paths.PARAMS)
+    wanted = schema.load(paths.PARAMS)
     facts = cards.read(paths.RAW)
     found = read(facts, wanted)
     rows, count = found.rows, len(facts.classes)
@@ -130,9 +131,7 @@ def read(facts: Facts, wanted: Params) -> Manifest:
     )
 
 
-def _summary(
-    found: Manifest, checks: list[expectations.Check], leaks: int, allowed: int, near: int
-) -> dict[str, object]:
+def _summary(found: Manifest, checks: list[suite.Check], leaks: int, allowed: int, near: int) -> dict[str, object]:
     return {
         "passed": not any(check.stops for check in checks),
         "images": len(found.rows),
@@ -149,7 +148,7 @@ def _summary(
     }
 
 
-def _message(stopped: list[expectations.Check], found: Manifest, facts: Facts, leaks: int, allowed: int) -> str:
+def _message(stopped: list[suite.Check], found: Manifest, facts: Facts, leaks: int, allowed: int) -> str:
     lines = [f"the data gate is shut: {len(stopped)} expectation(s) do not hold", *_told(stopped, found, facts)]
     if leaks > allowed:
         lines.append(
@@ -158,7 +157,7 @@ def _message(stopped: list[expectations.Check], found: Manifest, facts: Facts, l
         )
     if any(check.name in LEAKS for check in stopped):
         lines.append(
-            f"`python -m pipelines.validate --fix` proposes a split without leaks; whoever knows better sets"
+            f"`python -m pipelines.stages.validate --fix` proposes a split without leaks; whoever knows better sets"
             f" {' or '.join(f'validate.severity.{check.name}' for check in stopped if check.name in LEAKS)}: warn"
         )
     lines.append(
@@ -167,7 +166,7 @@ def _message(stopped: list[expectations.Check], found: Manifest, facts: Facts, l
     return "\n".join(lines)
 
 
-def _told(checks: list[expectations.Check], found: Manifest, facts: Facts) -> list[str]:
+def _told(checks: list[suite.Check], found: Manifest, facts: Facts) -> list[str]:
     lines = []
     for check in checks:
         lines += [f"- {check.sentence}", *_listed(_lines(check, found, facts))]
@@ -179,7 +178,7 @@ def _listed(lines: list[str]) -> list[str]:
     return [f"    {line}" for line in lines[:SHOWN]] + more
 
 
-def _lines(check: expectations.Check, found: Manifest, facts: Facts) -> list[str]:
+def _lines(check: suite.Check, found: Manifest, facts: Facts) -> list[str]:
     """What offends a check: a line for each pair, group, content, class or image."""
     if check.name == "near_duplicate_in_two_splits":
         return _pairs(manifest.near_across_splits(found.rows, found.near), found.rows, facts)
@@ -253,6 +252,6 @@ def _dim(rows: pd.DataFrame) -> str:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(prog="python -m pipelines.validate", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m pipelines.stages.validate", description=__doc__)
     parser.add_argument("--fix", action="store_true", help="write a proposed split without leaks; nothing is changed")
-    stage.run("validate", propose if parser.parse_args().fix else main)
+    runner.run("validate", propose if parser.parse_args().fix else main)

@@ -14,10 +14,11 @@ from typing import Any, Literal
 
 import pandas as pd
 
-from fadeformer.arrays import Meta
+from fadeformer.data.arrays import Meta
 from fadeformer.errors import PassingError, UserError
-from fadeformer.files import read_json, whole_file, write_json
-from pipelines import paths, places, store, tracking
+from fadeformer.io.atomic import read_json, whole_file, write_json
+from pipelines import paths
+from pipelines.tracking import locations, runs, store
 
 TIMEOUT = 5  # seconds for MLflow to answer
 PAUSE = 60  # seconds from a failed try to the next
@@ -43,7 +44,7 @@ class Journal:
         if not self._run:
             self._run = {
                 "identity": uuid.uuid4().hex, "time": time.time_ns() // 10**6, "run_id": None,
-                "params": dict(params), "tags": tracking.describe(meta),
+                "params": dict(params), "tags": runs.describe(meta),
                 "dataset": {key: meta.dataset[key] for key in ("name", "file", "sha256")},
             }  # fmt: skip
             write_json(self._note, self._run)
@@ -68,13 +69,13 @@ class Journal:
         except store.Unreachable as error:
             if self._next_try is None:
                 print(
-                    f"MLflow at {places.address()} cannot be reached: training goes on, and its metrics are kept in"
+                    f"MLflow at {locations.address()} cannot be reached: training goes on, and its metrics are kept in"
                     f" {self._file} and logged later ({error.reason})"
                 )
             self._next_try = time.monotonic() + PAUSE
         else:
             if self._next_try is not None:
-                print(f"MLflow at {places.address()} is reached again and has all {len(self._rows)} epochs")
+                print(f"MLflow at {locations.address()} is reached again and has all {len(self._rows)} epochs")
             self._next_try = None
 
     def settle(self) -> str:
@@ -88,7 +89,7 @@ class Journal:
             self._send()
         except store.Unreachable as error:
             raise PassingError(
-                f"MLflow at {places.address()} cannot be reached ({error.reason}); the training is finished and kept in"
+                f"MLflow at {locations.address()} cannot be reached ({error.reason}); the training is finished and kept in"
                 f" {self._file.parent}: {error.remedy}, then run again; nothing is trained again"
             ) from error
         return str(self._run["run_id"])
@@ -99,9 +100,9 @@ class Journal:
             return
         try:
             self._send()
-            tracking.mark(self._run["run_id"], status)
+            runs.mark(self._run["run_id"], status)
         except UserError as error:
-            print(f"MLflow at {places.address()} does not show that this training is {status}: {error}")
+            print(f"MLflow at {locations.address()} does not show that this training is {status}: {error}")
 
     def _send(self) -> None:
         store.check(TIMEOUT)
@@ -109,19 +110,19 @@ class Journal:
         if logged is None:
             experiment = store.connect()
             if self._run["run_id"] is None:
-                run_id = tracking.open_run(experiment, self._run["identity"], self._run["time"], self._run["tags"])
+                run_id = runs.open_run(experiment, self._run["identity"], self._run["time"], self._run["tags"])
                 self._run["run_id"] = run_id
                 write_json(self._note, self._run)
         run_id = self._run["run_id"]
-        tracking.check_run(
+        runs.check_run(
             run_id,
             f"restore it (`mlflow runs restore --run-id {run_id}`), set MLFLOW_TRACKING_URI as it was, or remove"
             f" {self._note} to have a new run for this training",
         )
         if logged is None:
-            tracking.log_origin(run_id, self._run["params"], self._run["tags"], self._run["dataset"])
-            tracking.mark(run_id, "RUNNING")
-            logged = tracking.epochs(run_id)
+            runs.log_origin(run_id, self._run["params"], self._run["tags"], self._run["dataset"])
+            runs.mark(run_id, "RUNNING")
+            logged = runs.epochs(run_id)
         left = [row for row in self._rows if row["epoch"] not in logged]
-        tracking.log_epochs(run_id, left)
+        runs.log_epochs(run_id, left)
         self._logged = logged | {row["epoch"] for row in left}

@@ -1,7 +1,7 @@
 """Lets an MLflow store of this project's that was moved or copied find its artifacts: MLflow keeps absolute addresses.
 
 Stages and commands do this by themselves. A copy of this file, which needs nothing but Python, lies in each mlruns/ for
-those who take that folder alone to where the project is not: `python mlruns/moved.py`.
+those who take that folder alone to where the project is not: `python mlruns/relocate.py`.
 """
 
 import sqlite3
@@ -33,7 +33,7 @@ def main() -> None:
     folder = Path(__file__).resolve().parent
     database, now = folder / "mlflow.db", (folder / "artifacts").as_uri()
     if not database.is_file():
-        raise SystemExit(f"{database} is not there; run the moved.py that lies in mlruns/")
+        raise SystemExit(f"{database} is not there; run the relocate.py that lies in mlruns/")
     with closing(sqlite3.connect(database, timeout=60)) as connection:
         found = connection.execute("select artifact_location from experiments where name = ?", (EXPERIMENT,)).fetchone()
     if found is None or not found[0].startswith("file:"):

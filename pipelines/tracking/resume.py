@@ -18,10 +18,11 @@ from typing import Any
 from filelock import FileLock, Timeout
 from ruamel.yaml import YAML
 
-from fadeformer import params
+from fadeformer.config import schema
 from fadeformer.errors import PassingError
-from fadeformer.files import checksum, read_json, write_json
-from pipelines import paths, places
+from fadeformer.io.atomic import checksum, read_json, write_json
+from pipelines import paths
+from pipelines.tracking import locations
 
 MADE_OF = "made_of.json"  # written first and removed first: a folder without it is not resumed
 FINISHED = "finished.json"  # MLflow run and working copy of a training whose model is in models/
@@ -40,7 +41,7 @@ def taken_up() -> Iterator[Path]:
         PassingError: another process trains the same.
     """
     parts = made_of()
-    folder = places.project() / paths.BEGUN / digest(parts)
+    folder = locations.project() / paths.BEGUN / digest(parts)
     folder.parent.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(folder.with_suffix(".lock"), timeout=LOOKING):
@@ -64,14 +65,14 @@ def finish(folder: Path, run_id: str) -> None:
 
 def forget(run_id: str) -> None:
     """Remove the folder of a finished training. A later stage runs on its model, so DVC has noted it."""
-    for note in (places.project() / paths.BEGUN).glob(f"*/{FINISHED}"):
+    for note in (locations.project() / paths.BEGUN).glob(f"*/{FINISHED}"):
         with suppress(Timeout), FileLock(note.parent.with_suffix(".lock"), timeout=LOOKING):
             if note.is_file() and read_json(note)["run_id"] == run_id:
                 _remove(note.parent)
 
 
 def _shown(path: Path) -> str:
-    return path.relative_to(places.project()).as_posix()
+    return path.relative_to(locations.project()).as_posix()
 
 
 def _remove(folder: Path) -> None:
@@ -91,7 +92,7 @@ def _clean(root: Path, parts: Mapping[str, Any]) -> None:
             copy = read_json(folder / FINISHED)["copy"] if (folder / FINISHED).is_file() else None
             if copy is None and (folder / MADE_OF).is_file():
                 unfinished.append(folder / MADE_OF)
-            elif copy in (None, _shown(Path.cwd())) or not (places.project() / copy).is_dir():
+            elif copy in (None, _shown(Path.cwd())) or not (locations.project() / copy).is_dir():
                 _remove(folder)
     if unfinished:
         last = max(unfinished, key=lambda path: path.stat().st_mtime)
@@ -107,7 +108,7 @@ def _clean(root: Path, parts: Mapping[str, Any]) -> None:
 
 def made_of() -> dict[str, Any]:
     """Everything that decides how a training goes, by name, as values or checksums."""
-    wanted = {name: value for name, value in params.load(paths.PARAMS).flat().items() if name.split(".")[0] in SECTIONS}
+    wanted = {name: value for name, value in schema.load(paths.PARAMS).flat().items() if name.split(".")[0] in SECTIONS}
     deps = YAML(typ="safe").load(Path("dvc.yaml"))["stages"]["train"]["deps"]
     code = [Path(dep) for dep in deps if dep.endswith(".py")]
     files = [*code, Path(wanted["model.weights"]), *(paths.PROCESSED / name for name in DATA)]

@@ -29,11 +29,11 @@ from mlflow.utils.mlflow_tags import (
 )
 from ruamel.yaml import YAML
 
-from fadeformer.arrays import Meta
+from fadeformer.data.arrays import Meta
 from fadeformer.errors import UserError
-from fadeformer.files import checksum
-from pipelines import places
-from pipelines.store import REFUSALS, connect, told
+from fadeformer.io.atomic import checksum
+from pipelines.tracking import locations
+from pipelines.tracking.store import REFUSALS, connect, told
 
 SOURCE = "python -m pipelines train"
 MODEL = "model"  # name of the logged model in its run
@@ -62,7 +62,7 @@ def check_run(run_id: str, remedy: str) -> None:
             raise
         lost = True
     if lost:
-        raise UserError(f"MLflow at {places.address()} has no run {run_id}, or it was deleted; {remedy}")
+        raise UserError(f"MLflow at {locations.address()} has no run {run_id}, or it was deleted; {remedy}")
 
 
 @told()

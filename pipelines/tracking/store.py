@@ -19,8 +19,8 @@ from mlflow.exceptions import MlflowException
 from sqlalchemy.exc import SQLAlchemyError
 
 from fadeformer.errors import PassingError, UserError
-from pipelines import moved, places
-from pipelines.moved import EXPERIMENT
+from pipelines.tracking import locations, relocate
+from pipelines.tracking.relocate import EXPERIMENT
 
 REFUSALS = {"RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"}  # the same request again would be in vain
 PORTS = {"postgresql": 5432, "mysql": 3306, "mssql": 1433}
@@ -39,9 +39,9 @@ class Unreachable(PassingError):  # noqa: N818
         if isinstance(reason, Exception):  # that of the database's driver is shorter than SQLAlchemy's
             reason = getattr(reason, "orig", None) or getattr(reason.__cause__, "orig", None) or reason
         self.reason = (str(reason).strip() or type(reason).__name__).splitlines()[0][:200]
-        self.remedy = "start it" if places.server() else "repair mlruns/"
-        other = ", or unset MLFLOW_TRACKING_URI to use this project's mlruns/" if places.server() else ""
-        super().__init__(f"MLflow at {places.address()} cannot be used; {self.remedy}{other} ({self.reason})")
+        self.remedy = "start it" if locations.server() else "repair mlruns/"
+        other = ", or unset MLFLOW_TRACKING_URI to use this project's mlruns/" if locations.server() else ""
+        super().__init__(f"MLflow at {locations.address()} cannot be used; {self.remedy}{other} ({self.reason})")
 
 
 @contextmanager
@@ -55,7 +55,7 @@ def told() -> Iterator[None]:
             refused = error.response.status_code == requests.codes.not_found
         if refused:
             said = str(error).strip().splitlines()[0][:500]
-            raise UserError(f"MLflow at {places.address()} refuses: {said}") from error
+            raise UserError(f"MLflow at {locations.address()} refuses: {said}") from error
         raise Unreachable(error) from error
 
 
@@ -64,10 +64,10 @@ def check(timeout: float) -> None:
 
     The project's own store is a file, and always there.
     """
-    address = urlsplit(places.server() or "")
+    address = urlsplit(locations.server() or "")
     try:
         if address.scheme in ("http", "https"):
-            status = requests.get(f"{places.address()}/health", timeout=timeout).status_code
+            status = requests.get(f"{locations.address()}/health", timeout=timeout).status_code
             if status >= requests.codes.server_error:
                 raise Unreachable(f"it answers with status {status}")
         elif port := PORTS.get(address.scheme.partition("+")[0]):
@@ -94,8 +94,8 @@ def connect() -> str:
     logging.getLogger("mlflow").setLevel(logging.WARNING)
     for name in ("mlflow.store", "urllib3"):
         logging.getLogger(name).setLevel(logging.CRITICAL)  # their errors are raised, too
-    store, server = places.project() / "mlruns", places.server()
-    mlflow.set_tracking_uri(server or places.own())
+    store, server = locations.project() / "mlruns", locations.server()
+    mlflow.set_tracking_uri(server or locations.own())
     try:
         store.mkdir(exist_ok=True)
         # Two processes that create a database break its migration.
@@ -103,13 +103,13 @@ def connect() -> str:
             if not server:
                 if not (store / "mlflow.db").exists():
                     _create(store / "mlflow.db")
-                shutil.copyfile(moved.__file__, store / "moved.py")  # for whoever moves that folder alone
+                shutil.copyfile(relocate.__file__, store / "relocate.py")  # for whoever moves that folder alone
             location = None if server else (store / "artifacts").as_uri()
             experiment = mlflow.get_experiment_by_name(EXPERIMENT)
             if experiment is None:
                 mlflow.create_experiment(EXPERIMENT, artifact_location=location)
             elif location and experiment.artifact_location.startswith("file:"):
-                moved.follow(store / "mlflow.db", experiment.artifact_location, location)
+                relocate.follow(store / "mlflow.db", experiment.artifact_location, location)
     except (OSError, sqlite3.Error, Timeout) as error:
         raise Unreachable(error) from error
     if experiment is not None and experiment.lifecycle_stage != "active":

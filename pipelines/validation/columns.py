@@ -6,10 +6,11 @@ import numpy as np
 import pandas as pd
 from scipy.spatial.distance import jensenshannon
 
-from fadeformer.datasets import archives, manifest
-from fadeformer.datasets.facts import SPLITS, Facts
-from fadeformer.datasets.manifest import Manifest
-from fadeformer.datasets.splits import presence
+from fadeformer.data import manifest
+from fadeformer.data.archives import reader
+from fadeformer.data.dataset_card import SPLITS, Facts
+from fadeformer.data.manifest import Manifest
+from fadeformer.data.splits import presence
 
 
 def derived(found: Manifest, facts: Facts) -> pd.DataFrame:
@@ -28,7 +29,7 @@ def derived(found: Manifest, facts: Facts) -> pd.DataFrame:
     label = rows[columns].astype("string").fillna("").agg(",".join, axis=1)
     other = manifest.near_with_other_labels(rows, found.near, facts)
     names = rows["path"] + "/" + rows["member"]
-    colliding = {name for same in archives.collisions(names) for name in same}
+    colliding = {name for same in reader.collisions(names) for name in same}
     return rows.assign(
         leaked=rows.index.isin(last.index),
         near_leaked=rows["id"].isin({*near["first"], *near["second"]}),

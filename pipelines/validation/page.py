@@ -12,9 +12,8 @@ import pandas as pd
 from numpy.typing import NDArray
 from PIL import Image
 
-from fadeformer import pages
-from fadeformer.datasets.facts import SPLITS, Facts
-from fadeformer.datasets.manifest import (
+from fadeformer.data.dataset_card import SPLITS, Facts
+from fadeformer.data.manifest import (
     EXAMPLES,
     Manifest,
     across_splits,
@@ -24,7 +23,8 @@ from fadeformer.datasets.manifest import (
     usable,
     without_group,
 )
-from pipelines.expectations import Check
+from fadeformer.reporting import rendering
+from pipelines.validation.suite import Check
 
 PAIRS = 40  # shown side by side
 SIZES = 12  # rows of the table of sizes
@@ -65,7 +65,7 @@ def page(facts: Facts, found: Manifest, checks: Sequence[Check], data_docs: str)
     )
     if failed > stops:
         verdict += f", {failed - stops} of them only a warning" if stops else ": a warning, the gate is open"
-    return pages.template("validation.html").render(
+    return rendering.template("validation.html").render(
         title=f"{facts.name}: {verdict}",
         facts=facts,
         checks=checks,

@@ -11,10 +11,10 @@ import great_expectations as gx
 import great_expectations.expectations as gxe
 import pandas as pd
 
-from fadeformer.datasets import manifest
-from fadeformer.datasets.facts import SPLITS, Facts
-from fadeformer.datasets.manifest import Manifest
-from pipelines import columns
+from fadeformer.data import manifest
+from fadeformer.data.dataset_card import SPLITS, Facts
+from fadeformer.data.manifest import Manifest
+from pipelines.validation import columns
 
 SEVERITIES = {"stop": "critical", "warn": "warning"}  # ours, and great-expectations' names for them
 OF_SPLIT = {"images_in_split", "label_shift"}  # columns that are the same for a whole split: its rows are not at fault

@@ -12,22 +12,25 @@ import numpy as np
 import pytest
 from mlflow import MlflowClient
 
-from pipelines import cli, packaged, registry, tracking
+from pipelines.cli import main
+from pipelines.registry import package as packaged
+from pipelines.registry import versions
+from pipelines.tracking import runs
 from tests.conftest import ROOT
 from tests.packages import images, load, png, project_with_store
 from tests.pipeline.cluster import answers, soon
 from tests.postgresql import free_port
 
 CHAMPION = "models:/fadenet-phantom@champion"
-COMMAND = [sys.executable, "-c", "from pipelines.cli import main; main()"]
+COMMAND = [sys.executable, "-c", "from pipelines.cli.main import main; main()"]
 
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory) -> Path:
     with project_with_store(tmp_path_factory.mktemp("project")) as folder:
-        with tracking.run() as run_id:
+        with runs.run() as run_id:
             pass
-        registry.register("fadenet-phantom", run_id, packaged.log(run_id).model_id)
+        versions.register("fadenet-phantom", run_id, packaged.log(run_id).model_id)
         MlflowClient().set_registered_model_alias("fadenet-phantom", "champion", "1")
     return folder
 
@@ -54,7 +57,7 @@ def inside(project, monkeypatch) -> None:
 @pytest.mark.usefixtures("inside")
 def test_the_champion_is_exported(project, expected, capsys):
     onnxruntime = pytest.importorskip("onnxruntime")
-    cli.main(["export", CHAMPION, "--format", "onnx", "--out", "champion.onnx"])
+    main.main(["export", CHAMPION, "--format", "onnx", "--out", "champion.onnx"])
     assert capsys.readouterr().out.startswith(f"export: champion.onnx gives the scores of {CHAMPION}, to ")
     session = onnxruntime.InferenceSession(project / "champion.onnx", providers=["CPUExecutionProvider"])
     (scores,) = session.run(["scores"], {"images": images(2)})
@@ -75,7 +78,7 @@ def test_the_champion_is_exported(project, expected, capsys):
 @pytest.mark.usefixtures("inside")
 def test_what_cannot_be_is_told_in_one_line(project, words, told, capsys):
     with pytest.raises(SystemExit) as ended:
-        cli.main(list(words))
+        main.main(list(words))
     assert ended.value.code == 1
     message = capsys.readouterr().err
     assert told in message

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from pipelines import check
+from pipelines.config import check
 
 STAGES = """
 stages:

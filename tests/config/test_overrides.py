@@ -9,9 +9,10 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from ruamel.yaml import YAML
 
-from fadeformer import params
+from fadeformer.config import schema
 from fadeformer.errors import UserError
-from pipelines import flows, overrides, preset
+from pipelines.config import overrides, presets
+from pipelines.orchestration import flows
 from tests.conftest import ROOT
 
 
@@ -23,8 +24,8 @@ def test_the_paper_preset_is_the_published_recipe(tmp_path, monkeypatch):
     shutil.copy(ROOT / "params.yaml", tmp_path)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.argv", ["preset", "paper"])
-    preset.main()
-    flat = params.load(tmp_path / "params.yaml").flat()
+    presets.main()
+    flat = schema.load(tmp_path / "params.yaml").flat()
     published = {
         "seed": 42, "preprocess.image_size": 224, "model.backbone": "vit_base_patch16_224", "model.pretrained": True,
         "model.dropout": 0.5, "model.fade.num_heads": 8, "model.fade.K": 3, "model.fade.alpha": 0.5,
@@ -42,7 +43,7 @@ def test_the_paper_preset_is_the_published_recipe(tmp_path, monkeypatch):
 def test_a_preset_keeps_every_comment_and_null(tmp_path):
     path = tmp_path / "params.yaml"
     shutil.copy(ROOT / "params.yaml", path)
-    overrides.apply(path, YAML(typ="safe").load(ROOT / "pipelines/presets/paper.yaml"))
+    overrides.apply(path, YAML(typ="safe").load(ROOT / "pipelines/config/presets/paper.yaml"))
     assert comments(path.read_text()) == comments((ROOT / "params.yaml").read_text())
     assert "mirror: null" in path.read_text()
 
@@ -50,7 +51,7 @@ def test_a_preset_keeps_every_comment_and_null(tmp_path):
 def test_an_unknown_preset_lists_those_there_are(monkeypatch):
     monkeypatch.setattr("sys.argv", ["preset", "papper"])
     with pytest.raises(UserError, match="there are: paper"):
-        preset.main()
+        presets.main()
 
 
 def test_a_wrong_change_leaves_the_file_as_it_was(tmp_path):
@@ -68,7 +69,7 @@ def test_applied_changes_end_with_the_block_also_after_an_error(tmp_path):
 
     def fail() -> None:
         with overrides.applied(path, {"train": {"epochs": 3}}):
-            assert params.load(path).train.epochs == 3
+            assert schema.load(path).train.epochs == 3
             raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
@@ -81,7 +82,7 @@ def test_an_edit_during_the_run_is_kept(tmp_path, capsys):
     shutil.copy(ROOT / "params.yaml", path)
     with overrides.applied(path, {"train": {"epochs": 3}}):
         overrides.apply(path, {"promote": {"min_auc": 0.5}})
-    assert params.load(path).promote.min_auc == 0.5
+    assert schema.load(path).promote.min_auc == 0.5
     assert "was edited during the run" in capsys.readouterr().out
 
 
@@ -111,7 +112,7 @@ def test_a_form_that_is_sent_as_it_begins_changes_nothing(tmp_path):
     sent = flows.pipeline.validate_parameters(begins)
     assert {"seed", "dataset", "train", "promote"} <= {name for name, value in sent.items() if value is not None}
     changes = {name: overrides.given(value) for name, value in sent.items() if name not in ("seed", "hours")}
-    assert changes["train"]["epochs"] == params.load(path).train.epochs
-    assert changes["model"]["fade"]["K"] == params.load(path).model.fade.K
+    assert changes["train"]["epochs"] == schema.load(path).train.epochs
+    assert changes["model"]["fade"]["K"] == schema.load(path).model.fade.K
     overrides.apply(path, {**changes, "seed": sent["seed"]})
-    assert params.load(path) == params.load(ROOT / "params.yaml")
+    assert schema.load(path) == schema.load(ROOT / "params.yaml")

@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fadeformer.datasets import manifest, sources
-from fadeformer.datasets.facts import Facts
-from fadeformer.datasets.manifest import Manifest
-from fadeformer.params import Params
+from fadeformer.config.schema import Params
+from fadeformer.data import manifest
+from fadeformer.data.dataset_card import Facts
+from fadeformer.data.manifest import Manifest
+from fadeformer.data.sources import registry
 
 COUNTS = {"train": 60, "val": 20, "test": 30}
 
@@ -42,7 +43,7 @@ def fetched(tmp_path: Path, wanted: Params) -> Callable[..., tuple[Facts, Path]]
         folder = tmp_path / "raw"
         folder.mkdir(exist_ok=True)
         beside = {"downloads": tmp_path / "downloads", "lock": tmp_path / "dataset.lock", "salt": tmp_path / "salt"}
-        return sources.fetch(**{**wanted.dataset.model_dump(), **changes}, **beside, into=folder), folder
+        return registry.fetch(**{**wanted.dataset.model_dump(), **changes}, **beside, into=folder), folder
 
     return fetch
 

@@ -4,9 +4,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from fadeformer import arrays
+from fadeformer.data import arrays
 from fadeformer.errors import UserError
-from tests.test_preprocess import pixels, write
+from tests.data.test_preprocess import pixels, write
 
 
 @pytest.mark.parametrize("channels", [1, 3])

@@ -1,7 +1,7 @@
 """What is wrong with data, and the message that each wrong gets: the table of docs/bad_data.md, made by running it.
 
 Each case goes through the stages download and validate as a user's would. After a change of words on purpose,
-`python -m tests.test_bad_data` writes the table anew.
+`python -m tests.data.test_bad_data` writes the table anew.
 """
 
 import contextlib
@@ -23,12 +23,15 @@ import pytest
 from PIL import Image
 from pydicom.encaps import encapsulate
 
-from fadeformer.datasets import chestxray14, facts, isic2019
+from fadeformer.data import dataset_card
+from fadeformer.data.sources import chestxray14, isic2019
 from fadeformer.errors import UserError
-from pipelines import download, overrides, paths, validate
+from pipelines import paths
+from pipelines.config import overrides
+from pipelines.stages import download, validate
 from tests.conftest import ROOT
-from tests.test_decode import png, saved
-from tests.test_dicom import BLACK, made, shipped
+from tests.data.dicom.test_reader import BLACK, made, shipped
+from tests.data.test_decode import png, saved
 
 TABLE = ROOT / "docs" / "bad_data.md"
 SCANS = Path("scans")
@@ -360,7 +363,7 @@ def outcome(sentence: str) -> str:
     else:
         does, said = "warns", printed.getvalue()
         if "WARNING" not in said:
-            does, said = "tells", facts.read(paths.RAW).note
+            does, said = "tells", dataset_card.read(paths.RAW).note
         assert "WARNING" in said or "left out" in said, f"{sentence} passes without a word"
     lines = [line.strip() for line in said.splitlines()]
     gate = [i for i, line in enumerate(lines) if line.startswith("- ")]

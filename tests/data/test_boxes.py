@@ -5,8 +5,8 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from fadeformer.boxes import boxes_in_array, of_arrays
-from fadeformer.decode import resize
+from fadeformer.data.boxes import boxes_in_array, of_arrays
+from fadeformer.data.decode import resize
 
 ASPECTS = ("squash", "crop", "pad")
 

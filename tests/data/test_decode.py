@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from PIL import Image, ImageOps
 
-from fadeformer import decode
-from fadeformer.datasets import archives
+from fadeformer.data import decode
+from fadeformer.data.archives import reader
 from fadeformer.errors import UnreadableError, UserError
 
 
@@ -320,6 +320,6 @@ def test_fine_detail_is_averaged_and_not_picked():
 
 
 def test_the_published_radiographs_are_grey(real_data):
-    for name, data in archives.members(real_data / "chestxray14" / "images_001.tar.gz"):
+    for name, data in reader.members(real_data / "chestxray14" / "images_001.tar.gz"):
         found = np.asarray(decode.decode(data, name))
         assert found.ndim == 2 or np.ptp(found, axis=2).max() == 0  # 21 have an alpha channel, all of them opaque

@@ -10,15 +10,19 @@ import pytest
 from filelock import FileLock
 from PIL import Image
 
-from fadeformer import params
-from fadeformer.datasets import facts as cards
-from fadeformer.datasets import manifest, npz
-from fadeformer.datasets.manifest import Manifest
+from fadeformer.config import schema
+from fadeformer.data import dataset_card as cards
+from fadeformer.data import manifest
+from fadeformer.data.manifest import Manifest
+from fadeformer.data.sources import npz
 from fadeformer.errors import UserError
-from fadeformer.files import read_json
-from pipelines import expectations, overrides, paths, validate
-from pipelines import preprocess as arrays
-from tests.datasets.conftest import COUNTS, built, scene
+from fadeformer.io.atomic import read_json
+from pipelines import paths
+from pipelines.config import overrides
+from pipelines.stages import preprocess as arrays
+from pipelines.stages import validate
+from pipelines.validation import suite
+from tests.data.conftest import COUNTS, built, scene
 
 pytestmark = pytest.mark.usefixtures("without_data_docs")
 
@@ -47,8 +51,8 @@ def build(facts, **changes):
 
 
 def check(found, facts):
-    severity = params.load(paths.PARAMS).validate_.severity.model_dump()
-    return expectations.check(
+    severity = schema.load(paths.PARAMS).validate_.severity.model_dump()
+    return suite.check(
         found, facts, severity=severity, allowed_duplicates=0, min_per_class=1, max_label_shift=0.05,
         folder=paths.VALIDATION,
     )  # fmt: skip
@@ -109,7 +113,7 @@ def test_leaks_pass_only_up_to_the_threshold_and_never_silently(raw, archive, ca
     held["val_images"][:2] = held["train_images"][:2]
     raw(**held)
     overrides.apply(paths.PARAMS, {"validate": {"max_cross_split_duplicates": allowed}})
-    assert params.load(paths.PARAMS).validate_.max_cross_split_duplicates == allowed
+    assert schema.load(paths.PARAMS).validate_.max_cross_split_duplicates == allowed
     if not passes:
         with pytest.raises(UserError, match="2 images stand in two splits"):
             validate.main()
@@ -245,7 +249,7 @@ def test_a_split_whose_images_cannot_be_used_is_no_split(scenes, capsys):
 
 def test_every_check_may_be_off(scenes):
     scenes(test_7=scene(41))
-    severity = params.load(paths.PARAMS).validate_.severity.model_dump()
+    severity = schema.load(paths.PARAMS).validate_.severity.model_dump()
     overrides.apply(paths.PARAMS, {"validate": {"severity": dict.fromkeys(severity, "off")}})
     assert "0 expectations hold for 110 images" in validate.main()
     assert "nothing to propose" in validate.propose()

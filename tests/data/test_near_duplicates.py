@@ -12,7 +12,7 @@ from PIL import Image, ImageEnhance
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
-from fadeformer import similarity
+from fadeformer.data import near_duplicates
 
 
 def scene(seed: int, height: int = 80, width: int = 96) -> np.ndarray:
@@ -56,20 +56,22 @@ def test_a_copy_is_found_among_others_and_no_other(name, side):
     copy = COPIES[name]
     originals = [scene(seed, side, side + side // 5) for seed in range(20)]
     images = [*originals, copy(originals[7])]
-    pairs = similarity.near_pairs([similarity.sketch(Image.fromarray(image)) for image in images], least=0.9)
+    pairs = near_duplicates.near_pairs([near_duplicates.sketch(Image.fromarray(image)) for image in images], least=0.9)
     assert pairs[["first", "second"]].to_numpy().tolist() == [[7, 20]]
 
 
 def test_the_same_content_has_the_same_hash_in_any_file_and_another_has_another():
     pixels = scene(0)
-    assert similarity.content_hash(encoded(pixels, "PNG")) == similarity.content_hash(encoded(pixels, "BMP"))
+    assert near_duplicates.content_hash(encoded(pixels, "PNG")) == near_duplicates.content_hash(encoded(pixels, "BMP"))
     grey = np.asarray(Image.fromarray(pixels).convert("L"))
-    assert similarity.content_hash(grey) == similarity.content_hash(np.repeat(grey[..., None], 3, axis=2))
-    assert similarity.content_hash(pixels) != similarity.content_hash(grey)
-    assert similarity.content_hash(np.zeros((2, 8), np.uint8)) != similarity.content_hash(np.zeros((4, 4), np.uint8))
+    assert near_duplicates.content_hash(grey) == near_duplicates.content_hash(np.repeat(grey[..., None], 3, axis=2))
+    assert near_duplicates.content_hash(pixels) != near_duplicates.content_hash(grey)
+    assert near_duplicates.content_hash(np.zeros((2, 8), np.uint8)) != near_duplicates.content_hash(
+        np.zeros((4, 4), np.uint8)
+    )
     changed = pixels.copy()
     changed[3, 4, 1] ^= 1
-    assert similarity.content_hash(changed) != similarity.content_hash(pixels)
+    assert near_duplicates.content_hash(changed) != near_duplicates.content_hash(pixels)
 
 
 @given(st.lists(st.integers(0, 2**64 - 1), min_size=2, max_size=12), st.data())
@@ -79,23 +81,23 @@ def test_candidates_are_all_pairs_within_the_radius(base, data):
     for value in base:
         bits = data.draw(st.lists(st.integers(0, 63), max_size=7, unique=True))
         near.append(value ^ sum(1 << bit for bit in bits))
-    hashes = np.array([base + near] * len(similarity.SHIFTS), np.uint64).T.copy()
+    hashes = np.array([base + near] * len(near_duplicates.SHIFTS), np.uint64).T.copy()
     expected = [
         [i, j]
         for i in range(len(hashes))
         for j in range(i + 1, len(hashes))
-        if int(hashes[i, 0] ^ hashes[j, 0]).bit_count() <= similarity.RADIUS
+        if int(hashes[i, 0] ^ hashes[j, 0]).bit_count() <= near_duplicates.RADIUS
     ]
-    assert similarity._candidates(hashes).tolist() == expected
+    assert near_duplicates._candidates(hashes).tolist() == expected
 
 
 def test_many_pairs_are_cut_into_blocks_without_losing_any(monkeypatch):
-    sketches = [similarity.sketch(Image.fromarray(encoded(scene(1), "JPEG", quality=95 - i))) for i in range(9)]
-    whole = similarity.near_pairs(sketches, least=0.9)
+    sketches = [near_duplicates.sketch(Image.fromarray(encoded(scene(1), "JPEG", quality=95 - i))) for i in range(9)]
+    whole = near_duplicates.near_pairs(sketches, least=0.9)
     assert len(whole) == 36
-    monkeypatch.setattr(similarity, "PAIRS_AT_ONCE", 5)
-    monkeypatch.setattr(similarity, "COMPARED_AT_ONCE", 7)
-    pd.testing.assert_frame_equal(similarity.near_pairs(sketches, least=0.9), whole)
+    monkeypatch.setattr(near_duplicates, "PAIRS_AT_ONCE", 5)
+    monkeypatch.setattr(near_duplicates, "COMPARED_AT_ONCE", 7)
+    pd.testing.assert_frame_equal(near_duplicates.near_pairs(sketches, least=0.9), whole)
 
 
 def frame(seed: int, spread: float = 3.0) -> Image.Image:
@@ -106,9 +108,9 @@ def frame(seed: int, spread: float = 3.0) -> Image.Image:
 
 
 def test_of_a_film_each_frame_is_tied_to_some_others_and_not_to_all(monkeypatch):
-    monkeypatch.setattr(similarity, "SETTLED_AT_ONCE", 256)
-    sketches = [similarity.sketch(frame(seed)) for seed in range(100)]
-    pairs = similarity.near_pairs(sketches, least=0.9)
+    monkeypatch.setattr(near_duplicates, "SETTLED_AT_ONCE", 256)
+    sketches = [near_duplicates.sketch(frame(seed)) for seed in range(100)]
+    pairs = near_duplicates.near_pairs(sketches, least=0.9)
     assert len(pairs) < 100 * 15  # of 4,950
     graph = coo_array((np.ones(len(pairs)), (pairs["first"], pairs["second"])), shape=(100, 100))
     assert connected_components(graph, directed=False)[0] == 1
@@ -122,7 +124,7 @@ def disc(seed: int) -> np.ndarray:
 
 def test_what_lies_in_the_same_round_frame_is_not_alike_for_that():
     images = [*(disc(seed) for seed in range(12)), encoded(np.roll(disc(3), 1, axis=1), "JPEG", quality=75)]
-    pairs = similarity.near_pairs([similarity.sketch(Image.fromarray(image)) for image in images], least=0.9)
+    pairs = near_duplicates.near_pairs([near_duplicates.sketch(Image.fromarray(image)) for image in images], least=0.9)
     assert pairs[["first", "second"]].to_numpy().tolist() == [[3, 12]]
 
 
@@ -134,22 +136,22 @@ def test_of_real_images_copies_are_near_and_others_are_not(real_data, wanted):
         scans = [np.asarray(Image.open(io.BytesIO(archive.read(name))).convert("L")) for name in names]
     eyes = np.load(real_data / "medmnist" / "retinamnist.npz")["test_images"]
     for originals in (scans, list(eyes[::2])):
-        sketches = [similarity.sketch(Image.fromarray(image)) for image in originals]
-        assert len(similarity.near_pairs(sketches, least)) <= 1
+        sketches = [near_duplicates.sketch(Image.fromarray(image)) for image in originals]
+        assert len(near_duplicates.near_pairs(sketches, least)) <= 1
         for change in (lambda x: encoded(x, "JPEG", quality=75), lambda x: np.roll(x, 1, axis=1)):
-            copies = [similarity.sketch(Image.fromarray(change(image))) for image in originals]
-            pairs = similarity.near_pairs([*sketches, *copies], least)
+            copies = [near_duplicates.sketch(Image.fromarray(change(image))) for image in originals]
+            pairs = near_duplicates.near_pairs([*sketches, *copies], least)
             found = {(one, other) for one, other in zip(pairs["first"], pairs["second"], strict=True)}
             copied = {(i, i + len(originals)) for i in range(len(originals))}
             assert len(copied & found) >= 0.99 * len(copied)  # one eye is almost black
 
 
 def test_no_images_and_one_have_no_pairs():
-    for sketches in ([], [similarity.sketch(Image.fromarray(scene(0)))]):
-        pairs = similarity.near_pairs(sketches, least=0.5)
+    for sketches in ([], [near_duplicates.sketch(Image.fromarray(scene(0)))]):
+        pairs = near_duplicates.near_pairs(sketches, least=0.5)
         assert (len(pairs), list(pairs)) == (0, ["first", "second", "similarity"])
 
 
 def test_an_image_of_few_pixels_is_refused():
     with pytest.raises(ValueError, match="12 x 40 pixels is too small"):
-        similarity.sketch(Image.new("L", (40, 12)))
+        near_duplicates.sketch(Image.new("L", (40, 12)))

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torchvision.transforms import functional as published
 
-from fadeformer.normalisation import IMAGENET, Normalisation, to_unit
+from fadeformer.data.normalization import IMAGENET, Normalisation, to_unit
 
 
 def images(*shape: int, seed: int = 0) -> torch.Tensor:

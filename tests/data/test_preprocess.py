@@ -13,8 +13,7 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from fadeformer import arrays, preprocess
-from fadeformer.datasets import images
+from fadeformer.data import arrays, image_stream, preprocess
 from fadeformer.errors import UserError
 
 CARD = {"name": "own", "task": "multi-class", "classes": ["a", "b", "c"], "size": 10}
@@ -102,7 +101,7 @@ def test_what_was_interrupted_is_gone_on_with_and_not_begun_again(tmp_path, monk
     rows = photographs(tmp_path / "own.zip")
     expected = render(rows, tmp_path, tmp_path / "whole")
     monkeypatch.setattr(preprocess, "NOTED_EVERY", 6)
-    decode, decoded = images.decode, []
+    decode, decoded = image_stream.decode, []
 
     def failing(data, name):
         decoded.append(name)
@@ -110,7 +109,7 @@ def test_what_was_interrupted_is_gone_on_with_and_not_begun_again(tmp_path, monk
             raise KeyboardInterrupt
         return decode(data, name)
 
-    monkeypatch.setattr(images, "decode", failing)
+    monkeypatch.setattr(image_stream, "decode", failing)
     with pytest.raises(KeyboardInterrupt):
         render(rows, tmp_path, tmp_path / "begun", threads=1)
     noted = int(np.load(tmp_path / "begun/done.npy").sum())
@@ -125,14 +124,13 @@ KILLED = """
 import sys, time
 from pathlib import Path
 import pandas as pd
-from fadeformer import preprocess
-from fadeformer.datasets import images
+from fadeformer.data import image_stream, preprocess
 preprocess.NOTED_EVERY = 5
-decode = images.decode
+decode = image_stream.decode
 def slow(data, name):
     time.sleep(0.05)
     return decode(data, name)
-images.decode = slow
+image_stream.decode = slow
 folder = Path(sys.argv[1])
 (folder / "begun").mkdir()
 preprocess.write(

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fadeformer.datasets import splits
+from fadeformer.data import splits
 from fadeformer.errors import UserError
 
 SHARES = {"train": 0.7, "val": 0.1, "test": 0.2}

@@ -11,10 +11,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from fadeformer import medmnist_results
-from fadeformer.datasets.medmnist import SETS
-from fadeformer.metrics import medmnist_accuracy, medmnist_auc
-from tests.test_metrics import made
+from fadeformer.data.sources.medmnist import SETS
+from fadeformer.evaluation import medmnist_format
+from fadeformer.evaluation.metrics import medmnist_accuracy, medmnist_auc
+from tests.evaluation.test_metrics import made
 
 TASKS = ("binary-class", "multi-class", "ordinal-regression", "multi-label, binary-class")
 FLAGS = {"breastmnist": 28, "chestmnist": 64}
@@ -68,7 +68,7 @@ def test_the_result_file_gives_our_numbers_on_medmnist_s_command_line(evaluator,
     assert p.task.name == evaluator.INFO[flag]["task"]
     p.frame["id"] = [f"{flag}.npz/test/{i}" for i in range(80)]
     shuffled = type(p)(p.frame.sample(frac=1, random_state=0).reset_index(drop=True), p.task, p.classes)
-    path = medmnist_results.write(shuffled, tmp_path, flag=flag, size=size, split="test", run="42")
+    path = medmnist_format.write(shuffled, tmp_path, flag=flag, size=size, split="test", run="42")
     scores = pd.read_csv(path, index_col=0, header=None).sort_index().to_numpy()
     np.testing.assert_array_equal(scores, p.scores)
     root = tmp_path / ".medmnist"
@@ -93,5 +93,5 @@ def test_the_result_file_gives_our_numbers_on_medmnist_s_command_line(evaluator,
 
 def test_there_is_no_result_file_without_an_official_auc(tmp_path):
     p = made("multi-class", 4, 60, 0, absent=1)
-    assert medmnist_results.write(p, tmp_path, flag="somemnist", size=28, split="test", run="42") is None
+    assert medmnist_format.write(p, tmp_path, flag="somemnist", size=28, split="test", run="42") is None
     assert list(tmp_path.iterdir()) == []

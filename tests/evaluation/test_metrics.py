@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sklearn import metrics as sk
 
-from fadeformer import metrics, predictions, summary
-from fadeformer.predictions import Predictions
+from fadeformer.evaluation import metrics, predictions, summary
+from fadeformer.evaluation.predictions import Predictions
 from fadeformer.tasks import TASKS
 
 EXCLUSIVE = ("binary-class", "multi-class", "ordinal-regression")

@@ -4,11 +4,12 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from fadeformer import comparison, delong, summary
-from fadeformer.comparison import MEASURES, difference, mean_over_seeds
-from fadeformer.measures import Measures
-from fadeformer.predictions import Predictions, table
-from fadeformer.resampling import group_numbers, weights
+from fadeformer.evaluation import model_comparison, summary
+from fadeformer.evaluation.intervals import delong
+from fadeformer.evaluation.intervals.bootstrap import group_numbers, weights
+from fadeformer.evaluation.model_comparison import MEASURES, difference, mean_over_seeds
+from fadeformer.evaluation.predictions import Predictions, table
+from fadeformer.evaluation.weighted_metrics import Measures
 from fadeformer.tasks import TASKS
 
 KINDS = ("binary-class", "multi-class", "multi-label, binary-class")
@@ -63,7 +64,7 @@ def test_of_one_training_the_interval_is_that_of_its_evaluation(trainings, measu
 
 @pytest.mark.parametrize("measure", MEASURES)
 def test_variances_are_those_of_a_bootstrap_of_patients(trainings, measure):
-    both = comparison.aligned([*trainings["good"].values(), *trainings["bad"].values()])
+    both = model_comparison.aligned([*trainings["good"].values(), *trainings["bad"].values()])
     groups = group_numbers(both[0].frame["group"])
     stratum = np.zeros(groups.max() + 1, dtype=np.int64)
     drawn = weights(groups, stratum, 1500, np.random.SeedSequence(0))
@@ -72,7 +73,7 @@ def test_variances_are_those_of_a_bootstrap_of_patients(trainings, measure):
     found = difference(trainings["good"], trainings["bad"], measure)
     assert found.of_images == pytest.approx((contrast @ samples).std(), rel=0.1)
     means = samples[:3].mean(axis=0).std()
-    variance = comparison._covariance(both[:3], measure).mean()
+    variance = model_comparison._covariance(both[:3], measure).mean()
     assert variance**0.5 == pytest.approx(means, rel=0.1)
 
 

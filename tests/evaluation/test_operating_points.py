@@ -5,9 +5,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fadeformer import operating
-from fadeformer.proportions import wilson
-from tests.test_metrics import made
+from fadeformer.evaluation import operating_points
+from fadeformer.evaluation.intervals.proportions import wilson
+from tests.evaluation.test_metrics import made
 
 WANTED = {"youden": None, "sensitivity": 0.9, "specificity": 0.8}
 CONFIDENCE = 0.95
@@ -26,7 +26,7 @@ def test_a_threshold_gives_what_was_asked_for_and_none_is_better(seed, images, c
     score = np.round(score, 1) if coarse else score
     every = [shares(truth, score >= t) for t in np.append(np.unique(score), 2.0)]
     youden, sensitive, specific = (
-        shares(truth, score >= operating.threshold(truth, score, rule, least)) for rule in WANTED
+        shares(truth, score >= operating_points.threshold(truth, score, rule, least)) for rule in WANTED
     )
     assert sum(youden) == pytest.approx(max(map(sum, every)))
     assert sensitive[0] >= least
@@ -37,22 +37,22 @@ def test_a_threshold_gives_what_was_asked_for_and_none_is_better(seed, images, c
 
 def test_a_threshold_lies_between_the_scores():
     truth, score = np.array([True, True, False, False]), np.array([0.9, 0.7, 0.4, 0.1])
-    assert operating.threshold(truth, score, "youden", None) == pytest.approx(0.55)
-    assert operating.threshold(truth, score, "sensitivity", 0.5) == pytest.approx(0.8)
-    assert operating.threshold(truth, score, "specificity", 0.5) == pytest.approx(0.25)
-    assert operating.threshold(truth, score, "sensitivity", 1.0) == pytest.approx(0.55)
+    assert operating_points.threshold(truth, score, "youden", None) == pytest.approx(0.55)
+    assert operating_points.threshold(truth, score, "sensitivity", 0.5) == pytest.approx(0.8)
+    assert operating_points.threshold(truth, score, "specificity", 0.5) == pytest.approx(0.25)
+    assert operating_points.threshold(truth, score, "sensitivity", 1.0) == pytest.approx(0.55)
     certain = np.array([True, False]), np.array([0.5, 1.0])
-    assert not (certain[1] >= operating.threshold(*certain, "specificity", 1.0)).any()
+    assert not (certain[1] >= operating_points.threshold(*certain, "specificity", 1.0)).any()
     near = np.array([np.nextafter(1.0, 0), 1.0, 0.3])
-    limit = operating.threshold(np.array([False, True, False]), near, "youden", None)
+    limit = operating_points.threshold(np.array([False, True, False]), near, "youden", None)
     assert (near >= limit).tolist() == [False, True, False]
-    assert operating.threshold(np.ones(4, bool), score, "youden", None) is None
+    assert operating_points.threshold(np.ones(4, bool), score, "youden", None) is None
 
 
 @pytest.mark.parametrize(("task", "classes"), [("binary-class", 2), ("multi-class", 4), (MULTI_LABEL, 3)])
 def test_points_come_from_val_and_are_judged_on_test(task, classes):
     val, test = made(task, classes, 200, 0), made(task, classes, 300, 1)
-    found = operating.operating_points(val, test, WANTED, CONFIDENCE)
+    found = operating_points.operating_points(val, test, WANTED, CONFIDENCE)
     assert list(found) == list(WANTED)
     for rule in WANTED:
         assert len(found[rule]) == (1 if classes == 2 else classes)
@@ -78,7 +78,7 @@ def test_images_of_one_patient_make_intervals_wider():
     as_if_alone = type(test)(repeated.assign(group=None), test.task, test.classes)
     widths = []
     for table in (clustered, as_if_alone, test):
-        point = operating.operating_points(val, table, WANTED, CONFIDENCE)["youden"]["class 1"]["on_test"][
+        point = operating_points.operating_points(val, table, WANTED, CONFIDENCE)["youden"]["class 1"]["on_test"][
             "sensitivity"
         ]
         widths.append(point["high"] - point["low"])
@@ -88,17 +88,17 @@ def test_images_of_one_patient_make_intervals_wider():
 
 def test_a_finding_that_cannot_be_judged_has_no_point():
     val, test = made(MULTI_LABEL, 3, 50, 0, absent=1), made(MULTI_LABEL, 3, 50, 1)
-    assert operating.operating_points(val, test, WANTED, CONFIDENCE)["youden"]["class 1"] is None
-    assert operating.operating_points(test, val, WANTED, CONFIDENCE)["youden"]["class 1"] is None
+    assert operating_points.operating_points(val, test, WANTED, CONFIDENCE)["youden"]["class 1"] is None
+    assert operating_points.operating_points(test, val, WANTED, CONFIDENCE)["youden"]["class 1"] is None
 
 
 def test_net_benefit_is_that_of_the_formula():
     p = made("binary-class", 2, 40, 0)
-    table = operating.net_benefit(p)
+    table = operating_points.net_benefit(p)
     assert list(table.columns) == ["class", "probability", "model", "all"]
     assert len(table) == 99
     row = table[np.isclose(table["probability"], 0.3)].iloc[0]
     truth, called = p.labels[:, 0] == 1, p.scores[:, 1] >= 0.3
     assert row["model"] == pytest.approx(((truth & called).sum() - 3 / 7 * (~truth & called).sum()) / 40)
     assert row["all"] == pytest.approx((truth.sum() - 3 / 7 * (~truth).sum()) / 40)
-    assert operating.net_benefit(made("binary-class", 2, 10, 0, absent=0)).empty
+    assert operating_points.net_benefit(made("binary-class", 2, 10, 0, absent=0)).empty

@@ -6,10 +6,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from fadeformer import published
-from fadeformer.arrays import Meta
-from fadeformer.datasets import chestxray14, isic2019, medmnist
-from fadeformer.params import DatasetName
+from fadeformer.config.schema import DatasetName
+from fadeformer.data.arrays import Meta
+from fadeformer.data.sources import chestxray14, isic2019, medmnist
+from fadeformer.evaluation import published
 
 MADE = "{}-0123456789ab.csv"  # a split that was made here, by its name
 ADOPTED = "proposed-0123abcd.csv (SHA-256 0123abcd)"

@@ -4,9 +4,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from fadeformer import predictions, subgroups, summary
 from fadeformer.errors import UserError
-from fadeformer.predictions import Predictions
+from fadeformer.evaluation import predictions, subgroups, summary
+from fadeformer.evaluation.predictions import Predictions
 from fadeformer.tasks import TASKS
 
 BANDS = [0, 18, 40, 60, 80]

@@ -8,12 +8,14 @@ from hypothesis import strategies as st
 from scipy import optimize, special, stats
 from sklearn import metrics as sk
 
-from fadeformer import delong, metrics, numerals, predictions, proportions, resampling, summary
-from fadeformer.measures import Measures
-from fadeformer.predictions import Predictions
-from fadeformer.proportions import wilson
+from fadeformer.evaluation import metrics, predictions, summary
+from fadeformer.evaluation.intervals import bootstrap, delong, proportions
+from fadeformer.evaluation.intervals.proportions import wilson
+from fadeformer.evaluation.predictions import Predictions
+from fadeformer.evaluation.weighted_metrics import Measures
+from fadeformer.io import formatting
 from fadeformer.tasks import TASKS
-from tests.test_metrics import made, some
+from tests.evaluation.test_metrics import made, some
 
 MULTI_LABEL = "multi-label, binary-class"
 
@@ -87,8 +89,8 @@ def test_delong_is_a_bootstrap_of_groups(of_a_group):
     p = made("binary-class", 2, len(groups), 0)
     p.frame["label"], p.frame["score_1"] = truth.astype(int), score
     measure = Measures(p)
-    stratum = resampling.strata(measure.truth, groups)
-    parts = resampling.over_samples(lambda w: measure.of(w).per_class["auc"][:, 1], groups, stratum, 20_000, 0)
+    stratum = bootstrap.strata(measure.truth, groups)
+    parts = bootstrap.over_samples(lambda w: measure.of(w).per_class["auc"][:, 1], groups, stratum, 20_000, 0)
     # the bootstrap's variance lacks n / (n - 1), here of 75 groups a class
     spread = np.concatenate(parts).std() * np.sqrt(75 / 74)
     assert np.sqrt(found.covariance[0, 0]) == pytest.approx(spread, rel=0.03)
@@ -149,11 +151,11 @@ def test_samples_keep_groups_whole_and_every_class():
     truth = np.zeros((37, 2), dtype=bool)
     truth[0:10:2, 0] = True
     truth[10:16, 1] = True
-    stratum = resampling.strata(truth, groups)
+    stratum = bootstrap.strata(truth, groups)
     kinds = [stratum[:5], stratum[5:11], stratum[11:]]
     assert [len(np.unique(kind)) for kind in kinds] == [1, 1, 1]
     assert len({kind[0] for kind in kinds}) == 3
-    found = resampling.weights(groups, stratum, 2000, np.random.SeedSequence(0))
+    found = bootstrap.weights(groups, stratum, 2000, np.random.SeedSequence(0))
     for group in range(18):
         assert (np.ptp(found[:, groups == group], axis=1) == 0).all()
     of_groups = found[:, [np.flatnonzero(groups == group)[0] for group in range(18)]]
@@ -168,7 +170,7 @@ def test_no_group_is_taken_for_certain_where_others_could_be_drawn_in_its_place(
     truth = labels[:, None] == np.arange(3)
     truth = np.concatenate([truth, np.eye(3, dtype=bool)[np.repeat([1, 0], [20, 60])]])  # how common each class is
     groups = np.concatenate([np.arange(len(labels)), np.full(20, len(labels)), np.full(60, len(labels) + 1)])
-    counts = np.bincount(resampling.strata(truth, groups))
+    counts = np.bincount(bootstrap.strata(truth, groups))
     assert counts.sum() == len(labels) + 2
     assert counts[counts > 0].min() >= min(5, counts.sum())
 
@@ -255,15 +257,15 @@ def test_precision_of_no_mistake_and_of_nothing_else_has_an_interval_on_one_side
 
 def test_few_groups_make_wider_percentiles():
     samples = np.random.default_rng(0).normal(size=20_000)
-    many, few = (resampling.percentiles(samples, groups, 0.95) for groups in (10_000, 8))
+    many, few = (bootstrap.percentiles(samples, groups, 0.95) for groups in (10_000, 8))
     assert many[1] == pytest.approx(stats.norm.ppf(0.975), abs=0.05)
     assert few[1] == pytest.approx(np.sqrt(8 / 7) * stats.t.ppf(0.975, 7), abs=0.15)
-    assert resampling.percentiles(samples, 1, 0.95) is None
+    assert bootstrap.percentiles(samples, 1, 0.95) is None
 
 
 def test_half_of_the_groups_of_each_stratum_is_drawn_whole():
     groups, stratum = np.repeat(np.arange(9), 2), np.array([0, 0, 0, 0, 0, 0, 1, 1, 1])
-    drawn = resampling.halves(groups, stratum, 400, seed=0)
+    drawn = bootstrap.halves(groups, stratum, 400, seed=0)
     assert set(np.unique(drawn)) == {0.0, 1.0}
     assert (drawn[:, ::2] == drawn[:, 1::2]).all()  # both images of a group
     of_group = drawn[:, ::2]
@@ -344,4 +346,4 @@ def test_an_absent_class_has_no_interval():
     ],
 )  # fmt: skip
 def test_numbers_are_told_to_the_digits_that_they_are_known(value, interval, told):
-    assert numerals.told(value, interval) == told
+    assert formatting.told(value, interval) == told

@@ -10,11 +10,11 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from fadeformer import predictions
-from fadeformer.complexity import Cost
 from fadeformer.errors import UserError
+from fadeformer.evaluation import predictions
+from fadeformer.models.complexity import Cost
 from fadeformer.tasks import TASKS
-from pipelines.commands import tables
+from pipelines.cli import tables
 from pipelines.experiments import engine, report
 from pipelines.experiments import grid as grids
 from pipelines.experiments.engine import Listed, Run, Status

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from prefect.client.orchestration import get_client
 from prefect.settings import PREFECT_API_URL, PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 
-from fadeformer import params
+from fadeformer.config import schema
 from fadeformer.errors import PassingError, UserError
 from pipelines.experiments import runners
 from pipelines.experiments.engine import Run
@@ -35,17 +35,17 @@ values = st.none() | st.booleans() | st.integers(-(10**6), 10**6) | st.floats(-1
 def test_dvc_writes_the_values_of_a_run_into_params_yaml(tmp_path, changes):
     path = tmp_path / "params.yaml"
     shutil.copy(ROOT / "params.yaml", path)
-    present = params.load(path).nested()
-    target = params.load(path).nested()
+    present = schema.load(path).nested()
+    target = schema.load(path).nested()
     for key, value in changes.items():
         section, name = key.split(".")
         target[section][name] = value
     found = list(runners.differences(present, target))
     assert dict(found) == changes
     apply_overrides(path, [f"{key}={runners.literal(value)}" for key, value in found])
-    assert params.load(path).nested() == params.parse(target, "it").nested()
+    assert schema.load(path).nested() == schema.parse(target, "it").nested()
     apply_overrides(path, [f"{key}={runners.literal(value)}" for key, value in runners.differences(target, present)])
-    assert params.load(path).nested()["model"] == present["model"]
+    assert schema.load(path).nested()["model"] == present["model"]
 
 
 @given(st.lists(values, max_size=4))
@@ -53,7 +53,7 @@ def test_dvc_reads_any_value_as_it_was_written(tmp_path_factory, listed):
     path = tmp_path_factory.getbasetemp() / "values.yaml"
     path.write_text("a: null\n")
     apply_overrides(path, [f"a={runners.literal(listed)}"])
-    assert params.read(path) == {"a": listed}
+    assert schema.read(path) == {"a": listed}
 
 
 def test_a_text_that_dvc_would_change_is_refused():

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 from optuna.trial import TrialState
 
+from fadeformer.config.schema import Params
 from fadeformer.errors import PassingError, UserError
-from fadeformer.params import Params
 from pipelines.experiments import engine, space, sweep
 from pipelines.experiments.engine import Run, Status
 from pipelines.experiments.results import Result

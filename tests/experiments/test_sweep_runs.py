@@ -4,8 +4,8 @@ import pandas as pd
 import pytest
 from mlflow import MlflowClient
 
-from pipelines import store, tracking
 from pipelines.experiments import sweep_runs
+from pipelines.tracking import runs, store
 
 pytestmark = pytest.mark.usefixtures("own_store")
 SPACE = {"space.train.learning_rate": "low=0.001 high=0.1"}
@@ -28,7 +28,7 @@ def test_a_sweep_has_one_run_and_another_where_its_study_was_begun_anew():
 def test_the_metric_of_a_trial_is_that_of_its_run_below_the_sweep():
     sweep, client = sweep_runs.begin("fresh", "four", SPACE), MlflowClient()
     assert sweep_runs.values(sweep, 0, "val_auc") == {}
-    tags = {"mlflow.parentRunId": sweep, tracking.TRIAL: "0"}
+    tags = {"mlflow.parentRunId": sweep, runs.TRIAL: "0"}
     run_id = client.create_run(store.connect(), tags=tags).info.run_id
     for epoch, value in ((1, 0.5), (2, 0.75)):
         client.log_metric(run_id, "val_auc", value, step=epoch)
@@ -38,5 +38,5 @@ def test_the_metric_of_a_trial_is_that_of_its_run_below_the_sweep():
 
 def test_no_tag_tells_where_the_repository_lies(monkeypatch, tmp_path):
     where = {"mlflow.source.git.repoURL": str(tmp_path)}
-    monkeypatch.setattr(tracking, "resolve_tags", lambda tags: {**tags, **where})
-    assert tracking.with_own({"a": "b"}) == {"a": "b"}
+    monkeypatch.setattr(runs, "resolve_tags", lambda tags: {**tags, **where})
+    assert runs.with_own({"a": "b"}) == {"a": "b"}

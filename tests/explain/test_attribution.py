@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch.nn import functional
 
-from fadeformer import explanations
-from fadeformer.explanations import fade_maps, grad_cam, is_flat, upsample
-from fadeformer.grid import rescaled_laplacian_operator
-from fadeformer.models import create_model
-from fadeformer.normalisation import IMAGENET
+from fadeformer.data.normalization import IMAGENET
+from fadeformer.explain import attribution
+from fadeformer.explain.attribution import fade_maps, grad_cam, is_flat, upsample
+from fadeformer.models.factory import create_model
+from fadeformer.models.grid_laplacian import rescaled_laplacian_operator
 
 GREY = IMAGENET.of(1)
 PUBLISHED = {"num_heads": 4}
@@ -231,7 +231,7 @@ def test_the_batch_size_does_not_matter_and_twice_is_the_same(explain, monkeypat
     model = network()
     whole = explain(model, noise(), GREY, CLASSES)
     np.testing.assert_array_equal(explain(model, noise(), GREY, CLASSES), whole)
-    monkeypatch.setattr(explanations, "BATCH", 2)
+    monkeypatch.setattr(attribution, "BATCH", 2)
     np.testing.assert_allclose(explain(model, noise(), GREY, CLASSES), whole, atol=1e-5 * np.abs(whole).max())
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from fadeformer.case_maps import case_maps
+from fadeformer.explain.cases import case_maps
 from tests.packages import load, write_model
 
 SMALL = {"side": 28, "channels": 1, "classes": ["a", "b", "c", "d", "e"]}

@@ -4,21 +4,24 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from fadeformer import evidence_tables, pointing, predictions
-from fadeformer.arrays import Images
-from fadeformer.boxes import boxes_in_array
-from fadeformer.explanations import grad_cam
-from fadeformer.files import read_json
-from fadeformer.pointing import Pointing, pointed, points_at_boxes
-from fadeformer.proportions import wilson
-from pipelines import evaluate, paths
+from fadeformer.data.arrays import Images
+from fadeformer.data.boxes import boxes_in_array
+from fadeformer.evaluation import predictions
+from fadeformer.evaluation.intervals.proportions import wilson
+from fadeformer.explain import pointing_game
+from fadeformer.explain.attribution import grad_cam
+from fadeformer.explain.pointing_game import Pointing, pointed, points_at_boxes
+from fadeformer.io.atomic import read_json
+from fadeformer.reporting import tables
+from pipelines import paths
+from pipelines.stages import evaluate
 from tests.packages import load, write_model
 
 
 def played(maps, boxes, sizes, side, aspect, margin=0.0) -> Pointing:
     """The game, with boxes in pixels of originals, each image of a patient of its own."""
     mapped = [boxes_in_array(of, *size, side, aspect) for of, size in zip(boxes, sizes, strict=True)]
-    return pointing.pointing(pointed(maps, mapped, side, margin), np.arange(len(maps)), 0.95)
+    return pointing_game.pointing(pointed(maps, mapped, side, margin), np.arange(len(maps)), 0.95)
 
 
 def peaks(*places: tuple[int, int], grid: int = 4):
@@ -79,13 +82,13 @@ def test_what_does_not_fit_is_told(boxes):
 def test_the_interval_is_wilson_s_and_wider_where_cases_share_a_patient():
     maps = peaks(*[(0, 0)] * 10, *[(3, 3)] * 10)
     of = pointed(maps, [[(0, 0, 7, 7)]] * 20, 28)
-    alone = pointing.pointing(of, np.arange(20), 0.95)
+    alone = pointing_game.pointing(of, np.arange(20), 0.95)
     assert alone.interval == wilson(10, 20)
     assert alone.chance == pytest.approx(1 / 16)
-    pairs = pointing.pointing(of, np.arange(20) // 2, 0.95)
+    pairs = pointing_game.pointing(of, np.arange(20) // 2, 0.95)
     assert pairs.share == alone.share
     assert pairs.interval[0] < alone.interval[0] < alone.interval[1] < pairs.interval[1]
-    assert pointing.pointing(of, np.zeros(20, np.int64), 0.95).interval is None
+    assert pointing_game.pointing(of, np.zeros(20, np.int64), 0.95).interval is None
 
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (40, 28, 28, 1), dtype=np.uint8)
@@ -128,12 +131,12 @@ def test_what_was_found_is_told_in_sentences_and_a_table(tmp_path):
     boxes, _ = at_the_peak(model, 2)
     nowhere = boxes.assign(id="i3", x=np.nan).iloc[:1].assign(**{"class": 0})
     found = points_at_boxes(model, pd.concat([boxes, nowhere]), INDEX, PIXELS, FINDINGS, 0.95)
-    told = pointing.sentences(found)
+    told = pointing_game.sentences(found)
     assert told[0].startswith("Where people drew boxes: 41 findings in 40 test images;")
     (cam,) = [sentence for sentence in told if sentence.startswith("Grad-CAM points into the box in ")]
     assert " % of 40 (95 % interval " in cam
     assert cam.endswith("where pointing anywhere would in 2 %: more than chance.")
-    table = evidence_tables.pointing(found)
+    table = tables.pointing(found)
     assert table.head == ("Finding", "Images with a box", "Anywhere", "Grad-CAM", "Attention part", "Laplacian part")
     assert [row[:3] for row in table.rows] == [("all", "40", "2"), ("a", "0", "undefined"), ("c", "40", "2")]
     assert table.rows[1][3:] == ("undefined",) * 3
@@ -163,11 +166,11 @@ def test_the_stage_writes_what_was_found_beside_the_other_explanations(tmp_path,
 
 
 def test_as_many_cases_as_the_bound_allows_spread_over_the_images(tmp_path, monkeypatch):
-    monkeypatch.setattr(pointing, "MOST", 7)
+    monkeypatch.setattr(pointing_game, "MOST", 7)
     model = load(write_model(tmp_path, "findings", fade=None, **SMALL))
     boxes = pd.DataFrame({"id": INDEX["id"], "class": 0, "x": 0.0, "y": 0.0, "w": 9.0, "h": 9.0})
     found = points_at_boxes(model, boxes, INDEX, PIXELS, FINDINGS, 0.95)
     assert (found["known"], found["cases"], found["images"]) == (40, 7, 7)
     assert list(found["methods"]) == ["grad_cam"]
-    assert "7 findings in 7 test images, spread over the 40 that are known;" in pointing.sentences(found)[0]
+    assert "7 findings in 7 test images, spread over the 40 that are known;" in pointing_game.sentences(found)[0]
     assert points_at_boxes(model, boxes.iloc[:0], INDEX, PIXELS, FINDINGS, 0.95) is None

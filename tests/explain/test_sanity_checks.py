@@ -5,9 +5,9 @@ import pytest
 import torch
 from scipy.stats import spearmanr
 
-from fadeformer.explanations import grad_cam
-from fadeformer.randomisation import methods_of, model_randomisation, rank_correlations
-from tests.test_explanations import CLASSES, DIFFUSION, GREY, assert_same_state, network, noise, state_of
+from fadeformer.explain.attribution import grad_cam
+from fadeformer.explain.sanity_checks import methods_of, model_randomisation, rank_correlations
+from tests.explain.test_attribution import CLASSES, DIFFUSION, GREY, assert_same_state, network, noise, state_of
 
 
 def brightness(model, pixels, normalisation, classes):

@@ -6,11 +6,11 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from fadeformer.explanations import fade_maps, grad_cam
-from fadeformer.models import create_model
-from fadeformer.normalisation import Normalisation
-from fadeformer.pointing import pointed, pointing
-from fadeformer.randomisation import model_randomisation
+from fadeformer.data.normalization import Normalisation
+from fadeformer.explain.attribution import fade_maps, grad_cam
+from fadeformer.explain.pointing_game import pointed, pointing
+from fadeformer.explain.sanity_checks import model_randomisation
+from fadeformer.models.factory import create_model
 
 SIDE, SQUARE = 28, 8
 NORMALISATION = Normalisation((0.2,), (0.2,))

@@ -14,13 +14,14 @@ import pytest
 from PIL import Image
 from pydicom.data import get_testdata_file
 
-from fadeformer import overlays, predicting, unfamiliar
-from fadeformer.inputs import Input
-from fadeformer.preprocess import fit
-from pipelines import cli
+from fadeformer.data.preprocess import fit
+from fadeformer.explain import overlays
+from fadeformer.inference import batch, ood
+from fadeformer.inference.inputs import Input
+from pipelines.cli import main
 from tests.conftest import ROOT
+from tests.data.dicom.test_reader import made as dicom_file
 from tests.packages import load, write_model
-from tests.test_dicom import made as dicom_file
 
 CLASSES = ["red", "green", "blue"]
 PATIENT = "Doe^Jane"
@@ -54,7 +55,7 @@ def images(tmp_path):
 def predict(*words):
     """Runs the command in this process; gives its exit status."""
     try:
-        cli.main(["predict", *map(str, words)])
+        main.main(["predict", *map(str, words)])
     except SystemExit as ended:
         return ended.code
     return 0
@@ -79,7 +80,7 @@ def test_every_image_has_a_row_with_the_scores_of_the_model(fixed, images, tmp_p
     _, expected, features = classifier.predict(pixels, 64)
     assert table[CLASSES].to_numpy() == pytest.approx(expected, abs=1e-6)
     assert table["decision"].tolist() == [CLASSES[c] for c in expected.argmax(axis=1)]
-    familiar = unfamiliar.read(fixed / "unfamiliar.safetensors", described["unfamiliar"]["limit"])
+    familiar = ood.read(fixed / "unfamiliar.safetensors", described["unfamiliar"]["limit"])
     far = familiar.distance(features)
     assert table["unfamiliar"].to_numpy() == pytest.approx(far, rel=1e-4)
     assert (table["is_unfamiliar"] == (table["unfamiliar"] > familiar.limit)).all()
@@ -210,7 +211,7 @@ cli.main()
 
 @pytest.mark.parametrize("ending", ["csv", "parquet"])
 def test_killed_and_started_again_it_ends_with_the_same_bytes(fixed, tmp_path, ending, monkeypatch, capsys):
-    monkeypatch.setattr(predicting, "PART", 2 * predicting.BATCH)
+    monkeypatch.setattr(batch, "PART", 2 * batch.BATCH)
     folder = tmp_path / "many"
     folder.mkdir()
     random = np.random.default_rng(2)
@@ -241,10 +242,10 @@ def test_killed_and_started_again_it_ends_with_the_same_bytes(fixed, tmp_path, e
 
 
 def test_what_was_begun_with_another_image_is_begun_afresh(fixed, images, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(predicting, "PART", predicting.BATCH)
+    monkeypatch.setattr(batch, "PART", batch.BATCH)
     out, whole = tmp_path / "p.csv", tmp_path / "whole.csv"
     with monkeypatch.context() as patch:
-        patch.setattr(predicting, "_rows", _fails_at("more/01.png", predicting._rows))
+        patch.setattr(batch, "_rows", _fails_at("more/01.png", batch._rows))
         with pytest.raises(ZeroDivisionError):
             predict(images, "--model", fixed, "--out", out, "--threads", 1)
     assert (tmp_path / ".p.csv.parts" / "000000.parquet").exists()
@@ -323,7 +324,7 @@ def test_errors_of_use_are_one_message_each(fixed, images, tmp_path, capsys, mon
 def test_a_disk_that_takes_no_more_is_told_and_what_was_done_is_kept(
     fixed, images, tmp_path, capsys, monkeypatch, number, told
 ):
-    monkeypatch.setattr(predicting, "PART", predicting.BATCH)
+    monkeypatch.setattr(batch, "PART", batch.BATCH)
     written = []
 
     def full(self, path, before=pd.DataFrame.to_parquet, **options):

@@ -5,9 +5,9 @@ import pytest
 from scipy.special import expit, log_softmax, logit, softmax
 from sklearn.linear_model import LogisticRegression
 
-from fadeformer import calibration
-from fadeformer.calibration import NONE, Calibration
-from fadeformer.metrics import auc, log_loss
+from fadeformer.evaluation.metrics import auc, log_loss
+from fadeformer.inference import calibration
+from fadeformer.inference.calibration import NONE, Calibration
 from fadeformer.tasks import TASKS
 
 CLASSES, FINDINGS = TASKS["multi-class"], TASKS["multi-label, binary-class"]

@@ -14,12 +14,17 @@ from fastapi.testclient import TestClient
 from mlflow.models import Model
 from PIL import Image
 
-from fadeformer import exporting, model_files, predictions
-from fadeformer.classifier import Classifier, OperatingPoint
 from fadeformer.errors import UserError
-from fadeformer.models import create_model, features_and_logits
+from fadeformer.evaluation import predictions
+from fadeformer.inference import export, model_files
+from fadeformer.inference.classifier import Classifier, OperatingPoint
+from fadeformer.models.factory import create_model, features_and_logits
 from fadeformer.tasks import TASKS
-from pipelines import cli, evaluate, packaged, paths, serving
+from pipelines import paths
+from pipelines.cli import main
+from pipelines.registry import package
+from pipelines.serving import http
+from pipelines.stages import evaluate
 from tests.packages import FADE, KINDS, images, load, png, write_model
 
 SMALL = {"backbone": "test_resnet", "fade": None, "side": 32}
@@ -51,8 +56,8 @@ def project(request, tmp_path_factory) -> Path:
         Path("images").mkdir()
         for name, image in zip(names, PIXELS, strict=False):
             Image.fromarray(image).save(Path("images", name))
-        packaged._write(folder / "package", Model(), "content")
-        exporting.export(load(folder), "onnx", Path("graph.onnx"))
+        package._write(folder / "package", Model(), "content")
+        export.export(load(folder), "onnx", Path("graph.onnx"))
         evaluate.predict.fn(20, [])
         yield folder
 
@@ -75,7 +80,7 @@ def of_evaluate(point: str, classes: list[str], kind: str) -> Answers:
 
 def of_command(point: str, classes: list[str], kind: str) -> Answers:
     options = ("--operating-points", paths.OPERATING_POINTS, "--point", point, "--out", "predictions.parquet")
-    cli.main(["predict", "images", "--model", "models", *map(str, options)])
+    main.main(["predict", "images", "--model", "models", *map(str, options)])
     table = pd.read_parquet("predictions.parquet")
     return table[classes].to_numpy(), table["decision"].tolist()
 
@@ -90,7 +95,7 @@ def of_http(point: str, classes: list[str], kind: str) -> Answers:
     request = {
         "inputs": [base64.b64encode(png(image)).decode() for image in PIXELS], "params": {"operating_point": point}
     }  # fmt: skip
-    app = serving.app(mlflow.pyfunc.load_model("package"), max_bytes=2**20, max_images=50)
+    app = http.app(mlflow.pyfunc.load_model("package"), max_bytes=2**20, max_images=50)
     with TestClient(app) as client:
         table = pd.DataFrame(client.post("/invocations", json=request).json()["predictions"])
     check_columns(table, classes, kind)

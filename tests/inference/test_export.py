@@ -8,8 +8,8 @@ import sys
 import numpy as np
 import pytest
 
-from fadeformer import exporting
 from fadeformer.errors import UserError
+from fadeformer.inference import export
 from tests.packages import FADE, images, load, write_model
 
 # In a process that knows nothing of this library, but what each file needs.
@@ -44,7 +44,7 @@ def test_a_graph_gives_the_same_scores_in_a_process_of_its_own(kind, format_, ch
     monkeypatch.setenv("HOME", str(tmp_path))
     classifier = load(write_model(tmp_path, kind, channels=channels, fade=fade))
     path = tmp_path / f"graph{SUFFIX[format_]}"
-    assert exporting.export(classifier, format_, path) <= 1e-5
+    assert export.export(classifier, format_, path) <= 1e-5
     batches = {f"{count}.npy": images(count, channels=channels) for count in (1, 5)}
     for name, pixels in batches.items():
         np.save(tmp_path / name, pixels)
@@ -58,14 +58,14 @@ def test_a_graph_gives_the_same_scores_in_a_process_of_its_own(kind, format_, ch
 
 def test_what_writes_onnx_is_named_where_it_is_missing(tmp_path, monkeypatch):
     classifier = load(write_model(tmp_path))
-    monkeypatch.setattr(exporting, "find_spec", lambda name: None if name == "onnxscript" else name)
+    monkeypatch.setattr(export, "find_spec", lambda name: None if name == "onnxscript" else name)
     with pytest.raises(UserError, match="ONNX needs onnxscript: run `pip install onnxscript`"):
-        exporting.export(classifier, "onnx", tmp_path / "graph.onnx")
+        export.export(classifier, "onnx", tmp_path / "graph.onnx")
 
 
 def test_a_graph_that_gives_other_scores_is_not_left(tmp_path, monkeypatch):
     classifier = load(write_model(tmp_path))
-    monkeypatch.setattr(exporting.Scoring, "forward", lambda self, x: self.classifier.forward(x)[1].softmax(dim=1))
+    monkeypatch.setattr(export.Scoring, "forward", lambda self, x: self.classifier.forward(x)[1].softmax(dim=1))
     with pytest.raises(UserError, match="gives other scores"):
-        exporting.export(classifier, "program", tmp_path / "graph.pt2")
+        export.export(classifier, "program", tmp_path / "graph.pt2")
     assert not list(tmp_path.glob("*.pt2"))

@@ -1,17 +1,13 @@
 """Images through a network: in order, in evaluation mode, whatever the batch."""
 
-import os
-import subprocess
-import sys
-
 import numpy as np
 import pytest
 import torch
 
-from fadeformer import inference
+from fadeformer.data.normalization import IMAGENET
 from fadeformer.errors import UserError
-from fadeformer.models import create_model
-from fadeformer.normalisation import IMAGENET
+from fadeformer.inference import forward
+from fadeformer.models.factory import create_model
 
 GREY = IMAGENET.of(1)
 CPU = torch.device("cpu")
@@ -29,8 +25,8 @@ def model():
 def test_the_batch_size_does_not_matter(model):
     pixels = np.random.default_rng(0).integers(0, 256, (7, 16, 16, 1), dtype=np.uint8)
     model.train()
-    whole = inference.logits_of(model, pixels, 100, CPU, GREY)
-    parts = inference.logits_of(model, pixels, 3, CPU, GREY)
+    whole = forward.logits_of(model, pixels, 100, CPU, GREY)
+    parts = forward.logits_of(model, pixels, 3, CPU, GREY)
     assert whole.shape == (7, 3)
     assert whole.dtype == np.float64
     np.testing.assert_allclose(parts, whole, atol=1e-5)
@@ -39,55 +35,46 @@ def test_the_batch_size_does_not_matter(model):
 
 def test_logits_are_those_of_the_network_for_normalised_images(model):
     pixels = np.random.default_rng(0).integers(0, 256, (3, 16, 16, 1), dtype=np.uint8)
-    found = inference.logits_of(model, pixels, 2, CPU, GREY)
+    found = forward.logits_of(model, pixels, 2, CPU, GREY)
     with torch.no_grad():
         expected = model.eval()(GREY(torch.from_numpy(pixels))).numpy()
     np.testing.assert_allclose(found, expected, atol=1e-5)
-    other = inference.logits_of(model, pixels, 2, CPU, type(GREY)((0.0,), (0.1,)))
+    other = forward.logits_of(model, pixels, 2, CPU, type(GREY)((0.0,), (0.1,)))
     assert np.abs(other - found).max() > 1e-3
 
 
 def test_someone_may_look_up_before_each_batch(model):
     pixels, calls = np.zeros((7, 16, 16, 1), dtype=np.uint8), []
-    inference.logits_of(model, pixels, 3, CPU, GREY, each=lambda: calls.append(1))
+    forward.logits_of(model, pixels, 3, CPU, GREY, each=lambda: calls.append(1))
     assert len(calls) == 3
 
     def stop() -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        inference.logits_of(model, pixels, 3, CPU, GREY, each=stop)
+        forward.logits_of(model, pixels, 3, CPU, GREY, each=stop)
 
 
 def test_a_cuda_device_that_is_not_there_is_told(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(UserError, match=r"train\.device is cuda, but torch finds no CUDA device"):
-        inference.choose_device("cuda")
-    assert inference.choose_device("auto") == inference.choose_device("cpu") == CPU
+        forward.choose_device("cuda")
+    assert forward.choose_device("auto") == forward.choose_device("cpu") == CPU
 
 
 @pytest.mark.parametrize(("name", "expected"), [("auto", "32"), (32, "32"), ("bf16", "bf16")])
 def test_auto_precision_on_a_cpu_is_float32(name, expected):
-    assert inference.choose_precision(name, CPU) == expected
+    assert forward.choose_precision(name, CPU) == expected
 
 
 @pytest.mark.parametrize("native", [True, False])
 def test_auto_precision_on_a_gpu_is_bfloat16_only_where_it_is_not_emulated(monkeypatch, native):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: native or including_emulation)
     cuda = torch.device("cuda")
-    assert inference.choose_precision("auto", cuda) == ("bf16" if native else "32")
-    assert inference.choose_precision(16, cuda) == "16"
+    assert forward.choose_precision("auto", cuda) == ("bf16" if native else "32")
+    assert forward.choose_precision(16, cuda) == "16"
 
 
 def test_float16_on_a_cpu_is_refused():
     with pytest.raises(UserError, match=r"train\.precision is 16, which needs a GPU; set it to bf16, 32 or auto"):
-        inference.choose_precision(16, CPU)
-
-
-@pytest.mark.parametrize(("given", "found"), [({}, "AVX512_CORE_BF16"), ({"ONEDNN_MAX_CPU_ISA": "SSE41"}, "SSE41")])
-def test_amx_is_not_used_unless_the_environment_says_otherwise(given, found):
-    environment = {name: value for name, value in os.environ.items() if name != "ONEDNN_MAX_CPU_ISA"}
-    program = "import os, fadeformer; print(os.environ['ONEDNN_MAX_CPU_ISA'])"
-    command = [sys.executable, "-c", program]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, env={**environment, **given})
-    assert done.stdout.strip() == found
+        forward.choose_precision(16, CPU)

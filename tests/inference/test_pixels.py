@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fadeformer import pixels
-from fadeformer.decode import decode, fit
+from fadeformer.data.decode import decode, fit
 from fadeformer.errors import UserError
+from fadeformer.inference import pixels
 from tests.packages import images, png
 
 pixels_of = partial(pixels.pixels_of, image_size=16, channels=3, aspect="pad", max_pixels=10_000)

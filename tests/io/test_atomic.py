@@ -2,7 +2,7 @@
 
 import pytest
 
-from fadeformer.files import checksum, read_json, whole_file, whole_folder, write_json
+from fadeformer.io.atomic import checksum, read_json, whole_file, whole_folder, write_json
 
 
 def test_a_file_appears_when_the_block_ends(tmp_path):

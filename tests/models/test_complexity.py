@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from fadeformer import complexity
-from fadeformer.complexity import META
+from fadeformer.models import complexity
+from fadeformer.models.complexity import META
 
 PUBLISHED_FADE = {
     "variant": "published", "after_blocks": ["last"], "num_heads": 8, "dropout": 0.1, "K": 3, "alpha": 0.5

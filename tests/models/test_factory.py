@@ -5,9 +5,9 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from fadeformer.attention import FadeAttn
-from fadeformer.diffusion import AttentionPool, DiffusionAttn
-from fadeformer.models import create_model, load_weights, new_to_backbone
+from fadeformer.models.factory import create_model, load_weights, new_to_backbone
+from fadeformer.models.fade_attention import FadeAttn
+from fadeformer.models.heat_diffusion import AttentionPool, DiffusionAttn
 
 SMALL = {"num_classes": 3, "image_size": 28, "in_chans": 3, "pretrained": False, "dropout": 0.1, "drop_path": 0.1}
 

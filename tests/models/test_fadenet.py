@@ -10,9 +10,9 @@ import pytest
 import timm
 import torch
 
-from fadeformer.fadenet import FadedBlock, FadeNet
-from fadeformer.models import create_model
-from tests.test_attention import REFERENCE, relative
+from fadeformer.models.factory import create_model
+from fadeformer.models.fadenet import FadedBlock, FadeNet
+from tests.models.test_fade_attention import REFERENCE, relative
 
 PUBLISHED = json.loads((REFERENCE / "fadenet_vit_base.json").read_text())
 VARIANTS = ("published", "diffusion")

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from scipy.fft import dctn, idctn
 from scipy.linalg import eigh, expm
 
-from fadeformer import grid
+from fadeformer.models import grid_laplacian
 
 sides = st.tuples(st.integers(1, 6), st.integers(1, 6))
 times, exponents = st.floats(0, 50), st.floats(0.25, 1)
@@ -31,8 +31,8 @@ def neighbour_laplacian(height: int, width: int) -> np.ndarray:
 def heated(v: torch.Tensor, time: float, exponent: float) -> torch.Tensor:
     """exp(-t Lambda^s) of (B, H, W, C)."""
     numbers = (torch.tensor([value], dtype=v.dtype) for value in (time, exponent))
-    decay = grid.heat_decay(v.shape[1], v.shape[2], *numbers)
-    return grid.from_waves(grid.to_waves(v.unsqueeze(3)) * decay.unsqueeze(-1)).squeeze(3)
+    decay = grid_laplacian.heat_decay(v.shape[1], v.shape[2], *numbers)
+    return grid_laplacian.from_waves(grid_laplacian.to_waves(v.unsqueeze(3)) * decay.unsqueeze(-1)).squeeze(3)
 
 
 @pytest.mark.parametrize(
@@ -40,7 +40,7 @@ def heated(v: torch.Tensor, time: float, exponent: float) -> torch.Tensor:
 )
 def test_lambda_max_is_that_of_the_whole_matrix(sides):
     exact = np.linalg.eigvalsh(gaussian_laplacian(*sides))[-1]
-    assert grid.largest_eigenvalue(*sides) == pytest.approx(exact, rel=2e-14, abs=1e-15)
+    assert grid_laplacian.largest_eigenvalue(*sides) == pytest.approx(exact, rel=2e-14, abs=1e-15)
 
 
 @given(sides, st.integers(0, 5))
@@ -49,9 +49,9 @@ def test_powers_are_those_of_the_whole_matrix(sides, power):
     top = np.linalg.eigvalsh(lap)[-1]
     rescaled = (2 / top * lap if top > 1e-12 else 0) - np.eye(len(lap))
     whole = np.linalg.matrix_power(rescaled, power)
-    np.testing.assert_allclose(grid.rescaled_laplacian_operator(*sides, power), whole, rtol=0, atol=1e-12)
+    np.testing.assert_allclose(grid_laplacian.rescaled_laplacian_operator(*sides, power), whole, rtol=0, atol=1e-12)
     v = torch.randn(2, *sides, 3, dtype=torch.float64)
-    found = grid.rescaled_laplacian_power(v, power).reshape(2, -1, 3)
+    found = grid_laplacian.rescaled_laplacian_power(v, power).reshape(2, -1, 3)
     np.testing.assert_allclose(found, whole @ v.reshape(2, -1, 3).numpy(), rtol=0, atol=1e-11)
 
 
@@ -73,9 +73,11 @@ def test_heat_is_the_exponential_of_the_whole_matrix_in_float32(sides, time):
 
 def test_each_head_has_its_own_time_and_exponent():
     time, exponent = torch.tensor([0.0, 0.5, 4.0]).double(), torch.tensor([1.0, 0.3, 0.7]).double()
-    found = grid.heat_decay(4, 5, time, exponent)
+    found = grid_laplacian.heat_decay(4, 5, time, exponent)
     for head in range(3):
-        torch.testing.assert_close(found[..., head : head + 1], grid.heat_decay(4, 5, time[head], exponent[head]))
+        torch.testing.assert_close(
+            found[..., head : head + 1], grid_laplacian.heat_decay(4, 5, time[head], exponent[head])
+        )
 
 
 @pytest.mark.parametrize("sides", [(64, 64), (128, 96)])
@@ -92,4 +94,4 @@ def test_large_grids_are_as_exact(sides):
 def test_gradients_of_the_decay_are_right():
     time = torch.tensor([0.3, 2.0], dtype=torch.float64, requires_grad=True)
     exponent = torch.tensor([0.5, 0.9], dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda *numbers: grid.heat_decay(2, 3, *numbers), (time, exponent))
+    assert torch.autograd.gradcheck(lambda *numbers: grid_laplacian.heat_decay(2, 3, *numbers), (time, exponent))

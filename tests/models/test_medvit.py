@@ -11,8 +11,8 @@ from timm.models._manipulate import group_parameters
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from fadeformer.medvit import ESA, MedViT
-from tests.test_attention import relative
+from fadeformer.models.medvit import ESA, MedViT
+from tests.models.test_fade_attention import relative
 
 
 def tiny(**options: float) -> MedViT:

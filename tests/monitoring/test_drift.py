@@ -7,9 +7,10 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from fadeformer import drift, drift_page, reference
 from fadeformer.errors import UserError
-from pipelines import cli
+from fadeformer.monitoring import drift, reference
+from fadeformer.reporting import drift_page
+from pipelines.cli import main
 from tests.packages import images, write_model
 
 
@@ -114,10 +115,10 @@ def folder(tmp_path, monkeypatch):
 
 
 def test_the_command_tells_by_page_json_and_status(folder, capsys):
-    cli.main(["drift", "same", "--model", "models", "--out", "out"])
+    main.main(["drift", "same", "--model", "models", "--out", "out"])
     assert "drift: no drift in 20 images; out/index.html" in capsys.readouterr().out
     with pytest.raises(SystemExit) as ended:
-        cli.main(["drift", "dark", "--model", "models", "--out", "out"])
+        main.main(["drift", "dark", "--model", "models", "--out", "out"])
     assert ended.value.code == 4
     assert "image brightness" in capsys.readouterr().out
     told = json.loads((folder / "out" / "drift.json").read_text())
@@ -131,17 +132,17 @@ def test_more_images_than_wanted_are_drawn_from(folder, capsys):
     for number in range(20, 60):
         Image.fromarray(images(1)[0]).save(folder / "same" / f"{number}.png")
     with pytest.raises(SystemExit):
-        cli.main(["drift", "same", "--model", "models", "--most", "25"])
+        main.main(["drift", "same", "--model", "models", "--most", "25"])
     assert "in 25 images; reports/drift/index.html" in capsys.readouterr().out
     with pytest.raises(SystemExit):
-        cli.main(["drift", "same", "--model", "models", "--most", "5"])
+        main.main(["drift", "same", "--model", "models", "--most", "5"])
     assert "--most is 5; at least 20 images are needed" in capsys.readouterr().err
 
 
 def test_a_model_without_numbers_is_told(folder, capsys):
     (folder / "models" / "reference.parquet").unlink()
     with pytest.raises(SystemExit):
-        cli.main(["drift", "same", "--model", "models"])
+        main.main(["drift", "same", "--model", "models"])
     assert "drift: models: carries no numbers of what it has seen (reference.parquet: FileNotFoundError)" in (
         capsys.readouterr().err
     )

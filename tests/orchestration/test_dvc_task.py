@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from fadeformer.errors import UserError
-from pipelines import reproducing
-from pipelines.reproducing import reproduce
+from pipelines.orchestration import dvc_task
+from pipelines.orchestration.dvc_task import reproduce
 from tests.conftest import ROOT
 
 STAGES = """
@@ -43,7 +43,7 @@ while not Path("seen").exists():
 """
 IN_A_FLOW = """
 from prefect import flow
-from pipelines.reproducing import reproduce
+from pipelines.orchestration.dvc_task import reproduce
 
 @flow(persist_result=False)
 def once():
@@ -95,7 +95,7 @@ def test_the_output_of_a_stage_is_printed_while_it_runs(stages, monkeypatch):
         if line == "epoch 1":
             (stages / "seen").touch()
 
-    monkeypatch.setattr(reproducing, "print", see, raising=False)
+    monkeypatch.setattr(dvc_task, "print", see, raising=False)
     reproduce.fn("talks")
     assert lines[0].startswith("Running stage 'talks'")
     assert "epoch 1" in lines

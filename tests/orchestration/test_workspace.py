@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from fadeformer.errors import UserError
-from pipelines import places, working_copy
+from pipelines.orchestration import workspace
+from pipelines.tracking import locations
 
 STAGES = """
 stages:
@@ -47,7 +48,7 @@ def copy(repository: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], P
 
     def make(name: str, address: str = str(repository)) -> Path:
         monkeypatch.setenv("PREFECT__RUNTIME__FLOW_RUN__ID", name)
-        return Path(working_copy.check_out(address, run(repository, "git", "rev-parse", "HEAD").strip())["directory"])
+        return Path(workspace.check_out(address, run(repository, "git", "rev-parse", "HEAD").strip())["directory"])
 
     return make
 
@@ -67,9 +68,9 @@ def run(folder: Path, *command: str) -> str:
 def test_a_copy_is_at_its_commit_and_belongs_to_the_project(copy, repository):
     commit = run(repository, "git", "rev-parse", "HEAD").strip()
     assert copy("one").parent == repository / ".cache" / "runs"
-    assert working_copy.here()
+    assert workspace.here()
     assert run(Path.cwd(), "git", "rev-parse", "HEAD").strip() == commit
-    assert places.project() == repository
+    assert locations.project() == repository
 
 
 def test_a_run_that_is_started_again_finds_what_it_left(copy):
@@ -105,7 +106,7 @@ def test_a_second_start_waits_for_the_processes_of_the_first_also_if_only_their_
 def test_a_copy_goes_once_its_run_has_ended_well_and_another_begins(copy, repository):
     left = copy("unfinished")
     ended = copy("ended")
-    working_copy.FINISHED.touch()
+    workspace.FINISHED.touch()
     copy("next")
     assert left.exists()
     assert not ended.exists()
@@ -120,7 +121,7 @@ def test_what_a_run_made_comes_back_as_an_experiment(copy, repository, monkeypat
     folder = copy(f"kept{scheme[:4]}", f"{scheme}{repository}")
     (folder / "params.yaml").write_text("seed: 2\n")
     run(folder, "dvc", "repro", "--quiet")
-    assert working_copy.keep(name) == name
+    assert workspace.keep(name) == name
     assert name in run(repository, "dvc", "exp", "list", "--name-only")
     run(repository, "dvc", "exp", "apply", name)
     assert (repository / "doubled.txt").read_text() == "seed: 2\n"  # by the cache they share
@@ -130,12 +131,12 @@ def test_what_a_run_made_comes_back_as_an_experiment(copy, repository, monkeypat
     other = copy(f"of the experiment{scheme[:4]}", f"{scheme}{repository}")
     assert not scheme or run(other, "git", "config", "remote.origin.promisor") == "true\n"
     assert (other / "source.txt").read_text() == f"changed {scheme}\n"
-    working_copy.go_to(name)
+    workspace.go_to(name)
     assert (other / "params.yaml").read_text() == "seed: 2\n"
     assert "Running stage" not in run(other, "dvc", "repro")
     assert (other / "doubled.txt").read_text() == "seed: 2\n"
-    working_copy.keep(f"{name}-again")
-    working_copy.go_to("main")
+    workspace.keep(f"{name}-again")
+    workspace.go_to("main")
     assert (other / "params.yaml").read_text() == "seed: 1\n"
 
 
@@ -143,21 +144,21 @@ def test_results_go_to_dvcs_remote_and_come_back_from_it(copy, repository, tmp_p
     run(repository, "dvc", "remote", "add", "--local", "--default", "there", str(tmp_path / "remote"))
     try:
         folder = copy("pushed")
-        assert working_copy.has_remote()
-        working_copy.pull()  # of which nothing is there yet
+        assert workspace.has_remote()
+        workspace.pull()  # of which nothing is there yet
         (folder / "params.yaml").write_text("seed: 3\n")
         run(folder, "dvc", "repro", "--quiet")
-        working_copy.keep("pushed")
+        workspace.keep("pushed")
         shutil.rmtree(repository / ".dvc" / "cache")
         other = copy("pulled")
-        working_copy.go_to("pushed")
-        working_copy.pull()
+        workspace.go_to("pushed")
+        workspace.pull()
         assert "Running stage" not in run(other, "dvc", "repro", "--pull")
         assert (other / "doubled.txt").read_text() == "seed: 3\n"
     finally:
         run(repository, "dvc", "remote", "remove", "--local", "there")
     copy("without")
-    assert not working_copy.has_remote()
+    assert not workspace.has_remote()
 
 
 @pytest.mark.parametrize(
@@ -174,16 +175,16 @@ def test_no_workspace_is_made(repository, monkeypatch, address, starts, message)
     monkeypatch.setenv("PREFECT__RUNTIME__FLOW_RUN__ID", "refused")
     monkeypatch.setenv("PREFECT__RUNTIME__FLOW_RUN__RUN_COUNT", str(starts))
     with pytest.raises(UserError, match=message) as error:
-        working_copy.check_out(address.format(repository), "0" * 40)
+        workspace.check_out(address.format(repository), "0" * 40)
     assert "secret" not in str(error.value)
 
 
 def test_a_workspace_belongs_to_a_run(repository):
     with pytest.raises(UserError, match="prefect deployment run"):
-        working_copy.check_out(str(repository), "main")
+        workspace.check_out(str(repository), "main")
 
 
 def test_an_experiment_that_is_not_there_is_an_error(copy):
     copy("searching")
     with pytest.raises(UserError, match="could not resolve nothing-of-it"):
-        working_copy.go_to("nothing-of-it")
+        workspace.go_to("nothing-of-it")

@@ -15,7 +15,7 @@ from urllib.parse import quote
 import pytest
 from ruamel.yaml import YAML
 
-from fadeformer import lines
+from fadeformer.io import jsonl
 from tests.pipeline.cluster import ARTIFACTS, RESULTS, Cluster, basic, soon, status_of
 from tests.postgresql import PROGRAMS
 
@@ -140,7 +140,7 @@ def test_files_of_each_lie_in_the_object_store(cluster, killed):
 
 
 def test_ledger_aliases_and_tags_agree(cluster, killed):
-    records = lines.read(cluster.home / "mlruns" / "ledger.jsonl", "")
+    records = jsonl.read(cluster.home / "mlruns" / "ledger.jsonl", "")
     entries = sorted((one for one in records if one["kind"] == "decided"), key=lambda one: one["number"])
     assert [entry["number"] for entry in entries] == list(range(1, len(entries) + 1))
     for before, after in itertools.pairwise(entries):

@@ -57,8 +57,10 @@ def grid(project: Project, address: str, started) -> str:
     port = address.removesuffix("/api").rsplit(":", 1)[1]
     log = started("prefect", "server", "start", "--host", "127.0.0.1", "--port", port)
     soon(lambda: answers(f"{address}/health"), tell=log.read_text)
-    project.run("python", "-m", "pipelines.deploy", PREFECT_API_URL=address)
-    project.run("python", "-m", "pipelines.deploy", "--at-once", "2", PREFECT_API_URL=address)  # changes what is there
+    project.run("python", "-m", "pipelines.orchestration.deploy", PREFECT_API_URL=address)
+    project.run(
+        "python", "-m", "pipelines.orchestration.deploy", "--at-once", "2", PREFECT_API_URL=address
+    )  # changes what is there
     started("prefect", "worker", "start", "--pool", "local")
     options = ("--param", 'vary={"seed": [1]}', "--param", 'fixed={"train.epochs": 1}', "--flow-run-name", "grid")
     return project.run("prefect", "deployment", "run", "grid/benchmark", *options, "--watch", PREFECT_API_URL=address)

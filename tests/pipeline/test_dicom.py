@@ -55,7 +55,7 @@ def test_no_name_and_no_number_of_a_patient_is_in_anything_that_is_left(project:
     assert looked > 100
     assert not [word for word in secrets if word in output.encode()]
     assert (project.folder / "data/salt").stat().st_size == 32
-    known = project.run("python", "-m", "pipelines.download", "--names")
+    known = project.run("python", "-m", "pipelines.stages.download", "--names")
     assert f"{rows['id'].iloc[0].removesuffix('.png')}\t" in known
     assert f"bright/{NAME}-1-0.dcm" in known
     assert "data/salt" not in project.run("git", "ls-files", "--others", "--exclude-standard")

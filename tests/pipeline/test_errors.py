@@ -84,8 +84,8 @@ def test_a_leak_stops_until_a_split_is_adopted(reproduced, stops, archive):
     assert re.search(r"own-scans-\w{8}/train/41 ", message)
     assert re.search(r"own-scans-\w{8}/test/7 ", message)
     assert "validate.max_cross_split_duplicates: 1" in message
-    assert "`python -m pipelines.validate --fix` proposes a split without leaks" in message
-    output = reproduced.run("python", "-m", "pipelines.validate", "--fix")
+    assert "`python -m pipelines.stages.validate --fix` proposes a split without leaks" in message
+    output = reproduced.run("python", "-m", "pipelines.stages.validate", "--fix")
     proposed = re.search(r"(data/adopted/proposed-\w+\.csv) moves (1|2) of 110 images", output)[1]
     assert not (reproduced.folder / "data/manifest.parquet").exists()
     reproduced.change(split={"adopted": proposed}, validate={"severity": {"same_image_two_labels": "warn"}})

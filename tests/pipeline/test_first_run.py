@@ -10,8 +10,8 @@ import pytest
 from mlflow import MlflowClient
 from mlflow.entities import Run
 
-from fadeformer.numerals import told
-from pipelines.__main__ import STAGES
+from fadeformer.io.formatting import told
+from pipelines.stages import STAGES
 from tests.conftest import EVERY_CORE, ROOT, Kept, Project, ran, read
 
 FIGURES = (

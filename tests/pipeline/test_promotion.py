@@ -54,8 +54,8 @@ def test_the_champion_sees_them_as_it_is_used_to(reproduced):
     told = of(decision(reproduced), "not_inferior")["figures"]
     script = (
         "import pandas as pd; from pathlib import Path;"
-        "from fadeformer import predictions; from fadeformer.preprocess import decoded;"
-        "from pipelines import named_model; from fadeformer.metrics import auc;"
+        "from fadeformer import predictions; from fadeformer.data.preprocess import decoded;"
+        "from pipelines import named_model; from fadeformer.evaluation.metrics import auc;"
         f"champion = named_model.load(named_model.find('models:/{NAME}/1'));"
         "rows = pd.read_parquet('data/manifest.parquet').query(\"split == 'test'\");"
         "pixels = decoded(rows, Path('data/raw'), Path('test.npy'), **champion.input);"

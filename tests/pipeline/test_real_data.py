@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from fadeformer.datasets.chestxray14 import BOXES
+from fadeformer.data.sources.chestxray14 import BOXES
 from tests.conftest import Project, ran, read
-from tests.datasets.test_chestxray14 import OF_THE_SAMPLE
+from tests.data.sources.test_chestxray14 import OF_THE_SAMPLE
 
 pytestmark = [pytest.mark.pipeline, pytest.mark.usefixtures("shared_server")]
 

@@ -16,7 +16,7 @@ import pandas as pd
 import psutil
 import pytest
 
-from fadeformer.state import COST
+from fadeformer.training.state import COST
 from tests.conftest import EVERY_CORE, Kept, Project
 from tests.postgresql import free_port
 
@@ -223,7 +223,7 @@ def test_two_processes_come_to_the_history_of_one(pieces, steady):
 def test_two_machines_do_so_too(pieces, steady):
     pieces.change(train={"devices": 1, "checkpoint_minutes": 6})
     cluster = {"PET_NNODES": "2", "PET_MASTER_ADDR": "127.0.0.1", "PET_MASTER_PORT": str(free_port())}
-    other = ["torchrun", "--nproc-per-node", "1", "-m", "pipelines.fitting"]
+    other = ["torchrun", "--nproc-per-node", "1", "-m", "pipelines.stages.train_worker"]
     with running(pieces, *other, **cluster, PET_NODE_RANK="1") as process:
         pieces.run("python", "-m", "pipelines", "train", **cluster, PET_NODE_RANK="0")
         assert process.wait(timeout=60) == 0

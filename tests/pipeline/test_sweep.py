@@ -16,7 +16,7 @@ import pytest
 from mlflow import MlflowClient
 from mlflow.entities import Run
 
-from fadeformer import params
+from fadeformer.config import schema
 from tests.conftest import Project, ran
 from tests.pipeline.test_deployment import soon
 
@@ -119,7 +119,7 @@ def test_the_best_is_evaluated_without_another_training(project, swept):
     command = swept.splitlines()[-1]
     assert command.startswith("dvc exp run --set-param=")
     assert ran(project.run(*shlex.split(command))) == ["evaluate", "promote"]
-    found, small = (params.load(project.folder / file).flat() for file in ("params.yaml", "small.yaml"))
+    found, small = (schema.load(project.folder / file).flat() for file in ("params.yaml", "small.yaml"))
     changed = {key: value for key, value in found.items() if small[key] != value}
     assert changed == {
         "train.epochs": 40,

@@ -6,9 +6,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from fadeformer import gate, operating, predictions, subgroups, summary
-from fadeformer.gate import Asked, Candidate
-from fadeformer.predictions import Predictions
+from fadeformer.evaluation import operating_points, predictions, subgroups, summary
+from fadeformer.evaluation.predictions import Predictions
+from fadeformer.promotion import gate
+from fadeformer.promotion.gate import Asked, Candidate
 from fadeformer.tasks import TASKS
 
 NOTHING = Asked(
@@ -38,7 +39,7 @@ def judged(
 def candidate(test: Predictions, **changes: object) -> Candidate:
     """All that evaluate would have found of it; val is like test."""
     bounds, of_subgroups = subgroups.compare(test, [0.0], draws=100, seed=0, confidence=0.95)
-    points = operating.operating_points(test, test, POINTS, 0.95)
+    points = operating_points.operating_points(test, test, POINTS, 0.95)
     return replace(Candidate(test, bounds, 0.95, of_subgroups, points, data_passed=True), **changes)
 
 

@@ -15,12 +15,13 @@ from pathlib import Path
 import pytest
 from mlflow import MlflowClient
 
-from fadeformer import lines
 from fadeformer.errors import UserError
-from fadeformer.verdict import FAILED, PASSED, Decision, Rule
-from pipelines import ledger, places, registry, tracking
-from pipelines import store as mlflow_store
-from pipelines.ledger import Subject
+from fadeformer.io import jsonl
+from fadeformer.promotion.decision import FAILED, PASSED, Decision, Rule
+from pipelines.registry import ledger, versions
+from pipelines.registry.ledger import Subject
+from pipelines.tracking import locations, runs
+from pipelines.tracking import store as mlflow_store
 from tests import promotions
 from tests.conftest import ROOT
 from tests.postgresql import PostgreSQL, require
@@ -30,13 +31,13 @@ pytestmark = pytest.mark.usefixtures("own_store")
 
 def registered(name: str, count: int) -> list[Subject]:
     """Versions that are only rows of the store."""
-    with tracking.run() as run_id:
+    with runs.run() as run_id:
         client = MlflowClient()
         experiment = client.get_run(run_id).info.experiment_id
         for _ in range(count):
-            made = client.create_logged_model(experiment, name=tracking.MODEL, source_run_id=run_id)
+            made = client.create_logged_model(experiment, name=runs.MODEL, source_run_id=run_id)
             client.finalize_logged_model(made.model_id, "READY")
-            registry.register(name, run_id, made.model_id)
+            versions.register(name, run_id, made.model_id)
     return [Subject(str(n), run_id, f"content of {n}", {"name": "phantom"}) for n in range(1, count + 1)]
 
 
@@ -228,10 +229,10 @@ def test_a_ledger_that_is_gone_comes_back_from_the_registry(tmp_path):
     with ledger.opened("gone") as book:
         assert book.entries == before
     assert ledger.history("gone") == before
-    rest = lines.read(tmp_path / "ledger.jsonl", "")
+    rest = jsonl.read(tmp_path / "ledger.jsonl", "")
     for record in rest:  # of the other tests
         if record.get("model") != "gone":
-            lines.append(ledger.path(), record)
+            jsonl.append(ledger.path(), record)
 
 
 def test_another_registry_has_a_line_of_its_own_and_what_was_taken_back_stays_so():
@@ -270,7 +271,7 @@ class Killed(BaseException):
 
 
 CALLS = (
-    (lines, "append"), (MlflowClient, "set_registered_model_alias"), (MlflowClient, "delete_registered_model_alias"),
+    (jsonl, "append"), (MlflowClient, "set_registered_model_alias"), (MlflowClient, "delete_registered_model_alias"),
     (MlflowClient, "set_model_version_tag"), (MlflowClient, "delete_model_version_tag"),
 )  # fmt: skip
 
@@ -330,7 +331,7 @@ def test_twenty_promotions_by_four_processes_with_kills(database, request, tmp_p
     if database == "postgresql":
         monkeypatch.setenv("MLFLOW_TRACKING_URI", request.getfixturevalue("postgresql"))
     mlflow_store.connect()
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", places.uri())
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", locations.uri())
     name, dice = "at once", random.Random(0)  # noqa: S311
     registered(name, 20)
     shares = [[str(number) for number in range(first, 21, 4)] for first in range(1, 5)]

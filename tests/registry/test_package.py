@@ -15,7 +15,9 @@ from mlflow import MlflowClient
 from safetensors import safe_open
 
 from fadeformer.errors import UserError
-from pipelines import moved, packaged, registry, tracking
+from pipelines.registry import package as packaged
+from pipelines.registry import versions
+from pipelines.tracking import relocate, runs
 from tests.packages import images, load, png, project_with_store
 
 
@@ -28,7 +30,7 @@ def project(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def run_id() -> str:
-    with tracking.run() as made:
+    with runs.run() as made:
         pass
     return made
 
@@ -87,7 +89,7 @@ def test_the_same_content_is_one_package_and_other_operating_points_another(proj
     begun = client.create_logged_model(first.experiment_id, name="model", source_run_id=run_id)  # a killed stage's
     assert packaged.log(run_id).model_id == first.model_id
     assert begun.model_id not in {model.model_id for model in client.search_logged_models([first.experiment_id])}
-    assert registry.register("m", run_id, first.model_id).number == "1"
+    assert versions.register("m", run_id, first.model_id).number == "1"
     path = project / "reports" / "operating_points.json"
     before = path.read_text()
     points = json.loads(before)
@@ -95,10 +97,10 @@ def test_the_same_content_is_one_package_and_other_operating_points_another(proj
     path.write_text(json.dumps(points))
     other = packaged.log(run_id)
     assert other.model_id != first.model_id
-    assert registry.register("m", run_id, other.model_id).number == "2"
+    assert versions.register("m", run_id, other.model_id).number == "2"
     client.set_registered_model_alias("m", "champion", "1")
     path.write_text(before)
-    assert registry.register("m", run_id, packaged.log(run_id).model_id).number == "1"
+    assert versions.register("m", run_id, packaged.log(run_id).model_id).number == "1"
     assert packaged.log(run_id).tags[packaged.CONTENT] == packaged.checksum_of_content()
 
 
@@ -125,14 +127,14 @@ def test_limits_can_be_set_where_it_is_loaded(package):
 
 
 def test_a_store_that_was_moved_serves_without_this_project_and_imports_no_orchestrator(project, run_id, tmp_path):
-    registry.register("moving", run_id, packaged.log(run_id).model_id)
+    versions.register("moving", run_id, packaged.log(run_id).model_id)
     MlflowClient().set_registered_model_alias("moving", "champion", "1")
     expected = load(project).scores(images(5))
     elsewhere = tmp_path / "with a space"
     shutil.copytree(project / "mlruns", elsewhere)
     away = (project / "mlruns" / "artifacts").rename(project / "mlruns" / "away")
     try:
-        subprocess.run([sys.executable, str(elsewhere / Path(moved.__file__).name)], check=True, cwd="/")
+        subprocess.run([sys.executable, str(elsewhere / Path(relocate.__file__).name)], check=True, cwd="/")
         store = f"sqlite:///{elsewhere}/mlflow.db"
         scores, library, imported = load_elsewhere("models:/moving@champion", tmp_path, MLFLOW_TRACKING_URI=store)
     finally:
@@ -144,7 +146,7 @@ def test_a_store_that_was_moved_serves_without_this_project_and_imports_no_orche
 
 def test_a_package_is_fetched_by_each_kind_of_address(run_id):
     made = packaged.log(run_id)
-    number = registry.register("fetched", run_id, made.model_id).number
+    number = versions.register("fetched", run_id, made.model_id).number
     MlflowClient().set_registered_model_alias("fetched", "champion", number)
     addresses = ("fetched@champion", f"fetched/{number}", made.model_id)
     folders = [packaged.fetch(f"models:/{address}") for address in addresses]

@@ -4,14 +4,14 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from fadeformer import predictions, subgroups
-from fadeformer.arrays import Meta
-from fadeformer.card import model_card
-from fadeformer.evidence_tables import UNDIVIDED, Evidence
-from fadeformer.numerals import told
-from fadeformer.operating import operating_points
-from fadeformer.proportions import predictive_interval, wilson
-from fadeformer.summary import intervals, summarise
+from fadeformer.data.arrays import Meta
+from fadeformer.evaluation import predictions, subgroups
+from fadeformer.evaluation.intervals.proportions import predictive_interval, wilson
+from fadeformer.evaluation.operating_points import operating_points
+from fadeformer.evaluation.summary import intervals, summarise
+from fadeformer.io.formatting import told
+from fadeformer.reporting.model_card import model_card
+from fadeformer.reporting.tables import UNDIVIDED, Evidence
 from fadeformer.tasks import TASKS
 
 FADE = {"variant": "published", "after_blocks": ["last"], "num_heads": 4, "dropout": 0.1, "K": 3, "alpha": 0.5}

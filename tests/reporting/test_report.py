@@ -9,21 +9,13 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from fadeformer import (
-    evidence_plots,
-    evidence_tables,
-    pages,
-    plots,
-    predictions,
-    published,
-    report,
-    subgroups,
-    summary,
-)  # fmt: skip
-from fadeformer.arrays import Meta
-from fadeformer.datasets.medmnist import SETS
-from fadeformer.evidence_tables import Evidence
-from fadeformer.operating import operating_points
+from fadeformer.data.arrays import Meta
+from fadeformer.data.sources.medmnist import SETS
+from fadeformer.evaluation import predictions, published, subgroups, summary  # fmt: skip
+from fadeformer.evaluation.operating_points import operating_points
+from fadeformer.reporting import rendering, report, tables
+from fadeformer.reporting.plots import base, uncertainty
+from fadeformer.reporting.tables import Evidence
 from fadeformer.tasks import TASKS
 
 A4 = 680  # pixels of CSS between margins of 15 mm
@@ -85,10 +77,10 @@ def page(of: SimpleNamespace, folder: Path, explained: dict = EXPLAINED) -> Path
     folder.mkdir(exist_ok=True)
     left_out = () if of.evidence.subgroups else ("subgroup_forest",)
     for name, figure in {
-        "confusion_matrix": plots.confusion_matrix(of.test),
-        "score_histograms": evidence_plots.score_histograms(of.test),
+        "confusion_matrix": base.confusion_matrix(of.test),
+        "score_histograms": uncertainty.score_histograms(of.test),
     }.items():
-        plots.save(figure, folder / f"{name}.png", 40)
+        base.save(figure, folder / f"{name}.png", 40)
     matrix = (folder / "confusion_matrix.png").read_bytes()  # stands for all others
     pngs = dict.fromkeys({*report.FIGURES, "gallery"}.difference(left_out), matrix)
     pngs["score_histograms"] = (folder / "score_histograms.png").read_bytes()
@@ -120,7 +112,7 @@ def test_the_verdict_warns_of_chance_leaks_and_classes_that_are_not_judged():
     assert next(iter(told.values())) == "bad"
     assert "chance alone is not ruled out" in next(iter(told))
     assert told["3 images stand in two splits, so the numbers may flatter."] == "bad"
-    assert evidence_tables.UNDIVIDED in told
+    assert tables.UNDIVIDED in told
     without = next(sentence for sentence in verdicts(made("chestmnist")) if sentence.startswith("Not judged"))
     assert without == f"Not judged, for want of images with or without: {SETS['chestmnist'].classes[3]}."
 
@@ -139,9 +131,9 @@ def test_without_subgroups_a_sentence_stands_for_table_and_figure(tmp_path):
     with_them = page(made("retinamnist"), tmp_path / "with").read_text()
     without = page(made("retinamnist", known=False), tmp_path / "without").read_text()
     assert 'id="subgroup_forest"' in with_them
-    assert evidence_tables.UNDIVIDED not in with_them
+    assert tables.UNDIVIDED not in with_them
     assert "subgroup_forest" not in re.sub(r"<style>.*</style>", "", without, flags=re.DOTALL)
-    assert f"<p>{evidence_tables.UNDIVIDED}</p>" in without
+    assert f"<p>{tables.UNDIVIDED}</p>" in without
     assert "Patients or lesions" not in without
 
 
@@ -166,7 +158,7 @@ def test_marks_of_markdown_are_html_in_the_page_and_all_else_is_escaped(tmp_path
     body = re.sub(r"base64,[^\"]*", "", text)
     assert "**" not in body
     assert "`" not in body
-    assert pages.marked("<b> `a<b` **c&d**") == "&lt;b&gt; <code>a&lt;b</code> <strong>c&amp;d</strong>"
+    assert rendering.marked("<b> `a<b` **c&d**") == "&lt;b&gt; <code>a&lt;b</code> <strong>c&amp;d</strong>"
 
 
 @pytest.fixture(scope="module", params=KINDS)

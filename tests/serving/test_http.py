@@ -12,7 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from mlflow.pyfunc import scoring_server
 
-from pipelines import packaged, serving, tracking
+from pipelines.registry import package as packaged
+from pipelines.serving import http
+from pipelines.tracking import runs
 from tests.packages import images, load, png, project_with_store
 
 JSON = {"content-type": "application/json"}
@@ -34,7 +36,7 @@ FORMS = [
 def package(tmp_path_factory):
     """The folder of a package, and in it the path that no answer may tell."""
     with project_with_store(tmp_path_factory.mktemp("served")):
-        with tracking.run() as run_id:
+        with runs.run() as run_id:
             pass
         yield packaged.fetch(f"models:/{packaged.log(run_id).model_id}")
 
@@ -46,7 +48,7 @@ def model(package):
 
 @pytest.fixture(scope="module")
 def client(model):
-    with TestClient(serving.app(model, max_bytes=50_000, max_images=5), raise_server_exceptions=True) as client:
+    with TestClient(http.app(model, max_bytes=50_000, max_images=5), raise_server_exceptions=True) as client:
         yield client
 
 

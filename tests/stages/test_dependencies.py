@@ -1,7 +1,6 @@
-"""dvc.yaml lists for each stage exactly the sources, parameters and outputs that its module has."""
+"""dvc.yaml lists for each stage the sources, parameters and outputs that its module has."""
 
 import ast
-import tomllib
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -9,30 +8,29 @@ import pytest
 from ruamel.yaml import YAML
 
 from pipelines import paths
-from pipelines.__main__ import STAGES
+from pipelines.stages import STAGES
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 DVC = YAML(typ="safe").load(ROOT / "dvc.yaml")
 LOCAL = ("fadeformer", "pipelines")
-PACKAGE_DATA = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]["fadeformer"]
+TEMPLATES = ROOT / "fadeformer" / "reporting" / "templates"
+TABLE = "fadeformer/evaluation/published.csv"
 # Sources that stages import and that cannot change what they make.
 NO_INFLUENCE = {
-    "fadeformer/datasets/__init__.py": "a docstring",
     "fadeformer/errors.py": "the type of error that stops a stage",
-    "fadeformer/explain.py": "how errors in params.yaml are told",
-    "fadeformer/params.py": "holds no default: what it lets through stands in params.yaml, whose sections are listed",
+    "fadeformer/config/validation.py": "how errors in params.yaml are told",
+    "fadeformer/config/schema.py": "holds no default: what it lets through stands in params.yaml, whose sections are listed",
     "pipelines/__init__.py": "where the tools keep their caches",
-    "pipelines/begun.py": "which checkpoint a training resumes from; the result is that of an uninterrupted training",
-    "pipelines/journal.py": "logs what an epoch has measured",
-    "pipelines/moved.py": "where MLflow's store keeps files",
-    "pipelines/orchestrator.py": "which Prefect server sees the stage",
+    "pipelines/tracking/resume.py": "which checkpoint a training resumes from; the result is that of an uninterrupted training",
+    "pipelines/tracking/journal.py": "logs what an epoch has measured",
+    "pipelines/tracking/relocate.py": "where MLflow's store keeps files",
+    "pipelines/server.py": "which Prefect server sees the stage",
     "pipelines/paths.py": "the outputs that dvc.yaml lists itself",
-    "pipelines/places.py": "where the project keeps downloads and MLflow's store",
-    "pipelines/signals.py": "when a training is stopped; it resumes at the same batch",
-    "pipelines/stage.py": "how errors are printed",
-    "pipelines/store.py": "connects to MLflow",
-    "pipelines/tracking.py": "logs parameters, metrics and files that others made",
-    "pipelines/verdict_table.py": "how a decision is printed",
+    "pipelines/tracking/locations.py": "where the project keeps downloads and MLflow's store",
+    "pipelines/stages/signals.py": "when a training is stopped; it resumes at the same batch",
+    "pipelines/runner.py": "how errors are printed",
+    "pipelines/tracking/store.py": "connects to MLflow",
+    "pipelines/tracking/runs.py": "logs parameters, metrics and files that others made",
 }
 
 
@@ -56,17 +54,33 @@ def sources_of(module: str) -> set[str]:
             elif isinstance(node, ast.ImportFrom) and node.module:
                 names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
             elif isinstance(node, ast.Constant) and str(node.value).endswith(".py"):  # a file handed to MLflow by name
-                names = [f"pipelines.{str(node.value).removesuffix('.py')}"]
-            elif isinstance(node, ast.Constant) and node.value in PACKAGE_DATA:
-                found |= page(str(node.value))
+                names = [f"pipelines.registry.{str(node.value).removesuffix('.py')}"]
+            elif isinstance(node, ast.Constant) and str(node.value).endswith(".html") and is_template(str(node.value)):
+                found |= template(str(node.value))
+            elif isinstance(node, ast.Constant) and node.value == Path(TABLE).name:
+                found.add(TABLE)
             todo += [imported for imported in names if imported.split(".")[0] in LOCAL and is_module(imported)]
     return found
 
 
-def page(name: str) -> set[str]:
-    """A template, and those that it names."""
-    text = (ROOT / "fadeformer" / name).read_text()
-    return {f"fadeformer/{one}" for one in (name, *PACKAGE_DATA) if one == name or f'"{one}"' in text}
+def is_template(name: str) -> bool:
+    return (TEMPLATES / name).is_file()
+
+
+def template(name: str) -> set[str]:
+    """A template, and those that it includes."""
+    text = (TEMPLATES / name).read_text()
+    names = {name, *(other.name for other in TEMPLATES.glob("*.html") if f'"{other.name}"' in text)}
+    return {f"fadeformer/reporting/templates/{one}" for one in names}
+
+
+def imports_only(path: str) -> bool:
+    """Whether a file is the `__init__.py` of a package, which re-exports names."""
+    return path.endswith("/__init__.py")
+
+
+def is_in(path: str, dependency: str) -> bool:
+    return path == dependency or path.startswith(f"{dependency}/")
 
 
 def is_module(name: str) -> bool:
@@ -79,8 +93,8 @@ def is_module(name: str) -> bool:
 def sections_of(module: str) -> set[str]:
     """Sections of params.yaml that a stage's module reads: attributes of what `params.load` returned."""
     known = {"seed", "dataset", "split", "validate_", "preprocess", "model", "augment", "train", "evaluate", "promote"}
-    modules = (module, "fitting") if module == "train" else (module,)  # a process of the training reads them again
-    trees = [ast.parse((ROOT / "pipelines" / f"{name}.py").read_text()) for name in modules]
+    modules = (module, "train_worker") if module == "train" else (module,)  # a process of the training reads them again
+    trees = [ast.parse((ROOT / "pipelines" / "stages" / f"{name}.py").read_text()) for name in modules]
     read = set()
     for node in (node for tree in trees for node in ast.walk(tree)):
         if isinstance(node, ast.Attribute) and node.attr in known:
@@ -100,10 +114,28 @@ def test_command_runs_the_stage_of_that_name(stage):
     assert DVC["stages"][stage]["cmd"] == f"python -m pipelines {stage}"
 
 
+def sources_and_listed(stage: str) -> tuple[set[str], set[str]]:
+    """The sources that can change what a stage makes, and the files and packages that dvc.yaml lists for it."""
+    sources = {path for path in sources_of(f"pipelines.stages.{stage}") - NO_INFLUENCE.keys() if not imports_only(path)}
+    return sources, {path for path in DVC["stages"][stage]["deps"] if path.startswith(LOCAL)}
+
+
 @pytest.mark.parametrize("stage", STAGES)
-def test_sources_are_those_that_the_stage_imports(stage):
-    listed = {dep for dep in DVC["stages"][stage]["deps"] if dep.startswith(LOCAL)}
-    assert listed == sources_of(f"pipelines.{stage}") - NO_INFLUENCE.keys()
+def test_every_imported_source_is_a_dependency(stage):
+    sources, listed = sources_and_listed(stage)
+    assert {path for path in sources if not any(is_in(path, dependency) for dependency in listed)} == set()
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_every_dependency_is_imported(stage):
+    sources, listed = sources_and_listed(stage)
+    assert {dependency for dependency in listed if not any(is_in(path, dependency) for path in sources)} == set()
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_no_dependency_holds_sources_without_influence(stage):
+    _, listed = sources_and_listed(stage)
+    assert {path for path in NO_INFLUENCE if any(is_in(path, dependency) for dependency in listed)} == set()
 
 
 @pytest.mark.parametrize("stage", STAGES)

@@ -7,7 +7,7 @@ import time
 import pytest
 
 from fadeformer.errors import Interrupted
-from pipelines import signals
+from pipelines.stages import signals
 
 
 @pytest.fixture(autouse=True)

@@ -23,12 +23,12 @@ import pandas as pd
 import pytest
 from mlflow import MlflowClient
 
-from fadeformer.arrays import Meta
+from fadeformer.data.arrays import Meta
 from fadeformer.errors import PassingError, UserError
-from fadeformer.files import read_json, write_json
-from pipelines import journal, places, tracking
-from pipelines import store as mlflow_store
-from pipelines.journal import Journal
+from fadeformer.io.atomic import read_json, write_json
+from pipelines.tracking import journal, locations, runs
+from pipelines.tracking import store as mlflow_store
+from pipelines.tracking.journal import Journal
 
 CARD = {"name": "dots", "file": "dots.npz", "sha256": "ab" * 32, "size": 16, "note": "made up", "task": "binary-class"}
 META = Meta(
@@ -136,7 +136,7 @@ def test_a_run_has_what_a_training_leaves(store, monkeypatch):
     assert json.loads(dataset.dataset.source)["tags"]["file"] == "dots.npz"
     assert [(tag.key, tag.value) for tag in dataset.tags] == [("mlflow.data.context", "training")]
     note = read_json(FOLDER / "run.json")
-    assert ours.data.tags[tracking.IDENTITY] == note["identity"]
+    assert ours.data.tags[runs.IDENTITY] == note["identity"]
     assert ours.info.start_time == note["time"]
     assert [(key, step) for key, step, _, _ in points(store)] == [(key, epoch) for epoch in (1, 2) for key in METRICS]
     assert points(store) == expected()
@@ -240,8 +240,8 @@ def check_trained(store: Path, epochs: int = 4) -> None:
 @pytest.mark.parametrize(
     ("module", "name", "call"),
     [
-        (tracking, "open_run", 1), (tracking, "mark", 1), (tracking, "log_origin", 1), (tracking, "log_points", 1),
-        (tracking, "log_points", 3), (journal, "write_json", 1), (journal, "write_json", 2), (os, "fsync", 5),
+        (runs, "open_run", 1), (runs, "mark", 1), (runs, "log_origin", 1), (runs, "log_points", 1),
+        (runs, "log_points", 3), (journal, "write_json", 1), (journal, "write_json", 2), (os, "fsync", 5),
     ],
     ids=lambda value: getattr(value, "__name__", str(value)),
 )  # fmt: skip
@@ -329,7 +329,7 @@ def test_a_project_that_moved_has_its_run(store, monkeypatch):
 
 def test_no_password_is_shown(monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://me:secret@example.org:5000/mlflow/?token=secret")
-    assert places.address() == "http://example.org:5000/mlflow"
+    assert locations.address() == "http://example.org:5000/mlflow"
 
 
 # MLflow may come back.

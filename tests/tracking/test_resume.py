@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from fadeformer.errors import PassingError
-from pipelines import begun, paths, places
+from pipelines import paths
+from pipelines.tracking import locations, resume
 
 AT_ONCE = 4
 ROUNDS = 25
@@ -32,10 +33,10 @@ def copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Pat
     """Goes to a working copy of a deployment run, which is made first; "" is the project itself."""
 
     def go_to(name: str) -> Path:
-        folder = tmp_path / places.RUNS / name if name else tmp_path
+        folder = tmp_path / locations.RUNS / name if name else tmp_path
         if name and not folder.exists():
-            (folder / places.COPY).parent.mkdir(parents=True)
-            (folder / places.COPY).write_text("{}")
+            (folder / locations.COPY).parent.mkdir(parents=True)
+            (folder / locations.COPY).write_text("{}")
         monkeypatch.chdir(folder)
         return folder
 
@@ -45,13 +46,13 @@ def copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Pat
 @pytest.fixture
 def seed(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     """Sets what the next training is made of."""
-    return lambda seed: monkeypatch.setattr(begun, "made_of", lambda: {"seed": seed})
+    return lambda seed: monkeypatch.setattr(resume, "made_of", lambda: {"seed": seed})
 
 
 def train(run_id: str) -> Path:
     """A training that ends: its folder."""
-    with begun.taken_up() as folder:
-        begun.finish(folder, run_id)
+    with resume.taken_up() as folder:
+        resume.finish(folder, run_id)
     return folder
 
 
@@ -64,10 +65,10 @@ def test_what_another_run_has_finished_stays_until_that_run_forgets_it(
     copy("two")
     seed(2)
     train("of two")
-    begun.forget("of two")
-    assert (one / begun.FINISHED).is_file()
+    resume.forget("of two")
+    assert (one / resume.FINISHED).is_file()
     copy("one")
-    begun.forget("of one")
+    resume.forget("of one")
     assert not any(path.is_dir() for path in one.parent.iterdir())
 
 
@@ -96,12 +97,12 @@ def test_a_finished_training_that_is_taken_up_again_is_not_removed_meanwhile(
     seed(1)
     train("same")
     copy("two")
-    monkeypatch.setattr(begun, "LOOKING", 0)
-    with begun.taken_up() as folder:
-        begun.forget("same")
-        assert (folder / begun.MADE_OF).is_file()
+    monkeypatch.setattr(resume, "LOOKING", 0)
+    with resume.taken_up() as folder:
+        resume.forget("same")
+        assert (folder / resume.MADE_OF).is_file()
     assert "going on with the training" in capsys.readouterr().out
-    begun.forget("same")
+    resume.forget("same")
     assert not folder.exists()
 
 
@@ -110,7 +111,7 @@ def test_a_training_that_another_process_is_at_is_not_told_as_left(
 ) -> None:
     copy("one")
     seed(1)
-    with begun.taken_up():
+    with resume.taken_up():
         copy("two")
         seed(2)
         train("of two")
@@ -123,11 +124,11 @@ def test_a_training_that_another_process_is_at_is_not_told_as_left(
 def test_the_very_same_training_is_begun_once(
     copy: Callable[[str], Path], seed: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(begun, "LOOKING", 0)
+    monkeypatch.setattr(resume, "LOOKING", 0)
     copy("one")
     seed(1)
     told = "another process trains the very same"
-    with begun.taken_up(), pytest.raises(PassingError, match=told), begun.taken_up():
+    with resume.taken_up(), pytest.raises(PassingError, match=told), resume.taken_up():
         pass
 
 
@@ -139,22 +140,22 @@ def test_half_of_a_training_that_was_being_removed_is_never_gone_on_with(
     folder = train("one")
 
     def killed(folder: Path) -> None:
-        (folder / begun.FINISHED).unlink()
+        (folder / resume.FINISHED).unlink()
         raise KeyboardInterrupt
 
     def remove_half() -> None:
         with monkeypatch.context() as patch:
-            patch.setattr(begun.shutil, "rmtree", killed)
+            patch.setattr(resume.shutil, "rmtree", killed)
             with pytest.raises(KeyboardInterrupt):
-                begun.forget("one")
+                resume.forget("one")
 
     (folder / "step-00000001.pt").touch()
     remove_half()
-    with begun.taken_up() as again:
+    with resume.taken_up() as again:
         assert again == folder
-        assert json.loads((again / begun.MADE_OF).read_text()) == {"seed": 1}
-        assert {path.name for path in again.iterdir()} == {begun.MADE_OF}
-        begun.finish(again, "one")
+        assert json.loads((again / resume.MADE_OF).read_text()) == {"seed": 1}
+        assert {path.name for path in again.iterdir()} == {resume.MADE_OF}
+        resume.finish(again, "one")
     remove_half()
     seed(2)
     assert train("two").is_dir()

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 FORBIDDEN = {
     "a path of somebody's machine": r"(?<![\w.$}])/(?:home|Users)/(?!\.)\w+|(?<![\w.$}])/root/\w+|[A-Z]:\\\\?Users\\",
     "a private key": r"-----BEGIN (?:[A-Z]+ )*PRIVATE KEY",

@@ -12,8 +12,8 @@ from torchvision import transforms
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as published
 
-from fadeformer.augment import COLUMNS, Augmentation
-from fadeformer.normalisation import IMAGENET, Normalisation, to_unit
+from fadeformer.data.normalization import IMAGENET, Normalisation, to_unit
+from fadeformer.training.augmentation import COLUMNS, Augmentation
 
 OFF = {
     "horizontal_flip": 0.0, "rotation": 0.0, "scale": 0.0, "translate": 0.0, "border": "zeros",

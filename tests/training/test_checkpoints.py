@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from fadeformer.checkpoints import Checkpoints
 from fadeformer.errors import UserError
+from fadeformer.training.checkpoints import Checkpoints
 from tests.conftest import ROOT
 
 
@@ -67,7 +67,7 @@ def test_a_process_killed_while_it_writes_leaves_the_ones_before(kept):
     """A real one: killed by itself when all but the name is there."""
     program = (
         "import os, signal, sys; from pathlib import Path; import torch;"
-        " from fadeformer.checkpoints import Checkpoints;"
+        " from fadeformer.training.checkpoints import Checkpoints;"
         " os.fsync = lambda file: os.kill(os.getpid(), signal.SIGKILL);"
         " Checkpoints(Path(sys.argv[1]), 1).save({'step': torch.tensor(3)}, 3)"
     )
@@ -137,7 +137,7 @@ LIMITED = """
 import resource, sys
 from pathlib import Path
 import torch
-from fadeformer.checkpoints import Checkpoints
+from fadeformer.training.checkpoints import Checkpoints
 from fadeformer.errors import UserError
 
 checkpoints = Checkpoints(Path(sys.argv[1]), 1)

@@ -1,5 +1,6 @@
 """Fabric's precision, a lack of memory told with a remedy, and predictions of several processes."""
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -7,11 +8,11 @@ import pytest
 import torch
 from torch import nn
 
-from fadeformer.devices import make_fabric, peak_memory, predict_together, within_memory
+from fadeformer.data.normalization import IMAGENET
 from fadeformer.errors import UserError
-from fadeformer.inference import logits_of
-from fadeformer.normalisation import IMAGENET
-from tests.test_training import network, some_images
+from fadeformer.inference.forward import logits_of
+from fadeformer.training.distributed import make_fabric, peak_memory, predict_together, within_memory
+from tests.training.test_loop import network, some_images
 
 CPU = torch.device("cpu")
 
@@ -92,3 +93,14 @@ def test_alone_a_prediction_is_that_of_the_network(precision):
     assert not model.training
     exact = logits_of(model, pixels, 3, CPU, IMAGENET)
     assert (np.abs(exact - found).max() > 0) == (precision == "bf16")
+
+
+@pytest.mark.parametrize(
+    ("precision", "given", "value"),
+    [("bf16", {}, "AVX512_CORE_BF16"), ("bf16", {"ONEDNN_MAX_CPU_ISA": "SSE41"}, "SSE41"), ("32", {}, None)],
+)
+def test_bfloat16_on_a_cpu_avoids_amx(monkeypatch, precision, given, value):
+    environment = {"PATH": os.environ["PATH"], **given}
+    monkeypatch.setattr(os, "environ", environment)
+    make_fabric(CPU, precision)
+    assert environment.get("ONEDNN_MAX_CPU_ISA") == value

@@ -9,17 +9,17 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fadeformer import training
-from fadeformer.arrays import Images
-from fadeformer.augment import Augmentation
-from fadeformer.checkpoints import Checkpoints
-from fadeformer.devices import make_fabric
+from fadeformer.data.arrays import Images
+from fadeformer.data.normalization import IMAGENET
 from fadeformer.errors import Interrupted, UserError
-from fadeformer.models import create_model
-from fadeformer.normalisation import IMAGENET
-from fadeformer.state import COST, Epoch, Recipe, State, start
+from fadeformer.models.factory import create_model
 from fadeformer.tasks import TASKS
-from tests.test_augment import OFF
+from fadeformer.training import loop
+from fadeformer.training.augmentation import Augmentation
+from fadeformer.training.checkpoints import Checkpoints
+from fadeformer.training.distributed import make_fabric
+from fadeformer.training.state import COST, Epoch, Recipe, State, start
+from tests.training.test_augmentation import OFF
 
 RECIPE = Recipe(
     epochs=2, batch_size=8, accumulate=1, optimizer="adamw", learning_rate=1e-3, weight_decay=0.05, layer_decay=1.0,
@@ -74,7 +74,7 @@ def fitted(
     kind = TASKS[task].with_head(head)
     classes = train.labels.shape[1] if kind.multi_label else int(train.labels.max()) + 1
     augmentation = Augmentation(**{**OFF, "horizontal_flip": 0.5, **(augment or {})})
-    return training.fit(
+    return loop.fit(
         state, train, val, task=kind, recipe=recipe, class_weights=np.ones(classes), augmentation=augmentation,
         normalisation=IMAGENET, seed=seed, fabric=fabric or make_fabric(CPU), **options,
     )  # fmt: skip
@@ -252,7 +252,7 @@ def test_outputs_that_are_not_finite_on_val_are_told(monkeypatch):
         logits[4] = np.inf
         return logits
 
-    monkeypatch.setattr(training, "predict_together", broken)
+    monkeypatch.setattr(loop, "predict_together", broken)
     with pytest.raises(UserError, match="outputs on val are not finite after epoch 1, on the images image 4;"):
         run(train, val, "multi-class")
 

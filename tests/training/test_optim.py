@@ -10,8 +10,8 @@ from torch import nn
 from torch.optim import lr_scheduler
 
 from fadeformer.errors import UserError
-from fadeformer.models import create_model
-from fadeformer.optimisation import Plateau, make_optimizer, pace, set_learning_rate
+from fadeformer.models.factory import create_model
+from fadeformer.training.optim import Plateau, make_optimizer, pace, set_learning_rate
 
 SCHEDULES = ["cosine", "plateau", "constant"]
 BUILT = {"num_classes": 3, "image_size": 32, "in_chans": 3, "pretrained": False, "dropout": 0.1, "drop_path": 0.0}

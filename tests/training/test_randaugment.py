@@ -6,8 +6,8 @@ import torch
 from torchvision.transforms import InterpolationMode, RandAugment
 from torchvision.transforms.autoaugment import _apply_op
 
-from fadeformer.randaugment import OPERATIONS, randaugment
-from tests.test_augment import images
+from fadeformer.training.randaugment import OPERATIONS, randaugment
+from tests.training.test_augmentation import images
 
 SIGNED = {name for name, operation in OPERATIONS.items() if operation.signed}
 

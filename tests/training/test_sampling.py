@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from fadeformer import batches
 from fadeformer.errors import UserError
 from fadeformer.tasks import TASKS
+from fadeformer.training import sampling as batches
 
 MULTI_CLASS, FINDINGS = TASKS["multi-class"], TASKS["multi-label, binary-class"]
 CPU = torch.device("cpu")

@@ -6,11 +6,11 @@ from html import unescape
 import numpy as np
 import pytest
 
-from fadeformer.datasets import facts as cards
-from fadeformer.datasets import folder
-from fadeformer.datasets.manifest import Manifest
-from pipelines import expectations, page
-from tests.datasets.conftest import built, scene
+from fadeformer.data import dataset_card as cards
+from fadeformer.data.manifest import Manifest
+from fadeformer.data.sources import folder
+from pipelines.validation import page, suite
+from tests.data.conftest import built, scene
 from tests.packages import png
 
 
@@ -36,7 +36,7 @@ def shown(tmp_path, wanted):
         raw.mkdir(exist_ok=True)
         facts = folder.fetch(root, classes, None, tmp_path / "salt", raw)
         found = built(facts, raw, tmp_path / "splits")
-        checks = expectations.check(
+        checks = suite.check(
             found, facts, severity=wanted.validate_.severity.model_dump(), allowed_duplicates=0,
             min_per_class=1, max_label_shift=0.5, folder=tmp_path / "docs",
         )  # fmt: skip

@@ -24,7 +24,7 @@ from functools import lru_cache, partial
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
-from fadeformer.datasets import tarballs, zips
+from fadeformer.data.archives import tar_stream, zip_checks
 from fadeformer.errors import UserError
 
 LARGEST = 512 * 2**20  # bytes of one member
@@ -108,7 +108,7 @@ def read(path: Path, name: str) -> bytes:
             archive, files = _directory_of(path)
             if name not in files:
                 raise UserError(f"{path}: has no file {name!r}")
-            member, content = Member(name, files[name].file_size), partial(zips.content, archive, files[name])
+            member, content = Member(name, files[name].file_size), partial(zip_checks.content, archive, files[name])
         else:
             raise UserError(f"{path}: a tar is read from front to back only; unpack it, and name the folder instead")
     return _taken(path, member, content)
@@ -140,12 +140,12 @@ def _walker(path: Path) -> Callable[[Path], Walk]:
     if path.exists() and not path.is_file():  # a pipe would never end
         raise UserError(f"{path}: is no file and no folder; a zip, a tar, a tar.gz or a folder is read")
     with path.open("rb") as file:
-        start = file.read(tarballs.BLOCK)
+        start = file.read(tar_stream.BLOCK)
     if not start:
         raise UserError(f"{path}: is empty; fetch the file again")
     if start.startswith((b"PK\x03\x04", b"PK\x05\x06")):
         return _zip
-    if start.startswith(tarballs.GZIP) or tarballs.is_header(start):
+    if start.startswith(tar_stream.GZIP) or tar_stream.is_header(start):
         return _tar
     kind = next((f"is a {kind} file" for magic, kind in OTHERS.items() if start.startswith(magic)), "is no archive")
     raise UserError(f"{path}: {kind}; a zip, a tar, a tar.gz or a folder is read")
@@ -177,7 +177,7 @@ def _file(path: Path, root: Path, file: Path) -> tuple[Member, Callable[[], byte
         raise _refusal(path, name, "is a symbolic link that leaves the folder")
     status = target.stat()
     if not stat.S_ISREG(status.st_mode):
-        raise _refusal(path, name, zips.NOT_FILES.get(stat.S_IFMT(status.st_mode), "is a folder"))
+        raise _refusal(path, name, zip_checks.NOT_FILES.get(stat.S_IFMT(status.st_mode), "is a folder"))
 
     def content() -> bytes:
         with target.open("rb") as opened:
@@ -192,7 +192,7 @@ def _file(path: Path, root: Path, file: Path) -> tuple[Member, Callable[[], byte
 def _zip(path: Path) -> Walk:
     archive, files = _directory_of(path)
     for name, info in files.items():
-        yield Member(name, info.file_size), partial(zips.content, archive, info)
+        yield Member(name, info.file_size), partial(zip_checks.content, archive, info)
 
 
 def _directory_of(path: Path) -> tuple[zipfile.ZipFile, dict[str, zipfile.ZipInfo]]:
@@ -203,12 +203,12 @@ def _directory_of(path: Path) -> tuple[zipfile.ZipFile, dict[str, zipfile.ZipInf
 @lru_cache(maxsize=4)  # random access would read the directory anew for every image
 def _directory(path: Path, size: int, changed: int) -> tuple[zipfile.ZipFile, dict[str, zipfile.ZipInfo]]:
     """An opened zip and its files in its order, with every claim checked that needs no inflating."""
-    archive = zips.opened(path)
+    archive = zip_checks.opened(path)
     files: dict[str, zipfile.ZipInfo] = {}
     for info in sorted(archive.infolist(), key=lambda info: info.header_offset):
         raw = info.orig_filename  # zipfile cuts `filename` at a NUL
         name = _safe(path, raw, is_folder=raw.endswith("/"))
-        if problem := zips.problem(info, RATIO):
+        if problem := zip_checks.problem(info, RATIO):
             raise _refusal(path, name, problem)
         if raw.endswith("/"):
             continue
@@ -223,7 +223,7 @@ def _directory(path: Path, size: int, changed: int) -> tuple[zipfile.ZipFile, di
 
 def _tar(path: Path) -> Walk:
     with path.open("rb") as file:
-        for entry in tarballs.entries(file, RATIO):
+        for entry in tar_stream.entries(file, RATIO):
             name = _safe(path, entry.name, is_folder=entry.is_folder)
             if entry.problem:
                 raise _refusal(path, name, entry.problem)
@@ -270,7 +270,7 @@ def _explained(path: Path) -> Iterator[None]:
         yield
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such file or folder") from error
-    except tarballs.BombError as error:
+    except tar_stream.BombError as error:
         raise UserError(f"{path}: grows more than {RATIO:,}:1, as a bomb does; it is refused") from error
     except UnicodeDecodeError as error:
         raise UserError(

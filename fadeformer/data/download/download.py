@@ -26,7 +26,7 @@ from urllib3.exceptions import HTTPError, MaxRetryError, ReadTimeoutError
 from urllib3.util import Retry
 
 from fadeformer.errors import PassingError, UserError
-from fadeformer.files import FULL, check_room, read_json, told, write_json
+from fadeformer.io.atomic import FULL, check_room, read_json, told, write_json
 
 TIMEOUT = 30.0  # seconds without a byte after which a connection counts as lost
 CHUNK = 2**16  # bytes; a kill loses no more than one

@@ -20,7 +20,7 @@ from typing import Annotated
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from fadeformer.errors import UserError
-from fadeformer.files import write_json
+from fadeformer.io.atomic import write_json
 
 
 class Pin(BaseModel):

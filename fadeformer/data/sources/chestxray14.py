@@ -3,7 +3,7 @@
 The group is the patient. The authors' lists part train and val from test; val is taken from the former by patient. That
 is not the split of ChestMNIST, which goes back to CheXNet's 70 / 10 / 20, so the two are not comparable. Addresses are
 those of NIH's own batch_download_zips.py, checksums those of its checksum file. Boxes of lesions, drawn by hand, are
-known of 880 test images (`fadeformer.datasets.boxes`).
+known of 880 test images (`fadeformer.data.sources.lesion_boxes`).
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from pathlib import Path, PurePosixPath
 
 import pandas as pd
 
-from fadeformer.datasets import archives
-from fadeformer.datasets.facts import Facts
-from fadeformer.datasets.splits import TRAIN_VAL
+from fadeformer.data.archives import reader
+from fadeformer.data.dataset_card import Facts
+from fadeformer.data.splits import TRAIN_VAL
 from fadeformer.errors import UserError
 
 ENTRIES = "Data_Entry_2017_v2020.csv"
@@ -101,7 +101,7 @@ def table(facts: Facts, folder: Path) -> pd.DataFrame:
         (path, member.name, PurePosixPath(member.name).name)
         for path in facts.files
         if path.endswith(".tar.gz")
-        for member in archives.listing(folder / path)
+        for member in reader.listing(folder / path)
     ]
     rows = pd.DataFrame(places, columns=["path", "member", "id"])
     for source, known in ((ENTRIES, entries.index), (f"{TRAIN_VAL_LIST} or {TEST_LIST}", of_split)):

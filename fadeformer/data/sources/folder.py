@@ -1,7 +1,7 @@
 """A user's own images: a folder or an archive, with or without splits, with or without a table.
 
 Three layouts are read: `train|val|test/CLASS/file`, `CLASS/file` (the split is made later), and files in any order with
-a `labels.csv` (`fadeformer.datasets.labels`).
+a `labels.csv` (`fadeformer.data.sources.labels_csv`).
 
 What goes into the project is one zip of the images and one table. A DICOM file never does, for it names its patient,
 and so may its path: its frames go in as PNG under a keyed hash of the path, and of the patient only such a hash as the
@@ -24,13 +24,14 @@ import pandas as pd
 from PIL import Image
 from tqdm import tqdm
 
-from fadeformer import dicom
-from fadeformer.datasets import archives, labels
-from fadeformer.datasets.facts import Facts, digest, task_of
-from fadeformer.datasets.labels import SPLIT_NAMES
-from fadeformer.datasets.packed import IMAGES, LABELS
+from fadeformer.data.archives import reader
+from fadeformer.data.dataset_card import Facts, digest, task_of
+from fadeformer.data.dicom import dicom_image
+from fadeformer.data.sources import labels_csv
+from fadeformer.data.sources.labels_csv import SPLIT_NAMES
+from fadeformer.data.sources.user_table import IMAGES, LABELS
 from fadeformer.errors import UnreadableError, UserError
-from fadeformer.files import check_room, checksum, whole_file
+from fadeformer.io.atomic import check_room, checksum, whole_file
 
 DICOM = {".dcm", ".dicom"}  # and any other file that has DICOM's mark
 SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".gif", ".webp", *DICOM}
@@ -53,18 +54,18 @@ def fetch(root: Path, classes: list[str] | None, task: str | None, salt: Path, f
     root = root.expanduser()
     if not root.exists():
         raise UserError(f"{root}: no such file or folder; dataset.root must name your images")
-    found = archives.listing(root)
+    found = reader.listing(root)
     check_room(folder, sum(member.size for member in found), "the copy of the images")
     top, table = _layout([member.name for member in found])
     rows, left_out = _pack(root, top, found, table, salt, folder / IMAGES)
     if rows.empty:
         raise UserError(f"{root}: holds no image ({', '.join(sorted(SUFFIXES))})")
     if table is None:
-        described = labels.by_folders(root, rows, classes)
+        described = labels_csv.by_folders(root, rows, classes)
     else:
-        ((name, data),) = archives.members(root, lambda name: name == table)
+        ((name, data),) = reader.members(root, lambda name: name == table)
         hashed = _hashed(salt) if "group" in rows else None
-        described = labels.by_table(root, name.removeprefix(top), data, rows, classes, hashed)
+        described = labels_csv.by_table(root, name.removeprefix(top), data, rows, classes, hashed)
     with whole_file(folder / LABELS) as path:
         described.rows.to_csv(path, index=False)
     files = {name: checksum(folder / name, "sha256") for name in (IMAGES, LABELS)}
@@ -93,9 +94,9 @@ def scans(root: Path, salt: Path) -> Iterator[tuple[str, str]]:
         salt: file of the secret.
     """
     root = root.expanduser()
-    top, _ = _layout([member.name for member in archives.listing(root)])
-    for name, data in archives.members(root):
-        if is_dicom(name, data) and not dicom.is_no_image(data):
+    top, _ = _layout([member.name for member in reader.listing(root)])
+    for name, data in reader.members(root):
+        if is_dicom(name, data) and not dicom_image.is_no_image(data):
             yield _hidden(name.removeprefix(top), _salt(salt)), name
 
 
@@ -119,7 +120,7 @@ def _common(names: list[str]) -> str:
 
 
 def _pack(
-    root: Path, top: str, found: Sequence[archives.Member], table: str | None, salt: Path, path: Path
+    root: Path, top: str, found: Sequence[reader.Member], table: str | None, salt: Path, path: Path
 ) -> tuple[pd.DataFrame, list[str]]:
     """Writes the images into one zip, the same bytes for the same images.
 
@@ -134,7 +135,7 @@ def _pack(
     too_large = {  # for an image; what might be one by its name is refused
         member.name
         for member in found
-        if member.size > archives.LARGEST and PurePosixPath(member.name).suffix.lower() not in SUFFIXES
+        if member.size > reader.LARGEST and PurePosixPath(member.name).suffix.lower() not in SUFFIXES
     }
     with whole_file(path) as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as packed:
 
@@ -144,7 +145,7 @@ def _pack(
             packed.writestr(zipfile.ZipInfo(member), data)
             rows.append({"member": member, "origin": short, **known})
 
-        wanted = archives.members(root, lambda name: name != table and name not in too_large)
+        wanted = reader.members(root, lambda name: name != table and name not in too_large)
         for name, data in tqdm(wanted, desc=root.name, unit="file", disable=None):
             short = name.removeprefix(top)
             if not is_dicom(name, data):
@@ -152,7 +153,7 @@ def _pack(
                     put(short, data, short, {})
                 else:
                     left_out.append(name)
-            elif dicom.is_no_image(data):
+            elif dicom_image.is_no_image(data):
                 left_out.append(name)
             else:
                 try:
@@ -172,7 +173,7 @@ def is_dicom(name: str, data: bytes) -> bool:
 
 def _frames(data: bytes, name: str, salt: bytes) -> Iterator[tuple[str, bytes, dict[str, Any]]]:
     """Each frame of a DICOM file as PNG, its name, and what may be known of it."""
-    scan = dicom.read(data, name, salt=salt)
+    scan = dicom_image.read(data, name, salt=salt)
     hidden = _hidden(name, salt)
     many = len(scan.frames) > 1
     known = {
@@ -191,7 +192,7 @@ def _hidden(name: str, salt: bytes) -> str:
 
 
 def _hashed(salt: Path) -> Callable[[str], str]:
-    return partial(dicom.hashed, salt=_salt(salt))
+    return partial(dicom_image.hashed, salt=_salt(salt))
 
 
 def _salt(path: Path) -> bytes:

@@ -11,8 +11,8 @@ from pathlib import Path, PurePosixPath
 
 import pandas as pd
 
-from fadeformer.datasets import archives
-from fadeformer.datasets.facts import Facts
+from fadeformer.data.archives import reader
+from fadeformer.data.dataset_card import Facts
 from fadeformer.errors import UserError
 
 PUBLISHED_AT = "https://isic-challenge-data.s3.amazonaws.com/2019"
@@ -105,7 +105,7 @@ def _read(path: Path, columns: list[str]) -> pd.DataFrame:
 def _members(archive: Path, names: pd.Index) -> list[str]:
     """The archive's file of each image; one that has none gets the name it should have, and is found unreadable."""
     held: dict[str, str] = {}
-    for member in archives.listing(archive):
+    for member in reader.listing(archive):
         stem = PurePosixPath(member.name).stem
         if not member.name.lower().endswith((".jpg", ".jpeg")):
             continue

@@ -16,8 +16,8 @@ from typing import NamedTuple
 
 import pandas as pd
 
-from fadeformer.datasets.packed import IMAGES, LABELS, RESERVED, TOLD
-from fadeformer.datasets.splits import TRAIN_VAL
+from fadeformer.data.sources.user_table import IMAGES, LABELS, RESERVED, TOLD
+from fadeformer.data.splits import TRAIN_VAL
 from fadeformer.errors import UserError
 
 SPLIT_NAMES = {
@@ -34,7 +34,7 @@ IDENTIFYING = re.compile(
 
 
 class Described(NamedTuple):
-    """The table of `fadeformer.datasets.packed`, and what it is a table of.
+    """The table of `fadeformer.data.sources.user_table`, and what it is a table of.
 
     Attributes:
         rows: one per image.

@@ -8,8 +8,8 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from fadeformer.datasets import chestxray14
-from fadeformer.datasets.facts import Facts
+from fadeformer.data.dataset_card import Facts
+from fadeformer.data.sources import chestxray14
 from fadeformer.errors import UserError
 
 COLUMNS = ("Image Index", "Finding Label", "Bbox [x", "y", "w", "h]")  # of NIH's list, as commas part them

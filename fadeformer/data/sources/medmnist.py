@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from fadeformer.datasets.download import Remote
-from fadeformer.datasets.facts import SPLITS, Facts
+from fadeformer.data.dataset_card import SPLITS, Facts
+from fadeformer.data.download.download import Remote
 
 PUBLISHED_AT = "https://zenodo.org/records/10519652/files"
 SIDED = ("organamnist", "organcmnist")  # axial and coronal: left and right organs are classes of their own

@@ -21,9 +21,9 @@ import pandas as pd
 from numpy.lib import format as npy
 from numpy.typing import NDArray
 
-from fadeformer.datasets.facts import SPLITS, Facts, task_of
+from fadeformer.data.dataset_card import SPLITS, Facts, task_of
 from fadeformer.errors import UserError
-from fadeformer.files import check_room, checksum
+from fadeformer.io.atomic import check_room, checksum
 
 ROWS_AT_ONCE = 64 * 2**20  # bytes
 MOST_CLASSES = 1000

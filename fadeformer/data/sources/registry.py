@@ -10,23 +10,15 @@ from pathlib import Path
 
 import numpy as np
 
-from fadeformer.datasets import (
-    chestxray14,
-    download,
-    facts,
-    folder,
-    isic2019,
-    medmnist,
-    npz,
-    phantom,
-    phantom_subjects,
-    pins,
-)
-from fadeformer.datasets.archives import listing
-from fadeformer.datasets.download import NotFound, Remote
-from fadeformer.datasets.facts import SPLITS, Facts
+from fadeformer.data import dataset_card
+from fadeformer.data.archives.reader import listing
+from fadeformer.data.dataset_card import SPLITS, Facts
+from fadeformer.data.download import download, lockfile
+from fadeformer.data.download.download import NotFound, Remote
+from fadeformer.data.sources import chestxray14, folder, isic2019, medmnist, npz
+from fadeformer.data.sources.phantom import generate, patients
 from fadeformer.errors import UserError
-from fadeformer.files import check_room, checksum, place
+from fadeformer.io.atomic import check_room, checksum, place
 
 OTHER_EDITION = (
     "{} is published; the file is damaged: fetch it again; or it is a sample or another edition: set dataset.edition:"
@@ -84,20 +76,20 @@ def fetch(
     elif name == "isic2019":
         remote = [Remote(f"{isic2019.PUBLISHED_AT}/{file}", file) for file in isic2019.FILES]
         files = _bring(remote, edition, mirror, downloads, lock, into)
-        found = isic2019.facts(files, facts.digest(files), edition == "published")
+        found = isic2019.facts(files, dataset_card.digest(files), edition == "published")
     elif name == "chestxray14":
         numbers = sorted(set(archives))
         remote = [_radiographs(number) for number in numbers]
         remote += [Remote(f"{chestxray14.TABLES_AT}/{file}", file) for file in chestxray14.TABLES]
         boxes = Remote(f"{chestxray14.TABLES_AT}/{chestxray14.BOXES}", chestxray14.BOXES)
         files = _bring(remote, edition, mirror, downloads, lock, into, optional=[boxes])
-        found = chestxray14.facts(files, facts.digest(files), numbers, edition == "published")
+        found = chestxray14.facts(files, dataset_card.digest(files), numbers, edition == "published")
     else:
         archive = medmnist.remote(name, size)
         mismatch = f"{name} at {size} pixels is published with {{}}; {OTHER_SET}"
         files = _bring([archive], "published", mirror, downloads, lock, into, mismatch=mismatch)
         found = medmnist.facts(name, size, files[archive.name])
-    facts.write(found, into)
+    dataset_card.write(found, into)
     return found
 
 
@@ -148,11 +140,11 @@ def _bring(
             brought[file.name] = (path, checksum(path, "sha256"), path.stat().st_size)
     unpublished = {file.name for file in remote if file.checksum is None}
     found = {
-        name: pins.Pin(sha256=sha, size=size, rows=_rows(path))
+        name: lockfile.Pin(sha256=sha, size=size, rows=_rows(path))
         for name, (path, sha, size) in brought.items()
         if name in unpublished
     }
-    pins.pin(lock, found)
+    lockfile.pin(lock, found)
     own = {name for name, (path, _, _) in brought.items() if path.parent == downloads}
     check_room(into, sum(size for name, (_, _, size) in brought.items() if name not in own), "the copy of the data")
     for name, (path, _, _) in brought.items():
@@ -181,18 +173,18 @@ def _rows(path: Path) -> int | None:
 
 def _draw_phantom(images: int, size: int, task: str, seed: int, into: Path) -> Facts:
     archive = into / "phantom.npz"
-    drawn = phantom.draw(images, size, seed, task)
+    drawn = generate.draw(images, size, seed, task)
     np.savez(archive, **drawn)  # type: ignore[arg-type]
     slides = {split: np.unique(drawn[f"{split}_groups"]).astype(np.int64) for split in SPLITS}
-    subjects = into / phantom_subjects.SUBJECTS
-    phantom_subjects.draw(slides, seed).to_csv(subjects, index=False, lineterminator="\n")
+    subjects = into / patients.SUBJECTS
+    patients.draw(slides, seed).to_csv(subjects, index=False, lineterminator="\n")
     files = {path.name: checksum(path, "sha256") for path in (archive, subjects)}
     return Facts(
         name="phantom",
         file=archive.name,
         sha256=files[archive.name],  # ids are made of it, and tell images and labels
         task=task,
-        classes=phantom.classes_of(task),
+        classes=generate.classes_of(task),
         size=size,
         channels=3,
         counts=None,

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from fadeformer.datasets.facts import Facts
+from fadeformer.data.dataset_card import Facts
 
 IMAGES = "images.zip"
 LABELS = "labels.csv"

@@ -13,9 +13,9 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from fadeformer import resampling
-from fadeformer.metrics import shown_classes
-from fadeformer.predictions import Predictions
+from fadeformer.evaluation.intervals import bootstrap
+from fadeformer.evaluation.metrics import shown_classes
+from fadeformer.evaluation.predictions import Predictions
 from fadeformer.tasks import one_versus_rest
 
 Floats = NDArray[np.float64]
@@ -37,18 +37,18 @@ def bands(predictions: Predictions, *, seed: int, confidence: float) -> pd.DataF
         Columns class, curve (roc or pr), x (false positive rate, or sensitivity), low and high.
     """
     truth = one_versus_rest(predictions.labels, len(predictions.classes), predictions.task)
-    groups = resampling.group_numbers(predictions.frame["group"])
-    stratum = resampling.strata(truth, groups)
+    groups = bootstrap.group_numbers(predictions.frame["group"])
+    stratum = bootstrap.strata(truth, groups)
     shown = [c for c in shown_classes(predictions) if truth[:, c].any() and not truth[:, c].all()]
     curves = [_Curve(truth[:, c], predictions.scores[:, c]) for c in shown]
-    parts = resampling.over_samples(
+    parts = bootstrap.over_samples(
         lambda weights: [curve.read(weights) for curve in curves], groups, stratum, DRAWS, seed
     )
     tables = [pd.DataFrame({"class": pd.Series(dtype="str"), "curve": "", "x": 0.0, "low": 0.0, "high": 0.0})]
     for place, c in enumerate(shown):
         for kind, name in enumerate(("roc", "pr")):
             read = np.concatenate([part[place][kind] for part in parts])
-            bounds = [resampling.percentiles(column, len(stratum), confidence) for column in read.T]
+            bounds = [bootstrap.percentiles(column, len(stratum), confidence) for column in read.T]
             known = [(x, *bound) for x, bound in zip(GRID, bounds, strict=True) if bound is not None]
             rows = pd.DataFrame(known, columns=["x", "low", "high"])
             tables.append(rows.assign(**{"class": predictions.classes[c], "curve": name}))

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from scipy.special import expit, logit
 from scipy.stats import norm, rankdata, t
 
-from fadeformer.proportions import wilson
+from fadeformer.evaluation.intervals.proportions import wilson
 
 ROUNDING = 1e-13  # of a variance, relative to those that it is the difference of
 

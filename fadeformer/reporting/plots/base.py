@@ -14,8 +14,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from fadeformer.files import whole_file
-from fadeformer.predictions import Predictions
+from fadeformer.evaluation.predictions import Predictions
+from fadeformer.io.atomic import whole_file
 from fadeformer.tasks import one_versus_rest
 
 # Okabe and Ito's colours, told apart with every kind of colour vision; line styles tell apart what repeats a colour.

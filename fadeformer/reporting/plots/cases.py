@@ -12,8 +12,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from fadeformer.plots import COLOURS, NAME_WIDTH, short
-from fadeformer.predictions import Predictions
+from fadeformer.evaluation.predictions import Predictions
+from fadeformer.reporting.plots.base import COLOURS, NAME_WIDTH, short
 from fadeformer.tasks import one_versus_rest
 
 MARKS = ("o", "s", "^", "D", "v", "P", "X")
@@ -26,7 +26,7 @@ def gallery(wrong: pd.DataFrame, pixels: NDArray[np.uint8], maps: Mapping[str, N
     """The most wrong images with what was called, and below each what the model looked at.
 
     Args:
-        wrong: of `fadeformer.mistakes.most_wrong`.
+        wrong: of `fadeformer.evaluation.error_gallery.most_wrong`.
         pixels: of these images, uint8, (images, side, side, channels).
         maps: by name, (images, side, side); what speaks against the class is below 0.
     """

@@ -15,10 +15,10 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
-from fadeformer.metrics import pr_points, roc_points
-from fadeformer.numerals import told
-from fadeformer.plots import CHANCE, COLOURS, STYLES, panels, short
-from fadeformer.predictions import Predictions
+from fadeformer.evaluation.metrics import pr_points, roc_points
+from fadeformer.evaluation.predictions import Predictions
+from fadeformer.io.formatting import told
+from fadeformer.reporting.plots.base import CHANCE, COLOURS, STYLES, panels, short
 
 TOGETHER = 3  # curves in one plot
 BAND = 0.18  # opacity
@@ -31,9 +31,9 @@ def roc_curves(
 
     Args:
         predictions: of one split.
-        summary: of `fadeformer.summary.summarise`.
-        intervals: of `fadeformer.summary.intervals`.
-        bands: of `fadeformer.bands.bands`.
+        summary: of `fadeformer.evaluation.summary.summarise`.
+        intervals: of `fadeformer.evaluation.summary.intervals`.
+        bands: of `fadeformer.evaluation.intervals.curve_bands.bands`.
     """
     points = roc_points(predictions).rename(columns={"fpr": "x", "tpr": "y"})
     labels = {name: ("AUC", told(*pair)) for name, pair in _values(summary, intervals, "auc").items()}

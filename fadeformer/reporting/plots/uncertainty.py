@@ -11,12 +11,12 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from numpy.typing import NDArray
 
-from fadeformer import resampling
-from fadeformer.metrics import shown_classes
-from fadeformer.numerals import told
-from fadeformer.plots import CHANCE, COLOURS, panels, short
-from fadeformer.predictions import Predictions
-from fadeformer.proportions import share_interval
+from fadeformer.evaluation.intervals import bootstrap
+from fadeformer.evaluation.intervals.proportions import share_interval
+from fadeformer.evaluation.metrics import shown_classes
+from fadeformer.evaluation.predictions import Predictions
+from fadeformer.io.formatting import told
+from fadeformer.reporting.plots.base import CHANCE, COLOURS, panels, short
 from fadeformer.tasks import one_versus_rest
 
 BINS = 10  # of the reliability diagram, of equal mass
@@ -30,8 +30,8 @@ def auc_forest(
 
     Args:
         predictions: of one split.
-        summary: of `fadeformer.summary.summarise`.
-        intervals: of `fadeformer.summary.intervals`.
+        summary: of `fadeformer.evaluation.summary.summarise`.
+        intervals: of `fadeformer.evaluation.summary.intervals`.
         confidence: of the intervals.
     """
     names = [predictions.classes[c] for c in shown_classes(predictions)]
@@ -84,7 +84,7 @@ def reliability(predictions: Predictions, errors: tuple[float | None, float | No
     figure = Figure(figsize=(5.2, 6), layout="constrained")
     axes, below = figure.subplots(2, 1, height_ratios=[4, 1], sharex=True)
     axes.plot([0, 1], [0, 1], **CHANCE, label="perfect calibration")
-    groups = resampling.group_numbers(predictions.frame["group"])
+    groups = bootstrap.group_numbers(predictions.frame["group"])
     raw = predictions.before_calibration()
     changed = not np.array_equal(raw.scores, predictions.scores)
     what = ""
@@ -162,9 +162,9 @@ def subgroup_forest(
     """AUC and balanced accuracy of every subgroup with intervals, beside those of the whole; marked where worse.
 
     Args:
-        summary: of `fadeformer.summary.summarise`.
-        intervals: of `fadeformer.summary.intervals`.
-        subgroups: of `fadeformer.subgroups.compare`.
+        summary: of `fadeformer.evaluation.summary.summarise`.
+        intervals: of `fadeformer.evaluation.summary.intervals`.
+        subgroups: of `fadeformer.evaluation.subgroups.compare`.
         confidence: of the intervals.
     """
     rows: list[tuple[str, Any, Any, str, bool]] = [
@@ -206,7 +206,7 @@ def decision_curves(benefit: pd.DataFrame) -> Figure:
     """Net benefit by threshold probability, of the model, of calling all positive, and of calling none.
 
     Args:
-        benefit: of `fadeformer.operating.net_benefit`.
+        benefit: of `fadeformer.evaluation.operating_points.net_benefit`.
     """
     names = list(benefit["class"].unique())
     figure, plots = panels(len(names), side=2.2, alone=4.6, share_y=False)

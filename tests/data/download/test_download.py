@@ -23,8 +23,8 @@ import pytest
 from filelock import FileLock
 from tqdm import tqdm
 
-from fadeformer.datasets import download
-from fadeformer.datasets.download import Remote, fetch
+from fadeformer.data.download import download
+from fadeformer.data.download.download import Remote, fetch
 from fadeformer.errors import PassingError, UserError
 
 FILE, OTHER = (np.random.default_rng(seed).bytes(200_000) for seed in (0, 1))
@@ -383,7 +383,7 @@ def test_the_progress_bar_counts_bytes(server, tmp_path, monkeypatch):
 PROGRAM = """
 import signal, sys
 from pathlib import Path
-from fadeformer.datasets import download
+from fadeformer.data.download import download
 signal.signal(signal.SIGINT, signal.default_int_handler)  # what a shell starts in the background ignores Ctrl-C
 download.TIMEOUT = 300
 files = [download.Remote(url, f"{n}.zip") for n, url in enumerate(sys.argv[2:])]

@@ -12,11 +12,13 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from fadeformer import arrays
-from fadeformer.datasets import boxes, chestxray14
+from fadeformer.data import arrays
+from fadeformer.data.sources import chestxray14, lesion_boxes
 from fadeformer.errors import UserError
-from pipelines import overrides, paths, preprocess
-from tests.datasets.conftest import built
+from pipelines import paths
+from pipelines.config import overrides
+from pipelines.stages import preprocess
+from tests.data.conftest import built
 
 PATIENTS = 60
 HEAD = (
@@ -197,12 +199,12 @@ def test_patients_that_were_saved_as_fractions_are_the_same(fetch, mirror):
 def test_without_boxes_the_card_says_so_and_with_them_says_nothing(fetch, mirror):
     facts, folder = fetch()
     assert facts.note.endswith(" Without boxes of lesions: where it comes from there is no BBox_List_2017.csv.")
-    assert boxes.table(facts, folder) is None
+    assert lesion_boxes.table(facts, folder) is None
     (mirror / chestxray14.BOXES).write_text(BOXES)
     with_boxes, folder = fetch()
     assert "boxes" not in with_boxes.note
     assert with_boxes.sha256 != facts.sha256
-    found = boxes.table(with_boxes, folder)
+    found = lesion_boxes.table(with_boxes, folder)
     assert found["class"].tolist() == [4, 3, 4]  # Mass, Infiltrate
     assert found["frame_width"].tolist() == [1024] * 3
 

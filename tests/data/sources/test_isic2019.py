@@ -7,10 +7,12 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from fadeformer.datasets import isic2019, manifest, pins
+from fadeformer.data import manifest
+from fadeformer.data.download import lockfile
+from fadeformer.data.sources import isic2019
 from fadeformer.errors import UserError
-from tests.datasets.conftest import built
-from tests.test_decode import saved
+from tests.data.conftest import built
+from tests.data.test_decode import saved
 
 LESIONS = 60
 
@@ -158,7 +160,7 @@ def test_what_was_verified_first_is_pinned_with_its_rows_and_a_damaged_file_neve
     assert not lock.exists()
     (mirror / isic2019.TRUTH).write_bytes(truth)
     fetch()
-    rows = {name: pin.rows for name, pin in pins.read(lock).items()}
+    rows = {name: pin.rows for name, pin in lockfile.read(lock).items()}
     images = 2 * LESIONS
     assert rows == {isic2019.IMAGES: images + 1, isic2019.TRUTH: images, isic2019.METADATA: images}  # and a licence
     drop_row(mirror)

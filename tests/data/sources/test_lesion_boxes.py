@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from fadeformer.datasets.boxes import read_nih
+from fadeformer.data.sources.lesion_boxes import read_nih
 from fadeformer.errors import UserError
 
 HEADING = "Image Index,Finding Label,Bbox [x,y,w,h],,,\n"

@@ -7,7 +7,7 @@ import threading
 
 import pytest
 
-from fadeformer.datasets import medmnist, sources
+from fadeformer.data.sources import medmnist, registry
 from fadeformer.errors import UserError
 
 
@@ -53,7 +53,7 @@ def fetch(tmp_path):
     own = {"root": "", "classes": None, "images": 0, "task": None, "seed": 0, "edition": "published", "archives": []}
 
     def bring(size, mirror, name="breastmnist"):
-        return sources.fetch(name=name, size=size, mirror=mirror, **own, **kept, into=tmp_path / "out")
+        return registry.fetch(name=name, size=size, mirror=mirror, **own, **kept, into=tmp_path / "out")
 
     return bring
 

@@ -7,9 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from fadeformer.datasets import npz
+from fadeformer.data.sources import npz
 from fadeformer.errors import UserError
-from tests.datasets.conftest import COUNTS
+from tests.data.conftest import COUNTS
 
 
 @pytest.fixture

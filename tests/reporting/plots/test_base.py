@@ -7,10 +7,13 @@ import pandas as pd
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-from fadeformer import bands, curve_plots, numerals, plots, summary
-from fadeformer.datasets.medmnist import SETS
-from fadeformer.predictions import Predictions
-from tests.test_metrics import made
+from fadeformer.data.sources.medmnist import SETS
+from fadeformer.evaluation import summary
+from fadeformer.evaluation.intervals import curve_bands
+from fadeformer.evaluation.predictions import Predictions
+from fadeformer.io import formatting
+from fadeformer.reporting.plots import base, curves
+from tests.evaluation.test_metrics import made
 
 HISTORY = pd.DataFrame(
     {
@@ -34,7 +37,7 @@ TASKS = [
 @pytest.mark.parametrize(("task", "classes"), TASKS)
 def test_every_class_of_a_confusion_matrix_is_named_and_no_label_covers_another(task, classes):
     p = made(task, classes, 400, 0)
-    drawn = plots.confusion_matrix(p)
+    drawn = base.confusion_matrix(p)
     FigureCanvasAgg(drawn).draw()
     axes = drawn.axes[0]
     labels = [*axes.get_xticklabels(), *axes.get_yticklabels()]
@@ -43,16 +46,16 @@ def test_every_class_of_a_confusion_matrix_is_named_and_no_label_covers_another(
     assert not overlapping([label for label in axes.get_yticklabels() if label.get_visible()])
 
 
-@pytest.mark.parametrize("figure", [curve_plots.roc_curves, curve_plots.pr_curves])
+@pytest.mark.parametrize("figure", [curves.roc_curves, curves.pr_curves])
 @pytest.mark.parametrize(("task", "classes"), TASKS)
 def test_every_curve_has_a_name_a_number_with_its_interval_and_a_band(figure, task, classes):
     p = made(task, classes, 400, 0)
     found, bounds = summary.summarise(p), summary.intervals(p, draws=100, seed=0, confidence=0.9)
-    drawn = figure(p, found, bounds, bands.bands(p, seed=0, confidence=0.9))
+    drawn = figure(p, found, bounds, curve_bands.bands(p, seed=0, confidence=0.9))
     FigureCanvasAgg(drawn).draw()
-    key = "auc" if figure is curve_plots.roc_curves else "average_precision"
+    key = "auc" if figure is curves.roc_curves else "average_precision"
     shown = p.classes[-1:] if classes == 2 else p.classes
-    told = {name: numerals.told(found["per_class"][name][key], bounds["per_class"][name][key]) for name in shown}
+    told = {name: formatting.told(found["per_class"][name][key], bounds["per_class"][name][key]) for name in shown}
     if classes == 2:
         (entry,) = drawn.axes[0].get_legend().get_texts()
         assert all(part in entry.get_text() for part in (shown[0], told[shown[0]]))
@@ -67,7 +70,7 @@ def test_every_curve_has_a_name_a_number_with_its_interval_and_a_band(figure, ta
 def test_long_names_stay_inside(name):
     p = made("multi-class", len(SETS[name].classes), 300, 1)
     p = type(p)(p.frame, p.task, SETS[name].classes)
-    drawn = plots.confusion_matrix(p)
+    drawn = base.confusion_matrix(p)
     FigureCanvasAgg(drawn).draw()
     axes = drawn.axes[0]
     assert not overlapping(list(axes.get_yticklabels()))
@@ -79,40 +82,40 @@ def test_long_names_stay_inside(name):
 def test_classes_that_are_called_by_digits_keep_their_bands(tmp_path):
     p = made("ordinal-regression", 5, 400, 0)
     p = Predictions(p.frame, p.task, ("0", "1", "2", "NA", "1.50"))
-    bands.bands(p, seed=0, confidence=0.9).to_csv(tmp_path / "bands.csv", index=False)
+    curve_bands.bands(p, seed=0, confidence=0.9).to_csv(tmp_path / "bands.csv", index=False)
     found, bounds = summary.summarise(p), summary.intervals(p, draws=100, seed=0, confidence=0.9)
-    drawn = curve_plots.roc_curves(p, found, bounds, bands.read(tmp_path / "bands.csv"))
+    drawn = curves.roc_curves(p, found, bounds, curve_bands.read(tmp_path / "bands.csv"))
     found = [axes.collections for axes in drawn.axes if axes.lines]
     assert len(found) == 5
     for (band,) in found:
         assert len(band.get_paths()[0].vertices) > 100
 
 
-@pytest.mark.parametrize("figure", [curve_plots.roc_curves, curve_plots.pr_curves])
+@pytest.mark.parametrize("figure", [curves.roc_curves, curves.pr_curves])
 def test_a_class_that_is_not_there_is_named_as_not_judged(figure):
     p = made("multi-class", 3, 50, 0, absent=1)
     found, bounds = summary.summarise(p), summary.intervals(p, draws=100, seed=0, confidence=0.9)
-    drawn = figure(p, found, bounds, bands.bands(p, seed=0, confidence=0.9))
+    drawn = figure(p, found, bounds, curve_bands.bands(p, seed=0, confidence=0.9))
     assert "not judged: class 1" in drawn.legends[0].get_title().get_text()
 
 
 def test_counts_of_a_confusion_matrix_are_those_of_the_images():
     p = made("multi-class", 3, 90, 0)
-    cells = [text.get_text().split("\n")[0] for text in plots.confusion_matrix(p).axes[0].texts]
+    cells = [text.get_text().split("\n")[0] for text in base.confusion_matrix(p).axes[0].texts]
     assert sum(int(cell) for cell in cells) == 90
     hits = int((p.scores.argmax(axis=1) == p.labels[:, 0]).sum())
     assert sum(int(cells[i]) for i in (0, 4, 8)) == hits
 
 
 def test_training_curves_mark_the_epoch_that_was_kept():
-    left, right = plots.training_curves(HISTORY, 2).axes
+    left, right = base.training_curves(HISTORY, 2).axes
     assert "kept: epoch 2" in [text.get_text() for text in left.get_legend().get_texts()]
     assert len(right.lines) == 4
-    assert len(plots.training_curves(HISTORY.assign(val_auc=np.nan), 2).axes[1].lines) == 3
+    assert len(base.training_curves(HISTORY.assign(val_auc=np.nan), 2).axes[1].lines) == 3
 
 
 @pytest.mark.parametrize("dpi", [50, 100])
 def test_a_figure_is_saved_with_the_same_bytes(tmp_path, dpi):
     for name in ("a.png", "b.png"):
-        plots.save(plots.confusion_matrix(made("multi-class", 4, 100, 0)), tmp_path / name, dpi)
+        base.save(base.confusion_matrix(made("multi-class", 4, 100, 0)), tmp_path / name, dpi)
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()

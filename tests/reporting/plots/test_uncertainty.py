@@ -4,9 +4,11 @@ import numpy as np
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-from fadeformer import evidence_plots, numerals, operating, summary
-from tests.test_metrics import made
-from tests.test_plots import overlapping
+from fadeformer.evaluation import operating_points, summary
+from fadeformer.io import formatting
+from fadeformer.reporting.plots import uncertainty
+from tests.evaluation.test_metrics import made
+from tests.reporting.plots.test_base import overlapping
 
 SETS = [
     ("binary-class", 2, None), ("ordinal-regression", 5, None), ("multi-class", 8, 1), ("multi-class", 30, None),
@@ -16,7 +18,7 @@ SETS = [
 
 def forest(p):
     bounds = summary.intervals(p, draws=100, seed=0, confidence=0.9)
-    return evidence_plots.auc_forest(p, summary.summarise(p), bounds, 0.9)
+    return uncertainty.auc_forest(p, summary.summarise(p), bounds, 0.9)
 
 
 @pytest.mark.parametrize(("task", "classes", "absent"), SETS)
@@ -32,7 +34,7 @@ def test_the_forest_has_a_row_for_each_class_with_its_number_and_interval(task, 
     found, told = summary.summarise(p), dict(zip(names, (text.get_text() for text in axes.texts), strict=True))
     bounds = summary.intervals(p, draws=100, seed=0, confidence=0.9)
     name = p.classes[-1]
-    area = numerals.told(found["per_class"][name]["auc"], bounds["per_class"][name]["auc"])
+    area = formatting.told(found["per_class"][name]["auc"], bounds["per_class"][name]["auc"])
     assert told[name] == f"{area},  n = {found['per_class'][name]['support']} of 600"
     if absent is not None:
         assert told[f"class {absent}"] == "not judged"
@@ -42,7 +44,7 @@ def test_the_forest_has_a_row_for_each_class_with_its_number_and_interval(task, 
 @pytest.mark.parametrize(("task", "classes", "absent"), SETS)
 def test_the_points_of_the_reliability_diagram_are_the_shares_of_the_bins(task, classes, absent):
     p = made(task, classes, 600, 0, absent=absent)
-    figure = evidence_plots.reliability(p, (0.456, 0.123), 0.95)
+    figure = uncertainty.reliability(p, (0.456, 0.123), 0.95)
     FigureCanvasAgg(figure).draw()
     assert "0.123" in figure.legends[0].get_texts()[-1].get_text()
     (line,) = [line for line in figure.axes[0].lines if line.get_marker() == "o"]
@@ -60,7 +62,7 @@ def test_the_points_of_the_reliability_diagram_are_the_shares_of_the_bins(task, 
 @pytest.mark.parametrize(("task", "classes", "absent"), SETS)
 def test_there_is_a_decision_curve_for_each_class_that_can_be_judged(task, classes, absent):
     p = made(task, classes, 600, 0, absent=absent)
-    figure = evidence_plots.decision_curves(operating.net_benefit(p))
+    figure = uncertainty.decision_curves(operating_points.net_benefit(p))
     FigureCanvasAgg(figure).draw()
     drawn = {axes.get_title() for axes in figure.axes if axes.lines}
     assert drawn == {name for c, name in enumerate(p.classes[-1:] if classes == 2 else p.classes) if c != absent}
@@ -72,4 +74,4 @@ def test_one_kind_of_label_gives_figures_that_say_so():
     p = made("binary-class", 2, 30, 0, absent=0)
     texts = [text.get_text() for text in forest(p).axes[0].texts]
     assert texts == ["not judged"]
-    assert not [axes for axes in evidence_plots.decision_curves(operating.net_benefit(p)).axes if axes.lines]
+    assert not [axes for axes in uncertainty.decision_curves(operating_points.net_benefit(p)).axes if axes.lines]

@@ -1,6 +1,6 @@
 """Cells of the phantom's blood smears: what each kind looks like, and how it is painted.
 
-Only operations are used that IEEE 754 defines to the last bit, as `fadeformer.datasets.phantom` explains.
+Only operations are used that IEEE 754 defines to the last bit, as `fadeformer.data.sources.phantom.generate` explains.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from fadeformer.datasets.chance import Chance, Plane, Range
+from fadeformer.data.sources.phantom.rng import Chance, Plane, Range
 
 Colour = tuple[float, float, float]
 Pair = tuple[float, float]

@@ -21,9 +21,9 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from fadeformer.datasets.chance import Chance
-from fadeformer.datasets.facts import SPLITS
-from fadeformer.datasets.phantom_cells import BACKGROUND, KINDS, Canvas, Kind, red_cells, white_cell
+from fadeformer.data.dataset_card import SPLITS
+from fadeformer.data.sources.phantom.cells import BACKGROUND, KINDS, Canvas, Kind, red_cells, white_cell
+from fadeformer.data.sources.phantom.rng import Chance
 
 PER_SLIDE = 50  # images
 SHARES = {"train": 0.7, "val": 0.1, "test": 0.2}  # of the slides

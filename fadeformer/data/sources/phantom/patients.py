@@ -13,9 +13,9 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from fadeformer.datasets import npz
-from fadeformer.datasets.chance import Chance
-from fadeformer.datasets.facts import SPLITS, Facts
+from fadeformer.data.dataset_card import SPLITS, Facts
+from fadeformer.data.sources import npz
+from fadeformer.data.sources.phantom.rng import Chance
 
 SUBJECTS = "subjects.csv"
 COLUMNS = ("age", "sex", "site")

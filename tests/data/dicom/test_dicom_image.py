@@ -28,7 +28,7 @@ from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.encaps import encapsulate
 from pydicom.pixels.processing import apply_color_lut, apply_modality_lut, apply_voi_lut, apply_windowing
 
-from fadeformer import dicom
+from fadeformer.data.dicom import dicom_image
 from fadeformer.errors import UnreadableError, UserError
 
 SALT = b"sixteen bytes ok"
@@ -46,7 +46,7 @@ def shipped(name: str) -> bytes:
 
 
 def read(data: bytes, **options):
-    return dicom.read(data, "a.dcm", salt=SALT, **options)
+    return dicom_image.read(data, "a.dcm", salt=SALT, **options)
 
 
 def made(pixels, syntax=pydicom.uid.ExplicitVRLittleEndian, **elements) -> bytes:
@@ -192,7 +192,7 @@ def test_the_group_is_a_keyed_hash_of_the_patient():
     assert one.group == same.group != other.group
     expected = hashlib.blake2b(b"PatientID\x004711", key=SALT, digest_size=16).hexdigest()
     assert one.group == expected
-    assert dicom.read(made(black, PatientID="4711"), "a", salt=SALT[::-1]).group != one.group
+    assert dicom_image.read(made(black, PatientID="4711"), "a", salt=SALT[::-1]).group != one.group
     study = read(made(black, PatientID="", StudyInstanceUID="1.2.1"))
     assert study.group not in (None, one.group)
     assert study.group == read(made(black, StudyInstanceUID="1.2.1")).group
@@ -203,7 +203,7 @@ def test_the_group_is_a_keyed_hash_of_the_patient():
 @pytest.mark.parametrize("salt", [b"", b"fifteen bytes..", b"x" * 65])
 def test_a_salt_that_hides_nothing_is_refused(salt):
     with pytest.raises(UserError, match=f"the salt has {len(salt)} bytes; it must be 16 to 64 random ones"):
-        dicom.read(shipped("CT_small.dcm"), "a.dcm", salt=salt)
+        dicom_image.read(shipped("CT_small.dcm"), "a.dcm", salt=salt)
 
 
 PATIENTS = ("PatientName", "PatientID", "PatientBirthDate", "PatientAddress", "PatientComments", "OtherPatientNames")
@@ -465,7 +465,7 @@ BAD = {
         "has a compressed frame of another size than its header says",
     ),
     "a frame in a box of no length": (
-        made(BLACK, pydicom.uid.JPEG2000Lossless, PixelData=encapsulate([dicom.JP2 + bytes(20)])),
+        made(BLACK, pydicom.uid.JPEG2000Lossless, PixelData=encapsulate([dicom_image.JP2 + bytes(20)])),
         "has a compressed frame that is damaged; fetch or export it again",
     ),
     "a frame that is none": (
@@ -479,13 +479,13 @@ BAD = {
 def test_a_bad_file_is_told_by_name_with_its_reason(case):
     data, message = BAD[case]
     with pytest.raises(UnreadableError, match=f"^folder/a b.dcm: .*{message}") as error:
-        dicom.read(data, "folder/a b.dcm", salt=SALT)
+        dicom_image.read(data, "folder/a b.dcm", salt=SALT)
     assert error.value.name == "folder/a b.dcm"
     assert (error.value.__cause__, error.value.__context__) == (None, None)
 
 
 def test_a_bomb_is_told_before_it_is_inflated(monkeypatch):
-    monkeypatch.setattr(dicom, "INFLATED", 2**23)
+    monkeypatch.setattr(dicom_image, "INFLATED", 2**23)
     with pytest.raises(
         UnreadableError, match="grows to more than 8,388,608 bytes when it is inflated; it is refused as"
     ):
@@ -493,9 +493,9 @@ def test_a_bomb_is_told_before_it_is_inflated(monkeypatch):
 
 
 def test_too_many_pixels_are_refused(monkeypatch):
-    monkeypatch.setattr(dicom, "PIXELS", 64)
+    monkeypatch.setattr(dicom_image, "PIXELS", 64)
     assert read(made(BLACK)).frames.shape == (1, 8, 8)
-    monkeypatch.setattr(dicom, "PIXELS", 63)
+    monkeypatch.setattr(dicom_image, "PIXELS", 63)
     with pytest.raises(UnreadableError, match="at most 63 in all are read"):
         read(made(BLACK))
 

@@ -30,7 +30,7 @@ from pydicom.pixels.processing import apply_color_lut
 from pydicom.pixels.utils import get_expected_length
 from pydicom.tag import Tag
 
-from fadeformer import jpegs, windowing
+from fadeformer.data.dicom import codecs, windowing
 from fadeformer.errors import UnreadableError, UserError
 
 PIXELS = 2**29  # of all frames of a file at most; while it is read each takes some 3 to 5 bytes
@@ -61,11 +61,11 @@ TAGS = (
     *(f"{colour}PaletteColorLookupTableData" for colour in COLOURS),
     *(f"Segmented{colour}PaletteColorLookupTableData" for colour in COLOURS),
 )  # fmt: skip
-jpegs.register()
+codecs.register()
 # Which decoder reads what: one each, since another one may round a lossy image otherwise.
 DECODERS = {
     uid.JPEGBaseline8Bit: "pillow",
-    **dict.fromkeys(jpegs.SYNTAXES, jpegs.PLUGIN),
+    **dict.fromkeys(codecs.SYNTAXES, codecs.PLUGIN),
     uid.JPEG2000Lossless: "pylibjpeg",
     uid.JPEG2000: "pylibjpeg",
     uid.HTJ2KLossless: "pylibjpeg",
@@ -121,7 +121,7 @@ def read(data: bytes, name: str, *, salt: bytes) -> Scan:
         raise UserError(f"the salt has {len(salt)} bytes; it must be {SALT.start} to {SALT.stop - 1} random ones")
     try:
         return _read(data, salt)
-    except (_RefusalError, windowing.WindowError, jpegs.JpegError) as refusal:
+    except (_RefusalError, windowing.WindowError, codecs.JpegError) as refusal:
         reason = str(refusal)
     except Exception as error:  # a damaged file makes pydicom and its decoders stumble in any way
         reason = f"is damaged, or not built as DICOM wants it ({type(error).__name__}); fetch or export it again"
@@ -240,7 +240,7 @@ def _sizes_agree(dataset: Dataset, syntax: uid.UID, count: int) -> None:
     if syntax == uid.RLELossless:  # has no size of its own
         return
     for frame in generate_frames(dataset.PixelData, number_of_frames=count):
-        size = _jpeg_2000_size(frame) if syntax in uid.JPEG2000TransferSyntaxes else jpegs.size(frame)
+        size = _jpeg_2000_size(frame) if syntax in uid.JPEG2000TransferSyntaxes else codecs.size(frame)
         if size != (dataset.Columns, dataset.Rows):
             raise _RefusalError("has a compressed frame of another size than its header says; export it again")
 

@@ -1,1 +1,0 @@
-"""Data sets: where each comes from, what is known of it, and the manifest that all of them end in."""

@@ -1,1 +1,0 @@
-"""The commands of `fadeformer`, a module each: `add_arguments(parser)`, and `run(arguments)`, which gives a summary."""
