@@ -45,9 +45,12 @@ def architecture(backbone: str, fade: dict | None, classes: int = CLASSES, side:
 
 def published_macs() -> float:
     """Of FadeNet by the published algorithm, which makes the whole map and multiplies by the Laplacian K times."""
-    with complexity.META:
-        network = PublishedNet(complexity.on_meta(architecture(*NETWORKS["FadeNet"])))
-    return complexity.flops(network, complexity.images_for(architecture("", None), BATCH, complexity.META)) / 2
+    with complexity.META_DEVICE:
+        network = PublishedNet(complexity.create_meta_model(architecture(*NETWORKS["FadeNet"])))
+    return (
+        complexity.count_flops(network, complexity.random_images(architecture("", None), BATCH, complexity.META_DEVICE))
+        / 2
+    )
 
 
 def main() -> None:
@@ -60,7 +63,9 @@ def main() -> None:
     device = choose_device("auto")
     timed = wanted.timed or (BATCH if device.type == "cuda" else 4)
     made = {name: architecture(*NETWORKS[name]) for name in wanted.networks}
-    found = complexity.costs(made, batch=wanted.batch, timed_batch=timed, rounds=wanted.rounds, device=device)
+    found = complexity.measure_costs(
+        made, batch_size=wanted.batch, timed_batch_size=timed, rounds=wanted.rounds, device=device
+    )
     machine = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     print(f"torch {torch.__version__}, {machine}; {SIDE} pixels, {CLASSES} classes, forward, float32\n")
     counted = f"G MACs, batch {wanted.batch} | G FLOPs | memory, MiB, batch {wanted.batch}"
@@ -69,8 +74,8 @@ def main() -> None:
     for name, cost in found.items():
         published, reason = PUBLISHED.get(name, (None, ""))
         print(
-            f"| {name} | {cost.parameters / 1e6:.2f} | {cost.flops / 2e9:.2f} | {cost.flops / 1e9:.2f} |"
-            f" {cost.memory / 2**20:.0f} | {cost.speed:.2f} | {published or ''} | {reason} |"
+            f"| {name} | {cost.num_parameters / 1e6:.2f} | {cost.flops / 2e9:.2f} | {cost.flops / 1e9:.2f} |"
+            f" {cost.peak_memory_bytes / 2**20:.0f} | {cost.images_per_second:.2f} | {published or ''} | {reason} |"
         )
     if {"FadeNet", "ViT-B/16"} <= found.keys():
         vit, whole = found["ViT-B/16"].flops / 2, published_macs()

@@ -59,16 +59,18 @@ def drawn(path: Path, count: int) -> Iterator[Image.Image]:
         pixels = np.load(path)["train_images"]
         yield from (Image.fromarray(pixels[i]) for i in np.linspace(0, len(pixels) - 1, count).astype(int))
         return
-    names = [member.name for member in reader.listing(path) if member.name.lower().endswith(SUFFIXES)]
+    names = [member.name for member in reader.list_members(path) if member.name.lower().endswith(SUFFIXES)]
     chosen = {names[i] for i in np.linspace(0, len(names) - 1, count).astype(int)}
-    for _, data in reader.members(path, chosen.__contains__):
+    for _, data in reader.iter_members(path, chosen.__contains__):
         with Image.open(io.BytesIO(data)) as image:
             yield image.convert("L" if image.mode.startswith(("L", "I")) else "RGB")
 
 
-def found(originals: list[near_duplicates.Sketch], copies: list[near_duplicates.Sketch], least: float) -> float:
+def found(
+    originals: list[near_duplicates.ImageSignature], copies: list[near_duplicates.ImageSignature], least: float
+) -> float:
     """Share of the copies that are a pair with their original."""
-    pairs = near_duplicates.near_pairs([*originals, *copies], least)
+    pairs = near_duplicates.find_near_duplicates([*originals, *copies], least)
     told = set(zip(pairs["first"], pairs["second"], strict=True))
     return float(np.mean([(i, i + len(originals)) in told for i in range(len(originals))]))
 
@@ -78,20 +80,22 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--images", type=int, default=200)
     wanted = parser.parse_args()
-    least = schema.load(ROOT / "params.yaml").validate_.near_duplicate_similarity
+    least = schema.load_params(ROOT / "params.yaml").validate_.near_duplicate_similarity
     columns = {}
     for name, place in SETS.items():
         if not (wanted.folder / place).exists():
             print(f"{name}: {wanted.folder / place} is not there, left out")
             continue
         images = list(drawn(wanted.folder / place, wanted.images))
-        sketches = [near_duplicates.sketch(image) for image in images]
-        shares = {"other images": str(len(near_duplicates.near_pairs(sketches, least)))}
+        sketches = [near_duplicates.compute_signature(image) for image in images]
+        shares = {"other images": str(len(near_duplicates.find_near_duplicates(sketches, least)))}
         for kind, change in COPIES.items():
             copies = [change(image) for image in images]
-            small = min(min(copy.size) for copy in copies) < near_duplicates.LEAST_SIDE
+            small = min(min(copy.size) for copy in copies) < near_duplicates.MIN_SIDE
             shares[kind] = (
-                "too small" if small else f"{found(sketches, [*map(near_duplicates.sketch, copies)], least):.3f}"
+                "too small"
+                if small
+                else f"{found(sketches, [*map(near_duplicates.compute_signature, copies)], least):.3f}"
             )
         columns[f"{name} {images[0].width} x {images[0].height}"] = shares
     print(f"| share found, or pairs among the {wanted.images} images | {' | '.join(columns)} |")

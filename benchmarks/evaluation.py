@@ -26,9 +26,9 @@ import pandas as pd
 
 from fadeformer.evaluation import predictions, subgroups
 from fadeformer.evaluation.intervals import curve_bands, delong
-from fadeformer.evaluation.intervals.proportions import wilson
+from fadeformer.evaluation.intervals.proportions import wilson_interval
 from fadeformer.evaluation.predictions import Predictions
-from fadeformer.evaluation.summary import intervals, summarise
+from fadeformer.evaluation.summary import confidence_intervals, summarize
 from fadeformer.tasks import TASKS
 
 AGE_BANDS = (0, 18, 40, 60, 80)
@@ -62,7 +62,7 @@ def drawn(task: str, images: int, seed: int) -> Predictions:
         logits = 1.2 * random.normal(size=apart.shape) - 0.9 * apart
     index = pd.DataFrame({"split": "test", "id": np.arange(len(labels)).astype(str), "group": group})
     classes = tuple(f"class {c}" for c in range(logits.shape[1]))
-    return predictions.table(index, labels, kind.probabilities(logits), kind, classes)
+    return predictions.build_predictions(index, labels, kind.probabilities(logits), kind, classes)
 
 
 def flat(numbers: dict[str, Any]) -> dict[str, Any]:
@@ -76,7 +76,7 @@ def flat(numbers: dict[str, Any]) -> dict[str, Any]:
 
 def holds(task: str, truth: dict[str, float], images: int, draws: int, seed: int) -> dict[str, float]:
     """Of one set: whether each interval holds the truth; NaN where there is none."""
-    found = flat(intervals(drawn(task, images, seed), draws=draws, seed=seed, confidence=0.95))
+    found = flat(confidence_intervals(drawn(task, images, seed), n_resamples=draws, seed=seed, confidence=0.95))
     return {
         name: float(bounds[0] <= truth[name] <= bounds[1]) if bounds is not None else float("nan")
         for name, bounds in found.items()
@@ -87,7 +87,7 @@ def coverage(sets: int, images: int, draws: int) -> pd.DataFrame:
     columns = {}
     with ProcessPoolExecutor(os.cpu_count()) as workers:
         for task in (*KINDS, MULTI_LABEL, PATIENTS):
-            truth = flat(summarise(drawn(task, POPULATION, 10**6)))
+            truth = flat(summarize(drawn(task, POPULATION, 10**6)))
             each = partial(holds, task, truth, images, draws)
             columns[task] = pd.DataFrame(list(workers.map(each, range(sets), chunksize=20))).mean()
     return pd.DataFrame(columns)
@@ -99,7 +99,7 @@ def print_coverage(sets: int, images: int, draws: int) -> None:
     print(f"| | {' | '.join(table)} |\n|{' --- |' * (len(table.columns) + 1)}")
     for name, row in table.dropna(how="all").iterrows():
         print(f"| {name} | {' | '.join('' if np.isnan(value) else f'{value:.1f}' for value in row)} |")
-    low, high = (100 * bound for bound in wilson(round(0.95 * sets), sets, 0.99))
+    low, high = (100 * bound for bound in wilson_interval(round(0.95 * sets), sets, 0.99))
     print(f"of {sets} sets, 99 in 100 shares of a true 95 % lie in {low:.1f} to {high:.1f}")
 
 
@@ -128,13 +128,15 @@ def divided(kind: str, shift: float, seed: int) -> Predictions:
     index = pd.DataFrame({"split": "test", "id": np.arange(images).astype(str), "group": group})
     task = TASKS["multi-class"]
     classes = tuple(f"class {c}" for c in range(logits.shape[1]))
-    return predictions.table(index, labels, task.probabilities(logits), task, classes, subgroups=known)
+    return predictions.build_predictions(index, labels, task.probabilities(logits), task, classes, subgroups=known)
 
 
 def called_worse(kind: str, shift: float, draws: int, seed: int) -> tuple[bool, bool]:
     """Whether any subgroup, and whether women, are called worse."""
-    _, found = subgroups.compare(divided(kind, shift, seed), AGE_BANDS, draws=draws, seed=0, confidence=0.95)
-    flagged = subgroups.worse(found)
+    _, found = subgroups.evaluate_subgroups(
+        divided(kind, shift, seed), AGE_BANDS, n_resamples=draws, seed=0, confidence=0.95
+    )
+    flagged = subgroups.underperforming(found)
     return bool(flagged), any(one["subgroup"] == "F" for one in flagged)
 
 
@@ -163,13 +165,13 @@ def print_speed(images: int, findings: int, draws: int) -> None:
             "view": random.choice(["AP", "PA"], images),
         }
     )  # fmt: skip
-    table = predictions.table(
+    table = predictions.build_predictions(
         index, labels, task.probabilities(logits), task, tuple(f"finding {c}" for c in range(findings)), subgroups=known
     )
     began = time.perf_counter()
-    summarise(table)
-    subgroups.compare(table, AGE_BANDS, draws=draws, seed=0, confidence=0.95)
-    curve_bands.bands(table, seed=0, confidence=0.95)
+    summarize(table)
+    subgroups.evaluate_subgroups(table, AGE_BANDS, n_resamples=draws, seed=0, confidence=0.95)
+    curve_bands.compute_bands(table, seed=0, confidence=0.95)
     took, memory = time.perf_counter() - began, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     told = f"{images:,} images, {findings} findings, {draws:,} draws, {os.cpu_count()} cores"
     print(f"{told}: {took:.1f} s, {memory:.2f} GiB")
@@ -178,7 +180,7 @@ def print_speed(images: int, findings: int, draws: int) -> None:
     seconds = []
     for _ in range(5):
         began = time.perf_counter()
-        delong.difference([truth], [one], [other])
+        delong.auc_difference([truth], [one], [other])
         seconds.append(time.perf_counter() - began)
     print(f"paired DeLong of two models on 20,000 images: {np.median(seconds):.3f} s")
 

@@ -23,7 +23,7 @@ from PIL import Image
 
 from fadeformer.config import schema
 from fadeformer.data import manifest, near_duplicates, splits
-from fadeformer.data.dataset_card import Facts
+from fadeformer.data.dataset_card import DatasetCard
 from fadeformer.data.manifest import Manifest
 from pipelines.validation import page, suite
 
@@ -44,7 +44,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=100_000)
     count = parser.parse_args().rows
-    wanted = schema.load(ROOT / "params.yaml").validate_
+    wanted = schema.load_params(ROOT / "params.yaml").validate_
     random = np.random.default_rng(0)
     seconds: dict[str, float] = {}
     coarse = random.integers(0, 256, (count, 8, 8), dtype=np.uint8)
@@ -53,9 +53,9 @@ def main() -> None:
         images[copied + 50] = Image.fromarray(np.roll(np.asarray(images[copied]), 1, axis=1))
     began = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with timed("hashes", seconds):
-        sketches = [near_duplicates.sketch(image) for image in images]
+        sketches = [near_duplicates.compute_signature(image) for image in images]
     with timed("near duplicates", seconds):
-        pairs = near_duplicates.near_pairs(sketches, wanted.near_duplicate_similarity)
+        pairs = near_duplicates.find_near_duplicates(sketches, wanted.near_duplicate_similarity)
     names = [f"{row:06}.png" for row in range(count)]
     rows = pd.DataFrame({
         "path": "images.zip", "member": names, "id": names, "group": [f"patient {row // 3}" for row in range(count)],
@@ -64,9 +64,9 @@ def main() -> None:
         "brightness": random.uniform(60, 190, count), "contrast": 40.0, "problem": None,
     })  # fmt: skip
     with timed("split", seconds):
-        cluster = splits.clusters(count, rows["group"], pairs[["first", "second"]].to_numpy())
-        present = splits.presence(rows[["label"]], len(CLASSES), False)
-        split = splits.deal(present, cluster, {"train": 0.7, "val": 0.1, "test": 0.2}, seed=0)
+        cluster = splits.connected_clusters(count, rows["group"], pairs[["first", "second"]].to_numpy())
+        present = splits.label_indicators(rows[["label"]], len(CLASSES), False)
+        split = splits.assign(present, cluster, {"train": 0.7, "val": 0.1, "test": 0.2}, seed=0)
     split[::5000] = "test"  # leaks of patients and near copies
     rows.insert(2, "split", split)
     rows.loc[count - 1, "sha256"] = rows.loc[0, "sha256"]
@@ -75,20 +75,21 @@ def main() -> None:
         "similarity": pairs["similarity"],
     })  # fmt: skip
     thumbnails = [one.thumbnail for one in sketches]
-    facts = Facts("many", "images.zip", "0" * 64, "multi-class", CLASSES, SIDE, 1, None, "", "")
+    facts = DatasetCard("many", "images.zip", "0" * 64, "multi-class", CLASSES, SIDE, 1, None, "", "")
     found = Manifest(rows, near, thumbnails, {}, "made")
     with timed("great-expectations", seconds), tempfile.TemporaryDirectory() as folder:
-        checks = suite.check(
+        checks = suite.validate_manifest(
             found, facts, severity=wanted.severity.model_dump(), allowed_duplicates=0, min_per_class=1,
             max_label_shift=wanted.max_label_shift, folder=Path(folder),
         )  # fmt: skip
     with timed("page and table", seconds):
-        page.page(facts, found, checks, "")
+        page.render_validation_page(facts, found, checks, "")
         rows.to_parquet(io.BytesIO())
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     print(f"{'in all':28}{sum(seconds.values()):8.1f} s, peak {peak / 2**20:.2f} GiB, {began / 2**20:.2f} before")
     print(
-        f"{len(near)} near duplicates, {len(manifest.near_across_splits(rows, near))} of them in two splits;", end=" "
+        f"{len(near)} near duplicates, {len(manifest.cross_split_near_duplicates(rows, near))} of them in two splits;",
+        end=" ",
     )
     print(f"expectations that do not hold: {', '.join(check.name for check in checks if not check.passed)}")
 

@@ -94,7 +94,7 @@ class Ours:
         """All of the work, on a device."""
         augmentation = Augmentation(**{**RECIPE, **changes})
         for number, images in enumerate(self.gathered(seed)):
-            augmentation(images.to(device, non_blocking=True), augmentation.draw(self.size, number), IMAGENET)
+            augmentation(images.to(device, non_blocking=True), augmentation.draw_uniforms(self.size, number), IMAGENET)
             if device.type == "cuda":
                 torch.cuda.synchronize()  # as the one buffer is filled again
 
@@ -103,7 +103,7 @@ class Ours:
         augmentation = Augmentation(**RECIPE)
         height, width = self.pixels.shape[1:3]
         for number, _ in enumerate(self.gathered(seed)):
-            augmentation.parameters(augmentation.draw(self.size, number), height, width)
+            augmentation.transform_parameters(augmentation.draw_uniforms(self.size, number), height, width)
 
 
 def rates(works: dict[str, Callable[[int], None]], images: int, repeats: int) -> dict[str, list[float]]:

@@ -32,7 +32,7 @@ import numpy as np
 import pandas as pd
 import psutil
 
-from fadeformer.training.state import COST
+from fadeformer.training.state import COST_FIELDS
 from pipelines.config import overrides
 
 PROJECT = Path(__file__).resolve().parents[1]
@@ -107,7 +107,7 @@ def prepare(copy: Copy) -> None:
         if (PROJECT / name).is_file():
             (copy.folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(PROJECT / name, copy.folder / name)
-    overrides.apply(copy.folder / "params.yaml", SMALLER)
+    overrides.apply_overrides(copy.folder / "params.yaml", SMALLER)
     for command in (
         ("init", "--quiet", "--initial-branch=main"), ("config", "user.name", "Benchmark"),
         ("config", "user.email", "benchmark@example.org"), ("add", "--all"), ("commit", "--quiet", "-m", "as it lies"),
@@ -239,7 +239,7 @@ def told_to_mlflow(folder: Path) -> tuple[pd.DataFrame, list[str]]:
     with closing(sqlite3.connect(folder / "mlruns" / "mlflow.db")) as store:
         metrics = pd.read_sql("select key, step, value from metrics", store)
         runs = [status for (status,) in store.execute("select status from runs order by start_time")]
-    return metrics[~metrics["key"].isin(COST) & ~metrics["key"].str.startswith("seconds.")], runs
+    return metrics[~metrics["key"].isin(COST_FIELDS) & ~metrics["key"].str.startswith("seconds.")], runs
 
 
 def left_behind(copy: Copy) -> list[str]:

@@ -29,9 +29,9 @@ from fadeformer.data.sources.phantom import generate
 from fadeformer.inference import batch as predicting
 from fadeformer.inference import inputs, ood
 from fadeformer.inference.classifier import Classifier
-from fadeformer.inference.forward import logits_of
-from fadeformer.inference.ood import Familiar
-from fadeformer.io.chunked_table import Parts
+from fadeformer.inference.forward import predict_logits
+from fadeformer.inference.ood import OODDetector
+from fadeformer.io.chunked_table import ChunkedTable
 from fadeformer.models.factory import create_model
 
 CLASSES = ("a", "b", "c", "d", "e")
@@ -56,32 +56,34 @@ def network(folder: Path, backbone: str, side: int) -> Classifier:
 
 def write(folder: Path, images: int, side: int) -> np.ndarray:
     """PNGs of the phantom, of which a few are repeated."""
-    drawn = generate.draw(300, side, seed=0)["train_images"]
+    drawn = generate.draw_dataset(300, side, seed=0)["train_images"]
     folder.mkdir()
     for number in range(images):
         Image.fromarray(drawn[number % len(drawn)]).save(folder / f"{number:06}.png")
     return drawn[np.arange(images) % len(drawn)]
 
 
-def known(classifier: Classifier) -> Familiar:
+def known(classifier: Classifier) -> OODDetector:
     """Of features that mean nothing."""
     features = np.random.default_rng(0).normal(size=(50, classifier.model.num_features)).astype(np.float32)
-    return ood.fit(features, np.zeros((50, 1), np.int64), classifier.task, features)
+    return ood.fit_detector(features, np.zeros((50, 1), np.int64), classifier.task, features)
 
 
-def ours(classifier: Classifier, familiar: Familiar, folder: Path, out: Path) -> None:
+def ours(classifier: Classifier, familiar: OODDetector, folder: Path, out: Path) -> None:
     """All that the command does but for loading the model."""
-    images, _ = inputs.find([str(folder)])
-    table = Parts(out, str(time.time()))
-    for rows in predicting.predict(classifier, familiar, classifier.operating_point("youden"), images, threads=None):
-        table.add(rows)
+    images, _ = inputs.list_inputs([str(folder)])
+    table = ChunkedTable(out, str(time.time()))
+    for rows in predicting.predict_chunks(
+        classifier, familiar, classifier.operating_point("youden"), images, threads=None
+    ):
+        table.add_chunk(rows)
     table.finish()
 
 
 def bare(classifier: Classifier, pixels: np.ndarray, batch: int) -> None:
     """The model on what is ready."""
     torch.set_num_threads(os.cpu_count() or 1)
-    logits_of(classifier.model, pixels, batch, classifier.device, classifier.normalisation)
+    predict_logits(classifier.model, pixels, batch, classifier.device, classifier.normalization)
 
 
 def bare_in_threads(classifier: Classifier, pixels: np.ndarray) -> None:
@@ -90,10 +92,10 @@ def bare_in_threads(classifier: Classifier, pixels: np.ndarray) -> None:
 
     def one(start: int) -> None:
         with torch.inference_mode():
-            classifier.model(classifier.normalisation(torch.from_numpy(pixels[start : start + predicting.BATCH])))
+            classifier.model(classifier.normalization(torch.from_numpy(pixels[start : start + predicting.BATCH_SIZE])))
 
     with ThreadPoolExecutor() as pool:
-        list(pool.map(one, range(0, len(pixels), predicting.BATCH)))
+        list(pool.map(one, range(0, len(pixels), predicting.BATCH_SIZE)))
 
 
 def peak(images: int, side: int, backbone: str) -> float:

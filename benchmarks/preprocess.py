@@ -57,7 +57,7 @@ def manifest(archive: Path) -> pd.DataFrame:
 def ours(archive: Path, side: int, folder: Path, threads: int | None = None) -> None:
     """The preprocess stage's work."""
     folder.mkdir(exist_ok=True)
-    preprocess.write(
+    preprocess.write_arrays(
         CARD, manifest(archive).reset_index(drop=True), archive.parent, image_size=side, channels=3, aspect="squash",
         threads=threads, split="published", cross_split_duplicates=0, folder=folder,
     )  # fmt: skip

@@ -19,10 +19,10 @@ import pandas as pd
 from scipy.stats import norm
 
 from fadeformer.evaluation import predictions
-from fadeformer.evaluation.intervals.proportions import wilson
+from fadeformer.evaluation.intervals.proportions import wilson_interval
 from fadeformer.evaluation.predictions import Predictions
 from fadeformer.promotion import gate
-from fadeformer.promotion.gate import Asked, Candidate
+from fadeformer.promotion.gate import Challenger, PromotionCriteria
 from fadeformer.tasks import TASKS
 
 SIZES = (100, 200, 400, 1000, 2000, 5000)
@@ -51,13 +51,13 @@ def pair(images: int, area: float, worse: float, seed: int) -> tuple[Predictions
         distance = np.sqrt(2) * norm.ppf(true)  # between the means of two normal distributions with that AUC
         score = np.sqrt(CORRELATION) * common + np.sqrt(1 - CORRELATION) * noise + distance * labels
         scores = TASK.probabilities(np.stack([np.zeros(images), score - distance / 2], axis=1))
-        found.append(predictions.table(index, labels[:, None], scores, TASK, ("without", "with")))
+        found.append(predictions.build_predictions(index, labels[:, None], scores, TASK, ("without", "with")))
     return found[0], found[1]
 
 
 def promoted(case: tuple[int, float, float], pairs: int, margin: float) -> int:
     """How many of some challengers the gate lets pass."""
-    asked = Asked(
+    asked = PromotionCriteria(
         min_auc=0.0, min_class_auc=None, min_subgroup_auc=None, min_cases=1, max_ece=None, operating_point="youden",
         min_sensitivity=None, margin=margin, min_gain=None,
     )  # fmt: skip
@@ -66,7 +66,7 @@ def promoted(case: tuple[int, float, float], pairs: int, margin: float) -> int:
     for seed in range(pairs):
         challenger, champion = pair(images, area, worse * margin, seed)
         known = {"overall": {"auc": (0.0, 1.0)}, "per_class": {}}  # no floor is asked for
-        count += gate.decide(Candidate(challenger, known, 0.95, {}, {}, data_passed=True), champion, asked).promoted
+        count += gate.decide(Challenger(challenger, known, 0.95, {}, {}, data_passed=True), champion, asked).promoted
     return count
 
 
@@ -90,7 +90,7 @@ def main() -> None:
     print(f"promoted, % of {arguments.pairs:,} pairs, at a margin of {arguments.margin:g}")
     print(table.to_string(float_format="{:.1f}".format))
     most = max(count for (_, _, worse), count in zip(cases, counts, strict=True) if worse == WORSE[-1])
-    low, high = wilson(most, arguments.pairs, 0.95)
+    low, high = wilson_interval(most, arguments.pairs, 0.95)
     print(
         f"most of those worse by {WORSE[-1]:g} margins: {100 * most / arguments.pairs:.1f} %"
         f" ({100 * low:.1f} to {100 * high:.1f})"

@@ -25,18 +25,18 @@ from scipy import stats
 
 from fadeformer.config import schema
 from fadeformer.config.schema import Params
-from fadeformer.data.arrays import Images
+from fadeformer.data.arrays import SplitArrays
 from fadeformer.data.normalization import IMAGENET
 from fadeformer.evaluation.metrics import accuracy, auc
-from fadeformer.inference.forward import choose_precision, logits_of
-from fadeformer.io.atomic import read_json, whole_file, write_json
+from fadeformer.inference.forward import choose_precision, predict_logits
+from fadeformer.io.atomic import atomic_write, read_json, write_json
 from fadeformer.models.factory import create_model
 from fadeformer.tasks import TASKS
 from fadeformer.training import loop
 from fadeformer.training.augmentation import Augmentation
-from fadeformer.training.distributed import make_fabric
-from fadeformer.training.state import Recipe, start
-from pipelines.stages.train_worker import ELSEWHERE
+from fadeformer.training.distributed import create_fabric
+from fadeformer.training.state import Recipe, create_training_state
+from pipelines.stages.train_worker import NOT_IN_RECIPE
 
 PROJECT = Path(__file__).resolve().parents[1]
 TASK = TASKS["ordinal-regression"]
@@ -52,13 +52,13 @@ def preset() -> Params:
     values = yaml.load(PROJECT / "params.yaml")
     for section, changes in yaml.load(PROJECT / "pipelines/config/presets/retinamnist.yaml").items():
         values[section].update(changes)
-    return schema.parse(values, "retinamnist.yaml")
+    return schema.parse_params(values, "retinamnist.yaml")
 
 
-def splits(file: Path) -> dict[str, Images]:
+def splits(file: Path) -> dict[str, SplitArrays]:
     with np.load(file, allow_pickle=False) as archive:
         return {
-            split: Images(archive[f"{split}_images"], archive[f"{split}_labels"].astype(np.int64), pd.DataFrame())
+            split: SplitArrays(archive[f"{split}_images"], archive[f"{split}_labels"].astype(np.int64), pd.DataFrame())
             for split in ("train", "val", "test")
         }
 
@@ -70,25 +70,25 @@ def train_and_test(file: Path, runs: Path, arm: str, seed: int, **changes: Any) 
     torch.use_deterministic_algorithms(True)
     torch.manual_seed(seed)
     model = create_model(
-        backbone=wanted.model.backbone, num_classes=5 - TASK.spare_outputs, image_size=28, in_chans=3, pretrained=False,
+        backbone=wanted.model.backbone, num_classes=5 - TASK.num_omitted_outputs, image_size=28, in_chans=3, pretrained=False,
         dropout=wanted.model.dropout, drop_path=wanted.model.drop_path,
         fade=None if arm == "without FadeAttn" or wanted.model.fade is None else wanted.model.fade.model_dump(),
     )  # fmt: skip
     if arm == "alpha fixed":
         model.attn.alpha.requires_grad_(False)
-    recipe = Recipe(**(wanted.train.model_dump(exclude=set(ELSEWHERE)) | changes))
+    recipe = Recipe(**(wanted.train.model_dump(exclude=set(NOT_IN_RECIPE)) | changes))
     precision = choose_precision(wanted.train.precision, CPU)
-    state, began = start(model, recipe), time.perf_counter()
+    state, began = create_training_state(model, recipe), time.perf_counter()
     chosen = wanted.augment.model_dump() | {"erasing_scale": tuple(wanted.augment.erasing_scale)}
     epochs = loop.fit(
         state, images["train"], images["val"], task=TASK, recipe=recipe, class_weights=np.ones(5),
-        augmentation=Augmentation(**chosen), normalisation=IMAGENET, seed=seed, fabric=make_fabric(CPU, precision),
+        augmentation=Augmentation(**chosen), normalization=IMAGENET, seed=seed, fabric=create_fabric(CPU, precision),
     )  # fmt: skip
     best = max(epochs, key=lambda epoch: (epoch.epoch == state.best_epoch, epoch.epoch))
     seconds = time.perf_counter() - began
     model.load_state_dict(state.best_weights)
     labels = images["test"].labels
-    scores = TASK.probabilities(logits_of(model, images["test"].pixels, 256, CPU, IMAGENET))
+    scores = TASK.probabilities(predict_logits(model, images["test"].images, 256, CPU, IMAGENET))
     row = {
         "arm": arm, "seed": seed, "seconds": seconds, "epoch": state.best_epoch, "val_auc": best.val_auc,
         "val_accuracy": best.val_accuracy, "test_auc": auc(labels, scores, TASK),
@@ -96,7 +96,7 @@ def train_and_test(file: Path, runs: Path, arm: str, seed: int, **changes: Any) 
         "alpha": float(model.attn.alpha.detach()) if hasattr(model, "attn") else None,
     }  # fmt: skip
     name = f"{arm.replace(' ', '_')}.{seed}"
-    with whole_file(runs / f"{name}.npy") as path:
+    with atomic_write(runs / f"{name}.npy") as path:
         np.save(path, scores)
     write_json(runs / f"{name}.json", row)
 

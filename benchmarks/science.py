@@ -31,18 +31,18 @@ from sklearn.model_selection import StratifiedGroupKFold
 from timm.models._registry import register_model
 from timm.models.vision_transformer import VisionTransformer
 
-from fadeformer.data.arrays import Images
+from fadeformer.data.arrays import SplitArrays
 from fadeformer.data.normalization import IMAGENET
 from fadeformer.evaluation.metrics import auc, log_loss
-from fadeformer.inference.forward import logits_of
-from fadeformer.io.atomic import read_json, whole_file, write_json
+from fadeformer.inference.forward import predict_logits
+from fadeformer.io.atomic import atomic_write, read_json, write_json
 from fadeformer.models.factory import FadeNet
-from fadeformer.models.fadevit import without_timms_own
+from fadeformer.models.fadevit import drop_timm_factory_args
 from fadeformer.tasks import TASKS
 from fadeformer.training import loop
 from fadeformer.training.augmentation import Augmentation
-from fadeformer.training.distributed import make_fabric
-from fadeformer.training.state import Recipe, start
+from fadeformer.training.distributed import create_fabric
+from fadeformer.training.state import Recipe, create_training_state
 
 Splits = dict[str, tuple[np.ndarray, np.ndarray]]  # pixels (images, 28, 28, 3) and labels (images, 1) of each split
 
@@ -73,7 +73,7 @@ RESAMPLES = 2000
 def science_vit(pretrained: bool = False, **options: Any) -> VisionTransformer:
     """A ViT whose patches of 2 pixels make a grid of 14 x 14 of an image of 28 pixels, 0.2 M parameters."""
     sizes = {"patch_size": 2, "embed_dim": 64, "depth": 3, "num_heads": 4}
-    return VisionTransformer(**{**sizes, **without_timms_own(options)})
+    return VisionTransformer(**{**sizes, **drop_timm_factory_args(options)})
 
 
 def load(data: Path, dataset: str) -> Splits:
@@ -134,17 +134,17 @@ def train_and_test(data: Path, runs: Path, dataset: str, arm: str, seed: int) ->
         brightness=0.15, contrast=0.15, saturation=0.15, erasing=0.0, erasing_scale=(0.02, 0.12),
         randaugment_operations=0, randaugment_magnitude=0, mixup=0.0, cutmix=0.0,
     )  # fmt: skip
-    state = start(model, recipe)
-    train, val = (Images(*splits[split], pd.DataFrame()) for split in ("train", "val"))
+    state = create_training_state(model, recipe)
+    train, val = (SplitArrays(*splits[split], pd.DataFrame()) for split in ("train", "val"))
     epochs = list(
         loop.fit(
             state, train, val, task=TASK, recipe=recipe, class_weights=np.ones(classes), augmentation=augmentation,
-            normalisation=IMAGENET, seed=seed, fabric=make_fabric(CPU),
+            normalization=IMAGENET, seed=seed, fabric=create_fabric(CPU),
         )
     )  # fmt: skip
     model.load_state_dict(state.best_weights)
     pixels, labels = splits["test"]
-    scores = TASK.probabilities(logits_of(model, pixels, 256, CPU, IMAGENET))
+    scores = TASK.probabilities(predict_logits(model, pixels, 256, CPU, IMAGENET))
     best = epochs[state.best_epoch - 1]
     row = {
         "dataset": dataset, "arm": arm, "seed": seed,
@@ -152,7 +152,7 @@ def train_and_test(data: Path, runs: Path, dataset: str, arm: str, seed: int) ->
         "test_auc": auc(labels, scores, TASK), "test_loss": log_loss(labels, scores, TASK),
     }  # fmt: skip
     name = f"{dataset}.{arm.replace(' ', '_')}.{seed}"
-    with whole_file(runs / f"{name}.npy") as path:
+    with atomic_write(runs / f"{name}.npy") as path:
         np.save(path, scores)
     write_json(runs / f"{name}.json", row)
 

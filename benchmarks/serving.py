@@ -112,7 +112,7 @@ def main() -> None:
     parser.add_argument("package", type=Path)
     parser.add_argument("--seconds", type=float, default=10)
     arguments = parser.parse_args()
-    data = package.data(arguments.package)
+    data = package.find_data_folder(arguments.package)
     wanted = read_json(data / "model.json")["input"]
     shape = (wanted["image_size"], wanted["image_size"], wanted["channels"])
     draw = np.random.default_rng(0)

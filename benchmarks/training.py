@@ -28,15 +28,15 @@ from torchvision.transforms import InterpolationMode, v2
 
 from fadeformer.config import schema
 from fadeformer.config.schema import Params
-from fadeformer.data.arrays import Images
+from fadeformer.data.arrays import SplitArrays
 from fadeformer.data.normalization import IMAGENET
 from fadeformer.models.factory import create_model
 from fadeformer.tasks import TASKS
 from fadeformer.training import loop
 from fadeformer.training.augmentation import Augmentation
-from fadeformer.training.distributed import make_fabric
+from fadeformer.training.distributed import create_fabric
 from fadeformer.training.sampling import sampling_weights
-from fadeformer.training.state import Recipe, start
+from fadeformer.training.state import Recipe, create_training_state
 from pipelines import paths
 from pipelines.stages import train_worker
 
@@ -45,10 +45,10 @@ TASK = TASKS["multi-class"]
 CLASSES = 5
 
 
-def some_images(count: int, size: int) -> Images:
+def some_images(count: int, size: int) -> SplitArrays:
     """Noise, of classes as even as can be."""
     pixels = np.random.default_rng(0).integers(0, 256, (count, size, size, 3), dtype=np.uint8)
-    return Images(pixels, np.arange(count)[:, None] % CLASSES, pd.DataFrame(index=range(count)))
+    return SplitArrays(pixels, np.arange(count)[:, None] % CLASSES, pd.DataFrame(index=range(count)))
 
 
 def network(backbone: str, size: int, wanted: Params) -> nn.Module:
@@ -64,14 +64,14 @@ def network(backbone: str, size: int, wanted: Params) -> nn.Module:
 class PlainDataset(Dataset[tuple[Tensor, int]]):
     """Images and labels, one by one."""
 
-    def __init__(self, images: Images, transform: Callable[[Image.Image], Tensor]) -> None:
+    def __init__(self, images: SplitArrays, transform: Callable[[Image.Image], Tensor]) -> None:
         self.images, self.transform = images, transform
 
     def __len__(self) -> int:
         return len(self.images.labels)
 
     def __getitem__(self, row: int) -> tuple[Tensor, int]:
-        return self.transform(Image.fromarray(self.images.pixels[row])), int(self.images.labels[row, 0])
+        return self.transform(Image.fromarray(self.images.images[row])), int(self.images.labels[row, 0])
 
 
 def plain_transform(augmentation: Augmentation) -> v2.Compose:
@@ -93,7 +93,7 @@ def plain_transform(augmentation: Augmentation) -> v2.Compose:
 
 
 def plain_epochs(
-    model: nn.Module, images: Images, augmentation: Augmentation, recipe: Recipe, workers: int
+    model: nn.Module, images: SplitArrays, augmentation: Augmentation, recipe: Recipe, workers: int
 ) -> Iterator[float]:
     """Seconds of each epoch of the plain loop."""
     weights = sampling_weights(images.labels, TASK)
@@ -103,7 +103,7 @@ def plain_epochs(
         dataset, recipe.batch_size, shuffle=sampler is None, sampler=sampler, num_workers=workers,
         persistent_workers=workers > 0,
     )  # fmt: skip
-    optimizer = start(model, recipe).optimizer
+    optimizer = create_training_state(model, recipe).optimizer
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, recipe.epochs * len(loader))
     criterion = nn.CrossEntropyLoss()
     while True:
@@ -121,12 +121,12 @@ def plain_epochs(
         yield time.perf_counter() - began
 
 
-def our_epochs(model: nn.Module, images: Images, augmentation: Augmentation, recipe: Recipe) -> Iterator[float]:
+def our_epochs(model: nn.Module, images: SplitArrays, augmentation: Augmentation, recipe: Recipe) -> Iterator[float]:
     """Seconds of the training part of each epoch of ours, deterministic as the train stage is."""
-    few = Images(images.pixels[: 4 * CLASSES], images.labels[: 4 * CLASSES], images.index[: 4 * CLASSES])
+    few = SplitArrays(images.images[: 4 * CLASSES], images.labels[: 4 * CLASSES], images.index[: 4 * CLASSES])
     epochs = loop.fit(
-        start(model, recipe), images, few, task=TASK, recipe=recipe, class_weights=np.ones(CLASSES),
-        augmentation=augmentation, normalisation=IMAGENET, seed=0, fabric=make_fabric(CPU),
+        create_training_state(model, recipe), images, few, task=TASK, recipe=recipe, class_weights=np.ones(CLASSES),
+        augmentation=augmentation, normalization=IMAGENET, seed=0, fabric=create_fabric(CPU),
     )  # fmt: skip
     while True:
         torch.use_deterministic_algorithms(True)
@@ -138,7 +138,7 @@ def our_epochs(model: nn.Module, images: Images, augmentation: Augmentation, rec
 def compare(backbone: str, size: int, wanted: Params, count: int, repeats: int) -> dict[str, list[float]]:
     """Images per second of each loop in each epoch."""
     images = some_images(count, size)
-    recipe = Recipe(**wanted.train.model_dump(exclude=set(train_worker.ELSEWHERE)))
+    recipe = Recipe(**wanted.train.model_dump(exclude=set(train_worker.NOT_IN_RECIPE)))
     recipe = replace(recipe, epochs=repeats + 1, early_stopping_patience=repeats + 1)
     chosen = wanted.augment.model_dump() | {"horizontal_flip": 0.5}
     given = images, Augmentation(**chosen), recipe
@@ -166,7 +166,7 @@ def main() -> None:
     logging.getLogger("lightning_fabric").setLevel(logging.WARNING)  # it announces the precision
     torch.set_num_threads(arguments.threads)
     torch.utils.deterministic.fill_uninitialized_memory = False  # as the train stage does
-    wanted = schema.load(paths.PARAMS)
+    wanted = schema.load_params(paths.PARAMS)
     print(f"images/s, median of {arguments.repeats} epochs of {arguments.images} images, {arguments.threads} threads")
     print("| network | pixels | ours | plain, no worker | plain, workers | ours / the faster plain |")
     print("| --- | --- | --- | --- | --- | --- |")

@@ -20,11 +20,10 @@ from scipy.special import logsumexp, softmax
 from sklearn.metrics import roc_auc_score
 
 from fadeformer.data import arrays
-from fadeformer.data.decode import to_channels
-from fadeformer.data.preprocess import fit
+from fadeformer.data.decode import image_to_array, to_channels
 from fadeformer.inference import inputs, ood
 from fadeformer.inference.classifier import Classifier
-from fadeformer.inference.forward import logits_of
+from fadeformer.inference.forward import predict_logits
 from fadeformer.io.atomic import read_json
 from fadeformer.tasks import TASKS
 
@@ -37,8 +36,8 @@ def scores(
 ) -> dict[str, Callable[[Seen], np.ndarray]]:
     """What is compared; the higher, the less familiar."""
     none = np.zeros((1, train[1].shape[1]), np.float32)  # the limit is taken from val here, for all alike
-    by_class, by_val = (ood.fit(*given, task, none) for given in ((train[1], labels), (val[1], of_val)))
-    together = ood.fit(train[1], labels, ALL, none)
+    by_class, by_val = (ood.fit_detector(*given, task, none) for given in ((train[1], labels), (val[1], of_val)))
+    together = ood.fit_detector(train[1], labels, ALL, none)
     return {
         "energy": lambda seen: -logsumexp(seen[0], axis=1),  # Liu et al. 2020, arXiv:2010.03759
         "probability": lambda seen: (
@@ -50,7 +49,7 @@ def scores(
     }
 
 
-def others(test: np.ndarray, more: list[Path], meta: arrays.Meta) -> dict[str, np.ndarray]:
+def others(test: np.ndarray, more: list[Path], meta: arrays.ArrayMetadata) -> dict[str, np.ndarray]:
     """What is not of the data set."""
     random, flat = np.random.default_rng(0), test.reshape(len(test), -1, test.shape[3])
     found = {
@@ -65,16 +64,19 @@ def others(test: np.ndarray, more: list[Path], meta: arrays.Meta) -> dict[str, n
         if path.suffix == ".npz":
             pictures = map(Image.fromarray, np.load(path, allow_pickle=False)["test_images"])
         else:
-            pictures = (image.read() for image in inputs.find([str(path)])[0])
+            pictures = (image.read() for image in inputs.list_inputs([str(path)])[0])
         found[path.stem] = np.stack(
-            [fit(to_channels(image, meta.channels), meta.image_size, meta.channels, meta.aspect) for image in pictures]
+            [
+                image_to_array(to_channels(image, meta.channels), meta.image_size, meta.channels, meta.aspect)
+                for image in pictures
+            ]
         )
     return {name: images.reshape(-1, *test.shape[1:]) for name, images in found.items()}
 
 
 def row(score: Callable[[Seen], np.ndarray], val: Seen, test: Seen, apart: dict[str, Seen]) -> list[str]:
     """Cells of the table."""
-    limit, known = np.quantile(score(val), ood.FAMILIAR), score(test)
+    limit, known = np.quantile(score(val), ood.THRESHOLD_QUANTILE), score(test)
     cells = [f"{100 * (known > limit).mean():.0f} %"]
     for seen in apart.values():
         far = score(seen)
@@ -90,15 +92,15 @@ def main() -> None:
     wanted = parser.parse_args()
     processed, models = wanted.project / "data" / "processed", wanted.project / "models"
     classifier = Classifier(read_json(models / "model.json"), models / "best_model.pth")
-    meta = arrays.read_meta(processed)
-    splits = {split: arrays.read(processed, split) for split in ("train", "val", "test")}
+    meta = arrays.read_metadata(processed)
+    splits = {split: arrays.load_split(processed, split) for split in ("train", "val", "test")}
 
     def see(pixels: np.ndarray) -> Seen:
-        logits = logits_of(classifier.model, pixels, 256, classifier.device, classifier.normalisation)
+        logits = predict_logits(classifier.model, pixels, 256, classifier.device, classifier.normalization)
         return logits, classifier.predict(pixels).features
 
-    train, val, test = (see(of.pixels) for of in splits.values())
-    apart = {name: see(pixels) for name, pixels in others(np.array(splits["test"].pixels), wanted.other, meta).items()}
+    train, val, test = (see(of.images) for of in splits.values())
+    apart = {name: see(pixels) for name, pixels in others(np.array(splits["test"].images), wanted.other, meta).items()}
     print("| score | test | " + " | ".join(apart) + " |")
     print("| --- |" + " --- |" * (1 + len(apart)))
     for name, score in scores(train, splits["train"].labels, val, splits["val"].labels, classifier.task).items():

@@ -8,14 +8,14 @@ class UserError(Exception):
     """
 
 
-class PassingError(UserError):
+class TransientError(UserError):
     """One that may pass by itself: a server that does not answer, another process at the same work.
 
     A stage exits with status 75, sysexits' EX_TEMPFAIL.
     """
 
 
-class UnreadableError(UserError):
+class UnreadableImageError(UserError):
     """One image that cannot be used. A data set may hold some of them: who reads it says how many are too many.
 
     Attributes:
@@ -32,7 +32,7 @@ class UnreadableError(UserError):
         return f"{self.name}: {self.reason}"
 
 
-class Interrupted(Exception):  # noqa: N818  what was asked for is no error
+class StageInterrupted(Exception):  # noqa: N818  what was asked for is no error
     """A signal asked a stage to end. What was begun is kept, and the message says where it goes on.
 
     Attributes:

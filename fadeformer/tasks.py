@@ -25,7 +25,7 @@ if TYPE_CHECKING:  # torch takes seconds to import, and the stages that only rea
     from torch import Tensor
 
 ORDINAL = "ordinal-regression"
-TINY = float(np.finfo(np.float64).tiny)  # a score of 0 for what is true costs 708 nats, not infinity
+MIN_SCORE = float(np.finfo(np.float64).tiny)  # a score of 0 for what is true costs 708 nats, not infinity
 
 
 def _softmax_losses(logits: Tensor, targets: Tensor, weights: Tensor, gamma: float) -> Tensor:
@@ -67,27 +67,27 @@ def _one_hot(labels: Tensor, classes: int) -> Tensor:
     return one_hot(labels[:, 0], classes).float()
 
 
-def _findings(labels: Tensor, classes: int) -> Tensor:
+def _multi_hot(labels: Tensor, classes: int) -> Tensor:
     return labels.float()
 
 
-def _right_class(logits: Tensor, labels: Tensor) -> Tensor:
+def _correct_class(logits: Tensor, labels: Tensor) -> Tensor:
     return (logits.argmax(dim=1) == labels[:, 0]).float()
 
 
-def _right_findings(logits: Tensor, labels: Tensor) -> Tensor:
+def _correct_findings(logits: Tensor, labels: Tensor) -> Tensor:
     return ((logits > 0) == labels.bool()).float().mean(dim=1)
 
 
-def _right_grade(logits: Tensor, labels: Tensor) -> Tensor:
-    return (_log_grades(logits).argmax(dim=1) == labels[:, 0]).float()
+def _correct_grade(logits: Tensor, labels: Tensor) -> Tensor:
+    return (_cumulative_log_probabilities(logits).argmax(dim=1) == labels[:, 0]).float()
 
 
 def _softmax(logits: NDArray[np.float64]) -> NDArray[np.float64]:
     return np.asarray(softmax(logits, axis=1))
 
 
-def _grades(logits: NDArray[np.float64]) -> NDArray[np.float64]:
+def _cumulative_probabilities(logits: NDArray[np.float64]) -> NDArray[np.float64]:
     """Sigmoid(a) - sigmoid(b) for neighbours a >= b, as sigmoid(a) sigmoid(-b) (1 - exp(b - a)), which never cancels.
 
     Since a - b is softplus of an output, the last factor is that output's sigmoid.
@@ -104,11 +104,11 @@ def _log_softmax(logits: Tensor) -> Tensor:
     return logits.log_softmax(dim=1)
 
 
-def _as_they_are(logits: Tensor) -> Tensor:
+def _identity(logits: Tensor) -> Tensor:
     return logits
 
 
-def _log_grades(logits: Tensor) -> Tensor:
+def _cumulative_log_probabilities(logits: Tensor) -> Tensor:
     """The logarithm of `_grades`."""
     from torch.nn.functional import logsigmoid, pad
 
@@ -116,21 +116,21 @@ def _log_grades(logits: Tensor) -> Tensor:
     return pad(logsigmoid(above), (1, 0)) + pad(logsigmoid(-above), (0, 1)) + pad(logsigmoid(logits[:, 1:]), (1, 1))
 
 
-def _most_likely(scores: NDArray[np.float64]) -> NDArray[np.int64]:
+def _argmax(scores: NDArray[np.float64]) -> NDArray[np.int64]:
     return np.asarray(scores.argmax(axis=1)[:, None], dtype=np.int64)
 
 
-def _above_half(scores: NDArray[np.float64]) -> NDArray[np.int64]:
+def _threshold_at_half(scores: NDArray[np.float64]) -> NDArray[np.int64]:
     return (scores > 0.5).astype(np.int64)
 
 
-def _balanced(labels: NDArray[np.int64], classes: int) -> NDArray[np.float64]:
+def _balanced_class_weights(labels: NDArray[np.int64], classes: int) -> NDArray[np.float64]:
     """Images / (classes * images of the class), as scikit-learn's `balanced`; 1 where there are none."""
     counts = np.bincount(labels[:, 0], minlength=classes)
     return np.where(counts > 0, len(labels) / (classes * np.maximum(counts, 1)), 1.0)
 
 
-def _against_absent(labels: NDArray[np.int64], classes: int) -> NDArray[np.float64]:
+def _positive_weights(labels: NDArray[np.int64], classes: int) -> NDArray[np.float64]:
     """Images without a finding for each with it, so that both weigh the same; 1 where there are none."""
     counts = labels.sum(axis=0)
     return np.where(counts > 0, (len(labels) - counts) / np.maximum(counts, 1), 1.0)
@@ -155,20 +155,20 @@ class Task:
 
     name: str
     multi_label: bool
-    spare_outputs: int
+    num_omitted_outputs: int
     targets: Callable[[Tensor, int], Tensor]
     losses: Callable[[Tensor, Tensor, Tensor, float], Tensor]
-    right: Callable[[Tensor, Tensor], Tensor]
+    correct: Callable[[Tensor, Tensor], Tensor]
     probabilities: Callable[[NDArray[np.float64]], NDArray[np.float64]]
-    logs: Callable[[Tensor], Tensor]
+    calibration_logits: Callable[[Tensor], Tensor]
     decide: Callable[[NDArray[np.float64]], NDArray[np.int64]]
-    balance: Callable[[NDArray[np.int64], int], NDArray[np.float64]]
+    balanced_weights: Callable[[NDArray[np.int64], int], NDArray[np.float64]]
 
     def label_columns(self, classes: int) -> list[str]:
         """Names of the label columns in every table: `label`, or `label_0 ... label_{classes-1}` where multi-label."""
         return [f"label_{c}" for c in range(classes)] if self.multi_label else ["label"]
 
-    def smooth(self, targets: Tensor, amount: float) -> Tensor:
+    def smooth_targets(self, targets: Tensor, amount: float) -> Tensor:
         """Targets of which a share is spread over the classes, or for findings over present and absent."""
         return targets * (1 - amount) + amount / (2 if self.multi_label else targets.shape[1])
 
@@ -190,22 +190,42 @@ class Task:
                 f" it to auto, or dataset.task to {ORDINAL} if the classes are grades"
             )
         changes = {
-            "spare_outputs": 1, "losses": _cumulative_losses, "right": _right_grade, "probabilities": _grades,
-            "logs": _log_grades,
+            "spare_outputs": 1, "losses": _cumulative_losses, "right": _correct_grade, "probabilities": _cumulative_probabilities,
+            "logs": _cumulative_log_probabilities,
         }  # fmt: skip
         return replace(self, **changes)  # type: ignore[arg-type]
 
 
-_CLASSES = (False, 0, _one_hot, _softmax_losses, _right_class, _softmax, _log_softmax, _most_likely, _balanced)
-_LABELS = (True, 0, _findings, _sigmoid_losses, _right_findings, expit, _as_they_are, _above_half, _against_absent)
+_SINGLE_LABEL = (
+    False,
+    0,
+    _one_hot,
+    _softmax_losses,
+    _correct_class,
+    _softmax,
+    _log_softmax,
+    _argmax,
+    _balanced_class_weights,
+)
+_MULTI_LABEL = (
+    True,
+    0,
+    _multi_hot,
+    _sigmoid_losses,
+    _correct_findings,
+    expit,
+    _identity,
+    _threshold_at_half,
+    _positive_weights,
+)
 
 TASKS: dict[str, Task] = {
     task.name: task
     for task in (
-        Task("binary-class", *_CLASSES),
-        Task("multi-class", *_CLASSES),
-        Task(ORDINAL, *_CLASSES),
-        Task("multi-label, binary-class", *_LABELS),
+        Task("binary-class", *_SINGLE_LABEL),
+        Task("multi-class", *_SINGLE_LABEL),
+        Task(ORDINAL, *_SINGLE_LABEL),
+        Task("multi-label, binary-class", *_MULTI_LABEL),
     )
 }
 

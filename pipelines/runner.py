@@ -11,24 +11,24 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
-from fadeformer.errors import Interrupted, PassingError, UserError
-from fadeformer.io.atomic import FULL
+from fadeformer.errors import StageInterrupted, TransientError, UserError
+from fadeformer.io.atomic import DISK_FULL_ERRNOS
 
-STATUS = "FADEFORMER_STATUS"  # environment variable: file for the exit status, which DVC does not pass on
+STATUS_VARIABLE = "FADEFORMER_STATUS"  # environment variable: file for the exit status, which DVC does not pass on
 
 
 class Terminated(KeyboardInterrupt):
     """SIGTERM was received. Like Ctrl-C it is no `Exception`, so that no reader takes it for a damaged image."""
 
 
-class Ended(NamedTuple):
+class CommandResult(NamedTuple):
     """The summary of a command, and an exit status of its own; 1 is that of errors."""
 
     summary: str
     status: int
 
 
-def run(name: str, main: Callable[[], str | Ended]) -> None:
+def run(name: str, main: Callable[[], str | CommandResult]) -> None:
     """Run `main` and print the summary it returns.
 
     Exits with one message and status 1 on a `UserError`, 75 on a `PassingError`, or 128 + n after signal n. Inside a
@@ -36,54 +36,54 @@ def run(name: str, main: Callable[[], str | Ended]) -> None:
     """
     atexit.register(gc.freeze)  # the interpreter's last collections take seconds over what torch and MLflow define
     for logger in ("prefect.flow_runs", "prefect.task_runs"):
-        logging.getLogger(logger).addFilter(_without_traceback)
-    signal.signal(signal.SIGTERM, _terminate)
+        logging.getLogger(logger).addFilter(_drop_traceback)
+    signal.signal(signal.SIGTERM, _raise_terminated)
     try:
         ended = main()
-        summary, status = ended if isinstance(ended, Ended) else (ended, 0)
+        summary, status = ended if isinstance(ended, CommandResult) else (ended, 0)
         print(f"{name}: {summary}", flush=True)
     except UserError as error:
-        _exit(f"{name}: {error}", os.EX_TEMPFAIL if isinstance(error, PassingError) else 1)
-    except Interrupted as error:
-        _exit(f"{name}: {error}", 128 + error.signal_number)
+        _exit_with_message(f"{name}: {error}", os.EX_TEMPFAIL if isinstance(error, TransientError) else 1)
+    except StageInterrupted as error:
+        _exit_with_message(f"{name}: {error}", 128 + error.signal_number)
     except BrokenPipeError:
-        if not _nobody_reads():
+        if not _is_stdout_closed():
             raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more before it exits
         sys.exit(128 + signal.SIGPIPE)
     except OSError as error:
-        if error.errno not in FULL and error.filename is None:
+        if error.errno not in DISK_FULL_ERRNOS and error.filename is None:
             raise
-        remedy = "free some space" if error.errno in FULL else "mend the path or its permissions"
+        remedy = "free some space" if error.errno in DISK_FULL_ERRNOS else "mend the path or its permissions"
         where = f"{error.filename}: " if error.filename else ""
-        _exit(f"{name}: {where}{error.strerror}; {remedy}, then run again: finished stages are kept")
+        _exit_with_message(f"{name}: {where}{error.strerror}; {remedy}, then run again: finished stages are kept")
     except Terminated:
-        _exit(f"{name}: stopped by SIGTERM; run again: finished stages are kept", 128 + signal.SIGTERM)
+        _exit_with_message(f"{name}: stopped by SIGTERM; run again: finished stages are kept", 128 + signal.SIGTERM)
     except KeyboardInterrupt:
-        _exit(f"{name}: interrupted", 128 + signal.SIGINT)
+        _exit_with_message(f"{name}: interrupted", 128 + signal.SIGINT)
     if status:
         sys.exit(status)
 
 
-def _terminate(number: int, frame: object) -> NoReturn:
+def _raise_terminated(number: int, frame: object) -> NoReturn:
     raise Terminated
 
 
-def _without_traceback(record: logging.LogRecord) -> bool:
+def _drop_traceback(record: logging.LogRecord) -> bool:
     """Shorten Prefect's log record of an error, which is printed when the process ends."""
     if record.exc_info:
         record.msg, record.args, record.exc_info = "stopped, the reason is printed below", (), None
     return True
 
 
-def _exit(message: str, status: int = 1) -> NoReturn:
+def _exit_with_message(message: str, status: int = 1) -> NoReturn:
     print(f"\n{message}", file=sys.stderr)
-    if file := os.environ.get(STATUS):
+    if file := os.environ.get(STATUS_VARIABLE):
         Path(file).write_text(str(status))
     sys.exit(status)
 
 
-def _nobody_reads() -> bool:
+def _is_stdout_closed() -> bool:
     """Whether the output goes to a pipe whose reader has closed it, as `head` does."""
     output = select.poll()
     output.register(sys.stdout, 0)

@@ -14,15 +14,15 @@ from typing import NoReturn
 import httpx
 import psutil
 
-from fadeformer.errors import PassingError, UserError
+from fadeformer.errors import TransientError, UserError
 from pipelines import runner
 
-STARTUP = 120  # seconds; the first start creates Prefect's database
-RETRIES = "2"  # of a request; more only delay the end of a flow whose temporary server died
-NO_LINKS = ""  # Prefect prints no link to a page that is gone when the command ends
-SENDING = 5.0  # seconds for the last logs and events of flows
-POLL = 1.0  # seconds between two looks at the processes below a command
-GROUP = 1.0  # seconds within which a SIGTERM to the whole process group has ended the command
+STARTUP_TIMEOUT = 120  # seconds; the first start creates Prefect's database
+CLIENT_RETRIES = "2"  # of a request; more only delay the end of a flow whose temporary server died
+NO_UI_URL = ""  # Prefect prints no link to a page that is gone when the command ends
+FLUSH_TIMEOUT = 5.0  # seconds for the last logs and events of flows
+POLL_INTERVAL = 1.0  # seconds between two looks at the processes below a command
+GROUP_EXIT_TIMEOUT = 1.0  # seconds within which a SIGTERM to the whole process group has ended the command
 
 
 @contextmanager
@@ -34,17 +34,17 @@ def temporary_server() -> Iterator[str]:
         UserError: The temporary server does not start.
     """
     given = os.environ.get("PREFECT_API_URL")
-    if given and not answers(given):
-        raise PassingError(f"PREFECT_API_URL is {given}, but no Prefect server answers there; start it, or unset it")
-    with nullcontext(given) if given else _started() as url:
+    if given and not is_reachable(given):
+        raise TransientError(f"PREFECT_API_URL is {given}, but no Prefect server answers there; start it, or unset it")
+    with nullcontext(given) if given else _launch_server() as url:
         try:
             yield url
         except httpx.TransportError as error:
-            raise PassingError(f"the Prefect server at {url} does not answer any more; run again") from error
+            raise TransientError(f"the Prefect server at {url} does not answer any more; run again") from error
 
 
 @contextmanager
-def _started() -> Iterator[str]:
+def _launch_server() -> Iterator[str]:
     from prefect.events.worker import EventsWorker
     from prefect.logging.handlers import APILogWorker
     from prefect.server.api.server import SubprocessASGIServer
@@ -55,19 +55,23 @@ def _started() -> Iterator[str]:
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
     try:
         try:
-            server.start(timeout=STARTUP)
+            server.start(timeout=STARTUP_TIMEOUT)
         except (RuntimeError, httpx.TransportError) as error:
             raise UserError(f"Prefect's temporary server did not start: {error}") from error
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-        changes = {PREFECT_API_URL: server.api_url, PREFECT_CLIENT_MAX_RETRIES: RETRIES, PREFECT_UI_URL: NO_LINKS}
+        changes = {
+            PREFECT_API_URL: server.api_url,
+            PREFECT_CLIENT_MAX_RETRIES: CLIENT_RETRIES,
+            PREFECT_UI_URL: NO_UI_URL,
+        }
         os.environ.update({setting.name: value for setting, value in changes.items()})
         with temporary_settings(changes):
             try:
                 yield server.api_url
             finally:
-                APILogWorker.drain_all(timeout=SENDING)
-                EventsWorker.drain_all(timeout=SENDING)
+                APILogWorker.drain_all(timeout=FLUSH_TIMEOUT)
+                EventsWorker.drain_all(timeout=FLUSH_TIMEOUT)
     finally:
         for setting in (PREFECT_API_URL, PREFECT_CLIENT_MAX_RETRIES, PREFECT_UI_URL):
             os.environ.pop(setting.name, None)
@@ -76,7 +80,7 @@ def _started() -> Iterator[str]:
         server.stop()
 
 
-def answers(url: str) -> bool:
+def is_reachable(url: str) -> bool:
     """Whether a Prefect server answers at a URL."""
     try:
         return httpx.get(f"{url.rstrip('/')}/health", timeout=5).status_code == httpx.codes.OK
@@ -84,7 +88,7 @@ def answers(url: str) -> bool:
         return False
 
 
-def run(command: Sequence[str]) -> NoReturn:
+def run_command(command: Sequence[str]) -> NoReturn:
     """Run a command with a Prefect server and exit with its status; SIGTERM reaches every process below this one."""
     with temporary_server():
         process = psutil.Popen(command)
@@ -93,9 +97,12 @@ def run(command: Sequence[str]) -> NoReturn:
             while process.poll() is None:
                 below = [process, *process.children(recursive=True)]  # they may outlive the command
                 with suppress(psutil.TimeoutExpired):
-                    process.wait(POLL)
+                    process.wait(POLL_INTERVAL)
         except KeyboardInterrupt as error:  # Ctrl-C reaches them from the terminal
-            if isinstance(error, runner.Terminated) and process not in psutil.wait_procs([process], GROUP)[0]:
+            if (
+                isinstance(error, runner.Terminated)
+                and process not in psutil.wait_procs([process], GROUP_EXIT_TIMEOUT)[0]
+            ):
                 for one in below:
                     with suppress(psutil.NoSuchProcess):
                         one.terminate()
@@ -105,4 +112,4 @@ def run(command: Sequence[str]) -> NoReturn:
 
 
 if __name__ == "__main__":
-    runner.run(" ".join(sys.argv[1:]), partial(run, sys.argv[1:]))
+    runner.run(" ".join(sys.argv[1:]), partial(run_command, sys.argv[1:]))

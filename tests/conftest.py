@@ -52,9 +52,10 @@ SMALL = {
 # Files whose tests take longest, longest first: a worker that started one of them last would keep the others waiting.
 LONGEST = (
     "test_readme.py", "pipeline/test_cluster.py", "pipeline/test_deployment.py", "pipeline/test_resume.py",
-    "pipeline/test_sweep.py", "test_images.py", "pipeline/test_first_run.py", "pipeline/test_reproduce.py",
+    "pipeline/test_sweep.py", "containers/test_images.py", "pipeline/test_first_run.py", "pipeline/test_reproduce.py",
     "pipeline/test_real_data.py", "pipeline/test_promotion.py", "pipeline/test_errors.py", "pipeline/test_dicom.py",
-    "test_orchestrator.py", "test_bad_data.py", "datasets/test_manifest.py", "test_benchmarks.py", "test_report.py",
+    "test_server.py", "data/test_bad_data.py", "data/test_manifest.py", "test_benchmarks.py",
+    "reporting/test_report.py",
 )  # fmt: skip
 # What a test needs, by the fixtures that it uses, directly or not.
 MARKERS = {
@@ -76,7 +77,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture
 def wanted() -> Params:
     """params.yaml as it is shipped."""
-    return schema.load(ROOT / "params.yaml")
+    return schema.load_params(ROOT / "params.yaml")
 
 
 @pytest.fixture
@@ -84,7 +85,7 @@ def small(tmp_path: Path) -> Path:
     """A copy of params.yaml that makes every stage quick."""
     path = tmp_path / "params.yaml"
     shutil.copy(ROOT / "params.yaml", path)
-    overrides.apply(path, SMALL)
+    overrides.apply_overrides(path, SMALL)
     return path
 
 
@@ -179,7 +180,7 @@ class Project:
 
     def change(self, **sections: object) -> None:
         """Changes keys of params.yaml."""
-        overrides.apply(self.folder / "params.yaml", sections)
+        overrides.apply_overrides(self.folder / "params.yaml", sections)
 
     def commit(self, message: str) -> None:
         self.run("git", "add", "--all")

@@ -12,10 +12,16 @@ import pytest
 import torch
 from PIL import Image
 
-from fadeformer.data.normalization import Normalisation
+from fadeformer.data.normalization import Normalization
 from fadeformer.inference import model_files, ood
 from fadeformer.inference.classifier import Classifier
-from fadeformer.inference.model_files import DESCRIPTION, FAMILIAR, POINTS, REFERENCE, TRAINED
+from fadeformer.inference.model_files import (
+    METADATA_FILE,
+    OOD_FILE,
+    OPERATING_POINTS_FILE,
+    REFERENCE_FILE,
+    TRAINED_WEIGHTS_FILE,
+)
 from fadeformer.models.factory import create_model
 from fadeformer.monitoring import reference
 from pipelines.tracking import store
@@ -61,7 +67,7 @@ def write_model(
         if weight.ndim:
             weight.data += 0.1 * torch.randn_like(weight)
     with torch.no_grad():
-        logits = model(Normalisation((0.5,) * channels, (0.25,) * channels)(torch.from_numpy(seen)))
+        logits = model(Normalization((0.5,) * channels, (0.25,) * channels)(torch.from_numpy(seen)))
     model.get_classifier().bias.data -= logits.mean(dim=0)  # so that no decision is the same for every image
     described = {
         "model": network, "task": task, "head": head, "classes": classes, "calibration": calibration,
@@ -72,24 +78,28 @@ def write_model(
     judged = classes[1:] if kind == "binary" else classes
     (folder / "models").mkdir(parents=True)
     (folder / "reports").mkdir()
-    weights = folder / "models" / TRAINED
+    weights = folder / "models" / TRAINED_WEIGHTS_FILE
     torch.save(model.state_dict(), weights)
     classifier = Classifier(described, weights)
     _, scores, features = classifier.predict(seen)
     middle = np.median(scores, axis=0)
     labels = np.zeros((20, len(classes) if kind == "findings" else 1), np.int64)
-    known = ood.fit(features, labels, classifier.task, features)
-    ood.write(known, folder / "models" / FAMILIAR)
-    described["unfamiliar"] = {"limit": known.limit}
+    known = ood.fit_detector(features, labels, classifier.task, features)
+    ood.write(known, folder / "models" / OOD_FILE)
+    described["unfamiliar"] = {"limit": known.threshold}
     distances = known.distance(features)
-    reference.table(seen, scores, distances, features, tuple(classes)).to_parquet(folder / "models" / REFERENCE)
+    reference.build_reference(seen, scores, distances, features, tuple(classes)).to_parquet(
+        folder / "models" / REFERENCE_FILE
+    )
     points = {
         "youden": {name: {"threshold": middle[classes.index(name)]} for name in judged},
         "sensitivity": {name: {"threshold": 0.0} for name in judged},
         "specificity": dict.fromkeys(judged),
     }
-    (folder / "models" / DESCRIPTION).write_text(json.dumps(described))
-    (folder / "reports" / POINTS).write_text(json.dumps({"wanted": {}, "confidence": 0.95, "points": points}))
+    (folder / "models" / METADATA_FILE).write_text(json.dumps(described))
+    (folder / "reports" / OPERATING_POINTS_FILE).write_text(
+        json.dumps({"wanted": {}, "confidence": 0.95, "points": points})
+    )
     return folder
 
 
@@ -107,8 +117,10 @@ def project_with_store(folder: Path) -> Iterator[Path]:
 
 def load(folder: Path) -> Classifier:
     """The classifier, with its operating points, that `write_model` wrote into a folder, or a package."""
-    own = folder / "reports" / POINTS
-    files = model_files.find(folder / "models" if own.exists() else folder, "it", own if own.exists() else None)
+    own = folder / "reports" / OPERATING_POINTS_FILE
+    files = model_files.find_model_files(
+        folder / "models" if own.exists() else folder, "it", own if own.exists() else None
+    )
     return Classifier.load(files, torch.device("cpu"))
 
 

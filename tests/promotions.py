@@ -6,21 +6,21 @@ the champion. What was decided before, by this process until it was killed or by
 
 import sys
 
-from fadeformer.promotion.decision import FAILED, PASSED, Decision, Rule
+from fadeformer.promotion.decision import FAILED, PASSED, Check, Decision
 from pipelines.registry import ledger, versions
-from pipelines.registry.ledger import Subject
-from pipelines.registry.versions import Version
+from pipelines.registry.ledger import JudgedVersion
+from pipelines.registry.versions import ModelVersion
 from pipelines.tracking import store
 
 
 def decision(quality: int, champion: int | None) -> Decision:
     """By quality alone."""
     better = champion is None or quality > champion
-    rule = Rule("better", "better than the champion", PASSED if better else FAILED, f"{quality} against {champion}")
+    rule = Check("better", "better than the champion", PASSED if better else FAILED, f"{quality} against {champion}")
     return Decision((rule,), quality / 100, None if champion is None else champion / 100)
 
 
-def quality_of(version: Version | str) -> int:
+def quality_of(version: ModelVersion | str) -> int:
     """Of version n of 20 that of n * 7 modulo 20, so that the better ones come in no order."""
     return int(version if isinstance(version, str) else version.number) * 7 % 20
 
@@ -30,12 +30,12 @@ def main() -> None:
     name, *numbers = sys.argv[1:]
     store.connect()
     for number in numbers:
-        with ledger.opened(name) as book:
+        with ledger.open_ledger(name) as book:
             if any(entry["version"] == number for entry in book.entries):
                 continue
-            subject = Subject(number, versions.versions(name)[number].run_id, f"content of {number}")
-            rival = book.rival_of(subject)
-            book.decide(subject, decision(quality_of(number), None if rival is None else quality_of(rival)))
+            subject = JudgedVersion(number, versions.list_versions(name)[number].run_id, f"content of {number}")
+            rival = book.champion_to_beat(subject)
+            book.record_decision(subject, decision(quality_of(number), None if rival is None else quality_of(rival)))
 
 
 if __name__ == "__main__":

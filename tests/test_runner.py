@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from fadeformer.errors import Interrupted, UserError
+from fadeformer.errors import StageInterrupted, UserError
 from pipelines import runner
 from tests.conftest import ROOT
 
@@ -40,10 +40,10 @@ def test_the_summary_is_printed(capsys):
 
 def test_a_command_may_end_well_with_a_status_of_its_own(capsys):
     with pytest.raises(SystemExit) as ended:
-        runner.run("predict", lambda: runner.Ended("two images, one of them unreadable", 3))
+        runner.run("predict", lambda: runner.CommandResult("two images, one of them unreadable", 3))
     assert ended.value.code == 3
     assert capsys.readouterr().out == "predict: two images, one of them unreadable\n"
-    runner.run("predict", lambda: runner.Ended("two images", 0))
+    runner.run("predict", lambda: runner.CommandResult("two images", 0))
 
 
 def test_an_error_for_people_is_the_message_and_the_exit_is_not_0(ending):
@@ -51,7 +51,7 @@ def test_an_error_for_people_is_the_message_and_the_exit_is_not_0(ending):
 
 
 def test_a_reader_that_has_enough_of_the_output_is_no_error():
-    code = "from pipelines import stage\nstage.run('registry', lambda: '\\n'.join(map(str, range(200_000))))"
+    code = "from pipelines import runner\nrunner.run('registry', lambda: '\\n'.join(map(str, range(200_000))))"
     with subprocess.Popen(
         [sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as process:
@@ -89,13 +89,13 @@ def test_an_interruption_is_told_and_the_exit_is_that_of_its_signal(ending):
     assert ending(raising(KeyboardInterrupt())) == ("train: interrupted", 130)
     for number in (signal.SIGTERM, signal.SIGINT):
         told = f"stopped by {number.name} after step 417; run again to go on from there"
-        assert ending(raising(Interrupted(told, number))) == (f"train: {told}", 128 + number)
+        assert ending(raising(StageInterrupted(told, number))) == (f"train: {told}", 128 + number)
 
 
 # A stage of its own process. It forgives any error, as readers of damaged images do.
 READS = """
 import time
-from pipelines import stage
+from pipelines import runner
 def main():
     print("ready", flush=True)
     while True:
@@ -103,7 +103,7 @@ def main():
             time.sleep(600)
         except Exception:
             print("a damaged image", flush=True)
-stage.run("download", main)
+runner.run("download", main)
 """
 
 
@@ -129,9 +129,9 @@ SLOW = {"dvc", "great_expectations", "mlflow", "pandas", "prefect", "scipy", "sk
 @pytest.mark.parametrize(
     ("name", "needed"),
     [
-        ("download", SLOW - {"torch"}), ("validate", SLOW - {"torch"}), ("preprocess", SLOW - {"torch"}),
-        ("promote", SLOW - {"torch"}),
-        ("working_copy", set()), ("flows", {"prefect"}),  # every run of a deployment loads them first
+        ("stages.download", SLOW - {"torch"}), ("stages.validate", SLOW - {"torch"}),
+        ("stages.preprocess", SLOW - {"torch"}), ("stages.promote", SLOW - {"torch"}),
+        ("orchestration.workspace", set()), ("orchestration.flows", {"prefect"}),  # every run of a deployment loads them first
     ],
 )  # fmt: skip
 def test_what_needs_no_torch_does_not_wait_for_it(name, needed):

@@ -10,24 +10,24 @@ from pathlib import Path
 import psutil
 import pytest
 
-from fadeformer.errors import PassingError
-from pipelines import server as orchestrator
+from fadeformer.errors import TransientError
+from pipelines import server
 from tests.conftest import ROOT
 
 # A stage with a flow, such as `dvc repro` runs.
 STAGE = """
 import time
 from prefect import flow
-from pipelines import orchestrator, stage
+from pipelines import runner, server
 @flow
 def evaluate():
     print("begun", flush=True)
     time.sleep(SECONDS)
 def main():
-    with orchestrator.temporary_server():
+    with server.temporary_server():
         evaluate()
     return "done"
-stage.run("evaluate", main)
+runner.run("evaluate", main)
 """
 # As DVC, which leaves Ctrl-C to its stage and does not handle SIGTERM.
 DVC = """
@@ -97,15 +97,15 @@ def test_a_stage_alone_has_a_server_and_fails_within_seconds_when_that_dies(star
 @pytest.mark.parametrize("url", ["http://127.0.0.1:1/api", "nowhere"])
 def test_a_server_that_does_not_answer_is_an_error(monkeypatch, url):
     monkeypatch.setenv("PREFECT_API_URL", url)
-    with pytest.raises(PassingError, match=f"PREFECT_API_URL is {url}, but no"), orchestrator.temporary_server():
+    with pytest.raises(TransientError, match=f"PREFECT_API_URL is {url}, but no"), server.temporary_server():
         pass
 
 
 def test_a_server_that_is_given_is_used(monkeypatch, prefect_server):
     monkeypatch.setenv("PREFECT_API_URL", prefect_server)
-    with orchestrator.temporary_server() as url:
+    with server.temporary_server() as url:
         assert url == prefect_server
-    assert orchestrator.answers(prefect_server)
+    assert server.is_reachable(prefect_server)
 
 
 def test_a_proxy_is_not_asked_for_this_machine():

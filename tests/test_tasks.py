@@ -34,7 +34,7 @@ def some_labels(task: Task, count: int = 20, classes: int = 3, seed: int = 0) ->
 
 
 def targets_of(task: Task, labels: torch.Tensor, smoothing: float = 0.0, classes: int = 3) -> torch.Tensor:
-    return task.smooth(task.targets(labels, classes).double(), smoothing)
+    return task.smooth_targets(task.targets(labels, classes).double(), smoothing)
 
 
 @given(LOGITS)
@@ -128,7 +128,7 @@ def test_two_grades_are_one_threshold():
     torch.testing.assert_close(losses, expected)
     assert losses.mean().item() == pytest.approx(log_loss(labels.numpy(), scores, GRADES))
     right = GRADES.decide(scores)[:, 0] == labels[:, 0].numpy()
-    assert GRADES.right(logits, labels).tolist() == right.astype(float).tolist()
+    assert GRADES.correct(logits, labels).tolist() == right.astype(float).tolist()
 
 
 @given(arrays(np.float64, (5, 4), elements=st.floats(-20, 20)))
@@ -172,7 +172,7 @@ def test_losses_and_gradients_of_extreme_logits_are_finite(task, gamma):
 
 @given(st.lists(st.integers(0, 3), min_size=1, max_size=40))
 def test_classes_are_balanced_as_scikit_learn_does(labels):
-    found = MULTI_CLASS.balance(np.array(labels)[:, None], 4)
+    found = MULTI_CLASS.balanced_weights(np.array(labels)[:, None], 4)
     present = np.unique(labels)
     expected = np.ones(4)
     # scikit-learn counts the classes there are, we those there should be
@@ -182,7 +182,7 @@ def test_classes_are_balanced_as_scikit_learn_does(labels):
 
 @given(arrays(np.int64, st.tuples(st.integers(1, 20), st.just(3)), elements=st.integers(0, 1)))
 def test_findings_are_balanced_against_images_without_them(labels):
-    for column, weight in zip(labels.T.tolist(), FINDINGS.balance(labels, 3), strict=True):
+    for column, weight in zip(labels.T.tolist(), FINDINGS.balanced_weights(labels, 3), strict=True):
         positives, negatives = column.count(1), column.count(0)
         assert weight == pytest.approx(negatives / positives if positives else 1.0)
 
@@ -193,4 +193,4 @@ def test_only_grades_have_a_cumulative_head():
         if name != "ordinal-regression":
             with pytest.raises(UserError, match=r"model\.head is cumulative, .* but the task is " + name):
                 task.with_head("cumulative")
-    assert (GRADES.name, GRADES.spare_outputs) == ("ordinal-regression", 1)
+    assert (GRADES.name, GRADES.num_omitted_outputs) == ("ordinal-regression", 1)

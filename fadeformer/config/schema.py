@@ -15,7 +15,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
-from fadeformer.config.validation import explain
+from fadeformer.config.validation import describe_errors
 from fadeformer.errors import UserError
 
 DatasetName = Literal[
@@ -28,16 +28,16 @@ Fraction = Annotated[Number, Field(ge=0, le=1)]
 Rate = Annotated[Number, Field(ge=0, lt=1)]
 # YAML 1.1, which some editors write, has off as a false
 Severity = Annotated[Literal["stop", "warn", "off"], BeforeValidator(lambda value: "off" if value is False else value)]
-Kind = TypeVar("Kind", bound=BaseModel)
+ModelT = TypeVar("ModelT", bound=BaseModel)
 
 
-class Section(BaseModel):
+class ConfigModel(BaseModel):
     """A part of params.yaml."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
-class DatasetParams(Section):
+class DatasetParams(ConfigModel):
     """Which images the download stage brings."""
 
     name: DatasetName
@@ -52,7 +52,7 @@ class DatasetParams(Section):
     seed: Annotated[int, Field(ge=0)]
 
     @model_validator(mode="after")
-    def _size_is_published_and_names_differ(self) -> DatasetParams:
+    def _check_size_and_classes(self) -> DatasetParams:
         if self.classes is not None and len(set(self.classes)) < len(self.classes):
             raise ValueError("dataset.classes names a class twice")
         if self.name.endswith("mnist") and self.size not in (28, 64, 128, 224):
@@ -60,7 +60,7 @@ class DatasetParams(Section):
         return self
 
 
-class SplitParams(Section):
+class SplitParams(ConfigModel):
     """Which images train, choose and judge."""
 
     adopted: Annotated[str, Field(min_length=1)]
@@ -69,13 +69,13 @@ class SplitParams(Section):
     seed: Annotated[int, Field(ge=0)]
 
     @model_validator(mode="after")
-    def _shares_are_all(self) -> SplitParams:
+    def _check_shares_sum_to_one(self) -> SplitParams:
         if abs(sum(self.shares) - 1) > 1e-6:
             raise ValueError(f"split.shares is {self.shares}; train, val and test have to sum to 1")
         return self
 
 
-class SeverityParams(Section):
+class SeverityParams(ConfigModel):
     """What each check of the data gate does where it does not hold."""
 
     split_missing: Severity
@@ -97,7 +97,7 @@ class SeverityParams(Section):
     label_shift: Severity
 
 
-class ValidateParams(Section):
+class ValidateParams(ConfigModel):
     """What the data gate lets pass."""
 
     max_cross_split_duplicates: Annotated[int, Field(ge=0)]
@@ -107,7 +107,7 @@ class ValidateParams(Section):
     severity: SeverityParams
 
 
-class PreprocessParams(Section):
+class PreprocessParams(ConfigModel):
     """The arrays that training reads."""
 
     image_size: Annotated[int, Field(ge=16, le=1024)] | None
@@ -116,7 +116,7 @@ class PreprocessParams(Section):
     threads: Annotated[int, Field(ge=1)] | None
 
 
-class FadeParams(Section):
+class FadeParams(ConfigModel):
     """The Fade layers; those of the published one by its argument names."""
 
     variant: Literal["published", "diffusion"]
@@ -127,7 +127,7 @@ class FadeParams(Section):
     alpha: Number
 
     @model_validator(mode="after")
-    def _blocks_are_named(self) -> FadeParams:
+    def _check_after_blocks(self) -> FadeParams:
         told = ", ".join(map(str, self.after_blocks))
         places = [place == "last" or (isinstance(place, int) and place >= 1) for place in self.after_blocks]
         if not places or not all(places):
@@ -139,7 +139,7 @@ class FadeParams(Section):
         return self
 
 
-class ModelParams(Section):
+class ModelParams(ConfigModel):
     """The network."""
 
     backbone: str
@@ -152,7 +152,7 @@ class ModelParams(Section):
     fade: FadeParams | None
 
     @model_validator(mode="after")
-    def _weights_are_not_its_own(self) -> ModelParams:
+    def _check_weights_path(self) -> ModelParams:
         if PurePosixPath(self.weights).parts[:1] == ("models",):
             raise ValueError(
                 f"model.weights is {self.weights}, but training makes models/ anew; copy the file elsewhere, such as to"
@@ -161,7 +161,7 @@ class ModelParams(Section):
         return self
 
 
-class AugmentParams(Section):
+class AugmentParams(ConfigModel):
     """Random changes to each training image."""
 
     horizontal_flip: Fraction | Literal["auto"]
@@ -181,14 +181,14 @@ class AugmentParams(Section):
     cutmix: Annotated[Number, Field(ge=0)]
 
     @model_validator(mode="after")
-    def _erasing_scale_is_ordered(self) -> AugmentParams:
+    def _check_erasing_scale(self) -> AugmentParams:
         low, high = self.erasing_scale
         if low > high:
             raise ValueError(f"augment.erasing_scale is [{low}, {high}]; the smallest area comes first")
         return self
 
 
-class TrainParams(Section):
+class TrainParams(ConfigModel):
     """How the network is trained."""
 
     epochs: Annotated[int, Field(ge=1)]
@@ -218,7 +218,7 @@ class TrainParams(Section):
     checkpoint_minutes: Annotated[Number, Field(gt=0)]
 
     @model_validator(mode="after")
-    def _something_is_left_to_learn(self) -> TrainParams:
+    def _check_epochs(self) -> TrainParams:
         if self.probe_epochs + self.warmup_epochs >= self.epochs:
             raise ValueError(
                 f"train.probe_epochs ({self.probe_epochs}) and train.warmup_epochs ({self.warmup_epochs:g}) leave"
@@ -227,7 +227,7 @@ class TrainParams(Section):
         return self
 
 
-class EvaluateParams(Section):
+class EvaluateParams(ConfigModel):
     """Predictions, numbers and figures."""
 
     batch_size: Annotated[int, Field(ge=1)]
@@ -242,13 +242,13 @@ class EvaluateParams(Section):
 
     @field_validator("age_bands")
     @classmethod
-    def _rising(cls, value: list[float]) -> list[float]:
+    def _check_age_bands(cls, value: list[float]) -> list[float]:
         if not value or any(after <= before for before, after in itertools.pairwise(value)):
             raise ValueError("evaluate.age_bands has to rise from one age to the next, such as [0, 18, 40, 60, 80]")
         return value
 
 
-class PromoteParams(Section):
+class PromoteParams(ConfigModel):
     """The registry gate."""
 
     model_name: Annotated[str, Field(pattern=r"^([\w .-]|\{dataset\})+$")]  # what MLflow takes, and no quotes
@@ -263,7 +263,7 @@ class PromoteParams(Section):
     min_gain: Fraction | None
 
 
-class Params(Section):
+class Params(ConfigModel):
     """The whole of params.yaml."""
 
     seed: Annotated[int, Field(ge=0)]
@@ -277,25 +277,25 @@ class Params(Section):
     evaluate: EvaluateParams
     promote: PromoteParams
 
-    def nested(self) -> dict[str, Any]:
+    def as_nested_dict(self) -> dict[str, Any]:
         """The same as plain dictionaries, under the keys of params.yaml."""
         return self.model_dump(by_alias=True)
 
-    def flat(self) -> dict[str, Any]:
+    def as_flat_dict(self) -> dict[str, Any]:
         """The same as one dictionary with dotted keys such as `train.learning_rate`."""
-        return _flatten(self.nested(), "")
+        return _flatten(self.as_nested_dict(), "")
 
 
-def load(path: Path) -> Params:
+def load_params(path: Path) -> Params:
     """Reads and checks params.yaml.
 
     Raises:
         UserError: the file is missing, is not YAML, or has a key or value that is not allowed.
     """
-    return parse(read(path), str(path))
+    return parse_params(read_yaml(path), str(path))
 
 
-def read(path: Path) -> Any:
+def read_yaml(path: Path) -> Any:
     """Plain values of a YAML file; raises UserError where it cannot be read or is no YAML."""
     try:
         return YAML(typ="safe").load(path)
@@ -305,7 +305,7 @@ def read(path: Path) -> Any:
         raise UserError(f"{path}: is not valid YAML: {error}") from error
 
 
-def parse(values: Any, source: str) -> Params:
+def parse_params(values: Any, source: str) -> Params:
     """Checks plain values against the types.
 
     Args:
@@ -315,10 +315,10 @@ def parse(values: Any, source: str) -> Params:
     Raises:
         UserError: names every wrong key by its full path, with the nearest valid one.
     """
-    return checked(values, Params, source)
+    return validate_model(values, Params, source)
 
 
-def checked(values: Any, kind: type[Kind], source: str) -> Kind:
+def validate_model(values: Any, kind: type[ModelT], source: str) -> ModelT:
     """The same for any model of sections, such as another YAML file of the user's."""
     if not isinstance(values, Mapping):
         names = ", ".join(field.alias or name for name, field in kind.model_fields.items())
@@ -326,7 +326,7 @@ def checked(values: Any, kind: type[Kind], source: str) -> Kind:
     try:
         return kind.model_validate(values)
     except ValidationError as error:
-        problems = explain(cast(list[Mapping[str, Any]], error.errors()), kind)
+        problems = describe_errors(cast(list[Mapping[str, Any]], error.errors()), kind)
         raise UserError("\n".join(f"{source}: {problem}" for problem in problems)) from error
 
 

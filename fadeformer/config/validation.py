@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 from pydantic import BaseModel
 
 
-def explain(problems: Sequence[Mapping[str, Any]], root: type[BaseModel]) -> list[str]:
+def describe_errors(problems: Sequence[Mapping[str, Any]], root: type[BaseModel]) -> list[str]:
     """One message for each key that is wrong.
 
     Args:
@@ -19,16 +19,16 @@ def explain(problems: Sequence[Mapping[str, Any]], root: type[BaseModel]) -> lis
     """
     of_key: dict[tuple[str, ...], list[Mapping[str, Any]]] = {}
     for problem in problems:
-        of_key.setdefault(_path([str(part) for part in problem["loc"]], root), []).append(problem)
+        of_key.setdefault(_key_path([str(part) for part in problem["loc"]], root), []).append(problem)
     # what stands below a key tells more than that the key is of none of its other kinds
     told = [path for path in of_key if not any(other != path and other[: len(path)] == path for other in of_key)]
-    return [_message(list(path), of_key[path], root) for path in told]
+    return [_error_message(list(path), of_key[path], root) for path in told]
 
 
-def _message(path: list[str], problems: Sequence[Mapping[str, Any]], root: type[BaseModel]) -> str:
+def _error_message(path: list[str], problems: Sequence[Mapping[str, Any]], root: type[BaseModel]) -> str:
     problem, key = problems[0], ".".join(path)
     if problem["type"] == "extra_forbidden":
-        siblings = _keys(_section(path[:-1], root))
+        siblings = _field_types(_model_at(path[:-1], root))
         near = difflib.get_close_matches(path[-1], siblings, n=1, cutoff=0.5)
         prefix = ".".join([*path[:-1], ""])
         hint = f"did you mean {prefix}{near[0]}?" if near else f"valid keys: {', '.join(sorted(siblings))}"
@@ -39,65 +39,65 @@ def _message(path: list[str], problems: Sequence[Mapping[str, Any]], root: type[
         return str(problem["ctx"]["error"])
     message = " or ".join(one["msg"].removeprefix("Input should be ") for one in problems)
     if problem["type"] == "model_type":
-        message = f"a section with the keys {', '.join(_keys(_section(path, root)))}"
+        message = f"a section with the keys {', '.join(_field_types(_model_at(path, root)))}"
     value, hint = problem["input"], ""
     if isinstance(value, str) and _is_number(value):
         hint = " (it stands as text in the YAML: no quotes, and 1.0e-3 rather than 1e-3)"
     elif isinstance(value, str) and any(one["type"] == "literal_error" for one in problems):
-        near = difflib.get_close_matches(value, list(_choices(_annotation(path, root))), n=1)
+        near = difflib.get_close_matches(value, list(_literal_values(_annotation_at(path, root))), n=1)
         hint = f"; did you mean {near[0]}?" if near else ""
     return f"{key} is {value!r}, but should be {message}{hint}"
 
 
-def _path(parts: list[str], root: type[BaseModel]) -> tuple[str, ...]:
+def _key_path(parts: list[str], root: type[BaseModel]) -> tuple[str, ...]:
     """The keys to a problem, without the name of the kind that pydantic puts behind a key of several."""
     section: type[BaseModel] | None = root
     for number, part in enumerate(parts):
-        if section is None or part not in _keys(section):
+        if section is None or part not in _field_types(section):
             return tuple(parts)
-        annotation = _keys(section)[part]
-        section = _nested(annotation)
+        annotation = _field_types(section)[part]
+        section = _nested_model(annotation)
         if section is None:
-            several = len([kind for kind in _kinds(annotation) if kind is not NoneType]) > 1
+            several = len([kind for kind in _union_members(annotation) if kind is not NoneType]) > 1
             return (*parts[: number + 1], *parts[number + 1 + several :])
     return tuple(parts)
 
 
-def _keys(section: type[BaseModel]) -> dict[str, Any]:
+def _field_types(section: type[BaseModel]) -> dict[str, Any]:
     """Keys of a section and what their values may be."""
     return {field.alias or name: field.annotation for name, field in section.model_fields.items()}
 
 
-def _nested(annotation: Any) -> type[BaseModel] | None:
+def _nested_model(annotation: Any) -> type[BaseModel] | None:
     """The section that a value is, or each value of a dictionary, if it is one."""
-    kinds = get_args(annotation) if get_origin(annotation) is dict else _kinds(annotation)
+    kinds = get_args(annotation) if get_origin(annotation) is dict else _union_members(annotation)
     sections = [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)]
     return sections[0] if sections else None
 
 
-def _kinds(annotation: Any) -> Sequence[Any]:
+def _union_members(annotation: Any) -> Sequence[Any]:
     """What a value may be: the members of a union, or the one."""
     one = get_origin(annotation) in (None, Literal, Annotated, list, dict)
     return (annotation,) if one else get_args(annotation)
 
 
-def _section(path: Sequence[str], root: type[BaseModel]) -> type[BaseModel]:
+def _model_at(path: Sequence[str], root: type[BaseModel]) -> type[BaseModel]:
     for part in path:
-        root = _nested(_keys(root).get(part)) or root
+        root = _nested_model(_field_types(root).get(part)) or root
     return root
 
 
-def _annotation(path: Sequence[str], root: type[BaseModel]) -> Any:
-    return _keys(_section(path[:-1], root))[path[-1]]
+def _annotation_at(path: Sequence[str], root: type[BaseModel]) -> Any:
+    return _field_types(_model_at(path[:-1], root))[path[-1]]
 
 
-def _choices(annotation: Any) -> Iterator[str]:
+def _literal_values(annotation: Any) -> Iterator[str]:
     """Every choice by name, whatever it stands in."""
     for argument in get_args(annotation):
         if get_origin(annotation) is Literal:
             yield str(argument)
         else:
-            yield from _choices(argument)
+            yield from _literal_values(argument)
 
 
 def _is_number(text: str) -> bool:

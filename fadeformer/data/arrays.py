@@ -3,7 +3,7 @@
 A folder of arrays holds, for each split, `{split}.npy` (uint8, images x side x side x channels), beside `index.parquet`
 (one row per image: split, id, group, labels, and what else is known of it, such as age, sex and view), `meta.json`
 (what a model and a reader must know of them) and, where people have drawn boxes of lesions, `boxes.parquet` (as
-`fadeformer.data.boxes.of_arrays` gives them).
+`fadeformer.data.boxes.map_boxes_to_arrays` gives them).
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from fadeformer.errors import UserError
 from fadeformer.io.atomic import read_json
 from fadeformer.tasks import TASKS, Task
 
-BOXES = "boxes.parquet"
+BOXES_FILE = "boxes.parquet"
 
 
 @dataclass(frozen=True)
-class Meta:
+class ArrayMetadata:
     """What a model and a reader must know of a folder of arrays.
 
     Attributes:
@@ -36,7 +36,7 @@ class Meta:
         cross_split_duplicates: images that stand in two splits by content, as the data gate was told to allow.
         channel_mean: of the pixels of train, by channel, in [0, 1].
         channel_std: their standard deviation, likewise.
-        aspect: what became of images that are not square, as `fadeformer.data.decode.resize` names it.
+        aspect: what became of images that are not square, as `fadeformer.data.decode.resize_to_square` names it.
     """
 
     dataset: dict[str, Any]
@@ -61,7 +61,7 @@ class Meta:
 
 
 @dataclass(frozen=True)
-class Images:
+class SplitArrays:
     """One split.
 
     Attributes:
@@ -70,37 +70,37 @@ class Images:
         index: split, id and group of each image, and what else is known of it.
     """
 
-    pixels: NDArray[np.uint8]
+    images: NDArray[np.uint8]
     labels: NDArray[np.int64]
     index: pd.DataFrame
 
 
-def read_meta(folder: Path) -> Meta:
+def read_metadata(folder: Path) -> ArrayMetadata:
     """Reads `meta.json`.
 
     Raises:
         UserError: there is none.
     """
     try:
-        return Meta(**read_json(folder / "meta.json"))
+        return ArrayMetadata(**read_json(folder / "meta.json"))
     except OSError as error:
         raise UserError(f"{folder / 'meta.json'}: not found; run `dvc repro preprocess` first") from error
 
 
-def read(folder: Path, split: str) -> Images:
+def load_split(folder: Path, split: str) -> SplitArrays:
     """Maps one split into memory."""
-    meta = read_meta(folder)
+    meta = read_metadata(folder)
     index = pd.read_parquet(folder / "index.parquet")
     index = index[index["split"] == split].reset_index(drop=True)
     columns = meta.task.label_columns(len(meta.classes))
     labels = index[columns].to_numpy(dtype=np.int64)
     pixels = np.load(folder / f"{split}.npy", mmap_mode="r", allow_pickle=False)
-    return Images(pixels, labels, index.drop(columns=columns))
+    return SplitArrays(pixels, labels, index.drop(columns=columns))
 
 
 def read_boxes(folder: Path, split: str) -> pd.DataFrame | None:
     """The boxes of one split's images; None where the data set has none."""
-    if not (folder / BOXES).is_file():
+    if not (folder / BOXES_FILE).is_file():
         return None
-    boxes = pd.read_parquet(folder / BOXES)
+    boxes = pd.read_parquet(folder / BOXES_FILE)
     return boxes[boxes["split"] == split].reset_index(drop=True)

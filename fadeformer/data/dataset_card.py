@@ -12,11 +12,11 @@ from fadeformer.io.atomic import read_json, write_json
 from fadeformer.tasks import TASKS, Task
 
 SPLITS = ("train", "val", "test")
-CARD = "dataset.json"
+CARD_FILE = "dataset.json"
 
 
 @dataclass(frozen=True)
-class Facts:
+class DatasetCard:
     """One data set as it lies in `data/raw`.
 
     Attributes:
@@ -30,7 +30,7 @@ class Facts:
         counts: images that there must be, where its authors say so: by split, of train_val together, or of all.
         licence: under which it may be used.
         note: what a reader of a result must know, such as that the images are synthetic.
-        layout: in which the images and labels lie: a key of `fadeformer.data.manifest.TABLES`.
+        layout: in which the images and labels lie: a key of `fadeformer.data.manifest.TABLE_READERS`.
         files: name and SHA-256 of each file, where there are several.
         mirrors: whether a mirrored image keeps its label; not where left and right are classes.
     """
@@ -50,12 +50,12 @@ class Facts:
     mirrors: bool = True
 
     @property
-    def kind(self) -> Task:
+    def task_spec(self) -> Task:
         """The task by its name."""
         return TASKS[self.task]
 
 
-def task_of(multi_label: bool, classes: int, wanted: str | None, source: Path) -> str:
+def infer_task(multi_label: bool, classes: int, wanted: str | None, source: Path) -> str:
     """The task that a user's own labels ask for: a key of `fadeformer.tasks.TASKS`.
 
     Args:
@@ -74,26 +74,26 @@ def task_of(multi_label: bool, classes: int, wanted: str | None, source: Path) -
     raise UserError(f"dataset.task is {wanted}, but the labels of {source} are {found}; set it to null")
 
 
-def digest(files: Mapping[str, str]) -> str:
+def combined_digest(files: Mapping[str, str]) -> str:
     """SHA-256 of several files, from that of each by name."""
     return hashlib.sha256("".join(f"{sha}  {name}\n" for name, sha in files.items()).encode()).hexdigest()
 
 
-def write(facts: Facts, folder: Path) -> None:
+def write_card(facts: DatasetCard, folder: Path) -> None:
     """Leaves the card in `folder`."""
-    write_json(folder / CARD, asdict(facts))
+    write_json(folder / CARD_FILE, asdict(facts))
 
 
-def read(folder: Path) -> Facts:
+def read_card(folder: Path) -> DatasetCard:
     """Reads the card.
 
     Raises:
         UserError: there is none.
     """
     try:
-        values = read_json(folder / CARD)
-        return Facts(**{**values, "classes": tuple(values["classes"])})
+        values = read_json(folder / CARD_FILE)
+        return DatasetCard(**{**values, "classes": tuple(values["classes"])})
     except OSError as error:
-        raise UserError(f"{folder / CARD}: not found; run `dvc repro download` first") from error
+        raise UserError(f"{folder / CARD_FILE}: not found; run `dvc repro download` first") from error
     except (ValueError, TypeError, KeyError) as error:
-        raise UserError(f"{folder / CARD}: damaged, or of another version; run `dvc repro -f download`") from error
+        raise UserError(f"{folder / CARD_FILE}: damaged, or of another version; run `dvc repro -f download`") from error

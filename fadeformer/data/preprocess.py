@@ -16,21 +16,21 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from fadeformer.data import image_stream
-from fadeformer.data.arrays import Meta
-from fadeformer.data.decode import Aspect, fit
-from fadeformer.data.sources.user_table import TOLD
-from fadeformer.errors import UnreadableError, UserError
-from fadeformer.io.atomic import whole_file, write_json
+from fadeformer.data.arrays import ArrayMetadata
+from fadeformer.data.decode import Aspect, image_to_array
+from fadeformer.data.sources.user_table import UNPARSED_LABEL
+from fadeformer.errors import UnreadableImageError, UserError
+from fadeformer.io.atomic import atomic_write, write_json
 
 # Columns of a manifest that are of the files; all others go into the index: labels, and age, sex, view and the like.
-OF_THE_FILES = (
-    "path", "member", "index", "sha256", "height", "width", "mode", "brightness", "contrast", "problem", TOLD
+FILE_COLUMNS = (
+    "path", "member", "index", "sha256", "height", "width", "mode", "brightness", "contrast", "problem", UNPARSED_LABEL
 )  # fmt: skip
-NOTED_EVERY = 1000  # images
-ROWS_AT_ONCE = 64
+PROGRESS_INTERVAL = 1000  # images
+CHUNK_IMAGES = 64
 
 
-def write(
+def write_arrays(
     dataset: Mapping[str, Any],
     manifest: pd.DataFrame,
     source: Path,
@@ -42,7 +42,7 @@ def write(
     split: str,
     cross_split_duplicates: int,
     folder: Path,
-) -> Meta:
+) -> ArrayMetadata:
     """Writes a folder of arrays; one that was begun before is gone on with.
 
     An image has its place from the start, so the arrays are the same for any number of threads, and after any number of
@@ -68,7 +68,8 @@ def write(
     counts = {str(split): int(count) for split, count in manifest["split"].value_counts(sort=False).items()}
     with contextlib.ExitStack() as stack:
         files = {
-            split: stack.enter_context(_opened(folder / f"{split}.npy", (n, *shape))) for split, n in counts.items()
+            split: stack.enter_context(_open_array_file(folder / f"{split}.npy", (n, *shape)))
+            for split, n in counts.items()
         }
         starts = {split: file.tell() for split, file in files.items()}
         noted = folder / "done.npy"
@@ -77,31 +78,31 @@ def write(
         splits = manifest["split"].to_numpy()
 
         def work(_: int, image: Image.Image) -> NDArray[np.uint8]:
-            return fit(image, image_size, channels, aspect)
+            return image_to_array(image, image_size, channels, aspect)
 
-        found = image_stream.each(manifest.iloc[left], source, work, what="arrays", threads=threads)
+        found = image_stream.map_images(manifest.iloc[left], source, work, desc="arrays", threads=threads)
         for number, (position, pixels) in enumerate(found, start=1):
             row = left[position]
-            if isinstance(pixels, UnreadableError):
+            if isinstance(pixels, UnreadableImageError):
                 raise UserError(f"{pixels}; run `dvc repro validate`: the data have changed since they were checked")
             file = files[splits[row]]
             file.seek(starts[splits[row]] + int(places[row]) * pixels.nbytes)
             file.write(pixels.data)
             done[row] = True
-            if number % NOTED_EVERY == 0:
-                _note(noted, done, files.values())
-        _note(noted, done, files.values())
+            if number % PROGRESS_INTERVAL == 0:
+                _save_progress(noted, done, files.values())
+        _save_progress(noted, done, files.values())
     if not done.all():
         raise UserError(f"{source}: {int((~done).sum()):,} images of the manifest are gone; run `dvc repro validate`")
-    manifest.drop(columns=[*OF_THE_FILES], errors="ignore").to_parquet(folder / "index.parquet", index=False)
+    manifest.drop(columns=[*FILE_COLUMNS], errors="ignore").to_parquet(folder / "index.parquet", index=False)
     mean, std = channel_statistics(folder / "train.npy")
-    meta = Meta(dict(dataset), image_size, channels, counts, split, cross_split_duplicates, mean, std, aspect)
+    meta = ArrayMetadata(dict(dataset), image_size, channels, counts, split, cross_split_duplicates, mean, std, aspect)
     write_json(folder / "meta.json", asdict(meta))
     noted.unlink()
     return meta
 
 
-def decoded(
+def decode_to_memmap(
     manifest: pd.DataFrame, source: Path, path: Path, *, image_size: int, channels: int, aspect: Aspect
 ) -> NDArray[np.uint8]:
     """Every image of a manifest as one array, (images, side, side, channels), mapped into memory.
@@ -120,16 +121,16 @@ def decoded(
     found = np.lib.format.open_memmap(path, "w+", np.uint8, (len(manifest), image_size, image_size, channels))
 
     def work(_: int, image: Image.Image) -> NDArray[np.uint8]:
-        return fit(image, image_size, channels, aspect)
+        return image_to_array(image, image_size, channels, aspect)
 
-    for position, pixels in image_stream.each(manifest, source, work, what="arrays", threads=None):
-        if isinstance(pixels, UnreadableError):
+    for position, pixels in image_stream.map_images(manifest, source, work, desc="arrays", threads=None):
+        if isinstance(pixels, UnreadableImageError):
             raise pixels
         found[position] = pixels
     return found
 
 
-def _opened(path: Path, shape: tuple[int, ...]) -> BinaryIO:
+def _open_array_file(path: Path, shape: tuple[int, ...]) -> BinaryIO:
     """An array's file, at the place of its first element; a new one has its whole length at once."""
     exists = path.exists()
     file = path.open("r+b" if exists else "w+b")
@@ -139,11 +140,11 @@ def _opened(path: Path, shape: tuple[int, ...]) -> BinaryIO:
     return file
 
 
-def _note(path: Path, done: NDArray[np.bool_], files: Iterable[BinaryIO]) -> None:
+def _save_progress(path: Path, done: NDArray[np.bool_], files: Iterable[BinaryIO]) -> None:
     for file in files:
         file.flush()
         os.fsync(file.fileno())
-    with whole_file(path) as temporary:
+    with atomic_write(path) as temporary:
         np.save(temporary, done)
 
 
@@ -152,7 +153,7 @@ def channel_statistics(path: Path) -> tuple[list[float], list[float]]:
     images = np.load(path, mmap_mode="r", allow_pickle=False)
     _, height, width, channels = images.shape
     counts = np.zeros((channels, 256), np.int64)
-    size = ROWS_AT_ONCE * height * width * channels
+    size = CHUNK_IMAGES * height * width * channels
     for start in range(0, images.size, size):
         # not of the map: what is read of it counts as the process's memory
         block = np.fromfile(path, np.uint8, size, offset=images.offset + start)

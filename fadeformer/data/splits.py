@@ -19,14 +19,14 @@ from scipy.sparse.csgraph import connected_components
 
 from fadeformer.data.dataset_card import SPLITS
 from fadeformer.errors import UserError
-from fadeformer.io.atomic import whole_file
+from fadeformer.io.atomic import atomic_write
 
-PASSES = 10  # at most
-DIGITS = 12
+MAX_PASSES = 10  # at most
+SCORE_DIGITS = 12
 TRAIN_VAL = "train_val"  # authors' part that is yet to be divided into train and val
 
 
-def presence(labels: pd.DataFrame, classes: int, multi_label: bool) -> NDArray[np.bool_]:
+def label_indicators(labels: pd.DataFrame, classes: int, multi_label: bool) -> NDArray[np.bool_]:
     """Which label is present in which image, (images, labels); of findings a last column says that none is.
 
     Args:
@@ -41,7 +41,7 @@ def presence(labels: pd.DataFrame, classes: int, multi_label: bool) -> NDArray[n
     return np.concatenate([found, ~found.any(axis=1, keepdims=True)], axis=1)
 
 
-def clusters(images: int, groups: pd.Series, pairs: NDArray[np.int64]) -> NDArray[np.int64]:
+def connected_clusters(images: int, groups: pd.Series, pairs: NDArray[np.int64]) -> NDArray[np.int64]:
     """Images that have to stay together, by number of cluster, (images,).
 
     Args:
@@ -58,7 +58,7 @@ def clusters(images: int, groups: pd.Series, pairs: NDArray[np.int64]) -> NDArra
     return np.asarray(connected_components(graph, directed=False)[1], dtype=np.int64)
 
 
-def deal(
+def assign(
     present: NDArray[np.bool_], cluster: NDArray[np.int64], shares: Mapping[str, float], seed: int
 ) -> NDArray[np.object_]:
     """Deals images out to splits, clusters whole, (images,).
@@ -69,18 +69,18 @@ def deal(
         shares: of each split, above 0; they are taken in proportion.
         seed: of the order in which equal clusters are dealt.
     """
-    kinds = _kinds(present)
+    kinds = _with_count_column(present)
     share = np.array(list(shares.values()), float)
-    dealt = _dealt(kinds, cluster, share[:, None] / share.sum() * kinds.sum(axis=0), seed)
+    dealt = _assign_clusters(kinds, cluster, share[:, None] / share.sum() * kinds.sum(axis=0), seed)
     return np.asarray(np.array(list(shares), dtype=object)[dealt])
 
 
-def _kinds(present: NDArray[np.bool_]) -> NDArray[np.bool_]:
+def _with_count_column(present: NDArray[np.bool_]) -> NDArray[np.bool_]:
     """With a last column that says that it is an image."""
     return np.concatenate([present, np.ones((len(present), 1), bool)], axis=1)
 
 
-def _dealt(
+def _assign_clusters(
     kinds: NDArray[np.bool_], cluster: NDArray[np.int64], lacking: NDArray[np.float64], seed: int
 ) -> NDArray[np.int64]:
     """Number of the split of each image, (images,): of `lacking`, how many images of each kind each split wants."""
@@ -93,21 +93,21 @@ def _dealt(
     heaviest = (counts / totals).max(axis=1)[shuffled]
     order = shuffled[np.argsort(-heaviest, kind="stable")]
     of_cluster = np.full(len(counts), -1)
-    for _ in range(PASSES):  # in the second and later ones clusters change places
+    for _ in range(MAX_PASSES):  # in the second and later ones clusters change places
         before = of_cluster.copy()
         for one in order:
             if of_cluster[one] >= 0:
                 lacking[of_cluster[one]] += counts[one]
             # The split by which the sum of (lacking / total)^2 falls most. Rounded, since the last bits of a sum are
             # the processor's, and equal splits must be told apart in the same way on every machine.
-            of_cluster[one] = np.argmax(np.round(lacking @ (counts[one] / totals**2), DIGITS))
+            of_cluster[one] = np.argmax(np.round(lacking @ (counts[one] / totals**2), SCORE_DIGITS))
             lacking[of_cluster[one]] -= counts[one]
         if (of_cluster == before).all():
             break
     return np.asarray(of_cluster[cluster])
 
 
-def made(
+def complete(
     rows: pd.DataFrame, present: NDArray[np.bool_], cluster: NDArray[np.int64], shares: Sequence[float], seed: int
 ) -> NDArray[np.object_]:
     """The split of each image, where its authors leave one to make.
@@ -125,11 +125,11 @@ def made(
     by_name = dict(zip(SPLITS, shares, strict=True))
     for which, names in ((pd.isna(split), SPLITS), (split == TRAIN_VAL, SPLITS[:2])):
         if which.any():
-            split[which] = deal(present[which], cluster[which], {name: by_name[name] for name in names}, seed)
+            split[which] = assign(present[which], cluster[which], {name: by_name[name] for name in names}, seed)
     return split
 
 
-def repaired(split: NDArray[np.object_], present: NDArray[np.bool_], cluster: NDArray[np.int64]) -> NDArray[np.object_]:
+def repair(split: NDArray[np.object_], present: NDArray[np.bool_], cluster: NDArray[np.int64]) -> NDArray[np.object_]:
     """The split with each cluster whole: those that are stay, the others are dealt anew.
 
     They go where the counts of labels of the split as it was are lacking, so that classes keep their balance.
@@ -144,13 +144,13 @@ def repaired(split: NDArray[np.object_], present: NDArray[np.bool_], cluster: ND
     torn = (first.transform("min") != first.transform("max")).to_numpy()
     if not torn.any():
         return split.copy()
-    kinds = _kinds(present)
+    kinds = _with_count_column(present)
     lacking = np.stack([kinds[torn & (places == place)].sum(axis=0) for place in range(len(SPLITS))]).astype(float)
-    places[torn] = _dealt(kinds[torn], cluster[torn], lacking, seed=0)
+    places[torn] = _assign_clusters(kinds[torn], cluster[torn], lacking, seed=0)
     return np.asarray(np.array(SPLITS, dtype=object)[places])
 
 
-def key(
+def cache_key(
     rows: pd.DataFrame, present: NDArray[np.bool_], cluster: NDArray[np.int64], shares: Sequence[float], seed: int
 ) -> str:
     """Names a made split: the same images, labels, groups, shares and seed have the same."""
@@ -158,19 +158,19 @@ def key(
     return hashlib.sha256(told.encode() + np.packbits(present).tobytes()).hexdigest()[:12]
 
 
-def digest(ids: pd.Series, split: NDArray[np.object_]) -> str:
+def content_digest(ids: pd.Series, split: NDArray[np.object_]) -> str:
     """Names a split by what it is."""
     told = pd.DataFrame({"id": ids.to_numpy(), "split": split}).to_csv(index=False)
     return hashlib.sha256(told.encode()).hexdigest()[:8]
 
 
-def write(path: Path, ids: pd.Series, split: NDArray[np.object_]) -> None:
+def write_split_file(path: Path, ids: pd.Series, split: NDArray[np.object_]) -> None:
     """Writes a split down: a CSV of `id` and `split`."""
-    with whole_file(path) as temporary:
+    with atomic_write(path) as temporary:
         pd.DataFrame({"id": ids.to_numpy(), "split": split}).to_csv(temporary, index=False)
 
 
-def read(path: Path, ids: pd.Series) -> NDArray[np.object_]:
+def read_split_file(path: Path, ids: pd.Series) -> NDArray[np.object_]:
     """Reads a split that was written down, in the order of `ids`.
 
     Raises:

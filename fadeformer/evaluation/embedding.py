@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from sklearn.decomposition import PCA
 
 
-def places(features: NDArray[np.float32], ids: pd.Series) -> pd.DataFrame:
+def pca_projection(features: NDArray[np.float32], ids: pd.Series) -> pd.DataFrame:
     """Two coordinates of each image.
 
     Args:

@@ -11,7 +11,7 @@ from fadeformer.tasks import one_versus_rest
 COLUMNS = ("row", "id", "class", "true", "called", "score")
 
 
-def most_wrong(predictions: Predictions, count: int) -> pd.DataFrame:
+def most_confident_errors(predictions: Predictions, count: int) -> pd.DataFrame:
     """The wrong decisions of the highest score, the most confident first; of each image one at most.
 
     Args:

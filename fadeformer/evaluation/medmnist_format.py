@@ -9,7 +9,7 @@ import pandas as pd
 from fadeformer.evaluation.metrics import medmnist_accuracy, medmnist_auc
 from fadeformer.evaluation.predictions import Predictions
 
-ABOUT = "Scores as `python -m medmnist evaluate` reads them, of MedMNIST's sets in their published split only.\n"
+README_TEXT = "Scores as `python -m medmnist evaluate` reads them, of MedMNIST's sets in their published split only.\n"
 
 
 def write(predictions: Predictions, folder: Path, *, flag: str, size: int, split: str, run: str) -> Path | None:

@@ -14,12 +14,12 @@ from numpy.typing import NDArray
 from sklearn.metrics import precision_recall_curve, roc_auc_score, roc_curve
 
 from fadeformer.evaluation.predictions import Predictions
-from fadeformer.evaluation.weighted_auc import Ranked
-from fadeformer.tasks import TASKS, TINY, Task, one_versus_rest
+from fadeformer.evaluation.weighted_auc import RankedScores
+from fadeformer.tasks import MIN_SCORE, TASKS, Task, one_versus_rest
 
 Labels = NDArray[np.int64]
 Scores = NDArray[np.float64]
-CURVE_POINTS = 400  # of one curve, so that a table of curves stays small
+MAX_CURVE_POINTS = 400  # of one curve, so that a table of curves stays small
 
 
 def auc(labels: Labels, scores: Scores, task: Task) -> float | None:
@@ -31,7 +31,7 @@ def auc(labels: Labels, scores: Scores, task: Task) -> float | None:
     each_once = np.ones((1, len(scores)))
     shown = range(scores.shape[1]) if task.multi_label or scores.shape[1] > 2 else [1]
     found = [
-        Ranked(truth[:, c], scores[:, c], everyone).areas(each_once)[0]
+        RankedScores(truth[:, c], scores[:, c], everyone).auc_and_ap(each_once)[0]
         for c in shown
         if truth[:, c].any() and not truth[:, c].all()
     ]
@@ -49,7 +49,7 @@ def log_loss(labels: Labels, scores: Scores, task: Task) -> float:
         likelihood = np.where(labels.astype(bool), scores, 1 - scores)
     else:
         likelihood = np.take_along_axis(scores, labels, axis=1)
-    return float(-np.log(np.maximum(likelihood, TINY)).mean())
+    return float(-np.log(np.maximum(likelihood, MIN_SCORE)).mean())
 
 
 def medmnist_auc(labels: Labels, scores: Scores, task: str) -> float | None:
@@ -87,12 +87,12 @@ def medmnist_accuracy(labels: Labels, scores: Scores, task: str) -> float:
     return float(right.mean())
 
 
-def roc_points(predictions: Predictions) -> pd.DataFrame:
+def roc_curve_points(predictions: Predictions) -> pd.DataFrame:
     """ROC curves of the classes that can be judged: class, fpr, tpr."""
     return _curves(predictions, "fpr", "tpr", lambda truth, score: roc_curve(truth, score)[:2])
 
 
-def pr_points(predictions: Predictions) -> pd.DataFrame:
+def pr_curve_points(predictions: Predictions) -> pd.DataFrame:
     """Precision-recall curves of the classes that can be judged: class, recall, precision."""
     return _curves(predictions, "recall", "precision", _pr_curve)
 
@@ -105,16 +105,16 @@ def _pr_curve(truth: NDArray[np.bool_], score: Scores) -> tuple[Scores, Scores]:
 def _curves(predictions: Predictions, x: str, y: str, curve: Any) -> pd.DataFrame:
     truth = one_versus_rest(predictions.labels, len(predictions.classes), predictions.task)
     parts = [pd.DataFrame({"class": pd.Series(dtype="str"), x: pd.Series(dtype=float), y: pd.Series(dtype=float)})]
-    for c in shown_classes(predictions):
+    for c in curve_classes(predictions):
         if truth[:, c].all() or not truth[:, c].any():
             continue
         points = pd.DataFrame(dict(zip((x, y), curve(truth[:, c], predictions.scores[:, c]), strict=True)))
-        kept = np.unique(np.linspace(0, len(points) - 1, CURVE_POINTS).round().astype(int))
+        kept = np.unique(np.linspace(0, len(points) - 1, MAX_CURVE_POINTS).round().astype(int))
         parts.append(points.iloc[kept].assign(**{"class": predictions.classes[c]})[["class", x, y]])
     return pd.concat(parts[1:] or parts, ignore_index=True)
 
 
-def shown_classes(predictions: Predictions) -> range:
+def curve_classes(predictions: Predictions) -> range:
     """The classes that have a curve of their own: all, but of two exclusive ones only the last, its mirror image."""
     count = len(predictions.classes)
     return range(count - 1, count) if count == 2 and not predictions.task.multi_label else range(count)

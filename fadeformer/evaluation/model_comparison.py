@@ -25,15 +25,15 @@ from scipy.stats import t
 
 from fadeformer.evaluation.intervals import bootstrap, delong, proportions
 from fadeformer.evaluation.predictions import Predictions
-from fadeformer.evaluation.weighted_metrics import Measures
+from fadeformer.evaluation.weighted_metrics import WeightedMetrics
 
 Floats = NDArray[np.float64]
-Measure = Literal["auc", "accuracy", "balanced_accuracy"]
-MEASURES: tuple[Measure, ...] = get_args(Measure)
+MetricName = Literal["auc", "accuracy", "balanced_accuracy"]
+METRICS: tuple[MetricName, ...] = get_args(MetricName)
 
 
 @dataclass(frozen=True)
-class Mean:
+class SeedMean:
     """A measure over the seeds of one network.
 
     Attributes:
@@ -44,13 +44,13 @@ class Mean:
     """
 
     value: float
-    spread: float | None
+    std: float | None
     interval: tuple[float, float] | None
-    seeds: int
+    num_seeds: int
 
 
 @dataclass(frozen=True)
-class Difference:
+class MetricDifference:
     """Of two networks: the mean over seeds of first less second, on the same images.
 
     Attributes:
@@ -62,13 +62,13 @@ class Difference:
     """
 
     value: float
-    of_images: float
-    of_seeds: float | None
+    image_se: float
+    seed_se: float | None
     interval: tuple[float, float] | None
-    seeds: int
+    num_seeds: int
 
 
-def mean_over_seeds(trainings: Sequence[Predictions], measure: Measure, confidence: float = 0.95) -> Mean | None:
+def mean_over_seeds(trainings: Sequence[Predictions], measure: MetricName, confidence: float = 0.95) -> SeedMean | None:
     """What one training of a network comes to.
 
     Args:
@@ -82,23 +82,25 @@ def mean_over_seeds(trainings: Sequence[Predictions], measure: Measure, confiden
     Raises:
         ValueError: the images are not the same.
     """
-    trainings = aligned(trainings)
-    values = _values(trainings, measure)
+    trainings = align(trainings)
+    values = _metric_values(trainings, measure)
     if not np.isfinite(values).all():
         return None
     value, count = float(values.mean()), len(trainings)
     spread = float(values.std(ddof=1)) if count > 1 else None
     if measure == "auc":
-        found = _over_seeds(_aucs(trainings), count)
-        interval = delong.interval(found, list(range(len(found.areas))), confidence)
+        found = _average_over_seeds(_estimate_aucs(trainings), count)
+        interval = delong.mean_auc_interval(found, list(range(len(found.areas))), confidence)
     else:
-        interval = _share(value, float(_covariance(trainings, measure).mean()), _groups(trainings[0]), confidence)
-    return Mean(value, spread, interval, count)
+        interval = _proportion_interval(
+            value, float(_covariance(trainings, measure).mean()), _group_codes(trainings[0]), confidence
+        )
+    return SeedMean(value, spread, interval, count)
 
 
-def difference(
-    first: Mapping[int, Predictions], second: Mapping[int, Predictions], measure: Measure, confidence: float = 0.95
-) -> Difference | None:
+def metric_difference(
+    first: Mapping[int, Predictions], second: Mapping[int, Predictions], measure: MetricName, confidence: float = 0.95
+) -> MetricDifference | None:
     """How much better the first network is, in one training of each.
 
     Args:
@@ -116,8 +118,8 @@ def difference(
     seeds = sorted(first.keys() & second.keys())
     if not seeds:
         raise ValueError("no seed was trained of both networks")
-    both = aligned([*(first[seed] for seed in seeds), *(second[seed] for seed in seeds)])
-    values = _values(both, measure)
+    both = align([*(first[seed] for seed in seeds), *(second[seed] for seed in seeds)])
+    values = _metric_values(both, measure)
     if not np.isfinite(values).all():
         return None
     count = len(seeds)
@@ -131,16 +133,16 @@ def difference(
         degrees = variance**2 / (of_seeds**2 / (count - 1)) if of_seeds > 0 else math.inf
         half = float(t.ppf((1 + confidence) / 2, degrees)) * math.sqrt(variance)
         interval = (value - half, value + half)
-    return Difference(value, math.sqrt(of_images), math.sqrt(of_seeds) if count > 1 else None, interval, count)
+    return MetricDifference(value, math.sqrt(of_images), math.sqrt(of_seeds) if count > 1 else None, interval, count)
 
 
-def aligned(trainings: Sequence[Predictions]) -> list[Predictions]:
+def align(trainings: Sequence[Predictions]) -> list[Predictions]:
     """The same predictions, all in order of the images' ids.
 
     Raises:
         ValueError: they are not of the same images with the same labels.
     """
-    if len({(each.identity(), each.task.name, each.classes) for each in trainings}) != 1:
+    if len({(each.fingerprint(), each.task.name, each.classes) for each in trainings}) != 1:
         raise ValueError("the predictions are of different images, labels or classes, and cannot be compared")
     return [
         Predictions(each.frame.sort_values("id", kind="stable", ignore_index=True), each.task, each.classes)
@@ -148,52 +150,52 @@ def aligned(trainings: Sequence[Predictions]) -> list[Predictions]:
     ]
 
 
-def _values(trainings: Sequence[Predictions], measure: Measure) -> Floats:
+def _metric_values(trainings: Sequence[Predictions], measure: MetricName) -> Floats:
     """The measure of each training, (trainings,), as `fadeformer.evaluation.weighted_metrics` defines it."""
     once = np.ones((1, len(trainings[0].frame)))
-    return np.array([Measures(each).of(once).overall[measure][0] for each in trainings])
+    return np.array([WeightedMetrics(each).compute(once).overall[measure][0] for each in trainings])
 
 
-def _covariance(trainings: Sequence[Predictions], measure: Measure) -> Floats:
+def _covariance(trainings: Sequence[Predictions], measure: MetricName) -> Floats:
     """Of the measures of all trainings over other test images, (trainings, trainings)."""
     if measure == "auc":
-        found = _aucs(trainings)
+        found = _estimate_aucs(trainings)
         curves = len(found.areas) // len(trainings)
         over_classes = np.kron(np.eye(len(trainings)), np.full(curves, 1 / curves))  # trainings, curves of all
         return np.asarray(over_classes @ found.covariance @ over_classes.T)
-    groups = _groups(trainings[0])
-    parts = np.stack([_parts(Measures(each), measure) for each in trainings], axis=1)  # images, trainings
+    groups = _group_codes(trainings[0])
+    parts = np.stack([_influence(WeightedMetrics(each), measure) for each in trainings], axis=1)  # images, trainings
     sums = np.stack([np.bincount(groups, column) for column in parts.T], axis=1)  # groups, trainings
     count = len(sums)
     return np.asarray(sums.T @ sums) * (count / (count - 1) if count > 1 else math.nan)
 
 
-def _aucs(trainings: Sequence[Predictions]) -> delong.Aucs:
+def _estimate_aucs(trainings: Sequence[Predictions]) -> delong.AUCEstimates:
     """The curves whose mean is the AUC, of the first training, then of the next: trainings x curves."""
-    measures = [Measures(each) for each in trainings]
-    judged = np.flatnonzero(measures[0].judged)
-    if measures[0].exclusive and measures[0].truth.shape[1] == 2:
+    measures = [WeightedMetrics(each) for each in trainings]
+    judged = np.flatnonzero(measures[0].evaluable)
+    if measures[0].is_exclusive and measures[0].truth.shape[1] == 2:
         judged = judged[-1:]  # of two classes the last one's
     curves = [(each.truth[:, c], each.scores[:, c]) for each in measures for c in judged]
     truths, scores = zip(*curves, strict=True)
-    return delong.aucs(truths, scores, _groups(trainings[0]))
+    return delong.estimate_aucs(truths, scores, _group_codes(trainings[0]))
 
 
-def _over_seeds(found: delong.Aucs, trainings: int) -> delong.Aucs:
+def _average_over_seeds(found: delong.AUCEstimates, trainings: int) -> delong.AUCEstimates:
     """The mean of each class's curves over the trainings. It has no more degrees of freedom than one training's has."""
     curves = len(found.areas) // trainings
     mean = np.kron(np.full(trainings, 1 / trainings), np.eye(curves))  # curves, curves of all trainings
-    degrees = found.degrees.reshape(trainings, curves).min(axis=0)
-    return delong.Aucs(mean @ found.areas, mean @ found.covariance @ mean.T, found.fewest[:curves], degrees)
+    degrees = found.degrees_of_freedom.reshape(trainings, curves).min(axis=0)
+    return delong.AUCEstimates(mean @ found.areas, mean @ found.covariance @ mean.T, found.min_groups[:curves], degrees)
 
 
-def _parts(measures: Measures, measure: Measure) -> Floats:
+def _influence(measures: WeightedMetrics, measure: MetricName) -> Floats:
     """By how much each image moves an accuracy, (images,); they sum to 0."""
     if measure == "accuracy":
-        return np.asarray((measures.right - measures.right.mean()) / len(measures.right))
-    truth, right = measures.truth, measures.decided == measures.truth
-    sides = [truth] if measures.exclusive else [truth, ~truth]  # recall, and of findings specificity too
-    counted = truth.any(axis=0) if measures.exclusive else measures.judged
+        return np.asarray((measures.correct - measures.correct.mean()) / len(measures.correct))
+    truth, right = measures.truth, measures.predicted == measures.truth
+    sides = [truth] if measures.is_exclusive else [truth, ~truth]  # recall, and of findings specificity too
+    counted = truth.any(axis=0) if measures.is_exclusive else measures.evaluable
     found = np.zeros(len(truth))
     for c in np.flatnonzero(counted):
         for side in sides:
@@ -202,13 +204,17 @@ def _parts(measures: Measures, measure: Measure) -> Floats:
     return found
 
 
-def _groups(predictions: Predictions) -> NDArray[np.int64]:
-    return bootstrap.group_numbers(predictions.frame["group"])
+def _group_codes(predictions: Predictions) -> NDArray[np.int64]:
+    return bootstrap.encode_groups(predictions.frame["group"])
 
 
-def _share(value: float, variance: float, groups: NDArray[np.int64], confidence: float) -> tuple[float, float] | None:
+def _proportion_interval(
+    value: float, variance: float, groups: NDArray[np.int64], confidence: float
+) -> tuple[float, float] | None:
     """Interval of a mean of shares: Wilson's for as many images as would be as sure; None of one without variance."""
     count = int(groups.max()) + 1
     if not variance > 0 or not math.isfinite(variance):
         return None
-    return proportions.score(value, value * (1 - value) / variance, float(t.ppf((1 + confidence) / 2, count - 1)))
+    return proportions.score_interval(
+        value, value * (1 - value) / variance, float(t.ppf((1 + confidence) / 2, count - 1))
+    )

@@ -16,18 +16,18 @@ from sklearn.metrics import roc_curve
 
 from fadeformer.evaluation.intervals import bootstrap
 from fadeformer.evaluation.intervals.bootstrap import Interval
-from fadeformer.evaluation.intervals.proportions import predictive_interval, share_interval
-from fadeformer.evaluation.metrics import shown_classes
+from fadeformer.evaluation.intervals.proportions import predictive_value_interval, proportion_interval
+from fadeformer.evaluation.metrics import curve_classes
 from fadeformer.evaluation.predictions import Predictions
 from fadeformer.tasks import one_versus_rest
 
 Floats = NDArray[np.float64]
 Truth = NDArray[np.bool_]
 
-PROBABILITIES = np.arange(1, 100) / 100  # at which net benefit is told
+THRESHOLD_PROBABILITIES = np.arange(1, 100) / 100  # at which net benefit is told
 
 
-def threshold(truth: Truth, score: Floats, rule: str, least: float | None) -> float | None:
+def choose_threshold(truth: Truth, score: Floats, rule: str, least: float | None) -> float | None:
     """The score from which on an image is called positive.
 
     Args:
@@ -56,7 +56,7 @@ def threshold(truth: Truth, score: Floats, rule: str, least: float | None) -> fl
     return middle if below < middle else above  # neighbours that no number lies between
 
 
-def operating_points(
+def select_operating_points(
     val: Predictions, test: Predictions, wanted: Mapping[str, float | None], confidence: float
 ) -> dict[str, dict[str, Any]]:
     """Thresholds by val, and what they give on test with intervals.
@@ -73,29 +73,29 @@ def operating_points(
     """
     count = len(val.classes)
     truth_val, truth = (one_versus_rest(part.labels, count, part.task) for part in (val, test))
-    groups = bootstrap.group_numbers(test.frame["group"])
+    groups = bootstrap.encode_groups(test.frame["group"])
     found: dict[str, dict[str, Any]] = {}
     for rule, least in wanted.items():
         found[rule] = {}
-        for c in shown_classes(val):
+        for c in curve_classes(val):
             name, score, of_class = val.classes[c], test.scores[:, c], truth[:, c]
-            limit = threshold(truth_val[:, c], val.scores[:, c], rule, least)
+            limit = choose_threshold(truth_val[:, c], val.scores[:, c], rule, least)
             if limit is None or of_class.all() or not of_class.any():
                 found[rule][name] = None
                 continue
             called = score >= limit
-            parts = _parts(of_class, called)
+            parts = _numerators_and_denominators(of_class, called)
             bounds = {
-                "sensitivity": share_interval(called, of_class, groups, confidence),
-                "specificity": share_interval(~called, ~of_class, groups, confidence),
-                "positive_predictive_value": predictive_interval(called, of_class, groups, confidence),
-                "negative_predictive_value": predictive_interval(~called, ~of_class, groups, confidence),
+                "sensitivity": proportion_interval(called, of_class, groups, confidence),
+                "specificity": proportion_interval(~called, ~of_class, groups, confidence),
+                "positive_predictive_value": predictive_value_interval(called, of_class, groups, confidence),
+                "negative_predictive_value": predictive_value_interval(~called, ~of_class, groups, confidence),
             }
-            on_val = _parts(truth_val[:, c], val.scores[:, c] >= limit)
+            on_val = _numerators_and_denominators(truth_val[:, c], val.scores[:, c] >= limit)
             found[rule][name] = {
                 "threshold": limit,
-                "on_val": {share: _share(*on_val[share]) for share in ("sensitivity", "specificity")},
-                "on_test": {share: _told(_share(*part), bounds[share]) for share, part in parts.items()},
+                "on_val": {share: _proportion(*on_val[share]) for share in ("sensitivity", "specificity")},
+                "on_test": {share: _with_bounds(_proportion(*part), bounds[share]) for share, part in parts.items()},
             }
     return found
 
@@ -111,21 +111,21 @@ def net_benefit(predictions: Predictions) -> pd.DataFrame:
     """
     truth = one_versus_rest(predictions.labels, len(predictions.classes), predictions.task)
     parts = [pd.DataFrame({"class": pd.Series(dtype="str"), **dict.fromkeys(("probability", "model", "all"), 0.0)})]
-    for c in shown_classes(predictions):
+    for c in curve_classes(predictions):
         if truth[:, c].all() or not truth[:, c].any():
             continue
-        called = predictions.scores[:, c][:, None] >= PROBABILITIES  # images, probabilities
-        odds, prevalence = PROBABILITIES / (1 - PROBABILITIES), truth[:, c].mean()
+        called = predictions.scores[:, c][:, None] >= THRESHOLD_PROBABILITIES  # images, probabilities
+        odds, prevalence = THRESHOLD_PROBABILITIES / (1 - THRESHOLD_PROBABILITIES), truth[:, c].mean()
         of_model = called[truth[:, c]].sum(axis=0) - odds * called[~truth[:, c]].sum(axis=0)
         columns = {
-            "class": predictions.classes[c], "probability": PROBABILITIES, "model": of_model / len(truth),
+            "class": predictions.classes[c], "probability": THRESHOLD_PROBABILITIES, "model": of_model / len(truth),
             "all": prevalence - odds * (1 - prevalence),
         }  # fmt: skip
         parts.append(pd.DataFrame(columns))
     return pd.concat(parts[1:] or parts, ignore_index=True)
 
 
-def _parts(truth: Truth, called: Truth) -> dict[str, tuple[Truth, Truth]]:
+def _numerators_and_denominators(truth: Truth, called: Truth) -> dict[str, tuple[Truth, Truth]]:
     """Of each share what is counted, and of what."""
     return {
         "sensitivity": (called, truth), "specificity": (~called, ~truth),
@@ -133,10 +133,10 @@ def _parts(truth: Truth, called: Truth) -> dict[str, tuple[Truth, Truth]]:
     }  # fmt: skip
 
 
-def _share(hits: Truth, trials: Truth) -> float | None:
+def _proportion(hits: Truth, trials: Truth) -> float | None:
     return float(hits[trials].mean()) if trials.any() else None
 
 
-def _told(value: float | None, bound: Interval) -> dict[str, float | None]:
+def _with_bounds(value: float | None, bound: Interval) -> dict[str, float | None]:
     low, high = (None, None) if bound is None else bound
     return {"value": value, "low": low, "high": high}

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from fadeformer.errors import UserError
 from fadeformer.tasks import TASKS, Task
 
-SUBGROUP = "subgroup_"
+SUBGROUP_PREFIX = "subgroup_"
 
 
 @dataclass(frozen=True)
@@ -49,14 +49,14 @@ class Predictions:
     @property
     def subgroups(self) -> pd.DataFrame:
         """What is known of each image beside its label, a column by name."""
-        found = self.frame.filter(regex=f"^{SUBGROUP}")
-        return found.rename(columns=lambda name: name.removeprefix(SUBGROUP))
+        found = self.frame.filter(regex=f"^{SUBGROUP_PREFIX}")
+        return found.rename(columns=lambda name: name.removeprefix(SUBGROUP_PREFIX))
 
-    def of(self, split: str) -> Predictions:
+    def select_split(self, split: str) -> Predictions:
         """The rows of one split, in their order."""
-        return self.where((self.frame["split"] == split).to_numpy())
+        return self.select_rows((self.frame["split"] == split).to_numpy())
 
-    def where(self, rows: NDArray[np.bool_]) -> Predictions:
+    def select_rows(self, rows: NDArray[np.bool_]) -> Predictions:
         """Some of the rows, in their order."""
         return Predictions(self.frame[rows].reset_index(drop=True), self.task, self.classes)
 
@@ -67,14 +67,14 @@ class Predictions:
             frame[f"score_{c}"] = frame[f"raw_{c}"]
         return Predictions(frame, self.task, self.classes)
 
-    def identity(self) -> str:
+    def fingerprint(self) -> str:
         """SHA-256 of the ids and labels, in order of id: two tables with the same one judge the same images."""
         columns = ["id", *self.task.label_columns(len(self.classes))]
         rows = self.frame[columns].sort_values("id", kind="stable")
         return hashlib.sha256(rows.to_csv(index=False).encode()).hexdigest()
 
 
-def table(
+def build_predictions(
     index: pd.DataFrame,
     labels: NDArray[np.int64],
     scores: NDArray[np.float64],
@@ -102,7 +102,7 @@ def table(
     for c in range(len(classes)):
         frame[f"raw_{c}"] = (scores if raw is None else raw)[:, c]
     for name, values in subgroups.items() if subgroups is not None else ():
-        frame[f"{SUBGROUP}{name}"] = values.to_numpy()
+        frame[f"{SUBGROUP_PREFIX}{name}"] = values.to_numpy()
     return Predictions(frame, task, classes)
 
 

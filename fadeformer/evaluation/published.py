@@ -24,15 +24,15 @@ from typing import Any
 
 import pandas as pd
 
-from fadeformer.data.arrays import Meta
+from fadeformer.data.arrays import ArrayMetadata
 from fadeformer.data.splits import TRAIN_VAL
 
-SCORES = ("auc", "accuracy", "balanced_accuracy")
-TEXTS = ("dataset", "resolution", "method", "split", "selection", "origin", "source", "note")
-RESOLUTION = {"several": "its images are of several sizes", "unknown": "the size of its images is not told"}
-SPLIT = {"other": "its split is another one", "unknown": "its split is not told"}
-SELECTION = {"unknown": "what its checkpoint was chosen on is not told"}
-ORIGIN = {"quoted": "quoted by others", "unknown": "who trained it is not told"}
+SCORE_COLUMNS = ("auc", "accuracy", "balanced_accuracy")
+TEXT_COLUMNS = ("dataset", "resolution", "method", "split", "selection", "origin", "source", "note")
+RESOLUTION_REASONS = {"several": "its images are of several sizes", "unknown": "the size of its images is not told"}
+SPLIT_REASONS = {"other": "its split is another one", "unknown": "its split is not told"}
+SELECTION_CAVEATS = {"unknown": "what its checkpoint was chosen on is not told"}
+ORIGIN_CAVEATS = {"quoted": "quoted by others", "unknown": "who trained it is not told"}
 
 
 def read() -> pd.DataFrame:
@@ -40,14 +40,14 @@ def read() -> pd.DataFrame:
     with (resources.files("fadeformer.evaluation") / "published.csv").open(encoding="utf-8") as file:
         rows: pd.DataFrame = pd.read_csv(
             file,
-            dtype={**dict.fromkeys(TEXTS, str), **dict.fromkeys(SCORES, float)},
+            dtype={**dict.fromkeys(TEXT_COLUMNS, str), **dict.fromkeys(SCORE_COLUMNS, float)},
             keep_default_na=False,
-            na_values={name: [""] for name in SCORES},
+            na_values={name: [""] for name in SCORE_COLUMNS},
         )
     return rows
 
 
-def beside(meta: Meta) -> pd.DataFrame:
+def comparison_table(meta: ArrayMetadata) -> pd.DataFrame:
     """The published scores of a data set, and whether those of a model of ours on its test images may be compared.
 
     They may where the data set is the same and whole, its images are of the same size, test is the one that the authors
@@ -64,39 +64,39 @@ def beside(meta: Meta) -> pd.DataFrame:
     """
     rows = read()
     rows = rows[rows["dataset"] == meta.dataset["name"]]
-    of_ours = [] if rows.empty else _reasons_of_ours(meta)
+    of_ours = [] if rows.empty else _own_reasons(meta)
     told = rows.to_dict("records")
-    reasons = ["; ".join([*of_ours, *_reasons_of(row, _side(meta))]) for row in told]
+    reasons = ["; ".join([*of_ours, *_row_reasons(row, _image_size(meta))]) for row in told]
     judged: pd.DataFrame = rows.assign(
         comparable=[not reason for reason in reasons], reason=reasons, caveat=[_caveat(row) for row in told]
     )
     return judged.sort_values("comparable", ascending=False, kind="stable", ignore_index=True)
 
 
-def _side(meta: Meta) -> int:
+def _image_size(meta: ArrayMetadata) -> int:
     """Side of the images as the data set has them, pixels; where theirs differ, as the model saw them."""
     return int(meta.dataset["size"] or meta.image_size)
 
 
-def _reasons_of_ours(meta: Meta) -> list[str]:
+def _own_reasons(meta: ArrayMetadata) -> list[str]:
     """Why no published score may stand beside ours."""
     reasons = []
-    if not _is_whole(meta):
+    if not _is_complete(meta):
         reasons.append("ours is not the whole data set as published, but a part, a sample or another edition")
     if not _is_authors_test(meta):
         reasons.append(f"ours is the split {meta.split}")
-    if meta.image_size < _side(meta):
-        reasons.append(f"ours were reduced from {_side(meta)} to {meta.image_size} pixels")
+    if meta.image_size < _image_size(meta):
+        reasons.append(f"ours were reduced from {_image_size(meta)} to {meta.image_size} pixels")
     return reasons
 
 
-def _is_whole(meta: Meta) -> bool:
+def _is_complete(meta: ArrayMetadata) -> bool:
     """Whether there are as many images as published; a sample or another edition is asked for no counts."""
     counts = meta.dataset["counts"]
     return counts is not None and sum(meta.counts.values()) == counts.get("all", sum(counts.values()))
 
 
-def _is_authors_test(meta: Meta) -> bool:
+def _is_authors_test(meta: ArrayMetadata) -> bool:
     """Whether the authors' test images are ours.
 
     Of NIH's radiographs val is made here, and so the split is named after what was made. Its name does not say whether
@@ -109,13 +109,15 @@ def _is_authors_test(meta: Meta) -> bool:
     return made is not None and TRAIN_VAL in counts and meta.counts["test"] == counts["test"]
 
 
-def _reasons_of(row: dict[Any, Any], side: int) -> list[str]:
+def _row_reasons(row: dict[Any, Any], side: int) -> list[str]:
     """Why one published score may not stand beside ours on images of that side."""
-    reasons = [RESOLUTION.get(row["resolution"], f"its images are of {row['resolution']} pixels, ours of {side}")]
+    reasons = [
+        RESOLUTION_REASONS.get(row["resolution"], f"its images are of {row['resolution']} pixels, ours of {side}")
+    ]
     if row["resolution"] in ("any", str(side)):
         reasons = []
     if row["split"] != "published":
-        reasons.append(SPLIT[row["split"]])
+        reasons.append(SPLIT_REASONS[row["split"]])
     if row["selection"] == "test":
         reasons.append("its checkpoint was chosen on test")
     if row["origin"] == "recalled":
@@ -124,4 +126,6 @@ def _reasons_of(row: dict[Any, Any], side: int) -> list[str]:
 
 
 def _caveat(row: dict[Any, Any]) -> str:
-    return "; ".join(filter(None, [SELECTION.get(row["selection"]), ORIGIN.get(row["origin"]), row["note"]]))
+    return "; ".join(
+        filter(None, [SELECTION_CAVEATS.get(row["selection"]), ORIGIN_CAVEATS.get(row["origin"]), row["note"]])
+    )

@@ -22,23 +22,23 @@ from numpy.typing import NDArray
 from fadeformer.errors import UserError
 from fadeformer.evaluation import summary
 from fadeformer.evaluation.intervals import bootstrap
-from fadeformer.evaluation.intervals.bootstrap import ENOUGH
+from fadeformer.evaluation.intervals.bootstrap import MIN_DEFINED_FRACTION
 from fadeformer.evaluation.predictions import Predictions
-from fadeformer.evaluation.weighted_metrics import Measured, Measures
+from fadeformer.evaluation.weighted_metrics import MetricSamples, WeightedMetrics
 
 Floats = NDArray[np.float64]
 
-AGE = "age"
+AGE_COLUMN = "age"
 UNKNOWN = "not known"
-OVERALL = "over all classes"
-MOST_VALUES = 12  # of a column that is taken without being named
-MOST_NAMED = 50  # of one that is named
-FEWEST = 20  # patients, lesions or single images in a subgroup that is compared with the whole
-FEWEST_OF_CLASS = 10  # positives, and negatives, of what is compared
-COMPARED = ("auc", "recall", "specificity")
+ALL_CLASSES = "over all classes"
+MAX_AUTO_VALUES = 12  # of a column that is taken without being named
+MAX_VALUES = 50  # of one that is named
+MIN_GROUPS = 20  # patients, lesions or single images in a subgroup that is compared with the whole
+MIN_CASES = 10  # positives, and negatives, of what is compared
+COMPARED_METRICS = ("auc", "recall", "specificity")
 
 
-def chosen(known: pd.DataFrame, wanted: str | Sequence[str]) -> pd.DataFrame:
+def select_columns(known: pd.DataFrame, wanted: str | Sequence[str]) -> pd.DataFrame:
     """The columns that images are divided by.
 
     Args:
@@ -50,44 +50,44 @@ def chosen(known: pd.DataFrame, wanted: str | Sequence[str]) -> pd.DataFrame:
     """
     if wanted == "auto":
         counts = {name: known[name].nunique() for name in known.columns}
-        return known[[name for name, n in counts.items() if (name == AGE and n) or 1 < n <= MOST_VALUES]]
+        return known[[name for name, n in counts.items() if (name == AGE_COLUMN and n) or 1 < n <= MAX_AUTO_VALUES]]
     for name in wanted:
         if name not in known:
             there = ", ".join(known.columns) or "none"
             raise UserError(f"params.yaml: evaluate.subgroups names {name}, but of these images is known: {there}")
-        if name != AGE and (count := known[name].nunique()) > MOST_NAMED:
+        if name != AGE_COLUMN and (count := known[name].nunique()) > MAX_VALUES:
             raise UserError(f"params.yaml: evaluate.subgroups: {name} has {count} values, too many to be subgroups")
     return known[list(wanted)]
 
 
-def divided(known: pd.DataFrame, age_bands: Sequence[float]) -> dict[str, pd.Series[Any]]:
+def assign_subgroups(known: pd.DataFrame, age_bands: Sequence[float]) -> dict[str, pd.Series[Any]]:
     """The subgroup of each image, by column; ages in bands, named by their first and last year."""
     found = {}
     for name in known.columns:
         values = known[name]
-        if name == AGE:
-            values = _banded(pd.to_numeric(values, errors="coerce"), age_bands)
+        if name == AGE_COLUMN:
+            values = _assign_age_bands(pd.to_numeric(values, errors="coerce"), age_bands)
         text = values.astype("string").fillna(UNKNOWN)
-        order = values.cat.categories if name == AGE else sorted(text[text != UNKNOWN].unique())
+        order = values.cat.categories if name == AGE_COLUMN else sorted(text[text != UNKNOWN].unique())
         found[str(name)] = text.astype(pd.CategoricalDtype([*map(str, order), UNKNOWN], ordered=True))
     return found
 
 
-def _banded(ages: pd.Series[Any], first: Sequence[float]) -> pd.Series[Any]:
+def _assign_age_bands(ages: pd.Series[Any], first: Sequence[float]) -> pd.Series[Any]:
     edges = [-np.inf, *first, np.inf]
     bands = [f"{low:g} to {high - 1:g}" for low, high in itertools.pairwise(first)]
     return pd.cut(ages, edges, right=False, labels=[f"under {first[0]:g}", *bands, f"{first[-1]:g} and over"])
 
 
-def compare(
-    predictions: Predictions, age_bands: Sequence[float], *, draws: int, seed: int, confidence: float
+def evaluate_subgroups(
+    predictions: Predictions, age_bands: Sequence[float], *, n_resamples: int, seed: int, confidence: float
 ) -> tuple[dict[str, Any], dict[str, dict[str, dict[str, Any]]]]:
     """Every number of every subgroup with its interval, and the comparisons with the whole.
 
     Args:
         predictions: of one split.
         age_bands: first year of each.
-        draws: samples of the bootstrap.
+        n_resamples: samples of the bootstrap.
         seed: of the bootstrap.
         confidence: of the intervals; a subgroup is worse where p is below 1 less that.
 
@@ -97,48 +97,48 @@ def compare(
         `measure`, `class`, `value`, `whole` (on the same classes), `p` (adjusted for all comparisons), `worse`. A
         subgroup of fewer than 20 patients or lesions is not compared with the whole.
     """
-    divisions = divided(predictions.subgroups, age_bands)
+    divisions = assign_subgroups(predictions.subgroups, age_bands)
     cells = [
         (column, str(value), (of == value).to_numpy())
         for column, of in divisions.items()
         for value in of.cat.categories
         if (of == value).any()
     ]
-    whole, groups = Measures(predictions), bootstrap.group_numbers(predictions.frame["group"])
-    parts = [predictions.where(rows) for _, _, rows in cells]
-    measures = [Measures(part) for part in parts]
+    whole, groups = WeightedMetrics(predictions), bootstrap.encode_groups(predictions.frame["group"])
+    parts = [predictions.select_rows(rows) for _, _, rows in cells]
+    measures = [WeightedMetrics(part) for part in parts]
 
-    def measure(weights: bootstrap.Weights) -> list[Measured]:
-        of_parts = (of.of(weights[:, rows]) for of, (_, _, rows) in zip(measures, cells, strict=True))
-        return [whole.of(weights), *of_parts]
+    def measure(weights: bootstrap.Weights) -> list[MetricSamples]:
+        of_parts = (of.compute(weights[:, rows]) for of, (_, _, rows) in zip(measures, cells, strict=True))
+        return [whole.compute(weights), *of_parts]
 
-    stratum = bootstrap.strata(whole.truth, groups)
+    stratum = bootstrap.assign_strata(whole.truth, groups)
     with np.errstate(invalid="ignore", divide="ignore"):  # a sample may have no image of a subgroup
-        sampled = bootstrap.over_samples(measure, groups, stratum, draws, seed)
-    of_whole, *of_parts = (summary.joined(some) for some in zip(*sampled, strict=True))
-    once = whole.of(np.ones((1, len(groups))))
+        sampled = bootstrap.map_resamples(measure, groups, stratum, n_resamples, seed)
+    of_whole, *of_parts = (summary.concat_samples(some) for some in zip(*sampled, strict=True))
+    once = whole.compute(np.ones((1, len(groups))))
     found: dict[str, dict[str, dict[str, Any]]] = {column: {} for column in divisions}
-    tests: list[_Test] = []
+    tests: list[_SubgroupTest] = []
     for (column, value, rows), part, of, samples in zip(cells, parts, measures, of_parts, strict=True):
         of_part = np.unique(groups[rows], return_inverse=True)[1]
         count = int(of_part.max()) + 1
-        told = summary.summarise(part)
-        bounds = summary.intervals_of(of, predictions.classes, of_part, samples, confidence)
+        told = summary.summarize(part)
+        bounds = summary.intervals_from_samples(of, predictions.classes, of_part, samples, confidence)
         compared: list[dict[str, Any]] = []
-        if count >= FEWEST and len(part.frame) < len(predictions.frame):
-            point = of.of(np.ones((1, int(rows.sum()))))
-            for test in _tests(predictions.classes, of, of_part, (point, once), (samples, of_whole)):
+        if count >= MIN_GROUPS and len(part.frame) < len(predictions.frame):
+            point = of.compute(np.ones((1, int(rows.sum()))))
+            for test in _build_tests(predictions.classes, of, of_part, (point, once), (samples, of_whole)):
                 tests.append(test)
-                compared.append(test.told)
+                compared.append(test.result)
         found[column][value] = {
             "images": told["images"], "groups": count, "overall": told["overall"], "per_class": told["per_class"],
             "intervals": {"overall": bounds["overall"], "per_class": bounds["per_class"]}, "compared": compared,
         }  # fmt: skip
-    _judge(tests, 1 - confidence)
-    return summary.intervals_of(whole, predictions.classes, groups, of_whole, confidence), found
+    _adjust_p_values(tests, 1 - confidence)
+    return summary.intervals_from_samples(whole, predictions.classes, groups, of_whole, confidence), found
 
 
-def worse(found: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> list[dict[str, Any]]:
+def underperforming(found: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> list[dict[str, Any]]:
     """The comparisons of `compare` in which a subgroup is worse beyond chance, with `column` and `subgroup`."""
     return [
         {"column": column, "subgroup": value, **one}
@@ -149,31 +149,31 @@ def worse(found: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> list[dict[str
     ]
 
 
-class _Test:
+class _SubgroupTest:
     """A shortfall (whole less subgroup), its samples and the least variance that they have; what is told of it."""
 
     def __init__(self, measure: str, of_class: str, values: tuple[float, float], samples: Floats, least: float) -> None:
         value, whole = values
-        self.shortfall, self.samples, self.least = whole - value, samples, least
-        self.told: dict[str, Any] = {
+        self.shortfall, self.samples, self.min_variance = whole - value, samples, least
+        self.result: dict[str, Any] = {
             "measure": measure, "class": of_class, "value": value, "whole": whole, "p": None, "worse": False
         }  # fmt: skip
 
 
-def _tests(
+def _build_tests(
     classes: Sequence[str],
-    of: Measures,
+    of: WeightedMetrics,
     groups: NDArray[np.int64],
-    points: tuple[Measured, Measured],
-    samples: tuple[Measured, Measured],
-) -> list[_Test]:
+    points: tuple[MetricSamples, MetricSamples],
+    samples: tuple[MetricSamples, MetricSamples],
+) -> list[_SubgroupTest]:
     """Of a subgroup; points and samples are its own and those of the whole."""
     cases = {"recall": of.truth, "specificity": ~of.truth}
-    enough = {key: truth.sum(axis=0) >= FEWEST_OF_CLASS for key, truth in cases.items()}
+    enough = {key: truth.sum(axis=0) >= MIN_CASES for key, truth in cases.items()}
     enough["auc"] = enough["recall"] & enough["specificity"]
-    shown = [len(classes) - 1] if of.exclusive and len(classes) == 2 else list(range(len(classes)))
+    shown = [len(classes) - 1] if of.is_exclusive and len(classes) == 2 else list(range(len(classes)))
     found = []
-    for key in COMPARED:
+    for key in COMPARED_METRICS:
         inside = [c for c in shown if enough[key][c]]
         if not inside:
             continue
@@ -185,22 +185,24 @@ def _tests(
             least = whole * (1 - whole) / patients
         for place, c in enumerate(inside):
             values = float(value[place]), float(whole[place])
-            found.append(_Test(key, classes[c], values, of_whole[:, place] - of_part[:, place], float(least[place])))
+            found.append(
+                _SubgroupTest(key, classes[c], values, of_whole[:, place] - of_part[:, place], float(least[place]))
+            )
         if len(inside) > 1:
             means = float(value.mean()), float(whole.mean())
             shortfalls = of_whole.mean(axis=1) - of_part.mean(axis=1)
-            found.append(_Test(key, OVERALL, means, shortfalls, float(least.sum() / len(inside) ** 2)))
+            found.append(_SubgroupTest(key, ALL_CLASSES, means, shortfalls, float(least.sum() / len(inside) ** 2)))
     return found
 
 
-def _judge(tests: list[_Test], level: float) -> None:
+def _adjust_p_values(tests: list[_SubgroupTest], level: float) -> None:
     """Sets p and verdict of each test; without a spread, or with too few samples that are defined, it has none."""
     usable = []
     for test in tests:
         defined = np.isfinite(test.samples)
-        if defined.mean() < ENOUGH:
+        if defined.mean() < MIN_DEFINED_FRACTION:
             continue
-        spread = math.sqrt(max(float(np.var(test.samples[defined], ddof=1)), test.least))
+        spread = math.sqrt(max(float(np.var(test.samples[defined], ddof=1)), test.min_variance))
         if spread > 0:
             deviation = np.where(defined, (test.samples - test.shortfall) / spread, -np.inf)
             usable.append((test, test.shortfall / spread, deviation))
@@ -208,5 +210,5 @@ def _judge(tests: list[_Test], level: float) -> None:
         return
     largest: Floats = np.stack([deviation for _, _, deviation in usable]).max(axis=0)  # of each sample
     for test, standardised, _ in usable:
-        test.told["p"] = float((1 + (largest >= standardised).sum()) / (1 + len(largest)))
-        test.told["worse"] = test.told["p"] < level
+        test.result["p"] = float((1 + (largest >= standardised).sum()) / (1 + len(largest)))
+        test.result["worse"] = test.result["p"] < level

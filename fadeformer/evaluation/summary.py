@@ -18,40 +18,40 @@ from scipy.special import expit, logit
 
 from fadeformer.evaluation.intervals import bootstrap, delong
 from fadeformer.evaluation.intervals.bootstrap import Interval
-from fadeformer.evaluation.intervals.proportions import predictive_interval, share_interval
+from fadeformer.evaluation.intervals.proportions import predictive_value_interval, proportion_interval
 from fadeformer.evaluation.predictions import Predictions
-from fadeformer.evaluation.weighted_metrics import Measured, Measures
+from fadeformer.evaluation.weighted_metrics import MetricSamples, WeightedMetrics
 
-HALVES = 200  # samples of half of the images
-CALIBRATED = ("loss", "brier", "calibration_error")  # what calibration is for
+NUM_HALF_SAMPLES = 200  # samples of half of the images
+CALIBRATION_METRICS = ("loss", "brier", "calibration_error")  # what calibration is for
 
 
-def summarise(predictions: Predictions) -> dict[str, Any]:
+def summarize(predictions: Predictions) -> dict[str, Any]:
     """Every number of some predictions.
 
     Returns:
         `images`, `overall`, `per_class` by class name, and `not_judged`: the classes that lack positives or negatives.
     """
-    measures = Measures(predictions)
-    found = measures.of(np.ones((1, len(predictions.frame))))
+    measures = WeightedMetrics(predictions)
+    found = measures.compute(np.ones((1, len(predictions.frame))))
     support = measures.truth.sum(axis=0)
     per_class = {
         name: {
             "support": int(support[c]),
             "prevalence": float(support[c] / len(measures.truth)),
-            **{key: _plain(values[0, c]) for key, values in found.per_class.items()},
+            **{key: _finite_or_none(values[0, c]) for key, values in found.per_class.items()},
         }
         for c, name in enumerate(predictions.classes)
     }
     return {
         "images": len(measures.truth),
-        "overall": {key: _plain(values[0]) for key, values in found.overall.items()},
+        "overall": {key: _finite_or_none(values[0]) for key, values in found.overall.items()},
         "per_class": per_class,
         "not_judged": [name for name, values in per_class.items() if values["auc"] is None],
     }
 
 
-def intervals(predictions: Predictions, *, draws: int, seed: int, confidence: float) -> dict[str, Any]:
+def confidence_intervals(predictions: Predictions, *, n_resamples: int, seed: int, confidence: float) -> dict[str, Any]:
     """The interval of every number of `summarise`.
 
     AUCs have DeLong's, proportions Wilson's, precision one that follows from two of these; all else that of a bootstrap
@@ -63,7 +63,7 @@ def intervals(predictions: Predictions, *, draws: int, seed: int, confidence: fl
 
     Args:
         predictions: of one split.
-        draws: samples of the bootstrap.
+        n_resamples: samples of the bootstrap.
         seed: of the bootstrap.
         confidence: such as 0.95.
 
@@ -71,23 +71,27 @@ def intervals(predictions: Predictions, *, draws: int, seed: int, confidence: fl
         `groups`, how many patients or lesions there are, and `overall` and `per_class` with (low, high), or None where
         there is none, as of a perfect number by bootstrap, whose samples are all alike.
     """
-    measures, groups = Measures(predictions), bootstrap.group_numbers(predictions.frame["group"])
-    stratum = bootstrap.strata(measures.truth, groups)
-    parts = bootstrap.over_samples(measures.of, groups, stratum, draws, seed)
-    return intervals_of(measures, predictions.classes, groups, joined(parts), confidence)
+    measures, groups = WeightedMetrics(predictions), bootstrap.encode_groups(predictions.frame["group"])
+    stratum = bootstrap.assign_strata(measures.truth, groups)
+    parts = bootstrap.map_resamples(measures.compute, groups, stratum, n_resamples, seed)
+    return intervals_from_samples(measures, predictions.classes, groups, concat_samples(parts), confidence)
 
 
-def joined(parts: Sequence[Measured]) -> Measured:
+def concat_samples(parts: Sequence[MetricSamples]) -> MetricSamples:
     """Measures of some samples and of others as those of all."""
 
     def together(kind: str) -> dict[str, NDArray[np.float64]]:
         return {name: np.concatenate([getattr(part, kind)[name] for part in parts]) for name in getattr(parts[0], kind)}
 
-    return Measured(together("overall"), together("per_class"))
+    return MetricSamples(together("overall"), together("per_class"))
 
 
-def intervals_of(
-    measures: Measures, classes: Sequence[str], groups: NDArray[np.int64], samples: Measured, confidence: float
+def intervals_from_samples(
+    measures: WeightedMetrics,
+    classes: Sequence[str],
+    groups: NDArray[np.int64],
+    samples: MetricSamples,
+    confidence: float,
 ) -> dict[str, Any]:
     """Likewise, where the samples are there already.
 
@@ -99,12 +103,14 @@ def intervals_of(
         confidence: such as 0.95.
     """
     count = int(groups.max()) + 1
-    point, stratum = measures.of(np.ones((1, len(groups)))), bootstrap.strata(measures.truth, groups)
+    point, stratum = measures.compute(np.ones((1, len(groups)))), bootstrap.assign_strata(measures.truth, groups)
     with np.errstate(invalid="ignore", divide="ignore"):  # half of a few may have no image of a class
-        half = measures.areas(bootstrap.halves(groups, stratum, HALVES, 0))
+        half = measures.compute_areas(bootstrap.half_sample_weights(groups, stratum, NUM_HALF_SAMPLES, 0))
     in_stratum = max(min(count, 2), count // len(np.unique(stratum)))
     overall = {
-        name: _bootstrapped(name, float(point.overall[name][0]), values, half.overall.get(name), in_stratum, confidence)
+        name: _bootstrap_interval(
+            name, float(point.overall[name][0]), values, half.overall.get(name), in_stratum, confidence
+        )
         for name, values in samples.overall.items()
     }
     rarer = [
@@ -117,29 +123,31 @@ def intervals_of(
             value = float(point.per_class[key][0, c])
             of_half = half.per_class[key][:, c] if key in half.per_class else None
             drawn_from = rarer[c] if of_half is None else count
-            per_class[name][key] = _bootstrapped(key, value, values[:, c], of_half, drawn_from, confidence)
-    if measures.exclusive:
+            per_class[name][key] = _bootstrap_interval(key, value, values[:, c], of_half, drawn_from, confidence)
+    if measures.is_exclusive:
         every = np.ones(len(groups), dtype=bool)
-        overall["accuracy"] = share_interval(measures.right.astype(bool), every, groups, confidence)
+        overall["accuracy"] = proportion_interval(measures.correct.astype(bool), every, groups, confidence)
     for c, name in enumerate(classes):
-        truth, decided = measures.truth[:, c], measures.decided[:, c]
+        truth, decided = measures.truth[:, c], measures.predicted[:, c]
         for key, (hits, trials) in {"recall": (decided, truth), "specificity": (~decided, ~truth)}.items():
-            per_class[name][key] = share_interval(hits, trials, groups, confidence)
-        per_class[name]["precision"] = predictive_interval(decided, truth, groups, confidence)
+            per_class[name][key] = proportion_interval(hits, trials, groups, confidence)
+        per_class[name]["precision"] = predictive_value_interval(decided, truth, groups, confidence)
         per_class[name]["auc"] = None
-    judged = np.flatnonzero(measures.judged).tolist()
+    judged = np.flatnonzero(measures.evaluable).tolist()
     overall["auc"] = None
     if len(judged):
-        found = delong.aucs([measures.truth[:, c] for c in judged], [measures.scores[:, c] for c in judged], groups)
+        found = delong.estimate_aucs(
+            [measures.truth[:, c] for c in judged], [measures.scores[:, c] for c in judged], groups
+        )
         for place, row in enumerate(judged):
-            per_class[classes[row]]["auc"] = delong.interval(found, [place], confidence)
-        exclusive_two = measures.exclusive and len(classes) == 2
+            per_class[classes[row]]["auc"] = delong.mean_auc_interval(found, [place], confidence)
+        exclusive_two = measures.is_exclusive and len(classes) == 2
         averaged = [len(judged) - 1] if exclusive_two else list(range(len(judged)))
-        overall["auc"] = delong.interval(found, averaged, confidence)
+        overall["auc"] = delong.mean_auc_interval(found, averaged, confidence)
     return {"groups": count, "overall": overall, "per_class": per_class}
 
 
-def nested(
+def collect_metrics(
     test: Mapping[str, Any],
     val: Mapping[str, Any],
     uncalibrated: Mapping[str, Any],
@@ -152,15 +160,15 @@ def nested(
         test: of `summarise`.
         val: likewise.
         uncalibrated: of test, likewise, by the scores before calibration.
-        subgroups: of `fadeformer.evaluation.subgroups.compare`.
-        points: of `fadeformer.evaluation.operating_points.operating_points`.
+        subgroups: of `fadeformer.evaluation.subgroups.evaluate_subgroups`.
+        points: of `fadeformer.evaluation.operating_points.select_operating_points`.
     """
     return {
         "val": {"overall": val["overall"], "per_class": val["per_class"]},
         "test": {
             "overall": test["overall"],
             "per_class": test["per_class"],
-            "before_calibration": {key: uncalibrated["overall"][key] for key in CALIBRATED},
+            "before_calibration": {key: uncalibrated["overall"][key] for key in CALIBRATION_METRICS},
             "subgroups": {
                 column: {value: {"images": of["images"], **of["overall"]} for value, of in values.items()}
                 for column, values in subgroups.items()
@@ -197,7 +205,7 @@ def published_results(test: Mapping[str, Any], history: pd.DataFrame, config: Ma
     }
 
 
-def _bootstrapped(
+def _bootstrap_interval(
     name: str,
     value: float,
     samples: NDArray[np.float64],
@@ -205,13 +213,13 @@ def _bootstrapped(
     groups: int,
     confidence: float,
 ) -> Interval:
-    bounds = bootstrap.percentiles(samples, groups, confidence)
+    bounds = bootstrap.percentile_interval(samples, groups, confidence)
     if bounds is None or name == "calibration_error" or np.ptp(samples[np.isfinite(samples)]) == 0:
         return None
     if half is not None and 0 < value < 1:
         spread, of_half = _log_odds(samples), _log_odds(half)
         too_high = float(of_half.mean()) - logit(value) if len(of_half) else 0.0
-        reach = bootstrap.quantile(groups, confidence) * spread.std(ddof=1) if len(spread) > 1 else math.inf
+        reach = bootstrap.critical_value(groups, confidence) * spread.std(ddof=1) if len(spread) > 1 else math.inf
         return float(expit(logit(value) - too_high - reach)), float(expit(logit(value) - too_high + reach))
     return bounds
 
@@ -221,5 +229,5 @@ def _log_odds(samples: NDArray[np.float64]) -> NDArray[np.float64]:
     return np.asarray(logit(samples[(samples > 0) & (samples < 1)]))
 
 
-def _plain(value: float) -> float | None:
+def _finite_or_none(value: float) -> float | None:
     return float(value) if math.isfinite(value) else None

@@ -14,7 +14,7 @@ Floats = NDArray[np.float64]
 Truth = NDArray[np.bool_]
 
 
-class Ranked:
+class RankedScores:
     """One curve's scores in order.
 
     Args:
@@ -35,7 +35,7 @@ class Ranked:
         self.starts = edges[edges < len(self.negatives)]
         self.below, self.up_to = np.searchsorted(edges, below), np.searchsorted(edges, up_to)
 
-    def areas(self, weights: NDArray[np.floating[Any]]) -> tuple[Floats, Floats]:
+    def auc_and_ap(self, weights: NDArray[np.floating[Any]]) -> tuple[Floats, Floats]:
         """Area under the ROC curve, ties counted half, and average precision, both (samples,)."""
         stretches = np.add.reduceat(np.take(weights, self.negatives, axis=1), self.starts, axis=1)
         negatives = np.zeros((len(weights), len(self.starts) + 1))

@@ -14,17 +14,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fadeformer.evaluation.predictions import Predictions
-from fadeformer.evaluation.weighted_auc import Ranked
-from fadeformer.tasks import ORDINAL, TINY, one_versus_rest
+from fadeformer.evaluation.weighted_auc import RankedScores
+from fadeformer.tasks import MIN_SCORE, ORDINAL, one_versus_rest
 
 Floats = NDArray[np.float64]
 Truth = NDArray[np.bool_]
 
-BINS = 15  # of the calibration error
+CALIBRATION_BINS = 15  # of the calibration error
 
 
 @dataclass(frozen=True)
-class Measured:
+class MetricSamples:
     """Measures of some samples.
 
     Attributes:
@@ -36,7 +36,7 @@ class Measured:
     per_class: dict[str, Floats]
 
 
-class Measures:
+class WeightedMetrics:
     """Predictions, sorted and counted once.
 
     Args:
@@ -47,62 +47,62 @@ class Measures:
         labels, scores, self.task = predictions.labels, predictions.scores, predictions.task
         classes = scores.shape[1]
         decided = self.task.decide(scores)
-        self.exclusive = not self.task.multi_label
+        self.is_exclusive = not self.task.multi_label
         self.truth = one_versus_rest(labels, classes, self.task)
-        self.decided = one_versus_rest(decided, classes, self.task)
+        self.predicted = one_versus_rest(decided, classes, self.task)
         self.scores = scores
-        self.right = (decided == labels).mean(axis=1)
-        if self.exclusive:
-            self.losses = -np.log(np.maximum(np.take_along_axis(scores, labels, axis=1)[:, 0], TINY))
+        self.correct = (decided == labels).mean(axis=1)
+        if self.is_exclusive:
+            self.losses = -np.log(np.maximum(np.take_along_axis(scores, labels, axis=1)[:, 0], MIN_SCORE))
         else:
-            self.losses = -np.log(np.maximum(np.where(self.truth, scores, 1 - scores), TINY)).mean(axis=1)
+            self.losses = -np.log(np.maximum(np.where(self.truth, scores, 1 - scores), MIN_SCORE)).mean(axis=1)
         squares = (scores - self.truth) ** 2
-        self.squares = squares
+        self.squared_errors = squares
         # of two classes the last one's, of more their sum (Brier 1950), of findings their mean
-        if self.exclusive:
+        if self.is_exclusive:
             self.brier = squares[:, 1] if classes == 2 else squares.sum(axis=1)
         else:
             self.brier = squares.mean(axis=1)
-        self.judged: Truth = np.asarray(self.truth.any(axis=0) & ~self.truth.all(axis=0))
-        self.seen: Truth = np.asarray(self.truth.any(axis=0) | self.decided.any(axis=0))
+        self.evaluable: Truth = np.asarray(self.truth.any(axis=0) & ~self.truth.all(axis=0))
+        self.present: Truth = np.asarray(self.truth.any(axis=0) | self.predicted.any(axis=0))
 
     @cached_property
-    def _ranked(self) -> list[Ranked | None]:
+    def _class_rankings(self) -> list[RankedScores | None]:
         everyone = np.arange(len(self.scores))
         return [
-            Ranked(self.truth[:, c], self.scores[:, c], everyone) if judged else None
-            for c, judged in enumerate(self.judged)
+            RankedScores(self.truth[:, c], self.scores[:, c], everyone) if judged else None
+            for c, judged in enumerate(self.evaluable)
         ]
 
     @cached_property
-    def _pooled(self) -> Ranked | None:
-        judged = self.judged
+    def _pooled_ranking(self) -> RankedScores | None:
+        judged = self.evaluable
         if not judged.any():
             return None
         rows = np.repeat(np.arange(len(self.scores)), int(judged.sum()))
-        return Ranked(self.truth[:, judged].ravel(), self.scores[:, judged].ravel(), rows)
+        return RankedScores(self.truth[:, judged].ravel(), self.scores[:, judged].ravel(), rows)
 
     @cached_property
-    def _columns(self) -> tuple[Floats, list[int]]:
+    def _summands(self) -> tuple[Floats, list[int]]:
         """What a sum over images is taken of, and how many columns each kind has."""
-        gaps = self._gaps()
+        gaps = self._calibration_gaps()
         parts = [
-            self.truth, self.decided, self.truth & self.decided, self.squares,
-            np.stack([self.right, self.losses, self.brier], axis=1), *gaps,
+            self.truth, self.predicted, self.truth & self.predicted, self.squared_errors,
+            np.stack([self.correct, self.losses, self.brier], axis=1), *gaps,
         ]  # fmt: skip
         return np.concatenate(parts, axis=1, dtype=np.float64), [part.shape[1] for part in parts]
 
-    def _gaps(self) -> list[Floats]:
+    def _calibration_gaps(self) -> list[Floats]:
         """Score less outcome of each image, in the column of its bin: of the decision, or of each judged finding."""
-        if not self.exclusive:
-            return [_in_bins(self.scores[:, c], self.truth[:, c]) for c in np.flatnonzero(self.judged)]
+        if not self.is_exclusive:
+            return [_bin_gaps(self.scores[:, c], self.truth[:, c]) for c in np.flatnonzero(self.evaluable)]
         if self.scores.shape[1] == 2:
-            return [_in_bins(self.scores[:, 1], self.truth[:, 1])]
-        return [_in_bins(self.scores.max(axis=1), self.right.astype(bool))]
+            return [_bin_gaps(self.scores[:, 1], self.truth[:, 1])]
+        return [_bin_gaps(self.scores.max(axis=1), self.correct.astype(bool))]
 
-    def of(self, weights: NDArray[np.floating[Any]]) -> Measured:
+    def compute(self, weights: NDArray[np.floating[Any]]) -> MetricSamples:
         """The measures of samples in which each image has a weight, a whole number, (samples, images)."""
-        columns, widths = self._columns
+        columns, widths = self._summands
         whole = weights.sum(axis=1, dtype=np.float64)  # samples
         sums = np.split(weights @ columns, np.cumsum(widths)[:-1], axis=1)
         (positives, alarms, hits, squares, scalars), gaps = sums[:5], sums[5:]
@@ -115,44 +115,44 @@ class Measures:
                 "f1": 2 * hits / (positives + alarms),
                 "brier": squares / whole[:, None],
             }  # fmt: skip
-            areas = self.areas(weights)
+            areas = self.compute_areas(weights)
             per_class |= areas.per_class
             accuracy, loss, brier = (scalars / whole[:, None]).T
             overall = {
-                "loss": loss, "accuracy": accuracy, "balanced_accuracy": self._balanced(per_class),
-                **{name: _mean(np.nan_to_num(per_class[name][:, self.seen])) for name in ("precision", "recall", "f1")},
-                "specificity": _mean(per_class["specificity"][:, self.judged]),
+                "loss": loss, "accuracy": accuracy, "balanced_accuracy": self._balanced_accuracy(per_class),
+                **{name: _row_mean(np.nan_to_num(per_class[name][:, self.present])) for name in ("precision", "recall", "f1")},
+                "specificity": _row_mean(per_class["specificity"][:, self.evaluable]),
                 **{name: areas.overall[name] for name in ("auc", "average_precision")},
                 "brier": brier,
-                "calibration_error": _mean(np.stack([np.abs(g).sum(axis=1) / whole for g in gaps], axis=1))
+                "calibration_error": _row_mean(np.stack([np.abs(g).sum(axis=1) / whole for g in gaps], axis=1))
                 if gaps else np.full(len(whole), np.nan),
             }  # fmt: skip
             overall |= areas.overall
-            if self.exclusive:
+            if self.is_exclusive:
                 overall |= self._kappas(weights, positives, alarms, accuracy, whole)
-        return Measured(overall, per_class)
+        return MetricSamples(overall, per_class)
 
-    def areas(self, weights: NDArray[np.floating[Any]]) -> Measured:
+    def compute_areas(self, weights: NDArray[np.floating[Any]]) -> MetricSamples:
         """AUCs and average precisions alone, likewise."""
-        auc, average_precision = np.full((2, len(weights), len(self.judged)), np.nan)
-        for c, ranked in enumerate(self._ranked):
+        auc, average_precision = np.full((2, len(weights), len(self.evaluable)), np.nan)
+        for c, ranked in enumerate(self._class_rankings):
             if ranked is not None:
-                auc[:, c], average_precision[:, c] = ranked.areas(weights)
-        overall = {"auc": self._auc(auc), "average_precision": _mean(average_precision[:, self.judged])}
-        if self._pooled is not None and (len(self.judged) > 2 or not self.exclusive):
-            overall["auc_micro"], overall["average_precision_micro"] = self._pooled.areas(weights)
-        return Measured(overall, {"auc": auc, "average_precision": average_precision})
+                auc[:, c], average_precision[:, c] = ranked.auc_and_ap(weights)
+        overall = {"auc": self._mean_auc(auc), "average_precision": _row_mean(average_precision[:, self.evaluable])}
+        if self._pooled_ranking is not None and (len(self.evaluable) > 2 or not self.is_exclusive):
+            overall["auc_micro"], overall["average_precision_micro"] = self._pooled_ranking.auc_and_ap(weights)
+        return MetricSamples(overall, {"auc": auc, "average_precision": average_precision})
 
-    def _auc(self, per_class: Floats) -> Floats:
-        if self.exclusive and per_class.shape[1] == 2:
+    def _mean_auc(self, per_class: Floats) -> Floats:
+        if self.is_exclusive and per_class.shape[1] == 2:
             return per_class[:, -1]
-        return _mean(per_class[:, self.judged])
+        return _row_mean(per_class[:, self.evaluable])
 
-    def _balanced(self, per_class: dict[str, Floats]) -> Floats:
+    def _balanced_accuracy(self, per_class: dict[str, Floats]) -> Floats:
         """Mean recall of the classes, or mean over the findings of (sensitivity + specificity) / 2."""
-        if self.exclusive:
-            return _mean(per_class["recall"][:, self.truth.any(axis=0)])
-        return _mean(((per_class["recall"] + per_class["specificity"]) / 2)[:, self.judged])
+        if self.is_exclusive:
+            return _row_mean(per_class["recall"][:, self.truth.any(axis=0)])
+        return _row_mean(((per_class["recall"] + per_class["specificity"]) / 2)[:, self.evaluable])
 
     def _kappas(
         self, weights: NDArray[np.floating[Any]], positives: Floats, alarms: Floats, accuracy: Floats, whole: Floats
@@ -163,20 +163,20 @@ class Measures:
         kappas = {"kappa": (accuracy - chance) / (1 - chance)}
         if self.task.name == ORDINAL:
             grades = np.arange(true.shape[1])
-            apart = (self.truth.argmax(axis=1) - self.decided.argmax(axis=1)) ** 2.0
+            apart = (self.truth.argmax(axis=1) - self.predicted.argmax(axis=1)) ** 2.0
             by_chance = np.einsum("si,ij,sj->s", true, (grades[:, None] - grades) ** 2.0, said)
             kappas["quadratic_kappa"] = 1 - weights @ apart / whole / by_chance
         return kappas
 
 
-def _in_bins(score: Floats, outcome: Truth) -> Floats:
+def _bin_gaps(score: Floats, outcome: Truth) -> Floats:
     """Score less outcome, in bins of equal mass; equal scores share a bin. (images, bins)."""
-    edges = np.unique(np.quantile(score, np.arange(1, BINS) / BINS))
+    edges = np.unique(np.quantile(score, np.arange(1, CALIBRATION_BINS) / CALIBRATION_BINS))
     columns = np.zeros((len(score), len(edges) + 1))
     columns[np.arange(len(score)), np.searchsorted(edges, score, side="right")] = score - outcome
     return columns
 
 
-def _mean(values: Floats) -> Floats:
+def _row_mean(values: Floats) -> Floats:
     """Mean over the last axis; NaN of nothing."""
     return values.mean(axis=1) if values.shape[1] else np.full(len(values), np.nan)

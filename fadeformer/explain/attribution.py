@@ -32,19 +32,19 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fadeformer.data.normalization import Normalisation
+from fadeformer.data.normalization import Normalization
 from fadeformer.models.fade_attention import mean_attention_weights, split_heads
 from fadeformer.models.fadenet import FadeNet, is_vit
 from fadeformer.models.grid_laplacian import rescaled_laplacian_power
 
-Floats = NDArray[np.float64]
+FloatArray = NDArray[np.float64]
 
-BATCH = 16  # images at once
-FLAT = 1e-12  # differences up to this share of a map's largest value are rounding
+BATCH_SIZE = 16  # images at once
+FLAT_TOLERANCE = 1e-12  # differences up to this share of a map's largest value are rounding
 
 
 @dataclass(frozen=True)
-class FadeMaps:
+class FadeAttribution:
     """What each patch adds to the logit of a class, through each of FadeAttn's two branches.
 
     `attention.sum() + laplacian.sum() + bias` of an image is its logit, and so it is with `laplacian_outputs` for
@@ -63,17 +63,17 @@ class FadeMaps:
         logits: (images,), the network's own, in its own precision.
     """
 
-    attention: Floats
-    laplacian: Floats
-    laplacian_outputs: Floats
+    attention: FloatArray
+    laplacian: FloatArray
+    laplacian_outputs: FloatArray
     alpha: float
-    bias: Floats
-    logits: Floats
+    bias: FloatArray
+    logits: FloatArray
 
 
-def fade_maps(
-    model: nn.Module, pixels: NDArray[np.uint8], normalisation: Normalisation, classes: NDArray[np.int64]
-) -> FadeMaps:
+def fade_attribution(
+    model: nn.Module, pixels: NDArray[np.uint8], normalisation: Normalization, classes: NDArray[np.int64]
+) -> FadeAttribution:
     """Takes the logit of a published FadeNet apart by patch and branch.
 
     The attention weights are taken as they are: that they would change with the tokens is not in the maps. From the map
@@ -97,16 +97,16 @@ def fade_maps(
         raise ValueError("the model has no classifier, so there is no logit to explain")
     parts = []
     with torch.no_grad():
-        for images, wanted in _batches(model, pixels, normalisation, classes):
+        for images, wanted in _iter_batches(model, pixels, normalisation, classes):
             features = model.forward_features(images)  # B, C, H, W
-            logits = _of_classes(model.forward_head(features), wanted)
-            parts.append([*_branches(model, features, wanted), logits])
+            logits = _select_logits(model.forward_head(features), wanted)
+            parts.append([*_branch_attributions(model, features, wanted), logits])
     joined = [torch.cat(part).double().cpu().numpy() for part in zip(*parts, strict=True)]
-    names = [field.name for field in fields(FadeMaps) if field.name != "alpha"]
-    return FadeMaps(alpha=model.attn.alpha.item(), **dict(zip(names, joined, strict=True)))
+    names = [field.name for field in fields(FadeAttribution) if field.name != "alpha"]
+    return FadeAttribution(alpha=model.attn.alpha.item(), **dict(zip(names, joined, strict=True)))
 
 
-def _branches(model: Any, features: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _branch_attributions(model: Any, features: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Features (B, C, H, W) to the attention part, the Laplacian's by patch and by output (B, H, W), and bias (B,)."""
     layer, batch, grid = model.attn, len(features), features.shape[2:]
     weight, bias, project, project_bias, classify, classify_bias = (
@@ -128,8 +128,8 @@ def _branches(model: Any, features: Tensor, wanted: Tensor) -> tuple[Tensor, Ten
 
 
 def grad_cam(
-    model: nn.Module, pixels: NDArray[np.uint8], normalisation: Normalisation, classes: NDArray[np.int64]
-) -> Floats:
+    model: nn.Module, pixels: NDArray[np.uint8], normalisation: Normalization, classes: NDArray[np.int64]
+) -> FloatArray:
     """Grad-CAM on the last map of places from which gradients come in every network of its kind.
 
     Of a ViT, and so of every FadeNet, that is what goes into its last block, without tokens that are no patches: behind
@@ -153,23 +153,23 @@ def grad_cam(
         ValueError: the model has no such map, or is in training mode, or images and classes do not fit.
     """
     maps = []
-    for images, wanted in _batches(model, pixels, normalisation, classes):
+    for images, wanted in _iter_batches(model, pixels, normalisation, classes):
         with torch.inference_mode(False), torch.enable_grad():
             tap = nn.Identity()
-            cam = LayerGradCam(partial(_logits, model, tap, wanted), tap)
+            cam = LayerGradCam(partial(_logits_through_tap, model, tap, wanted), tap)
             found = cam.attribute(images, wanted, relu_attributions=True)  # B, 1, H, W
         maps.append(found[:, 0].detach().double().cpu().numpy())
     return np.concatenate(maps)
 
 
-def _logits(model: Any, tap: nn.Module, wanted: Tensor, images: Tensor) -> Tensor:
+def _logits_through_tap(model: Any, tap: nn.Module, wanted: Tensor, images: Tensor) -> Tensor:
     """The model's logits, their last map led through a module to which captum can listen."""
     if not hasattr(model, "forward_features") or not hasattr(model, "forward_head"):
         raise ValueError(f"{type(model).__name__} is no network of timm's kind, with forward_features and forward_head")
     if is_vit(model):
 
         def lead(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-            return _tapped(model, tap, inputs[0], images), *inputs[1:]
+            return _tap_features(model, tap, inputs[0], images), *inputs[1:]
 
         hook = model.blocks[-1].register_forward_pre_hook(lead)
         try:
@@ -179,12 +179,12 @@ def _logits(model: Any, tap: nn.Module, wanted: Tensor, images: Tensor) -> Tenso
     else:
         with torch.no_grad():
             features = model.forward_features(images)
-        logits = model.forward_head(_tapped(model, tap, features, images))
-    _of_classes(logits, wanted)
+        logits = model.forward_head(_tap_features(model, tap, features, images))
+    _select_logits(logits, wanted)
     return logits
 
 
-def _tapped(model: Any, tap: nn.Module, features: Any, images: Tensor) -> Tensor:
+def _tap_features(model: Any, tap: nn.Module, features: Any, images: Tensor) -> Tensor:
     """Features of the same shape, cut off from what made them, and their places led through `tap` as (B, C, H, W)."""
     features = features.detach() if isinstance(features, Tensor) else None  # some networks have several maps at once
     dimensions = 0 if features is None else features.ndim
@@ -201,7 +201,7 @@ def _tapped(model: Any, tap: nn.Module, features: Any, images: Tensor) -> Tensor
     raise ValueError(f"the features of {type(model).__name__} are no map of places, which Grad-CAM needs")
 
 
-def upsample(maps: Floats, side: int) -> Floats:
+def upsample(maps: FloatArray, side: int) -> FloatArray:
     """Maps of a grid to maps of an image, bilinear; a patch's value stands at its middle.
 
     Args:
@@ -215,13 +215,13 @@ def upsample(maps: Floats, side: int) -> Floats:
     return functional.interpolate(whole, (side, side), mode="bilinear", align_corners=False)[:, 0].numpy()
 
 
-def is_flat(maps: Floats) -> NDArray[np.bool_]:
+def is_constant(maps: FloatArray) -> NDArray[np.bool_]:
     """Whether each of the maps (images, height, width) has the same value everywhere, and so points nowhere."""
-    return np.asarray(np.ptp(maps, axis=(1, 2)) <= FLAT * np.abs(maps).max(axis=(1, 2)))
+    return np.asarray(np.ptp(maps, axis=(1, 2)) <= FLAT_TOLERANCE * np.abs(maps).max(axis=(1, 2)))
 
 
-def _batches(
-    model: nn.Module, pixels: NDArray[np.uint8], normalisation: Normalisation, classes: NDArray[np.int64]
+def _iter_batches(
+    model: nn.Module, pixels: NDArray[np.uint8], normalisation: Normalization, classes: NDArray[np.int64]
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Images as the model sees them, of its type and on its device, with their classes."""
     if any(module.training for module in model.modules()):
@@ -232,12 +232,12 @@ def _batches(
     if wanted.min() < 0:
         raise ValueError(f"classes holds {wanted.min()}; they count from 0")
     parameter = next(model.parameters())
-    for start in range(0, len(pixels), BATCH):
-        images = normalisation(torch.from_numpy(np.array(pixels[start : start + BATCH])).to(parameter.device))
-        yield images.to(parameter.dtype), torch.tensor(wanted[start : start + BATCH]).long().to(parameter.device)
+    for start in range(0, len(pixels), BATCH_SIZE):
+        images = normalisation(torch.from_numpy(np.array(pixels[start : start + BATCH_SIZE])).to(parameter.device))
+        yield images.to(parameter.dtype), torch.tensor(wanted[start : start + BATCH_SIZE]).long().to(parameter.device)
 
 
-def _of_classes(logits: Tensor, wanted: Tensor) -> Tensor:
+def _select_logits(logits: Tensor, wanted: Tensor) -> Tensor:
     """The logit of the wanted class of each image, (B, outputs) to (B,)."""
     if int(wanted.max()) >= logits.shape[1]:
         raise ValueError(f"classes holds {int(wanted.max())}, but the model has {logits.shape[1]} outputs")

@@ -15,19 +15,19 @@ import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike, NDArray
 
-from fadeformer.data.boxes import PLACE
-from fadeformer.evaluation.intervals.bootstrap import group_numbers
-from fadeformer.evaluation.intervals.proportions import share_interval
-from fadeformer.explain.attribution import Floats, is_flat
-from fadeformer.explain.sanity_checks import methods_of
+from fadeformer.data.boxes import BOX_COLUMNS
+from fadeformer.evaluation.intervals.bootstrap import encode_groups
+from fadeformer.evaluation.intervals.proportions import proportion_interval
+from fadeformer.explain.attribution import FloatArray, is_constant
+from fadeformer.explain.sanity_checks import available_methods
 from fadeformer.inference.classifier import Classifier
 
-MOST = 1000  # cases at most; NIH has 984 boxes
-NAMES = {"grad_cam": "Grad-CAM", "attention": "Attention part", "laplacian": "Laplacian part"}
+MAX_CASES = 1000  # cases at most; NIH has 984 boxes
+METHOD_NAMES = {"grad_cam": "Grad-CAM", "attention": "Attention part", "laplacian": "Laplacian part"}
 
 
 @dataclass(frozen=True)
-class Pointed:
+class PointingHits:
     """Where the map of each case points; arrays of (cases,).
 
     Attributes:
@@ -37,12 +37,12 @@ class Pointed:
     """
 
     hit: NDArray[np.bool_]
-    chance: Floats
+    chance: FloatArray
     flat: NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
-class Pointing:
+class PointingScore:
     """How often maps point at the right place.
 
     Attributes:
@@ -66,7 +66,7 @@ class Pointing:
     outside: int
 
 
-def pointed(maps: Floats, boxes: Sequence[ArrayLike], side: int, margin: float = 0.0) -> Pointed:
+def find_hits(maps: FloatArray, boxes: Sequence[ArrayLike], side: int, margin: float = 0.0) -> PointingHits:
     """Whether each map is largest inside one of its boxes.
 
     The map's largest value stands at the middle of its patch, and so does that of its bilinear upsampling; of equal
@@ -82,13 +82,13 @@ def pointed(maps: Floats, boxes: Sequence[ArrayLike], side: int, margin: float =
         ValueError: boxes do not fit the maps, or are no boxes.
     """
     given = [np.asarray(of, dtype=np.float64) for of in boxes]
-    if len(given) != len(maps) or any(of.ndim != 2 or of.shape[1] != len(PLACE) for of in given):
+    if len(given) != len(maps) or any(of.ndim != 2 or of.shape[1] != len(BOX_COLUMNS) for of in given):
         raise ValueError(
             f"{len(maps)} maps need as many tables of boxes, rows of x, y, w and h; there are {len(given)}"
         )
     height, width = maps.shape[1:]
     down, across = ((np.arange(n) + 0.5) * side / n for n in (height, width))  # middles of the patches
-    flat = is_flat(maps)
+    flat = is_constant(maps)
     hit, chance = np.zeros(len(maps), dtype=bool), np.full(len(maps), np.nan)
     for case, (one, all_boxes) in enumerate(zip(maps, given, strict=True)):
         kept = all_boxes[np.isfinite(all_boxes).all(axis=1)]
@@ -100,10 +100,10 @@ def pointed(maps: Floats, boxes: Sequence[ArrayLike], side: int, margin: float =
         inside = (in_rows[:, :, None] & in_columns[:, None, :]).any(axis=0)  # height, width
         chance[case] = inside.mean()
         hit[case] = not flat[case] and inside.flat[one.argmax()]
-    return Pointed(hit, chance, flat)
+    return PointingHits(hit, chance, flat)
 
 
-def pointing(of: Pointed, groups: NDArray[np.int64], confidence: float) -> Pointing:
+def score_hits(of: PointingHits, groups: NDArray[np.int64], confidence: float) -> PointingScore:
     """Counts the cases.
 
     Args:
@@ -113,11 +113,11 @@ def pointing(of: Pointed, groups: NDArray[np.int64], confidence: float) -> Point
     """
     judged = np.isfinite(of.chance)
     cases, hits = int(judged.sum()), int(of.hit[judged].sum())
-    return Pointing(
+    return PointingScore(
         hits=hits,
         cases=cases,
         share=hits / cases if cases else None,
-        interval=share_interval(of.hit, judged, groups, confidence),
+        interval=proportion_interval(of.hit, judged, groups, confidence),
         chance=float(of.chance[judged].mean()) if cases else None,
         flat=int(of.flat[judged].sum()),
         unreachable=int((of.chance[judged] == 0).sum()),
@@ -125,7 +125,7 @@ def pointing(of: Pointed, groups: NDArray[np.int64], confidence: float) -> Point
     )
 
 
-def points_at_boxes(
+def evaluate_pointing(
     classifier: Classifier,
     boxes: pd.DataFrame,
     index: pd.DataFrame,
@@ -160,21 +160,21 @@ def points_at_boxes(
     pairs = np.stack([row_of.loc[boxes["id"]].to_numpy(), boxes["class"].to_numpy(dtype=np.int64)], axis=1)
     cases, case_of = np.unique(pairs, axis=0, return_inverse=True)
     known = len(cases)
-    chosen = np.unique(np.linspace(0, known - 1, min(known, MOST)).round().astype(int))
+    chosen = np.unique(np.linspace(0, known - 1, min(known, MAX_CASES)).round().astype(int))
     rows, of_finding = cases[chosen].T
-    values = boxes[PLACE].to_numpy(dtype=np.float64)
+    values = boxes[BOX_COLUMNS].to_numpy(dtype=np.float64)
     places = [values[case_of == case] for case in chosen]
-    groups = group_numbers(index["group"])[rows]
-    given = np.array(pixels[rows]), classifier.normalisation, of_finding
+    groups = encode_groups(index["group"])[rows]
+    given = np.array(pixels[rows]), classifier.normalization, of_finding
     methods: dict[str, Any] = {}
-    for name, method in methods_of(classifier.model).items():
-        of = pointed(method(classifier.model, *given), places, pixels.shape[1])
+    for name, method in available_methods(classifier.model).items():
+        of = find_hits(method(classifier.model, *given), places, pixels.shape[1])
         methods[name] = {
-            "name": NAMES[name],
-            "overall": asdict(pointing(of, groups, confidence)),
+            "name": METHOD_NAMES[name],
+            "overall": asdict(score_hits(of, groups, confidence)),
             "per_class": {
                 classes[label]: asdict(
-                    pointing(_some(of, of_finding == label), groups[of_finding == label], confidence)
+                    score_hits(_select_cases(of, of_finding == label), groups[of_finding == label], confidence)
                 )
                 for label in np.unique(of_finding)
             },
@@ -185,11 +185,11 @@ def points_at_boxes(
     }  # fmt: skip
 
 
-def _some(of: Pointed, rows: NDArray[np.bool_]) -> Pointed:
-    return Pointed(of.hit[rows], of.chance[rows], of.flat[rows])
+def _select_cases(of: PointingHits, rows: NDArray[np.bool_]) -> PointingHits:
+    return PointingHits(of.hit[rows], of.chance[rows], of.flat[rows])
 
 
-def sentences(found: dict[str, Any]) -> list[str]:
+def describe_results(found: dict[str, Any]) -> list[str]:
     """What `points_at_boxes` found, for a reader."""
     some = f", spread over the {found['known']:,} that are known" if found["cases"] < found["known"] else ""
     told = [

@@ -22,17 +22,17 @@ from numpy.typing import NDArray
 from scipy.stats import spearmanr
 from torch import Tensor, nn
 
-from fadeformer.data.normalization import Normalisation
-from fadeformer.explain.attribution import Floats, fade_maps, grad_cam, is_flat
+from fadeformer.data.normalization import Normalization
+from fadeformer.explain.attribution import FloatArray, fade_attribution, grad_cam, is_constant
 from fadeformer.models.fadenet import FadeNet
 
-Method = Callable[[nn.Module, NDArray[np.uint8], Normalisation, NDArray[np.int64]], Floats]
+AttributionMethod = Callable[[nn.Module, NDArray[np.uint8], Normalization, NDArray[np.int64]], FloatArray]
 
-LIMIT = 0.5  # our own: the paper looks at the fall of the correlation and draws no line
+SIMILARITY_LIMIT = 0.5  # our own: the paper looks at the fall of the correlation and draws no line
 
 
 @dataclass(frozen=True)
-class Randomisation:
+class RandomizationResult:
     """How alike a method's maps are before and after the weights were randomised.
 
     Attributes:
@@ -54,26 +54,26 @@ class Randomisation:
     steps: tuple[tuple[str, float | None], ...]
 
 
-def methods_of(model: nn.Module) -> dict[str, Method]:
+def available_methods(model: nn.Module) -> dict[str, AttributionMethod]:
     """The explanations that a model has, by name: Grad-CAM, and for the published FadeNet its two maps."""
-    methods: dict[str, Method] = {"grad_cam": grad_cam}
+    methods: dict[str, AttributionMethod] = {"grad_cam": grad_cam}
     if isinstance(model, FadeNet) and model.variant == "published":
-        methods["attention"] = lambda *given: fade_maps(*given).attention
-        methods["laplacian"] = lambda *given: fade_maps(*given).laplacian
+        methods["attention"] = lambda *given: fade_attribution(*given).attention
+        methods["laplacian"] = lambda *given: fade_attribution(*given).laplacian
     return methods
 
 
-def model_randomisation(
+def model_randomization_test(
     model: nn.Module,
     pixels: NDArray[np.uint8],
-    normalisation: Normalisation,
+    normalisation: Normalization,
     classes: NDArray[np.int64],
     *,
-    methods: Mapping[str, Method] | None = None,
+    methods: Mapping[str, AttributionMethod] | None = None,
     seed: int = 0,
     cascade: bool = False,
-    limit: float = LIMIT,
-) -> dict[str, Randomisation]:
+    limit: float = SIMILARITY_LIMIT,
+) -> dict[str, RandomizationResult]:
     """Compares maps of a trained model with those of a copy of it whose weights are random.
 
     The model and the global random state stay as they are. The same seed gives the same numbers, and a cascade ends in
@@ -93,31 +93,31 @@ def model_randomisation(
     Raises:
         ValueError: a method cannot explain the model, or images and classes do not fit.
     """
-    methods = methods_of(model) if methods is None else methods
+    methods = available_methods(model) if methods is None else methods
     trained = {name: method(model, pixels, normalisation, classes) for name, method in methods.items()}
     other = copy.deepcopy(model)
     generator = torch.Generator().manual_seed(seed)
-    alike: dict[str, list[tuple[str, Floats]]] = {name: [] for name in methods}
-    parts = _parts(other)
+    alike: dict[str, list[tuple[str, FloatArray]]] = {name: [] for name in methods}
+    parts = _parameter_groups(other)
     for number, (part, parameters) in enumerate(parts, start=1):
-        _shuffle(parameters, generator)
+        _shuffle_values(parameters, generator)
         if cascade or number == len(parts):
             for name, method in methods.items():
                 found = rank_correlations(trained[name], method(other, pixels, normalisation, classes))
                 alike[name].append((part if cascade else "all weights", found))
-    return {name: _summary(steps, limit) for name, steps in alike.items()}
+    return {name: _summarize(steps, limit) for name, steps in alike.items()}
 
 
-def rank_correlations(maps: Floats, others: Floats) -> Floats:
+def rank_correlations(maps: FloatArray, others: FloatArray) -> FloatArray:
     """Spearman's rank correlation of the absolute values of each two maps, (images, H, W) to (images,); NaN if flat."""
     maps, others = np.abs(maps), np.abs(others)
     found = np.full(len(maps), np.nan)
-    for i in np.flatnonzero(~is_flat(maps) & ~is_flat(others)):
+    for i in np.flatnonzero(~is_constant(maps) & ~is_constant(others)):
         found[i] = spearmanr(maps[i].ravel(), others[i].ravel()).statistic
     return found
 
 
-def _parts(model: nn.Module) -> list[tuple[str, list[Tensor]]]:
+def _parameter_groups(model: nn.Module) -> list[tuple[str, list[Tensor]]]:
     """Weights by part of the model, from the last to the first; the model's own (tokens, positions) come last."""
     modules: list[tuple[str, nn.Module]] = []
     for name, child in model.named_children():
@@ -132,27 +132,27 @@ def _parts(model: nn.Module) -> list[tuple[str, list[Tensor]]]:
     return parts
 
 
-def _shuffle(parameters: Iterable[Tensor], generator: torch.Generator) -> None:
+def _shuffle_values(parameters: Iterable[Tensor], generator: torch.Generator) -> None:
     with torch.no_grad():
         for parameter in parameters:
             order = torch.randperm(parameter.numel(), generator=generator).to(parameter.device)
             parameter.copy_(parameter.flatten()[order].view_as(parameter))
 
 
-def _summary(steps: list[tuple[str, Floats]], limit: float) -> Randomisation:
+def _summarize(steps: list[tuple[str, FloatArray]], limit: float) -> RandomizationResult:
     last = steps[-1][1]
-    magnitude = _mean(np.abs(last))
-    return Randomisation(
-        rho=_mean(last),
+    magnitude = _finite_mean(np.abs(last))
+    return RandomizationResult(
+        rho=_finite_mean(last),
         magnitude=magnitude,
         limit=limit,
         changes=magnitude is not None and magnitude < limit,
         images=int(np.isfinite(last).sum()),
         flat=int(np.isnan(last).sum()),
-        steps=tuple((name, _mean(np.abs(found))) for name, found in steps),
+        steps=tuple((name, _finite_mean(np.abs(found))) for name, found in steps),
     )
 
 
-def _mean(values: Floats) -> float | None:
+def _finite_mean(values: FloatArray) -> float | None:
     judged = values[np.isfinite(values)]
     return float(judged.mean()) if len(judged) else None

@@ -22,28 +22,30 @@ import torch
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from fadeformer.data.decode import Aspect, fit
-from fadeformer.errors import UnreadableError, UserError
+from fadeformer.data.decode import Aspect, image_to_array
+from fadeformer.errors import UnreadableImageError, UserError
 from fadeformer.inference.classifier import Classifier, Floats, OperatingPoint, Pixels
-from fadeformer.inference.inputs import Input
-from fadeformer.inference.ood import Familiar
+from fadeformer.inference.inputs import InputImage
+from fadeformer.inference.ood import OODDetector
 
-BATCH = 32  # images that go through the network at once
-PART = 64 * BATCH  # rows that are handed on at once
-AHEAD = 2  # batches for each thread that may wait, under way or as rows; their pixels are gone once they are rows
-OWN = ("name", "decision", "unfamiliar", "is_unfamiliar", "problem")  # columns beside those of the classes
+BATCH_SIZE = 32  # images that go through the network at once
+CHUNK_SIZE = 64 * BATCH_SIZE  # rows that are handed on at once
+PREFETCH_BATCHES = (
+    2  # batches for each thread that may wait, under way or as rows; their pixels are gone once they are rows
+)
+RESERVED_COLUMNS = ("name", "decision", "unfamiliar", "is_unfamiliar", "problem")  # columns beside those of the classes
 
 
-def predict(
+def predict_chunks(
     classifier: Classifier,
-    familiar: Familiar,
+    familiar: OODDetector,
     point: OperatingPoint,
-    images: Sequence[Input],
+    images: Sequence[InputImage],
     *,
     threads: int | None,
-    first: int = 0,
+    start_row: int = 0,
     explain: Callable[[list[str], Pixels, NDArray[np.int64]], None] | None = None,
-    more: Callable[[Pixels, NDArray[np.float32]], Mapping[str, NDArray[Any]]] | None = None,
+    extra_columns: Callable[[Pixels, NDArray[np.float32]], Mapping[str, NDArray[Any]]] | None = None,
 ) -> Iterator[pd.DataFrame]:
     """Predicts images in their order.
 
@@ -53,9 +55,9 @@ def predict(
         point: operating point that decides.
         images: in the order of the rows.
         threads: that decode; None for one on each core. Memory grows with them, not with the images.
-        first: row to begin with, a multiple of `PART`.
+        start_row: row to begin with, a multiple of `PART`.
         explain: called with names, pixels and called classes of each batch, one batch at a time.
-        more: gives further columns from pixels and what the classifier sees of a batch.
+        extra_columns: gives further columns from pixels and what the classifier sees of a batch.
 
     Yields:
         `PART` rows at once, at the end fewer: `name`, a score for each class, `decision`, `unfamiliar` (distance),
@@ -64,13 +66,13 @@ def predict(
     Raises:
         UserError: a class is called as a column of its own.
     """
-    if clash := set(OWN) & set(point.classes):
+    if clash := set(RESERVED_COLUMNS) & set(point.classes):
         raise UserError(f"the class {clash.pop()!r} has the name of a column; train the model with another name for it")
     threads = threads or os.cpu_count() or 1
     alone = threading.Lock() if explain is not None or classifier.device.type != "cpu" else nullcontext()
 
-    def work(some: Sequence[Input]) -> pd.DataFrame:
-        pixels, problems = _decoded(some, **classifier.input)
+    def work(some: Sequence[InputImage]) -> pd.DataFrame:
+        pixels, problems = _decode_batch(some, **classifier.input_config)
         there = np.array([not problem for problem in problems])
         scores, far = np.full((len(some), len(point.classes)), np.nan), np.full(len(some), np.nan)
         further: Mapping[str, NDArray[Any]] = {}
@@ -80,30 +82,32 @@ def predict(
                 _, scores[there], features = classifier.predict(readable)
                 if explain is not None:
                     names = [image.name for image, ok in zip(some, there, strict=True) if ok]
-                    explain(names, readable, _foremost(point, scores[there]))
+                    explain(names, readable, _top_class(point, scores[there]))
             far[there] = familiar.distance(features)
-            further = more(readable, features) if more is not None else {}
-        rows = _rows(some, scores, far, problems, point, familiar.limit)
+            further = extra_columns(readable, features) if extra_columns is not None else {}
+        rows = _build_rows(some, scores, far, problems, point, familiar.threshold)
         columns = pd.DataFrame(dict(further), index=np.flatnonzero(there))
-        return rows.join(columns) if more is not None else rows
+        return rows.join(columns) if extra_columns is not None else rows
 
-    starts = iter(range(first, len(images), BATCH))
+    starts = iter(range(start_row, len(images), BATCH_SIZE))
     waiting: deque[Future[pd.DataFrame]] = deque()
     part: list[pd.DataFrame] = []
     with (
-        _one_thread_each(classifier.device),
+        _single_threaded_torch(classifier.device),
         ThreadPoolExecutor(threads, "predict") as pool,
-        tqdm(total=len(images), initial=first, desc="predict", unit="image", disable=None) as progress,
+        tqdm(total=len(images), initial=start_row, desc="predict", unit="image", disable=None) as progress,
     ):
         try:
             while True:
-                wanted = AHEAD * threads - len(waiting)
-                waiting.extend(pool.submit(work, images[start : start + BATCH]) for start in islice(starts, wanted))
+                wanted = PREFETCH_BATCHES * threads - len(waiting)
+                waiting.extend(
+                    pool.submit(work, images[start : start + BATCH_SIZE]) for start in islice(starts, wanted)
+                )
                 if not waiting:
                     break
                 part.append(rows := waiting.popleft().result())
                 progress.update(len(rows))
-                if len(part) == PART // BATCH:
+                if len(part) == CHUNK_SIZE // BATCH_SIZE:
                     yield pd.concat(part, ignore_index=True)
                     part = []
         finally:
@@ -113,29 +117,31 @@ def predict(
         yield pd.concat(part, ignore_index=True)
 
 
-def _decoded(some: Sequence[Input], image_size: int, channels: int, aspect: Aspect) -> tuple[Pixels, list[str]]:
+def _decode_batch(
+    some: Sequence[InputImage], image_size: int, channels: int, aspect: Aspect
+) -> tuple[Pixels, list[str]]:
     """Pixels as in training, (images, side, side, channels), and of each image why it cannot be read, if it cannot."""
     pixels = np.zeros((len(some), image_size, image_size, channels), np.uint8)
     problems = []
     for place, image in enumerate(some):
         try:
-            pixels[place] = fit(image.read(), image_size, channels, aspect)
+            pixels[place] = image_to_array(image.read(), image_size, channels, aspect)
             problems.append("")
-        except UnreadableError as error:
+        except UnreadableImageError as error:
             problems.append(error.reason)
     return pixels, problems
 
 
-def _foremost(point: OperatingPoint, scores: Floats) -> NDArray[np.int64]:
+def _top_class(point: OperatingPoint, scores: Floats) -> NDArray[np.int64]:
     """Return the class that is decided for, or of findings the one of the highest score."""
     return np.asarray((scores if point.multi_label else point.decide(scores)).argmax(axis=1), dtype=np.int64)
 
 
-def _rows(
-    some: Sequence[Input], scores: Floats, far: Floats, problems: list[str], point: OperatingPoint, limit: float
+def _build_rows(
+    some: Sequence[InputImage], scores: Floats, far: Floats, problems: list[str], point: OperatingPoint, limit: float
 ) -> pd.DataFrame:
     there = [not problem for problem in problems]
-    words = iter(point.decisions(scores[np.array(there)]))
+    words = iter(point.format_decisions(scores[np.array(there)]))
     columns = {
         "name": pd.array([image.name for image in some], dtype="string"),
         **{name: scores[:, c] for c, name in enumerate(point.classes)},
@@ -148,7 +154,7 @@ def _rows(
 
 
 @contextmanager
-def _one_thread_each(device: torch.device) -> Iterator[None]:
+def _single_threaded_torch(device: torch.device) -> Iterator[None]:
     """Lets torch compute with one thread in each of ours: the same sums for any number of them."""
     before = torch.get_num_threads()
     if device.type == "cpu":

@@ -17,12 +17,15 @@ from numpy.typing import NDArray
 from scipy.optimize import minimize, minimize_scalar
 from scipy.special import expit, log_softmax, softmax
 
-from fadeformer.tasks import TINY, Task, one_versus_rest
+from fadeformer.tasks import MIN_SCORE, Task, one_versus_rest
 
 Floats = NDArray[np.float64]
 
-SLOPES = (0.05, 20.0)  # a network that is unsure or overconfident beyond these has learned nothing, or val by heart
-OFFSETS = (-20.0, 20.0)
+SLOPE_BOUNDS = (
+    0.05,
+    20.0,
+)  # a network that is unsure or overconfident beyond these has learned nothing, or val by heart
+OFFSET_BOUNDS = (-20.0, 20.0)
 
 
 @dataclass(frozen=True)
@@ -39,27 +42,27 @@ class Calibration:
 
     def __call__(self, scores: Floats, task: Task) -> Floats:
         """Scores (images, classes) as a network gave them to calibrated ones."""
-        if self == NONE:
+        if self == IDENTITY:
             return scores
         slope, offset = np.array(self.slope), np.array(self.offset)
         if task.multi_label:
             return np.asarray(expit(slope * _logit(scores) + offset))
         return np.asarray(softmax(slope * _log(scores), axis=1))
 
-    def described(self) -> dict[str, list[float]]:
+    def to_dict(self) -> dict[str, list[float]]:
         """As plain values, for `model.json`."""
         return {name: list(values) for name, values in asdict(self).items()}
 
 
-NONE = Calibration()
+IDENTITY = Calibration()
 
 
-def of_description(described: Mapping[str, Any]) -> Calibration:
+def from_dict(described: Mapping[str, Any]) -> Calibration:
     """What `described` gave."""
     return Calibration(tuple(described["slope"]), tuple(described["offset"]))
 
 
-def fit(labels: NDArray[np.int64], scores: Floats, task: Task) -> Calibration:
+def fit_calibration(labels: NDArray[np.int64], scores: Floats, task: Task) -> Calibration:
     """The calibration of the highest likelihood.
 
     Args:
@@ -72,12 +75,12 @@ def fit(labels: NDArray[np.int64], scores: Floats, task: Task) -> Calibration:
     """
     truth = one_versus_rest(labels, scores.shape[1], task)
     if not task.multi_label:
-        return Calibration((_slope(truth, scores),))
-    found = [_scaling(truth[:, c], scores[:, c]) for c in range(scores.shape[1])]
+        return Calibration((_fit_slope(truth, scores),))
+    found = [_fit_slope_and_offset(truth[:, c], scores[:, c]) for c in range(scores.shape[1])]
     return Calibration(tuple(slope for slope, _ in found), tuple(offset for _, offset in found))
 
 
-def _slope(truth: NDArray[np.bool_], scores: Floats) -> float:
+def _fit_slope(truth: NDArray[np.bool_], scores: Floats) -> float:
     images, classes = truth.shape
     right = (images + 1) / (images + 2)
     targets = np.where(truth, right, (1 - right) / max(1, classes - 1))
@@ -86,11 +89,11 @@ def _slope(truth: NDArray[np.bool_], scores: Floats) -> float:
     def loss(log_slope: float) -> float:
         return float(-(targets * log_softmax(np.exp(log_slope) * logs, axis=1)).sum(axis=1).mean())
 
-    found = minimize_scalar(loss, bounds=np.log(SLOPES), method="bounded", options={"xatol": 1e-8})
+    found = minimize_scalar(loss, bounds=np.log(SLOPE_BOUNDS), method="bounded", options={"xatol": 1e-8})
     return float(np.exp(found.x))
 
 
-def _scaling(truth: NDArray[np.bool_], score: Floats) -> tuple[float, float]:
+def _fit_slope_and_offset(truth: NDArray[np.bool_], score: Floats) -> tuple[float, float]:
     positives, negatives = int(truth.sum()), int((~truth).sum())
     if not positives or not negatives:
         return 1.0, 0.0
@@ -104,16 +107,16 @@ def _scaling(truth: NDArray[np.bool_], score: Floats) -> tuple[float, float]:
         return float(value), np.array([(excess * logits).mean(), excess.mean()])
 
     found = minimize(
-        loss, np.array([1.0, 0.0]), jac=True, method="L-BFGS-B", bounds=[SLOPES, OFFSETS],
+        loss, np.array([1.0, 0.0]), jac=True, method="L-BFGS-B", bounds=[SLOPE_BOUNDS, OFFSET_BOUNDS],
         options={"ftol": 1e-14, "gtol": 1e-9, "maxiter": 1000},
     )  # fmt: skip
     return float(found.x[0]), float(found.x[1])
 
 
 def _log(scores: Floats) -> Floats:
-    return np.asarray(np.log(np.maximum(scores, TINY)))
+    return np.asarray(np.log(np.maximum(scores, MIN_SCORE)))
 
 
 def _logit(scores: Floats) -> Floats:
-    inside = np.clip(scores, TINY, 1 - np.finfo(np.float64).epsneg)
+    inside = np.clip(scores, MIN_SCORE, 1 - np.finfo(np.float64).epsneg)
     return np.asarray(np.log(inside) - np.log1p(-inside))

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
-from fadeformer.data.normalization import Normalisation
+from fadeformer.data.normalization import Normalization
 from fadeformer.errors import UserError
 from fadeformer.inference import calibration
 from fadeformer.inference.forward import choose_device
@@ -29,14 +29,14 @@ from fadeformer.tasks import TASKS, Task
 Pixels = NDArray[np.uint8]
 Floats = NDArray[np.float64]
 
-BATCH = 256  # images that go through the network at once
-POINTS = ("youden", "sensitivity", "specificity")
+BATCH_SIZE = 256  # images that go through the network at once
+OPERATING_POINT_NAMES = ("youden", "sensitivity", "specificity")
 DEFAULT_THRESHOLD = 0.5  # where an operating point has none
 NO_FINDING = "no finding"
 SEPARATOR = "; "  # between findings
 
 
-class Outputs(NamedTuple):
+class ClassifierOutput(NamedTuple):
     """Network outputs for some images.
 
     Attributes:
@@ -45,7 +45,7 @@ class Outputs(NamedTuple):
         features: inputs of the network's last layer, (images, channels).
     """
 
-    raw: Floats
+    raw_scores: Floats
     scores: Floats
     features: NDArray[np.float32]
 
@@ -65,10 +65,12 @@ class OperatingPoint:
     classes: tuple[str, ...]
     multi_label: bool
     thresholds: Mapping[str, float]
-    summary: str
+    description: str
 
     @classmethod
-    def of(cls, task: Task, classes: tuple[str, ...], points: Mapping[str, Any] | None, name: str) -> OperatingPoint:
+    def from_thresholds(
+        cls, task: Task, classes: tuple[str, ...], points: Mapping[str, Any] | None, name: str
+    ) -> OperatingPoint:
         """Build the rule of one of a model's operating points.
 
         Args:
@@ -102,7 +104,7 @@ class OperatingPoint:
         thresholds = {of: DEFAULT_THRESHOLD if threshold is None else threshold for of, threshold in given.items()}
         return cls(classes, task.multi_label, thresholds, summary)
 
-    def positive(self, scores: Floats) -> NDArray[np.bool_]:
+    def is_positive(self, scores: Floats) -> NDArray[np.bool_]:
         """Return whether scores reach their thresholds, (images, classes)."""
         if len(self.thresholds) < len(self.classes):
             last = scores[:, 1] >= self.thresholds[self.classes[1]]
@@ -115,10 +117,10 @@ class OperatingPoint:
         These are the positive findings, the positive one of two classes, or the most probable one of more classes.
         """
         if self.multi_label or len(self.classes) == 2:
-            return self.positive(scores)
+            return self.is_positive(scores)
         return np.asarray(scores.argmax(axis=1)[:, None] == np.arange(len(self.classes)))
 
-    def decisions(self, scores: Floats) -> list[str]:
+    def format_decisions(self, scores: Floats) -> list[str]:
         """Return the decisions as text, one per image."""
         names = np.array(self.classes, dtype=object)
         return [SEPARATOR.join(names[row]) or NO_FINDING for row in self.decide(scores)]
@@ -148,10 +150,10 @@ class Classifier:
     ) -> None:
         self.task = TASKS[described["task"]].with_head(described["head"])
         self.classes: tuple[str, ...] = tuple(described["classes"])
-        self.input: dict[str, Any] = described["input"]  # image_size, channels and aspect
-        self.calibration = calibration.of_description(described["calibration"])
-        self.normalisation = Normalisation(**{name: tuple(v) for name, v in described["normalise"].items()})
-        self.points = points
+        self.input_config: dict[str, Any] = described["input"]  # image_size, channels and aspect
+        self.calibration = calibration.from_dict(described["calibration"])
+        self.normalization = Normalization(**{name: tuple(v) for name, v in described["normalise"].items()})
+        self.operating_points = points
         self.device = device or choose_device("cpu" if described["params"]["train"]["device"] == "cpu" else "auto")
         if self.device.type == "cuda":
             torch.backends.cudnn.allow_tf32 = False
@@ -168,19 +170,21 @@ class Classifier:
             UserError: the weights are damaged, or the file of operating points is none.
         """
         try:
-            points = None if files.points is None else read_json(files.points)["points"]
+            points = None if files.operating_points is None else read_json(files.operating_points)["points"]
         except (KeyError, TypeError) as error:
-            raise UserError(f"{files.points}: is not a file of operating points; use that of the evaluation") from error
+            raise UserError(
+                f"{files.operating_points}: is not a file of operating points; use that of the evaluation"
+            ) from error
         try:
-            return cls(files.described, files.weights, points, device)
+            return cls(files.metadata, files.weights, points, device)
         except ValueError as error:
             raise UserError(f"{error}; fetch the model again, or train it again") from error
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Return features and logits of one batch, uint8 (images, side, side, channels) on the device."""
-        return features_and_logits(self.model, self.normalisation(images))
+        return features_and_logits(self.model, self.normalization(images))
 
-    def predict(self, pixels: Pixels, batch_size: int = BATCH) -> Outputs:
+    def predict(self, pixels: Pixels, batch_size: int = BATCH_SIZE) -> ClassifierOutput:
         """Return scores and features of images of the network's size, (images, side, side, channels)."""
         features, logits = [], []
         starts = range(0, len(pixels), batch_size)
@@ -193,12 +197,12 @@ class Classifier:
                 features.append(of_batch.float().cpu().numpy())
                 logits.append(outputs.double().cpu().numpy())
         raw = self.task.probabilities(np.concatenate(logits))
-        return Outputs(raw, self.calibration(raw, self.task), np.concatenate(features))
+        return ClassifierOutput(raw, self.calibration(raw, self.task), np.concatenate(features))
 
-    def scores(self, pixels: Pixels, batch_size: int = BATCH) -> Floats:
+    def predict_proba(self, pixels: Pixels, batch_size: int = BATCH_SIZE) -> Floats:
         """Return calibrated scores, (images, classes)."""
         return self.predict(pixels, batch_size).scores
 
     def operating_point(self, name: str) -> OperatingPoint:
         """Return the rule of an operating point; raises UserError as `OperatingPoint.of`."""
-        return OperatingPoint.of(self.task, self.classes, self.points, name)
+        return OperatingPoint.from_thresholds(self.task, self.classes, self.operating_points, name)

@@ -19,13 +19,13 @@ from torch import Tensor, nn
 
 from fadeformer.errors import UserError
 from fadeformer.inference.classifier import Classifier
-from fadeformer.io.atomic import whole_file
+from fadeformer.io.atomic import atomic_write
 
-TOLERANCE = 1e-5  # in a score
-IMAGES, SCORES = "images", "scores"  # input and output of the ONNX graph
+SCORE_TOLERANCE = 1e-5  # in a score
+INPUT_NAME, OUTPUT_NAME = "images", "scores"  # input and output of the ONNX graph
 
 
-class Scoring(nn.Module):
+class ScoringModule(nn.Module):
     """uint8 images (images, side, side, channels) to calibrated scores (images, classes), float32."""
 
     slope: Tensor
@@ -41,11 +41,11 @@ class Scoring(nn.Module):
         """As `Classifier.scores`, all in torch."""
         _, logits = self.classifier.forward(images)
         task = self.classifier.task
-        scaled = self.slope * task.logs(logits) + self.offset  # the offset is 0 for exclusive classes
+        scaled = self.slope * task.calibration_logits(logits) + self.offset  # the offset is 0 for exclusive classes
         return scaled.sigmoid() if task.multi_label else scaled.softmax(dim=1)
 
 
-def export(classifier: Classifier, kind: str, path: Path) -> float:
+def export_model(classifier: Classifier, kind: str, path: Path) -> float:
     """Writes the graph.
 
     Args:
@@ -63,26 +63,28 @@ def export(classifier: Classifier, kind: str, path: Path) -> float:
         missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if find_spec(name) is None]
         if missing:
             raise UserError(f"ONNX needs {' and '.join(missing)}: run `pip install {' '.join(missing)}`, then again")
-    side, channels = classifier.input["image_size"], classifier.input["channels"]
+    side, channels = classifier.input_config["image_size"], classifier.input_config["channels"]
     draw = np.random.default_rng(0)
     two, three = (draw.integers(0, 256, (n, side, side, channels), dtype=np.uint8) for n in (2, 3))
-    with whole_file(path) as temporary, torch.inference_mode(False), torch.no_grad():
-        write, score = {"onnx": (_write_onnx, _score_onnx), "program": (_write_program, _score_program)}[kind]
+    with atomic_write(path) as temporary, torch.inference_mode(False), torch.no_grad():
+        write, score = {"onnx": (_write_onnx, _run_onnx), "program": (_write_program, _run_program)}[kind]
         batch = ({0: torch.export.Dim("batch")},)
-        write(Scoring(classifier).eval(), (torch.from_numpy(two),), batch, described(classifier), temporary)
-        difference = float(np.abs(score(temporary, three) - classifier.scores(three)).max())
-        if not difference <= TOLERANCE:
+        write(ScoringModule(classifier).eval(), (torch.from_numpy(two),), batch, graph_metadata(classifier), temporary)
+        difference = float(np.abs(score(temporary, three) - classifier.predict_proba(three)).max())
+        if not difference <= SCORE_TOLERANCE:
             raise UserError(f"the exported graph gives other scores, by up to {difference:.2g}; it was not written")
     return difference
 
 
-def described(classifier: Classifier) -> dict[str, str]:
+def graph_metadata(classifier: Classifier) -> dict[str, str]:
     """What a user of the graph must know, as text by name: in ONNX's metadata_props, and the program's extra files."""
     values = {
         "classes": list(classifier.classes),
-        "input": classifier.input,
+        "input": classifier.input_config,
         "task": classifier.task.name,
-        "points": {name: dict(classifier.operating_point(name).thresholds) for name in classifier.points or ()},
+        "points": {
+            name: dict(classifier.operating_point(name).thresholds) for name in classifier.operating_points or ()
+        },
     }
     return {f"fadeformer.{name}": json.dumps(value, ensure_ascii=False) for name, value in values.items()}
 
@@ -90,7 +92,13 @@ def described(classifier: Classifier) -> dict[str, str]:
 def _write_onnx(graph: nn.Module, example: Any, batch: Any, told: dict[str, str], path: Path) -> None:
     logging.getLogger("onnxscript").setLevel(logging.ERROR)  # it warns of what it does not make smaller
     program = torch.onnx.export(
-        graph, example, dynamo=True, dynamic_shapes=batch, input_names=[IMAGES], output_names=[SCORES], verbose=False
+        graph,
+        example,
+        dynamo=True,
+        dynamic_shapes=batch,
+        input_names=[INPUT_NAME],
+        output_names=[OUTPUT_NAME],
+        verbose=False,
     )
     if program is None:
         raise RuntimeError("torch.onnx.export gave no program")
@@ -98,11 +106,11 @@ def _write_onnx(graph: nn.Module, example: Any, batch: Any, told: dict[str, str]
     program.save(path)
 
 
-def _score_onnx(path: Path, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
+def _run_onnx(path: Path, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
     import onnxruntime
 
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    return np.asarray(session.run([SCORES], {IMAGES: pixels})[0])
+    return np.asarray(session.run([OUTPUT_NAME], {INPUT_NAME: pixels})[0])
 
 
 def _write_program(graph: nn.Module, example: Any, batch: Any, told: dict[str, str], path: Path) -> None:
@@ -111,7 +119,7 @@ def _write_program(graph: nn.Module, example: Any, batch: Any, told: dict[str, s
         torch.export.save(program, file, extra_files=told)
 
 
-def _score_program(path: Path, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
+def _run_program(path: Path, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
     with path.open("rb") as file:
         program = torch.export.load(file)
     return np.asarray(program.module()(torch.from_numpy(pixels)))

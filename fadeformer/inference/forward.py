@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import nn
 from tqdm import tqdm
 
-from fadeformer.data.normalization import Normalisation
+from fadeformer.data.normalization import Normalization
 from fadeformer.errors import UserError
 
 
@@ -41,13 +41,13 @@ def choose_precision(name: str | int, device: torch.device) -> str:
     return str(name)
 
 
-def logits_of(
+def predict_logits(
     model: nn.Module,
     pixels: NDArray[np.uint8],
     batch_size: int,
     device: torch.device,
-    normalisation: Normalisation,
-    each: Callable[[], None] = lambda: None,
+    normalisation: Normalization,
+    on_batch: Callable[[], None] = lambda: None,
 ) -> NDArray[np.float64]:
     """Run the model over images in their order: in float32, unless the caller has turned autocast on.
 
@@ -57,7 +57,7 @@ def logits_of(
         batch_size: images at once.
         device: where the model is.
         normalisation: of the images.
-        each: called before each batch.
+        on_batch: called before each batch.
 
     Returns:
         (images, outputs).
@@ -67,7 +67,7 @@ def logits_of(
     starts = range(0, len(pixels), batch_size)
     with torch.inference_mode():
         for start in tqdm(starts, desc="predict", unit="batch", leave=False, disable=None if len(starts) > 1 else True):
-            each()
+            on_batch()
             images = torch.from_numpy(np.array(pixels[start : start + batch_size])).to(device)
             parts.append(model(normalisation(images)).double().cpu().numpy())
     return np.concatenate(parts)

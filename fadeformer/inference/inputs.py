@@ -17,18 +17,18 @@ from pathlib import Path, PurePosixPath
 from PIL import Image
 
 from fadeformer.data.archives import reader, tar_stream
-from fadeformer.data.decode import decode
+from fadeformer.data.decode import decode_image
 from fadeformer.data.dicom import dicom_image
-from fadeformer.data.sources.folder import DICOM, SUFFIXES, is_dicom
-from fadeformer.errors import UnreadableError, UserError
+from fadeformer.data.sources.folder import DICOM_SUFFIXES, IMAGE_SUFFIXES, is_dicom
+from fadeformer.errors import UnreadableImageError, UserError
 
-HEAD = 4096  # bytes of a file, in which DICOM says what it holds
-ZIP = (b"PK\x03\x04", b"PK\x05\x06")
+HEADER_BYTES = 4096  # bytes of a file, in which DICOM says what it holds
+ZIP_SIGNATURES = (b"PK\x03\x04", b"PK\x05\x06")
 SALT = secrets.token_bytes(32)  # the reader of DICOM hashes patients with it; nothing of them is kept here
 
 
 @dataclass(frozen=True, slots=True)
-class Input:
+class InputImage:
     """One image.
 
     Attributes:
@@ -43,7 +43,7 @@ class Input:
     path: Path
     member: str
     size: int
-    changed: int
+    mtime_ns: int
 
     def read(self) -> Image.Image:
         """The image, of Pillow's mode L or RGB; of DICOM as windowed by the file.
@@ -53,26 +53,28 @@ class Input:
         """
         data = self._bytes()
         if not is_dicom(self.member or self.path.name, data):
-            return decode(data, self.name)
-        frames = dicom_image.read(data, self.name, salt=SALT).frames
+            return decode_image(data, self.name)
+        frames = dicom_image.read_dicom(data, self.name, salt=SALT).frames
         if len(frames) > 1:
-            raise UnreadableError(
+            raise UnreadableImageError(
                 self.name, f"holds {len(frames)} frames, where one is expected; export the one wanted"
             )
         return Image.fromarray(frames[0])
 
     def _bytes(self) -> bytes:
-        if self.size > reader.LARGEST:
-            raise UnreadableError(self.name, f"has {self.size:,} bytes; an image may have {reader.LARGEST:,}")
+        if self.size > reader.MAX_MEMBER_BYTES:
+            raise UnreadableImageError(
+                self.name, f"has {self.size:,} bytes; an image may have {reader.MAX_MEMBER_BYTES:,}"
+            )
         try:
-            return reader.read(self.path, self.member) if self.member else self.path.read_bytes()
+            return reader.read_member(self.path, self.member) if self.member else self.path.read_bytes()
         except OSError as error:
-            raise UnreadableError(self.name, f"cannot be read ({error.strerror}); mend the file") from error
+            raise UnreadableImageError(self.name, f"cannot be read ({error.strerror}); mend the file") from error
         except UserError as error:
-            raise UnreadableError(self.name, str(error).removeprefix(f"{self.path}: ")) from error
+            raise UnreadableImageError(self.name, str(error).removeprefix(f"{self.path}: ")) from error
 
 
-def find(named: Iterable[str]) -> tuple[list[Input], int]:
+def list_inputs(named: Iterable[str]) -> tuple[list[InputImage], int]:
     """Lists the images.
 
     A single folder or zip gives names as they stand in it. Of several arguments each gives names that begin with
@@ -87,21 +89,21 @@ def find(named: Iterable[str]) -> tuple[list[Input], int]:
     Raises:
         UserError: there is no such path, a pattern matches nothing, there is no image, or an archive is refused.
     """
-    given = [path for argument in named for path in _expanded(argument)]
-    images: dict[str, Input] = {}
+    given = [path for argument in named for path in _expand(argument)]
+    images: dict[str, InputImage] = {}
     left_out = 0
     for path in given:
-        for image in _within(path, alone=len(given) == 1):
+        for image in _list_path(path, is_single=len(given) == 1):
             if image is None:
                 left_out += 1
             else:
                 images.setdefault(image.name, image)
     if not images:
-        raise UserError(f"{', '.join(map(str, given))}: holds no image ({', '.join(sorted(SUFFIXES))})")
+        raise UserError(f"{', '.join(map(str, given))}: holds no image ({', '.join(sorted(IMAGE_SUFFIXES))})")
     return [images[name] for name in sorted(images)], left_out
 
 
-def _expanded(argument: str) -> list[Path]:
+def _expand(argument: str) -> list[Path]:
     if Path(argument).exists():
         return [Path(argument)]
     if not glob.has_magic(argument):
@@ -112,46 +114,56 @@ def _expanded(argument: str) -> list[Path]:
     return [Path(path) for path in found]
 
 
-def _within(path: Path, *, alone: bool) -> Iterator[Input | None]:
+def _list_path(path: Path, *, is_single: bool) -> Iterator[InputImage | None]:
     """The images of one argument, and None for each file that is left out."""
-    prefix = "" if alone else f"{path.as_posix()}/"
+    prefix = "" if is_single else f"{path.as_posix()}/"
     if path.is_dir():
-        for member in reader.listing(path):
+        for member in reader.list_members(path):
             file = path / member.name
             with file.open("rb") as opened:
-                head = b"" if _is_picture(member.name) else opened.read(HEAD)
+                head = b"" if _has_image_suffix(member.name) else opened.read(HEADER_BYTES)
             changed = file.stat().st_mtime_ns
-            yield Input(prefix + member.name, file, "", member.size, changed) if _wanted(member.name, head) else None
+            yield (
+                InputImage(prefix + member.name, file, "", member.size, changed)
+                if _is_image(member.name, head)
+                else None
+            )
         return
     status = path.stat()
     if not stat.S_ISREG(status.st_mode):  # a pipe would never end
         raise UserError(f"{path}: is no file and no folder")
     with path.open("rb") as opened:
-        head = opened.read(HEAD)
-    if head.startswith(ZIP):
-        for member in reader.listing(path):
+        head = opened.read(HEADER_BYTES)
+    if head.startswith(ZIP_SIGNATURES):
+        for member in reader.list_members(path):
             name = member.name
-            part = b"" if _is_picture(name) else _head(path, name)
-            yield Input(prefix + name, path, name, member.size, status.st_mtime_ns) if _wanted(name, part) else None
-    elif head.startswith(tar_stream.GZIP) or (
-        len(head) >= tar_stream.BLOCK and not is_dicom("", head) and tar_stream.is_header(head[: tar_stream.BLOCK])
+            part = b"" if _has_image_suffix(name) else _read_member_header(path, name)
+            yield (
+                InputImage(prefix + name, path, name, member.size, status.st_mtime_ns)
+                if _is_image(name, part)
+                else None
+            )
+    elif head.startswith(tar_stream.GZIP_MAGIC) or (
+        len(head) >= tar_stream.BLOCK_BYTES
+        and not is_dicom("", head)
+        and tar_stream.is_tar_header(head[: tar_stream.BLOCK_BYTES])
     ):
         raise UserError(f"{path}: a tar is read from front to back only; unpack it, and name the folder instead")
     else:
-        yield Input(path.name if alone else path.as_posix(), path, "", status.st_size, status.st_mtime_ns)
+        yield InputImage(path.name if is_single else path.as_posix(), path, "", status.st_size, status.st_mtime_ns)
 
 
-def _is_picture(name: str) -> bool:
-    return PurePosixPath(name).suffix.lower() in SUFFIXES - DICOM
+def _has_image_suffix(name: str) -> bool:
+    return PurePosixPath(name).suffix.lower() in IMAGE_SUFFIXES - DICOM_SUFFIXES
 
 
-def _wanted(name: str, head: bytes) -> bool:
-    return _is_picture(name) or (is_dicom(name, head) and not dicom_image.is_no_image(head))
+def _is_image(name: str, head: bytes) -> bool:
+    return _has_image_suffix(name) or (is_dicom(name, head) and not dicom_image.is_non_image(head))
 
 
-def _head(archive: Path, member: str) -> bytes:
+def _read_member_header(archive: Path, member: str) -> bytes:
     """How a member of a zip begins; nothing, of one that cannot be read: it is an image only if its name says so."""
     try:
-        return reader.read(archive, member)[:HEAD]
+        return reader.read_member(archive, member)[:HEADER_BYTES]
     except UserError:
         return b""

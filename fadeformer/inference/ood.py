@@ -32,12 +32,14 @@ Features = NDArray[np.float32]
 
 # The share of val that counts as familiar. An image that lies further out than these is called unfamiliar, so that of
 # images like those of val one in twenty is called so for nothing.
-FAMILIAR = 0.95
-SMALLEST = 1e-12  # variance along a direction, as a share of the largest: below, nothing was seen to vary there
+THRESHOLD_QUANTILE = 0.95
+MIN_RELATIVE_VARIANCE = (
+    1e-12  # variance along a direction, as a share of the largest: below, nothing was seen to vary there
+)
 
 
 @dataclass(frozen=True, eq=False)
-class Familiar:
+class OODDetector:
     """What a network knows.
 
     Attributes:
@@ -48,7 +50,7 @@ class Familiar:
 
     whiten: Floats
     means: Floats
-    limit: float
+    threshold: float
 
     def distance(self, features: Features) -> Floats:
         """What the classifier sees of images, (images, features), to their distances, (images,)."""
@@ -58,7 +60,7 @@ class Familiar:
         return np.asarray(torch.stack(apart).amin(dim=0).sqrt().numpy())
 
 
-def fit(train: Features, labels: NDArray[np.int64], task: Task, val: Features) -> Familiar:
+def fit_detector(train: Features, labels: NDArray[np.int64], task: Task, val: Features) -> OODDetector:
     """Means and covariance of train, and the limit by val.
 
     Val has no part in the covariance: of the images that it is fitted to, distances are too small.
@@ -74,18 +76,18 @@ def fit(train: Features, labels: NDArray[np.int64], task: Task, val: Features) -
     means = {kind: wide[kinds == kind].mean(axis=0) for kind in np.unique(kinds)}
     covariance, _ = ledoit_wolf(wide - np.stack([means[kind] for kind in kinds]), assume_centered=True)
     variances, directions = eigh(covariance)
-    kept = variances > SMALLEST * variances.max()
+    kept = variances > MIN_RELATIVE_VARIANCE * variances.max()
     whiten = directions[:, kept] / np.sqrt(variances[kept])
-    fitted = Familiar(np.ascontiguousarray(whiten), np.stack(list(means.values())) @ whiten, np.inf)
-    return Familiar(fitted.whiten, fitted.means, float(np.quantile(fitted.distance(val), FAMILIAR)))
+    fitted = OODDetector(np.ascontiguousarray(whiten), np.stack(list(means.values())) @ whiten, np.inf)
+    return OODDetector(fitted.whiten, fitted.means, float(np.quantile(fitted.distance(val), THRESHOLD_QUANTILE)))
 
 
-def write(familiar: Familiar, path: Path) -> None:
+def write(familiar: OODDetector, path: Path) -> None:
     """Writes the arrays as safetensors; the limit goes into `model.json`."""
     save_file({"whiten": familiar.whiten, "means": familiar.means}, path)
 
 
-def read(path: Path, limit: float) -> Familiar:
+def read(path: Path, limit: float) -> OODDetector:
     """What `write` wrote.
 
     Raises:
@@ -93,6 +95,6 @@ def read(path: Path, limit: float) -> Familiar:
     """
     try:
         arrays = load_file(path)
-        return Familiar(arrays["whiten"], arrays["means"], limit)
+        return OODDetector(arrays["whiten"], arrays["means"], limit)
     except (OSError, SafetensorError, KeyError) as error:
         raise UserError(f"{path}: cannot be read ({type(error).__name__}); fetch the model again") from error

@@ -17,11 +17,15 @@ from tqdm import tqdm
 
 from fadeformer.errors import UserError
 
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # the disk, the user's share of it, or the largest file allowed
+DISK_FULL_ERRNOS = (
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EFBIG,
+)  # the disk, the user's share of it, or the largest file allowed
 
 
 @contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
+def atomic_write(path: Path) -> Iterator[Path]:
     """Gives a temporary name beside `path`, which takes its place when the block ends well."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=path.suffix)
@@ -38,7 +42,7 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def whole_folder(path: Path) -> Iterator[Path]:
+def atomic_folder(path: Path) -> Iterator[Path]:
     """Gives a temporary folder beside `path`, which takes its place when the block ends well."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
@@ -52,7 +56,7 @@ def whole_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def place(source: Path, target: Path) -> None:
+def link_or_copy(source: Path, target: Path) -> None:
     """Makes one file of this project appear under a second name, without a second copy where the disk can do that."""
     target.unlink(missing_ok=True)
     try:
@@ -61,7 +65,7 @@ def place(source: Path, target: Path) -> None:
         shutil.copyfile(source, target)
 
 
-def check_room(folder: Path, needed: int, purpose: str) -> None:
+def check_free_space(folder: Path, needed: int, purpose: str) -> None:
     """Makes sure that a disk has room before anything is written.
 
     Args:
@@ -75,19 +79,19 @@ def check_room(folder: Path, needed: int, purpose: str) -> None:
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise UserError(
-            f"{folder}: too little room for {purpose}: it needs {told(needed)} more, and {told(free)} are free;"
+            f"{folder}: too little room for {purpose}: it needs {format_bytes(needed)} more, and {format_bytes(free)} are free;"
             " free some space, then run again"
         )
 
 
-def told(count: int) -> str:
+def format_bytes(count: int) -> str:
     """A number of bytes for people."""
     return f"{tqdm.format_sizeof(count)}B"
 
 
 def write_json(path: Path, value: Any) -> None:
     """Writes JSON whole, the same bytes for the same value; raises ValueError for a NaN."""
-    with whole_file(path) as temporary:
+    with atomic_write(path) as temporary:
         temporary.write_text(json.dumps(value, indent=2, allow_nan=False, ensure_ascii=False) + "\n", encoding="utf-8")
 
 

@@ -15,13 +15,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from fadeformer.errors import UserError
-from fadeformer.io.atomic import read_json, whole_file, write_json
+from fadeformer.io.atomic import atomic_write, read_json, write_json
 
-KEY = "key.json"
-ENDINGS = (".csv", ".parquet")
+KEY_FILE = "key.json"
+TABLE_SUFFIXES = (".csv", ".parquet")
 
 
-class Parts:
+class ChunkedTable:
     """Pieces of one table.
 
     Args:
@@ -37,56 +37,56 @@ class Parts:
     """
 
     def __init__(self, table: Path, key: str) -> None:
-        check(table)
+        check_table_path(table)
         self.table = table
         self.folder = table.with_name(f".{table.name}.parts")
-        self.stale = self.folder.exists() and self._key() != key
-        if self.stale:
+        self.had_stale_chunks = self.folder.exists() and self._stored_key() != key
+        if self.had_stale_chunks:
             shutil.rmtree(self.folder)
         if not self.folder.exists():
             self.folder.mkdir()
-            write_json(self.folder / KEY, key)
-        self.done = 0
-        while self._part(self.done).exists():
-            self.done += 1
+            write_json(self.folder / KEY_FILE, key)
+        self.num_chunks = 0
+        while self._chunk_path(self.num_chunks).exists():
+            self.num_chunks += 1
 
-    def add(self, rows: pd.DataFrame) -> None:
+    def add_chunk(self, rows: pd.DataFrame) -> None:
         """Keeps the next piece."""
-        with whole_file(self._part(self.done)) as temporary:
+        with atomic_write(self._chunk_path(self.num_chunks)) as temporary:
             rows.to_parquet(temporary, index=False)
-        self.done += 1
+        self.num_chunks += 1
 
     def __iter__(self) -> Iterator[pd.DataFrame]:
         """Each piece in turn."""
-        return (pd.read_parquet(self._part(number)) for number in range(self.done))
+        return (pd.read_parquet(self._chunk_path(number)) for number in range(self.num_chunks))
 
     def finish(self) -> None:
         """Makes the table of the pieces, one in memory at a time, and removes them."""
-        with whole_file(self.table) as temporary:
+        with atomic_write(self.table) as temporary:
             if self.table.suffix.lower() == ".csv":
                 for number, rows in enumerate(self):
                     rows.to_csv(temporary, mode="a", header=number == 0, index=False, lineterminator="\n")
             else:
-                schema = pq.read_schema(self._part(0))
+                schema = pq.read_schema(self._chunk_path(0))
                 with pq.ParquetWriter(temporary, schema) as writer:
                     for rows in self:
                         writer.write_table(pa.Table.from_pandas(rows, schema, preserve_index=False))
         shutil.rmtree(self.folder)
 
-    def _part(self, number: int) -> Path:
+    def _chunk_path(self, number: int) -> Path:
         return self.folder / f"{number:06}.parquet"
 
-    def _key(self) -> str | None:
+    def _stored_key(self) -> str | None:
         try:
-            return str(read_json(self.folder / KEY))
+            return str(read_json(self.folder / KEY_FILE))
         except (OSError, ValueError):  # killed before it was written
             return None
 
 
-def check(table: Path) -> None:
+def check_table_path(table: Path) -> None:
     """Raises UserError for a table whose ending is none of ours, or whose folder is not there."""
-    if table.suffix.lower() not in ENDINGS:
-        raise UserError(f"{table}: must end in {' or '.join(ENDINGS)}")
+    if table.suffix.lower() not in TABLE_SUFFIXES:
+        raise UserError(f"{table}: must end in {' or '.join(TABLE_SUFFIXES)}")
     if not table.parent.is_dir():
         raise UserError(f"{table.parent}: no such folder; make it, or write the table elsewhere")
     if table.is_dir():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 
-def told(value: float | None, interval: tuple[float, float] | None) -> str:
+def format_with_interval(value: float | None, interval: tuple[float, float] | None) -> str:
     """A number with its interval, to the digits that its width allows: 0.97 (0.95 to 0.98)."""
     if value is None:
         return "undefined"

@@ -12,13 +12,13 @@ from typing import Any
 from fadeformer.errors import UserError
 
 
-def read(path: Path, remedy: str, *, mend: bool = False) -> list[dict[str, Any]]:
+def read_records(path: Path, remedy: str, *, truncate_partial: bool = False) -> list[dict[str, Any]]:
     """The records of a file, none where there is no file; the half line of a writer that was killed is left out.
 
     Args:
         path: the file.
         remedy: what to do where it is damaged.
-        mend: cut off the half line; for who is about to write, and alone.
+        truncate_partial: cut off the half line; for who is about to write, and alone.
 
     Raises:
         UserError: a line is damaged.
@@ -27,7 +27,7 @@ def read(path: Path, remedy: str, *, mend: bool = False) -> list[dict[str, Any]]
         return []
     lines = path.read_bytes().splitlines(keepends=True)
     if lines and not lines[-1].endswith(b"\n"):
-        if mend:
+        if truncate_partial:
             os.truncate(path, sum(map(len, lines[:-1])))
         del lines[-1]
     try:
@@ -36,7 +36,7 @@ def read(path: Path, remedy: str, *, mend: bool = False) -> list[dict[str, Any]]
         raise UserError(f"{path} is damaged ({error}); {remedy}") from error
 
 
-def append(path: Path, record: Mapping[str, Any]) -> None:
+def append_record(path: Path, record: Mapping[str, Any]) -> None:
     """Appends a record, whole or not at all; raises OSError when the disk is full."""
     line = (json.dumps(record, ensure_ascii=False) + "\n").encode()
     with path.open("ab", buffering=0) as file:

@@ -29,13 +29,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from fadeformer.errors import UserError
 from fadeformer.models.factory import create_model
 
-STATUS, PEAK = Path("/proc/self/status"), Path("/proc/self/clear_refs")
-META = torch.device("meta")
+PROC_STATUS, PROC_CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+META_DEVICE = torch.device("meta")
 SEED = 0  # of the weights and the images whose forward pass is timed
 
 
 @dataclass(frozen=True)
-class Cost:
+class ModelCost:
     """What one network costs.
 
     Attributes:
@@ -47,20 +47,20 @@ class Cost:
         timed_batch: images.
     """
 
-    parameters: int
+    num_parameters: int
     flops: int
-    batch: int
-    memory: int
-    speed: float
-    timed_batch: int
+    batch_size: int
+    peak_memory_bytes: int
+    images_per_second: float
+    timed_batch_size: int
 
 
-def parameters(model: nn.Module) -> int:
+def count_parameters(model: nn.Module) -> int:
     """How many numbers a network learns; running statistics are none of them."""
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def flops(model: nn.Module, images: Tensor) -> int:
+def count_flops(model: nn.Module, images: Tensor) -> int:
     """Floating-point operations of a forward pass, in evaluation mode.
 
     Args:
@@ -77,20 +77,20 @@ def flops(model: nn.Module, images: Tensor) -> int:
     return int(counter.get_total_flops())
 
 
-def on_meta(architecture: Mapping[str, Any]) -> nn.Module:
+def create_meta_model(architecture: Mapping[str, Any]) -> nn.Module:
     """A network without memory for its weights, by the arguments of `create_model`."""
-    with META:
+    with META_DEVICE:
         return create_model(**{**architecture, "pretrained": False})
 
 
-def images_for(architecture: Mapping[str, Any], batch: int, device: torch.device) -> Tensor:
+def random_images(architecture: Mapping[str, Any], batch: int, device: torch.device) -> Tensor:
     """Images that such a network takes, (batch, C, H, W) of noise."""
     side = architecture["image_size"]
     generator = None if device.type == "meta" else torch.Generator(device).manual_seed(SEED)
     return torch.randn(batch, architecture["in_chans"], side, side, device=device, generator=generator)
 
 
-def peak_memory(architecture: Mapping[str, Any], batch: int, device: torch.device) -> int:
+def measure_peak_memory(architecture: Mapping[str, Any], batch: int, device: torch.device) -> int:
     """Bytes that a forward pass holds at most beyond weights and input, in a process of its own.
 
     Args:
@@ -101,15 +101,15 @@ def peak_memory(architecture: Mapping[str, Any], batch: int, device: torch.devic
     Raises:
         UserError: on a CPU, where the system does not tell the peak of a process (only Linux does).
     """
-    if device.type == "cpu" and not PEAK.exists():
+    if device.type == "cpu" and not PROC_CLEAR_REFS.exists():
         raise UserError("the peak memory of a process is read from /proc, which only Linux has; measure it there")
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as fresh:
-        return fresh.submit(_peak_here, dict(architecture), batch, device).result()
+        return fresh.submit(_measure_peak_memory_in_process, dict(architecture), batch, device).result()
 
 
-def _peak_here(architecture: dict[str, Any], batch: int, device: torch.device) -> int:
+def _measure_peak_memory_in_process(architecture: dict[str, Any], batch: int, device: torch.device) -> int:
     model = create_model(**{**architecture, "pretrained": False}).to(device).eval()
-    images = images_for(architecture, batch, device)
+    images = random_images(architecture, batch, device)
     with torch.inference_mode():
         model(images[:1])  # what the libraries take at their first use
         if device.type == "cuda":
@@ -117,21 +117,21 @@ def _peak_here(architecture: dict[str, Any], batch: int, device: torch.device) -
             before = torch.cuda.memory_allocated(device)
             model(images)
             return torch.cuda.max_memory_allocated(device) - before
-        PEAK.write_text("5")  # the peak counts from here on (Linux, man 5 proc)
-        before = _resident("VmRSS")
+        PROC_CLEAR_REFS.write_text("5")  # the peak counts from here on (Linux, man 5 proc)
+        before = _resident_bytes("VmRSS")
         model(images)
-        return _resident("VmHWM") - before
+        return _resident_bytes("VmHWM") - before
 
 
-def _resident(line: str) -> int:
+def _resident_bytes(line: str) -> int:
     """Bytes of this process in memory: VmRSS now, VmHWM at most."""
-    found = re.search(rf"{line}:\s+(\d+) kB", STATUS.read_text())
+    found = re.search(rf"{line}:\s+(\d+) kB", PROC_STATUS.read_text())
     if found is None:
-        raise UserError(f"{STATUS} has no line {line}; the peak memory of a process cannot be read on this system")
+        raise UserError(f"{PROC_STATUS} has no line {line}; the peak memory of a process cannot be read on this system")
     return 1024 * int(found[1])
 
 
-def images_per_second(models: Mapping[str, nn.Module], images: Tensor, rounds: int) -> dict[str, float]:
+def measure_throughput(models: Mapping[str, nn.Module], images: Tensor, rounds: int) -> dict[str, float]:
     """Speed of the forward pass, the median of rounds in which every network has its turn, after one to warm up.
 
     Args:
@@ -145,29 +145,34 @@ def images_per_second(models: Mapping[str, nn.Module], images: Tensor, rounds: i
     with torch.inference_mode():
         for number in range(rounds + 1):
             for name, model in models.items():
-                _finish(images.device)
+                _synchronize(images.device)
                 began = time.perf_counter()
                 model(images)
-                _finish(images.device)
+                _synchronize(images.device)
                 if number:
                     took[name].append(time.perf_counter() - began)
     return {name: len(images) / median(seconds) for name, seconds in took.items()}
 
 
-def _finish(device: torch.device) -> None:
+def _synchronize(device: torch.device) -> None:
     if device.type == "cuda":  # which computes while Python goes on
         torch.cuda.synchronize(device)
 
 
-def costs(
-    architectures: Mapping[str, Mapping[str, Any]], *, batch: int, timed_batch: int, rounds: int, device: torch.device
-) -> dict[str, Cost]:
+def measure_costs(
+    architectures: Mapping[str, Mapping[str, Any]],
+    *,
+    batch_size: int,
+    timed_batch_size: int,
+    rounds: int,
+    device: torch.device,
+) -> dict[str, ModelCost]:
     """Costs of some networks that take the same images.
 
     Args:
         architectures: arguments of `create_model`, by name.
-        batch: images of which operations and memory are told.
-        timed_batch: images of which the speed is told.
+        batch_size: images of which operations and memory are told.
+        timed_batch_size: images of which the speed is told.
         rounds: of the clock.
         device: cpu or cuda.
 
@@ -176,16 +181,22 @@ def costs(
         UserError: peak memory cannot be measured here.
     """
     torch.manual_seed(SEED)
-    meta = {name: on_meta(architecture) for name, architecture in architectures.items()}
-    counted = {name: flops(meta[name], images_for(architectures[name], batch, META)) for name in meta}
-    memory = {name: peak_memory(architecture, batch, device) for name, architecture in architectures.items()}
+    meta = {name: create_meta_model(architecture) for name, architecture in architectures.items()}
+    counted = {
+        name: count_flops(meta[name], random_images(architectures[name], batch_size, META_DEVICE)) for name in meta
+    }
+    memory = {
+        name: measure_peak_memory(architecture, batch_size, device) for name, architecture in architectures.items()
+    }
     models = {
         name: create_model(**{**architecture, "pretrained": False}).to(device)
         for name, architecture in architectures.items()
     }
     first = next(iter(architectures.values()))
-    speeds = images_per_second(models, images_for(first, timed_batch, device), rounds)
+    speeds = measure_throughput(models, random_images(first, timed_batch_size, device), rounds)
     return {
-        name: Cost(parameters(meta[name]), counted[name], batch, memory[name], speeds[name], timed_batch)
+        name: ModelCost(
+            count_parameters(meta[name]), counted[name], batch_size, memory[name], speeds[name], timed_batch_size
+        )
         for name in architectures
     }

@@ -13,12 +13,12 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from fadeformer.models.fade_attention import FadeAttn
-from fadeformer.models.fadenet import FadeNet, timm_model
+from fadeformer.models.fadenet import FadeNet, create_timm_model
 from fadeformer.models.heat_diffusion import AttentionPool, DiffusionAttn
 
-__all__ = ["FadeNet", "create_model", "features_and_logits", "load_weights", "new_to_backbone"]
+__all__ = ["FadeNet", "create_model", "features_and_logits", "load_weights", "newly_initialized_modules"]
 
-CONTAINERS = ("model", "state_dict", "model_state_dict")
+STATE_DICT_KEYS = ("model", "state_dict", "model_state_dict")
 
 
 def create_model(
@@ -63,7 +63,7 @@ def create_model(
         attempts += [size, {}]
     for extra in attempts:
         try:
-            model: nn.Module = timm_model(backbone, **plain, **extra)
+            model: nn.Module = create_timm_model(backbone, **plain, **extra)
         except TypeError as error:
             reason = error
         else:
@@ -82,8 +82,8 @@ def load_weights(model: nn.Module, path: Path) -> None:
         ValueError: the file cannot be read, holds anything but tensors by name, or does not fit, with torch's reasons.
         OSError: there is no such file.
     """
-    state = _read(path)
-    for key in CONTAINERS:
+    state = _read_weights(path)
+    for key in STATE_DICT_KEYS:
         if isinstance(state, Mapping) and isinstance(state.get(key), Mapping):
             state = state[key]
     if not isinstance(state, Mapping) or not all(map(_is_named_tensor, state.items())):
@@ -112,7 +112,7 @@ def features_and_logits(model: Any, images: Tensor) -> tuple[Tensor, Tensor]:
     return features.flatten(1), logits
 
 
-def new_to_backbone(model: Any) -> list[nn.Module]:
+def newly_initialized_modules(model: Any) -> list[nn.Module]:
     """The modules that no pretrained backbone brings: the classifier, and Fade layers with their read-out."""
     classifier = model.get_classifier()  # a tuple of two in distilled networks
     fade = [module for module in model.modules() if isinstance(module, FadeAttn | DiffusionAttn | AttentionPool)]
@@ -123,7 +123,7 @@ def _is_named_tensor(item: tuple[Any, Any]) -> bool:
     return isinstance(item[0], str) and isinstance(item[1], torch.Tensor)
 
 
-def _read(path: Path) -> Any:
+def _read_weights(path: Path) -> Any:
     try:
         if path.suffix == ".safetensors":
             return load_file(path)

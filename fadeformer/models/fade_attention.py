@@ -23,9 +23,9 @@ from torch.nn import functional
 from fadeformer.models.grid_laplacian import rescaled_laplacian_operator, rescaled_laplacian_power
 
 # Measured by `python benchmarks/fadenet.py rules`.
-PRECOMPUTED_UP_TO = 256  # patches; L^^K is one matrix on grids up to here, and separable beyond
-KEPT = 8  # grids whose matrix a layer keeps
-CHUNK = 2**22  # attention weights at once, 16 MiB of them in float32: what a processor's cache holds
+MAX_PRECOMPUTED_PATCHES = 256  # patches; L^^K is one matrix on grids up to here, and separable beyond
+OPERATOR_CACHE_SIZE = 8  # grids whose matrix a layer keeps
+CHUNK_SIZE = 2**22  # attention weights at once, 16 MiB of them in float32: what a processor's cache holds
 
 
 class FadeAttn(nn.Module):
@@ -50,7 +50,7 @@ class FadeAttn(nn.Module):
             raise ValueError(f"K is {K}; a power of the Laplacian is 0 or more")
         self.in_channels = in_channels
         self.num_heads = num_heads
-        self.head_dim = channels_of_a_head(in_channels, num_heads)
+        self.head_dim = compute_head_dim(in_channels, num_heads)
         self.K = K
         self.alpha = nn.Parameter(torch.tensor(alpha, dtype=torch.float32))
         self.qkv = nn.Conv2d(in_channels, 3 * in_channels, kernel_size=1)
@@ -67,9 +67,9 @@ class FadeAttn(nn.Module):
         q, k, v = split_heads(project(self.qkv, x), 3, self.num_heads)  # each B, heads, N, d
         attended = functional.scaled_dot_product_attention(q, k, v)
         values, attended = (
-            at_least_float32(part.transpose(1, 2).reshape(batch, height, width, channels)) for part in (v, attended)
+            promote_to_float32(part.transpose(1, 2).reshape(batch, height, width, channels)) for part in (v, attended)
         )
-        with as_they_are(x.device):
+        with disable_autocast(x.device):
             mixed = self.alpha * attended + (1 - self.alpha) * self._diffuse(values)  # B, H, W, C
         return self.dropout(self.proj(mixed.permute(0, 3, 1, 2).to(x.dtype)))  # type: ignore[no-any-return]
 
@@ -81,10 +81,10 @@ class FadeAttn(nn.Module):
         batch, channels, _, _ = x.shape
         weight_qk, weight_v = torch.split(self.qkv.weight, [2 * channels, channels])
         bias_qk, bias_v = torch.split(self.qkv.bias, [2 * channels, channels])  # type: ignore[arg-type]
-        qk = functional.conv2d(channels_last(x), weight_qk, bias_qk).permute(0, 2, 3, 1)  # B, H, W, 2 C
-        tokens = at_least_float32(x.flatten(2).transpose(1, 2))  # B, N, C
+        qk = functional.conv2d(to_channels_last(x), weight_qk, bias_qk).permute(0, 2, 3, 1)  # B, H, W, 2 C
+        tokens = promote_to_float32(x.flatten(2).transpose(1, 2))  # B, N, C
         diffusion = (-1) ** self.K * (1 - self.alpha)
-        with as_they_are(x.device):
+        with disable_autocast(x.device):
             weights = mean_attention_weights(*split_heads(qk, 2, self.num_heads)).to(tokens.dtype)  # B, heads, N
             pooled = self.alpha * (weights @ tokens) + diffusion * tokens.mean(dim=1, keepdim=True)  # B, heads, C
             of_heads = weight_v.reshape(self.num_heads, self.head_dim, channels).to(tokens.dtype)
@@ -97,11 +97,11 @@ class FadeAttn(nn.Module):
         A tracer (torch.compile, torch.export) sees the separable form only: nothing that is kept has to be guarded.
         """
         batch, height, width, channels = values.shape
-        if height * width > PRECOMPUTED_UP_TO or torch.compiler.is_compiling():
+        if height * width > MAX_PRECOMPUTED_PATCHES or torch.compiler.is_compiling():
             return rescaled_laplacian_power(values, self.K)
         key = (height, width, values.device, values.dtype)
         if key not in self._operators:
-            if len(self._operators) == KEPT:
+            if len(self._operators) == OPERATOR_CACHE_SIZE:
                 self._operators.clear()
             with torch.inference_mode(False):  # a tensor made in inference mode could never be trained with
                 operator = rescaled_laplacian_operator(height, width, self.K)
@@ -126,7 +126,7 @@ def mean_attention_weights(q: Tensor, k: Tensor) -> Tensor:
         (B, heads, N), at least float32.
     """
     if torch.compiler.is_compiling():
-        products = at_least_float32(q / math.sqrt(q.shape[-1]) @ k.transpose(-2, -1))
+        products = promote_to_float32(q / math.sqrt(q.shape[-1]) @ k.transpose(-2, -1))
         return torch.softmax(products, dim=-1).mean(dim=-2)
     return _MeanAttentionWeights.apply(q, k)  # type: ignore[no-any-return]
 
@@ -139,10 +139,10 @@ class _MeanAttentionWeights(torch.autograd.Function):
         batch, heads, patches, depth = q.shape
         q = (q / math.sqrt(depth)).reshape(batch * heads, patches, depth)
         k = k.reshape(batch * heads, patches, depth)
-        chunks = _chunks(len(q), patches)
-        total = at_least_float32(q.new_zeros(len(q), patches))
+        chunks = _chunk_slices(len(q), patches)
+        total = promote_to_float32(q.new_zeros(len(q), patches))
         for images, rows in chunks:
-            weights = _weights(q[images, rows], k[images])
+            weights = _attention_weights(q[images, rows], k[images])
             total[images] += weights.sum(dim=-2)
         ctx.save_for_backward(q, k, *([weights] if len(chunks) == 1 else []))
         ctx.shape = (batch, heads, patches, depth)
@@ -155,8 +155,8 @@ class _MeanAttentionWeights(torch.autograd.Function):
         batch, heads, patches, depth = ctx.shape
         grad = grad.reshape(batch * heads, patches)
         grad_q, grad_k = (torch.zeros_like(part, dtype=grad.dtype) for part in (q, k))  # sums of many terms
-        for images, rows in _chunks(*grad.shape):
-            weights = kept[0] if kept else _weights(q[images, rows], k[images])  # chunk, rows, N
+        for images, rows in _chunk_slices(*grad.shape):
+            weights = kept[0] if kept else _attention_weights(q[images, rows], k[images])  # chunk, rows, N
             of_keys = grad[images].unsqueeze(-2)  # chunk, 1, N
             of_products = (of_keys - weights @ of_keys.mT).mul_(weights).to(q.dtype)  # chunk, rows, N
             grad_q[images, rows] = (of_products @ k[images]).to(grad_q.dtype)
@@ -165,13 +165,13 @@ class _MeanAttentionWeights(torch.autograd.Function):
         return grad_q.reshape(ctx.shape).to(q.dtype), grad_k.reshape(ctx.shape).to(k.dtype)
 
 
-def _weights(q: Tensor, k: Tensor) -> Tensor:
+def _attention_weights(q: Tensor, k: Tensor) -> Tensor:
     return torch.softmax(q @ k.mT, dim=-1, dtype=torch.promote_types(q.dtype, torch.float32))
 
 
-def _chunks(images: int, patches: int) -> list[tuple[slice, slice]]:
+def _chunk_slices(images: int, patches: int) -> list[tuple[slice, slice]]:
     """Images (times heads) and rows of their weights such that a chunk has about CHUNK weights."""
-    together, rows = max(1, CHUNK // patches**2), max(1, min(patches, CHUNK // patches))
+    together, rows = max(1, CHUNK_SIZE // patches**2), max(1, min(patches, CHUNK_SIZE // patches))
     return [
         (slice(i, i + together), slice(j, j + rows))
         for i in range(0, images, together)
@@ -179,7 +179,7 @@ def _chunks(images: int, patches: int) -> list[tuple[slice, slice]]:
     ]
 
 
-def channels_of_a_head(channels: int, num_heads: int) -> int:
+def compute_head_dim(channels: int, num_heads: int) -> int:
     """Channels of each head.
 
     Raises:
@@ -192,7 +192,7 @@ def channels_of_a_head(channels: int, num_heads: int) -> int:
     return channels // num_heads
 
 
-def channels_last(x: Tensor) -> Tensor:
+def to_channels_last(x: Tensor) -> Tensor:
     """The same map with its channels beside each other in memory; free for the tokens of a ViT."""
     return x.contiguous(memory_format=torch.channels_last)
 
@@ -202,7 +202,7 @@ def project(convolution: nn.Conv2d, x: Tensor) -> Tensor:
 
     On a CPU it is faster than the same `nn.Linear`.
     """
-    return convolution(channels_last(x)).permute(0, 2, 3, 1)  # type: ignore[no-any-return]
+    return convolution(to_channels_last(x)).permute(0, 2, 3, 1)  # type: ignore[no-any-return]
 
 
 def split_heads(x: Tensor, parts: int, num_heads: int) -> tuple[Tensor, ...]:
@@ -212,13 +212,13 @@ def split_heads(x: Tensor, parts: int, num_heads: int) -> tuple[Tensor, ...]:
     return split.permute(2, 0, 3, 1, 4).unbind(0)
 
 
-def as_they_are(device: torch.device) -> AbstractContextManager[None]:
+def disable_autocast(device: torch.device) -> AbstractContextManager[None]:
     """No autocast: types stay as they are."""
     if torch.amp.is_autocast_available(device.type):
         return torch.autocast(device.type, enabled=False)
     return nullcontext()  # such as the meta device
 
 
-def at_least_float32(x: Tensor) -> Tensor:
+def promote_to_float32(x: Tensor) -> Tensor:
     """Half types to float32, wider ones as they are."""
     return x.to(torch.promote_types(x.dtype, torch.float32))

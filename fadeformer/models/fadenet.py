@@ -23,13 +23,20 @@ from fadeformer.models import fadevit, medvit  # noqa: F401  make their names kn
 from fadeformer.models.fade_attention import FadeAttn
 from fadeformer.models.heat_diffusion import AttentionPool, DiffusionAttn
 
-Vit: Any = nn.Module  # stands for the class of timm's that a FadeNet gets, whichever it is
+TimmViT: Any = nn.Module  # stands for the class of timm's that a FadeNet gets, whichever it is
 
-PARTS = ("patch_embed", "blocks", "norm", "fc_norm", "num_prefix_tokens", "embed_dim")  # of timm's ViT, EVA, BEiT, ...
-MIXING = ("alpha", "time_logit", "exponent_logit", "gate_logit")  # weights that say how a Fade layer mixes
+VIT_ATTRIBUTES = (
+    "patch_embed",
+    "blocks",
+    "norm",
+    "fc_norm",
+    "num_prefix_tokens",
+    "embed_dim",
+)  # of timm's ViT, EVA, BEiT, ...
+MIXING_PARAMETERS = ("alpha", "time_logit", "exponent_logit", "gate_logit")  # weights that say how a Fade layer mixes
 
 
-class FadedBlock(nn.Module):
+class FadeBlock(nn.Module):
     """A block of a ViT with a Fade layer behind it, on the patch tokens; prefix tokens go round it.
 
     Args:
@@ -42,18 +49,18 @@ class FadedBlock(nn.Module):
         super().__init__()
         self.block = block
         self.fade = fade
-        self.prefix = prefix
-        self.grid = (0, 0)  # height and width in patches, set by FadeNet when it embeds an image
+        self.num_prefix_tokens = prefix
+        self.grid_size = (0, 0)  # height and width in patches, set by FadeNet when it embeds an image
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Maps (B, prefix + H W, C) to the same shape; further arguments are the block's."""
         x = self.block(x, *args, **kwargs)
-        prefix, patches = x[:, : self.prefix], x[:, self.prefix :]
-        faded = self.fade(patches.reshape(x.shape[0], *self.grid, x.shape[2])).flatten(1, 2)  # B, H W, C
-        return torch.cat([prefix, faded], dim=1) if self.prefix else faded
+        prefix, patches = x[:, : self.num_prefix_tokens], x[:, self.num_prefix_tokens :]
+        faded = self.fade(patches.reshape(x.shape[0], *self.grid_size, x.shape[2])).flatten(1, 2)  # B, H W, C
+        return torch.cat([prefix, faded], dim=1) if self.num_prefix_tokens else faded
 
 
-class FadeNet(Vit):  # type: ignore[misc]
+class FadeNet(TimmViT):  # type: ignore[misc]
     """A timm ViT with Fade layers.
 
     Args:
@@ -82,9 +89,9 @@ class FadeNet(Vit):  # type: ignore[misc]
         after_blocks: Sequence[int | str] = ("last",),
         **backbone_kwargs: Any,
     ) -> None:
-        vit = _vit(backbone, pretrained, backbone_kwargs)
+        vit = _create_vit(backbone, pretrained, backbone_kwargs)
         self.__dict__.update(vit.__dict__)  # its parameters, modules and settings are this model's from here on
-        self.__class__ = _joined(type(self), type(vit))  # type: ignore[arg-type]
+        self.__class__ = _fadenet_class(type(self), type(vit))  # type: ignore[arg-type]
         for unused in ("attn_pool", "head_drop", "head", "head_dist"):
             if isinstance(getattr(self, unused, None), nn.Module):
                 setattr(self, unused, nn.Identity() if unused != "attn_pool" else None)
@@ -97,14 +104,14 @@ class FadeNet(Vit):  # type: ignore[misc]
                 raise ValueError("the published layer stands behind the last block only: after_blocks must be [last]")
             self.attn = FadeAttn(self.embed_dim, **options)
         elif variant == "diffusion":
-            for place in _places(after_blocks, len(self.blocks)):
+            for place in _block_indices(after_blocks, len(self.blocks)):
                 layer = DiffusionAttn(self.embed_dim, **options)
-                self.blocks[place] = FadedBlock(self.blocks[place], layer, self.num_prefix_tokens)
-            self.patch_embed.register_forward_pre_hook(self._note_grid)  # whichever of timm's methods embeds
+                self.blocks[place] = FadeBlock(self.blocks[place], layer, self.num_prefix_tokens)
+            self.patch_embed.register_forward_pre_hook(self._record_grid_size)  # whichever of timm's methods embeds
             self.readout = AttentionPool(self.embed_dim, options.get("num_heads", 8))
         else:
             raise ValueError(f"variant is {variant!r}; it is published or diffusion")
-        self.classifier = _classifier(self.embed_dim, num_classes)
+        self.classifier = _create_classifier(self.embed_dim, num_classes)
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Images (B, C, H, W) to the map of the last tokens, (B, width, grid height, grid width)."""
@@ -125,11 +132,11 @@ class FadeNet(Vit):  # type: ignore[misc]
         """Images (B, C, H, W), normalised, to logits (B, classes)."""
         return self.forward_head(self.forward_features(x))
 
-    def _note_grid(self, embed: nn.Module, images: tuple[Tensor]) -> None:
+    def _record_grid_size(self, embed: nn.Module, images: tuple[Tensor]) -> None:
         grid = tuple(self.patch_embed.dynamic_feat_size(tuple(images[0].shape[-2:])))
         for block in self.blocks:
-            if isinstance(block, FadedBlock):
-                block.grid = grid
+            if isinstance(block, FadeBlock):
+                block.grid_size = grid
 
     def get_classifier(self) -> nn.Module:
         """The last layer."""
@@ -145,7 +152,7 @@ class FadeNet(Vit):  # type: ignore[misc]
             raise ValueError(f"global_pool is {global_pool!r}, but FadeNet pools in its own way")
         weight = next(self.blocks.parameters())
         self.num_classes = num_classes
-        self.classifier = _classifier(self.embed_dim, num_classes).to(weight.device, weight.dtype)
+        self.classifier = _create_classifier(self.embed_dim, num_classes).to(weight.device, weight.dtype)
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Weights by layer, as timm groups them; Fade layers behind blocks go with the classifier, new as it is."""
@@ -155,33 +162,33 @@ class FadeNet(Vit):  # type: ignore[misc]
 
     def no_weight_decay(self) -> set[str]:
         """Names of the weights that must not decay: timm's, and those that say how a Fade layer mixes."""
-        own = {name for name, _ in self.named_parameters() if name.rpartition(".")[2] in MIXING}
+        own = {name for name, _ in self.named_parameters() if name.rpartition(".")[2] in MIXING_PARAMETERS}
         return own | set(super().no_weight_decay())
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _restore, type(self).__bases__, self.__getstate__()
+        return _unpickle, type(self).__bases__, self.__getstate__()
 
 
 @cache
-def _joined(kind: Any, base: Any) -> Any:
+def _fadenet_class(kind: Any, base: Any) -> Any:
     """The class of a FadeNet, or of a subclass of it, on a backbone of a class of timm's."""
     return type(kind.__name__, (kind, base), {"__module__": kind.__module__, "__doc__": kind.__doc__})
 
 
-def _restore(kind: type, base: type) -> FadeNet:
-    joined = _joined(kind, base)
+def _unpickle(kind: type, base: type) -> FadeNet:
+    joined = _fadenet_class(kind, base)
     return joined.__new__(joined)  # type: ignore[no-any-return]
 
 
-def _classifier(width: int, num_classes: int) -> nn.Module:
+def _create_classifier(width: int, num_classes: int) -> nn.Module:
     return nn.Linear(width, num_classes) if num_classes else nn.Identity()
 
 
-def _vit(backbone: str, pretrained: bool, options: dict[str, Any]) -> Any:
+def _create_vit(backbone: str, pretrained: bool, options: dict[str, Any]) -> Any:
     try:
-        vit = timm_model(backbone, pretrained=pretrained, num_classes=0, **options)
+        vit = create_timm_model(backbone, pretrained=pretrained, num_classes=0, **options)
     except TypeError:  # an argument that this network lacks, such as img_size, or that no network has
-        vit = timm_model(backbone)
+        vit = create_timm_model(backbone)
         if is_vit(vit):
             raise
     if not is_vit(vit):
@@ -197,10 +204,10 @@ def _vit(backbone: str, pretrained: bool, options: dict[str, Any]) -> Any:
 
 def is_vit(model: nn.Module) -> bool:
     """Whether a network is a ViT of timm's: one width and one grid of patches through all blocks."""
-    return all(hasattr(model, name) for name in PARTS) and hasattr(model.patch_embed, "dynamic_feat_size")
+    return all(hasattr(model, name) for name in VIT_ATTRIBUTES) and hasattr(model.patch_embed, "dynamic_feat_size")
 
 
-def _places(after_blocks: Sequence[int | str], depth: int) -> list[int]:
+def _block_indices(after_blocks: Sequence[int | str], depth: int) -> list[int]:
     """Indices of blocks, from their numbers, which count from 1, and "last"."""
     numbers = [depth if place == "last" else place for place in after_blocks]
     wrong = [number for number in numbers if not isinstance(number, int) or not 1 <= number <= depth]
@@ -210,7 +217,7 @@ def _places(after_blocks: Sequence[int | str], depth: int) -> list[int]:
     return [int(number) - 1 for number in numbers]
 
 
-def timm_model(name: str, **options: Any) -> Any:
+def create_timm_model(name: str, **options: Any) -> Any:
     """A model of timm's by name.
 
     Raises:

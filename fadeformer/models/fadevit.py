@@ -38,7 +38,7 @@ class ConvStem(nn.Module):
         return self.layers(x)  # type: ignore[no-any-return]
 
 
-def without_timms_own(options: dict[str, Any]) -> dict[str, Any]:
+def drop_timm_factory_args(options: dict[str, Any]) -> dict[str, Any]:
     """Arguments without those that timm's factory adds for weights of its own."""
     added = ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir")
     return {name: value for name, value in options.items() if name not in added}
@@ -58,7 +58,7 @@ def fadevit_nano(
     height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
     if height % STRIDE or width % STRIDE:
         raise ValueError(f"fadevit_nano needs image sides that are multiples of {STRIDE} pixels, not {height}x{width}")
-    kwargs = without_timms_own(kwargs)
+    kwargs = drop_timm_factory_args(kwargs)
     embed = partial(
         HybridEmbed,
         backbone=ConvStem(in_chans, (64, 64, 128)),

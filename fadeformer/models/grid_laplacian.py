@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from scipy.sparse.linalg import LinearOperator, eigsh
 from torch import Tensor
 
-DENSE = 64  # patches; up to here lambda_max comes from the whole matrix
+MAX_DENSE_PATCHES = 64  # patches; up to here lambda_max comes from the whole matrix
 
 
 def rescaled_laplacian_power(v: Tensor, power: int) -> Tensor:
@@ -42,7 +42,7 @@ def rescaled_laplacian_power(v: Tensor, power: int) -> Tensor:
     batch, height, width, channels = v.shape
     largest = largest_eigenvalue(len(range(height)), len(range(width)))  # for a tracer the grid is a constant from here
     factor = 2 / largest if largest > 0 else 0.0  # one patch has no neighbours; L^ is then -I, as on constant maps
-    rows, columns = (factor * gaussian(height, v)), gaussian(width, v)
+    rows, columns = (factor * gaussian_kernel(height, v)), gaussian_kernel(width, v)
     own = (torch.outer(rows.sum(dim=1), columns.sum(dim=1)) - 1).unsqueeze(-1)  # H, W, 1
     for _ in range(power):
         mixed = (rows @ (columns @ v).reshape(batch, height, width * channels)).reshape(v.shape)
@@ -56,17 +56,17 @@ def rescaled_laplacian_operator(height: int, width: int, power: int) -> Tensor:
     return rescaled_laplacian_power(unit, power).reshape(height * width, height * width)
 
 
-def to_waves(v: Tensor) -> Tensor:
+def dct2(v: Tensor) -> Tensor:
     """The cosine transform of a map, (B, H, W, heads, d) to the same shape: how much of each wave is in it."""
-    return _along_both_sides(v, cosines(v.shape[1], v), cosines(v.shape[2], v))
+    return _apply_separable(v, dct_matrix(v.shape[1], v), dct_matrix(v.shape[2], v))
 
 
-def from_waves(v: Tensor) -> Tensor:
+def idct2(v: Tensor) -> Tensor:
     """The inverse of `to_waves`, which is its transpose."""
-    return _along_both_sides(v, cosines(v.shape[1], v).T, cosines(v.shape[2], v).T)
+    return _apply_separable(v, dct_matrix(v.shape[1], v).T, dct_matrix(v.shape[2], v).T)
 
 
-def _along_both_sides(v: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+def _apply_separable(v: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     batch, height, width, heads, depth = v.shape
     v = columns @ v.reshape(batch, height, width, heads * depth)
     return (rows @ v.reshape(batch, height, width * heads * depth)).reshape(batch, height, width, heads, depth)
@@ -97,7 +97,7 @@ def heat_decay(height: int, width: int, time: Tensor, exponent: Tensor) -> Tenso
     return torch.exp(-time * torch.where(constant, 0.0, powers))
 
 
-def cosines(size: int, like: Tensor) -> Tensor:
+def dct_matrix(size: int, like: Tensor) -> Tensor:
     """The orthonormal discrete cosine transform (DCT-II), (size, size), of the type and on the device of `like`."""
     n = torch.arange(size, device=like.device)
     turns = n[:, None] * (2 * n + 1) % (4 * size)  # exact in integers, so that float32 loses nothing at large sizes
@@ -105,7 +105,7 @@ def cosines(size: int, like: Tensor) -> Tensor:
     return torch.where(n[:, None] == 0, math.sqrt(1 / size), matrix)
 
 
-def gaussian(size: int, like: Tensor) -> Tensor:
+def gaussian_kernel(size: int, like: Tensor) -> Tensor:
     """exp(-(i - j)^2 / 2), (size, size), of the type and on the device of `like`."""
     n = torch.arange(size, device=like.device, dtype=like.dtype)
     return torch.exp((n[:, None] - n).square() / -2)
@@ -128,7 +128,7 @@ def _largest_eigenvalue(height: int, width: int) -> float:
         return applied.ravel()
 
     count = height * width
-    if count <= DENSE:
+    if count <= MAX_DENSE_PATCHES:
         matrix = np.stack([apply(unit) for unit in np.eye(count)])
         return max(0.0, float(np.linalg.eigvalsh(matrix)[-1])) if count > 1 else 0.0
     # The largest wave is a checkerboard under an arch; a start near it, of the same symmetries, converges where a

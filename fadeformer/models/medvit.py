@@ -38,13 +38,13 @@ from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
-from fadeformer.models.fadevit import without_timms_own
+from fadeformer.models.fadevit import drop_timm_factory_args
 
-GROUP = 5  # blocks of the third stage come in groups of four ECB and one LTB
-REDUCTIONS = (8, 4, 2, 1)  # r of each stage; the first has no attention
+BLOCKS_PER_GROUP = 5  # blocks of the third stage come in groups of four ECB and one LTB
+SPATIAL_REDUCTIONS = (8, 4, 2, 1)  # r of each stage; the first has no attention
 ECB_EXPANSION = 3  # hidden channels of LFFN per channel
 LTB_EXPANSION = 2
-ATTENTION_SHARE = 0.75  # of an LTB's channels, and of its stochastic depth
+ATTENTION_RATIO = 0.75  # of an LTB's channels, and of its stochastic depth
 
 
 class ConvNormAct(nn.Module):
@@ -162,11 +162,11 @@ class ESA(nn.Module):
         if self.reduction > 1:
             window = min(self.reduction**2, x.shape[1])  # a map smaller than that gives one key, its mean
             context = self.norm(functional.avg_pool1d(x.transpose(1, 2), window)).transpose(1, 2)  # B, N/r^2, channels
-        q, k, v = self._heads(self.q(x)), self._heads(self.k(context)), self._heads(self.v(context))
+        q, k, v = self._split_heads(self.q(x)), self._split_heads(self.k(context)), self._split_heads(self.v(context))
         out = functional.scaled_dot_product_attention(q, k, v, dropout_p=self.attn_drop if self.training else 0.0)
         return self.proj_drop(self.proj(out.transpose(1, 2).flatten(2)))  # type: ignore[no-any-return]  # B, N, channels
 
-    def _heads(self, x: Tensor) -> Tensor:
+    def _split_heads(self, x: Tensor) -> Tensor:
         return x.reshape(*x.shape[:2], -1, self.head_dim).transpose(1, 2)  # B, heads, tokens, head_dim
 
 
@@ -222,15 +222,15 @@ class LTB(nn.Module):
         proj_drop: float = 0.0,
     ) -> None:
         super().__init__()
-        attended = int(ATTENTION_SHARE * out_channels)
+        attended = int(ATTENTION_RATIO * out_channels)
         convolved = out_channels - attended
         self.patch_embed = PatchEmbed(in_channels, attended, stride)
         self.norm1 = nn.BatchNorm2d(attended)
         self.e_mhsa = ESA(attended, head_dim, reduction, attn_drop, proj_drop)
-        self.drop_path1 = DropPath(ATTENTION_SHARE * drop_path)
+        self.drop_path1 = DropPath(ATTENTION_RATIO * drop_path)
         self.projection = PatchEmbed(attended, convolved)
         self.mhca = MHCA(convolved, head_dim)
-        self.drop_path2 = DropPath((1 - ATTENTION_SHARE) * drop_path)
+        self.drop_path2 = DropPath((1 - ATTENTION_RATIO) * drop_path)
         self.norm2 = nn.BatchNorm2d(out_channels)
         self.conv = LFFN(out_channels, LTB_EXPANSION)
 
@@ -287,8 +287,8 @@ class MedViT(nn.Module):
         proj_drop_rate: float = 0.0,
     ) -> None:
         super().__init__()
-        if min(depths) < 1 or depths[2] % GROUP:
-            raise ValueError(f"depths are {depths}; each is 1 or more, and the third a multiple of {GROUP}")
+        if min(depths) < 1 or depths[2] % BLOCKS_PER_GROUP:
+            raise ValueError(f"depths are {depths}; each is 1 or more, and the third a multiple of {BLOCKS_PER_GROUP}")
         if widths[0] % head_dim or any(width % (3 * head_dim) for width in widths[1:]):
             raise ValueError(
                 f"widths are {widths}; with heads of {head_dim} channels the first is a multiple of {head_dim} and each"
@@ -303,11 +303,11 @@ class MedViT(nn.Module):
         )
         blocks: list[nn.Module] = []
         before = last
-        for stage, (depth, width, reduction) in enumerate(zip(depths, widths, REDUCTIONS, strict=True)):
+        for stage, (depth, width, reduction) in enumerate(zip(depths, widths, SPATIAL_REDUCTIONS, strict=True)):
             for i in range(depth):
                 stride = 2 if stage > 0 and i == 0 else 1
                 drop_path = drop_path_rate * len(blocks) / (sum(depths) - 1)
-                group = GROUP if stage == 2 else depth
+                group = BLOCKS_PER_GROUP if stage == 2 else depth
                 if stage > 0 and i % group == group - 1:
                     after = 4 * width // 3
                     blocks.append(
@@ -334,7 +334,7 @@ class MedViT(nn.Module):
         x = self.stem(x)
         for block in self.features:
             recomputes = self.grad_checkpointing and torch.is_grad_enabled()
-            x = _recomputed(block, x) if recomputes else block(x)
+            x = _checkpointed_forward(block, x) if recomputes else block(x)
         return self.norm(x)  # type: ignore[no-any-return]
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
@@ -398,7 +398,7 @@ def medvit_small(pretrained: bool = False, **kwargs: Any) -> MedViT:
     Raises:
         ValueError: pretrained weights are asked for, or what MedViT raises.
     """
-    return _create("medvit_small", (3, 4, 10, 3), pretrained, {"drop_path_rate": 0.1, **kwargs})
+    return _create_medvit("medvit_small", (3, 4, 10, 3), pretrained, {"drop_path_rate": 0.1, **kwargs})
 
 
 @register_model
@@ -412,7 +412,7 @@ def medvit_base(pretrained: bool = False, **kwargs: Any) -> MedViT:
     Raises:
         ValueError: pretrained weights are asked for, or what MedViT raises.
     """
-    return _create("medvit_base", (3, 4, 20, 3), pretrained, {"drop_path_rate": 0.2, **kwargs})
+    return _create_medvit("medvit_base", (3, 4, 20, 3), pretrained, {"drop_path_rate": 0.2, **kwargs})
 
 
 @register_model
@@ -426,13 +426,13 @@ def medvit_large(pretrained: bool = False, **kwargs: Any) -> MedViT:
     Raises:
         ValueError: pretrained weights are asked for, or what MedViT raises.
     """
-    return _create("medvit_large", (3, 4, 30, 3), pretrained, {"drop_path_rate": 0.2, **kwargs})
+    return _create_medvit("medvit_large", (3, 4, 30, 3), pretrained, {"drop_path_rate": 0.2, **kwargs})
 
 
-def _create(name: str, depths: tuple[int, int, int, int], pretrained: bool, options: dict[str, Any]) -> MedViT:
+def _create_medvit(name: str, depths: tuple[int, int, int, int], pretrained: bool, options: dict[str, Any]) -> MedViT:
     if pretrained:
         raise ValueError(f"{name} has no pretrained weights that timm could fetch; set model.pretrained to false")
-    return MedViT(depths=depths, **without_timms_own(options))
+    return MedViT(depths=depths, **drop_timm_factory_args(options))
 
 
 def _init_weights(module: nn.Module) -> None:
@@ -443,15 +443,15 @@ def _init_weights(module: nn.Module) -> None:
             nn.init.zeros_(module.bias)
 
 
-def _recomputed(block: nn.Module, x: Tensor) -> Tensor:
+def _checkpointed_forward(block: nn.Module, x: Tensor) -> Tensor:
     def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-        return nullcontext(), _kept_averages(block)
+        return nullcontext(), _frozen_running_stats(block)
 
     return checkpoint(block, x, use_reentrant=False, context_fn=contexts)  # type: ignore[no-any-return]
 
 
 @contextmanager
-def _kept_averages(block: nn.Module) -> Iterator[None]:
+def _frozen_running_stats(block: nn.Module) -> Iterator[None]:
     """While open, a block's forward pass leaves its running averages alone: the same batch must not count twice."""
     norms = [module for module in block.modules() if isinstance(module, _BatchNorm)]
     kept = [(norm.momentum, norm.num_batches_tracked) for norm in norms]

@@ -22,18 +22,18 @@ from sklearn.preprocessing import StandardScaler
 
 from fadeformer.errors import UserError
 from fadeformer.evaluation.intervals import delong
-from fadeformer.monitoring.reference import FEATURE
+from fadeformer.monitoring.reference import FEATURE_PREFIX
 
-FEWEST = 20  # images that are compared
-COMPONENTS = 50  # of the features, at most, that the logistic regression gets
-FOLDS = 5
+MIN_IMAGES = 20  # images that are compared
+MAX_COMPONENTS = 50  # of the features, at most, that the logistic regression gets
+NUM_FOLDS = 5
 ALPHA = 0.01  # of the corrected p-values, and of the interval: who looks every week is not to be called for nothing
-LARGE = 0.1  # distance of the distribution functions from which a difference matters
-TOLD_APART = 0.6  # AUC from which features count as others; 0.5 cannot tell them apart
+MIN_KS_DISTANCE = 0.1  # distance of the distribution functions from which a difference matters
+MIN_CLASSIFIER_AUC = 0.6  # AUC from which features count as others; 0.5 cannot tell them apart
 
 
 @dataclass(frozen=True)
-class Column:
+class ColumnDrift:
     """How far one number of the images has moved.
 
     Attributes:
@@ -54,7 +54,7 @@ class Column:
 
 
 @dataclass(frozen=True)
-class Drift:
+class DriftResult:
     """What has moved.
 
     Attributes:
@@ -66,23 +66,23 @@ class Drift:
     """
 
     images: int
-    columns: tuple[Column, ...]
+    columns: tuple[ColumnDrift, ...]
     auc: float
     interval: tuple[float, float] | None
     features_drifted: bool
 
     @property
-    def found(self) -> list[str]:
+    def drifted(self) -> list[str]:
         """What has drifted, by name."""
         columns = [column.name for column in self.columns if column.drifted]
         return [*columns, *(["features"] if self.features_drifted else [])]
 
 
-def compare(known: pd.DataFrame, new: pd.DataFrame) -> Drift:
+def detect_drift(known: pd.DataFrame, new: pd.DataFrame) -> DriftResult:
     """Compares new images with known ones.
 
     Args:
-        known: of `fadeformer.monitoring.reference.table`.
+        known: of `fadeformer.monitoring.reference.build_reference`.
         new: the same columns of the new images; a row with a gap is an image that could not be read, and left out.
 
     Raises:
@@ -90,33 +90,33 @@ def compare(known: pd.DataFrame, new: pd.DataFrame) -> Drift:
     """
     new = new[known.columns].dropna()
     for rows, what in ((known, "the model carries numbers of"), (new, "there are")):
-        if len(rows) < FEWEST:
-            raise UserError(f"{what} {len(rows)} images that can be compared, and {FEWEST} are needed")
-    is_feature = known.columns.str.startswith(FEATURE)
+        if len(rows) < MIN_IMAGES:
+            raise UserError(f"{what} {len(rows)} images that can be compared, and {MIN_IMAGES} are needed")
+    is_feature = known.columns.str.startswith(FEATURE_PREFIX)
     names = known.columns[~is_feature]
     tests = [ks_2samp(known[name], new[name]) for name in names]
     corrected = false_discovery_control([test.pvalue for test in tests])
     columns = [
-        Column(
+        ColumnDrift(
             str(name), float(known[name].median()), float(new[name].median()), float(test.statistic), float(p),
-            bool(p < ALPHA and test.statistic >= LARGE),
+            bool(p < ALPHA and test.statistic >= MIN_KS_DISTANCE),
         )
         for name, test, p in zip(names, tests, corrected, strict=True)
     ]  # fmt: skip
     columns.sort(key=lambda column: -column.distance)
-    auc, interval = _told_apart(known.loc[:, is_feature], new.loc[:, is_feature])
-    apart = interval is not None and interval[0] > 0.5 and auc >= TOLD_APART
-    return Drift(len(new), tuple(columns), auc, interval, apart)
+    auc, interval = _classifier_two_sample_test(known.loc[:, is_feature], new.loc[:, is_feature])
+    apart = interval is not None and interval[0] > 0.5 and auc >= MIN_CLASSIFIER_AUC
+    return DriftResult(len(new), tuple(columns), auc, interval, apart)
 
 
-def _told_apart(known: pd.DataFrame, new: pd.DataFrame) -> tuple[float, tuple[float, float] | None]:
+def _classifier_two_sample_test(known: pd.DataFrame, new: pd.DataFrame) -> tuple[float, tuple[float, float] | None]:
     features = np.concatenate([known.to_numpy(np.float64), new.to_numpy(np.float64)])
     is_new = np.arange(len(features)) >= len(known)
-    components = min(COMPONENTS, features.shape[1], len(features) // (2 * FOLDS))
+    components = min(MAX_COMPONENTS, features.shape[1], len(features) // (2 * NUM_FOLDS))
     judge = make_pipeline(
         StandardScaler(), PCA(components, random_state=0), LogisticRegression(class_weight="balanced", max_iter=1000)
     )
-    folds = StratifiedKFold(FOLDS, shuffle=True, random_state=0)
+    folds = StratifiedKFold(NUM_FOLDS, shuffle=True, random_state=0)
     score = cross_val_predict(judge, features, is_new, cv=folds, method="predict_proba")[:, 1]
-    found = delong.aucs([is_new], [score])
-    return float(found.areas[0]), delong.interval(found, [0], 1 - ALPHA)
+    found = delong.estimate_aucs([is_new], [score])
+    return float(found.areas[0]), delong.mean_auc_interval(found, [0], 1 - ALPHA)

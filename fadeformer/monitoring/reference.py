@@ -15,15 +15,17 @@ from numpy.typing import NDArray
 
 from fadeformer.errors import UserError
 
-MOST = 2000  # images that are kept
+MAX_IMAGES = 2000  # images that are kept
 SEED = 0  # of the choice among more
-SCORE, IMAGE, FEATURE = "score ", "image ", "feature "  # what names of columns begin with
-DISTANCE = "distance from what is known"
+SCORE_PREFIX, IMAGE_PREFIX, FEATURE_PREFIX = "score ", "image ", "feature "  # what names of columns begin with
+OOD_DISTANCE = "distance from what is known"
 
 Pixels = NDArray[np.uint8]
 
 
-def seen(pixels: Pixels, features: NDArray[np.float32]) -> dict[str, NDArray[np.float64] | NDArray[np.float32]]:
+def image_statistics(
+    pixels: Pixels, features: NDArray[np.float32]
+) -> dict[str, NDArray[np.float64] | NDArray[np.float32]]:
     """Statistics of images, and their features, by column.
 
     Args:
@@ -34,18 +36,18 @@ def seen(pixels: Pixels, features: NDArray[np.float32]) -> dict[str, NDArray[np.
     grey = wide.mean(axis=3)
     down, across = np.abs(np.diff(grey, axis=1)), np.abs(np.diff(grey, axis=2))
     found: dict[str, NDArray[np.float64] | NDArray[np.float32]] = {
-        f"{IMAGE}brightness": grey.mean(axis=(1, 2)),
-        f"{IMAGE}contrast": grey.std(axis=(1, 2)),
-        f"{IMAGE}sharpness": (down.mean(axis=(1, 2)) + across.mean(axis=(1, 2))) / 2,
-        f"{IMAGE}black": (grey < 1).mean(axis=(1, 2)),
+        f"{IMAGE_PREFIX}brightness": grey.mean(axis=(1, 2)),
+        f"{IMAGE_PREFIX}contrast": grey.std(axis=(1, 2)),
+        f"{IMAGE_PREFIX}sharpness": (down.mean(axis=(1, 2)) + across.mean(axis=(1, 2))) / 2,
+        f"{IMAGE_PREFIX}black": (grey < 1).mean(axis=(1, 2)),
     }
     if pixels.shape[3] == 3:
         for channel, name in enumerate(("red", "green", "blue")):
-            found[f"{IMAGE}{name}"] = wide[..., channel].mean(axis=(1, 2)) - grey.mean(axis=(1, 2))
-    return found | {f"{FEATURE}{number}": column for number, column in enumerate(features.T)}
+            found[f"{IMAGE_PREFIX}{name}"] = wide[..., channel].mean(axis=(1, 2)) - grey.mean(axis=(1, 2))
+    return found | {f"{FEATURE_PREFIX}{number}": column for number, column in enumerate(features.T)}
 
 
-def table(
+def build_reference(
     pixels: Pixels,
     scores: NDArray[np.float64],
     distances: NDArray[np.float64],
@@ -61,12 +63,12 @@ def table(
         features: what the classifier sees, (images, features).
         classes: names in the order of the scores.
     """
-    rows = np.sort(np.random.default_rng(SEED).permutation(len(pixels))[:MOST])
+    rows = np.sort(np.random.default_rng(SEED).permutation(len(pixels))[:MAX_IMAGES])
     return pd.DataFrame(
         {
-            **{f"{SCORE}{name}": scores[rows, c] for c, name in enumerate(classes)},
-            DISTANCE: distances[rows],
-            **seen(np.asarray(pixels[rows]), features[rows]),
+            **{f"{SCORE_PREFIX}{name}": scores[rows, c] for c, name in enumerate(classes)},
+            OOD_DISTANCE: distances[rows],
+            **image_statistics(np.asarray(pixels[rows]), features[rows]),
         }
     ).astype(np.float32)
 

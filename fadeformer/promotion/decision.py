@@ -6,24 +6,24 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any, Final, Literal
 
-Verdict = Literal["passed", "failed", "not judged"]
+Status = Literal["passed", "failed", "not judged"]
 PASSED: Final = "passed"
 FAILED: Final = "failed"
-NOT_JUDGED: Final = "not judged"
-CHIEF = ("min_auc", "not_inferior", "better")  # rules whose figures are told of a model that keeps all
+NOT_EVALUATED: Final = "not judged"
+HEADLINE_CHECKS = ("min_auc", "not_inferior", "better")  # rules whose figures are told of a model that keeps all
 
 
 @dataclass(frozen=True)
-class Part:
+class CheckItem:
     """A class, finding or subgroup that a rule judges: its name, verdict and the figures it rests on."""
 
     name: str
-    verdict: Verdict
+    verdict: Status
     figures: str
 
 
 @dataclass(frozen=True)
-class Rule:
+class Check:
     """A rule's short name, the rule in words, its verdict and the figures it rests on, part by part where it has some.
 
     A rule fails where one of its parts does, and is not judged where none of them is.
@@ -31,9 +31,9 @@ class Rule:
 
     name: str
     rule: str
-    verdict: Verdict
+    verdict: Status
     figures: str
-    parts: tuple[Part, ...] = field(default=())
+    parts: tuple[CheckItem, ...] = field(default=())
 
 
 @dataclass(frozen=True)
@@ -47,49 +47,49 @@ class Decision:
         forced: why the model is promoted whatever the rules say; None where they decide.
     """
 
-    rules: tuple[Rule, ...]
+    checks: tuple[Check, ...]
     auc: float | None
     champion_auc: float | None
-    forced: str | None = None
+    force_reason: str | None = None
 
     @property
     def passed(self) -> bool:
         """Whether no rule failed; what could not be judged stands in nobody's way."""
-        return not any(rule.verdict == FAILED for rule in self.rules)
+        return not any(rule.verdict == FAILED for rule in self.checks)
 
     @property
     def promoted(self) -> bool:
         """Whether the model becomes champion."""
-        return self.passed or self.forced is not None
+        return self.passed or self.force_reason is not None
 
     @property
     def reason(self) -> str:
         """The rules that decided, as a sentence."""
-        wanted = [r for r in self.rules if (r.name in CHIEF if self.passed else r.verdict == FAILED)]
+        wanted = [r for r in self.checks if (r.name in HEADLINE_CHECKS if self.passed else r.verdict == FAILED)]
         told = "; ".join(f"{rule.rule}: {rule.figures}" for rule in wanted)
         if self.passed:
-            told = f"no rule of {len(self.rules)} is broken; {told}"
-        return told if self.forced is None else f"FORCED: {self.forced}; without force: {told}"
+            told = f"no rule of {len(self.checks)} is broken; {told}"
+        return told if self.force_reason is None else f"FORCED: {self.force_reason}; without force: {told}"
 
-    def as_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """The rules as plain values."""
-        return {"rules": [asdict(rule) for rule in self.rules]}
+        return {"rules": [asdict(rule) for rule in self.checks]}
 
 
-def kept(is_so: bool) -> Verdict:
+def status_of(is_so: bool) -> Status:
     """The verdict on what could be judged."""
     return PASSED if is_so else FAILED
 
 
-def of_parts(name: str, rule: str, parts: Iterable[Part]) -> Rule:
+def combine_items(name: str, rule: str, parts: Iterable[CheckItem]) -> Check:
     """A rule that each of its parts has to keep."""
     found = tuple(parts)
     failed = [part for part in found if part.verdict == FAILED]
-    judged = [part for part in found if part.verdict != NOT_JUDGED]
+    judged = [part for part in found if part.verdict != NOT_EVALUATED]
     if failed:
-        return Rule(name, rule, FAILED, ", ".join(f"{part.name} {part.figures}" for part in failed), found)
+        return Check(name, rule, FAILED, ", ".join(f"{part.name} {part.figures}" for part in failed), found)
     if not judged:
         told = ", ".join(f"{part.name} {part.figures}" for part in found) or "nothing to judge"
-        return Rule(name, rule, NOT_JUDGED, told, found)
+        return Check(name, rule, NOT_EVALUATED, told, found)
     left = len(found) - len(judged)
-    return Rule(name, rule, PASSED, f"{len(judged)} keep it" + (f", {left} not judged" if left else ""), found)
+    return Check(name, rule, PASSED, f"{len(judged)} keep it" + (f", {left} not judged" if left else ""), found)

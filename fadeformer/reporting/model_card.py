@@ -3,61 +3,61 @@
 from __future__ import annotations
 
 from fadeformer.reporting import tables
-from fadeformer.reporting.tables import Evidence, Table
+from fadeformer.reporting.tables import ReportInputs, Table
 
-INTENDED = (
+INTENDED_USE = (
     "To try and to compare methods on images of the kind and population below. Not a medical device: no decision about"
     " a patient may rest on it. Images of other scanners, populations or views are out of its scope."
 )
-BAR = "\\|"  # in a cell
+ESCAPED_BAR = "\\|"  # in a cell
 
 
-def model_card(of: Evidence) -> str:
+def render_model_card(of: ReportInputs) -> str:
     """Writes the card in Markdown."""
     note, test = of.meta.dataset["note"], of.summary["test"]
     lines = [
-        f"# {of.described['model']['backbone']} on {of.meta.dataset['name']}",
+        f"# {of.model_metadata['model']['backbone']} on {of.meta.dataset['name']}",
         "",
         *([f"> **{note}**", ""] if note else []),
         "## Intended use",
         "",
-        INTENDED,
+        INTENDED_USE,
         "",
         "## Data",
         "",
-        *_table(tables.data(of)),
+        *_markdown_table(tables.data(of)),
         "",
         "## Model",
         "",
-        *_table(tables.model(of)),
+        *_markdown_table(tables.model(of)),
         "",
         f"## Results on {test['images']:,} test images of the split {of.meta.split}",
         "",
-        *_table(tables.numbers(of)),
+        *_markdown_table(tables.metrics(of)),
         "",
-        *_table(tables.classes(of)),
+        *_markdown_table(tables.per_class(of)),
         "",
         "## Operating points, chosen on validation and judged on test",
         "",
-        *_table(tables.operating_points(of)),
+        *_markdown_table(tables.operating_points(of)),
         "",
-        *_subgroups(of),
+        *_subgroup_section(of),
         "## Limits",
         "",
-        " ".join(tables.limits(of)),
+        " ".join(tables.limitations(of)),
         "",
     ]
     return "\n".join(lines)
 
 
-def _subgroups(of: Evidence) -> list[str]:
+def _subgroup_section(of: ReportInputs) -> list[str]:
     if not of.subgroups:
-        return [tables.UNDIVIDED, ""]
-    verdict, sentences = tables.subgroups_verdict(of)
+        return [tables.NO_SUBGROUPS, ""]
+    verdict, sentences = tables.subgroup_findings(of)
     listed = ["", *(f"- {sentence}" for sentence in sentences)] if sentences else []
-    return ["## Subgroups of the test images", "", *_table(tables.subgroups(of)), "", verdict, *listed, ""]
+    return ["## Subgroups of the test images", "", *_markdown_table(tables.subgroups(of)), "", verdict, *listed, ""]
 
 
-def _table(table: Table) -> list[str]:
-    lines = [f"| {' | '.join(value.replace('|', BAR) for value in row)} |" for row in (table.head, *table.rows)]
+def _markdown_table(table: Table) -> list[str]:
+    lines = [f"| {' | '.join(value.replace('|', ESCAPED_BAR) for value in row)} |" for row in (table.head, *table.rows)]
     return [lines[0], f"|{' --- |' * len(table.head)}", *lines[1:]]

@@ -9,19 +9,19 @@ from typing import Any
 from fadeformer.reporting import rendering
 from fadeformer.reporting.tables import Table
 
-SHOWN = 200  # decisions of the ledger, the newest
-COLUMNS = ("No.", "Time (UTC)", "Decision", "Version", "Champion", "AUC", "By", "Reason")  # of the ledger
-MARKS = {"passed": "passed", "failed": "**failed**", "not judged": "not judged"}
+MAX_ENTRIES = 200  # decisions of the ledger, the newest
+LEDGER_COLUMNS = ("No.", "Time (UTC)", "Decision", "Version", "Champion", "AUC", "By", "Reason")  # of the ledger
+OUTCOME_LABELS = {"passed": "passed", "failed": "**failed**", "not judged": "not judged"}
 
 
 @dataclass(frozen=True)
-class Parts(Table):
+class RuleDetails(Table):
     """What a rule found of each class, finding or subgroup, and the rule in words."""
 
     caption: str
 
 
-def page(told: Mapping[str, Any], entries: Sequence[Mapping[str, Any]]) -> str:
+def render_promotion_page(told: Mapping[str, Any], entries: Sequence[Mapping[str, Any]]) -> str:
     """Writes the page.
 
     Args:
@@ -32,42 +32,44 @@ def page(told: Mapping[str, Any], entries: Sequence[Mapping[str, Any]]) -> str:
     held = " and ".join(told["aliases"])
     stays = f"It stays {held}." if held else "It gets no alias."
     head = ("Rule", "Verdict", "Figures")
-    return rendering.template("verdict.html").render(
+    return rendering.load_template("verdict.html").render(
         title=f"Decision about {version}",
         model=told["model"],
         good=promoted,
         verdict="Promoted." if promoted else "Refused.",
         outcome=f"{version} is champion." if promoted else stays,
         forced=told["reason"] if told["forced"] else None,
-        rules=Table(head, [(rule["rule"], MARKS[rule["verdict"]], rule["figures"]) for rule in told["rules"]]),
+        rules=Table(head, [(rule["rule"], OUTCOME_LABELS[rule["verdict"]], rule["figures"]) for rule in told["rules"]]),
         parts=[
-            Parts(
+            RuleDetails(
                 ("", "Verdict", "Figures"),
-                [(part["name"], MARKS[part["verdict"]], part["figures"]) for part in rule["parts"]],
+                [(part["name"], OUTCOME_LABELS[part["verdict"]], part["figures"]) for part in rule["parts"]],
                 rule["rule"][0].upper() + rule["rule"][1:],
             )
             for rule in told["rules"]
             if rule["parts"]
         ],
-        history=history(entries),
+        history=ledger_table(entries),
     )
 
 
-def history(entries: Sequence[Mapping[str, Any]]) -> Table:
+def ledger_table(entries: Sequence[Mapping[str, Any]]) -> Table:
     """The ledger, the newest first."""
-    return Table(tuple(COLUMNS), [tuple(row(entry).values()) for entry in reversed(entries[-SHOWN:])])
+    return Table(
+        tuple(LEDGER_COLUMNS), [tuple(ledger_row(entry).values()) for entry in reversed(entries[-MAX_ENTRIES:])]
+    )
 
 
-def row(entry: Mapping[str, Any]) -> dict[str, str]:
+def ledger_row(entry: Mapping[str, Any]) -> dict[str, str]:
     """An entry of the ledger as text, by column."""
     cells = (
         str(entry["number"]), entry["time"].partition("+")[0].replace("T", " "), entry["action"], entry["version"],
-        _moved(entry), "" if entry["auc"] is None else f"{entry['auc']:.4f}", entry["who"], entry["reason"],
+        _champion_change(entry), "" if entry["auc"] is None else f"{entry['auc']:.4f}", entry["who"], entry["reason"],
     )  # fmt: skip
-    return dict(zip(COLUMNS, cells, strict=True))
+    return dict(zip(LEDGER_COLUMNS, cells, strict=True))
 
 
-def _moved(entry: Mapping[str, Any]) -> str:
+def _champion_change(entry: Mapping[str, Any]) -> str:
     """The champion before and after a decision, or the one that stayed."""
     before, after = entry["from"] or "none", entry["to"] or "none"
     return str(after) if before == after else f"{before} → {after}"

@@ -13,13 +13,13 @@ from ruamel.yaml.compat import StringIO
 from ruamel.yaml.nodes import ScalarNode, SequenceNode
 from ruamel.yaml.representer import RoundTripRepresenter
 
-from fadeformer.io.formatting import told
+from fadeformer.io.formatting import format_with_interval
 from fadeformer.reporting import rendering, tables
-from fadeformer.reporting.model_card import INTENDED
-from fadeformer.reporting.tables import Evidence
+from fadeformer.reporting.model_card import INTENDED_USE
+from fadeformer.reporting.tables import ReportInputs
 
 GOOD, BAD, PLAIN = "good", "bad", "plain"
-TRAINING = ("training_curves",)
+TRAINING_FIGURES = ("training_curves",)
 FIGURES = {
     "training_curves": ("Training", "Loss, accuracy and AUC by epoch, on train and validation; marked: the one kept."),
     "confusion_matrix": ("Confusion matrix", "How many images of each class were called what, on test."),
@@ -32,13 +32,13 @@ FIGURES = {
     "subgroup_forest": ("Subgroups", "AUC and balanced accuracy of each subgroup with intervals, beside all images."),
     "embedding": ("Map of the features", "Where test images lie by what the classifier sees of them, by label."),
 }  # fmt: skip
-SIDE_BY_SIDE = 5  # classes up to which two figures beside each other can be read
-GALLERY = (
+MAX_PAIRED_CLASSES = 5  # classes up to which two figures beside each other can be read
+GALLERY_CAPTION = (
     "Most confident mistakes", "The test images that were called wrongly with the highest score, with what was called."
 )  # fmt: skip
 
 
-class _Told(RoundTripRepresenter):
+class _ParamsRepresenter(RoundTripRepresenter):
     """YAML as params.yaml has it: null where there is nothing, lists in one line."""
 
     def represent_none(self, data: None) -> ScalarNode:
@@ -48,12 +48,12 @@ class _Told(RoundTripRepresenter):
         return self.represent_sequence("tag:yaml.org,2002:seq", data, flow_style=True)
 
 
-_Told.add_representer(type(None), _Told.represent_none)
-_Told.add_representer(list, _Told.represent_list)
+_ParamsRepresenter.add_representer(type(None), _ParamsRepresenter.represent_none)
+_ParamsRepresenter.add_representer(list, _ParamsRepresenter.represent_list)
 
 
 @dataclass(frozen=True)
-class Figure:
+class EmbeddedFigure:
     """A picture in the page: an anchor, title, caption, and the PNG as base64."""
 
     name: str
@@ -62,8 +62,8 @@ class Figure:
     png: str
 
 
-def report(
-    of: Evidence,
+def render_report(
+    of: ReportInputs,
     uncalibrated: Mapping[str, Any],
     published: pd.DataFrame,
     explained: Mapping[str, Any],
@@ -74,41 +74,42 @@ def report(
 
     Args:
         of: what the model card is made of too.
-        uncalibrated: of `fadeformer.evaluation.summary.summarise`, of test, by the scores before calibration.
-        published: of `fadeformer.evaluation.published.beside`.
+        uncalibrated: of `fadeformer.evaluation.summary.summarize`, of test, by the scores before calibration.
+        published: of `fadeformer.evaluation.published.comparison_table`.
         explained: what `reports/explanations.json` holds: `sentences`, and `pointing` where boxes are known.
         figures: PNG by name; that of the subgroups may be missing.
         run_id: MLflow's, of the training.
     """
     drawn = {
-        name: Figure(name, *FIGURES.get(name, GALLERY), base64.b64encode(png).decode()) for name, png in figures.items()
+        name: EmbeddedFigure(name, *FIGURES.get(name, GALLERY_CAPTION), base64.b64encode(png).decode())
+        for name, png in figures.items()
     }
     stream, yaml = StringIO(), YAML()
-    yaml.Representer = _Told
-    yaml.dump(of.described["params"], stream)
-    verdict, worse = tables.subgroups_verdict(of) if of.subgroups else ("", [])
-    return rendering.template("report.html").render(
-        title=f"{of.described['model']['backbone']} on {of.meta.dataset['name']}",
+    yaml.Representer = _ParamsRepresenter
+    yaml.dump(of.model_metadata["params"], stream)
+    verdict, worse = tables.subgroup_findings(of) if of.subgroups else ("", [])
+    return rendering.load_template("report.html").render(
+        title=f"{of.model_metadata['model']['backbone']} on {of.meta.dataset['name']}",
         note=of.meta.dataset["note"],
-        intended=INTENDED,
-        verdicts=verdicts(of, uncalibrated, published),
+        intended=INTENDED_USE,
+        verdicts=key_findings(of, uncalibrated, published),
         data=tables.data(of),
         model=tables.model(of),
-        numbers=tables.numbers(of),
-        classes=tables.classes(of),
+        numbers=tables.metrics(of),
+        classes=tables.per_class(of),
         operating=tables.operating_points(of),
         subgroups=tables.subgroups(of) if of.subgroups else None,
         subgroups_verdict=verdict,
         worse=worse,
         comparable=tables.published(published, comparable=True),
         not_comparable=tables.published(published, comparable=False),
-        limits=tables.limits(of),
+        limits=tables.limitations(of),
         explained=explained["sentences"],
-        pointing=tables.pointing(explained["pointing"]) if explained["pointing"] else None,
-        training=[drawn[name] for name in TRAINING],
-        undivided=tables.UNDIVIDED,
-        many=len(of.meta.classes) > SIDE_BY_SIDE,
-        figures=[drawn[name] for name in FIGURES if name not in TRAINING and name in drawn],
+        pointing=tables.pointing_game(explained["pointing"]) if explained["pointing"] else None,
+        training=[drawn[name] for name in TRAINING_FIGURES],
+        undivided=tables.NO_SUBGROUPS,
+        many=len(of.meta.classes) > MAX_PAIRED_CLASSES,
+        figures=[drawn[name] for name in FIGURES if name not in TRAINING_FIGURES and name in drawn],
         gallery=drawn["gallery"],
         images=of.summary["test"]["images"],
         split=of.meta.split,
@@ -117,12 +118,12 @@ def report(
     )
 
 
-def verdicts(of: Evidence, uncalibrated: Mapping[str, Any], published: pd.DataFrame) -> list[tuple[str, str]]:
+def key_findings(of: ReportInputs, uncalibrated: Mapping[str, Any], published: pd.DataFrame) -> list[tuple[str, str]]:
     """What a reader should know first: sentences, each `good`, `bad` or `plain`. Arguments are those of `report`."""
-    meta, test, intervals, confidence = of.meta, of.summary["test"], of.intervals, of.operating["confidence"]
+    meta, test, intervals, confidence = of.meta, of.summary["test"], of.intervals, of.operating_points["confidence"]
     overall, bounds = test["overall"], intervals["overall"]
-    area = told(overall["auc"], bounds["auc"])
-    balanced = told(overall["balanced_accuracy"], bounds["balanced_accuracy"])
+    area = format_with_interval(overall["auc"], bounds["auc"])
+    balanced = format_with_interval(overall["balanced_accuracy"], bounds["balanced_accuracy"])
     groups = intervals["groups"]
     of_groups = f" of {groups:,} patients or lesions" if groups < test["images"] else ""
     chance = bounds["auc"] is None or bounds["auc"][0] <= 0.5
@@ -138,13 +139,13 @@ def verdicts(of: Evidence, uncalibrated: Mapping[str, Any], published: pd.DataFr
         changed = f"calibration error {after:.3f}, {before:.3f} before calibration on validation."
         found.append((GOOD if after <= before else PLAIN, changed[0].upper() + changed[1:]))
     if of.subgroups:
-        verdict, worse = tables.subgroups_verdict(of)
+        verdict, worse = tables.subgroup_findings(of)
         compared = any(one["compared"] for values in of.subgroups.values() for one in values.values())
         told_of = f"{len(worse)} measures of subgroups are worse than the whole beyond chance." if worse else verdict
         found.append((BAD if worse else GOOD if compared else PLAIN, told_of))
     else:
-        found.append((PLAIN, tables.UNDIVIDED))
-    found.append(_beside(overall["auc"], bounds["auc"], published))
+        found.append((PLAIN, tables.NO_SUBGROUPS))
+    found.append(_compare_with_published(overall["auc"], bounds["auc"], published))
     if test["not_judged"]:
         found.append((BAD, f"Not judged, for want of images with or without: {', '.join(test['not_judged'])}."))
     if meta.cross_split_duplicates:
@@ -152,7 +153,9 @@ def verdicts(of: Evidence, uncalibrated: Mapping[str, Any], published: pd.DataFr
     return found
 
 
-def _beside(area: float | None, bound: tuple[float, float] | None, published: pd.DataFrame) -> tuple[str, str]:
+def _compare_with_published(
+    area: float | None, bound: tuple[float, float] | None, published: pd.DataFrame
+) -> tuple[str, str]:
     rows = published[published["comparable"] & published["auc"].notna()]
     if published.empty:
         return PLAIN, "No scores are published of this data set."

@@ -27,21 +27,21 @@ from scipy.special import betaincinv
 from torch import Tensor
 from torch.nn import functional
 
-from fadeformer.data.normalization import Normalisation
-from fadeformer.training.randaugment import randaugment, sent
+from fadeformer.data.normalization import Normalization
+from fadeformer.training.randaugment import randaugment, to_device
 
-LUMA = (0.2989, 0.587, 0.114)  # weights of red, green and blue in grey, ITU-R BT.601, as torchvision has them
-ASPECTS = (0.3, 3.3)  # smallest and largest height / width of what is erased, RandomErasing's default
-TRIES = 10  # RandomErasing gives up when so many rectangles in turn were larger than the image
+LUMA_WEIGHTS = (0.2989, 0.587, 0.114)  # weights of red, green and blue in grey, ITU-R BT.601, as torchvision has them
+ERASING_ASPECT_RATIOS = (0.3, 3.3)  # smallest and largest height / width of what is erased, RandomErasing's default
+ERASING_ATTEMPTS = 10  # RandomErasing gives up when so many rectangles in turn were larger than the image
 # What the first columns of the draws decide; then come areas and aspects of TRIES erased rectangles, then RandAugment.
-COLUMNS = (
+DRAW_COLUMNS = (
     "flip", "angle", "size", "shift_x", "shift_y", "brightness", "contrast", "saturation", "erase", "erase_top",
     "erase_left", "mix_kind", "mix_share", "cut_top", "cut_left",
 )  # fmt: skip
 # Worked on at once on a CPU: with four times as many, each pass goes to memory, and takes four times as long.
-PIXELS = 2**17
+CPU_CHUNK_PIXELS = 2**17
 
-Numbers = NDArray[np.float64]
+FloatArray = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ class Augmentation:
     mixup: float
     cutmix: float
 
-    def draw(self, count: int, seed: int) -> Tensor:
+    def draw_uniforms(self, count: int, seed: int) -> Tensor:
         """Random numbers for a batch: row i decides all that happens to image i, on any device and in any part.
 
         Args:
@@ -93,10 +93,10 @@ class Augmentation:
         Returns:
             float64, (count, numbers), uniform in [0, 1), on the CPU.
         """
-        numbers = len(COLUMNS) + 2 * TRIES + self.randaugment_operations
+        numbers = len(DRAW_COLUMNS) + 2 * ERASING_ATTEMPTS + self.randaugment_operations
         return torch.rand(count, numbers, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
-    def __call__(self, images: Tensor, draws: Tensor, normalisation: Normalisation) -> Tensor:
+    def __call__(self, images: Tensor, draws: Tensor, normalisation: Normalization) -> Tensor:
         """Augments and normalises.
 
         Args:
@@ -109,31 +109,31 @@ class Augmentation:
         """
         n, height, width, channels = images.shape
         if self.randaugment_operations and n:
-            operations = draws[:, len(COLUMNS) + 2 * TRIES :]
+            operations = draws[:, len(DRAW_COLUMNS) + 2 * ERASING_ATTEMPTS :]
             images = randaugment(images, operations, self.randaugment_magnitude)
-        on_host = self.parameters(draws, height, width)
-        numbers = sent(on_host, images.device)
+        on_host = self.transform_parameters(draws, height, width)
+        numbers = to_device(on_host, images.device)
         batch = images.new_empty((n, channels, height, width), dtype=torch.float32)
         on_cpu = images.device.type == "cpu"
-        step = max(1, PIXELS // (height * width)) if on_cpu else max(1, n)
+        step = max(1, CPU_CHUNK_PIXELS // (height * width)) if on_cpu else max(1, n)
         for part in (slice(start, start + step) for start in range(0, n, step)):
             raw, here = images[part], numbers[part]
-            moved = self._moved(raw, here[:, :6]) if self._moves() else self._flipped(raw, draws[part])
-            factors = here[:, 6:9] if self._jitters(channels) else None
-            _colour(moved, factors, normalisation.of(channels), batch[part])
+            moved = self._warp(raw, here[:, :6]) if self._has_affine() else self._flip(raw, draws[part])
+            factors = here[:, 6:9] if self._has_color_jitter(channels) else None
+            _jitter_and_normalize(moved, factors, normalisation.for_channels(channels), batch[part])
             if self.erasing and not on_cpu:
-                batch[part].masked_fill_(_inside(here[:, 9:], height, width), 0.0)
+                batch[part].masked_fill_(_box_mask(here[:, 9:], height, width), 0.0)
         if self.erasing and on_cpu:  # a mask of every pixel would take as long as all the rest
             for image, (top, bottom, left, right) in zip(batch, on_host[:, 9:].astype(int).tolist(), strict=True):
                 image[:, top:bottom, left:right] = 0.0
         return batch
 
-    def parameters(self, draws: Tensor, height: int, width: int) -> NDArray[np.float32]:
+    def transform_parameters(self, draws: Tensor, height: int, width: int) -> NDArray[np.float32]:
         """All that the device needs to know: `_maps`, `_colours` and `_boxes` side by side, (images, 6 + 3 + 4)."""
-        maps, boxes = self._maps(draws, height, width), self._boxes(draws, height, width)
-        return np.hstack([maps.reshape(len(draws), 6), self._colours(draws), boxes]).astype(np.float32)
+        maps, boxes = self._affine_matrices(draws, height, width), self._erasing_boxes(draws, height, width)
+        return np.hstack([maps.reshape(len(draws), 6), self._color_factors(draws), boxes]).astype(np.float32)
 
-    def mix(self, images: Tensor, targets: Tensor, draws: Tensor) -> tuple[Tensor, Tensor]:
+    def mix_batch(self, images: Tensor, targets: Tensor, draws: Tensor) -> tuple[Tensor, Tensor]:
         """Mixes image i and its target with image n - 1 - i, by mixup (arXiv:1710.09412) or cutmix (arXiv:1905.04899).
 
         The share that an image keeps is its own, from its own row; for cutmix it is that of the rectangle which was
@@ -150,7 +150,7 @@ class Augmentation:
         if not (self.mixup or self.cutmix):
             return images, targets
         n, _, height, width = images.shape
-        u = _named(draws)
+        u = _columns_by_name(draws)
         cuts = u["mix_kind"] < 0.5 if self.mixup and self.cutmix else np.full(n, bool(self.cutmix))
         alpha = np.where(cuts, self.cutmix, self.mixup)
         share = betaincinv(alpha, alpha, u["mix_share"])  # the Beta distribution's quantile
@@ -162,23 +162,23 @@ class Augmentation:
         top, bottom, left, right = edges
         kept = np.where(cuts, 1 - (bottom - top) * (right - left) / (height * width), share)
         numbers = np.stack([np.where(cuts, 1.0, share), kept, *edges], axis=1)  # a cut image keeps its other pixels
-        there = sent(numbers.astype(np.float32), images.device)
+        there = to_device(numbers.astype(np.float32), images.device)
         other, mixed = images.flip(0), images
         if self.mixup:
             mixed = torch.lerp(other, images, there[:, :1, None, None].to(images.dtype))
         if self.cutmix:
-            mixed = torch.where(_inside(there[:, 2:], height, width), other, mixed)
+            mixed = torch.where(_box_mask(there[:, 2:], height, width), other, mixed)
         return mixed, torch.lerp(targets.flip(0), targets, there[:, 1:2].to(targets.dtype))
 
-    def _moves(self) -> bool:
+    def _has_affine(self) -> bool:
         return bool(self.rotation or self.scale or self.translate)
 
-    def _jitters(self, channels: int) -> bool:
+    def _has_color_jitter(self, channels: int) -> bool:
         return bool(self.brightness or self.contrast or (self.saturation and channels == 3))
 
-    def _maps(self, draws: Tensor, height: int, width: int) -> Numbers:
+    def _affine_matrices(self, draws: Tensor, height: int, width: int) -> FloatArray:
         """From a target pixel to where it is read, in coordinates from -1 to 1: (images, 2, 3) on (x, y, 1)."""
-        u = _named(draws)
+        u = _columns_by_name(draws)
         angle = np.radians(self.rotation) * (2 * u["angle"] - 1)  # anticlockwise, as torchvision's rotate
         size = 1 + self.scale * (2 * u["size"] - 1)
         flip = np.where(u["flip"] < self.horizontal_flip, -1, 1)
@@ -189,9 +189,9 @@ class Augmentation:
         row_y = np.stack([sin * width, cos * height, -2 * (sin * x + cos * y)]) / height
         return np.stack([row_x, row_y]).transpose(2, 0, 1)
 
-    def _colours(self, draws: Tensor) -> Numbers:
+    def _color_factors(self, draws: Tensor) -> FloatArray:
         """Factors of a pixel, of its grey and of the image's mean grey, which are added up: (images, 3)."""
-        u = _named(draws)
+        u = _columns_by_name(draws)
         brightness, contrast, saturation = (
             1 + amount * (2 * u[name] - 1)
             for name, amount in (
@@ -202,13 +202,17 @@ class Augmentation:
             [contrast * saturation, contrast * (1 - saturation), 1 - contrast], axis=1
         )
 
-    def _boxes(self, draws: Tensor, height: int, width: int) -> Numbers:
+    def _erasing_boxes(self, draws: Tensor, height: int, width: int) -> FloatArray:
         """Top, bottom, left, right of what is erased, by RandomErasing's rule: (images, 4); empty where nothing is."""
-        u = _named(draws)
-        area, aspect = np.split(draws.numpy()[:, len(COLUMNS) : len(COLUMNS) + 2 * TRIES], 2, axis=1)
+        u = _columns_by_name(draws)
+        area, aspect = np.split(
+            draws.numpy()[:, len(DRAW_COLUMNS) : len(DRAW_COLUMNS) + 2 * ERASING_ATTEMPTS], 2, axis=1
+        )
         low, high = self.erasing_scale
         area = (low + (high - low) * area) * height * width  # (images, TRIES)
-        aspect = ASPECTS[0] * (ASPECTS[1] / ASPECTS[0]) ** aspect  # uniform in its logarithm
+        aspect = (
+            ERASING_ASPECT_RATIOS[0] * (ERASING_ASPECT_RATIOS[1] / ERASING_ASPECT_RATIOS[0]) ** aspect
+        )  # uniform in its logarithm
         tall, wide = np.rint(np.sqrt(area * aspect)), np.rint(np.sqrt(area / aspect))
         fits = (tall < height) & (wide < width)
         first = fits.argmax(axis=1)[:, None]
@@ -217,7 +221,7 @@ class Augmentation:
         top, left = np.floor(u["erase_top"] * (height - tall + 1)), np.floor(u["erase_left"] * (width - wide + 1))
         return np.stack([top, top + tall, left, left + wide], axis=1) * erased[:, None]
 
-    def _moved(self, images: Tensor, maps: Tensor) -> Tensor:
+    def _warp(self, images: Tensor, maps: Tensor) -> Tensor:
         """uint8 (images, height, width, channels) to float32 (images, channels, height, width) in [0, 255]."""
         n, height, width, _ = images.shape
         x, y = (torch.arange(1 - side, side, 2, device=images.device) / side for side in (width, height))
@@ -231,22 +235,22 @@ class Augmentation:
             padding_mode=self.border, align_corners=False,
         )  # fmt: skip
 
-    def _flipped(self, images: Tensor, draws: Tensor) -> Tensor:
+    def _flip(self, images: Tensor, draws: Tensor) -> Tensor:
         """What `_moved` gives where nothing turns, grows or shifts, without reading pixel by pixel."""
         batch = images.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
         if self.horizontal_flip:
-            flips = np.flatnonzero(_named(draws)["flip"] < self.horizontal_flip)
-            these = sent(flips, images.device)
+            flips = np.flatnonzero(_columns_by_name(draws)["flip"] < self.horizontal_flip)
+            these = to_device(flips, images.device)
             batch.index_copy_(0, these, batch.index_select(0, these).flip(3))
         return batch
 
 
-def _named(draws: Tensor) -> dict[str, Numbers]:
+def _columns_by_name(draws: Tensor) -> dict[str, FloatArray]:
     """The columns that decide one thing each, (images,)."""
-    return dict(zip(COLUMNS, draws.numpy().T, strict=False))
+    return dict(zip(DRAW_COLUMNS, draws.numpy().T, strict=False))
 
 
-def _colour(batch: Tensor, factors: Tensor | None, normalisation: Normalisation, out: Tensor) -> None:
+def _jitter_and_normalize(batch: Tensor, factors: Tensor | None, normalisation: Normalization, out: Tensor) -> None:
     """Jitters, clamps and normalises pixels in [0, 255].
 
     Each step is a pass over one plane or one number per image, which torch has vectorised; a matrix product of three
@@ -273,10 +277,10 @@ def luminance(batch: Tensor) -> Tensor:
     if batch.shape[1] == 1:
         return batch
     red, green, blue = (batch[:, channel : channel + 1] for channel in range(3))
-    return torch.mul(red, LUMA[0]).add_(green, alpha=LUMA[1]).add_(blue, alpha=LUMA[2])
+    return torch.mul(red, LUMA_WEIGHTS[0]).add_(green, alpha=LUMA_WEIGHTS[1]).add_(blue, alpha=LUMA_WEIGHTS[2])
 
 
-def _inside(boxes: Tensor, height: int, width: int) -> Tensor:
+def _box_mask(boxes: Tensor, height: int, width: int) -> Tensor:
     """Which pixels lie in boxes of (images, 4): top, bottom, left, right; bool (images, 1, height, width)."""
     top, bottom, left, right = boxes[:, :, None, None, None].unbind(1)  # each (images, 1, 1, 1)
     y = torch.arange(height, device=boxes.device).view(1, 1, height, 1)

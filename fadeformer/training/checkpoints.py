@@ -15,13 +15,22 @@ from typing import Any
 import torch
 
 from fadeformer.errors import UserError
-from fadeformer.io.atomic import FULL, whole_file
+from fadeformer.io.atomic import DISK_FULL_ERRNOS, atomic_write
 
-KEPT = 2
-DAMAGED = (zipfile.BadZipFile, zlib.error, OSError, RuntimeError, UnpicklingError, EOFError, LookupError, ValueError)
+MAX_CHECKPOINTS = 2
+READ_ERRORS = (
+    zipfile.BadZipFile,
+    zlib.error,
+    OSError,
+    RuntimeError,
+    UnpicklingError,
+    EOFError,
+    LookupError,
+    ValueError,
+)
 
 
-class Checkpoints:
+class CheckpointManager:
     """Checkpoints of one training, `step-00000417.pt` and so on.
 
     Args:
@@ -31,8 +40,8 @@ class Checkpoints:
 
     def __init__(self, folder: Path, minutes: float) -> None:
         self.folder = folder
-        self.seconds = 60 * minutes
-        self.saved = time.monotonic()
+        self.interval_seconds = 60 * minutes
+        self.last_saved = time.monotonic()
         for begun in folder.glob(".step-*"):  # by a process that was killed
             begun.unlink()
 
@@ -41,9 +50,9 @@ class Checkpoints:
         """Those there are, the newest first."""
         return sorted(self.folder.glob("step-*.pt"), reverse=True)
 
-    def due(self) -> bool:
+    def is_due(self) -> bool:
         """Whether the last one is older than it should be."""
-        return time.monotonic() - self.saved >= self.seconds
+        return time.monotonic() - self.last_saved >= self.interval_seconds
 
     def save(self, state: Mapping[str, Any], step: int) -> None:
         """Writes a state, and removes all but the last two.
@@ -54,21 +63,21 @@ class Checkpoints:
         buffer = io.BytesIO()
         torch.save(dict(state), buffer)
         try:
-            with whole_file(self.folder / f"step-{step:08d}.pt") as path:
+            with atomic_write(self.folder / f"step-{step:08d}.pt") as path:
                 path.write_bytes(buffer.getbuffer())
         except OSError as error:
-            if error.errno not in FULL:
+            if error.errno not in DISK_FULL_ERRNOS:
                 raise
             before = f"{self.paths[0]} is whole" if self.paths else "there is none yet"
             raise UserError(
                 f"{self.folder}: the checkpoint of step {step} could not be written ({error.strerror}); the one before,"
                 f" {before}; free some space, then run again: training goes on from there"
             ) from error
-        for path in self.paths[KEPT:]:
+        for path in self.paths[MAX_CHECKPOINTS:]:
             path.unlink()
-        self.saved = time.monotonic()
+        self.last_saved = time.monotonic()
 
-    def newest(self) -> dict[str, Any] | None:
+    def load_latest(self) -> dict[str, Any] | None:
         """The last state that can be read; None where there is no checkpoint. Damaged files are told and passed over.
 
         Raises:
@@ -76,15 +85,15 @@ class Checkpoints:
         """
         for path in self.paths:
             try:
-                return _read(path)
-            except DAMAGED as error:
+                return _load_checkpoint(path)
+            except READ_ERRORS as error:
                 warnings.warn(f"{path} is damaged ({type(error).__name__}) and passed over", stacklevel=2)
         if self.paths:
             raise UserError(f"{self.folder}: none of the checkpoints can be read; remove the folder to train afresh")
         return None
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _load_checkpoint(path: Path) -> dict[str, Any]:
     with zipfile.ZipFile(path) as file:  # torch does not look at the checksums that it writes
         if (wrong := file.testzip()) is not None:
             raise zipfile.BadZipFile(wrong)

@@ -18,9 +18,9 @@ from lightning_fabric.strategies.ddp import DDPStrategy
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from fadeformer.data.normalization import Normalisation
+from fadeformer.data.normalization import Normalization
 from fadeformer.errors import UserError
-from fadeformer.inference.forward import logits_of
+from fadeformer.inference.forward import predict_logits
 
 PRECISIONS: dict[str, Literal["32-true", "bf16-mixed", "16-mixed"]] = {
     "32": "32-true", "bf16": "bf16-mixed", "16": "16-mixed",
@@ -28,8 +28,13 @@ PRECISIONS: dict[str, Literal["32-true", "bf16-mixed", "16-mixed"]] = {
 MIB = 2**20
 
 
-def make_fabric(
-    device: torch.device, precision: str = "32", *, devices: int = 1, nodes: int = 1, freezes: bool = False
+def create_fabric(
+    device: torch.device,
+    precision: str = "32",
+    *,
+    devices: int = 1,
+    nodes: int = 1,
+    find_unused_parameters: bool = False,
 ) -> Fabric:
     """Fabric, launched: alone, or as one of the processes that torchrun has started.
 
@@ -38,7 +43,7 @@ def make_fabric(
         precision: 32, or bf16 or 16 for automatic mixed precision.
         devices: processes on each node.
         nodes: machines.
-        freezes: whether some weights are frozen for some of the time.
+        find_unused_parameters: whether some weights are frozen for some of the time.
     """
     if (device.type, precision) == ("cpu", "bf16"):
         # With AMX, oneDNN's bfloat16 products read past a matrix whose inner size is no multiple of 32, and now and
@@ -47,20 +52,20 @@ def make_fabric(
     together = devices * nodes > 1
     fabric = Fabric(
         accelerator=device.type, devices=devices, num_nodes=nodes, precision=PRECISIONS[precision],
-        strategy=DDPStrategy(find_unused_parameters=freezes) if together else "auto",
+        strategy=DDPStrategy(find_unused_parameters=find_unused_parameters) if together else "auto",
         plugins=[TorchElasticEnvironment() if together else LightningEnvironment()],
     )  # fmt: skip
     fabric.launch()
     return fabric
 
 
-def predict_together(
+def predict_distributed(
     model: nn.Module,
     pixels: NDArray[np.uint8],
     batch_size: int,
     fabric: Fabric,
-    normalisation: Normalisation,
-    each: Callable[[], None],
+    normalisation: Normalization,
+    on_batch: Callable[[], None],
 ) -> NDArray[np.float64]:
     """Logits of images in their order, (images, outputs), each computed once by one of the processes.
 
@@ -70,13 +75,13 @@ def predict_together(
         batch_size: images at once, over all processes.
         fabric: launched.
         normalisation: of the images.
-        each: called before each batch.
+        on_batch: called before each batch.
     """
     # fewer images than processes: each of them looks at all
     world, rank = (fabric.world_size, fabric.global_rank) if len(pixels) >= fabric.world_size else (1, 0)
     size = -(-batch_size // world)
     with fabric.autocast():
-        own = logits_of(model, pixels[rank::world], size, fabric.device, normalisation, each)
+        own = predict_logits(model, pixels[rank::world], size, fabric.device, normalisation, on_batch)
     if world == 1:
         return own
     every = torch.zeros((len(pixels), own.shape[1]), dtype=torch.float64, device=fabric.device)
@@ -84,7 +89,7 @@ def predict_together(
     return cast(Tensor, fabric.all_reduce(every, reduce_op="sum")).cpu().numpy()  # all but one of each sum are 0
 
 
-def peak_memory(device: torch.device) -> float:
+def peak_memory_mib(device: torch.device) -> float:
     """Largest memory so far, MiB: of the GPU since the last call, or else of this process."""
     if device.type == "cuda":
         peak: int = torch.cuda.max_memory_allocated(device)
@@ -95,7 +100,7 @@ def peak_memory(device: torch.device) -> float:
 
 
 @contextmanager
-def within_memory(batch_size: int, accumulate: int) -> Iterator[None]:
+def report_out_of_memory(batch_size: int, accumulate: int) -> Iterator[None]:
     """Turns a lack of memory into a message with a remedy.
 
     Raises:

@@ -22,37 +22,37 @@ from timm.utils.distributed import distribute_bn
 from torch import Tensor
 from tqdm import tqdm
 
-from fadeformer.data.arrays import Images
-from fadeformer.data.normalization import Normalisation
-from fadeformer.errors import Interrupted, UserError
+from fadeformer.data.arrays import SplitArrays
+from fadeformer.data.normalization import Normalization
+from fadeformer.errors import StageInterrupted, UserError
 from fadeformer.evaluation.metrics import accuracy, auc, log_loss
-from fadeformer.models.factory import new_to_backbone
+from fadeformer.models.factory import newly_initialized_modules
 from fadeformer.tasks import Task
 from fadeformer.training import sampling
 from fadeformer.training.augmentation import Augmentation
-from fadeformer.training.checkpoints import Checkpoints
-from fadeformer.training.distributed import peak_memory, predict_together, within_memory
-from fadeformer.training.optim import pace, set_learning_rate, unfreeze
-from fadeformer.training.state import Epoch, Recipe, State
+from fadeformer.training.checkpoints import CheckpointManager
+from fadeformer.training.distributed import peak_memory_mib, predict_distributed, report_out_of_memory
+from fadeformer.training.optim import lr_multiplier, set_learning_rate, set_trainable
+from fadeformer.training.state import EpochResult, Recipe, TrainingState
 
-SHOWN = 8  # ids of images in a message
+MAX_REPORTED_IDS = 8  # ids of images in a message
 
 
 def fit(
-    state: State,
-    train: Images,
-    val: Images,
+    state: TrainingState,
+    train: SplitArrays,
+    val: SplitArrays,
     *,
     task: Task,
     recipe: Recipe,
     class_weights: NDArray[np.float64],
     augmentation: Augmentation,
-    normalisation: Normalisation,
+    normalization: Normalization,
     seed: int,
     fabric: Fabric,
-    checkpoints: Checkpoints | None = None,
-    asked_to_stop: Callable[[], int] = lambda: 0,
-) -> Iterator[Epoch]:
+    checkpoints: CheckpointManager | None = None,
+    pending_signal: Callable[[], int] = lambda: 0,
+) -> Iterator[EpochResult]:
     """Trains from where the state is, and yields the result of each epoch; `state` then holds the best weights.
 
     Args:
@@ -63,11 +63,11 @@ def fit(
         recipe: how to train.
         class_weights: of the loss, (classes,).
         augmentation: random changes to each training image.
-        normalisation: of the images.
+        normalization: of the images.
         seed: of every random draw.
         fabric: launched: the device, and the other processes if there are any.
         checkpoints: where the state is kept.
-        asked_to_stop: the number of the signal that asked for it, or 0; looked at in each step.
+        pending_signal: the number of the signal that asked for it, or 0; looked at in each step.
 
     Raises:
         UserError: a loss or an output is not finite, memory or the disk is full, a batch is too small to be shared, or
@@ -88,7 +88,9 @@ def fit(
         if step < probe:
             return recipe.learning_rate
         steps = recipe.epochs * per_epoch - probe
-        return recipe.learning_rate * pace(step - probe, steps, warmup, recipe.schedule, state.plateau.rate)
+        return recipe.learning_rate * lr_multiplier(
+            step - probe, steps, warmup, recipe.schedule, state.plateau.multiplier
+        )
 
     def keep() -> None:
         if keeper is not None:
@@ -97,54 +99,56 @@ def fit(
     def leave(number: int) -> NoReturn:
         keep()
         where = f"in epoch {state.epoch + 1}, after step {state.step}"
-        raise Interrupted(f"stopped by {Signals(number).name} {where}; run again to go on from there", number)
+        raise StageInterrupted(f"stopped by {Signals(number).name} {where}; run again to go on from there", number)
 
     def leave_if_asked() -> None:
-        if number := asked_to_stop():
+        if number := pending_signal():
             leave(number)
 
     while state.epoch < recipe.epochs and state.epoch - state.best_epoch < recipe.early_stopping_patience:
         epoch, rate = state.epoch + 1, learning_rate(state.epoch * per_epoch)
         probing = epoch <= recipe.probe_epochs
         if recipe.probe_epochs:  # else what a caller has frozen stays so
-            unfreeze(state.model, new_to_backbone(state.model), only_new=probing)
+            set_trainable(state.model, newly_initialized_modules(state.model), only_new=probing)
         model.train(not probing)
-        order = sampling.draw(train.labels, task, recipe.sampling, recipe.batch_size, sampling.mix(seed, epoch, 0))
-        sampling.check_size(order, world, recipe.accumulate)
-        own = [rows[sampling.share(len(rows), rank, world)] for rows in order]  # of this process
+        order = sampling.sample_batches(
+            train.labels, task, recipe.sampling, recipe.batch_size, sampling.derive_seed(seed, epoch, 0)
+        )
+        sampling.check_batch_size(order, world, recipe.accumulate)
+        own = [rows[sampling.shard_slice(len(rows), rank, world)] for rows in order]  # of this process
         began = time.perf_counter() - state.train_seconds
-        with _bar(epoch, recipe.epochs, len(train.labels), state.seen, fabric) as bar:
-            for images in sampling.feed(train.pixels, own[state.batch :], fabric.device):
+        with _progress_bar(epoch, recipe.epochs, len(train.labels), state.seen, fabric) as bar:
+            for images in sampling.prefetch_batches(train.images, own[state.batch :], fabric.device):
                 arrived = time.perf_counter()
                 set_learning_rate(state.optimizer, learning_rate(state.step))
                 rows, count = own[state.batch], len(order[state.batch])
-                draws = augmentation.draw(count, sampling.mix(seed, epoch, 1, state.batch))
-                draws = draws[sampling.share(count, rank, world)]
+                draws = augmentation.draw_uniforms(count, sampling.derive_seed(seed, epoch, 1, state.batch))
+                draws = draws[sampling.shard_slice(count, rank, world)]
                 labels = torch.from_numpy(train.labels[rows])
-                torch.manual_seed(sampling.mix(seed, epoch, 2, state.batch) + rank)  # of dropout
+                torch.manual_seed(sampling.derive_seed(seed, epoch, 2, state.batch) + rank)  # of dropout
 
-                with within_memory(recipe.batch_size, recipe.accumulate):
+                with report_out_of_memory(recipe.batch_size, recipe.accumulate):
                     parts, right = [], torch.zeros((), device=fabric.device)
                     for number in range(recipe.accumulate):
-                        part = sampling.share(len(rows), number, recipe.accumulate)
+                        part = sampling.shard_slice(len(rows), number, recipe.accumulate)
                         truth = labels[part].to(fabric.device, non_blocking=True)
-                        targets = task.smooth(task.targets(truth, len(weights)), recipe.label_smoothing)
-                        seen = augmentation(images[part], draws[part], normalisation)
-                        seen, targets = augmentation.mix(seen, targets, draws[part])
+                        targets = task.smooth_targets(task.targets(truth, len(weights)), recipe.label_smoothing)
+                        seen = augmentation(images[part], draws[part], normalization)
+                        seen, targets = augmentation.mix_batch(seen, targets, draws[part])
                         with fabric.no_backward_sync(model, enabled=not alone and number < recipe.accumulate - 1):
                             logits = model(seen)
                             losses = task.losses(logits.float(), targets, weights, recipe.focal_gamma)
                             fabric.backward(losses.sum() * world / count)
                         parts.append(losses.detach())
-                        right += task.right(logits.detach(), truth).sum()
+                        right += task.correct(logits.detach(), truth).sum()
                     losses = torch.cat(parts)
-                    sums = torch.stack([losses.sum(), right, right.new_tensor(asked_to_stop() > 0)])
+                    sums = torch.stack([losses.sum(), right, right.new_tensor(pending_signal() > 0)])
                     loss, right_of_all, stop = cast(Tensor, fabric.all_reduce(sums, reduce_op="sum")).tolist()
                     if not math.isfinite(loss):
                         where = f"the loss is {loss} at epoch {epoch}, batch {state.batch + 1}, step {state.step + 1}"
                         wrong = ~losses.isfinite().cpu().numpy()
                         suspects = rows[wrong] if wrong.any() else rows  # none where the loss is another process's
-                        raise _diverged(where, train, suspects, learning_rate(state.step), checkpoints)
+                        raise _divergence_error(where, train, suspects, learning_rate(state.step), checkpoints)
                     if recipe.clip is not None:
                         fabric.clip_gradients(model, optimizer, max_norm=recipe.clip, error_if_nonfinite=False)
                     optimizer.step()
@@ -159,43 +163,43 @@ def fit(
                 bar.set_postfix(loss=f"{state.loss / state.seen:.3f}", refresh=False)
                 bar.update(count)
                 if stop:
-                    leave(asked_to_stop() or SIGTERM)
-                if keeper is not None and keeper.due():
+                    leave(pending_signal() or SIGTERM)
+                if keeper is not None and keeper.is_due():
                     keep()
 
         if not alone:
             # on CPUs each process has running statistics of its own
-            distribute_bn(state.judged, world, reduce=True)  # type: ignore[no-untyped-call]
+            distribute_bn(state.eval_model, world, reduce=True)  # type: ignore[no-untyped-call]
         began = time.perf_counter()
-        logits_of_val = predict_together(
-            state.judged, val.pixels, recipe.batch_size, fabric, normalisation,
-            each=leave_if_asked if alone else lambda: None,
+        logits_of_val = predict_distributed(
+            state.eval_model, val.images, recipe.batch_size, fabric, normalization,
+            on_batch=leave_if_asked if alone else lambda: None,
         )  # fmt: skip
         if not np.isfinite(logits_of_val).all():
             wrong = np.flatnonzero(~np.isfinite(logits_of_val).all(axis=1))
             where = f"outputs on val are not finite after epoch {epoch}"
-            raise _diverged(where, val, wrong, learning_rate(state.step - 1), checkpoints)
+            raise _divergence_error(where, val, wrong, learning_rate(state.step - 1), checkpoints)
         scores = task.probabilities(logits_of_val)
         val_loss, val_auc = log_loss(val.labels, scores, task), auc(val.labels, scores, task)
         val_accuracy = accuracy(val.labels, scores, task)
         cost = state.train_seconds, state.device_seconds, time.perf_counter() - began
-        result = Epoch(
+        result = EpochResult(
             epoch, state.loss / state.seen, state.right / state.seen, val_loss, val_accuracy, val_auc, rate,
-            *cost, peak_memory(fabric.device),
+            *cost, peak_memory_mib(fabric.device),
         )  # fmt: skip
-        state.finish(result, _score(result, recipe.monitor))
+        state.end_epoch(result, _monitored_value(result, recipe.monitor))
         keep()
         yield result
 
 
-def _bar(epoch: int, epochs: int, images: int, seen: int, fabric: Fabric) -> tqdm:  # type: ignore[type-arg]
+def _progress_bar(epoch: int, epochs: int, images: int, seen: int, fabric: Fabric) -> tqdm:  # type: ignore[type-arg]
     """Progress of an epoch with images per second and the time left; none where nobody looks at it."""
     disable = None if fabric.global_rank == 0 else True
     title = f"epoch {epoch}/{epochs}"
     return tqdm(total=images, initial=seen, desc=title, unit=" images", leave=False, disable=disable, smoothing=0.1)
 
 
-def _score(result: Epoch, monitor: str) -> float:
+def _monitored_value(result: EpochResult, monitor: str) -> float:
     """How good an epoch was, more is better."""
     if monitor == "loss":
         return -result.val_loss
@@ -207,11 +211,13 @@ def _score(result: Epoch, monitor: str) -> float:
     return value
 
 
-def _diverged(
-    what: str, images: Images, rows: NDArray[np.int64], learning_rate: float, checkpoints: Checkpoints | None
+def _divergence_error(
+    what: str, images: SplitArrays, rows: NDArray[np.int64], learning_rate: float, checkpoints: CheckpointManager | None
 ) -> UserError:
     ids = images.index["id"].to_numpy()[rows] if "id" in images.index else rows
-    told = ", ".join(map(str, ids[:SHOWN])) + (f" and {len(ids) - SHOWN} more" if len(ids) > SHOWN else "")
+    told = ", ".join(map(str, ids[:MAX_REPORTED_IDS])) + (
+        f" and {len(ids) - MAX_REPORTED_IDS} more" if len(ids) > MAX_REPORTED_IDS else ""
+    )
     kept = f"; the last good checkpoint is {checkpoints.paths[0]}" if checkpoints and checkpoints.paths else ""
     return UserError(
         f"training has diverged: {what}, on the images {told}; lower train.learning_rate (now {learning_rate:g}), set"

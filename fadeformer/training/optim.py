@@ -13,7 +13,7 @@ from torch import nn
 from fadeformer.errors import UserError
 
 
-def make_optimizer(
+def create_optimizer(
     model: nn.Module, name: str, learning_rate: float, weight_decay: float, layer_decay: float
 ) -> torch.optim.Optimizer:
     """An optimiser of timm's by name; each group of weights has its share of the learning rate as `lr_scale`.
@@ -48,7 +48,7 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) ->
         group["lr"] = learning_rate * group.get("lr_scale", 1.0)
 
 
-def pace(
+def lr_multiplier(
     step: int, steps: int, warmup: int, schedule: Literal["cosine", "plateau", "constant"], plateau: float
 ) -> float:
     """By what the learning rate is multiplied at a step.
@@ -70,7 +70,7 @@ def pace(
     return plateau if schedule == "plateau" else 1.0
 
 
-def unfreeze(model: nn.Module, new: Sequence[nn.Module], only_new: bool) -> None:
+def set_trainable(model: nn.Module, new: Sequence[nn.Module], only_new: bool) -> None:
     """Lets all weights learn, or only those of the modules that are new to the backbone."""
     for weight in model.parameters():
         weight.requires_grad_(not only_new)
@@ -78,7 +78,7 @@ def unfreeze(model: nn.Module, new: Sequence[nn.Module], only_new: bool) -> None
         module.requires_grad_(True)
 
 
-class Plateau:
+class PlateauSchedule:
     """Lowers the learning rate when a loss has stopped falling: torch's `ReduceLROnPlateau`, on a rate of 1.
 
     Args:
@@ -91,13 +91,13 @@ class Plateau:
         self.scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(unit, factor=factor, patience=patience)
 
     @property
-    def rate(self) -> float:
+    def multiplier(self) -> float:
         """What has become of 1."""
         return float(self.scheduler.optimizer.param_groups[0]["lr"])
 
     def state_dict(self) -> dict[str, Any]:
         """All that changes."""
-        return {"rate": self.rate, "scheduler": self.scheduler.state_dict()}
+        return {"rate": self.multiplier, "scheduler": self.scheduler.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes up what `state_dict` gave."""

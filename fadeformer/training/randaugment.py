@@ -20,7 +20,7 @@ from torch import Tensor
 from torchvision.transforms import functional as v1  # type: ignore[import-untyped]
 from torchvision.transforms.v2 import functional as v2  # type: ignore[import-untyped]
 
-STEPS = 31  # strengths, 0 to 30
+NUM_MAGNITUDES = 31  # strengths, 0 to 30
 
 
 @dataclass(frozen=True)
@@ -36,18 +36,18 @@ class Operation:
     """
 
     apply: Callable[[Tensor, float], Tensor]
-    weakest: float = 0.0
-    strongest: float = 0.0
+    min_strength: float = 0.0
+    max_strength: float = 0.0
     signed: bool = False
     side: int | None = None
 
     def strength(self, magnitude: int, size: tuple[int, int]) -> float:
         """At a magnitude from 0 to 30, for images of (height, width) pixels; rounded to float32 as torchvision's."""
         unit = 1.0 if self.side is None else size[self.side]
-        return float(torch.linspace(self.weakest, self.strongest * unit, STEPS)[magnitude])
+        return float(torch.linspace(self.min_strength, self.max_strength * unit, NUM_MAGNITUDES)[magnitude])
 
 
-def _moved(images: Tensor, shear: tuple[float, float] = (0, 0), shift: tuple[float, float] = (0, 0)) -> Tensor:
+def _affine(images: Tensor, shear: tuple[float, float] = (0, 0), shift: tuple[float, float] = (0, 0)) -> Tensor:
     """Sheared by pixels per pixel (x, y) about the upper left corner, then shifted by whole pixels."""
     degrees = [math.degrees(math.atan(by)) for by in shear]
     pixels = [int(by) for by in shift]
@@ -55,7 +55,7 @@ def _moved(images: Tensor, shear: tuple[float, float] = (0, 0), shift: tuple[flo
     return moved
 
 
-def _sharpened(images: Tensor, factor: float) -> Tensor:
+def _adjust_sharpness(images: Tensor, factor: float) -> Tensor:
     """With the channels last, as its convolution of single channels is twice as fast so on a CPU, to the same bytes."""
     sharpened: Tensor = v1.adjust_sharpness(images.contiguous(memory_format=torch.channels_last), factor)
     return sharpened
@@ -64,15 +64,15 @@ def _sharpened(images: Tensor, factor: float) -> Tensor:
 # In torchvision's order. On a GPU its affine kernels send their six numbers in a copy that waits for the device.
 OPERATIONS = {
     "Identity": Operation(lambda images, _: images),
-    "ShearX": Operation(lambda images, by: _moved(images, shear=(by, 0)), 0, 0.3, signed=True),
-    "ShearY": Operation(lambda images, by: _moved(images, shear=(0, by)), 0, 0.3, signed=True),
-    "TranslateX": Operation(lambda images, by: _moved(images, shift=(by, 0)), 0, 150 / 331, signed=True, side=1),
-    "TranslateY": Operation(lambda images, by: _moved(images, shift=(0, by)), 0, 150 / 331, signed=True, side=0),
+    "ShearX": Operation(lambda images, by: _affine(images, shear=(by, 0)), 0, 0.3, signed=True),
+    "ShearY": Operation(lambda images, by: _affine(images, shear=(0, by)), 0, 0.3, signed=True),
+    "TranslateX": Operation(lambda images, by: _affine(images, shift=(by, 0)), 0, 150 / 331, signed=True, side=1),
+    "TranslateY": Operation(lambda images, by: _affine(images, shift=(0, by)), 0, 150 / 331, signed=True, side=0),
     "Rotate": Operation(lambda images, degrees: v2.rotate(images, degrees), 0, 30, signed=True),
     "Brightness": Operation(lambda images, by: v2.adjust_brightness(images, 1 + by), 0, 0.9, signed=True),
     "Color": Operation(lambda images, by: v1.adjust_saturation(images, 1 + by), 0, 0.9, signed=True),
     "Contrast": Operation(lambda images, by: v2.adjust_contrast(images, 1 + by), 0, 0.9, signed=True),
-    "Sharpness": Operation(lambda images, by: _sharpened(images, 1 + by), 0, 0.9, signed=True),
+    "Sharpness": Operation(lambda images, by: _adjust_sharpness(images, 1 + by), 0, 0.9, signed=True),
     "Posterize": Operation(lambda images, bits: v2.posterize(images, round(bits)), 8, 4),
     "Solarize": Operation(lambda images, threshold: v2.solarize(images, threshold), 255, 0),
     "AutoContrast": Operation(lambda images, _: v1.autocontrast(images)),
@@ -98,7 +98,7 @@ def randaugment(images: Tensor, draws: Tensor, magnitude: int) -> Tensor:
         drawn = (column * 2 * len(table)).astype(np.int64)  # 2 * operation + sign
         order = np.argsort(drawn, kind="stable")
         kinds, counts = np.unique(drawn, return_counts=True)
-        there, back = sent(np.stack([order, np.argsort(order)]), batch.device)
+        there, back = to_device(np.stack([order, np.argsort(order)]), batch.device)
         groups = batch.index_select(0, there).tensor_split(np.cumsum(counts)[:-1].tolist())
         done = []
         for kind, group in zip(kinds.tolist(), groups, strict=True):
@@ -109,7 +109,7 @@ def randaugment(images: Tensor, draws: Tensor, magnitude: int) -> Tensor:
     return batch.permute(0, 2, 3, 1)
 
 
-def sent(numbers: np.ndarray, device: torch.device) -> Tensor:
+def to_device(numbers: np.ndarray, device: torch.device) -> Tensor:
     """Numbers of the host on the device, without waiting for what the device has still to do."""
     held = torch.from_numpy(numbers)
     return held.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else held.to(device)

@@ -20,15 +20,15 @@ from fadeformer.errors import UserError
 from fadeformer.tasks import Task
 
 Rows = NDArray[np.int64]
-AHEAD = 2  # batches gathered before they are asked for
+PREFETCH_BATCHES = 2  # batches gathered before they are asked for
 
 
-def mix(*numbers: int) -> int:
+def derive_seed(*numbers: int) -> int:
     """A seed for each use of randomness, unlike all others: of the seed, the epoch and so on."""
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
 
 
-def draw(
+def sample_batches(
     labels: NDArray[np.int64], task: Task, sampling: Literal["weighted", "uniform"], batch_size: int, seed: int
 ) -> list[Rows]:
     """The batches of an epoch: as few as hold all draws, and as even as can be, so that none is left with one image.
@@ -52,7 +52,7 @@ def draw(
     return np.array_split(order, -(-count // batch_size))
 
 
-def share(count: int, part: int, parts: int) -> slice:
+def shard_slice(count: int, part: int, parts: int) -> slice:
     """The images of one of several parts of a batch, which are as even as can be.
 
     Args:
@@ -63,7 +63,7 @@ def share(count: int, part: int, parts: int) -> slice:
     return slice(count * part // parts, count * (part + 1) // parts)
 
 
-def check_size(order: Sequence[Rows], devices: int, accumulate: int) -> None:
+def check_batch_size(order: Sequence[Rows], devices: int, accumulate: int) -> None:
     """Check that each part of a batch has two images or more, which batch normalization and mixing need.
 
     Raises:
@@ -96,7 +96,7 @@ def sampling_weights(labels: NDArray[np.int64], task: Task) -> NDArray[np.float6
     return np.where(present.any(axis=1), rarity, 1.0 / max(1, int((~present.any(axis=1)).sum())))
 
 
-def feed(pixels: NDArray[np.uint8], order: Sequence[Rows], device: torch.device) -> Iterator[Tensor]:
+def prefetch_batches(pixels: NDArray[np.uint8], order: Sequence[Rows], device: torch.device) -> Iterator[Tensor]:
     """The images of each batch on a device, gathered before they are asked for.
 
     Args:
@@ -115,7 +115,9 @@ def feed(pixels: NDArray[np.uint8], order: Sequence[Rows], device: torch.device)
         return batch
 
     with ThreadPoolExecutor(1, "gather") as pool:
-        waiting = deque(pool.submit(gather, rows) for rows in order[:AHEAD])
+        waiting = deque(pool.submit(gather, rows) for rows in order[:PREFETCH_BATCHES])
         for number in range(len(order)):
-            waiting.extend(pool.submit(gather, rows) for rows in order[number + AHEAD : number + AHEAD + 1])
+            waiting.extend(
+                pool.submit(gather, rows) for rows in order[number + PREFETCH_BATCHES : number + PREFETCH_BATCHES + 1]
+            )
             yield waiting.popleft().result().to(device, non_blocking=True)

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal
 from timm.utils.model_ema import ModelEmaV3
 from torch import Tensor, nn, optim
 
-from fadeformer.training.optim import Plateau, make_optimizer
+from fadeformer.training.optim import PlateauSchedule, create_optimizer
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class Recipe:
 
 
 @dataclass(frozen=True)
-class Epoch:
+class EpochResult:
     """Results of one epoch: losses, accuracies and AUC in [0, 1], and the learning rate it began with.
 
     What it cost: seconds of training, of training without waiting for images, and of validation, and the largest
@@ -81,11 +81,11 @@ class Epoch:
     memory_mib: float
 
 
-COST = ("train_seconds", "device_seconds", "val_seconds", "memory_mib")
+COST_FIELDS = ("train_seconds", "device_seconds", "val_seconds", "memory_mib")
 
 
 @dataclass
-class State:
+class TrainingState:
     """All that changes while a network is trained.
 
     Attributes:
@@ -109,7 +109,7 @@ class State:
 
     model: nn.Module
     optimizer: optim.Optimizer
-    plateau: Plateau
+    plateau: PlateauSchedule
     ema: ModelEmaV3 | None
     epoch: int = 0
     batch: int = 0
@@ -122,16 +122,16 @@ class State:
     best: float = -math.inf
     best_epoch: int = 0
     best_weights: dict[str, Tensor] = field(default_factory=dict)
-    history: list[Epoch] = field(default_factory=list)
+    history: list[EpochResult] = field(default_factory=list)
 
-    PARTS: ClassVar = ("model", "optimizer", "plateau", "ema")
+    STATEFUL_FIELDS: ClassVar = ("model", "optimizer", "plateau", "ema")
 
     @property
-    def judged(self) -> nn.Module:
+    def eval_model(self) -> nn.Module:
         """The network that is judged and kept."""
         return self.model if self.ema is None else self.ema.module
 
-    def finish(self, result: Epoch, score: float) -> None:
+    def end_epoch(self, result: EpochResult, score: float) -> None:
         """Notes what an epoch came to; the weights are kept if no epoch before had as high a score."""
         self.epoch, self.history = result.epoch, [*self.history, result]
         self.batch, self.seen, self.loss, self.right = 0, 0, 0.0, 0.0
@@ -139,30 +139,32 @@ class State:
         self.plateau.scheduler.step(result.val_loss)
         if score > self.best:
             self.best, self.best_epoch = score, result.epoch
-            weights = self.judged.state_dict()
+            weights = self.eval_model.state_dict()
             self.best_weights = {name: value.detach().cpu().clone() for name, value in weights.items()}
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and plain values, as a checkpoint holds them."""
-        parts = {name: None if (part := getattr(self, name)) is None else part.state_dict() for name in self.PARTS}
-        plain = {name: value for name, value in vars(self).items() if name not in self.PARTS}
+        parts = {
+            name: None if (part := getattr(self, name)) is None else part.state_dict() for name in self.STATEFUL_FIELDS
+        }
+        plain = {name: value for name, value in vars(self).items() if name not in self.STATEFUL_FIELDS}
         return {**plain, **parts, "history": [asdict(epoch) for epoch in self.history]}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Takes up what `state_dict` gave."""
-        for name in self.PARTS:
+        for name in self.STATEFUL_FIELDS:
             if getattr(self, name) is not None:
                 getattr(self, name).load_state_dict(state[name])
-        vars(self).update({name: value for name, value in state.items() if name not in self.PARTS})
-        self.history = [Epoch(**epoch) for epoch in state["history"]]
+        vars(self).update({name: value for name, value in state.items() if name not in self.STATEFUL_FIELDS})
+        self.history = [EpochResult(**epoch) for epoch in state["history"]]
 
 
-def start(model: nn.Module, recipe: Recipe) -> State:
+def create_training_state(model: nn.Module, recipe: Recipe) -> TrainingState:
     """A network, not yet trained and on its device, with all that its training needs.
 
     Raises:
         UserError: timm knows no optimiser of that name.
     """
-    optimizer = make_optimizer(model, recipe.optimizer, recipe.learning_rate, recipe.weight_decay, recipe.layer_decay)
+    optimizer = create_optimizer(model, recipe.optimizer, recipe.learning_rate, recipe.weight_decay, recipe.layer_decay)
     ema = ModelEmaV3(model, decay=recipe.ema, use_warmup=True) if recipe.ema else None
-    return State(model, optimizer, Plateau(recipe.plateau_factor, recipe.plateau_patience), ema)
+    return TrainingState(model, optimizer, PlateauSchedule(recipe.plateau_factor, recipe.plateau_patience), ema)

@@ -7,13 +7,13 @@ from pathlib import Path
 
 from pipelines.orchestration import drift_check
 from pipelines.registry import resolve
-from pipelines.runner import Ended
+from pipelines.runner import CommandResult
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Which images, which model, and where to write."""
     parser.add_argument("paths", nargs="+", metavar="PATH", help="image, DICOM file, folder, zip or pattern")
-    parser.add_argument("--model", required=True, help=resolve.HELP)
+    parser.add_argument("--model", required=True, help=resolve.MODEL_HELP)
     parser.add_argument(
         "--out", type=Path, default=Path("reports/drift"), metavar="DIR", help="folder (default: reports/drift)"
     )
@@ -22,6 +22,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def run(arguments: argparse.Namespace) -> Ended:
+def run(arguments: argparse.Namespace) -> CommandResult:
     """Compares, and writes a page and the same as JSON."""
-    return drift_check.compare(arguments.paths, arguments.model, arguments.out, arguments.most)
+    return drift_check.check_drift(arguments.paths, arguments.model, arguments.out, arguments.most)

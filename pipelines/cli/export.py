@@ -27,6 +27,8 @@ def run(arguments: argparse.Namespace) -> str:
     suffix = {"onnx": ".onnx", "program": ".pt2"}[arguments.format]
     if arguments.out.suffix != suffix:  # torch refuses or changes others
         raise UserError(f"--out {arguments.out}: the name of a file of this format ends with {suffix}")
-    files = model_files.find(package.data(package.fetch(arguments.model)), arguments.model)
-    difference = export.export(Classifier.load(files, torch.device("cpu")), arguments.format, arguments.out)
+    files = model_files.find_model_files(
+        package.find_data_folder(package.fetch_package(arguments.model)), arguments.model
+    )
+    difference = export.export_model(Classifier.load(files, torch.device("cpu")), arguments.format, arguments.out)
     return f"{arguments.out} gives the scores of {arguments.model}, to {difference:.1g} on random images"

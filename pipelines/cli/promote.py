@@ -35,5 +35,7 @@ def run(arguments: argparse.Namespace) -> str:
 
     if not arguments.rollback:
         return promote.main(reason or None)
-    wanted = arguments.model or promote.model_name(schema.load(paths.PARAMS).promote, arrays.read_meta(paths.PROCESSED))
+    wanted = arguments.model or promote.model_name(
+        schema.load_params(paths.PARAMS).promote, arrays.read_metadata(paths.PROCESSED)
+    )
     return promote.roll_back(wanted, arguments.to, reason)

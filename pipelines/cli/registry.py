@@ -19,13 +19,13 @@ def run(arguments: argparse.Namespace) -> str:
     """Prints the ledger."""
     from pipelines.registry import ledger, tables
 
-    entries = ledger.history(arguments.model)
+    entries = ledger.read_entries(arguments.model)
     if not entries:
         of = f" about {arguments.model}" if arguments.model else ""
-        raise UserError(f"{ledger.path()}: nothing was decided{of} yet; `dvc repro` decides")
+        raise UserError(f"{ledger.ledger_path()}: nothing was decided{of} yet; `dvc repro` decides")
     if arguments.json:
         for entry in entries:
             print(json.dumps(entry, ensure_ascii=False))
     else:
-        tables.show_history(entries)
-    return f"{len(entries)} decisions in {ledger.path()}"
+        tables.print_ledger(entries)
+    return f"{len(entries)} decisions in {ledger.ledger_path()}"

@@ -31,13 +31,13 @@ def run(arguments: argparse.Namespace) -> str:
     limits = (arguments.max_mebibytes, arguments.max_images, arguments.max_pixels)
     if any(limit is not None and limit < 1 for limit in limits):
         raise UserError("--max-mebibytes, --max-images and --max-pixels are whole numbers above 0")
-    folder = package.fetch(arguments.model)
+    folder = package.fetch_package(arguments.model)
     for name in [name for name in sys.modules if name.split(".")[0] == "fadeformer"]:
         del sys.modules[name]  # the package brings its own
     logging.getLogger("mlflow").setLevel(logging.ERROR)  # its warnings quote what was sent
     config = {} if arguments.max_pixels is None else {"max_pixels": arguments.max_pixels}
-    model = package.load(folder, config)
-    app = http.app(model, max_bytes=arguments.max_mebibytes * MEBIBYTE, max_images=arguments.max_images)
+    model = package.load_pyfunc(folder, config)
+    app = http.create_app(model, max_bytes=arguments.max_mebibytes * MEBIBYTE, max_images=arguments.max_images)
     print(f"serve: {arguments.model} at http://{arguments.host}:{arguments.port}/invocations", flush=True)
     uvicorn.run(
         app, host=arguments.host, port=arguments.port, access_log=False, log_level="warning", server_header=False

@@ -12,25 +12,25 @@ from ruamel.yaml.error import YAMLError
 from fadeformer.config import schema
 from pipelines import paths, runner
 
-LOCK, PROCESSES = Path("dvc.lock"), Path(".dvc/tmp/rwlock")
+DVC_LOCK, DVC_RWLOCK = Path("dvc.lock"), Path(".dvc/tmp/rwlock")
 
 
 def main() -> str:
     """Repair DVC's files and check params.yaml."""
-    repair()
-    wanted = schema.load(paths.PARAMS)
+    repair_dvc_files()
+    wanted = schema.load_params(paths.PARAMS)
     return f"{paths.PARAMS} is valid: {wanted.dataset.name}, {wanted.model.backbone}, seed {wanted.seed}"
 
 
-def repair() -> None:
+def repair_dvc_files() -> None:
     """Restore a damaged dvc.lock from git, or remove it; remove a damaged list of DVC's processes."""
-    if PROCESSES.is_file() and not _is_mapping(PROCESSES.read_text(errors="replace")):
-        PROCESSES.unlink()
-        print(f"{PROCESSES} was damaged and is removed")
-    if LOCK.is_file() and not _is_mapping(LOCK.read_text(errors="replace")):
-        LOCK.unlink()
-        subprocess.run(["git", "checkout", "--quiet", "--", LOCK], capture_output=True, check=False)
-        print(f"{LOCK} was damaged and is {'restored from git' if LOCK.exists() else 'removed'}")
+    if DVC_RWLOCK.is_file() and not _is_mapping(DVC_RWLOCK.read_text(errors="replace")):
+        DVC_RWLOCK.unlink()
+        print(f"{DVC_RWLOCK} was damaged and is removed")
+    if DVC_LOCK.is_file() and not _is_mapping(DVC_LOCK.read_text(errors="replace")):
+        DVC_LOCK.unlink()
+        subprocess.run(["git", "checkout", "--quiet", "--", DVC_LOCK], capture_output=True, check=False)
+        print(f"{DVC_LOCK} was damaged and is {'restored from git' if DVC_LOCK.exists() else 'removed'}")
 
 
 def _is_mapping(text: str) -> bool:

@@ -14,10 +14,10 @@ from ruamel.yaml import YAML
 
 from fadeformer.config import schema
 from fadeformer.errors import UserError
-from fadeformer.io.atomic import whole_file
+from fadeformer.io.atomic import atomic_write
 
 
-def apply(path: Path, changes: Mapping[str, Any]) -> None:
+def apply_overrides(path: Path, changes: Mapping[str, Any]) -> None:
     """Writes changes into params.yaml, checked first, its comments kept.
 
     Args:
@@ -31,36 +31,36 @@ def apply(path: Path, changes: Mapping[str, Any]) -> None:
     yaml.preserve_quotes = True
     yaml.width = 1000
     yaml.representer.add_representer(type(None), lambda r, _: r.represent_scalar("tag:yaml.org,2002:null", "null"))
-    schema.load(path)  # whatever is wrong with it is told by key
+    schema.load_params(path)  # whatever is wrong with it is told by key
     document = yaml.load(path)
-    _merge(document, changes)
+    _merge_into_document(document, changes)
     text = io.StringIO()
     yaml.dump(document, text)
-    schema.parse(YAML(typ="safe").load(text.getvalue()), str(path))
-    with whole_file(path) as temporary:
+    schema.parse_params(YAML(typ="safe").load(text.getvalue()), str(path))
+    with atomic_write(path) as temporary:
         temporary.write_text(text.getvalue(), encoding="utf-8")
 
 
 @contextmanager
-def applied(path: Path, changes: Mapping[str, Any]) -> Iterator[None]:
+def temporary_overrides(path: Path, changes: Mapping[str, Any]) -> Iterator[None]:
     """The same for the length of a block; then the file is again what it was, unless it was edited in between."""
     if not changes:
         yield
         return
     before = path.read_bytes()
-    apply(path, changes)
+    apply_overrides(path, changes)
     during = path.read_bytes()
     try:
         yield
     finally:
         if path.read_bytes() == during:
-            with whole_file(path) as temporary:
+            with atomic_write(path) as temporary:
                 temporary.write_bytes(before)
         else:
             print(f"{path} was edited during the run: it keeps that edit, and the run's overrides {dict(changes)}")
 
 
-def partial(section: type[BaseModel], key: str, present: Present) -> type[BaseModel]:
+def optional_section(section: type[BaseModel], key: str, present: CurrentParams) -> type[BaseModel]:
     """A section of params.yaml of which every key may be left out; Prefect makes a form of it.
 
     Args:
@@ -73,18 +73,18 @@ def partial(section: type[BaseModel], key: str, present: Present) -> type[BaseMo
         called = f"{key}.{field.alias or name}"
         inner = next((c for c in (field.annotation, *get_args(field.annotation)) if _is_section(c)), None)
         if inner is not None:
-            kind: Any = partial(inner, called, present)
+            kind: Any = optional_section(inner, called, present)
             begins = kind() if any(other.startswith(f"{called}.") for other in present.values) else None
             kind = kind if inner is field.annotation else kind | None
         else:
             kind = Annotated[field.annotation, *field.metadata] if field.metadata else field.annotation
             begins = present.values.get(called)
-        fields[name] = (kind, Field(default=begins, alias=field.alias, description=present.told.get(called)))
+        fields[name] = (kind, Field(default=begins, alias=field.alias, description=present.comments.get(called)))
     name = section.__name__.replace("Params", "Overrides")
     return create_model(name, __config__=ConfigDict(extra="forbid", serialize_by_alias=True), **fields)
 
 
-class Present(NamedTuple):
+class CurrentParams(NamedTuple):
     """What params.yaml says now, by dotted keys.
 
     Attributes:
@@ -93,15 +93,15 @@ class Present(NamedTuple):
     """
 
     values: Mapping[str, Any]
-    told: Mapping[str, str]
+    comments: Mapping[str, str]
 
 
-def present(path: Path) -> Present:
+def read_current_params(path: Path) -> CurrentParams:
     """Reads params.yaml, which must be valid."""
-    return Present(schema.load(path).flat(), comments(path.read_text(encoding="utf-8")))
+    return CurrentParams(schema.load_params(path).as_flat_dict(), parse_comments(path.read_text(encoding="utf-8")))
 
 
-def comments(text: str) -> dict[str, str]:
+def parse_comments(text: str) -> dict[str, str]:
     """The comment beside each key of params.yaml, by its dotted name, and those of the lines below it that go on."""
     found: dict[str, str] = {}
     above: list[tuple[int, str]] = []  # indents and names of the sections around a line
@@ -119,7 +119,7 @@ def comments(text: str) -> dict[str, str]:
     return found
 
 
-def nested(flat: Mapping[str, Any]) -> dict[str, Any]:
+def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
     """Dotted keys as sections: {"train.epochs": 3} as {"train": {"epochs": 3}}."""
     found: dict[str, Any] = {}
     for key, value in flat.items():
@@ -131,27 +131,27 @@ def nested(flat: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-def merged(below: Mapping[str, Any], *above: Mapping[str, Any]) -> dict[str, Any]:
+def deep_merge(below: Mapping[str, Any], *above: Mapping[str, Any]) -> dict[str, Any]:
     """Nested values with others laid over them, section by section; of two values the later counts."""
     found = dict(below)
     for layer in above:
         for key, value in layer.items():
             both = isinstance(value, Mapping) and isinstance(found.get(key), Mapping)
-            found[key] = merged(found[key], value) if both else value
+            found[key] = deep_merge(found[key], value) if both else value
     return found
 
 
-def given(section: BaseModel | None) -> dict[str, Any]:
+def explicit_values(section: BaseModel | None) -> dict[str, Any]:
     """The keys of a partial section that were given."""
     return {} if section is None else section.model_dump(exclude_unset=True, by_alias=True)
 
 
-def _merge(document: Any, changes: Mapping[str, Any]) -> None:
+def _merge_into_document(document: Any, changes: Mapping[str, Any]) -> None:
     for key, value in changes.items():
         if key not in document:
             raise UserError(f"params.yaml has no key {key}")
         if isinstance(value, Mapping) and isinstance(document[key], Mapping):
-            _merge(document[key], value)
+            _merge_into_document(document[key], value)
         elif document[key] == value and isinstance(document[key], bool) == isinstance(value, bool):
             continue  # it stays as it is written there
         elif isinstance(value, list) and isinstance(document[key], list):

@@ -11,16 +11,16 @@ from fadeformer.errors import UserError
 from pipelines import paths, runner
 from pipelines.config import overrides
 
-PRESETS = Path(__file__).resolve().parent / "presets"
+PRESET_FOLDER = Path(__file__).resolve().parent / "presets"
 
 
 def main() -> str:
     """Applies the preset that the first argument names."""
-    names = sorted(path.stem for path in PRESETS.glob("*.yaml"))
+    names = sorted(path.stem for path in PRESET_FOLDER.glob("*.yaml"))
     if len(sys.argv) != 2 or sys.argv[1] not in names:
         raise UserError(f"usage: make preset NAME=...; there are: {', '.join(names)}")
-    changes = YAML(typ="safe").load(PRESETS / f"{sys.argv[1]}.yaml")
-    overrides.apply(paths.PARAMS, changes)
+    changes = YAML(typ="safe").load(PRESET_FOLDER / f"{sys.argv[1]}.yaml")
+    overrides.apply_overrides(paths.PARAMS, changes)
     return f"params.yaml now holds the recipe {sys.argv[1]}; `git diff params.yaml` shows what changed"
 
 

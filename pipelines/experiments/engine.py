@@ -15,18 +15,18 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from fadeformer.config.schema import Params
-from fadeformer.errors import PassingError
+from fadeformer.errors import TransientError
 from fadeformer.io.atomic import checksum
 from pipelines.experiments import results
-from pipelines.experiments.results import Result
+from pipelines.experiments.results import RunResult
 
-INTERVAL = 2.0  # seconds between two looks at the runs
-DATA = ("dataset", "split", "validate", "preprocess")  # sections of params.yaml that decide the images
-TRAINING = (*DATA, "seed", "model", "augment", "train")  # and the model
+POLL_INTERVAL = 2.0  # seconds between two looks at the runs
+DATA_SECTIONS = ("dataset", "split", "validate", "preprocess")  # sections of params.yaml that decide the images
+TRAINING_SECTIONS = (*DATA_SECTIONS, "seed", "model", "augment", "train")  # and the model
 
 
 @dataclass(frozen=True)
-class Run:
+class PipelineRun:
     """One run of the pipeline.
 
     Attributes:
@@ -37,84 +37,84 @@ class Run:
     """
 
     name: str
-    values: Mapping[str, Any] = field(compare=False)
-    until: str = "evaluate"
+    params: Mapping[str, Any] = field(compare=False)
+    last_stage: str = "evaluate"
     trial: str = ""
 
 
 @dataclass(frozen=True)
-class Status:
+class RunStatus:
     """State of a run (a scheduled one is running), why it failed, and the experiment of a completed one."""
 
     state: Literal["Running", "Completed", "Stopped", "Failed"]
     message: str = ""
-    result: Result | None = None
+    result: RunResult | None = None
 
 
 class Runner(Protocol):
     """Executes runs."""
 
-    def start(self, run: Run) -> None:
+    def start(self, run: PipelineRun) -> None:
         """Start a run, or find it where an earlier command has started it."""
 
-    def status(self, run: Run) -> Status:
+    def status(self, run: PipelineRun) -> RunStatus:
         """Return the status of a run that was started."""
 
-    def stop(self, runs: Iterable[Run]) -> None:
+    def stop(self, runs: Iterable[PipelineRun]) -> None:
         """Ask runs to stop; training writes a checkpoint first."""
 
 
 class Plan(Protocol):
     """Decides which runs there are."""
 
-    def next(self) -> Run | None:
+    def next_run(self) -> PipelineRun | None:
         """Return the next run; None if there is none."""
 
-    def hopeless(self, run: Run) -> bool:
+    def should_prune(self, run: PipelineRun) -> bool:
         """Return True if a run is not worth its remaining epochs."""
         return False
 
-    def ended(self, run: Run, status: Status) -> None:
+    def on_run_end(self, run: PipelineRun, status: RunStatus) -> None:
         """Take note of how a run ended."""
 
 
-class Listed(Plan):
+class ListPlan(Plan):
     """A plan of runs that are known from the start, by any key.
 
     Attributes:
         statuses: of the runs that have ended, by key.
     """
 
-    def __init__(self, runs: Mapping[str, Run]) -> None:
+    def __init__(self, runs: Mapping[str, PipelineRun]) -> None:
         self._keys = {run: key for key, run in runs.items()}
         self._waiting = iter(runs.values())
-        self.statuses: dict[str, Status] = {}
+        self.statuses: dict[str, RunStatus] = {}
 
-    def next(self) -> Run | None:
+    def next_run(self) -> PipelineRun | None:
         """Return the next run of the list."""
         return next(self._waiting, None)
 
-    def ended(self, run: Run, status: Status) -> None:
+    def on_run_end(self, run: PipelineRun, status: RunStatus) -> None:
         """Keep the status; the other runs go on."""
         self.statuses[self._keys[run]] = status
         print(f"{self._keys[run]}: {status.message or status.state.lower()}", flush=True)
 
 
-def execute(plan: Plan, runner: Runner, at_once: int) -> None:
+def execute(plan: Plan, runner: Runner, max_parallel: int) -> None:
     """Run everything that a plan asks for.
 
     Args:
         plan: says what.
         runner: executes it. A signal or an error stops all runs, except a `PassingError`: their server is away, they
             go on, and the next call finds them.
-        at_once: runs side by side.
+        max_parallel: runs side by side.
     """
-    running: list[Run] = []
+    running: list[PipelineRun] = []
     try:
         while True:
-            while len(running) < at_once and (run := plan.next()):
-                if run.until and (result := results.find(run.name)):
-                    plan.ended(run, Status("Completed", "finished before", result))
+            while len(running) < max_parallel and (run := plan.next_run()):
+                if run.last_stage and (result := results.find_result(run.name)):
+                    plan.on_run_end(run, RunStatus("Completed", "finished before", result))
                 else:
                     runner.start(run)
                     running.append(run)
@@ -123,26 +123,26 @@ def execute(plan: Plan, runner: Runner, at_once: int) -> None:
             for run in list(running):
                 status = runner.status(run)
                 if status.state == "Running":
-                    if plan.hopeless(run):
+                    if plan.should_prune(run):
                         runner.stop([run])
                     continue
                 running.remove(run)
-                if status.state == "Completed" and run.until:
-                    result = results.find(run.name)
-                    lost = Status("Failed", "it left no DVC experiment in this repository")
-                    status = Status("Completed", result=result) if result else lost
-                plan.ended(run, status)
-            time.sleep(INTERVAL)
-    except PassingError:
+                if status.state == "Completed" and run.last_stage:
+                    result = results.find_result(run.name)
+                    lost = RunStatus("Failed", "it left no DVC experiment in this repository")
+                    status = RunStatus("Completed", result=result) if result else lost
+                plan.on_run_end(run, status)
+            time.sleep(POLL_INTERVAL)
+    except TransientError:
         raise
     except BaseException:  # Ctrl-C and SIGTERM too
         runner.stop(running)
         raise
 
 
-def digest(config: Params, sections: Iterable[str] = TRAINING) -> str:
+def params_digest(config: Params, sections: Iterable[str] = TRAINING_SECTIONS) -> str:
     """Fingerprint of sections of params.yaml, and of the content of a user's own file."""
-    values = config.nested()
+    values = config.as_nested_dict()
     chosen = {name: values[name] for name in sections}
     root = Path(config.dataset.root)
     if root.is_file():

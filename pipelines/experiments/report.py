@@ -8,16 +8,20 @@ import pandas as pd
 
 from fadeformer.evaluation import model_comparison
 from fadeformer.evaluation.predictions import Predictions
-from fadeformer.io.formatting import told
-from fadeformer.models.complexity import Cost
+from fadeformer.io.formatting import format_with_interval
+from fadeformer.models.complexity import ModelCost
 from pipelines.experiments.grid import Grid
 
-PUBLISHED = ("dataset", "resolution", "method", "auc", "accuracy", "balanced_accuracy", "comparable", "reason")
-Trained = Mapping[tuple[str, str], Mapping[int, Predictions]]  # predictions on test by set and network, by seed
+PUBLISHED_COLUMNS = ("dataset", "resolution", "method", "auc", "accuracy", "balanced_accuracy", "comparable", "reason")
+PredictionsByModel = Mapping[
+    tuple[str, str], Mapping[int, Predictions]
+]  # predictions on test by set and network, by seed
 MIB = 2**20
 
 
-def tables(grid: Grid, trained: Trained, costs: Mapping[tuple[int, str], Cost], published: pd.DataFrame) -> list[str]:
+def render_tables(
+    grid: Grid, trained: PredictionsByModel, costs: Mapping[tuple[int, str], ModelCost], published: pd.DataFrame
+) -> list[str]:
     """The three tables, each with its heading and what it shows.
 
     Args:
@@ -26,25 +30,25 @@ def tables(grid: Grid, trained: Trained, costs: Mapping[tuple[int, str], Cost], 
         costs: of Table 3, by side of the images and network.
         published: rows of PUBLISHED; `dataset` is the name of a set in the grid, numbers are in [0, 1] or NaN.
     """
-    return [_table_1(grid, trained, published), _table_2(grid, trained), _table_3(grid, costs)]
+    return [_metrics_table(grid, trained, published), _differences_table(grid, trained), _costs_table(grid, costs)]
 
 
-def _table_1(grid: Grid, trained: Trained, published: pd.DataFrame) -> str:
+def _metrics_table(grid: Grid, trained: PredictionsByModel, published: pd.DataFrame) -> str:
     rows = []
     for name, images in grid.sets.items():
-        kind: model_comparison.Measure = images.accuracy
+        kind: model_comparison.MetricName = images.accuracy
         for network, described in grid.networks.items():
             found = list(trained.get((name, network), {}).values())
             if found:
-                cells = [_mean(model_comparison.mean_over_seeds(found, measure)) for measure in ("auc", kind)]
+                cells = [_format_mean(model_comparison.mean_over_seeds(found, measure)) for measure in ("auc", kind)]
                 rows.append([images.title, described.title, str(len(found)), *cells, ""])
         for row in published[published["dataset"] == name].to_dict("records"):
             note = "comparable" if row["comparable"] else f"not comparable: {row['reason']}"
             method = f"published: {row['method']}, {row['resolution']}"
-            rows.append([images.title, method, "", _plain(row["auc"]), _plain(row[kind]), note])
+            rows.append([images.title, method, "", _format_number(row["auc"]), _format_number(row[kind]), note])
     sets = [images.title for images in grid.sets.values() if images.accuracy == "balanced_accuracy"]
     second = f"Accuracy is balanced accuracy on: {'; '.join(sets)}. " if sets else ""
-    return _section(
+    return _render_section(
         "Table 1: AUC and accuracy on test",
         "Mean over seeds (95 % interval over other test images, the trainings as they are) ± standard deviation from"
         f" seed to seed. {second}The interval of an AUC is DeLong's for the mean of all trainings' AUCs, that of an"
@@ -53,11 +57,11 @@ def _table_1(grid: Grid, trained: Trained, published: pd.DataFrame) -> str:
     )  # fmt: skip
 
 
-def _table_2(grid: Grid, trained: Trained) -> str:
+def _differences_table(grid: Grid, trained: PredictionsByModel) -> str:
     rows = []
     for name, images in grid.sets.items():
         first = trained.get((name, grid.reference), {})
-        kind: model_comparison.Measure = images.accuracy
+        kind: model_comparison.MetricName = images.accuracy
         for network, described in grid.networks.items():
             second = trained.get((name, network), {})
             seeds = first.keys() & second.keys()
@@ -66,10 +70,10 @@ def _table_2(grid: Grid, trained: Trained) -> str:
                 cells = [
                     cell
                     for measure in ("auc", kind)
-                    for cell in _difference(model_comparison.difference(first, second, measure))
+                    for cell in _format_difference(model_comparison.metric_difference(first, second, measure))
                 ]
                 rows.append([images.title, title, str(len(seeds)), *cells])
-    return _section(
+    return _render_section(
         "Table 2: paired differences on the same test images",
         "What one training of the first is ahead of one of the second, the mean over seeds (not of an ensemble), with"
         " its 95 % interval over other test images **and** other trainings: the variance over images (DeLong's, paired,"
@@ -85,17 +89,21 @@ def _table_2(grid: Grid, trained: Trained) -> str:
     )  # fmt: skip
 
 
-def _table_3(grid: Grid, costs: Mapping[tuple[int, str], Cost]) -> str:
+def _costs_table(grid: Grid, costs: Mapping[tuple[int, str], ModelCost]) -> str:
     rows = [
         [
-            f"{side} x {side}", grid.networks[network].title, f"{cost.parameters / 1e6:.2f}",
-            f"{cost.flops / 2e9:.4g}", f"{cost.memory / MIB:.0f}", f"{cost.speed:.0f}",
+            f"{side} x {side}", grid.networks[network].title, f"{cost.num_parameters / 1e6:.2f}",
+            f"{cost.flops / 2e9:.4g}", f"{cost.peak_memory_bytes / MIB:.0f}", f"{cost.images_per_second:.0f}",
         ]
         for (side, network), cost in costs.items()
     ]  # fmt: skip
     one = next(iter(costs.values()), None)
-    batches = "" if one is None else f" MACs and memory are of {one.batch} images, speed of {one.timed_batch} at once."
-    return _section(
+    batches = (
+        ""
+        if one is None
+        else f" MACs and memory are of {one.batch_size} images, speed of {one.timed_batch_size} at once."
+    )
+    return _render_section(
         "Table 3: what the networks cost",
         "Parameters in millions, multiply-adds (half of torch's FLOPs, attention counted), of the forward pass in"
         f" float32 with the classes of the first set of that size.{batches} Memory is what the pass takes beyond"
@@ -104,26 +112,26 @@ def _table_3(grid: Grid, costs: Mapping[tuple[int, str], Cost]) -> str:
     )  # fmt: skip
 
 
-def _section(title: str, text: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def _render_section(title: str, text: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     table = [header, ["---"] * len(header), *rows]
     lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in table]
     return "\n".join([f"## {title}", "", text, "", *lines])
 
 
-def _mean(found: model_comparison.Mean | None) -> str:
+def _format_mean(found: model_comparison.SeedMean | None) -> str:
     if found is None:
         return "undefined"
-    spread = "" if found.spread is None else f" ± {found.spread:.4f}"
-    return told(found.value, found.interval) + spread
+    spread = "" if found.std is None else f" ± {found.std:.4f}"
+    return format_with_interval(found.value, found.interval) + spread
 
 
-def _difference(found: model_comparison.Difference | None) -> list[str]:
+def _format_difference(found: model_comparison.MetricDifference | None) -> list[str]:
     if found is None:
         return ["undefined", ""]
     interval = "" if found.interval is None else f" ({found.interval[0]:+.4f} to {found.interval[1]:+.4f})"
-    seeds = "one seed" if found.of_seeds is None else f"{found.of_seeds:.4f}"
-    return [f"{found.value:+.4f}{interval}", f"{found.of_images:.4f}, {seeds}"]
+    seeds = "one seed" if found.seed_se is None else f"{found.seed_se:.4f}"
+    return [f"{found.value:+.4f}{interval}", f"{found.image_se:.4f}, {seeds}"]
 
 
-def _plain(value: float) -> str:
+def _format_number(value: float) -> str:
     return "" if pd.isna(value) else f"{value:.3f}"

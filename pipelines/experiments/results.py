@@ -19,11 +19,13 @@ from fadeformer.errors import UserError
 from fadeformer.io.atomic import read_json
 from pipelines import paths
 
-REPOSITORY = "FADEFORMER_REPOSITORY"  # environment: where deployed runs push their experiments, if not to this folder
+REPOSITORY_VARIABLE = (
+    "FADEFORMER_REPOSITORY"  # environment: where deployed runs push their experiments, if not to this folder
+)
 
 
 @dataclass(frozen=True)
-class Result:
+class RunResult:
     """A finished run.
 
     Attributes:
@@ -50,38 +52,38 @@ class Result:
             ) from error
         return target
 
-    def json(self, path: Path) -> Any:
+    def read_json_file(self, path: Path) -> Any:
         """Content of a JSON file of the run."""
         with tempfile.TemporaryDirectory() as folder:
             return read_json(self.fetch(path, Path(folder)))
 
-    def by_epoch(self, metric: str) -> dict[int, float]:
+    def metric_history(self, metric: str) -> dict[int, float]:
         """A metric of the training by epoch."""
         with tempfile.TemporaryDirectory() as folder:
             history = pd.read_csv(self.fetch(paths.HISTORY, Path(folder)))
         return {int(epoch): float(value) for epoch, value in zip(history["epoch"], history[metric], strict=True)}
 
-    def code(self) -> str:
+    def code_fingerprint(self) -> str:
         """Fingerprint of the sources that trained and evaluated it."""
-        lock = YAML(typ="safe").load(_git("show", f"{self.commit}:dvc.lock"))
+        lock = YAML(typ="safe").load(_run_git("show", f"{self.commit}:dvc.lock"))
         deps = [dep for stage in ("train", "evaluate") for dep in lock["stages"][stage]["deps"]]
         sums = {f"{dep['path']} {dep['md5']}" for dep in deps if dep["path"].endswith(".py")}
         return hashlib.sha256("\n".join(sorted(sums)).encode()).hexdigest()[:12]
 
 
-def find(name: str) -> Result | None:
+def find_result(name: str) -> RunResult | None:
     """Return the experiment of a run, if there is one; a deployed run appends its id to the name."""
-    if repository := os.environ.get(REPOSITORY):
-        _git("fetch", "--quiet", repository, "+refs/exps/*:refs/exps/*")
+    if repository := os.environ.get(REPOSITORY_VARIABLE):
+        _run_git("fetch", "--quiet", repository, "+refs/exps/*:refs/exps/*")
     refs = (f"refs/exps/*/*/{name}", f"refs/exps/*/*/{name}-*")
-    listed = _git("for-each-ref", "--sort=-creatordate", "--count=1", "--format=%(objectname) %(refname)", *refs)
+    listed = _run_git("for-each-ref", "--sort=-creatordate", "--count=1", "--format=%(objectname) %(refname)", *refs)
     if not listed:
         return None
     commit, ref = listed.split()
-    return Result(ref.rpartition("/")[2], commit)
+    return RunResult(ref.rpartition("/")[2], commit)
 
 
-def _git(*words: str) -> str:
+def _run_git(*words: str) -> str:
     done = subprocess.run(["git", *words], capture_output=True, text=True, check=False)
     if done.returncode != 0:
         raise UserError(f"`git {words[0]}` failed: {done.stderr.strip()}")

@@ -10,15 +10,18 @@ from optuna.distributions import CategoricalDistribution, FloatDistribution, Int
 from pydantic import Field
 
 from fadeformer.config import schema
-from fadeformer.config.schema import Params, Section
+from fadeformer.config.schema import ConfigModel, Params
 from fadeformer.errors import UserError
 from pipelines.config import overrides
 
 Distribution = CategoricalDistribution | FloatDistribution | IntDistribution
-AFTER_TRAINING = ("evaluate.", "promote.")  # sections that change nothing of a trial, which ends with its training
+POST_TRAINING_SECTIONS = (
+    "evaluate.",
+    "promote.",
+)  # sections that change nothing of a trial, which ends with its training
 
 
-class Sweep(Section):
+class SweepConfig(ConfigModel):
     """What SPACE.yaml says; only `trials` and `space` are required.
 
     Attributes:
@@ -47,35 +50,35 @@ class Sweep(Section):
     space: Annotated[dict[str, Any], Field(min_length=1)]
 
 
-def load(path: Path, present: Params) -> Sweep:
+def load_sweep_config(path: Path, present: Params) -> SweepConfig:
     """Read and check SPACE.yaml.
 
     Args:
         path: the file.
         present: params.yaml, in which every end of a range and every choice must be valid.
     """
-    values = schema.read(path)
+    values = schema.read_yaml(path)
     if isinstance(values, Mapping):
         values = {"name": path.stem.lower().replace("_", "-").replace(" ", "-"), **values}
-    plan = schema.checked(values, Sweep, str(path))
+    plan = schema.validate_model(values, SweepConfig, str(path))
     for key, of_key in plan.space.items():
-        if key.startswith(AFTER_TRAINING):
+        if key.startswith(POST_TRAINING_SECTIONS):
             raise UserError(f"{path}: space.{key} changes nothing in a trial, which ends with its training")
         if key == "train.monitor":
             raise UserError(f"{path}: space.{key} is what trials are compared by; set it in fixed or in params.yaml")
         try:
-            found = distribution(of_key)
+            found = parse_distribution(of_key)
         except (TypeError, ValueError) as error:
             raise UserError(
                 f"{path}: space.{key} is {of_key!r}, but should be a list of two or more values, or a range such as"
                 f" {{low: 1.0e-4, high: 0.1, log: true}} ({error})"
             ) from error
         for value in found.choices if isinstance(found, CategoricalDistribution) else (found.low, found.high):
-            values_of(present, {**plan.fixed, key: value}, str(path))
+            params_with_overrides(present, {**plan.fixed, key: value}, str(path))
     return plan
 
 
-def distribution(of_key: Any) -> Distribution:
+def parse_distribution(of_key: Any) -> Distribution:
     """The distribution of Optuna for a key: of whole numbers where its ends and step are.
 
     Raises:
@@ -89,13 +92,13 @@ def distribution(of_key: Any) -> Distribution:
     return (IntDistribution if all(isinstance(one, int) for one in numbers) else FloatDistribution)(**of_key)
 
 
-def metric_of(plan: Sweep, present: Params) -> tuple[str, Literal["maximize", "minimize"]]:
+def objective_of(plan: SweepConfig, present: Params) -> tuple[str, Literal["maximize", "minimize"]]:
     """By which a trial is judged, and what is better: that by which its training chooses the epoch that it keeps."""
     monitor = plan.fixed.get("train.monitor", present.train.monitor)
     return f"val_{monitor}", "minimize" if monitor == "loss" else "maximize"
 
 
-def values_of(present: Params, changes: Mapping[str, Any], source: str = "params.yaml") -> dict[str, Any]:
+def params_with_overrides(present: Params, changes: Mapping[str, Any], source: str = "params.yaml") -> dict[str, Any]:
     """All of params.yaml with some keys changed, nested.
 
     Args:
@@ -106,6 +109,8 @@ def values_of(present: Params, changes: Mapping[str, Any], source: str = "params
     Raises:
         UserError: the result would not be valid.
     """
-    values = overrides.merged(present.nested(), *(overrides.nested({key: value}) for key, value in changes.items()))
-    schema.parse(values, source)
+    values = overrides.deep_merge(
+        present.as_nested_dict(), *(overrides.unflatten({key: value}) for key, value in changes.items())
+    )
+    schema.parse_params(values, source)
     return values

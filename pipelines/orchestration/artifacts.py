@@ -13,21 +13,21 @@ from prefect.artifacts import create_link_artifact, create_markdown_artifact, cr
 from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterFlowRunId
 
 from fadeformer.io.atomic import read_json
-from fadeformer.io.formatting import told
+from fadeformer.io.formatting import format_with_interval
 from pipelines import paths
 from pipelines.tracking import locations
 
-RUN_PAGE = "{server}/#/experiments/{experiment}/runs/{run}"
+RUN_URL = "{server}/#/experiments/{experiment}/runs/{run}"
 
 
-def show_numbers() -> None:
+def publish_metrics() -> None:
     """The overall measures of val and test, the latter with intervals, as a table."""
     numbers, bounds = read_json(paths.METRICS), read_json(paths.INTERVALS)["test"]["overall"]
     rows = [
         {
             "measure": name.replace("_", " "),
-            "test": told(value, bounds.get(name)),
-            "val": told(of_val, None),
+            "test": format_with_interval(value, bounds.get(name)),
+            "val": format_with_interval(of_val, None),
         }
         for (name, value), of_val in zip(
             numbers["test"]["overall"].items(), numbers["val"]["overall"].values(), strict=True
@@ -36,12 +36,14 @@ def show_numbers() -> None:
     create_table_artifact(rows, key="metrics", description="Numbers of test with their intervals, and of val")
 
 
-def show_verdict() -> None:
+def publish_decision() -> None:
     """The decision of the registry gate, rule by rule."""
-    create_markdown_artifact(verdict(read_json(paths.PROMOTION)), key="verdict", description="The registry gate")
+    create_markdown_artifact(
+        format_decision(read_json(paths.PROMOTION)), key="verdict", description="The registry gate"
+    )
 
 
-def verdict(promotion: Mapping[str, Any]) -> str:
+def format_decision(promotion: Mapping[str, Any]) -> str:
     """The same as Markdown.
 
     Args:
@@ -59,22 +61,22 @@ def verdict(promotion: Mapping[str, Any]) -> str:
     )  # fmt: skip
 
 
-def show_links() -> None:
+def publish_links() -> None:
     """The MLflow run and the report in it, where MLflow is a server with pages."""
-    server = locations.pages()
+    server = locations.ui_url()
     if server is None or not paths.RUN.is_file():  # a run that ends before training
         return
     run = read_json(paths.RUN)
     run_id = run["mlflow_run_id"]
-    page = RUN_PAGE.format(server=server, experiment=run["mlflow_experiment_id"], run=run_id)
+    page = RUN_URL.format(server=server, experiment=run["mlflow_experiment_id"], run=run_id)
     create_link_artifact(page, key="mlflow-run", link_text="MLflow run", description=f"MLflow run {run_id}")
     if paths.REPORT.is_file():  # a trial of a sweep has none
         create_link_artifact(f"{page}/artifacts/{paths.REPORT.name}", key="report", link_text="Report")
 
 
-def show_experiment(name: str) -> None:
+def publish_experiment(name: str) -> None:
     """How to have parameters and results in a workspace: that of the repository, or one's own clone of it."""
-    repository = read_json(locations.COPY)["repository"]
+    repository = read_json(locations.WORKSPACE_MARKER)["repository"]
     text = f"`dvc exp apply {name}`"
     if (Path(repository) / ".git").exists():  # the folder that was deployed from: the experiment is there already
         text += " in the repository that this was deployed from"
@@ -83,7 +85,7 @@ def show_experiment(name: str) -> None:
     create_markdown_artifact(text, key="experiment", description="The DVC experiment that holds this run")
 
 
-def of_run(flow_run_id: UUID) -> dict[str, str]:
+def read_run_summary(flow_run_id: UUID) -> dict[str, str]:
     """Test AUC and decision of another run, from the artifacts that it left."""
     with get_client(sync_client=True) as client:
         found = client.read_artifacts(

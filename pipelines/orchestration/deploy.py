@@ -17,12 +17,11 @@ from prefect.events.schemas.automations import AutomationCore
 from prefect.exceptions import ObjectAlreadyExists, ObjectNotFound
 from ruamel.yaml import YAML
 
-from fadeformer.errors import PassingError, UserError
+from fadeformer.errors import TransientError, UserError
 from pipelines import runner
-from pipelines import server as orchestrator
-from pipelines.orchestration.flows import PROMOTING
+from pipelines.orchestration.flows import PROMOTION_LIMIT
 
-POOL, QUEUE = "local", "training"
+WORK_POOL, TRAINING_QUEUE = "local", "training"
 AUTOMATIONS = Path(__file__).with_name("automations.yaml")
 
 
@@ -33,31 +32,31 @@ def main() -> str:
     at_once = parser.parse_args().at_once
     if at_once < 1:
         raise UserError("--at-once is 1 or more")
-    server = os.environ.get("PREFECT_API_URL")
-    if not server:
+    address = os.environ.get("PREFECT_API_URL")
+    if not address:
         raise UserError("PREFECT_API_URL is not set; `prefect server start`, then set it to that server's address")
-    if not orchestrator.answers(server):
-        raise PassingError(f"PREFECT_API_URL is {server}, but no Prefect server answers there; start it")
+    if not server.is_reachable(address):
+        raise TransientError(f"PREFECT_API_URL is {address}, but no Prefect server answers there; start it")
     with get_client(sync_client=True) as client:
         try:
-            client.read_work_pool(POOL)
+            client.read_work_pool(WORK_POOL)
         except ObjectNotFound:
-            _prefect("work-pool", "create", POOL, "--type", "process")
+            _run_prefect("work-pool", "create", WORK_POOL, "--type", "process")
         try:
-            queue = client.create_work_queue(QUEUE, work_pool_name=POOL)
+            queue = client.create_work_queue(TRAINING_QUEUE, work_pool_name=WORK_POOL)
         except ObjectAlreadyExists:
-            queue = client.read_work_queue_by_name(QUEUE, work_pool_name=POOL)
+            queue = client.read_work_queue_by_name(TRAINING_QUEUE, work_pool_name=WORK_POOL)
         client.update_work_queue(queue.id, concurrency_limit=at_once)
-        client.upsert_global_concurrency_limit_by_name(PROMOTING, 1)
+        client.upsert_global_concurrency_limit_by_name(PROMOTION_LIMIT, 1)
         for automation in map(AutomationCore.model_validate, YAML(typ="safe").load(AUTOMATIONS)):
             for known in client.read_automations_by_name(automation.name):
                 client.delete_automation(known.id)
             client.create_automation(automation)
-    _prefect("deploy", "--all")
-    return f"{server} has the deployments of prefect.yaml; {at_once} at a time in the queue {QUEUE}"
+    _run_prefect("deploy", "--all")
+    return f"{server} has the deployments of prefect.yaml; {at_once} at a time in the queue {TRAINING_QUEUE}"
 
 
-def _prefect(*words: str) -> None:
+def _run_prefect(*words: str) -> None:
     program = Path(sys.executable).with_name("prefect")
     done = subprocess.run([str(program), "--no-prompt", *words], capture_output=True, text=True, check=False)
     if done.returncode != 0:

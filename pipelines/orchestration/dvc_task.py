@@ -22,20 +22,26 @@ from prefect.runtime import flow_run
 
 from fadeformer.errors import UserError
 from pipelines.orchestration import workspace
-from pipelines.runner import STATUS
+from pipelines.runner import STATUS_VARIABLE
 
-GRACE = 15.0  # seconds that a stage may take to stop; Prefect's worker gives the whole run 30
-PAUSES = [15.0, 30.0, 60.0, 120.0]  # seconds before each further try of a transfer
+STOP_TIMEOUT = 15.0  # seconds that a stage may take to stop; Prefect's worker gives the whole run 30
+RETRY_DELAYS = [15.0, 30.0, 60.0, 120.0]  # seconds before each further try of a transfer
 
-pull = task(name="bring results", persist_result=False, retries=len(PAUSES), retry_delay_seconds=PAUSES)(workspace.pull)
-keep = task(name="keep results", persist_result=False, retries=len(PAUSES), retry_delay_seconds=PAUSES)(workspace.keep)
+pull_results = task(
+    name="bring results", persist_result=False, retries=len(RETRY_DELAYS), retry_delay_seconds=RETRY_DELAYS
+)(workspace.pull_results)
+push_experiment = task(
+    name="keep results", persist_result=False, retries=len(RETRY_DELAYS), retry_delay_seconds=RETRY_DELAYS
+)(workspace.push_experiment)
 
 
-def _may_pass(task: object, run: object, state: State[Any]) -> bool:
+def _is_retryable(task: object, run: object, state: State[Any]) -> bool:
     return not isinstance(state.data, (TimeoutError, UserError))
 
 
-@task(task_run_name="{stage}", persist_result=False, retries=1, retry_delay_seconds=60, retry_condition_fn=_may_pass)
+@task(
+    task_run_name="{stage}", persist_result=False, retries=1, retry_delay_seconds=60, retry_condition_fn=_is_retryable
+)
 def reproduce(stage: str) -> None:
     """Bring one stage up to date with DVC.
 
@@ -45,7 +51,7 @@ def reproduce(stage: str) -> None:
         UserError: the stage failed with status 1 and a message; it would fail again.
         RuntimeError: the stage failed otherwise.
     """
-    in_copy = workspace.here()
+    in_copy = workspace.is_workspace()
     options = ["--pull"] if in_copy and workspace.has_remote() else []
     programs = str(Path(sys.executable).parent)
     with NamedTemporaryFile("r") as status:
@@ -53,7 +59,7 @@ def reproduce(stage: str) -> None:
             [sys.executable, "-m", "dvc", "repro", *options, stage],
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
             env={
-                **os.environ, "PATH": os.pathsep.join([programs, os.environ.get("PATH", "")]), STATUS: status.name,
+                **os.environ, "PATH": os.pathsep.join([programs, os.environ.get("PATH", "")]), STATUS_VARIABLE: status.name,
                 "PYTHONUNBUFFERED": "1",  # else the lines of a run's page come late and out of order
                 **({"MLFLOW_RUN_NAME": flow_run.name} if in_copy and flow_run.name else {}),
             },
@@ -67,19 +73,19 @@ def reproduce(stage: str) -> None:
                     print(line.rstrip())
                     last_lines.append(line.rstrip())
         except BaseException:  # Prefect's TerminationSignal or time-out, or Ctrl-C
-            _stop(process)
+            _stop_process_group(process)
             raise
         if process.wait() != 0:
             failure = UserError if status.read() == "1" else RuntimeError
             raise failure("\n".join([f"stage {stage} failed:", *last_lines]))
 
 
-def _stop(process: subprocess.Popen[str]) -> None:
+def _stop_process_group(process: subprocess.Popen[str]) -> None:
     """Ask a process group to stop; kill it after `GRACE` seconds. Training writes a checkpoint first."""
     os.killpg(process.pid, signal.SIGTERM)
     try:
         with suppress(subprocess.TimeoutExpired):
-            print(process.communicate(timeout=GRACE)[0].rstrip())
+            print(process.communicate(timeout=STOP_TIMEOUT)[0].rstrip())
     finally:
         with suppress(ProcessLookupError):  # all have stopped
             os.killpg(process.pid, signal.SIGKILL)

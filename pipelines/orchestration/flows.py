@@ -27,28 +27,30 @@ from fadeformer.errors import UserError
 from pipelines import paths
 from pipelines.config import check, overrides
 from pipelines.orchestration import artifacts, workspace
-from pipelines.orchestration.dvc_task import keep, pull, reproduce
+from pipelines.orchestration.dvc_task import pull_results, push_experiment, reproduce
 from pipelines.stages import STAGES
 
-PROMOTING = "fadeformer-promote"  # Prefect's concurrency limit that keeps promotions on several machines apart
+PROMOTION_LIMIT = "fadeformer-promote"  # Prefect's concurrency limit that keeps promotions on several machines apart
 # Prefect makes a model of a flow's arguments, of which one has the name of a section, and of a method of models.
 warnings.filterwarnings("ignore", 'Field name "validate"', UserWarning)
-PRESENT = overrides.present(Path(__file__).parents[2] / paths.PARAMS)  # defaults of the forms in Prefect's UI
-DatasetOverrides: Any = overrides.partial(schema.DatasetParams, "dataset", PRESENT)
-SplitOverrides: Any = overrides.partial(schema.SplitParams, "split", PRESENT)
-ValidateOverrides: Any = overrides.partial(schema.ValidateParams, "validate", PRESENT)
-PreprocessOverrides: Any = overrides.partial(schema.PreprocessParams, "preprocess", PRESENT)
-ModelOverrides: Any = overrides.partial(schema.ModelParams, "model", PRESENT)
-AugmentOverrides: Any = overrides.partial(schema.AugmentParams, "augment", PRESENT)
-TrainOverrides: Any = overrides.partial(schema.TrainParams, "train", PRESENT)
-EvaluateOverrides: Any = overrides.partial(schema.EvaluateParams, "evaluate", PRESENT)
-PromoteOverrides: Any = overrides.partial(schema.PromoteParams, "promote", PRESENT)
+CURRENT_PARAMS = overrides.read_current_params(
+    Path(__file__).parents[2] / paths.PARAMS
+)  # defaults of the forms in Prefect's UI
+DatasetOverrides: Any = overrides.optional_section(schema.DatasetParams, "dataset", CURRENT_PARAMS)
+SplitOverrides: Any = overrides.optional_section(schema.SplitParams, "split", CURRENT_PARAMS)
+ValidateOverrides: Any = overrides.optional_section(schema.ValidateParams, "validate", CURRENT_PARAMS)
+PreprocessOverrides: Any = overrides.optional_section(schema.PreprocessParams, "preprocess", CURRENT_PARAMS)
+ModelOverrides: Any = overrides.optional_section(schema.ModelParams, "model", CURRENT_PARAMS)
+AugmentOverrides: Any = overrides.optional_section(schema.AugmentParams, "augment", CURRENT_PARAMS)
+TrainOverrides: Any = overrides.optional_section(schema.TrainParams, "train", CURRENT_PARAMS)
+EvaluateOverrides: Any = overrides.optional_section(schema.EvaluateParams, "evaluate", CURRENT_PARAMS)
+PromoteOverrides: Any = overrides.optional_section(schema.PromoteParams, "promote", CURRENT_PARAMS)
 Hours = Annotated[float, Field(gt=0)]
 
 
 @flow(name="pipeline", persist_result=False, log_prints=True)
 def pipeline(
-    seed: Annotated[int, Field(ge=0)] = PRESENT.values["seed"],
+    seed: Annotated[int, Field(ge=0)] = CURRENT_PARAMS.values["seed"],
     dataset: DatasetOverrides = DatasetOverrides(),
     split: SplitOverrides = SplitOverrides(),
     validate: ValidateOverrides = ValidateOverrides(),
@@ -79,8 +81,8 @@ def pipeline(
         "dataset": dataset, "split": split, "validate": validate, "preprocess": preprocess, "model": model,
         "augment": augment, "train": train, "evaluate": evaluate, "promote": promote,
     }  # fmt: skip
-    changes: dict[str, Any] = {name: overrides.given(section) for name, section in sections.items()}
-    _run(STAGES, {"seed": seed, **changes}, hours)
+    changes: dict[str, Any] = {name: overrides.explicit_values(section) for name, section in sections.items()}
+    _run_stages(STAGES, {"seed": seed, **changes}, hours)
 
 
 @flow(name="evaluation", persist_result=False, log_prints=True)
@@ -92,7 +94,7 @@ def evaluation(of: str, evaluate: EvaluateOverrides = EvaluateOverrides(), hours
         evaluate: overrides of predictions, numbers, figures.
         hours: time limit of a stage.
     """
-    _run(("evaluate", "promote"), {"evaluate": overrides.given(evaluate)}, hours, of)
+    _run_stages(("evaluate", "promote"), {"evaluate": overrides.explicit_values(evaluate)}, hours, of)
 
 
 @flow(name="promotion", persist_result=False, log_prints=True)
@@ -104,7 +106,7 @@ def promotion(of: str, promote: PromoteOverrides = PromoteOverrides(), hours: Ho
         promote: overrides of the registry gate.
         hours: time limit of a stage.
     """
-    _run(("promote",), {"promote": overrides.given(promote)}, hours, of)
+    _run_stages(("promote",), {"promote": overrides.explicit_values(promote)}, hours, of)
 
 
 @flow(name="grid", persist_result=False, log_prints=True)
@@ -124,15 +126,24 @@ def grid(
     if not rows:
         raise UserError("vary names no values; a grid is such as {'seed': [1, 2, 3]}")
     named = {", ".join(f"{key}={value}" for key, value in row.items()): row for row in rows}
-    plan = engine.Listed(
-        {name: engine.Run(name, overrides.nested({**(fixed or {}), **row}), "") for name, row in named.items()}
+    plan = engine.ListPlan(
+        {
+            name: engine.PipelineRun(name, overrides.unflatten({**(fixed or {}), **row}), "")
+            for name, row in named.items()
+        }
     )
-    runner = runners.PrefectRunner(deployment, lambda run: dict(run.values), str(flow_run.id))
-    engine.execute(plan, runner, at_once=len(named))
+    runner = runners.PrefectRunner(deployment, lambda run: dict(run.params), str(flow_run.id))
+    engine.execute(plan, runner, max_parallel=len(named))
     table = []
     for name, row in named.items():
         state = plan.statuses[name].state
-        table.append({**row, "state": state, **(artifacts.of_run(runner.ids[name]) if state == "Completed" else {})})
+        table.append(
+            {
+                **row,
+                "state": state,
+                **(artifacts.read_run_summary(runner.flow_run_ids[name]) if state == "Completed" else {}),
+            }
+        )
     create_table_artifact(table, key="grid", description=f"{len(table)} runs of {deployment}")
     failed = [row for row in table if row["state"] != "Completed"]
     if failed:
@@ -151,10 +162,10 @@ def experiment(values: dict[str, Any], until: str = "evaluate", trial: str = "",
         hours: that a stage may take.
     """
     if trial:
-        from pipelines.tracking.runs import PLACE  # takes a while to import
+        from pipelines.tracking.runs import TRIAL_VARIABLE  # takes a while to import
 
-        os.environ[PLACE] = trial
-    _run(STAGES[: STAGES.index(until) + 1], values, hours)
+        os.environ[TRIAL_VARIABLE] = trial
+    _run_stages(STAGES[: STAGES.index(until) + 1], values, hours)
 
 
 @flow(name="drift", persist_result=False, log_prints=True)
@@ -167,29 +178,29 @@ def drift(images: list[str], model: str, out: str = "reports/drift", most: int =
         out: folder for the page.
         most: images that are looked at, drawn from more.
     """
-    from pipelines.orchestration.drift_check import compare  # torch, which the pipeline's own flow does without
+    from pipelines.orchestration.drift_check import check_drift  # torch, which the pipeline's own flow does without
 
-    ended = compare(images, model, Path(out), most)
+    ended = check_drift(images, model, Path(out), most)
     print(ended.summary)
     return Failed(message=ended.summary) if ended.status else Completed(message=ended.summary)
 
 
-def _run(stages: Sequence[str], changes: Mapping[str, Any], hours: float | None, of: str | None = None) -> None:
+def _run_stages(stages: Sequence[str], changes: Mapping[str, Any], hours: float | None, of: str | None = None) -> None:
     """Bring stages up to date and show their results."""
-    with _workspace(changes, of, stages if stages[-1] != STAGES[-1] else ()):
+    with _prepared_folder(changes, of, stages if stages[-1] != STAGES[-1] else ()):
         for stage in stages:
             # One promotion at a time, on all machines; in the user's own folder a file lock is enough.
-            alone = stage == "promote" and workspace.here()
-            with concurrency(PROMOTING, strict=True) if alone else nullcontext():
+            alone = stage == "promote" and workspace.is_workspace()
+            with concurrency(PROMOTION_LIMIT, strict=True) if alone else nullcontext():
                 reproduce.with_options(timeout_seconds=hours and hours * 3600)(stage)
         if "evaluate" in stages:
-            artifacts.show_numbers()
+            artifacts.publish_metrics()
         if "promote" in stages:
-            artifacts.show_verdict()
+            artifacts.publish_decision()
 
 
 @contextmanager
-def _workspace(changes: Mapping[str, Any], of: str | None, stages: Sequence[str]) -> Iterator[None]:
+def _prepared_folder(changes: Mapping[str, Any], of: str | None, stages: Sequence[str]) -> Iterator[None]:
     """Prepare the current folder for a run, params.yaml changed; save a workspace as an experiment at the end.
 
     Args:
@@ -197,20 +208,23 @@ def _workspace(changes: Mapping[str, Any], of: str | None, stages: Sequence[str]
         of: experiment or commit to start from.
         stages: whose results there are at the end; empty for all.
     """
-    if not workspace.here():
+    if not workspace.is_workspace():
         if of is not None:
             raise UserError(f"{of} is evaluated in a workspace; here use `dvc exp apply {of}` and `dvc repro`")
-        with FileLock(".prefect/pipeline.lock"), overrides.applied(paths.PARAMS, changes):  # one run in a folder
-            check.repair()
+        with (
+            FileLock(".prefect/pipeline.lock"),
+            overrides.temporary_overrides(paths.PARAMS, changes),
+        ):  # one run in a folder
+            check.repair_dvc_files()
             yield
         return
-    with workspace.exclusive():
+    with workspace.exclusive_lock():
         if of is not None:
-            workspace.go_to(of)
-        overrides.apply(paths.PARAMS, changes)
-        pull()
+            workspace.restore_revision(of)
+        overrides.apply_overrides(paths.PARAMS, changes)
+        pull_results()
         yield
-        name = keep(f"{flow_run.name}-{str(flow_run.id)[:8]}", stages)
-        artifacts.show_experiment(name)
-        artifacts.show_links()
-        workspace.FINISHED.touch()
+        name = push_experiment(f"{flow_run.name}-{str(flow_run.id)[:8]}", stages)
+        artifacts.publish_experiment(name)
+        artifacts.publish_links()
+        workspace.FINISHED_MARKER.touch()

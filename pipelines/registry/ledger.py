@@ -24,20 +24,20 @@ from fadeformer.errors import UserError
 from fadeformer.io import jsonl
 from fadeformer.promotion.decision import Decision
 from pipelines.registry import versions
-from pipelines.registry.versions import CHALLENGER, CHAMPION, PREVIOUS, Aliases, Version
+from pipelines.registry.versions import CHALLENGER, CHAMPION, PREVIOUS, Aliases, ModelVersion
 from pipelines.tracking import locations
 
 LOCK_TIMEOUT = 3600  # seconds that another promotion may take, with predictions for the champion
 REMEDY = "move it aside: its decisions are still tags of the registry's versions"
 
 
-def path() -> Path:
+def ledger_path() -> Path:
     """Where the ledger is kept."""
-    return locations.project() / "mlruns" / "ledger.jsonl"
+    return locations.project_folder() / "mlruns" / "ledger.jsonl"
 
 
 @dataclass(frozen=True)
-class Subject:
+class JudgedVersion:
     """What a decision is about: a version, its content, and what it was trained and judged on."""
 
     version: str
@@ -53,23 +53,23 @@ class Ledger:
     """
 
     def __init__(self, name: str) -> None:
-        self.name, self._registry, self._versions = name, versions.identity(name), versions.versions(name)
-        known = [entry["id"] for entry in history(name, mend=True)]
-        tagged = [json.loads(text) for version in self._versions.values() for text in version.entries]
+        self.name, self._registry, self._versions = name, versions.get_registry_id(name), versions.list_versions(name)
+        known = [entry["id"] for entry in read_entries(name, repair=True)]
+        tagged = [json.loads(text) for version in self._versions.values() for text in version.ledger_entries]
         for entry in sorted(tagged, key=lambda one: one["number"]):
             if entry["id"] not in known:
-                jsonl.append(path(), entry)
-        self._everywhere = history(name)
+                jsonl.append_record(ledger_path(), entry)
+        self._all_entries = read_entries(name)
         for entry in self.entries[-1:]:  # the registry had followed all before it when it was written
             if entry not in tagged and entry["version"] in self._versions:
-                versions.follow(entry)
-        self.aliases = versions.aliases(name)
-        self._record_outside_changes()
+                versions.apply_ledger_entry(entry)
+        self.aliases = versions.get_aliases(name)
+        self._record_external_changes()
 
     @property
     def entries(self) -> list[dict[str, Any]]:
         """Decisions in this registry, oldest first."""
-        return [entry for entry in self._everywhere if entry["registry"] == self._registry]
+        return [entry for entry in self._all_entries if entry["registry"] == self._registry]
 
     @property
     def champion(self) -> str | None:
@@ -77,36 +77,36 @@ class Ledger:
         return self.aliases.get(CHAMPION)
 
     @property
-    def line(self) -> list[str]:
+    def champions(self) -> list[str]:
         """Versions that were champion one after the other and were not taken back, the present one last."""
         return [number for number in (self.entries[-1]["line"] if self.entries else []) if number in self._versions]
 
-    def rival_of(self, subject: Subject) -> Version | None:
+    def champion_to_beat(self, subject: JudgedVersion) -> ModelVersion | None:
         """The present champion; None if there is none, or if it is the subject itself."""
         return None if self.champion in (None, subject.version) else self._versions[str(self.champion)]
 
-    def taken_back(self, subject: Subject) -> str | None:
+    def revocation_reason(self, subject: JudgedVersion) -> str | None:
         """Why a version with this content was taken back; None if none was, or one was forced later."""
-        for entry in reversed(self._everywhere):
+        for entry in reversed(self._all_entries):
             if entry["action"] == "forced" and entry["content"] == subject.content:
                 return None
             if subject.content in [one["content"] for one in entry["taken_back"]]:
                 return str(entry["reason"])
         return None
 
-    def decide(self, subject: Subject, decision: Decision) -> dict[str, Any]:
+    def record_decision(self, subject: JudgedVersion, decision: Decision) -> dict[str, Any]:
         """Write down the gate's decision, or a forced one, and make the registry follow; return the entry."""
-        number, aliases, line = subject.version, dict(self.aliases), self.line
-        action = "forced" if decision.forced is not None else "promoted" if decision.promoted else "refused"
+        number, aliases, line = subject.version, dict(self.aliases), self.champions
+        action = "forced" if decision.force_reason is not None else "promoted" if decision.promoted else "refused"
         if number == self.champion:
             action = "kept" if action == "promoted" else action
         elif decision.promoted:
             line = [*(one for one in line if one != number), number]
-            aliases = self._aliases_of(line, out=[number])
-        elif self.taken_back(subject) is None:
+            aliases = self._aliases_after(line, out=[number])
+        elif self.revocation_reason(subject) is None:
             aliases[CHALLENGER] = number
         areas = {"auc": decision.auc, "champion_auc": decision.champion_auc}
-        return self._write(action, subject, aliases, line, decision.reason, **areas, **decision.as_dict())
+        return self._append_entry(action, subject, aliases, line, decision.reason, **areas, **decision.to_dict())
 
     def roll_back(self, to: str | None, reason: str) -> dict[str, Any]:
         """Make version `to`, or else the champion before the present one, champion again; take back those after it.
@@ -114,7 +114,7 @@ class Ledger:
         Raises:
             UserError: there is none to go back to, or `to` was not one.
         """
-        line, now = self.line, "the present one" if self.champion is None else f"version {self.champion}"
+        line, now = self.champions, "the present one" if self.champion is None else f"version {self.champion}"
         earlier = line if self.champion is None else line[:-1]
         if not earlier:
             raise UserError(f"{self.name} has no champion before {now} to go back to")
@@ -123,29 +123,29 @@ class Ledger:
             was = f"champions before {now} were {', '.join(earlier)}"
             raise UserError(f"version {target} of {self.name} is not one to go back to; {was}")
         kept, gone = line[: line.index(target) + 1], line[line.index(target) + 1 :]
-        taken = [{"version": number, "content": self._subject(number).content} for number in gone]
-        aliases = self._aliases_of(kept, out=[target, *gone])
-        return self._write("rolled back", self._subject(target), aliases, kept, reason, taken_back=taken)
+        taken = [{"version": number, "content": self._last_judged(number).content} for number in gone]
+        aliases = self._aliases_after(kept, out=[target, *gone])
+        return self._append_entry("rolled back", self._last_judged(target), aliases, kept, reason, taken_back=taken)
 
-    def _aliases_of(self, line: list[str], out: list[str]) -> Aliases:
+    def _aliases_after(self, line: list[str], out: list[str]) -> Aliases:
         """Champion and previous by a line of champions, and the challenger, unless it is one of `out`."""
         aliases = dict(zip((CHAMPION, PREVIOUS), reversed(line), strict=False))
         challenger = self.aliases.get(CHALLENGER)
         return aliases if challenger is None or challenger in out else {**aliases, CHALLENGER: challenger}
 
-    def _subject(self, number: str) -> Subject:
+    def _last_judged(self, number: str) -> JudgedVersion:
         """A version by the last decision about it."""
         for entry in reversed(self.entries):
             if entry["version"] == number and entry["content"] is not None:
-                return Subject(number, entry["run_id"], entry["content"], entry["data"])
-        return Subject(number, self._versions[number].run_id if number in self._versions else None, None)
+                return JudgedVersion(number, entry["run_id"], entry["content"], entry["data"])
+        return JudgedVersion(number, self._versions[number].run_id if number in self._versions else None, None)
 
-    def _record_outside_changes(self) -> None:
+    def _record_external_changes(self) -> None:
         before = self.entries[-1]["aliases"] if self.entries else {}
         changed = [name for name in sorted({*before, *self.aliases}) if before.get(name) != self.aliases.get(name)]
         if not changed:
             return
-        now, line = self.champion, self.line
+        now, line = self.champion, self.champions
         if now is None:
             line = []
         elif now in line:
@@ -153,12 +153,12 @@ class Ledger:
         else:
             line = [*line, now]
         told = ", ".join(f"{name} from {before.get(name)} to {self.aliases.get(name)}" for name in changed)
-        about = self._subject(str(self.aliases.get(changed[0]) or before.get(changed[0])))
+        about = self._last_judged(str(self.aliases.get(changed[0]) or before.get(changed[0])))
         reason, origin = f"found in the registry: {told}", {"from": before.get(CHAMPION)}
-        self._write("changed outside", about, self.aliases, line, reason, **origin)
+        self._append_entry("changed outside", about, self.aliases, line, reason, **origin)
 
-    def _write(
-        self, action: str, subject: Subject, aliases: Aliases, line: list[str], reason: str, **more: Any
+    def _append_entry(
+        self, action: str, subject: JudgedVersion, aliases: Aliases, line: list[str], reason: str, **more: Any
     ) -> dict[str, Any]:
         entry = {
             "kind": "decided", "id": uuid.uuid4().hex, "number": len(self.entries) + 1, "model": self.name,
@@ -167,15 +167,15 @@ class Ledger:
             "aliases": dict(aliases), "line": line, "reason": reason, "taken_back": [], "rules": [], "auc": None,
             "champion_auc": None, **asdict(subject), **more,
         }  # fmt: skip
-        jsonl.append(path(), entry)
-        versions.follow(entry)
-        self._everywhere.append(entry)
+        jsonl.append_record(ledger_path(), entry)
+        versions.apply_ledger_entry(entry)
+        self._all_entries.append(entry)
         self.aliases = dict(aliases)
         return entry
 
 
 @contextmanager
-def opened(name: str) -> Iterator[Ledger]:
+def open_ledger(name: str) -> Iterator[Ledger]:
     """The ledger of a registered model, while no other process decides about any.
 
     Raises:
@@ -183,15 +183,15 @@ def opened(name: str) -> Iterator[Ledger]:
         Unreachable: MLflow is.
     """
     try:
-        with FileLock(path().with_name(".ledger.lock"), timeout=LOCK_TIMEOUT):
+        with FileLock(ledger_path().with_name(".ledger.lock"), timeout=LOCK_TIMEOUT):
             yield Ledger(name)
     except Timeout as error:
         told = f"another promotion has gone on for {LOCK_TIMEOUT} s; see what it waits for, then run again"
-        raise UserError(f"{path()}: {told}") from error
+        raise UserError(f"{ledger_path()}: {told}") from error
 
 
-def history(name: str | None, *, mend: bool = False) -> list[dict[str, Any]]:
+def read_entries(name: str | None, *, repair: bool = False) -> list[dict[str, Any]]:
     """Decisions about one registered model or all, oldest first; `mend` is for a process that holds the lock."""
-    records = jsonl.read(path(), REMEDY, mend=mend)
+    records = jsonl.read_records(ledger_path(), REMEDY, truncate_partial=repair)
     decided = (one for one in records if one["kind"] == "decided" and name in (None, one["model"]))
     return sorted(decided, key=lambda entry: (entry["time"], entry["number"]))

@@ -32,18 +32,18 @@ from fadeformer.inference import model_files
 from fadeformer.io.atomic import checksum, read_json
 from pipelines import paths
 from pipelines.tracking import locations, store
-from pipelines.tracking.runs import MODEL
+from pipelines.tracking.runs import LOGGED_MODEL_NAME
 
-SERVED = Path(__file__).with_name("pyfunc_model.py")
-ANSWER = 20  # seconds for MLflow's server to answer
-CONTENT = "fadeformer.content"  # tag with the checksum of what is in a package
+PYFUNC_MODULE = Path(__file__).with_name("pyfunc_model.py")
+SERVER_TIMEOUT = 20  # seconds for MLflow's server to answer
+CONTENT_TAG = "fadeformer.content"  # tag with the checksum of what is in a package
 # What loading needs, and what these do not bring in a version of their own choice; timm imports torchvision.
 REQUIREMENTS = (
     "mlflow-skinny", "numpy", "pandas", "pillow", "safetensors", "scipy", "timm", "torch", "torchvision", "tqdm"
 )  # fmt: skip
 
 
-def log(run_id: str) -> LoggedModel:
+def log_package(run_id: str) -> LoggedModel:
     """Packages what lies in models/ and reports/operating_points.json into a run, or finds that it is there.
 
     What a stage that was killed has left of one is deleted.
@@ -52,23 +52,25 @@ def log(run_id: str) -> LoggedModel:
         run_id: of the run in which the model was trained.
     """
     client = MlflowClient()
-    content = checksum_of_content()
+    content = compute_content_checksum()
     experiment = client.get_run(run_id).info.experiment_id
     for model in client.search_logged_models([experiment], f"source_run_id = '{run_id}'"):
         if model.status != LoggedModelStatus.READY:
             client.delete_logged_model(model.model_id)
-        elif model.tags.get(CONTENT) == content:
+        elif model.tags.get(CONTENT_TAG) == content:
             return model
-    made = client.create_logged_model(experiment, name=MODEL, source_run_id=run_id, tags={CONTENT: content})
+    made = client.create_logged_model(
+        experiment, name=LOGGED_MODEL_NAME, source_run_id=run_id, tags={CONTENT_TAG: content}
+    )
     with tempfile.TemporaryDirectory() as temporary:
-        package = Path(temporary) / MODEL
-        _write(package, Model(artifact_path=MODEL, run_id=run_id, model_id=made.model_id), content)
+        package = Path(temporary) / LOGGED_MODEL_NAME
+        _write_package(package, Model(artifact_path=LOGGED_MODEL_NAME, run_id=run_id, model_id=made.model_id), content)
         client.log_model_artifacts(made.model_id, str(package))
     client.log_outputs(run_id, [LoggedModelOutput(made.model_id, 0)])
     return client.finalize_logged_model(made.model_id, LoggedModelStatus.READY)
 
 
-def fetch(name: str) -> Path:
+def fetch_package(name: str) -> Path:
     """The folder of a package, downloaded where it does not lie on this machine.
 
     Args:
@@ -79,34 +81,36 @@ def fetch(name: str) -> Path:
         UserError: there is no such model, no store of this project, or it is none of this project's models.
         Unreachable: MLflow is.
     """
-    folder = _downloaded(name) if re.match(r"\w+:/", name) else Path(name)
+    folder = _download_model(name) if re.match(r"\w+:/", name) else Path(name)
     if not folder.is_dir():
         raise UserError(f"{name}: no such folder; name a package's folder, or a model such as models:/NAME@champion")
-    data(folder)
+    find_data_folder(folder)
     return folder
 
 
-def _downloaded(uri: str) -> Path:
+def _download_model(uri: str) -> Path:
     """Where the files of a model in the store lie: in a local store where they are, else brought here."""
-    if not locations.exists():
-        raise UserError(f"{locations.address()}: no MLflow store is there; run `dvc repro`, or set MLFLOW_TRACKING_URI")
-    store.check(ANSWER)
+    if not locations.store_exists():
+        raise UserError(
+            f"{locations.display_address()}: no MLflow store is there; run `dvc repro`, or set MLFLOW_TRACKING_URI"
+        )
+    store.check_reachable(SERVER_TIMEOUT)
     store.connect()
     try:
         return Path(mlflow.artifacts.download_artifacts(uri))
     except (MlflowException, OSError) as error:
         reason = str(error).strip().splitlines()[0][:300]
         raise UserError(
-            f"{uri}: MLflow at {locations.address()} has no such model ({reason}); `make ui` shows what there is"
+            f"{uri}: MLflow at {locations.display_address()} has no such model ({reason}); `make ui` shows what there is"
         ) from error
 
 
-def load(folder: Path, config: dict[str, Any]) -> PyFuncModel:
+def load_pyfunc(folder: Path, config: dict[str, Any]) -> PyFuncModel:
     """The model of a package's folder, some of its settings changed; its code is the package's own."""
     return mlflow.pyfunc.load_model(str(folder), model_config=config)
 
 
-def data(folder: Path) -> Path:
+def find_data_folder(folder: Path) -> Path:
     """Where the weights of a package lie.
 
     Raises:
@@ -114,20 +118,20 @@ def data(folder: Path) -> Path:
     """
     try:
         flavour = Model.load(folder).flavors["python_function"]
-        if flavour["loader_module"] != SERVED.stem:
+        if flavour["loader_module"] != PYFUNC_MODULE.stem:
             raise KeyError
     except (MlflowException, OSError, KeyError) as error:
         raise UserError(f"{folder}: is no package of this pipeline's; `dvc repro promote` makes one") from error
     return Path(folder, flavour["data"])
 
 
-def checksum_of_content() -> str:
+def compute_content_checksum() -> str:
     """SHA-256 of the weights, the architecture, what the network knows and the operating points."""
-    parts = (paths.WEIGHTS, paths.ARCHITECTURE, paths.FAMILIAR, paths.OPERATING_POINTS)
+    parts = (paths.WEIGHTS, paths.ARCHITECTURE, paths.OOD_STATISTICS, paths.OPERATING_POINTS)
     return hashlib.sha256("".join(checksum(part, "sha256") for part in parts).encode()).hexdigest()
 
 
-def _write(package: Path, model: Model, content: str) -> None:
+def _write_package(package: Path, model: Model, content: str) -> None:
     """Makes the folder. `mlflow.pyfunc.log_model` would write into it where MLflow keeps it, so it could not move."""
     import torch  # takes seconds, and who finds that a package is there already needs none of it
     from safetensors.torch import save_file
@@ -137,29 +141,33 @@ def _write(package: Path, model: Model, content: str) -> None:
     described = read_json(paths.ARCHITECTURE)
     data, code = (package.with_name("parts") / name for name in ("model", "code"))
     data.mkdir(parents=True)
-    save_file(torch.load(paths.WEIGHTS, weights_only=True), data / model_files.WEIGHTS)
-    for path in (paths.ARCHITECTURE, paths.OPERATING_POINTS, paths.FAMILIAR, paths.REFERENCE):
+    save_file(torch.load(paths.WEIGHTS, weights_only=True), data / model_files.WEIGHTS_FILE)
+    for path in (paths.ARCHITECTURE, paths.OPERATING_POINTS, paths.OOD_STATISTICS, paths.REFERENCE):
         shutil.copyfile(path, data / path.name)
     library = Path(fadeformer.__file__).parent
     shutil.copytree(library, code / library.name, ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copyfile(SERVED, code / SERVED.name)
+    shutil.copyfile(PYFUNC_MODULE, code / PYFUNC_MODULE.name)
     mlflow.pyfunc.save_model(
         package,
         mlflow_model=model,
-        loader_module=SERVED.stem,
+        loader_module=PYFUNC_MODULE.stem,
         data_path=str(data),
-        code_paths=[str(code / library.name), str(code / SERVED.name)],
-        signature=pyfunc_model.signature(tuple(described["classes"])),
+        code_paths=[str(code / library.name), str(code / PYFUNC_MODULE.name)],
+        signature=pyfunc_model.model_signature(tuple(described["classes"])),
         input_example=pd.DataFrame(
-            {pyfunc_model.IMAGE: [_black(described["input"]["image_size"], described["input"]["channels"])]}
+            {
+                pyfunc_model.IMAGE_INPUT: [
+                    _example_image(described["input"]["image_size"], described["input"]["channels"])
+                ]
+            }
         ),
         pip_requirements=[f"{name}=={version(name).partition('+')[0]}" for name in REQUIREMENTS],
-        model_config=pyfunc_model.CONFIG,
+        model_config=pyfunc_model.DEFAULT_CONFIG,
         metadata={"content": content, "classes": described["classes"], "input": described["input"]},
     )
 
 
-def _black(side: int, channels: int) -> bytes:
+def _example_image(side: int, channels: int) -> bytes:
     """An image that shows what the input looks like, as PNG."""
     buffer = BytesIO()
     pixels = np.zeros((side, side, 3) if channels == 3 else (side, side), np.uint8)

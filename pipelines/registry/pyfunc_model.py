@@ -20,35 +20,35 @@ from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema, Tens
 from fadeformer.errors import UserError
 from fadeformer.inference import model_files
 from fadeformer.inference.classifier import Classifier
-from fadeformer.inference.pixels import pixels_of
+from fadeformer.inference.pixels import prepare_images
 
-IMAGE = "image"
-PROBABILITY = "probability."  # column of a class's calibrated score
-POSITIVE = "positive."  # column of whether it reaches the operating point
-DECISION = "decision"
+IMAGE_INPUT = "image"
+PROBABILITY_PREFIX = "probability."  # column of a class's calibrated score
+POSITIVE_PREFIX = "positive."  # column of whether it reaches the operating point
+DECISION_COLUMN = "decision"
 # May be given anew to `mlflow.pyfunc.load_model(..., model_config=)`, or as JSON in SERVING_MODEL_CONFIG to a server.
-CONFIG = {
+DEFAULT_CONFIG = {
     "max_pixels": 25_000_000,  # of one image, so that a small file cannot fill the memory
     "batch_size": 256,  # images that go through the network at once
 }
 
 
-def signature(classes: tuple[str, ...]) -> ModelSignature:
+def model_signature(classes: tuple[str, ...]) -> ModelSignature:
     """What goes in and comes out, one row per image."""
     return ModelSignature(
-        inputs=Schema([TensorSpec(np.dtype(object), (-1,), IMAGE)]),
+        inputs=Schema([TensorSpec(np.dtype(object), (-1,), IMAGE_INPUT)]),
         outputs=Schema(
             [
-                *(ColSpec(DataType.double, f"{PROBABILITY}{name}") for name in classes),
-                *(ColSpec(DataType.boolean, f"{POSITIVE}{name}") for name in classes),
-                ColSpec(DataType.string, DECISION),
+                *(ColSpec(DataType.double, f"{PROBABILITY_PREFIX}{name}") for name in classes),
+                *(ColSpec(DataType.boolean, f"{POSITIVE_PREFIX}{name}") for name in classes),
+                ColSpec(DataType.string, DECISION_COLUMN),
             ]
         ),
         params=ParamSchema([ParamSpec("operating_point", DataType.string, "youden")]),
     )
 
 
-class Served:
+class PyfuncClassifier:
     """What `mlflow.pyfunc.load_model` hands requests to.
 
     It computes on the CPU, so that its scores do not depend on the machine that serves them.
@@ -72,7 +72,7 @@ class Served:
         """Return a table of one row per image: probabilities, which of them are positive, and the decision.
 
         Args:
-            data: under `image`, what `fadeformer.inference.pixels.pixels_of` takes.
+            data: under `image`, what `fadeformer.inference.pixels.prepare_images` takes.
             params: `operating_point`, by name.
 
         Raises:
@@ -80,25 +80,29 @@ class Served:
         """
         try:
             point = self.classifier.operating_point((params or {}).get("operating_point", "youden"))
-            pixels = pixels_of(data[IMAGE], **self.classifier.input, max_pixels=self.max_pixels)
+            pixels = prepare_images(data[IMAGE_INPUT], **self.classifier.input_config, max_pixels=self.max_pixels)
         except UserError as error:
             raise MlflowException(str(error), BAD_REQUEST, reason=str(error)) from None
-        scores = self.classifier.scores(pixels, self.batch_size)
-        positive = point.positive(scores)
+        scores = self.classifier.predict_proba(pixels, self.batch_size)
+        positive = point.is_positive(scores)
         return pd.DataFrame(
             {
-                **{f"{PROBABILITY}{name}": scores[:, place] for place, name in enumerate(point.classes)},
-                **{f"{POSITIVE}{name}": positive[:, place] for place, name in enumerate(point.classes)},
-                DECISION: point.decisions(scores),
+                **{f"{PROBABILITY_PREFIX}{name}": scores[:, place] for place, name in enumerate(point.classes)},
+                **{f"{POSITIVE_PREFIX}{name}": positive[:, place] for place, name in enumerate(point.classes)},
+                DECISION_COLUMN: point.format_decisions(scores),
             }
         )
 
 
-def _load_pyfunc(data_path: str, model_config: dict[str, Any] | None = None) -> Served:
+def _load_pyfunc(data_path: str, model_config: dict[str, Any] | None = None) -> PyfuncClassifier:
     """What MLflow calls to load the model."""
-    settings = {**CONFIG, **(model_config or {})}
-    wrong = [name for name, value in settings.items() if name not in CONFIG or type(value) is not int or value < 1]
+    settings = {**DEFAULT_CONFIG, **(model_config or {})}
+    wrong = [
+        name for name, value in settings.items() if name not in DEFAULT_CONFIG or type(value) is not int or value < 1
+    ]
     if wrong:
-        raise ValueError(f"model_config: {', '.join(wrong)}: only {' and '.join(CONFIG)}, whole numbers above 0")
-    files = model_files.find(Path(data_path), "the package")
-    return Served(Classifier.load(files, torch.device("cpu")), **settings)
+        raise ValueError(
+            f"model_config: {', '.join(wrong)}: only {' and '.join(DEFAULT_CONFIG)}, whole numbers above 0"
+        )
+    files = model_files.find_model_files(Path(data_path), "the package")
+    return PyfuncClassifier(Classifier.load(files, torch.device("cpu")), **settings)

@@ -11,10 +11,10 @@ from fadeformer.inference import model_files
 from fadeformer.inference.classifier import Classifier
 from fadeformer.inference.model_files import ModelFiles
 
-HELP = "models:/NAME@ALIAS, models:/NAME/VERSION, runs:/ID/model, or a folder as models/"
+MODEL_HELP = "models:/NAME@ALIAS, models:/NAME/VERSION, runs:/ID/model, or a folder as models/"
 
 
-def find(name: str, points: Path | None = None) -> ModelFiles:
+def find_model_files(name: str, points: Path | None = None) -> ModelFiles:
     """The files of a model, brought here where they are not.
 
     Args:
@@ -29,11 +29,11 @@ def find(name: str, points: Path | None = None) -> ModelFiles:
     if re.match(r"\w+:/", name):
         from pipelines.registry import package  # MLflow takes seconds to import, and a folder does without it
 
-        folder = package.fetch(name)
-    return model_files.find(folder, name, points)
+        folder = package.fetch_package(name)
+    return model_files.find_model_files(folder, name, points)
 
 
-def load(model: ModelFiles) -> Classifier:
+def load_classifier(model: ModelFiles) -> Classifier:
     """Load the model, onto a GPU if there is one; raises UserError if its weights are damaged."""
     classifier = Classifier.load(model)
     torch.use_deterministic_algorithms(True, warn_only=classifier.device.type == "cuda")

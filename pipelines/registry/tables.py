@@ -10,35 +10,35 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from fadeformer.promotion.decision import FAILED, NOT_JUDGED, PASSED, Decision
+from fadeformer.promotion.decision import FAILED, NOT_EVALUATED, PASSED, Decision
 from fadeformer.reporting import promotion_page
 
-STYLES = {PASSED: "green", FAILED: "bold red", NOT_JUDGED: "yellow"}
+STYLES = {PASSED: "green", FAILED: "bold red", NOT_EVALUATED: "yellow"}
 PLAIN_WIDTH = 120  # columns where nobody looks at a terminal
 
 
-def show(decision: Decision) -> None:
+def print_decision(decision: Decision) -> None:
     """Prints each rule, and of a rule that did not pass each part that was the reason."""
-    table = _table("rule", "verdict", "figures")
-    for rule in decision.rules:
+    table = _create_table("rule", "verdict", "figures")
+    for rule in decision.checks:
         table.add_row(rule.rule, Text(rule.verdict, STYLES[rule.verdict]), rule.figures)
-    _print(table)
+    _print_table(table)
 
 
-def show_history(entries: Iterable[Mapping[str, Any]]) -> None:
+def print_ledger(entries: Iterable[Mapping[str, Any]]) -> None:
     """Prints the ledger, a decision a row, the oldest first."""
-    table = _table("Model", *promotion_page.COLUMNS)
+    table = _create_table("Model", *promotion_page.LEDGER_COLUMNS)
     for entry in entries:
-        table.add_row(entry["model"], *promotion_page.row(entry).values())
-    _print(table)
+        table.add_row(entry["model"], *promotion_page.ledger_row(entry).values())
+    _print_table(table)
 
 
-def _table(*columns: str) -> Table:
+def _create_table(*columns: str) -> Table:
     table = Table(box=None, pad_edge=False, header_style="bold")
     for name in columns:
         table.add_column(name, overflow="fold", no_wrap=name in ("No.", "verdict", "Version", "Decision", "AUC"))
     return table
 
 
-def _print(table: Table) -> None:
+def _print_table(table: Table) -> None:
     Console(highlight=False, width=None if sys.stdout.isatty() else PLAIN_WIDTH).print(table)

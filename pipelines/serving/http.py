@@ -20,14 +20,14 @@ Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
-METHODS = {"/ping": "GET", "/health": "GET", "/version": "GET", "/invocations": "POST"}
-HOW = (
+ALLOWED_METHODS = {"/ping": "GET", "/health": "GET", "/version": "GET", "/invocations": "POST"}
+USAGE = (
     'send {"inputs": {"image": [...]}} or {"dataframe_records": [{"image": ...}, ...]}, each image as base64 of a file'
 )
 log = logging.getLogger(__name__)
 
 
-class Refusal(Exception):  # noqa: N818  the sender's error
+class RequestError(Exception):
     """A request that is not answered; `status` is HTTP's, and the text says why."""
 
     def __init__(self, status: int, reason: str) -> None:
@@ -35,7 +35,7 @@ class Refusal(Exception):  # noqa: N818  the sender's error
         self.status = status
 
 
-def app(model: PyFuncModel, *, max_bytes: int, max_images: int) -> App:
+def create_app(model: PyFuncModel, *, max_bytes: int, max_images: int) -> App:
     """The guarded app of a package.
 
     Args:
@@ -50,8 +50,8 @@ def app(model: PyFuncModel, *, max_bytes: int, max_images: int) -> App:
             await scoring(scope, receive, send)
         elif scope["type"] == "http":
             try:
-                status, body = await _answer(scoring, scope, receive, max_bytes, max_images)
-            except Refusal as refusal:
+                status, body = await _handle_request(scoring, scope, receive, max_bytes, max_images)
+            except RequestError as refusal:
                 status, body = refusal.status, json.dumps({"error": str(refusal)}).encode()
             headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
             await send({"type": "http.response.start", "status": status, "headers": headers})
@@ -62,71 +62,73 @@ def app(model: PyFuncModel, *, max_bytes: int, max_images: int) -> App:
     return guarded
 
 
-async def _answer(scoring: App, scope: Scope, receive: Receive, max_bytes: int, max_images: int) -> tuple[int, bytes]:
-    method = METHODS.get(scope["path"])
+async def _handle_request(
+    scoring: App, scope: Scope, receive: Receive, max_bytes: int, max_images: int
+) -> tuple[int, bytes]:
+    method = ALLOWED_METHODS.get(scope["path"])
     if method is None:
-        raise Refusal(404, f"there is nothing here; there are {', '.join(METHODS)}")
+        raise RequestError(404, f"there is nothing here; there are {', '.join(ALLOWED_METHODS)}")
     if scope["method"] != method:
-        raise Refusal(405, f"this address takes {method}")
+        raise RequestError(405, f"this address takes {method}")
     headers = dict(scope["headers"])
-    body = await _body(receive, max_bytes)
+    body = await _read_body(receive, max_bytes)
     if method == "POST":
-        body = _canonical(headers.get(b"content-type", b"").decode("latin-1"), body, max_images)
+        body = _normalize_body(headers.get(b"content-type", b"").decode("latin-1"), body, max_images)
     inner = {
         **scope, "query_string": b"",
         "headers": [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())],
     }  # fmt: skip
-    status, answer = await _asked(scoring, inner, body)
+    status, answer = await _call_app(scoring, inner, body)
     if status < 400:
         return status, answer
     told = json.loads(answer) if answer.startswith(b"{") else {}
     if "reason" in told:  # of `pyfunc_model.py`
-        raise Refusal(status, told["reason"])
+        raise RequestError(status, told["reason"])
     if status == 504:
-        raise Refusal(status, "it took too long; send fewer or smaller images")
+        raise RequestError(status, "it took too long; send fewer or smaller images")
     if status >= 500 or "stack_trace" in told:  # MLflow calls the model's own errors the sender's
         log.error("a request ended with an error of the server's own")
-        raise Refusal(500, "an error of the server's own")
-    raise Refusal(status, f"the images have no common form; {HOW}")
+        raise RequestError(500, "an error of the server's own")
+    raise RequestError(status, f"the images have no common form; {USAGE}")
 
 
-async def _body(receive: Receive, limit: int) -> bytes:
+async def _read_body(receive: Receive, limit: int) -> bytes:
     parts, length, more = [], 0, True
     while more:
         message = await receive()
         if message["type"] == "http.disconnect":
-            raise Refusal(400, "the request was broken off")
+            raise RequestError(400, "the request was broken off")
         parts.append(message.get("body", b""))
         length += len(parts[-1])
         if length > limit:
-            raise Refusal(413, f"the request has more than {limit:,} bytes; send fewer or smaller images")
+            raise RequestError(413, f"the request has more than {limit:,} bytes; send fewer or smaller images")
         more = message.get("more_body", False)
     return b"".join(parts)
 
 
-def _canonical(content_type: str, body: bytes, max_images: int) -> bytes:
+def _normalize_body(content_type: str, body: bytes, max_images: int) -> bytes:
     """The request in the one form in which MLflow's app gets it."""
     kind = content_type.partition(";")[0].strip().lower()
     if kind.startswith("image/") or kind == "application/octet-stream":  # a file as it is
         return json.dumps({"inputs": {"image": [base64.b64encode(body).decode()]}}).encode()
     if kind != "application/json":
-        raise Refusal(415, "the content type is neither application/json nor, for one file, that of an image")
+        raise RequestError(415, "the content type is neither application/json nor, for one file, that of an image")
     try:
         document = json.loads(body)
     except (ValueError, RecursionError) as error:
-        raise Refusal(400, f"the request is not JSON; {HOW}") from error
+        raise RequestError(400, f"the request is not JSON; {USAGE}") from error
     if not isinstance(document, dict) or len(document.keys() - {"params"}) != 1:
-        raise Refusal(400, f"the request is not in one form; {HOW}")
+        raise RequestError(400, f"the request is not in one form; {USAGE}")
     params = document.pop("params", None) or {}
     if not isinstance(params, dict) or not all(k == "operating_point" and isinstance(params[k], str) for k in params):
-        raise Refusal(400, "params has only operating_point, the name of one")
-    images = _images(document)
+        raise RequestError(400, "params has only operating_point, the name of one")
+    images = _extract_images(document)
     if len(images) > max_images:
-        raise Refusal(413, f"the request has more than {max_images:,} images; send fewer at once")
+        raise RequestError(413, f"the request has more than {max_images:,} images; send fewer at once")
     return json.dumps({"inputs": {"image": images}, "params": params}).encode()
 
 
-def _images(document: dict[str, Any]) -> list[Any]:
+def _extract_images(document: dict[str, Any]) -> list[Any]:
     (name, given) = next(iter(document.items()))
     if name == "dataframe_split" and isinstance(given, dict):
         if given.get("columns") == ["image"] and given.keys() <= {"columns", "index", "data"}:
@@ -142,10 +144,10 @@ def _images(document: dict[str, Any]) -> list[Any]:
             given = None
         if isinstance(given, list):
             return given
-    raise Refusal(400, f"the request is not in a form that is known; {HOW}")
+    raise RequestError(400, f"the request is not in a form that is known; {USAGE}")
 
 
-async def _asked(scoring: App, scope: Scope, body: bytes) -> tuple[int, bytes]:
+async def _call_app(scoring: App, scope: Scope, body: bytes) -> tuple[int, bytes]:
     """Status and body of an app's answer."""
     sent: list[MutableMapping[str, Any]] = []
     given = iter([{"type": "http.request", "body": body, "more_body": False}])
@@ -160,5 +162,5 @@ async def _asked(scoring: App, scope: Scope, body: bytes) -> tuple[int, bytes]:
         await scoring(scope, receive, send)
     except Exception as error:  # what it is must not reach the sender, and may hold what was sent
         log.error("a request ended with %s", type(error).__name__)
-        raise Refusal(500, "an error of the server's own") from None
+        raise RequestError(500, "an error of the server's own") from None
     return sent[0]["status"], b"".join(message.get("body", b"") for message in sent[1:])

@@ -15,44 +15,44 @@ from filelock import FileLock, Timeout
 from fadeformer.config import schema
 from fadeformer.config.schema import PreprocessParams
 from fadeformer.data import arrays, dataset_card, manifest, preprocess
-from fadeformer.data.boxes import of_arrays
-from fadeformer.data.dataset_card import Facts
+from fadeformer.data.boxes import map_boxes_to_arrays
+from fadeformer.data.dataset_card import DatasetCard
 from fadeformer.data.sources import lesion_boxes
 from fadeformer.errors import UserError
-from fadeformer.io.atomic import checksum, whole_file
+from fadeformer.io.atomic import atomic_write, checksum
 from pipelines import paths, runner
 
 
 def main() -> str:
     """Writes the arrays that training maps into memory."""
-    wanted = schema.load(paths.PARAMS).preprocess
-    found = dataset_card.read(paths.RAW)
+    wanted = schema.load_params(paths.PARAMS).preprocess
+    found = dataset_card.read_card(paths.RAW)
     side = wanted.image_size or found.size
     if side is None:
         raise UserError(f"{paths.PARAMS}: the images of {found.name} differ in size; set preprocess.image_size, pixels")
     try:
         with FileLock(paths.PROCESSED.with_name(f".{paths.PROCESSED.name}.lock"), timeout=0):
-            return _write(found, side, wanted)
+            return _write_arrays(found, side, wanted)
     except Timeout as error:
         raise UserError(f"{paths.PROCESSED}: another process is making the arrays; wait until it has ended") from error
 
 
-def _write(found: Facts, side: int, wanted: PreprocessParams) -> str:
+def _write_arrays(found: DatasetCard, side: int, wanted: PreprocessParams) -> str:
     rows = pd.read_parquet(paths.MANIFEST)
     settings: dict[str, Any] = {"image_size": side, "channels": wanted.channels, "aspect": wanted.aspect}
-    begun = _begun(json.dumps([settings, asdict(found), checksum(paths.MANIFEST, "sha256")]))
-    drawn = lesion_boxes.table(found, paths.RAW)
+    begun = _partial_folder(json.dumps([settings, asdict(found), checksum(paths.MANIFEST, "sha256")]))
+    drawn = lesion_boxes.box_table(found, paths.RAW)
     if drawn is not None:  # first, for what is begun counts as whole once the arrays are
-        with whole_file(begun / arrays.BOXES) as path:
-            of_arrays(drawn, rows, side, wanted.aspect).to_parquet(path, index=False)
-    meta = preprocess.write(
+        with atomic_write(begun / arrays.BOXES_FILE) as path:
+            map_boxes_to_arrays(drawn, rows, side, wanted.aspect).to_parquet(path, index=False)
+    meta = preprocess.write_arrays(
         asdict(found),
         rows,
         paths.RAW,
         **settings,
         threads=wanted.threads,
         split=rows.attrs["split"],
-        cross_split_duplicates=manifest.across_splits(rows)["sha256"].nunique(),
+        cross_split_duplicates=manifest.cross_split_duplicates(rows)["sha256"].nunique(),
         folder=begun,
     )
     shutil.rmtree(paths.PROCESSED, ignore_errors=True)
@@ -61,7 +61,7 @@ def _write(found: Facts, side: int, wanted: PreprocessParams) -> str:
     return f"{counts} images of {meta.image_size}x{meta.image_size}x{meta.channels}"
 
 
-def _begun(told: str) -> Path:
+def _partial_folder(told: str) -> Path:
     """The folder where these arrays are made; what was begun of others is removed."""
     key = hashlib.sha256(told.encode()).hexdigest()[:12]
     folder = paths.PROCESSED.with_name(f".{paths.PROCESSED.name}-{key}")

@@ -11,19 +11,19 @@ from typing import Any
 from fadeformer.config import schema
 from fadeformer.config.schema import PromoteParams
 from fadeformer.data import arrays
-from fadeformer.data.arrays import Meta
+from fadeformer.data.arrays import ArrayMetadata
 from fadeformer.evaluation import predictions
 from fadeformer.evaluation.predictions import Predictions
-from fadeformer.io.atomic import read_json, whole_file, write_json
+from fadeformer.io.atomic import atomic_write, read_json, write_json
 from fadeformer.promotion import gate
 from fadeformer.promotion.decision import Decision
-from fadeformer.promotion.gate import Asked, Candidate
+from fadeformer.promotion.gate import Challenger, PromotionCriteria
 from fadeformer.reporting import promotion_page
 from pipelines import paths
 from pipelines.registry import champion as rival
 from pipelines.registry import ledger, tables, versions
 from pipelines.registry import package as packaged
-from pipelines.registry.ledger import Subject
+from pipelines.registry.ledger import JudgedVersion
 from pipelines.tracking import runs, store
 
 
@@ -33,31 +33,31 @@ def main(forced: str | None = None) -> str:
     Args:
         forced: why it is promoted whatever comes of it; None: by the rules alone.
     """
-    wanted = schema.load(paths.PARAMS).promote
+    wanted = schema.load_params(paths.PARAMS).promote
     run_id = read_json(paths.RUN)["mlflow_run_id"]
-    meta = arrays.read_meta(paths.PROCESSED)
+    meta = arrays.read_metadata(paths.PROCESSED)
     name = model_name(wanted, meta)
-    test = predictions.read(paths.PREDICTIONS).of("test")
-    with runs.run(run_id):
-        package = packaged.log(run_id)
-        with ledger.opened(name):
-            version = versions.register(name, run_id, package.model_id)
-        versions.describe(version, paths.CARD.read_text(encoding="utf-8"))
-        subject = Subject(version.number, run_id, package.tags[packaged.CONTENT], _data(meta, test))
-        asked = Asked(**wanted.model_dump(exclude={"model_name"}))
-        with ledger.opened(name) as book:
-            champion = book.rival_of(subject)
-            of_champion = None if champion is None else rival.predictions_of(champion, test)
-            decision = gate.decide(_candidate(test, book.taken_back(subject)), of_champion, asked, forced)
-            entry = book.decide(subject, decision)
-        _write(name, decision, entry, meta)
-        runs.log_settings("promote", wanted.model_dump())
-        runs.log_files(paths.PROMOTION, paths.PROMOTION_PAGE, *filter(Path.is_file, [paths.LOCK]))
-    tables.show(decision)
+    test = predictions.read(paths.PREDICTIONS).select_split("test")
+    with runs.start_run(run_id):
+        package = packaged.log_package(run_id)
+        with ledger.open_ledger(name):
+            version = versions.register_version(name, run_id, package.model_id)
+        versions.set_description(version, paths.MODEL_CARD.read_text(encoding="utf-8"))
+        subject = JudgedVersion(version.number, run_id, package.tags[packaged.CONTENT_TAG], _data_summary(meta, test))
+        asked = PromotionCriteria(**wanted.model_dump(exclude={"model_name"}))
+        with ledger.open_ledger(name) as book:
+            champion = book.champion_to_beat(subject)
+            of_champion = None if champion is None else rival.champion_predictions(champion, test)
+            decision = gate.decide(_load_candidate(test, book.revocation_reason(subject)), of_champion, asked, forced)
+            entry = book.record_decision(subject, decision)
+        _write_reports(name, decision, entry, meta)
+        runs.log_params_as_tags("promote", wanted.model_dump())
+        runs.log_artifacts(paths.PROMOTION, paths.PROMOTION_PAGE, *filter(Path.is_file, [paths.DVC_LOCK]))
+    tables.print_decision(decision)
     return _summary(name, decision, entry)
 
 
-def model_name(wanted: PromoteParams, meta: Meta) -> str:
+def model_name(wanted: PromoteParams, meta: ArrayMetadata) -> str:
     """The name of the registered model."""
     return wanted.model_name.replace("{dataset}", meta.dataset["name"])
 
@@ -71,50 +71,50 @@ def roll_back(name: str, to: str | None, reason: str) -> str:
         reason: why, in words.
     """
     store.connect()
-    with ledger.opened(name) as book:
+    with ledger.open_ledger(name) as book:
         entry = book.roll_back(to, reason)
     gone = ", ".join(one["version"] for one in entry["taken_back"])
     return f"ROLLED BACK {name} version {entry['to']} is champion again; taken back: version {gone} ({reason})"
 
 
-def _candidate(test: Predictions, taken_back: str | None) -> Candidate:
+def _load_candidate(test: Predictions, taken_back: str | None) -> Challenger:
     intervals = read_json(paths.INTERVALS)
-    return Candidate(
+    return Challenger(
         test,
         intervals["test"],
         intervals["confidence"],
         read_json(paths.SUBGROUPS)["test"],
         read_json(paths.OPERATING_POINTS)["points"],
-        read_json(paths.VALIDATED)["passed"],
+        read_json(paths.VALIDATION_RESULT)["passed"],
         taken_back,
     )
 
 
-def _data(meta: Meta, test: Predictions) -> dict[str, Any]:
+def _data_summary(meta: ArrayMetadata, test: Predictions) -> dict[str, Any]:
     """What the model was trained and judged on, as the ledger tells it."""
     return {
         "name": meta.dataset["name"], "sha256": meta.dataset["sha256"], "split": meta.split, "images": meta.counts,
-        "test_images": test.identity(), "cross_split_duplicates": meta.cross_split_duplicates,
+        "test_images": test.fingerprint(), "cross_split_duplicates": meta.cross_split_duplicates,
     }  # fmt: skip
 
 
-def _write(name: str, decision: Decision, entry: dict[str, Any], meta: Meta) -> None:
+def _write_reports(name: str, decision: Decision, entry: dict[str, Any], meta: ArrayMetadata) -> None:
     number = entry["version"]
     told = {
         "model": name, "version": number, "mlflow_run_id": entry["run_id"],
         "decision": "promoted" if decision.promoted else "refused",
-        "forced": decision.forced is not None,
+        "forced": decision.force_reason is not None,
         "aliases": [alias for alias, of in entry["aliases"].items() if of == number],
         "previous_champion": entry["from"],
         "reason": decision.reason,
         "auc": decision.auc, "champion_auc": decision.champion_auc,
         "cross_split_duplicates": meta.cross_split_duplicates,
         "ledger_entry": entry["number"],
-        **decision.as_dict(),
+        **decision.to_dict(),
     }  # fmt: skip
     write_json(paths.PROMOTION, told)
-    with whole_file(paths.PROMOTION_PAGE) as path:
-        path.write_text(promotion_page.page(told, ledger.history(name)), encoding="utf-8")
+    with atomic_write(paths.PROMOTION_PAGE) as path:
+        path.write_text(promotion_page.render_promotion_page(told, ledger.read_entries(name)), encoding="utf-8")
 
 
 def _summary(name: str, decision: Decision, entry: dict[str, Any]) -> str:

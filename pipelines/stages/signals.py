@@ -7,13 +7,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-from fadeformer.errors import Interrupted
+from fadeformer.errors import StageInterrupted
 
-ASKING = (signal.SIGTERM, signal.SIGINT)
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 @contextmanager
-def asked_to_leave() -> Iterator[Callable[[], int]]:
+def catch_stop_signals() -> Iterator[Callable[[], int]]:
     """Yield a function that returns the number of the signal that asked to stop, or 0.
 
     Raises:
@@ -25,9 +25,11 @@ def asked_to_leave() -> Iterator[Callable[[], int]]:
         received.append(number)
         if len(received) > 1:
             name = signal.Signals(received[0]).name
-            raise Interrupted(f"stopped by {name} at once; run again to go on from the last checkpoint", received[0])
+            raise StageInterrupted(
+                f"stopped by {name} at once; run again to go on from the last checkpoint", received[0]
+            )
 
-    before = {number: signal.signal(number, ask) for number in ASKING}
+    before = {number: signal.signal(number, ask) for number in STOP_SIGNALS}
     try:
         yield lambda: received[0] if received else 0
     finally:

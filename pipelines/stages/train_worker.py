@@ -23,36 +23,36 @@ from torch.utils import deterministic
 from fadeformer.config import schema
 from fadeformer.config.schema import ModelParams, Params
 from fadeformer.data import arrays
-from fadeformer.data.arrays import Meta
-from fadeformer.data.normalization import IMAGENET, Normalisation
-from fadeformer.errors import Interrupted, UserError
+from fadeformer.data.arrays import ArrayMetadata
+from fadeformer.data.normalization import IMAGENET, Normalization
+from fadeformer.errors import StageInterrupted, UserError
 from fadeformer.inference.forward import choose_device, choose_precision
 from fadeformer.io.atomic import checksum, write_json
 from fadeformer.models.factory import create_model, load_weights
 from fadeformer.tasks import Task
 from fadeformer.training import loop
 from fadeformer.training.augmentation import Augmentation
-from fadeformer.training.checkpoints import Checkpoints
-from fadeformer.training.distributed import make_fabric
-from fadeformer.training.state import COST, Epoch, Recipe, State, start
+from fadeformer.training.checkpoints import CheckpointManager
+from fadeformer.training.distributed import create_fabric
+from fadeformer.training.state import COST_FIELDS, EpochResult, Recipe, TrainingState, create_training_state
 from pipelines import paths
-from pipelines.stages.signals import asked_to_leave
+from pipelines.stages.signals import catch_stop_signals
 from pipelines.tracking import resume
 from pipelines.tracking.journal import Journal
 
-FLIPPED = 0.5  # of images that mean the same when mirrored
+FLIP_PROBABILITY = 0.5  # of images that mean the same when mirrored
 # Keys of train: that are no part of the recipe.
-ELSEWHERE = ("precision", "device", "devices", "class_weights", "calibrate", "checkpoint_minutes")
+NOT_IN_RECIPE = ("precision", "device", "devices", "class_weights", "calibrate", "checkpoint_minutes")
 # What a model is made of; the other sections may change without training it again.
-SECTIONS = ("seed", "dataset", "split", "preprocess", "model", "augment", "train")
+RECORDED_SECTIONS = ("seed", "dataset", "split", "preprocess", "model", "augment", "train")
 
 
-def nodes() -> int:
+def node_count() -> int:
     """Machines that train together: as torchrun's own environment says."""
     return int(os.environ.get("PET_NNODES", "1").split(":")[0])
 
 
-def devices(wanted: Params) -> int:
+def device_count(wanted: Params) -> int:
     """Processes on this machine.
 
     Raises:
@@ -80,25 +80,27 @@ def run(folder: Path | None) -> None:
         Interrupted: a signal asked to stop; the state is in a checkpoint.
     """
     logging.getLogger("lightning_fabric").setLevel(logging.WARNING)  # it announces each process
-    wanted = schema.load(paths.PARAMS)
-    meta = arrays.read_meta(paths.PROCESSED)
+    wanted = schema.load_params(paths.PARAMS)
+    meta = arrays.read_metadata(paths.PROCESSED)
     device = choose_device(wanted.train.device)
     precision = choose_precision(wanted.train.precision, device)
     torch.use_deterministic_algorithms(True, warn_only=device.type == "cuda")
     deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # filling takes time
     freezes = wanted.train.probe_epochs > 0
-    fabric = make_fabric(device, precision, devices=devices(wanted), nodes=nodes(), freezes=freezes)
-    _check_same(fabric, folder)
+    fabric = create_fabric(
+        device, precision, devices=device_count(wanted), nodes=node_count(), find_unused_parameters=freezes
+    )
+    _check_nodes_agree(fabric, folder)
     torch.manual_seed(wanted.seed)
     task = meta.task.with_head(wanted.model.head)
-    described, model, origin = _network(wanted.model, meta, task)
-    normalisation = normalisation_of(wanted.model, meta, model)
-    recipe = Recipe(**wanted.train.model_dump(exclude=set(ELSEWHERE)))
-    state = start(model.to(fabric.device), recipe)
+    described, model, origin = _build_model(wanted.model, meta, task)
+    normalisation = resolve_normalization(wanted.model, meta, model)
+    recipe = Recipe(**wanted.train.model_dump(exclude=set(NOT_IN_RECIPE)))
+    state = create_training_state(model.to(fabric.device), recipe)
     journal, checkpoints = None, None
     if folder is not None and fabric.global_rank == 0:
-        journal, checkpoints = Journal(folder), Checkpoints(folder, wanted.train.checkpoint_minutes)
-        made_with = {name: value for name, value in wanted.nested().items() if name in SECTIONS}
+        journal, checkpoints = Journal(folder), CheckpointManager(folder, wanted.train.checkpoint_minutes)
+        made_with = {name: value for name, value in wanted.as_nested_dict().items() if name in RECORDED_SECTIONS}
         write_json(
             folder / paths.ARCHITECTURE.name,
             {
@@ -109,25 +111,25 @@ def run(folder: Path | None) -> None:
                 "dataset": meta.dataset["name"],
             },
         )  # fmt: skip
-        journal.start(wanted.flat(), meta)
-    _take_up(state, checkpoints, fabric)
-    train, val = (arrays.read(paths.PROCESSED, split) for split in ("train", "val"))
+        journal.start(wanted.as_flat_dict(), meta)
+    _load_last_checkpoint(state, checkpoints, fabric)
+    train, val = (arrays.load_split(paths.PROCESSED, split) for split in ("train", "val"))
     if journal is not None:
         for result in state.history:  # the last may not be there
-            journal.epoch(asdict(result))
-        journal.deliver()
-    class_weights = class_weights_of(wanted, meta, task, train.labels)
-    with asked_to_leave() as asked:
+            journal.add_epoch(asdict(result))
+        journal.flush()
+    class_weights = resolve_class_weights(wanted, meta, task, train.labels)
+    with catch_stop_signals() as asked:
         for result in loop.fit(
             state, train, val, task=task, recipe=recipe, class_weights=class_weights,
-            augmentation=augmentation_of(wanted, meta), normalisation=normalisation, seed=wanted.seed, fabric=fabric,
-            checkpoints=checkpoints, asked_to_stop=asked,
+            augmentation=build_augmentation(wanted, meta), normalization=normalisation, seed=wanted.seed, fabric=fabric,
+            checkpoints=checkpoints, pending_signal=asked,
         ):  # fmt: skip
             if journal is not None:
-                _report(result, recipe, journal)
+                _report_epoch(result, recipe, journal)
 
 
-def _check_same(fabric: Fabric, folder: Path | None) -> None:
+def _check_nodes_agree(fabric: Fabric, folder: Path | None) -> None:
     """Makes sure that all machines train the same, and that the first one keeps it."""
     name = fabric.broadcast(None if folder is None else folder.name)
     if name is None:
@@ -135,15 +137,17 @@ def _check_same(fabric: Fabric, folder: Path | None) -> None:
             "the first process is not on the machine that runs the stage; set PET_NODE_RANK to 0 there, and to 1 and so"
             " on elsewhere"
         )
-    if folder is None and fabric.local_rank == 0 and resume.digest(resume.made_of()) != name:
+    if folder is None and fabric.local_rank == 0 and resume.hash_fingerprint(resume.compute_fingerprint()) != name:
         raise UserError("params.yaml, data, code or libraries are others here than on the first machine")
 
 
-def _network(wanted: ModelParams, meta: Meta, task: Task) -> tuple[dict[str, Any], nn.Module, dict[str, str] | None]:
+def _build_model(
+    wanted: ModelParams, meta: ArrayMetadata, task: Task
+) -> tuple[dict[str, Any], nn.Module, dict[str, str] | None]:
     """What `create_model` is called with, the network, and which weights it starts from."""
     described: dict[str, Any] = {
         "backbone": wanted.backbone,
-        "num_classes": len(meta.classes) - task.spare_outputs,
+        "num_classes": len(meta.classes) - task.num_omitted_outputs,
         "image_size": meta.image_size,
         "in_chans": meta.channels,
         "pretrained": wanted.pretrained,
@@ -172,25 +176,25 @@ def _network(wanted: ModelParams, meta: Meta, task: Task) -> tuple[dict[str, Any
     return described, model, {"file": first.name, "sha256": checksum(first, "sha256")}
 
 
-def normalisation_of(wanted: ModelParams, meta: Meta, model: nn.Module) -> Normalisation:
+def resolve_normalization(wanted: ModelParams, meta: ArrayMetadata, model: nn.Module) -> Normalization:
     """Mean and deviation that the network's input is normalised with."""
     if wanted.normalise == "data":
-        return Normalisation(tuple(meta.channel_mean), tuple(max(std, 1e-6) for std in meta.channel_std))
+        return Normalization(tuple(meta.channel_mean), tuple(max(std, 1e-6) for std in meta.channel_std))
     if wanted.normalise == "imagenet":
-        return IMAGENET.of(meta.channels)
+        return IMAGENET.for_channels(meta.channels)
     config = timm.data.resolve_model_data_config(model)
-    return Normalisation(tuple(config["mean"]), tuple(config["std"])).of(meta.channels)
+    return Normalization(tuple(config["mean"]), tuple(config["std"])).for_channels(meta.channels)
 
 
-def augmentation_of(wanted: Params, meta: Meta) -> Augmentation:
+def build_augmentation(wanted: Params, meta: ArrayMetadata) -> Augmentation:
     """Random changes; none of left and right where these are labels."""
     chosen = wanted.augment.model_dump() | {"erasing_scale": tuple(wanted.augment.erasing_scale)}
     if wanted.augment.horizontal_flip == "auto":
-        chosen["horizontal_flip"] = FLIPPED if meta.dataset["mirrors"] else 0.0
+        chosen["horizontal_flip"] = FLIP_PROBABILITY if meta.dataset["mirrors"] else 0.0
     return Augmentation(**chosen)
 
 
-def class_weights_of(wanted: Params, meta: Meta, task: Task, labels: Any) -> Any:
+def resolve_class_weights(wanted: Params, meta: ArrayMetadata, task: Task, labels: Any) -> Any:
     """Weights of the classes in the loss, (classes,).
 
     Raises:
@@ -198,7 +202,7 @@ def class_weights_of(wanted: Params, meta: Meta, task: Task, labels: Any) -> Any
     """
     chosen = wanted.train.class_weights
     if chosen == "auto":
-        return task.balance(labels, len(meta.classes))
+        return task.balanced_weights(labels, len(meta.classes))
     given: Mapping[str, float] = {} if chosen == "none" else chosen
     for name in given:
         if name not in meta.classes:
@@ -208,9 +212,9 @@ def class_weights_of(wanted: Params, meta: Meta, task: Task, labels: Any) -> Any
     return pd.Series(given, dtype=float).reindex(list(meta.classes)).fillna(1.0).to_numpy()
 
 
-def _take_up(state: State, checkpoints: Checkpoints | None, fabric: Fabric) -> None:
+def _load_last_checkpoint(state: TrainingState, checkpoints: CheckpointManager | None, fabric: Fabric) -> None:
     """Brings the state to where the last checkpoint was; the first process reads it for all."""
-    found = checkpoints.newest() if checkpoints is not None else None
+    found = checkpoints.load_latest() if checkpoints is not None else None
     if fabric.world_size > 1:
         found = fabric.broadcast(found)
     if found is not None:
@@ -219,10 +223,10 @@ def _take_up(state: State, checkpoints: Checkpoints | None, fabric: Fabric) -> N
             print(f"taken up after epoch {state.epoch}, batch {state.batch} of the next, step {state.step}")
 
 
-def _report(result: Epoch, recipe: Recipe, journal: Journal) -> None:
+def _report_epoch(result: EpochResult, recipe: Recipe, journal: Journal) -> None:
     """Log an epoch's result and print it."""
-    journal.epoch(asdict(result))
-    journal.deliver()
+    journal.add_epoch(asdict(result))
+    journal.flush()
     auc = "undefined" if result.val_auc is None else f"{result.val_auc:.4f}"
     print(
         f"epoch {result.epoch:3d}/{recipe.epochs}: train loss {result.train_loss:.4f} accuracy"
@@ -231,9 +235,9 @@ def _report(result: Epoch, recipe: Recipe, journal: Journal) -> None:
     )
 
 
-def history(results: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
+def history_table(results: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
     """One row per epoch, without what it cost: the same for the same training."""
-    return pd.DataFrame(list(results)).drop(columns=list(COST))
+    return pd.DataFrame(list(results)).drop(columns=list(COST_FIELDS))
 
 
 def main() -> None:
@@ -241,7 +245,7 @@ def main() -> None:
     folder = Path(sys.argv[1]) if len(sys.argv) > 1 else None
     try:
         run(folder)
-    except (UserError, Interrupted) as error:
+    except (UserError, StageInterrupted) as error:
         if folder is not None:
             told = {"message": str(error), "signal": getattr(error, "signal_number", 0)}
             write_json(folder / f"stopped-{os.environ.get('RANK', 0)}.json", told)

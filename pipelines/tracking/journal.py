@@ -14,14 +14,14 @@ from typing import Any, Literal
 
 import pandas as pd
 
-from fadeformer.data.arrays import Meta
-from fadeformer.errors import PassingError, UserError
-from fadeformer.io.atomic import read_json, whole_file, write_json
+from fadeformer.data.arrays import ArrayMetadata
+from fadeformer.errors import TransientError, UserError
+from fadeformer.io.atomic import atomic_write, read_json, write_json
 from pipelines import paths
 from pipelines.tracking import locations, runs, store
 
 TIMEOUT = 5  # seconds for MLflow to answer
-PAUSE = 60  # seconds from a failed try to the next
+RETRY_INTERVAL = 60  # seconds from a failed try to the next
 
 
 class Journal:
@@ -32,31 +32,35 @@ class Journal:
     """
 
     def __init__(self, folder: Path) -> None:
-        self._file, self._note = folder / paths.HISTORY.name, folder / paths.RUN.name
-        table = pd.read_csv(self._file, float_precision="round_trip") if self._file.is_file() else pd.DataFrame()
+        self._history_file, self._run_file = folder / paths.HISTORY.name, folder / paths.RUN.name
+        table = (
+            pd.read_csv(self._history_file, float_precision="round_trip")
+            if self._history_file.is_file()
+            else pd.DataFrame()
+        )
         self._rows: list[Any] = table.to_dict("records")
-        self._run = read_json(self._note) if self._note.is_file() else {}
+        self._run = read_json(self._run_file) if self._run_file.is_file() else {}
         self._logged: set[int] | None = None  # epochs that MLflow has; None while that is not known for sure
         self._next_try: float | None = None  # after a failed one
 
-    def start(self, params: Mapping[str, Any], meta: Meta) -> None:
+    def start(self, params: Mapping[str, Any], meta: ArrayMetadata) -> None:
         """Keep a run's parameters, tags and data set; a resumed training keeps those it started with."""
         if not self._run:
             self._run = {
                 "identity": uuid.uuid4().hex, "time": time.time_ns() // 10**6, "run_id": None,
-                "params": dict(params), "tags": runs.describe(meta),
+                "params": dict(params), "tags": runs.training_tags(meta),
                 "dataset": {key: meta.dataset[key] for key in ("name", "file", "sha256")},
             }  # fmt: skip
-            write_json(self._note, self._run)
+            write_json(self._run_file, self._run)
 
-    def epoch(self, measured: Mapping[str, Any]) -> None:
+    def add_epoch(self, measured: Mapping[str, Any]) -> None:
         """Append an epoch's metrics to the history; an epoch that is already there stays as it was first measured."""
         if measured["epoch"] not in [row["epoch"] for row in self._rows]:
             self._rows.append({**measured, "time": time.time_ns() // 10**6})
-            with whole_file(self._file) as path:
+            with atomic_write(self._history_file) as path:
                 pd.DataFrame(self._rows).to_csv(path, index=False)
 
-    def deliver(self) -> None:
+    def flush(self) -> None:
         """Log to MLflow what its run lacks. If MLflow cannot be reached, print that and try again after a pause.
 
         Raises:
@@ -65,20 +69,20 @@ class Journal:
         if self._next_try is not None and time.monotonic() < self._next_try:
             return
         try:
-            self._send()
-        except store.Unreachable as error:
+            self._sync()
+        except store.MLflowUnreachable as error:
             if self._next_try is None:
                 print(
-                    f"MLflow at {locations.address()} cannot be reached: training goes on, and its metrics are kept in"
-                    f" {self._file} and logged later ({error.reason})"
+                    f"MLflow at {locations.display_address()} cannot be reached: training goes on, and its metrics are kept in"
+                    f" {self._history_file} and logged later ({error.reason})"
                 )
-            self._next_try = time.monotonic() + PAUSE
+            self._next_try = time.monotonic() + RETRY_INTERVAL
         else:
             if self._next_try is not None:
-                print(f"MLflow at {locations.address()} is reached again and has all {len(self._rows)} epochs")
+                print(f"MLflow at {locations.display_address()} is reached again and has all {len(self._rows)} epochs")
             self._next_try = None
 
-    def settle(self) -> str:
+    def finalize(self) -> str:
         """Log everything that is left, and return the run's id.
 
         Raises:
@@ -86,11 +90,11 @@ class Journal:
             UserError: as by `deliver`.
         """
         try:
-            self._send()
-        except store.Unreachable as error:
-            raise PassingError(
-                f"MLflow at {locations.address()} cannot be reached ({error.reason}); the training is finished and kept in"
-                f" {self._file.parent}: {error.remedy}, then run again; nothing is trained again"
+            self._sync()
+        except store.MLflowUnreachable as error:
+            raise TransientError(
+                f"MLflow at {locations.display_address()} cannot be reached ({error.reason}); the training is finished and kept in"
+                f" {self._history_file.parent}: {error.remedy}, then run again; nothing is trained again"
             ) from error
         return str(self._run["run_id"])
 
@@ -99,30 +103,32 @@ class Journal:
         if not self._run:
             return
         try:
-            self._send()
-            runs.mark(self._run["run_id"], status)
+            self._sync()
+            runs.set_status(self._run["run_id"], status)
         except UserError as error:
-            print(f"MLflow at {locations.address()} does not show that this training is {status}: {error}")
+            print(f"MLflow at {locations.display_address()} does not show that this training is {status}: {error}")
 
-    def _send(self) -> None:
-        store.check(TIMEOUT)
+    def _sync(self) -> None:
+        store.check_reachable(TIMEOUT)
         logged, self._logged = self._logged, None  # until all went well: a request that failed may have arrived
         if logged is None:
             experiment = store.connect()
             if self._run["run_id"] is None:
-                run_id = runs.open_run(experiment, self._run["identity"], self._run["time"], self._run["tags"])
+                run_id = runs.find_or_create_run(
+                    experiment, self._run["identity"], self._run["time"], self._run["tags"]
+                )
                 self._run["run_id"] = run_id
-                write_json(self._note, self._run)
+                write_json(self._run_file, self._run)
         run_id = self._run["run_id"]
-        runs.check_run(
+        runs.check_run_exists(
             run_id,
             f"restore it (`mlflow runs restore --run-id {run_id}`), set MLFLOW_TRACKING_URI as it was, or remove"
-            f" {self._note} to have a new run for this training",
+            f" {self._run_file} to have a new run for this training",
         )
         if logged is None:
-            runs.log_origin(run_id, self._run["params"], self._run["tags"], self._run["dataset"])
-            runs.mark(run_id, "RUNNING")
-            logged = runs.epochs(run_id)
+            runs.log_provenance(run_id, self._run["params"], self._run["tags"], self._run["dataset"])
+            runs.set_status(run_id, "RUNNING")
+            logged = runs.logged_epochs(run_id)
         left = [row for row in self._rows if row["epoch"] not in logged]
         runs.log_epochs(run_id, left)
         self._logged = logged | {row["epoch"] for row in left}

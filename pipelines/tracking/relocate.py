@@ -9,18 +9,18 @@ from contextlib import closing
 from pathlib import Path
 
 EXPERIMENT = "fadeformer"
-PLACES = {
+ARTIFACT_COLUMNS = {
     "experiments": ["artifact_location"], "runs": ["artifact_uri"], "logged_models": ["artifact_location"],
     "model_versions": ["source", "storage_location"],
 }  # fmt: skip
 
 
-def follow(database: Path, before: str, now: str) -> None:
+def rewrite_artifact_uris(database: Path, before: str, now: str) -> None:
     """Changes the beginning of every address of artifacts, in one transaction."""
     if before == now:
         return
     with closing(sqlite3.connect(database, timeout=60)) as connection, connection:
-        for table, columns in PLACES.items():
+        for table, columns in ARTIFACT_COLUMNS.items():
             for column in columns:
                 connection.execute(
                     f"update {table} set {column} = ? || substr({column}, ?) where substr({column}, 1, ?) = ?",  # noqa: S608  names of ours
@@ -38,7 +38,7 @@ def main() -> None:
         found = connection.execute("select artifact_location from experiments where name = ?", (EXPERIMENT,)).fetchone()
     if found is None or not found[0].startswith("file:"):
         raise SystemExit(f"{database} has no experiment {EXPERIMENT} whose artifacts lie in a folder")
-    follow(database, found[0], now)
+    rewrite_artifact_uris(database, found[0], now)
     print(f"artifacts are found in {folder / 'artifacts'}")
 
 

@@ -29,50 +29,50 @@ from mlflow.utils.mlflow_tags import (
 )
 from ruamel.yaml import YAML
 
-from fadeformer.data.arrays import Meta
+from fadeformer.data.arrays import ArrayMetadata
 from fadeformer.errors import UserError
 from fadeformer.io.atomic import checksum
 from pipelines.tracking import locations
-from pipelines.tracking.store import REFUSALS, connect, told
+from pipelines.tracking.store import REFUSAL_CODES, connect, translate_mlflow_errors
 
-SOURCE = "python -m pipelines train"
-MODEL = "model"  # name of the logged model in its run
-IDENTITY = "fadeformer.training"  # tag with the name that a training, or a sweep, gave itself before it had a run
-TRIAL = "fadeformer.trial"  # tag with the number of a trial of a sweep
-PLACE = "FADEFORMER_TRIAL"  # what a trial's stages are told: the sweep's run and the trial's number
+SOURCE_NAME = "python -m pipelines train"
+LOGGED_MODEL_NAME = "model"  # name of the logged model in its run
+IDENTITY_TAG = "fadeformer.training"  # tag with the name that a training, or a sweep, gave itself before it had a run
+TRIAL_TAG = "fadeformer.trial"  # tag with the number of a trial of a sweep
+TRIAL_VARIABLE = "FADEFORMER_TRIAL"  # what a trial's stages are told: the sweep's run and the trial's number
 
 
 @contextmanager
-def run(run_id: str | None = None) -> Iterator[str]:
+def start_run(run_id: str | None = None) -> Iterator[str]:
     """A new MLflow run, or more of an old one; gives its id. It ends as finished, or as failed by an error."""
     connect()
     if run_id is not None:
-        check_run(run_id, "`dvc repro -f train` makes one for this model")
-    with told(), mlflow.start_run(run_id=run_id) as active:
+        check_run_exists(run_id, "`dvc repro -f train` makes one for this model")
+    with translate_mlflow_errors(), mlflow.start_run(run_id=run_id) as active:
         yield active.info.run_id
 
 
-@told()
-def check_run(run_id: str, remedy: str) -> None:
+@translate_mlflow_errors()
+def check_run_exists(run_id: str, remedy: str) -> None:
     """Raise UserError with a remedy if MLflow has no such run any more."""
     try:
         lost = MlflowClient().get_run(run_id).info.lifecycle_stage != "active"
     except MlflowException as error:
-        if error.error_code not in REFUSALS:
+        if error.error_code not in REFUSAL_CODES:
             raise
         lost = True
     if lost:
-        raise UserError(f"MLflow at {locations.address()} has no run {run_id}, or it was deleted; {remedy}")
+        raise UserError(f"MLflow at {locations.display_address()} has no run {run_id}, or it was deleted; {remedy}")
 
 
-@told()
-def experiment_of(run_id: str) -> str:
+@translate_mlflow_errors()
+def get_experiment_id(run_id: str) -> str:
     """The id of a run's experiment."""
     return str(MlflowClient().get_run(run_id).info.experiment_id)
 
 
-@told()
-def open_run(experiment: str, identity: str, began: int, tags: Mapping[str, str]) -> str:
+@translate_mlflow_errors()
+def find_or_create_run(experiment: str, identity: str, began: int, tags: Mapping[str, str]) -> str:
     """The id of the one run of a training or a sweep, which is made where there is none.
 
     Args:
@@ -82,15 +82,15 @@ def open_run(experiment: str, identity: str, began: int, tags: Mapping[str, str]
         tags: of which the run has those of MLflow's own at once.
     """
     client = MlflowClient()
-    found = client.search_runs([experiment], f"tags.`{IDENTITY}` = '{identity}'", order_by=["start_time", "run_id"])
+    found = client.search_runs([experiment], f"tags.`{IDENTITY_TAG}` = '{identity}'", order_by=["start_time", "run_id"])
     if found:
         return str(found[0].info.run_id)
     own = {name: value for name, value in tags.items() if name.startswith("mlflow.")}
-    return str(client.create_run(experiment, start_time=began, tags={IDENTITY: identity, **own}).info.run_id)
+    return str(client.create_run(experiment, start_time=began, tags={IDENTITY_TAG: identity, **own}).info.run_id)
 
 
-@told()
-def mark(run_id: str, status: str) -> None:
+@translate_mlflow_errors()
+def set_status(run_id: str, status: str) -> None:
     """Sets a run's status: RUNNING, or with the time of its end FINISHED, FAILED or KILLED."""
     if status == "RUNNING":
         MlflowClient().update_run(run_id, status)
@@ -98,26 +98,26 @@ def mark(run_id: str, status: str) -> None:
         MlflowClient().set_terminated(run_id, status)
 
 
-def describe(meta: Meta) -> dict[str, str]:
+def training_tags(meta: ArrayMetadata) -> dict[str, str]:
     """The identity of data and code as a run's tags, MLflow's own (user, program) among them."""
     card = meta.dataset
-    return with_own(
+    return add_mlflow_tags(
         {
             "dataset.name": card["name"],
             "dataset.size": str(card["size"]),
             "dataset.sha256": card["sha256"],
             "dataset.note": card["note"],
             "dataset.split": meta.split,
-            MLFLOW_SOURCE_NAME: SOURCE,  # else the path of this program on this machine
-            **started_by(),
-            **_code_identity(),
-            **_lock_identity(),
+            MLFLOW_SOURCE_NAME: SOURCE_NAME,  # else the path of this program on this machine
+            **launch_tags(),
+            **_git_tags(),
+            **_dvc_tags(),
         }
     )
 
 
-@told()
-def log_origin(run_id: str, params: Mapping[str, Any], tags: Mapping[str, str], card: Mapping[str, Any]) -> None:
+@translate_mlflow_errors()
+def log_provenance(run_id: str, params: Mapping[str, Any], tags: Mapping[str, str], card: Mapping[str, Any]) -> None:
     """Leaves parameters, tags and the data set of a card in a run; once more changes nothing."""
     client = MlflowClient()
     client.log_batch(
@@ -130,8 +130,8 @@ def log_origin(run_id: str, params: Mapping[str, Any], tags: Mapping[str, str], 
     client.log_inputs(run_id, datasets=[DatasetInput(dataset, [InputTag(MLFLOW_DATASET_CONTEXT, "training")])])
 
 
-@told()
-def log_points(run_id: str, points: Iterable[tuple[str, float, int, int]]) -> None:
+@translate_mlflow_errors()
+def log_metric_points(run_id: str, points: Iterable[tuple[str, float, int, int]]) -> None:
     """Log (metric, value, ms since 1970, step) in order, in calls as large as MLflow takes."""
     MlflowClient().log_batch(run_id, metrics=[Metric(*point) for point in points])
 
@@ -140,20 +140,20 @@ def log_epochs(run_id: str, rows: Sequence[Mapping[str, Any]]) -> None:
     """Log rows of a history: `epoch`, `time` in ms since 1970, and metrics; missing values are left out."""
     for row in rows:  # one call each, so that MLflow has all of an epoch or nothing
         points = [
-            (plain(name), float(value), row["time"], row["epoch"])
+            (sanitize_metric_name(name), float(value), row["time"], row["epoch"])
             for name, value in row.items()
             if name not in ("epoch", "time") and pd.notna(value)
         ]
-        log_points(run_id, points)
+        log_metric_points(run_id, points)
 
 
-@told()
-def epochs(run_id: str) -> set[int]:
+@translate_mlflow_errors()
+def logged_epochs(run_id: str) -> set[int]:
     """The epochs that a run has."""
     return {point.step for point in MlflowClient().get_metric_history(run_id, "learning_rate")}
 
 
-def log_settings(section: str, settings: Mapping[str, Any]) -> None:
+def log_params_as_tags(section: str, settings: Mapping[str, Any]) -> None:
     """Tags the run with a section of params.yaml as it is now, which may differ from when the model was trained."""
     mlflow.set_tags({f"{section}.{name}": str(value) for name, value in settings.items()})
 
@@ -162,50 +162,50 @@ def log_metrics(metrics: Mapping[str, Any]) -> None:
     """Logs numbers of a nested dictionary under dotted names; leaves out what is no number, or is there already."""
     run = mlflow.active_run()
     there = MlflowClient().get_run(run.info.run_id).data.metrics if run else {}  # of a stage that was killed at its end
-    mlflow.log_metrics({name: value for name, value in flat(metrics).items() if there.get(name) != value})
+    mlflow.log_metrics({name: value for name, value in flatten_metrics(metrics).items() if there.get(name) != value})
 
 
-def flat(metrics: Mapping[str, Any]) -> dict[str, float]:
+def flatten_metrics(metrics: Mapping[str, Any]) -> dict[str, float]:
     """The finite numbers of a nested dictionary under dotted names that MLflow allows."""
     values = pd.json_normalize(dict(metrics)).iloc[0].to_dict() if metrics else {}
     return {
-        plain(str(name)): float(value)
+        sanitize_metric_name(str(name)): float(value)
         for name, value in values.items()
         if isinstance(value, (int, float)) and not isinstance(value, bool) and np.isfinite(value)
     }
 
 
-@told()
-def log_files(*paths: Path, under: str | None = None) -> None:
+@translate_mlflow_errors()
+def log_artifacts(*paths: Path, artifact_path: str | None = None) -> None:
     """Log files, and the files of folders, as artifacts."""
     for path in paths:
         if path.is_dir():
-            mlflow.log_artifacts(str(path), under)
+            mlflow.log_artifacts(str(path), artifact_path)
         else:
-            mlflow.log_artifact(str(path), under)
+            mlflow.log_artifact(str(path), artifact_path)
 
 
-def with_own(tags: Mapping[str, str]) -> dict[str, str]:
+def add_mlflow_tags(tags: Mapping[str, str]) -> dict[str, str]:
     """Tags with MLflow's own, but for where git's repository is: a path of this machine, or an address with a token."""
     found: dict[str, str] = resolve_tags(tags)
     found.pop(MLFLOW_GIT_REPO_URL, None)
     return found
 
 
-def started_by() -> dict[str, str]:
+def launch_tags() -> dict[str, str]:
     """What whoever started this called it, a deployment run or a DVC experiment, and of which sweep it is a trial.
 
     Without a name MLflow makes up one.
     """
     name = os.environ.get("MLFLOW_RUN_NAME") or os.environ.get("DVC_EXP_NAME")
-    sweep, _, number = os.environ.get(PLACE, "").partition("/")
+    sweep, _, number = os.environ.get(TRIAL_VARIABLE, "").partition("/")
     return {
         **({MLFLOW_RUN_NAME: name} if name else {}),
-        **({MLFLOW_PARENT_RUN_ID: sweep, TRIAL: number} if sweep else {}),
+        **({MLFLOW_PARENT_RUN_ID: sweep, TRIAL_TAG: number} if sweep else {}),
     }
 
 
-def _code_identity() -> dict[str, str]:
+def _git_tags() -> dict[str, str]:
     try:
         revision = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
         changes = subprocess.run(
@@ -216,7 +216,7 @@ def _code_identity() -> dict[str, str]:
     return {"git.revision": revision.stdout.strip(), "git.changed": str(bool(changes.stdout.strip())).lower()}
 
 
-def _lock_identity() -> dict[str, str]:
+def _dvc_tags() -> dict[str, str]:
     lock = Path("dvc.lock")
     if not lock.is_file():
         return {"dvc.lock": "not run by DVC"}
@@ -225,6 +225,6 @@ def _lock_identity() -> dict[str, str]:
     return {"dvc.lock": checksum(lock, "md5"), "dvc.data": outs.get("data/processed", "")}
 
 
-def plain(name: str) -> str:
+def sanitize_metric_name(name: str) -> str:
     """A metric's name in the characters that MLflow allows."""
     return "".join(c if c.isalnum() or c in "_-./ " else " " for c in name)

@@ -18,16 +18,16 @@ from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 from sqlalchemy.exc import SQLAlchemyError
 
-from fadeformer.errors import PassingError, UserError
+from fadeformer.errors import TransientError, UserError
 from pipelines.tracking import locations, relocate
 from pipelines.tracking.relocate import EXPERIMENT
 
-REFUSALS = {"RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"}  # the same request again would be in vain
-PORTS = {"postgresql": 5432, "mysql": 3306, "mssql": 1433}
+REFUSAL_CODES = {"RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"}  # the same request again would be in vain
+DEFAULT_PORTS = {"postgresql": 5432, "mysql": 3306, "mssql": 1433}
 LOCK_TIMEOUT = 60  # seconds in which another process creates the store
 
 
-class Unreachable(PassingError):  # noqa: N818
+class MLflowUnreachable(TransientError):  # noqa: N818
     """MLflow cannot be reached, or cannot write now.
 
     Attributes:
@@ -39,48 +39,52 @@ class Unreachable(PassingError):  # noqa: N818
         if isinstance(reason, Exception):  # that of the database's driver is shorter than SQLAlchemy's
             reason = getattr(reason, "orig", None) or getattr(reason.__cause__, "orig", None) or reason
         self.reason = (str(reason).strip() or type(reason).__name__).splitlines()[0][:200]
-        self.remedy = "start it" if locations.server() else "repair mlruns/"
-        other = ", or unset MLFLOW_TRACKING_URI to use this project's mlruns/" if locations.server() else ""
-        super().__init__(f"MLflow at {locations.address()} cannot be used; {self.remedy}{other} ({self.reason})")
+        self.remedy = "start it" if locations.remote_store_uri() else "repair mlruns/"
+        other = ", or unset MLFLOW_TRACKING_URI to use this project's mlruns/" if locations.remote_store_uri() else ""
+        super().__init__(
+            f"MLflow at {locations.display_address()} cannot be used; {self.remedy}{other} ({self.reason})"
+        )
 
 
 @contextmanager
-def told() -> Iterator[None]:
+def translate_mlflow_errors() -> Iterator[None]:
     """Raise errors of MLflow as Unreachable, or as UserError if it refuses a request."""
     try:
         yield
     except (MlflowException, SQLAlchemyError, requests.RequestException) as error:
-        refused = isinstance(error, MlflowException) and error.error_code in REFUSALS
+        refused = isinstance(error, MlflowException) and error.error_code in REFUSAL_CODES
         if isinstance(error, requests.HTTPError) and error.response is not None:  # of a file
             refused = error.response.status_code == requests.codes.not_found
         if refused:
             said = str(error).strip().splitlines()[0][:500]
-            raise UserError(f"MLflow at {locations.address()} refuses: {said}") from error
-        raise Unreachable(error) from error
+            raise UserError(f"MLflow at {locations.display_address()} refuses: {said}") from error
+        raise MLflowUnreachable(error) from error
 
 
-def check(timeout: float) -> None:
+def check_reachable(timeout: float) -> None:
     """Raise Unreachable if a server or its database does not answer in time; MLflow itself tries for minutes.
 
     The project's own store is a file, and always there.
     """
-    address = urlsplit(locations.server() or "")
+    address = urlsplit(locations.remote_store_uri() or "")
     try:
         if address.scheme in ("http", "https"):
-            status = requests.get(f"{locations.address()}/health", timeout=timeout).status_code
+            status = requests.get(f"{locations.display_address()}/health", timeout=timeout).status_code
             if status >= requests.codes.server_error:
-                raise Unreachable(f"it answers with status {status}")
-        elif port := PORTS.get(address.scheme.partition("+")[0]):
+                raise MLflowUnreachable(f"it answers with status {status}")
+        elif port := DEFAULT_PORTS.get(address.scheme.partition("+")[0]):
             socket.create_connection((address.hostname or "localhost", address.port or port), timeout).close()
     except requests.exceptions.SSLError:
         pass  # it answers; whether MLflow accepts the certificate depends on MLflow's own settings
     except requests.ConnectionError as error:
-        raise Unreachable("no connection") from error
+        raise MLflowUnreachable("no connection") from error
     except OSError as error:
-        raise Unreachable("no answer" if isinstance(error, (TimeoutError, requests.Timeout)) else error) from error
+        raise MLflowUnreachable(
+            "no answer" if isinstance(error, (TimeoutError, requests.Timeout)) else error
+        ) from error
 
 
-@told()
+@translate_mlflow_errors()
 def connect() -> str:
     """Point MLflow at `MLFLOW_TRACKING_URI`, or else at the project's own store, which is created if it is missing.
 
@@ -94,24 +98,24 @@ def connect() -> str:
     logging.getLogger("mlflow").setLevel(logging.WARNING)
     for name in ("mlflow.store", "urllib3"):
         logging.getLogger(name).setLevel(logging.CRITICAL)  # their errors are raised, too
-    store, server = locations.project() / "mlruns", locations.server()
-    mlflow.set_tracking_uri(server or locations.own())
+    store, server = locations.project_folder() / "mlruns", locations.remote_store_uri()
+    mlflow.set_tracking_uri(server or locations.local_store_uri())
     try:
         store.mkdir(exist_ok=True)
         # Two processes that create a database break its migration.
         with FileLock(store / ".lock", timeout=LOCK_TIMEOUT):
             if not server:
                 if not (store / "mlflow.db").exists():
-                    _create(store / "mlflow.db")
+                    _create_database(store / "mlflow.db")
                 shutil.copyfile(relocate.__file__, store / "relocate.py")  # for whoever moves that folder alone
             location = None if server else (store / "artifacts").as_uri()
             experiment = mlflow.get_experiment_by_name(EXPERIMENT)
             if experiment is None:
                 mlflow.create_experiment(EXPERIMENT, artifact_location=location)
             elif location and experiment.artifact_location.startswith("file:"):
-                relocate.follow(store / "mlflow.db", experiment.artifact_location, location)
+                relocate.rewrite_artifact_uris(store / "mlflow.db", experiment.artifact_location, location)
     except (OSError, sqlite3.Error, Timeout) as error:
-        raise Unreachable(error) from error
+        raise MLflowUnreachable(error) from error
     if experiment is not None and experiment.lifecycle_stage != "active":
         raise UserError(
             f"MLflow's experiment {EXPERIMENT} was deleted; restore it with `mlflow experiments restore"
@@ -120,7 +124,7 @@ def connect() -> str:
     return str(mlflow.set_experiment(EXPERIMENT).experiment_id)
 
 
-def _create(database: Path) -> None:
+def _create_database(database: Path) -> None:
     """Create MLflow's database under another name first: MLflow cannot use one whose creation was killed."""
     unfinished = database.with_name(f".{database.name}.new")
     for left in database.parent.glob(f"{unfinished.name}*"):

@@ -8,28 +8,28 @@ from scipy.spatial.distance import jensenshannon
 
 from fadeformer.data import manifest
 from fadeformer.data.archives import reader
-from fadeformer.data.dataset_card import SPLITS, Facts
+from fadeformer.data.dataset_card import SPLITS, DatasetCard
 from fadeformer.data.manifest import Manifest
-from fadeformer.data.splits import presence
+from fadeformer.data.splits import label_indicators
 
 
-def derived(found: Manifest, facts: Facts) -> pd.DataFrame:
+def add_derived_columns(found: Manifest, facts: DatasetCard) -> pd.DataFrame:
     """A manifest with columns that are about more than one row.
 
     `leaked` marks one copy of each image that stands in several splits (the last, train before val before test), so
     that marks count images. `splits_of_group` counts the splits a group stands in; null where no group is known.
     """
     rows = found.rows
-    crossing = manifest.across_splits(rows)
+    crossing = manifest.cross_split_duplicates(rows)
     place = crossing["split"].map({split: i for i, split in enumerate(SPLITS)})
     last = crossing.assign(place=place).sort_values("place", kind="stable").drop_duplicates("sha256", keep="last")
-    used_in = rows["split"].where(manifest.usable(rows, facts))
-    near = manifest.near_across_splits(rows, found.near)
-    columns = facts.kind.label_columns(len(facts.classes))
+    used_in = rows["split"].where(manifest.is_usable(rows, facts))
+    near = manifest.cross_split_near_duplicates(rows, found.near_duplicates)
+    columns = facts.task_spec.label_columns(len(facts.classes))
     label = rows[columns].astype("string").fillna("").agg(",".join, axis=1)
-    other = manifest.near_with_other_labels(rows, found.near, facts)
+    other = manifest.conflicting_near_duplicates(rows, found.near_duplicates, facts)
     names = rows["path"] + "/" + rows["member"]
-    colliding = {name for same in reader.collisions(names) for name in same}
+    colliding = {name for same in reader.find_name_collisions(names) for name in same}
     return rows.assign(
         leaked=rows.index.isin(last.index),
         near_leaked=rows["id"].isin({*near["first"], *near["second"]}),
@@ -46,10 +46,10 @@ def derived(found: Manifest, facts: Facts) -> pd.DataFrame:
     )
 
 
-def label_shift(rows: pd.DataFrame, facts: Facts) -> dict[str, float]:
+def label_shift(rows: pd.DataFrame, facts: DatasetCard) -> dict[str, float]:
     """Jensen-Shannon divergence of each split's labels from those of train, bits (0 to 1)."""
     count = len(facts.classes)
-    present = presence(rows[facts.kind.label_columns(count)], count, facts.kind.multi_label)
+    present = label_indicators(rows[facts.task_spec.label_columns(count)], count, facts.task_spec.multi_label)
     totals = {split: present[(rows["split"] == split).to_numpy()].sum(axis=0) for split in SPLITS}
     if not all(total.any() for total in totals.values()):
         return {}

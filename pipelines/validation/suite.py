@@ -12,12 +12,15 @@ import great_expectations.expectations as gxe
 import pandas as pd
 
 from fadeformer.data import manifest
-from fadeformer.data.dataset_card import SPLITS, Facts
+from fadeformer.data.dataset_card import SPLITS, DatasetCard
 from fadeformer.data.manifest import Manifest
 from pipelines.validation import columns
 
-SEVERITIES = {"stop": "critical", "warn": "warning"}  # ours, and great-expectations' names for them
-OF_SPLIT = {"images_in_split", "label_shift"}  # columns that are the same for a whole split: its rows are not at fault
+GX_SEVERITIES = {"stop": "critical", "warn": "warning"}  # ours, and great-expectations' names for them
+SPLIT_COLUMNS = {
+    "images_in_split",
+    "label_shift",
+}  # columns that are the same for a whole split: its rows are not at fault
 
 
 @dataclass(frozen=True)
@@ -34,19 +37,19 @@ class Check:
 
     name: str
     severity: str
-    sentence: str
+    description: str
     passed: bool
     rows: pd.DataFrame
 
     @property
-    def stops(self) -> bool:
+    def is_blocking(self) -> bool:
         """Whether it shuts the gate."""
         return not self.passed and self.severity == "stop"
 
 
-def check(
+def validate_manifest(
     found: Manifest,
-    facts: Facts,
+    facts: DatasetCard,
     *,
     severity: Mapping[str, str],
     allowed_duplicates: int,
@@ -74,13 +77,15 @@ def check(
     asset = context.data_sources.add_pandas(facts.name).add_dataframe_asset("manifest")
     batch = asset.add_batch_definition_whole_dataframe("every image")
     suite = context.suites.add(gx.ExpectationSuite("manifest"))
-    table = columns.derived(found, facts)
+    table = columns.add_derived_columns(found, facts)
     counts = facts.counts or {}
-    if counts and not found.is_authors:
+    if counts and not found.is_published_split:
         counts = {"all": counts.get("all", sum(counts.values()))}
-    for name, kind, settings in _expectations(table, facts, counts, allowed_duplicates, min_per_class, max_label_shift):
+    for name, kind, settings in _build_expectations(
+        table, facts, counts, allowed_duplicates, min_per_class, max_label_shift
+    ):
         if severity[name] != "off":
-            suite.add_expectation(kind(**settings, severity=SEVERITIES[severity[name]], meta={"check": name}))
+            suite.add_expectation(kind(**settings, severity=GX_SEVERITIES[severity[name]], meta={"check": name}))
     definition = context.validation_definitions.add(gx.ValidationDefinition(name="manifest", data=batch, suite=suite))
     checkpoint = context.checkpoints.add(
         gx.Checkpoint(
@@ -93,39 +98,43 @@ def check(
     identity = gx.RunIdentifier(run_name=facts.name)
     result = checkpoint.run(batch_parameters={"dataframe": table}, run_id=identity)
     (outcome,) = result.run_results.values()
-    return [_outcome(one, found, facts, severity) for one in outcome.results]
+    return [_to_check(one, found, facts, severity) for one in outcome.results]
 
 
-Expectation = tuple[str, Any, dict[str, Any]]  # name of the check, class and arguments
+ExpectationSpec = tuple[str, Any, dict[str, Any]]  # name of the check, class and arguments
 
 
-def _expectations(
+def _build_expectations(
     table: pd.DataFrame,
-    facts: Facts,
+    facts: DatasetCard,
     counts: Mapping[str, int],
     allowed_duplicates: int,
     min_per_class: int,
     max_label_shift: float,
-) -> Iterator[Expectation]:
+) -> Iterator[ExpectationSpec]:
     told = "train, val and test each have images"
-    yield _expect("split_missing", gxe.ExpectColumnDistinctValuesToEqualSet, "used_in", told, value_set=list(SPLITS))
-    yield from _of_files(facts, counts)
-    yield from _of_leaks(table, allowed_duplicates)
-    yield from _of_labels(table, facts, min_per_class)
+    yield _expectation(
+        "split_missing", gxe.ExpectColumnDistinctValuesToEqualSet, "used_in", told, value_set=list(SPLITS)
+    )
+    yield from _file_expectations(facts, counts)
+    yield from _leakage_expectations(table, allowed_duplicates)
+    yield from _label_expectations(table, facts, min_per_class)
     for split in SPLITS[1:]:
         told = f"the labels of {split} diverge by no more than {max_label_shift} bits from those of train"
-        yield _between("label_shift", "label_shift", told, max_value=max_label_shift, **_where("used_in", [split]))
+        yield _between(
+            "label_shift", "label_shift", told, max_value=max_label_shift, **_row_condition("used_in", [split])
+        )
 
 
-def _of_files(facts: Facts, counts: Mapping[str, int]) -> Iterator[Expectation]:
+def _file_expectations(facts: DatasetCard, counts: Mapping[str, int]) -> Iterator[ExpectationSpec]:
     of = {"train_val": "train and val together", "all": "the data set"}
     for part, count in counts.items():
-        where = {} if part == "all" else _where("split", SPLITS[:2] if part == "train_val" else [part])
+        where = {} if part == "all" else _row_condition("split", SPLITS[:2] if part == "train_val" else [part])
         column = "images_in_split" if part in SPLITS else f"images_in_{part}"
         yield _in_set(
             "published_counts", column, [count], f"{of.get(part, part)} has the published {count:,} images", **where
         )
-    yield _expect("unreadable_image", gxe.ExpectColumnValuesToBeNull, "problem", "every image can be read")
+    yield _expectation("unreadable_image", gxe.ExpectColumnValuesToBeNull, "problem", "every image can be read")
     yield _between("blank_image", "contrast", "no image is of one value all over", min_value=0, strict_min=True)
     told = "no two file names differ in case, or in how an accent is written, alone"
     yield _in_set("colliding_names", "collides", [False], told)
@@ -137,7 +146,7 @@ def _of_files(facts: Facts, counts: Mapping[str, int]) -> Iterator[Expectation]:
             yield _in_set("unexpected_size", side, [facts.size], f"every image has a {side} of {facts.size} pixels")
 
 
-def _of_leaks(table: pd.DataFrame, allowed_duplicates: int) -> Iterator[Expectation]:
+def _leakage_expectations(table: pd.DataFrame, allowed_duplicates: int) -> Iterator[ExpectationSpec]:
     leaks = int(table["leaked"].sum())
     # great-expectations counts in shares: all that were found may stay if they are as few as allowed, else none.
     share = (len(table) - leaks) / len(table) if leaks <= allowed_duplicates else 1.0
@@ -155,28 +164,28 @@ def _of_leaks(table: pd.DataFrame, allowed_duplicates: int) -> Iterator[Expectat
     yield _in_set("near_duplicate_two_labels", "near_other_label", [False], told)
 
 
-def _of_labels(table: pd.DataFrame, facts: Facts, min_per_class: int) -> Iterator[Expectation]:
-    many = facts.kind.multi_label
+def _label_expectations(table: pd.DataFrame, facts: DatasetCard, min_per_class: int) -> Iterator[ExpectationSpec]:
+    many = facts.task_spec.multi_label
     values = [0, 1] if many else list(range(len(facts.classes)))
-    for column, finding in zip(facts.kind.label_columns(len(facts.classes)), facts.classes, strict=False):
+    for column, finding in zip(facts.task_spec.label_columns(len(facts.classes)), facts.classes, strict=False):
         what = f"label {finding}" if many else "label"
-        yield _expect("label_out_of_range", gxe.ExpectColumnValuesToNotBeNull, column, f"every image has a {what}")
+        yield _expectation("label_out_of_range", gxe.ExpectColumnValuesToNotBeNull, column, f"every image has a {what}")
         yield _in_set("label_out_of_range", column, values, f"every {what} is from 0 to {values[-1]}")
         for split in SPLITS:
             used = table.loc[table["used_in"] == split, column]
             if many:
-                yield from _of_finding(finding, split, used, min_per_class)
+                yield from _finding_expectations(finding, split, used, min_per_class)
             else:
                 missing = [facts.classes[value] for value in values if value not in set(used)]
                 told = f"every class is in {split}" + (f": it has no {', '.join(missing)}" if missing else "")
-                kind, where = gxe.ExpectColumnDistinctValuesToContainSet, _where("used_in", [split])
-                yield _expect("class_missing", kind, column, told, value_set=values, **where)
+                kind, where = gxe.ExpectColumnDistinctValuesToContainSet, _row_condition("used_in", [split])
+                yield _expectation("class_missing", kind, column, told, value_set=values, **where)
     if not many and min_per_class > 1:
         told = f"every class has {min_per_class} or more images in each split"
         yield _between("class_too_small", "images_of_class", told, min_value=min_per_class)
 
 
-def _of_finding(finding: str, split: str, labels: pd.Series, fewest: int) -> Iterator[Expectation]:
+def _finding_expectations(finding: str, split: str, labels: pd.Series, fewest: int) -> Iterator[ExpectationSpec]:
     """Enough images of a split with and without a finding."""
     for how, value, limits in (
         ("with", 1, {"min_value": fewest}),
@@ -184,27 +193,27 @@ def _of_finding(finding: str, split: str, labels: pd.Series, fewest: int) -> Ite
     ):
         found = int((labels == value).sum())
         told = f"{split} has {fewest:,} or more images {how} {finding} (it has {found:,})"
-        kind, where = gxe.ExpectColumnSumToBeBetween, _where("used_in", [split])
-        yield _expect("finding_without_images", kind, str(labels.name), told, **limits, **where)
+        kind, where = gxe.ExpectColumnSumToBeBetween, _row_condition("used_in", [split])
+        yield _expectation("finding_without_images", kind, str(labels.name), told, **limits, **where)
 
 
-def _expect(check: str, kind: Any, column: str, sentence: str, **settings: Any) -> Expectation:
+def _expectation(check: str, kind: Any, column: str, sentence: str, **settings: Any) -> ExpectationSpec:
     return check, kind, {"column": column, "description": sentence, **settings}
 
 
-def _in_set(check: str, column: str, values: list[Any], sentence: str, **settings: Any) -> Expectation:
-    return _expect(check, gxe.ExpectColumnValuesToBeInSet, column, sentence, value_set=values, **settings)
+def _in_set(check: str, column: str, values: list[Any], sentence: str, **settings: Any) -> ExpectationSpec:
+    return _expectation(check, gxe.ExpectColumnValuesToBeInSet, column, sentence, value_set=values, **settings)
 
 
-def _between(check: str, column: str, sentence: str, **settings: Any) -> Expectation:
-    return _expect(check, gxe.ExpectColumnValuesToBeBetween, column, sentence, **settings)
+def _between(check: str, column: str, sentence: str, **settings: Any) -> ExpectationSpec:
+    return _expectation(check, gxe.ExpectColumnValuesToBeBetween, column, sentence, **settings)
 
 
-def _where(column: str, values: Any) -> dict[str, str]:
+def _row_condition(column: str, values: Any) -> dict[str, str]:
     return {"row_condition": f"{column} in {list(values)}", "condition_parser": "pandas"}
 
 
-def _outcome(one: Any, found: Manifest, facts: Facts, severity: Mapping[str, str]) -> Check:
+def _to_check(one: Any, found: Manifest, facts: DatasetCard, severity: Mapping[str, str]) -> Check:
     config = one.expectation_config
     name, sentence, rows = config.meta["check"], config.description, found.rows
     if one.exception_info.get("raised_exception"):
@@ -216,8 +225,8 @@ def _outcome(one: Any, found: Manifest, facts: Facts, severity: Mapping[str, str
     chosen = rows[rows["id"].isin(offending)]
     column = config.kwargs["column"]
     if column == "leaked":  # all copies, not only the one that was counted
-        chosen = manifest.across_splits(rows)
-    elif column in OF_SPLIT or column.startswith("images_in_"):
+        chosen = manifest.cross_split_duplicates(rows)
+    elif column in SPLIT_COLUMNS or column.startswith("images_in_"):
         chosen = rows.head(0)
         if not one.success:
             value = one.result["partial_unexpected_list"][0]

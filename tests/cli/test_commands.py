@@ -28,9 +28,9 @@ COMMAND = [sys.executable, "-c", "from pipelines.cli.main import main; main()"]
 @pytest.fixture(scope="module")
 def project(tmp_path_factory) -> Path:
     with project_with_store(tmp_path_factory.mktemp("project")) as folder:
-        with runs.run() as run_id:
+        with runs.start_run() as run_id:
             pass
-        versions.register("fadenet-phantom", run_id, packaged.log(run_id).model_id)
+        versions.register_version("fadenet-phantom", run_id, packaged.log_package(run_id).model_id)
         MlflowClient().set_registered_model_alias("fadenet-phantom", "champion", "1")
     return folder
 
@@ -38,7 +38,7 @@ def project(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def expected(project) -> np.ndarray:
     (package,) = project.glob("mlruns/artifacts/models/*/artifacts")
-    return load(packaged.data(package)).scores(images(2))
+    return load(packaged.find_data_folder(package)).predict_proba(images(2))
 
 
 def environment(project: Path) -> dict[str, str]:

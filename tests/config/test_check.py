@@ -41,7 +41,7 @@ def test_damaged_files_of_dvc_are_repaired_and_no_stage_runs_twice(project, caps
     (project / "dvc.lock").write_text(lock[: lock.index("    de") + 6])
     (project / ".dvc/tmp/rwlock").write_text('{"write": {"/pro')
     assert repro().returncode != 0
-    check.repair()
+    check.repair_dvc_files()
     assert capsys.readouterr().out.splitlines() == [
         ".dvc/tmp/rwlock was damaged and is removed",
         f"dvc.lock was damaged and is {'restored from git' if committed else 'removed'}",
@@ -57,12 +57,12 @@ def test_damaged_files_of_dvc_are_repaired_and_no_stage_runs_twice(project, caps
 )
 def test_other_files_stay(tmp_path, monkeypatch, capsys, lock):
     monkeypatch.chdir(tmp_path)
-    check.repair()
+    check.repair_dvc_files()
     assert not [*tmp_path.iterdir()]
     (tmp_path / "dvc.lock").write_text(lock)
     (tmp_path / ".dvc/tmp").mkdir(parents=True)
     (tmp_path / ".dvc/tmp/rwlock").write_text("{}")
-    check.repair()
+    check.repair_dvc_files()
     assert (tmp_path / "dvc.lock").read_text() == lock
     assert (tmp_path / ".dvc/tmp/rwlock").read_text() == "{}"
     assert capsys.readouterr().out == ""

@@ -25,7 +25,7 @@ def test_the_paper_preset_is_the_published_recipe(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.argv", ["preset", "paper"])
     presets.main()
-    flat = schema.load(tmp_path / "params.yaml").flat()
+    flat = schema.load_params(tmp_path / "params.yaml").as_flat_dict()
     published = {
         "seed": 42, "preprocess.image_size": 224, "model.backbone": "vit_base_patch16_224", "model.pretrained": True,
         "model.dropout": 0.5, "model.fade.num_heads": 8, "model.fade.K": 3, "model.fade.alpha": 0.5,
@@ -43,7 +43,7 @@ def test_the_paper_preset_is_the_published_recipe(tmp_path, monkeypatch):
 def test_a_preset_keeps_every_comment_and_null(tmp_path):
     path = tmp_path / "params.yaml"
     shutil.copy(ROOT / "params.yaml", path)
-    overrides.apply(path, YAML(typ="safe").load(ROOT / "pipelines/config/presets/paper.yaml"))
+    overrides.apply_overrides(path, YAML(typ="safe").load(ROOT / "pipelines/config/presets/paper.yaml"))
     assert comments(path.read_text()) == comments((ROOT / "params.yaml").read_text())
     assert "mirror: null" in path.read_text()
 
@@ -59,7 +59,7 @@ def test_a_wrong_change_leaves_the_file_as_it_was(tmp_path):
     shutil.copy(ROOT / "params.yaml", path)
     for changes in ({"train": {"epochs": 0}}, {"train": {"epoch": 1}}):
         with pytest.raises(UserError):
-            overrides.apply(path, changes)
+            overrides.apply_overrides(path, changes)
         assert path.read_bytes() == (ROOT / "params.yaml").read_bytes()
 
 
@@ -68,8 +68,8 @@ def test_applied_changes_end_with_the_block_also_after_an_error(tmp_path):
     shutil.copy(ROOT / "params.yaml", path)
 
     def fail() -> None:
-        with overrides.applied(path, {"train": {"epochs": 3}}):
-            assert schema.load(path).train.epochs == 3
+        with overrides.temporary_overrides(path, {"train": {"epochs": 3}}):
+            assert schema.load_params(path).train.epochs == 3
             raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
@@ -80,22 +80,22 @@ def test_applied_changes_end_with_the_block_also_after_an_error(tmp_path):
 def test_an_edit_during_the_run_is_kept(tmp_path, capsys):
     path = tmp_path / "params.yaml"
     shutil.copy(ROOT / "params.yaml", path)
-    with overrides.applied(path, {"train": {"epochs": 3}}):
-        overrides.apply(path, {"promote": {"min_auc": 0.5}})
-    assert schema.load(path).promote.min_auc == 0.5
+    with overrides.temporary_overrides(path, {"train": {"epochs": 3}}):
+        overrides.apply_overrides(path, {"promote": {"min_auc": 0.5}})
+    assert schema.load_params(path).promote.min_auc == 0.5
     assert "was edited during the run" in capsys.readouterr().out
 
 
 def test_a_broken_file_is_told_before_a_preset_touches_it(tmp_path):
     (tmp_path / "params.yaml").write_text("a: [1")
     with pytest.raises(UserError, match="is not valid YAML"):
-        overrides.apply(tmp_path / "params.yaml", {})
+        overrides.apply_overrides(tmp_path / "params.yaml", {})
 
 
 @given(epochs=st.integers(1, 1000), dropout=st.floats(0, 0.99))
 def test_a_deployment_form_gives_only_what_was_filled_in(epochs, dropout):
-    assert overrides.given(flows.TrainOverrides(epochs=epochs)) == {"epochs": epochs}
-    assert overrides.given(flows.ModelOverrides(fade={"dropout": dropout})) == {"fade": {"dropout": dropout}}
+    assert overrides.explicit_values(flows.TrainOverrides(epochs=epochs)) == {"epochs": epochs}
+    assert overrides.explicit_values(flows.ModelOverrides(fade={"dropout": dropout})) == {"fade": {"dropout": dropout}}
 
 
 @pytest.mark.parametrize("wrong", [{"epochs": 0}, {"epoch": 1}, {"schedule": "linear"}])
@@ -111,8 +111,8 @@ def test_a_form_that_is_sent_as_it_begins_changes_nothing(tmp_path):
     begins = {name: of["default"] for name, of in flows.pipeline.parameters.properties.items() if "default" in of}
     sent = flows.pipeline.validate_parameters(begins)
     assert {"seed", "dataset", "train", "promote"} <= {name for name, value in sent.items() if value is not None}
-    changes = {name: overrides.given(value) for name, value in sent.items() if name not in ("seed", "hours")}
-    assert changes["train"]["epochs"] == schema.load(path).train.epochs
-    assert changes["model"]["fade"]["K"] == schema.load(path).model.fade.K
-    overrides.apply(path, {**changes, "seed": sent["seed"]})
-    assert schema.load(path) == schema.load(ROOT / "params.yaml")
+    changes = {name: overrides.explicit_values(value) for name, value in sent.items() if name not in ("seed", "hours")}
+    assert changes["train"]["epochs"] == schema.load_params(path).train.epochs
+    assert changes["model"]["fade"]["K"] == schema.load_params(path).model.fade.K
+    overrides.apply_overrides(path, {**changes, "seed": sent["seed"]})
+    assert schema.load_params(path) == schema.load_params(ROOT / "params.yaml")

@@ -10,7 +10,7 @@ from fadeformer.config import schema
 from fadeformer.errors import UserError
 from tests.conftest import ROOT
 
-SHIPPED = schema.load(ROOT / "params.yaml").nested()
+SHIPPED = schema.load_params(ROOT / "params.yaml").as_nested_dict()
 
 
 def changed(path: str, value: object) -> dict:
@@ -70,7 +70,7 @@ def changed(path: str, value: object) -> dict:
 )
 def test_a_wrong_value_is_named(path, value, message):
     with pytest.raises(UserError) as error:
-        schema.parse(changed(path, value), "params.yaml")
+        schema.parse_params(changed(path, value), "params.yaml")
     assert message in str(error.value)
     assert str(error.value).startswith("params.yaml: ")
 
@@ -79,19 +79,19 @@ def test_a_size_that_medmnist_does_not_publish_is_named():
     values = changed("dataset.name", "bloodmnist")
     values["dataset"]["size"] = 32
     with pytest.raises(UserError, match="published at 28, 64, 128 and 224"):
-        schema.parse(values, "params.yaml")
+        schema.parse_params(values, "params.yaml")
 
 
 def test_every_wrong_key_is_told_at_once():
     values = changed("train.epochs", 0)
     del values["seed"]
     with pytest.raises(UserError) as error:
-        schema.parse(values, "params.yaml")
+        schema.parse_params(values, "params.yaml")
     assert "key seed is missing" in str(error.value)
     assert "train.epochs is 0" in str(error.value)
 
 
-@given(st.sampled_from(sorted(schema.load(ROOT / "params.yaml").flat())))
+@given(st.sampled_from(sorted(schema.load_params(ROOT / "params.yaml").as_flat_dict())))
 def test_no_key_has_a_default(path):
     values = copy.deepcopy(SHIPPED)
     section = values
@@ -100,11 +100,11 @@ def test_no_key_has_a_default(path):
         section = section[parent]
     del section[last]
     with pytest.raises(UserError, match=f"key {path} is missing"):
-        schema.parse(values, "params.yaml")
+        schema.parse_params(values, "params.yaml")
 
 
 def test_whole_numbers_are_taken_for_fractions():
-    assert schema.parse(changed("promote.min_auc", 1), "params.yaml").promote.min_auc == 1.0
+    assert schema.parse_params(changed("promote.min_auc", 1), "params.yaml").promote.min_auc == 1.0
 
 
 def test_every_key_is_commented(wanted):
@@ -120,9 +120,9 @@ def test_every_key_is_commented(wanted):
 def test_a_file_that_is_no_mapping_is_told(tmp_path, text, message):
     (tmp_path / "params.yaml").write_text(text)
     with pytest.raises(UserError, match=message):
-        schema.load(tmp_path / "params.yaml")
+        schema.load_params(tmp_path / "params.yaml")
 
 
 def test_a_missing_file_is_told(tmp_path):
     with pytest.raises(UserError, match="run from the project's folder"):
-        schema.load(tmp_path / "params.yaml")
+        schema.load_params(tmp_path / "params.yaml")

@@ -9,7 +9,7 @@ from PIL import Image
 
 from fadeformer.config.schema import Params
 from fadeformer.data import manifest
-from fadeformer.data.dataset_card import Facts
+from fadeformer.data.dataset_card import DatasetCard
 from fadeformer.data.manifest import Manifest
 from fadeformer.data.sources import registry
 
@@ -36,14 +36,16 @@ def archive(tmp_path: Path) -> Callable[..., Path]:
 
 
 @pytest.fixture
-def fetched(tmp_path: Path, wanted: Params) -> Callable[..., tuple[Facts, Path]]:
+def fetched(tmp_path: Path, wanted: Params) -> Callable[..., tuple[DatasetCard, Path]]:
     """Brings the data set that params.yaml would with some keys changed, into an empty folder."""
 
-    def fetch(**changes: object) -> tuple[Facts, Path]:
+    def fetch(**changes: object) -> tuple[DatasetCard, Path]:
         folder = tmp_path / "raw"
         folder.mkdir(exist_ok=True)
         beside = {"downloads": tmp_path / "downloads", "lock": tmp_path / "dataset.lock", "salt": tmp_path / "salt"}
-        return registry.fetch(**{**wanted.dataset.model_dump(), **changes}, **beside, into=folder), folder
+        return registry.fetch_dataset(
+            **{**wanted.dataset.model_dump(), **changes}, **beside, destination=folder
+        ), folder
 
     return fetch
 
@@ -54,10 +56,10 @@ def scene(seed: int, side: int = 48) -> np.ndarray:
     return np.asarray(Image.fromarray(coarse).resize((side, side), Image.Resampling.BICUBIC))
 
 
-def built(facts: Facts, folder: Path, kept: Path, **changes: object) -> Manifest:
+def built(facts: DatasetCard, folder: Path, kept: Path, **changes: object) -> Manifest:
     """The manifest as params.yaml would have it made."""
     settings = {
         "near_duplicate_similarity": 0.975, "anew": False, "shares": [0.7, 0.1, 0.2], "seed": 0, "adopted": None,
         "kept": kept,
     }  # fmt: skip
-    return manifest.build(facts, folder, **{**settings, **changes})
+    return manifest.build_manifest(facts, folder, **{**settings, **changes})

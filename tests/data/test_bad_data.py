@@ -322,7 +322,7 @@ arrays("an npz with a negative label", test_labels=np.array([[-1], *[[0], [1]] *
 def _():
     Path("mirror").mkdir()
     shutil.make_archive("mirror/" + isic2019.IMAGES.removesuffix(".zip"), "zip", SCANS)
-    for name in (isic2019.TRUTH, isic2019.METADATA):
+    for name in (isic2019.GROUND_TRUTH, isic2019.METADATA):
         (Path("mirror") / name).write_text("image,MEL\nISIC_0000000,1.0\n")
     return {"name": "isic2019", "mirror": "mirror", "edition": "other"}
 
@@ -352,7 +352,7 @@ def outcome(sentence: str) -> str:
     write_scans()
     changes = KINDS[sentence]() or {}
     dataset = {"name": "folder", "root": str(SCANS), **changes}
-    overrides.apply(paths.PARAMS, {"dataset": dataset})
+    overrides.apply_overrides(paths.PARAMS, {"dataset": dataset})
     printed = io.StringIO()
     try:
         with contextlib.redirect_stdout(printed):
@@ -363,7 +363,7 @@ def outcome(sentence: str) -> str:
     else:
         does, said = "warns", printed.getvalue()
         if "WARNING" not in said:
-            does, said = "tells", dataset_card.read(paths.RAW).note
+            does, said = "tells", dataset_card.read_card(paths.RAW).note
         assert "WARNING" in said or "left out" in said, f"{sentence} passes without a word"
     lines = [line.strip() for line in said.splitlines()]
     gate = [i for i, line in enumerate(lines) if line.startswith("- ")]

@@ -5,8 +5,8 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from fadeformer.data.boxes import boxes_in_array, of_arrays
-from fadeformer.data.decode import resize
+from fadeformer.data.boxes import map_boxes_to_arrays, transform_boxes
+from fadeformer.data.decode import resize_to_square
 
 ASPECTS = ("squash", "crop", "pad")
 
@@ -18,8 +18,8 @@ def test_boxes_go_where_resize_puts_the_pixels(aspect, width, height, side):
     x, y, w, h = width // 3, height // 3, width // 4, height // 5
     pixels = np.zeros((height, width), np.uint8)
     pixels[y : y + h, x : x + w] = 255
-    array = np.asarray(resize(Image.fromarray(pixels), side, aspect)) / 255
-    mapped = boxes_in_array([(x, y, w, h)], width, height, side, aspect)
+    array = np.asarray(resize_to_square(Image.fromarray(pixels), side, aspect)) / 255
+    mapped = transform_boxes([(x, y, w, h)], width, height, side, aspect)
     if np.isnan(mapped).all():
         assert array.sum() == 0
         return
@@ -33,7 +33,7 @@ def test_boxes_go_where_resize_puts_the_pixels(aspect, width, height, side):
 
 def test_what_a_crop_cuts_off_is_cut_off():
     boxes = [(100, 10, 20, 20), (0, 0, 40, 100), (40, 0, 20, 50)]
-    mapped = boxes_in_array(boxes, 200, 100, 50, "crop")  # the middle, x from 50 to 150, at half the size
+    mapped = transform_boxes(boxes, 200, 100, 50, "crop")  # the middle, x from 50 to 150, at half the size
     np.testing.assert_allclose(mapped, [(25, 5, 10, 10), (np.nan,) * 4, (0, 0, 5, 25)])
 
 
@@ -43,12 +43,20 @@ def test_boxes_of_images_that_are_there_in_pixels_of_their_arrays():
         columns=["id", "class", "x", "y", "w", "h"],
     ).assign(frame_width=1024, frame_height=1024)
     rows = pd.DataFrame({"split": ["train", "test"], "id": ["a", "b"], "group": ["1", "2"]})
-    found = of_arrays(boxes, rows, 64, "squash")
+    found = map_boxes_to_arrays(boxes, rows, 64, "squash")
     assert found.to_dict("records") == [
         {"split": "test", "id": "b", "class": 3, "x": 0, "y": 32, "w": 32, "h": 16},
         {"split": "test", "id": "b", "class": 1, "x": 32, "y": 0, "w": 4, "h": 4},
     ]
-    assert list(of_arrays(boxes, rows.iloc[:1], 64, "squash").columns) == ["split", "id", "class", "x", "y", "w", "h"]
+    assert list(map_boxes_to_arrays(boxes, rows.iloc[:1], 64, "squash").columns) == [
+        "split",
+        "id",
+        "class",
+        "x",
+        "y",
+        "w",
+        "h",
+    ]
 
 
 def test_boxes_of_images_of_two_sizes():
@@ -57,6 +65,6 @@ def test_boxes_of_images_of_two_sizes():
         columns=["id", "class", "x", "y", "w", "h", "frame_width", "frame_height"],
     )
     rows = pd.DataFrame({"split": ["val", "val"], "id": ["a", "b"]})
-    found = of_arrays(boxes, rows, 50, "squash").set_index("id")
+    found = map_boxes_to_arrays(boxes, rows, 50, "squash").set_index("id")
     np.testing.assert_allclose(found.loc[["b"], ["x", "y", "w", "h"]], [(2.5, 5, 5, 10)])
     np.testing.assert_allclose(found.loc["a", ["x", "y", "w", "h"]], [(5, 5, 10, 10), (0, 0, 25, 25)])

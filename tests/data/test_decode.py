@@ -14,11 +14,11 @@ from PIL import Image, ImageOps
 
 from fadeformer.data import decode
 from fadeformer.data.archives import reader
-from fadeformer.errors import UnreadableError, UserError
+from fadeformer.errors import UnreadableImageError, UserError
 
 
 def resize(pixels: np.ndarray, *arguments: object) -> np.ndarray:
-    return np.asarray(decode.resize(Image.fromarray(pixels), *arguments))
+    return np.asarray(decode.resize_to_square(Image.fromarray(pixels), *arguments))
 
 
 RANDOM = np.random.default_rng(0)
@@ -72,7 +72,7 @@ def plain_ink(data: bytes) -> bytes:
 
 
 def pixels(data: bytes, **options):
-    return np.asarray(decode.decode(data, "a.png", **options))
+    return np.asarray(decode.decode_image(data, "a.png", **options))
 
 
 def on_black(colour, alpha):
@@ -134,7 +134,7 @@ def test_pixels_are_those_of_the_file(case):
     ],
 )
 def test_what_is_transparent_is_laid_on_black(data, expected):
-    found = decode.decode(data, "a.png")
+    found = decode.decode_image(data, "a.png")
     np.testing.assert_array_equal(np.asarray(found), expected)
 
 
@@ -149,7 +149,7 @@ def test_a_jpeg_is_what_pillow_reads_of_it():
         (saved(SMOOTH, "JPEG"), "RGB"),
         (saved(SMOOTH, "JPEG", progressive=True), "RGB"),
     ):
-        found = decode.decode(data, "a.jpg")
+        found = decode.decode_image(data, "a.jpg")
         np.testing.assert_array_equal(np.asarray(found), np.asarray(Image.open(io.BytesIO(data))))
         assert found.mode == mode
         assert np.abs(np.asarray(found).astype(int) - (SMOOTH if mode == "RGB" else SMOOTH[..., 0])).mean() < 3
@@ -160,7 +160,7 @@ def test_ink_is_read_the_way_round_in_which_it_is_stored():
     plain = plain_ink(saved(Image.fromarray(255 - np.asarray(INK), "CMYK"), "JPEG", quality=95))
     expected = np.asarray(INK.convert("RGB")).astype(int)
     for data in (adobe, plain, saved(INK, "TIFF")):
-        found = decode.decode(data, "a.jpg")
+        found = decode.decode_image(data, "a.jpg")
         assert np.abs(np.asarray(found) - expected).mean() < 8
 
 
@@ -168,9 +168,9 @@ def test_ink_is_read_the_way_round_in_which_it_is_stored():
 @pytest.mark.parametrize("orientation", range(9))
 def test_exifs_orientation_is_applied(kind, orientation):
     exif = Image.Exif()
-    exif[decode.ORIENTATION] = orientation
+    exif[decode.EXIF_ORIENTATION] = orientation
     data = saved(SMOOTH, kind, exif=exif)
-    found = decode.decode(data, "a")
+    found = decode.decode_image(data, "a")
     np.testing.assert_array_equal(np.asarray(found), np.asarray(ImageOps.exif_transpose(Image.open(io.BytesIO(data)))))
 
 
@@ -221,8 +221,8 @@ def test_a_bad_file_is_told_by_name_with_its_reason(case):
     data, message = BAD[case]
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # none is left to be printed
-        with pytest.raises(UnreadableError, match=f"^folder/a b.png: {message}") as error:
-            decode.decode(data, "folder/a b.png")
+        with pytest.raises(UnreadableImageError, match=f"^folder/a b.png: {message}") as error:
+            decode.decode_image(data, "folder/a b.png")
     assert isinstance(error.value, UserError)
     assert error.value.name == "folder/a b.png"
     assert str(error.value) == f"folder/a b.png: {error.value.reason}"
@@ -233,7 +233,7 @@ def test_the_limit_of_pixels_is_the_callers(monkeypatch):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert pixels(saved(RGB), limit=35).shape == RGB.shape
-        with pytest.raises(UnreadableError, match=r"has 7 x 5 pixels, more than the limit of 34; make it smaller"):
+        with pytest.raises(UnreadableImageError, match=r"has 7 x 5 pixels, more than the limit of 34; make it smaller"):
             pixels(saved(RGB), limit=34)
 
 
@@ -252,7 +252,7 @@ WHOLE = {
 def found_in(data):
     try:
         return pixels(data)
-    except UnreadableError:
+    except UnreadableImageError:
         return None
 
 
@@ -320,6 +320,6 @@ def test_fine_detail_is_averaged_and_not_picked():
 
 
 def test_the_published_radiographs_are_grey(real_data):
-    for name, data in reader.members(real_data / "chestxray14" / "images_001.tar.gz"):
-        found = np.asarray(decode.decode(data, name))
+    for name, data in reader.iter_members(real_data / "chestxray14" / "images_001.tar.gz"):
+        found = np.asarray(decode.decode_image(data, name))
         assert found.ndim == 2 or np.ptp(found, axis=2).max() == 0  # 21 have an alpha channel, all of them opaque

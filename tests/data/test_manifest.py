@@ -34,8 +34,8 @@ def raw(archive, small, monkeypatch):
     def make(**arrays):
         monkeypatch.chdir(small.parent)
         paths.RAW.mkdir(parents=True, exist_ok=True)
-        facts = npz.fetch(archive(**arrays), None, None, paths.RAW)
-        cards.write(facts, paths.RAW)
+        facts = npz.import_archive(archive(**arrays), None, None, paths.RAW)
+        cards.write_card(facts, paths.RAW)
         return facts
 
     return make
@@ -51,8 +51,8 @@ def build(facts, **changes):
 
 
 def check(found, facts):
-    severity = schema.load(paths.PARAMS).validate_.severity.model_dump()
-    return suite.check(
+    severity = schema.load_params(paths.PARAMS).validate_.severity.model_dump()
+    return suite.validate_manifest(
         found, facts, severity=severity, allowed_duplicates=0, min_per_class=1, max_label_shift=0.05,
         folder=paths.VALIDATION,
     )  # fmt: skip
@@ -112,8 +112,8 @@ def test_leaks_pass_only_up_to_the_threshold_and_never_silently(raw, archive, ca
     held = arrays_of(archive)
     held["val_images"][:2] = held["train_images"][:2]
     raw(**held)
-    overrides.apply(paths.PARAMS, {"validate": {"max_cross_split_duplicates": allowed}})
-    assert schema.load(paths.PARAMS).validate_.max_cross_split_duplicates == allowed
+    overrides.apply_overrides(paths.PARAMS, {"validate": {"max_cross_split_duplicates": allowed}})
+    assert schema.load_params(paths.PARAMS).validate_.max_cross_split_duplicates == allowed
     if not passes:
         with pytest.raises(UserError, match="2 images stand in two splits"):
             validate.main()
@@ -143,12 +143,12 @@ def test_counts_that_are_not_the_published_ones_are_named_of_parts_only_in_the_a
     facts = raw()
 
     def publish(**counts: int) -> None:
-        monkeypatch.setattr(cards, "read", lambda folder: dataclasses.replace(facts, counts={**COUNTS, **counts}))
+        monkeypatch.setattr(cards, "read_card", lambda folder: dataclasses.replace(facts, counts={**COUNTS, **counts}))
 
     publish(val=21)
     with pytest.raises(UserError, match="val has the published 21 images, but there are 20"):
         validate.main()
-    overrides.apply(paths.PARAMS, {"split": {"anew": True}})
+    overrides.apply_overrides(paths.PARAMS, {"split": {"anew": True}})
     with pytest.raises(UserError, match="the data set has the published 111 images, but there are 110"):
         validate.main()
     publish()
@@ -198,21 +198,24 @@ def test_a_near_duplicate_in_two_splits_is_named_with_its_like(scenes, copy):
 def test_the_proposed_split_has_no_leak_and_is_adopted(scenes, monkeypatch):
     facts = scenes(val_3=scene(41), test_7=reencoded(scene(12)), test_8=scene(65))
     prefix = f"own-scans-{facts.sha256[:8]}"
-    told = validate.propose()
+    told = validate.propose_split()
     assert re.search(r" moves [3-6] of 110 images", told)
     assert not paths.MANIFEST.exists()
-    (proposed,) = paths.ADOPTED.glob("proposed-*.csv")
+    (proposed,) = paths.ADOPTED_SPLITS.glob("proposed-*.csv")
     assert told.startswith(str(proposed))
     assert told.endswith(f"split.adopted: {proposed}")
-    overrides.apply(paths.PARAMS, {"split": {"adopted": str(proposed)}})
-    overrides.apply(paths.PARAMS, {"validate": {"severity": {"same_image_two_labels": "warn"}}})
+    overrides.apply_overrides(paths.PARAMS, {"split": {"adopted": str(proposed)}})
+    overrides.apply_overrides(paths.PARAMS, {"validate": {"severity": {"same_image_two_labels": "warn"}}})
     assert "hold for 110 images" in validate.main()
     split = pd.read_parquet(paths.MANIFEST).set_index("id")["split"]
     for one, other in (("train/41", "val/3"), ("train/12", "test/7"), ("val/5", "test/8")):
         assert split[f"{prefix}/{one}"] == split[f"{prefix}/{other}"]
     assert abs(split.value_counts() - pd.Series(COUNTS)).max() <= 1
     before = proposed.read_bytes()
-    assert validate.propose() == "no image, near duplicate or group stands in two splits; there is nothing to propose"
+    assert (
+        validate.propose_split()
+        == "no image, near duplicate or group stands in two splits; there is nothing to propose"
+    )
     assert proposed.read_bytes() == before
 
 
@@ -223,36 +226,36 @@ def test_a_class_that_would_be_lost_is_told(raw, archive):
         groups[split][held[f"{split}_labels"][:, 0] == 2] = "one"
     raw(**{f"{split}_groups": names for split, names in groups.items()})
     assert re.search(
-        r"too few to go round:\n    val would have no image of class 2\n    test would", validate.propose()
+        r"too few to go round:\n    val would have no image of class 2\n    test would", validate.propose_split()
     )
 
 
 def test_a_split_whose_images_cannot_be_used_is_no_split(scenes, capsys):
     scenes()
     names = ("label_out_of_range", "split_missing", "class_missing")
-    overrides.apply(paths.PARAMS, {"validate": {"severity": dict.fromkeys(names, "warn")}})
-    build_whole = manifest.build
+    overrides.apply_overrides(paths.PARAMS, {"validate": {"severity": dict.fromkeys(names, "warn")}})
+    build_whole = manifest.build_manifest
 
     def build(*args, **settings):
         found = build_whole(*args, **settings)
         found.rows.loc[found.rows["split"] == "val", "label"] = None
         return found
 
-    manifest.build, undo = build, build_whole
+    manifest.build_manifest, undo = build, build_whole
     try:
         with pytest.raises(UserError, match="no image that can be used is left in val; see"):
             validate.main()
     finally:
-        manifest.build = undo
+        manifest.build_manifest = undo
     assert "train, val and test each have images: missing val" in capsys.readouterr().out
 
 
 def test_every_check_may_be_off(scenes):
     scenes(test_7=scene(41))
-    severity = schema.load(paths.PARAMS).validate_.severity.model_dump()
-    overrides.apply(paths.PARAMS, {"validate": {"severity": dict.fromkeys(severity, "off")}})
+    severity = schema.load_params(paths.PARAMS).validate_.severity.model_dump()
+    overrides.apply_overrides(paths.PARAMS, {"validate": {"severity": dict.fromkeys(severity, "off")}})
     assert "0 expectations hold for 110 images" in validate.main()
-    assert "nothing to propose" in validate.propose()
+    assert "nothing to propose" in validate.propose_split()
 
 
 def test_near_duplicates_with_two_labels_are_a_warning(scenes, capsys):
@@ -270,7 +273,7 @@ def test_images_of_few_greys_are_compared_too_and_told(scenes, capsys):
     facts = scenes(**dark, train_3=np.roll(scene(202) // 64, 1, axis=1))
     with pytest.raises(UserError, match=rf"own-scans-{facts.sha256[:8]}/train/3 \(train, class 0\) and .*/test/2 "):
         validate.main()
-    overrides.apply(paths.PARAMS, {"validate": {"severity": {"near_duplicate_in_two_splits": "warn"}}})
+    overrides.apply_overrides(paths.PARAMS, {"validate": {"severity": {"near_duplicate_in_two_splits": "warn"}}})
     validate.main()
     assert "6 images are almost of one value: 16-bit grey is read by its full range" in capsys.readouterr().out
 
@@ -278,7 +281,7 @@ def test_images_of_few_greys_are_compared_too_and_told(scenes, capsys):
 @pytest.mark.parametrize(("severity", "outcome"), [("stop", "shut"), ("warn", "warned"), (False, "silent")])
 def test_what_a_check_does_is_chosen(scenes, capsys, severity, outcome):
     scenes(test_7=reencoded(scene(40)))  # of the same class
-    overrides.apply(paths.PARAMS, {"validate": {"severity": {"near_duplicate_in_two_splits": severity}}})
+    overrides.apply_overrides(paths.PARAMS, {"validate": {"severity": {"near_duplicate_in_two_splits": severity}}})
     if outcome == "shut":
         with pytest.raises(UserError, match="the data gate is shut"):
             validate.main()
@@ -300,7 +303,7 @@ def test_labels_that_shift_and_a_class_of_few_images_are_warnings(raw, capsys):
     printed = capsys.readouterr().out
     assert re.search(r"labels of test diverge by no more than 0.05 bits from those of train, but by 0\.1\d\d", printed)
     assert "images in each split" not in printed
-    overrides.apply(paths.PARAMS, {"validate": {"min_per_class": 7}})
+    overrides.apply_overrides(paths.PARAMS, {"validate": {"min_per_class": 7}})
     validate.main()
     printed = capsys.readouterr().out
     assert "every class has 7 or more images in each split\n    test has 3 of class 1\n" in printed
@@ -315,7 +318,7 @@ def test_a_finding_without_positives_is_named(raw, capsys):
     printed = capsys.readouterr().out
     assert "test has 1 or more images with class 2 (it has 0)" in printed
     assert "without class 2" not in printed
-    overrides.apply(paths.PARAMS, {"validate": {"min_per_class": 16}})
+    overrides.apply_overrides(paths.PARAMS, {"validate": {"min_per_class": 16}})
     validate.main()
     assert "val has 16 or more images without class 0 (it has 10)" in capsys.readouterr().out
 
@@ -340,7 +343,7 @@ def test_leaks_are_found_among_many_rows():
         {},
         "published",
     )
-    facts = cards.Facts("many", "a.zip", "0", "multi-class", tuple("abcde"), None, None, None, "", "")
+    facts = cards.DatasetCard("many", "a.zip", "0", "multi-class", tuple("abcde"), None, None, None, "", "")
     failed = {c.name: c for c in check(found, facts) if not c.passed}
     assert set(failed) == {
         "image_in_two_splits",
@@ -355,9 +358,9 @@ def test_leaks_are_found_among_many_rows():
 
 @pytest.mark.parametrize("text", ["", "[]", '{"name": "a"}'])
 def test_a_damaged_card_is_told(tmp_path, text):
-    (tmp_path / cards.CARD).write_text(text)
+    (tmp_path / cards.CARD_FILE).write_text(text)
     with pytest.raises(UserError, match=r"dataset\.json: damaged, or of another version; run `dvc repro -f download`"):
-        cards.read(tmp_path)
+        cards.read_card(tmp_path)
 
 
 def test_arrays_are_made_by_one_process_at_a_time(raw):
@@ -374,10 +377,10 @@ def test_arrays_are_made_by_one_process_at_a_time(raw):
 def test_the_eight_leaks_of_the_rebuilt_pneumoniamnist_are_found(real_data, small, monkeypatch):
     monkeypatch.chdir(small.parent)
     paths.RAW.mkdir(parents=True)
-    cards.write(npz.fetch(real_data / "npz" / "pneumoniamnist.npz", None, None, paths.RAW), paths.RAW)
+    cards.write_card(npz.import_archive(real_data / "npz" / "pneumoniamnist.npz", None, None, paths.RAW), paths.RAW)
     with pytest.raises(UserError, match="8 images stand in two splits"):
         validate.main()
-    overrides.apply(paths.PARAMS, {"validate": {"max_cross_split_duplicates": 8}})
+    overrides.apply_overrides(paths.PARAMS, {"validate": {"max_cross_split_duplicates": 8}})
     validate.main()
     report = read_json(paths.VALIDATION / "validation.json")
     assert report["duplicates_within_a_split"] == {"train": 18, "val": 0, "test": 3}

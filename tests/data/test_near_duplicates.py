@@ -56,7 +56,9 @@ def test_a_copy_is_found_among_others_and_no_other(name, side):
     copy = COPIES[name]
     originals = [scene(seed, side, side + side // 5) for seed in range(20)]
     images = [*originals, copy(originals[7])]
-    pairs = near_duplicates.near_pairs([near_duplicates.sketch(Image.fromarray(image)) for image in images], least=0.9)
+    pairs = near_duplicates.find_near_duplicates(
+        [near_duplicates.compute_signature(Image.fromarray(image)) for image in images], threshold=0.9
+    )
     assert pairs[["first", "second"]].to_numpy().tolist() == [[7, 20]]
 
 
@@ -86,18 +88,20 @@ def test_candidates_are_all_pairs_within_the_radius(base, data):
         [i, j]
         for i in range(len(hashes))
         for j in range(i + 1, len(hashes))
-        if int(hashes[i, 0] ^ hashes[j, 0]).bit_count() <= near_duplicates.RADIUS
+        if int(hashes[i, 0] ^ hashes[j, 0]).bit_count() <= near_duplicates.HAMMING_RADIUS
     ]
-    assert near_duplicates._candidates(hashes).tolist() == expected
+    assert near_duplicates._candidate_pairs(hashes).tolist() == expected
 
 
 def test_many_pairs_are_cut_into_blocks_without_losing_any(monkeypatch):
-    sketches = [near_duplicates.sketch(Image.fromarray(encoded(scene(1), "JPEG", quality=95 - i))) for i in range(9)]
-    whole = near_duplicates.near_pairs(sketches, least=0.9)
+    sketches = [
+        near_duplicates.compute_signature(Image.fromarray(encoded(scene(1), "JPEG", quality=95 - i))) for i in range(9)
+    ]
+    whole = near_duplicates.find_near_duplicates(sketches, threshold=0.9)
     assert len(whole) == 36
-    monkeypatch.setattr(near_duplicates, "PAIRS_AT_ONCE", 5)
-    monkeypatch.setattr(near_duplicates, "COMPARED_AT_ONCE", 7)
-    pd.testing.assert_frame_equal(near_duplicates.near_pairs(sketches, least=0.9), whole)
+    monkeypatch.setattr(near_duplicates, "CANDIDATE_CHUNK", 5)
+    monkeypatch.setattr(near_duplicates, "COMPARISON_CHUNK", 7)
+    pd.testing.assert_frame_equal(near_duplicates.find_near_duplicates(sketches, threshold=0.9), whole)
 
 
 def frame(seed: int, spread: float = 3.0) -> Image.Image:
@@ -108,9 +112,9 @@ def frame(seed: int, spread: float = 3.0) -> Image.Image:
 
 
 def test_of_a_film_each_frame_is_tied_to_some_others_and_not_to_all(monkeypatch):
-    monkeypatch.setattr(near_duplicates, "SETTLED_AT_ONCE", 256)
-    sketches = [near_duplicates.sketch(frame(seed)) for seed in range(100)]
-    pairs = near_duplicates.near_pairs(sketches, least=0.9)
+    monkeypatch.setattr(near_duplicates, "CLUSTERING_CHUNK", 256)
+    sketches = [near_duplicates.compute_signature(frame(seed)) for seed in range(100)]
+    pairs = near_duplicates.find_near_duplicates(sketches, threshold=0.9)
     assert len(pairs) < 100 * 15  # of 4,950
     graph = coo_array((np.ones(len(pairs)), (pairs["first"], pairs["second"])), shape=(100, 100))
     assert connected_components(graph, directed=False)[0] == 1
@@ -124,7 +128,9 @@ def disc(seed: int) -> np.ndarray:
 
 def test_what_lies_in_the_same_round_frame_is_not_alike_for_that():
     images = [*(disc(seed) for seed in range(12)), encoded(np.roll(disc(3), 1, axis=1), "JPEG", quality=75)]
-    pairs = near_duplicates.near_pairs([near_duplicates.sketch(Image.fromarray(image)) for image in images], least=0.9)
+    pairs = near_duplicates.find_near_duplicates(
+        [near_duplicates.compute_signature(Image.fromarray(image)) for image in images], threshold=0.9
+    )
     assert pairs[["first", "second"]].to_numpy().tolist() == [[3, 12]]
 
 
@@ -136,22 +142,22 @@ def test_of_real_images_copies_are_near_and_others_are_not(real_data, wanted):
         scans = [np.asarray(Image.open(io.BytesIO(archive.read(name))).convert("L")) for name in names]
     eyes = np.load(real_data / "medmnist" / "retinamnist.npz")["test_images"]
     for originals in (scans, list(eyes[::2])):
-        sketches = [near_duplicates.sketch(Image.fromarray(image)) for image in originals]
-        assert len(near_duplicates.near_pairs(sketches, least)) <= 1
+        sketches = [near_duplicates.compute_signature(Image.fromarray(image)) for image in originals]
+        assert len(near_duplicates.find_near_duplicates(sketches, least)) <= 1
         for change in (lambda x: encoded(x, "JPEG", quality=75), lambda x: np.roll(x, 1, axis=1)):
-            copies = [near_duplicates.sketch(Image.fromarray(change(image))) for image in originals]
-            pairs = near_duplicates.near_pairs([*sketches, *copies], least)
+            copies = [near_duplicates.compute_signature(Image.fromarray(change(image))) for image in originals]
+            pairs = near_duplicates.find_near_duplicates([*sketches, *copies], least)
             found = {(one, other) for one, other in zip(pairs["first"], pairs["second"], strict=True)}
             copied = {(i, i + len(originals)) for i in range(len(originals))}
             assert len(copied & found) >= 0.99 * len(copied)  # one eye is almost black
 
 
 def test_no_images_and_one_have_no_pairs():
-    for sketches in ([], [near_duplicates.sketch(Image.fromarray(scene(0)))]):
-        pairs = near_duplicates.near_pairs(sketches, least=0.5)
+    for sketches in ([], [near_duplicates.compute_signature(Image.fromarray(scene(0)))]):
+        pairs = near_duplicates.find_near_duplicates(sketches, threshold=0.5)
         assert (len(pairs), list(pairs)) == (0, ["first", "second", "similarity"])
 
 
 def test_an_image_of_few_pixels_is_refused():
     with pytest.raises(ValueError, match="12 x 40 pixels is too small"):
-        near_duplicates.sketch(Image.new("L", (40, 12)))
+        near_duplicates.compute_signature(Image.new("L", (40, 12)))

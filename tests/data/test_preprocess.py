@@ -34,7 +34,7 @@ def write(folder, made, *, size=10, channels=3, aspect="squash", threads=None):
         [("own.npz", f"{s}_images/{i}", s, f"{s}/{i}", None, i % 3) for s, of in made.items() for i in range(len(of))],
         columns=["path", "member", "split", "id", "group", "label"],
     )
-    return preprocess.write(
+    return preprocess.write_arrays(
         CARD, rows, folder.parent, image_size=size, channels=channels, aspect=aspect, threads=threads,
         split="published", cross_split_duplicates=2, folder=folder,
     )  # fmt: skip
@@ -44,12 +44,12 @@ def test_grey_becomes_colour_and_colour_grey(tmp_path):
     grey = pixels(1)
     write(tmp_path / "a", grey, channels=3)
     np.testing.assert_array_equal(
-        arrays.read(tmp_path / "a", "val").pixels, np.repeat(grey["val"][..., None], 3, axis=3)
+        arrays.load_split(tmp_path / "a", "val").images, np.repeat(grey["val"][..., None], 3, axis=3)
     )
     colour = pixels(3)
     write(tmp_path / "b", colour, channels=1)
     expected = np.asarray(Image.fromarray(colour["val"][1]).convert("L"))
-    np.testing.assert_array_equal(arrays.read(tmp_path / "b", "val").pixels[1, :, :, 0], expected)
+    np.testing.assert_array_equal(arrays.load_split(tmp_path / "b", "val").images[1, :, :, 0], expected)
 
 
 @pytest.mark.parametrize("size", [5, 23])
@@ -57,7 +57,7 @@ def test_images_are_resized_by_pillow(tmp_path, size):
     made = pixels(3)
     write(tmp_path / "a", made, size=size)
     expected = np.asarray(Image.fromarray(made["test"][2]).resize((size, size), Image.Resampling.BILINEAR))
-    np.testing.assert_array_equal(arrays.read(tmp_path / "a", "test").pixels[2], expected)
+    np.testing.assert_array_equal(arrays.load_split(tmp_path / "a", "test").images[2], expected)
 
 
 def test_channel_statistics_are_those_of_train_alone(tmp_path):
@@ -84,7 +84,7 @@ def photographs(archive, count=40):
 
 def render(rows, source, folder, threads=None):
     folder.mkdir(exist_ok=True)
-    preprocess.write(
+    preprocess.write_arrays(
         CARD, rows, source, image_size=32, channels=3, aspect="crop", threads=threads, split="published",
         cross_split_duplicates=0,
         folder=folder,
@@ -100,8 +100,8 @@ def test_any_number_of_threads_leaves_the_same_bytes(tmp_path):
 def test_what_was_interrupted_is_gone_on_with_and_not_begun_again(tmp_path, monkeypatch):
     rows = photographs(tmp_path / "own.zip")
     expected = render(rows, tmp_path, tmp_path / "whole")
-    monkeypatch.setattr(preprocess, "NOTED_EVERY", 6)
-    decode, decoded = image_stream.decode, []
+    monkeypatch.setattr(preprocess, "PROGRESS_INTERVAL", 6)
+    decode, decoded = image_stream.decode_image, []
 
     def failing(data, name):
         decoded.append(name)
@@ -125,7 +125,7 @@ import sys, time
 from pathlib import Path
 import pandas as pd
 from fadeformer.data import image_stream, preprocess
-preprocess.NOTED_EVERY = 5
+preprocess.PROGRESS_INTERVAL = 5
 decode = image_stream.decode
 def slow(data, name):
     time.sleep(0.05)
@@ -133,7 +133,7 @@ def slow(data, name):
 image_stream.decode = slow
 folder = Path(sys.argv[1])
 (folder / "begun").mkdir()
-preprocess.write(
+preprocess.write_arrays(
     {}, pd.read_parquet(folder / "rows.parquet"), folder, image_size=32, channels=3, aspect="crop", threads=1,
     split="published", cross_split_duplicates=0, folder=folder / "begun",
 )

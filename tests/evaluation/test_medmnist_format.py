@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from fadeformer.data.sources.medmnist import SETS
+from fadeformer.data.sources.medmnist import DATASETS
 from fadeformer.evaluation import medmnist_format
 from fadeformer.evaluation.metrics import medmnist_accuracy, medmnist_auc
 from tests.evaluation.test_metrics import made
@@ -63,7 +63,7 @@ def test_scores_of_the_positive_class_alone_are_enough():
 
 @pytest.mark.parametrize(("flag", "size"), FLAGS.items())
 def test_the_result_file_gives_our_numbers_on_medmnist_s_command_line(evaluator, flag, size, tmp_path):
-    of = SETS[flag]
+    of = DATASETS[flag]
     p = made(of.task, len(of.classes), 80, 0)
     assert p.task.name == evaluator.INFO[flag]["task"]
     p.frame["id"] = [f"{flag}.npz/test/{i}" for i in range(80)]

@@ -33,7 +33,7 @@ def made(
         logits = random.normal(size=(images, classes)) + 1.5 * (labels == np.arange(classes))
     scores = kind.probabilities(np.round(logits) if coarse else logits)
     index = pd.DataFrame({"split": "test", "id": [f"test/{i}" for i in range(images)], "group": None})
-    return predictions.table(index, labels, scores, kind, tuple(f"class {c}" for c in range(classes)))
+    return predictions.build_predictions(index, labels, scores, kind, tuple(f"class {c}" for c in range(classes)))
 
 
 some = st.builds(
@@ -69,7 +69,7 @@ def test_binary_auc_is_that_of_the_last_class():
 @pytest.mark.parametrize("seed", range(5))
 def test_numbers_of_exclusive_classes_are_scikit_learns(task, seed):
     p = made(task, 2 if task == "binary-class" else 4, 60, seed)
-    overall = summary.summarise(p)["overall"]
+    overall = summary.summarize(p)["overall"]
     truth, decided = p.labels[:, 0], p.scores.argmax(axis=1)
     expected = {
         "accuracy": sk.accuracy_score(truth, decided),
@@ -97,7 +97,7 @@ def test_numbers_of_exclusive_classes_are_scikit_learns(task, seed):
 @pytest.mark.parametrize("seed", range(5))
 def test_numbers_of_findings_are_scikit_learns(seed):
     p = made("multi-label, binary-class", 4, 80, seed)
-    overall = summary.summarise(p)["overall"]
+    overall = summary.summarize(p)["overall"]
     decided = p.scores > 0.5
     assert overall["accuracy"] == pytest.approx((decided == p.labels).mean())
     for name, function in (("precision", sk.precision_score), ("recall", sk.recall_score), ("f1", sk.f1_score)):
@@ -110,7 +110,7 @@ def test_numbers_of_findings_are_scikit_learns(seed):
 
 @given(some)
 def test_a_summary_is_json_without_nan_and_names_what_it_cannot_judge(p):
-    found = summary.summarise(p)
+    found = summary.summarize(p)
     assert json.loads(json.dumps(found, allow_nan=False)) == found
     truth = metrics.one_versus_rest(p.labels, len(p.classes), p.task)
     lacking = [name for c, name in enumerate(p.classes) if truth[:, c].all() or not truth[:, c].any()]
@@ -122,11 +122,11 @@ def test_a_summary_is_json_without_nan_and_names_what_it_cannot_judge(p):
 def test_the_order_of_the_images_does_not_matter(p, seed):
     order = np.random.default_rng(seed).permutation(len(p.frame))
     shuffled = Predictions(p.frame.iloc[order].reset_index(drop=True), p.task, p.classes)
-    one, other = summary.summarise(p)["overall"], summary.summarise(shuffled)["overall"]
+    one, other = summary.summarize(p)["overall"], summary.summarize(shuffled)["overall"]
     assert {k: v for k, v in one.items() if v is not None} == pytest.approx(
         {k: v for k, v in other.items() if v is not None}
     )
-    assert p.identity() == shuffled.identity()
+    assert p.identity() == shuffled.fingerprint()
 
 
 def test_a_certain_mistake_costs_much_but_not_infinity():
@@ -138,8 +138,8 @@ def test_a_certain_mistake_costs_much_but_not_infinity():
 
 @given(some)
 def test_curves_end_in_the_corners_and_have_the_area(p):
-    points = metrics.roc_points(p)
-    found = summary.summarise(p)["per_class"]
+    points = metrics.roc_curve_points(p)
+    found = summary.summarize(p)["per_class"]
     assert set(points["class"]) == {name for name, values in found.items() if values["auc"] is not None}
     for name, curve in points.groupby("class"):
         assert (curve.iloc[0][["fpr", "tpr"]] == 0).all()
@@ -151,7 +151,7 @@ def test_published_results_have_the_published_keys():
     history = pd.DataFrame(
         {"epoch": [1], "train_loss": [1.0], "val_loss": [2.0], "train_accuracy": [0.5], "val_accuracy": [0.25]}
     )
-    results = summary.published_results(summary.summarise(made("multi-class", 3, 30, 0)), history, {"seed": 42})
+    results = summary.published_results(summary.summarize(made("multi-class", 3, 30, 0)), history, {"seed": 42})
     assert list(results) == [
         "test_loss", "test_accuracy", "test_precision", "test_recall", "test_f1", "test_auc",
         "train_losses", "val_losses", "train_accuracies", "val_accuracies", "config",
@@ -166,4 +166,4 @@ def test_predictions_come_back_as_they_were_written(task, tmp_path):
     back = predictions.read(tmp_path / "p.parquet")
     pd.testing.assert_frame_equal(back.frame, p.frame)
     assert (back.task, back.classes) == (p.task, p.classes)
-    assert back.identity() == p.identity()
+    assert back.fingerprint() == p.fingerprint()

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fadeformer.evaluation import operating_points
-from fadeformer.evaluation.intervals.proportions import wilson
+from fadeformer.evaluation.intervals.proportions import wilson_interval
 from tests.evaluation.test_metrics import made
 
 WANTED = {"youden": None, "sensitivity": 0.9, "specificity": 0.8}
@@ -26,7 +26,7 @@ def test_a_threshold_gives_what_was_asked_for_and_none_is_better(seed, images, c
     score = np.round(score, 1) if coarse else score
     every = [shares(truth, score >= t) for t in np.append(np.unique(score), 2.0)]
     youden, sensitive, specific = (
-        shares(truth, score >= operating_points.threshold(truth, score, rule, least)) for rule in WANTED
+        shares(truth, score >= operating_points.choose_threshold(truth, score, rule, least)) for rule in WANTED
     )
     assert sum(youden) == pytest.approx(max(map(sum, every)))
     assert sensitive[0] >= least
@@ -37,22 +37,22 @@ def test_a_threshold_gives_what_was_asked_for_and_none_is_better(seed, images, c
 
 def test_a_threshold_lies_between_the_scores():
     truth, score = np.array([True, True, False, False]), np.array([0.9, 0.7, 0.4, 0.1])
-    assert operating_points.threshold(truth, score, "youden", None) == pytest.approx(0.55)
-    assert operating_points.threshold(truth, score, "sensitivity", 0.5) == pytest.approx(0.8)
-    assert operating_points.threshold(truth, score, "specificity", 0.5) == pytest.approx(0.25)
-    assert operating_points.threshold(truth, score, "sensitivity", 1.0) == pytest.approx(0.55)
+    assert operating_points.choose_threshold(truth, score, "youden", None) == pytest.approx(0.55)
+    assert operating_points.choose_threshold(truth, score, "sensitivity", 0.5) == pytest.approx(0.8)
+    assert operating_points.choose_threshold(truth, score, "specificity", 0.5) == pytest.approx(0.25)
+    assert operating_points.choose_threshold(truth, score, "sensitivity", 1.0) == pytest.approx(0.55)
     certain = np.array([True, False]), np.array([0.5, 1.0])
-    assert not (certain[1] >= operating_points.threshold(*certain, "specificity", 1.0)).any()
+    assert not (certain[1] >= operating_points.choose_threshold(*certain, "specificity", 1.0)).any()
     near = np.array([np.nextafter(1.0, 0), 1.0, 0.3])
-    limit = operating_points.threshold(np.array([False, True, False]), near, "youden", None)
+    limit = operating_points.choose_threshold(np.array([False, True, False]), near, "youden", None)
     assert (near >= limit).tolist() == [False, True, False]
-    assert operating_points.threshold(np.ones(4, bool), score, "youden", None) is None
+    assert operating_points.choose_threshold(np.ones(4, bool), score, "youden", None) is None
 
 
 @pytest.mark.parametrize(("task", "classes"), [("binary-class", 2), ("multi-class", 4), (MULTI_LABEL, 3)])
 def test_points_come_from_val_and_are_judged_on_test(task, classes):
     val, test = made(task, classes, 200, 0), made(task, classes, 300, 1)
-    found = operating_points.operating_points(val, test, WANTED, CONFIDENCE)
+    found = operating_points.select_operating_points(val, test, WANTED, CONFIDENCE)
     assert list(found) == list(WANTED)
     for rule in WANTED:
         assert len(found[rule]) == (1 if classes == 2 else classes)
@@ -65,7 +65,7 @@ def test_points_come_from_val_and_are_judged_on_test(task, classes):
     called = test.scores[:, column] >= point["threshold"]
     sensitivity = point["on_test"]["sensitivity"]
     assert sensitivity["value"] == pytest.approx(shares(truth, called)[0])
-    assert (sensitivity["low"], sensitivity["high"]) == wilson(int((truth & called).sum()), int(truth.sum()))
+    assert (sensitivity["low"], sensitivity["high"]) == wilson_interval(int((truth & called).sum()), int(truth.sum()))
     assert point["on_test"]["positive_predictive_value"]["value"] == pytest.approx(truth[called].mean())
     assert point["on_test"]["negative_predictive_value"]["value"] == pytest.approx(1 - truth[~called].mean())
 
@@ -78,9 +78,9 @@ def test_images_of_one_patient_make_intervals_wider():
     as_if_alone = type(test)(repeated.assign(group=None), test.task, test.classes)
     widths = []
     for table in (clustered, as_if_alone, test):
-        point = operating_points.operating_points(val, table, WANTED, CONFIDENCE)["youden"]["class 1"]["on_test"][
-            "sensitivity"
-        ]
+        point = operating_points.select_operating_points(val, table, WANTED, CONFIDENCE)["youden"]["class 1"][
+            "on_test"
+        ]["sensitivity"]
         widths.append(point["high"] - point["low"])
     assert widths[0] > 1.5 * widths[1]
     assert widths[0] == pytest.approx(widths[2], rel=0.2)
@@ -88,8 +88,8 @@ def test_images_of_one_patient_make_intervals_wider():
 
 def test_a_finding_that_cannot_be_judged_has_no_point():
     val, test = made(MULTI_LABEL, 3, 50, 0, absent=1), made(MULTI_LABEL, 3, 50, 1)
-    assert operating_points.operating_points(val, test, WANTED, CONFIDENCE)["youden"]["class 1"] is None
-    assert operating_points.operating_points(test, val, WANTED, CONFIDENCE)["youden"]["class 1"] is None
+    assert operating_points.select_operating_points(val, test, WANTED, CONFIDENCE)["youden"]["class 1"] is None
+    assert operating_points.select_operating_points(test, val, WANTED, CONFIDENCE)["youden"]["class 1"] is None
 
 
 def test_net_benefit_is_that_of_the_formula():

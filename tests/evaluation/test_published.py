@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 
 from fadeformer.config.schema import DatasetName
-from fadeformer.data.arrays import Meta
+from fadeformer.data.arrays import ArrayMetadata
 from fadeformer.data.sources import chestxray14, isic2019, medmnist
 from fadeformer.evaluation import published
 
@@ -22,18 +22,18 @@ def rows() -> pd.DataFrame:
     return published.read()
 
 
-def meta(name="retinamnist", size=28, split="published", image_size=None, counts=None) -> Meta:
+def meta(name="retinamnist", size=28, split="published", image_size=None, counts=None) -> ArrayMetadata:
     """As meta.json of a MedMNIST set in its published split holds it."""
-    known = medmnist.SETS[name].counts if name in medmnist.SETS else (700, 100, 200)
+    known = medmnist.DATASETS[name].counts if name in medmnist.DATASETS else (700, 100, 200)
     of_split = dict(zip(("train", "val", "test"), known, strict=True))
     dataset = {"name": name, "size": size, "counts": of_split}
-    return Meta(dataset, image_size or size, 3, counts or of_split, split, 0, [0.5] * 3, [0.2] * 3, "squash")
+    return ArrayMetadata(dataset, image_size or size, 3, counts or of_split, split, 0, [0.5] * 3, [0.2] * 3, "squash")
 
 
-def nih(split="chestxray14-0123456789ab.csv", image_size=320, counts=NIH) -> Meta:
+def nih(split="chestxray14-0123456789ab.csv", image_size=320, counts=NIH) -> ArrayMetadata:
     """As that of NIH's radiographs, all of them, with val made here."""
     dataset = {"name": "chestxray14", "size": None, "counts": chestxray14.COUNTS}
-    return Meta(dataset, image_size, 3, counts, split, 0, [0.5] * 3, [0.2] * 3, "squash")
+    return ArrayMetadata(dataset, image_size, 3, counts, split, 0, [0.5] * 3, [0.2] * 3, "squash")
 
 
 def found(rows: pd.DataFrame, method: str, resolution: str | None = None) -> pd.Series:
@@ -43,16 +43,16 @@ def found(rows: pd.DataFrame, method: str, resolution: str | None = None) -> pd.
 
 
 def test_every_value_is_one_that_the_module_tells_of(rows):
-    assert set(rows["dataset"]) == {*medmnist.SETS, "isic2019", "chestxray14"} <= set(get_args(DatasetName))
+    assert set(rows["dataset"]) == {*medmnist.DATASETS, "isic2019", "chestxray14"} <= set(get_args(DatasetName))
     assert set(rows["resolution"]) == {*SIZED, "any", "several", "unknown"}
     assert set(rows["split"]) == {"published", "other", "unknown"}
     assert set(rows["selection"]) == {"val", "test", "unknown"}
     assert set(rows["origin"]) == {"authors", "quoted", "recalled", "unknown"}
-    scores = rows[list(published.SCORES)].to_numpy()
+    scores = rows[list(published.SCORE_COLUMNS)].to_numpy()
     assert np.isfinite(scores).any(axis=1).all()  # a row without a score says nothing
     assert ((scores > 0) & (scores < 1) | np.isnan(scores)).all()
     assert not rows.duplicated(["dataset", "resolution", "method", "source"]).any()
-    for name in published.TEXTS:
+    for name in published.TEXT_COLUMNS:
         assert (rows[name] == rows[name].str.strip()).all()
         assert name == "note" or (rows[name] != "").all()
 
@@ -86,7 +86,7 @@ def test_constant_predictions_are_as_good_as_the_commonest_class(rows):
 
 
 def test_the_same_set_size_and_split_compare():
-    seen = published.beside(meta())
+    seen = published.comparison_table(meta())
     assert set(seen["dataset"]) == {"retinamnist"}
     assert seen["comparable"].tolist() == sorted(seen["comparable"], reverse=True)  # those that compare come first
     assert (seen["comparable"] == (seen["reason"] == "")).all()
@@ -98,33 +98,33 @@ def test_the_same_set_size_and_split_compare():
 
 
 def test_another_size_does_not_compare():
-    row = found(published.beside(meta(size=224)), "ResNet-18")
+    row = found(published.comparison_table(meta(size=224)), "ResNet-18")
     assert not row["comparable"]
     assert row["reason"] == "its images are of 28 pixels, ours of 224"
-    assert found(published.beside(meta(size=224)), "ViT-B/16 end-to-end", "224")["comparable"]
-    assert not found(published.beside(meta(size=128)), "ViT-B/16 end-to-end", "224")["comparable"]
-    enlarged = published.beside(meta(image_size=224))  # they stay images of 28 pixels
+    assert found(published.comparison_table(meta(size=224)), "ViT-B/16 end-to-end", "224")["comparable"]
+    assert not found(published.comparison_table(meta(size=128)), "ViT-B/16 end-to-end", "224")["comparable"]
+    enlarged = published.comparison_table(meta(image_size=224))  # they stay images of 28 pixels
     assert found(enlarged, "ResNet-18, enlarged to 224")["comparable"]
     assert not found(enlarged, "ResNet-18 end-to-end", "224")["comparable"]
 
 
 def test_images_that_were_reduced_here_compare_with_none():
-    seen = published.beside(meta(size=224, image_size=28))
+    seen = published.comparison_table(meta(size=224, image_size=28))
     assert not seen["comparable"].any()
     assert seen["reason"].str.contains("ours were reduced from 224 to 28 pixels").all()
 
 
 @pytest.mark.parametrize("split", [MADE.format("retinamnist"), ADOPTED])
 def test_another_split_compares_with_none(split):
-    seen = published.beside(meta(split=split))
+    seen = published.comparison_table(meta(split=split))
     assert not seen["comparable"].any()
     assert seen["reason"].str.startswith(f"ours is the split {split}").all()
 
 
 @pytest.mark.parametrize("size", [28, 64, 128, 224])
-@pytest.mark.parametrize("name", sorted(medmnist.SETS))
+@pytest.mark.parametrize("name", sorted(medmnist.DATASETS))
 def test_a_checkpoint_chosen_on_test_or_a_recalled_score_never_compares(name, size):
-    seen = published.beside(meta(name, size))
+    seen = published.comparison_table(meta(name, size))
     assert not seen.empty
     for flawed, reason in (
         (seen["selection"] == "test", "its checkpoint was chosen on test"),
@@ -139,22 +139,22 @@ def test_a_checkpoint_chosen_on_test_or_a_recalled_score_never_compares(name, si
 
 
 def test_a_choice_that_is_not_told_is_a_caveat():
-    seen = published.beside(meta())
+    seen = published.comparison_table(meta())
     row = found(seen, "Google AutoML Vision")
     assert row["comparable"]
     assert row["caveat"].startswith("what its checkpoint was chosen on is not told; trained by a service")
     silent = seen["selection"] == "unknown"
     assert seen["caveat"].str.startswith("what its checkpoint was chosen on is not told").equals(silent)
-    quoted = found(published.beside(meta("octmnist")), "MedViT-L, enlarged to 224")
+    quoted = found(published.comparison_table(meta("octmnist")), "MedViT-L, enlarged to 224")
     assert quoted["comparable"]
     assert "quoted by others" in quoted["caveat"]
 
 
 def test_radiographs_compare_on_the_test_images_of_nih():
-    seen = published.beside(nih())
+    seen = published.comparison_table(nih())
     assert seen.loc[seen["comparable"], "method"].tolist() == ["DenseNet-121", "Swin-T"]
-    assert published.beside(nih(image_size=384))["comparable"].sum() == 2
-    assert not published.beside(nih(image_size=224))["comparable"].any()
+    assert published.comparison_table(nih(image_size=384))["comparable"].sum() == 2
+    assert not published.comparison_table(nih(image_size=224))["comparable"].any()
     assert "its split is another one" in found(seen, "CheXNet (DenseNet-121)")["reason"]
 
 
@@ -167,7 +167,7 @@ def test_radiographs_compare_on_the_test_images_of_nih():
     ],
 )
 def test_radiographs_of_another_split_compare_with_none(changed):
-    seen = published.beside(nih(**changed))
+    seen = published.comparison_table(nih(**changed))
     assert not seen["comparable"].any()
     assert seen["reason"].str.startswith("ours is the split ").all()
 
@@ -175,33 +175,33 @@ def test_radiographs_of_another_split_compare_with_none(changed):
 @pytest.mark.parametrize("name", ["isic2019", "chestxray14"])
 def test_a_sample_or_another_edition_is_another_data_set(name):
     if name == "isic2019":
-        card = isic2019.facts({}, "", published=False)
+        card = isic2019.build_card({}, "", is_published=False)
     else:
-        card = chestxray14.facts({}, "", list(chestxray14.ARCHIVES), published=False)
+        card = chestxray14.build_card({}, "", list(chestxray14.ARCHIVES), is_published=False)
     assert card.counts is None
-    ours = Meta(
+    ours = ArrayMetadata(
         {"name": name, "size": None, "counts": card.counts}, 320, 3, NIH, MADE.format(name), 0, [], [], "squash"
     )
-    seen = published.beside(ours)
+    seen = published.comparison_table(ours)
     assert not seen.empty
     assert not seen["comparable"].any()
     assert seen["reason"].str.startswith("ours is not the whole data set as published").all()
 
 
 def test_images_that_were_left_out_make_another_data_set_and_of_ones_own_images_nothing_is_published():
-    seen = published.beside(meta(counts={"train": 1080, "val": 120, "test": 399}))
+    seen = published.comparison_table(meta(counts={"train": 1080, "val": 120, "test": 399}))
     assert not seen["comparable"].any()
     assert seen["reason"].str.startswith("ours is not the whole data set").all()
-    assert published.beside(meta("own-retinamnist")).empty
+    assert published.comparison_table(meta("own-retinamnist")).empty
 
 
 def test_isic_has_no_published_split_and_so_nothing_to_compare_with():
     counts = {"train": 17_732, "val": 2_533, "test": 5_066}
-    ours = Meta(
-        {"name": "isic2019", "size": None, "counts": {"all": isic2019.PUBLISHED_IMAGES}}, 224, 3, counts,
+    ours = ArrayMetadata(
+        {"name": "isic2019", "size": None, "counts": {"all": isic2019.IMAGE_COUNT}}, 224, 3, counts,
         MADE.format("isic2019"), 0, [], [], "squash",
     )  # fmt: skip
-    seen = published.beside(ours)
+    seen = published.comparison_table(ours)
     assert not seen["comparable"].any()
     assert not seen["reason"].str.contains("not the whole").any()
     assert seen["reason"].str.contains(r"its split is (?:another one|not told)").all()

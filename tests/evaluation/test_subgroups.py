@@ -27,69 +27,71 @@ def two_classes(images: int, seed: int, *, harder: float = 0.0) -> Predictions:
     score = 1 / (1 + np.exp(-logits))
     index = pd.DataFrame({"split": "test", "id": np.arange(images).astype(str), "group": None})
     table = np.stack([1 - score, score], axis=1)
-    return predictions.table(index, labels, table, TASKS["binary-class"], ("healthy", "ill"), subgroups=known)
+    return predictions.build_predictions(
+        index, labels, table, TASKS["binary-class"], ("healthy", "ill"), subgroups=known
+    )
 
 
 def compared(p: Predictions, draws: int = 300):
-    return subgroups.compare(p, BANDS, draws=draws, seed=0, confidence=0.95)
+    return subgroups.evaluate_subgroups(p, BANDS, n_resamples=draws, seed=0, confidence=0.95)
 
 
 def test_columns_are_taken_by_themselves_if_they_divide_the_images_into_few_parts():
-    assert list(subgroups.chosen(KNOWN, "auto")) == ["age", "sex"]
+    assert list(subgroups.select_columns(KNOWN, "auto")) == ["age", "sex"]
     many = pd.DataFrame({"site": [str(i) for i in range(13)], "age": range(13)})
-    assert list(subgroups.chosen(many, "auto")) == ["age"]
-    assert list(subgroups.chosen(KNOWN, ["site"])) == ["site"]
-    assert list(subgroups.chosen(KNOWN, [])) == []
+    assert list(subgroups.select_columns(many, "auto")) == ["age"]
+    assert list(subgroups.select_columns(KNOWN, ["site"])) == ["site"]
+    assert list(subgroups.select_columns(KNOWN, [])) == []
 
 
 def test_a_column_that_is_not_there_or_has_too_many_values_is_named():
     with pytest.raises(UserError, match=r"evaluate.subgroups names view, but of these images is known: age, sex"):
-        subgroups.chosen(KNOWN, ["view"])
+        subgroups.select_columns(KNOWN, ["view"])
     many = pd.DataFrame({"id": [str(i) for i in range(51)]})
     with pytest.raises(UserError, match="id has 51 values, too many"):
-        subgroups.chosen(many, ["id"])
+        subgroups.select_columns(many, ["id"])
 
 
 def test_ages_fall_into_bands_and_what_is_not_known_is_a_subgroup():
-    found = subgroups.divided(KNOWN[["age", "sex"]], BANDS)
+    found = subgroups.assign_subgroups(KNOWN[["age", "sex"]], BANDS)
     told = ["0 to 17", "0 to 17", "18 to 39", "60 to 79", "80 and over", "not known"]
     assert found["age"].tolist() == told
     assert found["sex"].tolist() == ["F", "M", "F", "not known", "M", "F"]
-    assert subgroups.divided(KNOWN[["age"]], [18])["age"].tolist()[0] == "under 18"
+    assert subgroups.assign_subgroups(KNOWN[["age"]], [18])["age"].tolist()[0] == "under 18"
 
 
 def test_numbers_of_a_subgroup_are_those_of_its_images_and_the_whole_has_its_usual_intervals():
     p = two_classes(200, 0)
     whole, found = compared(p)
-    women = p.where((p.subgroups["sex"] == "F").to_numpy())
-    told = summary.summarise(women)
+    women = p.select_rows((p.subgroups["sex"] == "F").to_numpy())
+    told = summary.summarize(women)
     assert found["sex"]["F"]["overall"] == told["overall"]
     assert found["sex"]["F"]["per_class"] == told["per_class"]
     assert found["sex"]["F"]["images"] + found["sex"]["M"]["images"] == 200
-    alone = summary.intervals(women, draws=300, seed=0, confidence=0.95)
+    alone = summary.confidence_intervals(women, n_resamples=300, seed=0, confidence=0.95)
     assert found["sex"]["F"]["intervals"]["overall"]["auc"] == alone["overall"]["auc"]
     low, high = found["sex"]["F"]["intervals"]["overall"]["loss"]
     assert (low, high) == pytest.approx(alone["overall"]["loss"], rel=0.15)
-    assert whole == summary.intervals(p, draws=300, seed=0, confidence=0.95)
+    assert whole == summary.confidence_intervals(p, n_resamples=300, seed=0, confidence=0.95)
 
 
 def test_a_subgroup_in_which_the_model_fails_is_called_worse_and_no_other_is():
     _, found = compared(two_classes(400, 1, harder=1.8))
-    flagged = subgroups.worse(found)
+    flagged = subgroups.underperforming(found)
     assert {(one["column"], one["subgroup"]) for one in flagged} == {("sex", "F")}
     assert {one["measure"] for one in flagged} == {"auc", "recall"}
     assert all(one["value"] < one["whole"] and one["p"] < 0.05 for one in flagged)
 
 
 def test_chance_alone_is_rarely_called_worse():
-    flagged = [bool(subgroups.worse(compared(two_classes(200, seed), draws=100)[1])) for seed in range(20)]
+    flagged = [bool(subgroups.underperforming(compared(two_classes(200, seed), draws=100)[1])) for seed in range(20)]
     assert sum(flagged) <= 3  # of 20 at 5 % more come once in 60 times
 
 
 def test_few_patients_are_not_compared_and_a_share_of_none_among_few_is_not_certain():
     p = two_classes(30, 0)
     _, found = compared(p)
-    few = [of["compared"] for of in found["age"].values() if of["groups"] < subgroups.FEWEST]
+    few = [of["compared"] for of in found["age"].values() if of["groups"] < subgroups.MIN_GROUPS]
     assert few
     assert not any(few)
     p = two_classes(400, 0)
@@ -114,14 +116,14 @@ def test_findings_are_compared_one_by_one_and_in_their_mean():
     scores = 1 / (1 + np.exp(-(random.normal(size=(300, 3)) + 2 * labels - 1)))
     index = pd.DataFrame({"split": "test", "id": np.arange(300).astype(str), "group": None})
     known = pd.DataFrame({"view": random.choice(["PA", "AP"], 300)})
-    p = predictions.table(
+    p = predictions.build_predictions(
         index, labels, scores, TASKS["multi-label, binary-class"], ("mass", "edema", "hernia"), subgroups=known
     )
     _, found = compared(p)
     told = {(one["measure"], one["class"]): one for one in found["view"]["PA"]["compared"]}
     assert ("auc", "hernia") not in told  # too few of it
     mean = [told["auc", name]["value"] for name in ("mass", "edema")]
-    assert told["auc", subgroups.OVERALL]["value"] == pytest.approx(np.mean(mean))
+    assert told["auc", subgroups.ALL_CLASSES]["value"] == pytest.approx(np.mean(mean))
 
 
 def test_without_columns_there_are_no_subgroups():

@@ -10,9 +10,9 @@ from sklearn import metrics as sk
 
 from fadeformer.evaluation import metrics, predictions, summary
 from fadeformer.evaluation.intervals import bootstrap, delong, proportions
-from fadeformer.evaluation.intervals.proportions import wilson
+from fadeformer.evaluation.intervals.proportions import wilson_interval
 from fadeformer.evaluation.predictions import Predictions
-from fadeformer.evaluation.weighted_metrics import Measures
+from fadeformer.evaluation.weighted_metrics import WeightedMetrics
 from fadeformer.io import formatting
 from fadeformer.tasks import TASKS
 from tests.evaluation.test_metrics import made, some
@@ -24,7 +24,7 @@ MULTI_LABEL = "multi-label, binary-class"
 def test_a_weight_counts_an_image_so_many_times(p, seed):
     weights = np.random.default_rng(seed).integers(0, 4, (3, len(p.frame))).astype(float)
     weights[:, 0] += 1
-    found = Measures(p).of(weights)
+    found = WeightedMetrics(p).compute(weights)
     for sample, counts in enumerate(weights.astype(int)):
         repeated = Predictions(p.frame.loc[p.frame.index.repeat(counts)].reset_index(drop=True), p.task, p.classes)
         truth = metrics.one_versus_rest(repeated.labels, len(p.classes), p.task)
@@ -37,13 +37,13 @@ def test_a_weight_counts_an_image_so_many_times(p, seed):
             area = sk.average_precision_score(truth[:, c], score)
             assert found.per_class["average_precision"][sample, c] == pytest.approx(area)
         for name in ("accuracy", "loss", "brier"):
-            expected = summary.summarise(repeated)["overall"][name]
+            expected = summary.summarize(repeated)["overall"][name]
             assert found.overall[name][sample] == pytest.approx(expected)
 
 
 @given(some)
 def test_the_auc_of_training_and_gate_is_that_of_the_evaluation_to_the_last_bit(p):
-    assert metrics.auc(p.labels, p.scores, p.task) == summary.summarise(p)["overall"]["auc"]
+    assert metrics.auc(p.labels, p.scores, p.task) == summary.summarize(p)["overall"]["auc"]
 
 
 def test_the_calibration_error_is_that_of_its_bins_by_hand():
@@ -54,7 +54,7 @@ def test_the_calibration_error_is_that_of_its_bins_by_hand():
     bins = np.searchsorted(np.quantile(score, np.arange(1, 15) / 15), score, side="right")
     gaps = [abs((score - outcome)[bins == b].sum()) for b in range(15)]
     assert len(np.unique(bins)) == 15
-    assert summary.summarise(p)["overall"]["calibration_error"] == pytest.approx(sum(gaps) / 30)
+    assert summary.summarize(p)["overall"]["calibration_error"] == pytest.approx(sum(gaps) / 30)
 
 
 def plain_delong(truth, scores):
@@ -71,7 +71,7 @@ def test_delong_is_that_of_the_paper(seed, images, coarse):
     truth = np.arange(images) % 3 == 0
     scores = [random.normal(size=images) + truth for _ in range(2)]
     scores = [np.round(s) for s in scores] if coarse else scores
-    found = delong.aucs([truth, truth], scores)
+    found = delong.estimate_aucs([truth, truth], scores)
     values, covariance = plain_delong(truth, scores)
     np.testing.assert_allclose(found.areas, values, rtol=0, atol=1e-10)
     np.testing.assert_allclose(found.covariance, covariance, rtol=0, atol=1e-10)
@@ -85,17 +85,17 @@ def test_delong_is_a_bootstrap_of_groups(of_a_group):
     shared = random.normal(size=150)[groups]
     truth = (np.arange(150) % 2 == 0)[groups] if of_a_group > 1 else np.arange(150) % 2 == 0
     score = truth + shared + 0.5 * random.normal(size=len(groups))
-    found = delong.aucs([truth], [score], groups)
+    found = delong.estimate_aucs([truth], [score], groups)
     p = made("binary-class", 2, len(groups), 0)
     p.frame["label"], p.frame["score_1"] = truth.astype(int), score
-    measure = Measures(p)
-    stratum = bootstrap.strata(measure.truth, groups)
-    parts = bootstrap.over_samples(lambda w: measure.of(w).per_class["auc"][:, 1], groups, stratum, 20_000, 0)
+    measure = WeightedMetrics(p)
+    stratum = bootstrap.assign_strata(measure.truth, groups)
+    parts = bootstrap.map_resamples(lambda w: measure.compute(w).per_class["auc"][:, 1], groups, stratum, 20_000, 0)
     # the bootstrap's variance lacks n / (n - 1), here of 75 groups a class
     spread = np.concatenate(parts).std() * np.sqrt(75 / 74)
     assert np.sqrt(found.covariance[0, 0]) == pytest.approx(spread, rel=0.03)
     if of_a_group > 1:
-        assert np.sqrt(delong.aucs([truth], [score]).covariance[0, 0]) < 0.8 * spread
+        assert np.sqrt(delong.estimate_aucs([truth], [score]).covariance[0, 0]) < 0.8 * spread
 
 
 def test_degrees_of_freedom_are_those_of_brunner_and_munzel():
@@ -103,37 +103,37 @@ def test_degrees_of_freedom_are_those_of_brunner_and_munzel():
     random = np.random.default_rng(0)
     truth = np.arange(40) < 9
     score = random.normal(size=40) + truth
-    found = delong.aucs([truth], [score])
+    found = delong.estimate_aucs([truth], [score])
     p = stats.brunnermunzel(score[~truth], score[truth]).pvalue
     error = np.sqrt(found.covariance[0, 0])
-    assert 2 * stats.t.sf(abs(found.areas[0] - 0.5) / error, found.degrees[0]) == pytest.approx(p)
+    assert 2 * stats.t.sf(abs(found.areas[0] - 0.5) / error, found.degrees_of_freedom[0]) == pytest.approx(p)
 
 
 def test_two_models_that_rank_alike_do_not_differ():
     truth, score = np.array([True, False, True, False]), np.array([0.9, 0.4, 0.3, 0.1])
-    same = delong.difference([truth], [score], [2 * score])
+    same = delong.auc_difference([truth], [score], [2 * score])
     assert (same.value, same.low, same.high) == (0, 0, 0)
-    better = delong.difference([truth], [np.array([0.9, 0.4, 0.6, 0.1])], [score])
+    better = delong.auc_difference([truth], [np.array([0.9, 0.4, 0.6, 0.1])], [score])
     assert better.value == 0.25
     assert better.low < 0.25 < better.high
 
 
 def test_delong_needs_two_of_each_kind():
     truth, score = np.array([True, False, False]), np.array([0.9, 0.5, 0.1])
-    found = delong.aucs([truth], [score])
+    found = delong.estimate_aucs([truth], [score])
     assert found.areas == [1.0]
-    assert delong.interval(found, [0], 0.95) is None
+    assert delong.mean_auc_interval(found, [0], 0.95) is None
     with pytest.raises(ValueError, match="positives and negatives"):
-        delong.aucs([np.array([True, True])], [np.array([0.1, 0.2])])
+        delong.estimate_aucs([np.array([True, True])], [np.array([0.1, 0.2])])
     with pytest.raises(ValueError, match="two groups"):
-        delong.difference([truth], [score], [score])
+        delong.auc_difference([truth], [score], [score])
 
 
 def test_a_perfect_auc_is_not_certain():
     truth = np.arange(40) % 2 == 0
-    found = delong.aucs([truth], [truth.astype(float)])
-    low, high = delong.interval(found, [0], 0.95)
-    assert (low, high) == wilson(20, 20)
+    found = delong.estimate_aucs([truth], [truth.astype(float)])
+    low, high = delong.mean_auc_interval(found, [0], 0.95)
+    assert (low, high) == wilson_interval(20, 20)
     assert 0.8 < low < 0.9
 
 
@@ -142,7 +142,7 @@ def test_wilson_is_that_of_the_books():
     for (hits, trials), expected in {
         (81, 263): (0.2553, 0.3662), (15, 148): (0.0624, 0.1605), (0, 20): (0.0, 0.1611), (1, 29): (0.0061, 0.1718),
     }.items():  # fmt: skip
-        assert wilson(hits, trials) == pytest.approx(expected, abs=5e-5)
+        assert wilson_interval(hits, trials) == pytest.approx(expected, abs=5e-5)
 
 
 def test_samples_keep_groups_whole_and_every_class():
@@ -151,11 +151,11 @@ def test_samples_keep_groups_whole_and_every_class():
     truth = np.zeros((37, 2), dtype=bool)
     truth[0:10:2, 0] = True
     truth[10:16, 1] = True
-    stratum = bootstrap.strata(truth, groups)
+    stratum = bootstrap.assign_strata(truth, groups)
     kinds = [stratum[:5], stratum[5:11], stratum[11:]]
     assert [len(np.unique(kind)) for kind in kinds] == [1, 1, 1]
     assert len({kind[0] for kind in kinds}) == 3
-    found = bootstrap.weights(groups, stratum, 2000, np.random.SeedSequence(0))
+    found = bootstrap.bootstrap_weights(groups, stratum, 2000, np.random.SeedSequence(0))
     for group in range(18):
         assert (np.ptp(found[:, groups == group], axis=1) == 0).all()
     of_groups = found[:, [np.flatnonzero(groups == group)[0] for group in range(18)]]
@@ -170,7 +170,7 @@ def test_no_group_is_taken_for_certain_where_others_could_be_drawn_in_its_place(
     truth = labels[:, None] == np.arange(3)
     truth = np.concatenate([truth, np.eye(3, dtype=bool)[np.repeat([1, 0], [20, 60])]])  # how common each class is
     groups = np.concatenate([np.arange(len(labels)), np.full(20, len(labels)), np.full(60, len(labels) + 1)])
-    counts = np.bincount(bootstrap.strata(truth, groups))
+    counts = np.bincount(bootstrap.assign_strata(truth, groups))
     assert counts.sum() == len(labels) + 2
     assert counts[counts > 0].min() >= min(5, counts.sum())
 
@@ -190,18 +190,18 @@ def test_a_share_of_clustered_images_is_as_sure_as_its_patients():
     random = np.random.default_rng(0)
     groups = np.repeat(np.arange(20), 6)
     hits, trials = random.random(20)[groups] > random.random(120), random.random(120) < 0.8
-    found = proportions.share_interval(hits, trials, groups, 0.95)
+    found = proportions.proportion_interval(hits, trials, groups, 0.95)
     assert found == pytest.approx(plain_share(hits, trials, groups))
-    plain = wilson(int((hits & trials).sum()), int(trials.sum()))
+    plain = wilson_interval(int((hits & trials).sum()), int(trials.sum()))
     assert found[1] - found[0] > 1.3 * (plain[1] - plain[0])
-    alone = proportions.share_interval(hits, trials, np.arange(120), 0.95)
+    alone = proportions.proportion_interval(hits, trials, np.arange(120), 0.95)
     assert alone == plain
     every = np.ones(120, dtype=bool)
-    low, high = proportions.share_interval(every, every, groups, 0.95)
+    low, high = proportions.proportion_interval(every, every, groups, 0.95)
     assert high == 1
-    assert 0.7 < low < wilson(20, 20)[0]
-    assert proportions.share_interval(every, groups == 3, groups, 0.95) is None
-    assert proportions.share_interval(every, ~every, groups, 0.95) is None
+    assert 0.7 < low < wilson_interval(20, 20)[0]
+    assert proportions.proportion_interval(every, groups == 3, groups, 0.95) is None
+    assert proportions.proportion_interval(every, ~every, groups, 0.95) is None
 
 
 def test_mistakes_of_a_patient_that_make_up_for_one_another_count_but_not_without_bound():
@@ -213,17 +213,19 @@ def test_mistakes_of_a_patient_that_make_up_for_one_another_count_but_not_withou
         return np.tile(np.arange(5), 30) < np.resize(counts, 30)[groups]
 
     varied, alike = of(2, 3, 4, 2, 4), of(2, 3, 4, 3, 3)
-    found = proportions.share_interval(varied, every, groups, 0.95)
+    found = proportions.proportion_interval(varied, every, groups, 0.95)
     assert found == pytest.approx(plain_share(varied, every, groups))
-    assert proportions.score(0.6, 150, quantile)[0] < found[0] < proportions.score(0.6, 300, quantile)[0]
-    assert proportions.share_interval(alike, every, groups, 0.95) == proportions.score(0.6, 300, quantile)
-    assert plain_share(alike, every, groups)[0] > proportions.score(0.6, 300, quantile)[0]
+    assert (
+        proportions.score_interval(0.6, 150, quantile)[0] < found[0] < proportions.score_interval(0.6, 300, quantile)[0]
+    )
+    assert proportions.proportion_interval(alike, every, groups, 0.95) == proportions.score_interval(0.6, 300, quantile)
+    assert plain_share(alike, every, groups)[0] > proportions.score_interval(0.6, 300, quantile)[0]
 
 
 def plain_precision(true, positives, false, negatives):
     """Where (false rate - ratio x sensitivity)^2 is the sum of the squares of what its limits are away from each."""
     p0, p1 = false / negatives, true / positives
-    (l0, u0), (l1, u1) = wilson(false, negatives), wilson(true, positives)
+    (l0, u0), (l1, u1) = wilson_interval(false, negatives), wilson_interval(true, positives)
     low = optimize.brentq(lambda x: (p0 - x * p1) ** 2 - (p0 - l0) ** 2 - (x * (u1 - p1)) ** 2, 0, p0 / p1)
     high = optimize.brentq(lambda x: (p0 - x * p1) ** 2 - (u0 - p0) ** 2 - (x * (p1 - l1)) ** 2, p0 / p1, 1e6)
     return tuple(1 / (1 + ratio * negatives / positives) for ratio in (high, low))
@@ -239,33 +241,33 @@ def counted(true, positives, false, negatives):
 @pytest.mark.parametrize("counts", [(12, 15, 9, 135), (40, 60, 20, 90), (3, 50, 30, 60), (59, 60, 1, 90)])
 def test_precision_is_as_sure_as_the_two_rates_that_make_it(counts):
     called, truth = counted(*counts)
-    found = proportions.predictive_interval(called, truth, np.arange(len(truth)), 0.95)
+    found = proportions.predictive_value_interval(called, truth, np.arange(len(truth)), 0.95)
     assert found == pytest.approx(plain_precision(*counts))
     assert found[0] < truth[called].mean() < found[1]
 
 
 def test_precision_of_no_mistake_and_of_nothing_else_has_an_interval_on_one_side():
     called, truth = counted(20, 30, 0, 60)
-    low, high = proportions.predictive_interval(called, truth, np.arange(90), 0.95)
+    low, high = proportions.predictive_value_interval(called, truth, np.arange(90), 0.95)
     assert (0.75 < low < 0.9, high) == (True, 1)
     called, truth = counted(0, 30, 10, 60)
-    low, high = proportions.predictive_interval(called, truth, np.arange(90), 0.95)
+    low, high = proportions.predictive_value_interval(called, truth, np.arange(90), 0.95)
     assert (low, 0.2 < high < 0.5) == (0, True)
-    assert proportions.predictive_interval(~called & called, truth, np.arange(90), 0.95) is None
-    assert proportions.predictive_interval(called, truth | ~truth, np.arange(90), 0.95) is None
+    assert proportions.predictive_value_interval(~called & called, truth, np.arange(90), 0.95) is None
+    assert proportions.predictive_value_interval(called, truth | ~truth, np.arange(90), 0.95) is None
 
 
 def test_few_groups_make_wider_percentiles():
     samples = np.random.default_rng(0).normal(size=20_000)
-    many, few = (bootstrap.percentiles(samples, groups, 0.95) for groups in (10_000, 8))
+    many, few = (bootstrap.percentile_interval(samples, groups, 0.95) for groups in (10_000, 8))
     assert many[1] == pytest.approx(stats.norm.ppf(0.975), abs=0.05)
     assert few[1] == pytest.approx(np.sqrt(8 / 7) * stats.t.ppf(0.975, 7), abs=0.15)
-    assert bootstrap.percentiles(samples, 1, 0.95) is None
+    assert bootstrap.percentile_interval(samples, 1, 0.95) is None
 
 
 def test_half_of_the_groups_of_each_stratum_is_drawn_whole():
     groups, stratum = np.repeat(np.arange(9), 2), np.array([0, 0, 0, 0, 0, 0, 1, 1, 1])
-    drawn = bootstrap.halves(groups, stratum, 400, seed=0)
+    drawn = bootstrap.half_sample_weights(groups, stratum, 400, seed=0)
     assert set(np.unique(drawn)) == {0.0, 1.0}
     assert (drawn[:, ::2] == drawn[:, 1::2]).all()  # both images of a group
     of_group = drawn[:, ::2]
@@ -281,11 +283,13 @@ def test_intervals_of_average_precision_allow_for_its_being_too_high_of_few_imag
         score = special.expit(random.normal(size=images) + 1.5 * labels[:, 0])
         index = pd.DataFrame({"split": "test", "id": [str(i) for i in range(images)], "group": None})
         scores = np.stack([1 - score, score], axis=1)
-        p = predictions.table(index, labels, scores, TASKS["binary-class"], ("a", "b"))
-        value = summary.summarise(p)["per_class"]["b"]["average_precision"]
+        p = predictions.build_predictions(index, labels, scores, TASKS["binary-class"], ("a", "b"))
+        value = summary.summarize(p)["per_class"]["b"]["average_precision"]
         if images > 1000:
             return float(special.logit(value)), np.nan
-        bounds = summary.intervals(p, draws=50, seed=0, confidence=0.95)["per_class"]["b"]["average_precision"]
+        bounds = summary.confidence_intervals(p, n_resamples=50, seed=0, confidence=0.95)["per_class"]["b"][
+            "average_precision"
+        ]
         return float(special.logit(value)), float(special.logit(bounds).mean())
 
     truth, _ = log_odds(100_000, 0)
@@ -299,9 +303,9 @@ def test_intervals_of_average_precision_allow_for_its_being_too_high_of_few_imag
 def test_intervals_hold_their_numbers_and_two_seeds_agree(task, classes):
     p = made(task, classes, 300, 1)
     p.frame["group"] = [f"patient {i // 2}" if i < 40 else None for i in range(300)]
-    found = summary.summarise(p)
-    one, other = (summary.intervals(p, draws=2000, seed=seed, confidence=0.95) for seed in (0, 1))
-    again = summary.intervals(p, draws=2000, seed=0, confidence=0.95)
+    found = summary.summarize(p)
+    one, other = (summary.confidence_intervals(p, n_resamples=2000, seed=seed, confidence=0.95) for seed in (0, 1))
+    again = summary.confidence_intervals(p, n_resamples=2000, seed=0, confidence=0.95)
     assert one == again
     pairs = [(found["overall"][name], one["overall"][name], other["overall"][name]) for name in found["overall"]]
     for name, values in found["per_class"].items():
@@ -319,8 +323,8 @@ def test_intervals_hold_their_numbers_and_two_seeds_agree(task, classes):
 def test_a_perfect_number_is_not_told_to_be_certain():
     p = made("multi-class", 3, 60, 0)
     p.frame[[f"score_{c}" for c in range(3)]] = np.eye(3)[p.labels[:, 0]]
-    found = summary.summarise(p)["overall"]
-    bounds = summary.intervals(p, draws=100, seed=0, confidence=0.95)
+    found = summary.summarize(p)["overall"]
+    bounds = summary.confidence_intervals(p, n_resamples=100, seed=0, confidence=0.95)
     for name in ("auc", "accuracy"):
         assert found[name] == 1
         assert bounds["overall"][name][0] < 0.99
@@ -332,7 +336,7 @@ def test_a_perfect_number_is_not_told_to_be_certain():
 
 def test_an_absent_class_has_no_interval():
     p = made("multi-class", 4, 60, 0, absent=1)
-    found = summary.intervals(p, draws=200, seed=0, confidence=0.95)
+    found = summary.confidence_intervals(p, n_resamples=200, seed=0, confidence=0.95)
     assert found["per_class"]["class 1"]["auc"] is None
     assert found["per_class"]["class 1"]["recall"] is None
     assert found["overall"]["auc"] is not None
@@ -346,4 +350,4 @@ def test_an_absent_class_has_no_interval():
     ],
 )  # fmt: skip
 def test_numbers_are_told_to_the_digits_that_they_are_known(value, interval, told):
-    assert formatting.told(value, interval) == told
+    assert formatting.format_with_interval(value, interval) == told

@@ -12,13 +12,13 @@ import pytest
 
 from fadeformer.errors import UserError
 from fadeformer.evaluation import predictions
-from fadeformer.models.complexity import Cost
+from fadeformer.models.complexity import ModelCost
 from fadeformer.tasks import TASKS
 from pipelines.cli import tables
 from pipelines.experiments import engine, report
 from pipelines.experiments import grid as grids
-from pipelines.experiments.engine import Listed, Run, Status
-from pipelines.experiments.results import Result
+from pipelines.experiments.engine import ListPlan, PipelineRun, RunStatus
+from pipelines.experiments.results import RunResult
 
 TINY = """\
 preset: null
@@ -45,8 +45,8 @@ def tiny(tmp_path: Path) -> Path:
 
 def test_the_shipped_grids_are_valid_and_offer_the_networks_of_the_published_tables(tmp_path):
     for name in ("cpu", "paper"):
-        grid = grids.load(grids.find(name))
-        prepared, trained = grids.runs(name, grid, tmp_path)
+        grid = grids.load_grid(grids.find_grid(name))
+        prepared, trained = grids.plan_runs(name, grid, tmp_path)
         assert prepared.keys() == grid.sets.keys()
         assert len(trained) == len(grid.sets) * len(grid.networks) * len(grid.seeds)
     paper = {"fadenet", "vit", "resnet18", "resnet50", "efficientnet_b0", "efficientnet_b4", "deit"}
@@ -74,27 +74,27 @@ def test_a_wrong_grid_is_told_by_key(tiny, before, after, told):
     assert before in TINY
     tiny.write_text(TINY.replace(before, after))
     with pytest.raises(UserError, match=re.escape(told)):
-        grids.runs("tiny", grids.load(tiny), None)
+        grids.plan_runs("tiny", grids.load_grid(tiny), None)
 
 
 def test_an_unknown_grid_lists_those_there_are():
     with pytest.raises(UserError, match="no such grid; name a YAML file, or one of: cpu, paper"):
-        grids.find("cpux")
+        grids.find_grid("cpux")
 
 
 def test_later_overrides_count(tiny):
     tiny.write_text(TINY.replace("params: {}}\nnet", "params: {train: {epochs: 3}}}\nnet"))
-    grid = grids.load(tiny)
-    values = asdict(grids.runs("tiny", grid, None)[1][grids.Cell("phantom", "vit", 1)])["values"]
+    grid = grids.load_grid(tiny)
+    values = asdict(grids.plan_runs("tiny", grid, None)[1][grids.Cell("phantom", "vit", 1)])["values"]
     assert (values["train"]["epochs"], values["train"]["batch_size"]) == (3, 32)
     assert (values["seed"], values["model"]["fade"]) == (1, None)
 
 
 def test_a_set_that_needs_the_folder_of_its_files_says_so(tmp_path):
-    grid = grids.load(grids.find("cpu"))
+    grid = grids.load_grid(grids.find_grid("cpu"))
     with pytest.raises(UserError, match="retinamnist needs the folder of its files: give it with --data"):
-        grids.runs("cpu", grid, None)
-    run = grids.runs("cpu", grid, tmp_path)[1][grids.Cell("isic", "vit", 42)]
+        grids.plan_runs("cpu", grid, None)
+    run = grids.plan_runs("cpu", grid, tmp_path)[1][grids.Cell("isic", "vit", 42)]
     assert asdict(run)["values"]["dataset"]["mirror"] == f"{tmp_path}/isic2019"
 
 
@@ -104,7 +104,7 @@ def drawn(signal: float, seed: int, images: int = 60) -> predictions.Predictions
     task = TASKS["multi-class"]
     scores = task.probabilities(signal * np.eye(3)[labels[:, 0]] + random.normal(size=(images, 3)))
     index = pd.DataFrame({"split": "test", "id": [f"{i:03d}" for i in range(images)], "group": None})
-    return predictions.table(index, labels, scores, task, ("a", "b", "c"))
+    return predictions.build_predictions(index, labels, scores, task, ("a", "b", "c"))
 
 
 CELLS = ["phantom/fadenet/0", "phantom/vit/0", "phantom/fadenet/1", "phantom/vit/1"]
@@ -112,7 +112,7 @@ CELLS = ["phantom/fadenet/0", "phantom/vit/0", "phantom/fadenet/1", "phantom/vit
 
 def names(grid: Path) -> dict[str, str]:
     """Names of the experiments of a grid's cells."""
-    return {str(cell): run.name for cell, run in grids.runs("tiny", grids.load(grid), None)[1].items()}
+    return {str(cell): run.name for cell, run in grids.plan_runs("tiny", grids.load_grid(grid), None)[1].items()}
 
 
 def test_other_parameters_train_the_cells_that_they_decide(tiny):
@@ -139,37 +139,37 @@ class Pretended:
     """Completes each run at the next look, but for those that are to fail; keeps what completed, as DVC would."""
 
     def __init__(self) -> None:
-        self.finished: dict[str, Result] = {}
+        self.finished: dict[str, RunResult] = {}
         self.fails = ""
         self.ran: list[str] = []
 
-    def start(self, run: Run) -> None:
+    def start(self, run: PipelineRun) -> None:
         self.ran.append("/".join(run.name.split("-")[1:-1]))
 
-    def status(self, run: Run) -> Status:
+    def status(self, run: PipelineRun) -> RunStatus:
         if self.fails and self.fails in run.name:
-            return Status("Failed", "it went wrong")
-        self.finished[run.name] = Result(run.name, "")
-        return Status("Completed")
+            return RunStatus("Failed", "it went wrong")
+        self.finished[run.name] = RunResult(run.name, "")
+        return RunStatus("Completed")
 
 
 @pytest.fixture
 def runner(monkeypatch) -> Pretended:
     runner = Pretended()
-    monkeypatch.setattr(engine, "INTERVAL", 0.0)
+    monkeypatch.setattr(engine, "POLL_INTERVAL", 0.0)
     monkeypatch.setattr(engine.results, "find", runner.finished.get)
     return runner
 
 
 @pytest.mark.parametrize("jobs", [1, 3])
 def test_a_run_that_fails_is_named_and_what_is_finished_does_not_run_again(tiny, runner, jobs, capsys):
-    _, trained = grids.runs("tiny", grids.load(tiny), None)
+    _, trained = grids.plan_runs("tiny", grids.load_grid(tiny), None)
     ended = dict.fromkeys(CELLS, "completed")
     for fails, ran, expected in (
         ("vit-0", CELLS, {**ended, CELLS[1]: "it went wrong"}),
         ("", [CELLS[1]], {**dict.fromkeys(CELLS, "finished before"), CELLS[1]: "completed"}),
     ):
-        plan, runner.fails, runner.ran = Listed({str(cell): run for cell, run in trained.items()}), fails, []
+        plan, runner.fails, runner.ran = ListPlan({str(cell): run for cell, run in trained.items()}), fails, []
         engine.execute(plan, runner, jobs)
         assert runner.ran == ran
         assert sorted(capsys.readouterr().out.splitlines()) == sorted(f"{key}: {how}" for key, how in expected.items())
@@ -178,9 +178,9 @@ def test_a_run_that_fails_is_named_and_what_is_finished_does_not_run_again(tiny,
 
 def test_a_run_that_leaves_no_experiment_has_failed(tiny, runner, monkeypatch):
     monkeypatch.setattr(engine.results, "find", lambda name: None)
-    plan = Listed(grids.runs("tiny", grids.load(tiny), None)[0])
+    plan = ListPlan(grids.plan_runs("tiny", grids.load_grid(tiny), None)[0])
     engine.execute(plan, runner, 1)
-    assert plan.statuses["phantom"] == Status("Failed", "it left no DVC experiment in this repository")
+    assert plan.statuses["phantom"] == RunStatus("Failed", "it left no DVC experiment in this repository")
 
 
 def test_data_that_cannot_be_prepared_stop_the_cells_of_their_set(tiny, runner, monkeypatch, tmp_path):
@@ -197,7 +197,7 @@ def test_data_that_cannot_be_prepared_stop_the_cells_of_their_set(tiny, runner, 
 
 @pytest.fixture
 def document(tiny) -> str:
-    grid = grids.load(tiny)
+    grid = grids.load_grid(tiny)
     trained = {
         ("phantom", name): {seed: drawn(signal, 10 * place + seed, 300) for seed in (0, 1, 2)}
         for place, (name, signal) in enumerate({"fadenet": 2.0, "vit": 1.0}.items())
@@ -208,10 +208,10 @@ def document(tiny) -> str:
             ("phantom", "224", "C", 0.9, np.nan, np.nan, False, "other images"),
             ("elsewhere", "28", "D", 0.1, 0.1, 0.1, True, ""),
         ],
-        columns=list(report.PUBLISHED),
+        columns=list(report.PUBLISHED_COLUMNS),
     )
-    costs = {(16, "fadenet"): Cost(990_000, 2 * 580_000_000, 32, 15 * 2**20, 2053.4, 8)}
-    return "\n\n".join(report.tables(grid, trained, costs, published))
+    costs = {(16, "fadenet"): ModelCost(990_000, 2 * 580_000_000, 32, 15 * 2**20, 2053.4, 8)}
+    return "\n\n".join(report.render_tables(grid, trained, costs, published))
 
 
 def rows(document: str, table: int) -> list[list[str]]:

@@ -15,9 +15,9 @@ from prefect.client.orchestration import get_client
 from prefect.settings import PREFECT_API_URL, PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 
 from fadeformer.config import schema
-from fadeformer.errors import PassingError, UserError
+from fadeformer.errors import TransientError, UserError
 from pipelines.experiments import runners
-from pipelines.experiments.engine import Run
+from pipelines.experiments.engine import PipelineRun
 from tests.conftest import ROOT
 
 text = st.text(st.characters(codec="utf-8", exclude_categories=["C", "Z"], exclude_characters='$\\"'), max_size=12)
@@ -35,42 +35,44 @@ values = st.none() | st.booleans() | st.integers(-(10**6), 10**6) | st.floats(-1
 def test_dvc_writes_the_values_of_a_run_into_params_yaml(tmp_path, changes):
     path = tmp_path / "params.yaml"
     shutil.copy(ROOT / "params.yaml", path)
-    present = schema.load(path).nested()
-    target = schema.load(path).nested()
+    present = schema.load_params(path).as_nested_dict()
+    target = schema.load_params(path).as_nested_dict()
     for key, value in changes.items():
         section, name = key.split(".")
         target[section][name] = value
-    found = list(runners.differences(present, target))
+    found = list(runners.diff_params(present, target))
     assert dict(found) == changes
-    apply_overrides(path, [f"{key}={runners.literal(value)}" for key, value in found])
-    assert schema.load(path).nested() == schema.parse(target, "it").nested()
-    apply_overrides(path, [f"{key}={runners.literal(value)}" for key, value in runners.differences(target, present)])
-    assert schema.load(path).nested()["model"] == present["model"]
+    apply_overrides(path, [f"{key}={runners.hydra_literal(value)}" for key, value in found])
+    assert schema.load_params(path).as_nested_dict() == schema.parse_params(target, "it").as_nested_dict()
+    apply_overrides(
+        path, [f"{key}={runners.hydra_literal(value)}" for key, value in runners.diff_params(target, present)]
+    )
+    assert schema.load_params(path).as_nested_dict()["model"] == present["model"]
 
 
 @given(st.lists(values, max_size=4))
 def test_dvc_reads_any_value_as_it_was_written(tmp_path_factory, listed):
     path = tmp_path_factory.getbasetemp() / "values.yaml"
     path.write_text("a: null\n")
-    apply_overrides(path, [f"a={runners.literal(listed)}"])
-    assert schema.read(path) == {"a": listed}
+    apply_overrides(path, [f"a={runners.hydra_literal(listed)}"])
+    assert schema.read_yaml(path) == {"a": listed}
 
 
 def test_a_text_that_dvc_would_change_is_refused():
     for value in ("a\\b", "${HOME}", ["a", "\\"]):
         with pytest.raises(UserError, match="cannot be passed to DVC"):
-            runners.literal(value)
+            runners.hydra_literal(value)
 
 
 def test_runs_that_a_killed_command_left_keep_the_next_one_out(tmp_path, monkeypatch):
     monkeypatch.setenv("PREFECT_API_URL", "http://there")
-    monkeypatch.setattr(runners.orchestrator, "temporary_server", nullcontext)
-    with runners.runner(tmp_path / "rates"):
+    monkeypatch.setattr(runners.server, "temporary_server", nullcontext)
+    with runners.open_runner(tmp_path / "rates"):
         left = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE, close_fds=False)
-    with pytest.raises(PassingError, match="works on rates, or runs that it started go on"):
-        runners.runner(tmp_path / "rates").__enter__()
+    with pytest.raises(TransientError, match="works on rates, or runs that it started go on"):
+        runners.open_runner(tmp_path / "rates").__enter__()
     left.communicate()
-    with runners.runner(tmp_path / "rates") as runner:
+    with runners.open_runner(tmp_path / "rates") as runner:
         assert isinstance(runner, runners.PrefectRunner)
 
 
@@ -92,7 +94,7 @@ def runner(tmp_path, monkeypatch) -> runners.DvcRunner:
 
 
 def test_a_run_that_is_stopped_is_no_failure_and_leaves_no_process(interruptible, runner, wanted):
-    first, second = Run("first", wanted.nested(), "train"), Run("second", wanted.nested(), "train")
+    first, second = PipelineRun("first", wanted.nested(), "train"), PipelineRun("second", wanted.nested(), "train")
     for run in (first, second):
         runner.start(run)
         while "ready" not in (runner.logs / f"{run.name}.log").read_text():
@@ -102,7 +104,7 @@ def test_a_run_that_is_stopped_is_no_failure_and_leaves_no_process(interruptible
     while runner.status(first).state == "Running":
         time.sleep(0.05)
     assert runner.status(first).state == "Stopped"
-    runners._signal(runner._processes["second"], signal.SIGKILL)
+    runners._send_signal(runner._processes["second"], signal.SIGKILL)
     runner.wait()
     failed = runner.status(second)
     assert failed.state == "Failed"
@@ -112,11 +114,11 @@ def test_a_run_that_is_stopped_is_no_failure_and_leaves_no_process(interruptible
 def test_a_users_own_files_that_git_does_not_have_are_copied(tmp_path, monkeypatch, wanted):
     monkeypatch.chdir(tmp_path)
     own = wanted.nested()
-    assert runners.untracked(own) == []
+    assert runners.untracked_inputs(own) == []
     (tmp_path / "scans").mkdir()
     (tmp_path / "dataset.lock").touch()
     own["dataset"] |= {"name": "folder", "root": "scans"}
-    assert runners.untracked(own) == ["scans", "dataset.lock"]
+    assert runners.untracked_inputs(own) == ["scans", "dataset.lock"]
 
 
 @pytest.fixture
@@ -131,33 +133,33 @@ def deployment(prefect_server):
 
 
 def test_a_run_on_a_server_is_found_again_until_it_has_ended(deployment, wanted):
-    run, runner = Run("one", wanted.nested()), runners.PrefectRunner(deployment, runners.experiment)
+    run, runner = PipelineRun("one", wanted.nested()), runners.PrefectRunner(deployment, runners.flow_parameters)
     runner.start(run)
-    first = runner.ids["one"]
+    first = runner.flow_run_ids["one"]
     assert runner.status(run).state == "Running"
     runner.start(run)
-    assert runner.ids["one"] == first
+    assert runner.flow_run_ids["one"] == first
     for _ in range(2):
         runner.stop([run])
         assert runner.status(run).state == "Stopped"
     runner.start(run)
-    assert runner.ids["one"] != first
+    assert runner.flow_run_ids["one"] != first
 
 
 def test_a_run_with_a_key_is_started_once(deployment, wanted):
-    run, ids = Run("two", wanted.nested()), []
+    run, ids = PipelineRun("two", wanted.nested()), []
     for key in ("grid", "grid", "other"):
-        runner = runners.PrefectRunner(deployment, runners.experiment, key)
+        runner = runners.PrefectRunner(deployment, runners.flow_parameters, key)
         runner.start(run)
-        ids.append(runner.ids["two"])
+        ids.append(runner.flow_run_ids["two"])
         runner.stop([run])
     assert ids[0] == ids[1] != ids[2]
 
 
 def test_without_a_deployment_or_a_server_there_is_one_message(deployment, wanted):
-    run = Run("three", wanted.nested())
+    run = PipelineRun("three", wanted.nested())
     with pytest.raises(UserError, match="no such run or deployment; run `make deploy`"):
-        runners.PrefectRunner("experiment/none", runners.experiment).start(run)
+        runners.PrefectRunner("experiment/none", runners.flow_parameters).start(run)
     nowhere = temporary_settings({PREFECT_API_URL: "http://127.0.0.1:9/api", PREFECT_CLIENT_MAX_RETRIES: 0})
-    with nowhere, pytest.raises(PassingError, match="its runs"):
-        runners.PrefectRunner(deployment, runners.experiment).start(run)
+    with nowhere, pytest.raises(TransientError, match="its runs"):
+        runners.PrefectRunner(deployment, runners.flow_parameters).start(run)

@@ -8,11 +8,11 @@ import pytest
 from optuna.trial import TrialState
 
 from fadeformer.config.schema import Params
-from fadeformer.errors import PassingError, UserError
+from fadeformer.errors import TransientError, UserError
 from pipelines.experiments import engine, space, sweep
-from pipelines.experiments.engine import Run, Status
-from pipelines.experiments.results import Result
-from pipelines.experiments.space import Sweep
+from pipelines.experiments.engine import PipelineRun, RunStatus
+from pipelines.experiments.results import RunResult
+from pipelines.experiments.space import SweepConfig
 
 SPACE = """
 trials: 12
@@ -47,15 +47,15 @@ class Pretended:
         self.most, self.error = 0, None
         self._seen, self._running = {}, set()
 
-    def start(self, run: Run) -> None:
+    def start(self, run: PipelineRun) -> None:
         number = int(run.trial.partition("/")[2])
-        self.started[number] = run.values["train"]
+        self.started[number] = run.params["train"]
         self.starts.append(number)
         self._seen.setdefault(number, 0)
         self._running.add(number)
         self.most = max(self.most, len(self._running))
 
-    def status(self, run: Run) -> Status:
+    def status(self, run: PipelineRun) -> RunStatus:
         if self.error:
             raise self.error
         number = int(run.trial.partition("/")[2])
@@ -66,12 +66,12 @@ class Pretended:
             self.completed.add(run.name)
         if state != "Running":
             self._running.remove(number)
-        return Status(state, "out of memory")
+        return RunStatus(state, "out of memory")
 
-    def stop(self, runs: Iterable[Run]) -> None:
+    def stop(self, runs: Iterable[PipelineRun]) -> None:
         self.stopped += [int(run.trial.partition("/")[2]) for run in runs]
 
-    def values(self, number: int, result: Result | None) -> dict[int, float]:
+    def values(self, number: int, result: RunResult | None) -> dict[int, float]:
         best = 1 - abs(self.started[number]["learning_rate"] - 0.001)
         epochs = min(self._seen[number], EPOCHS)
         return {epoch: best * (1 - 0.5**epoch) for epoch in range(1, epochs + 1)}
@@ -79,16 +79,16 @@ class Pretended:
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch) -> None:
-    monkeypatch.setattr(engine, "INTERVAL", 0.0)
+    monkeypatch.setattr(engine, "POLL_INTERVAL", 0.0)
 
 
 @pytest.fixture
 def planned(tmp_path: Path, wanted: Params):
     """Gives what a SPACE.yaml says, with keys changed."""
 
-    def plan(text: str = SPACE, **keys: Any) -> Sweep:
+    def plan(text: str = SPACE, **keys: Any) -> SweepConfig:
         (tmp_path / "rates.yaml").write_text(text)
-        return space.load(tmp_path / "rates.yaml", wanted).model_copy(update=keys)
+        return space.load_sweep_config(tmp_path / "rates.yaml", wanted).model_copy(update=keys)
 
     return plan
 
@@ -97,9 +97,9 @@ def planned(tmp_path: Path, wanted: Params):
 def search(tmp_path: Path, wanted: Params, monkeypatch, capsys):
     """Runs a sweep with pretended runs; gives its study and the lines that it printed."""
 
-    def run(plan: Sweep, runner: Pretended, folder: str = "", values: Any = None) -> tuple[Any, list[str]]:
+    def run(plan: SweepConfig, runner: Pretended, folder: str = "", values: Any = None) -> tuple[Any, list[str]]:
         study, storage = sweep.open_study(tmp_path / folder, plan, wanted)
-        left = lambda name: Result(name, "") if name in runner.completed else None  # noqa: E731
+        left = lambda name: RunResult(name, "") if name in runner.completed else None  # noqa: E731
         monkeypatch.setattr(engine.results, "find", left)
         trials = sweep.SweepPlan(plan, wanted, study, storage, "parent", values or runner.values)
         engine.execute(trials, runner, plan.at_once)
@@ -116,7 +116,7 @@ def test_as_many_trials_as_asked_for_and_the_best_is_found(planned, search):
     whole = [one for one in study.trials if one.state == TrialState.COMPLETE]
     assert study.best_value == max(one.value for one in whole)
     assert study.best_value == max(study.best_trial.intermediate_values.values())
-    assert study.best_trial.user_attrs[sweep.RUN].startswith(f"rates-{study.best_trial.number:03d}-")
+    assert study.best_trial.user_attrs[sweep.RUN_ATTRIBUTE].startswith(f"rates-{study.best_trial.number:03d}-")
     for number, train in runner.started.items():
         assert train["epochs"] == 5
         assert train["batch_size"] in (8, 16, 24, 32)
@@ -157,7 +157,8 @@ def test_proposals_do_not_depend_on_when_the_search_was_resumed(planned, search)
 
 
 @pytest.mark.parametrize(
-    ("error", "stopped"), [(PassingError("no server"), []), (KeyboardInterrupt(), [0, 1]), (UserError("other"), [0, 1])]
+    ("error", "stopped"),
+    [(TransientError("no server"), []), (KeyboardInterrupt(), [0, 1]), (UserError("other"), [0, 1])],
 )
 def test_a_search_that_ends_early_stops_its_trials_or_leaves_them_and_the_next_resumes_them(
     planned, search, error, stopped
@@ -197,7 +198,9 @@ def test_the_same_values_are_not_run_twice(planned, search):
     assert len(runner.started) == 2  # all that there are
     assert len(study.trials) == 8
     assert sum("was tried before and is not run again" in line for line in said) == 6
-    assert [one.state for one in study.trials if sweep.REPEATED not in one.user_attrs] == [TrialState.COMPLETE] * 2
+    assert [one.state for one in study.trials if sweep.REPEATED_ATTRIBUTE not in one.user_attrs] == [
+        TrialState.COMPLETE
+    ] * 2
 
 
 def test_a_metric_that_is_undefined_in_every_epoch_is_no_value(planned, search):

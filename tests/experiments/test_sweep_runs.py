@@ -12,11 +12,11 @@ SPACE = {"space.train.learning_rate": "low=0.001 high=0.1"}
 
 
 def test_a_sweep_has_one_run_and_another_where_its_study_was_begun_anew():
-    first = sweep_runs.begin("rates", "one", SPACE)
-    assert sweep_runs.begin("rates", "one", SPACE) == first
-    assert sweep_runs.begin("rates", "two", SPACE) != first
+    first = sweep_runs.start_sweep_run("rates", "one", SPACE)
+    assert sweep_runs.start_sweep_run("rates", "one", SPACE) == first
+    assert sweep_runs.start_sweep_run("rates", "two", SPACE) != first
     assert MlflowClient().get_run(first).info.status == "RUNNING"
-    sweep_runs.end(first, "val_auc", 0.75, {"train.learning_rate": 0.01}, pd.DataFrame({"number": [0, 1]}))
+    sweep_runs.finish_sweep_run(first, "val_auc", 0.75, {"train.learning_rate": 0.01}, pd.DataFrame({"number": [0, 1]}))
     run = MlflowClient().get_run(first)
     assert run.info.status == "FINISHED"
     assert run.data.params == SPACE
@@ -26,17 +26,17 @@ def test_a_sweep_has_one_run_and_another_where_its_study_was_begun_anew():
 
 
 def test_the_metric_of_a_trial_is_that_of_its_run_below_the_sweep():
-    sweep, client = sweep_runs.begin("fresh", "four", SPACE), MlflowClient()
-    assert sweep_runs.values(sweep, 0, "val_auc") == {}
-    tags = {"mlflow.parentRunId": sweep, runs.TRIAL: "0"}
+    sweep, client = sweep_runs.start_sweep_run("fresh", "four", SPACE), MlflowClient()
+    assert sweep_runs.trial_metric_history(sweep, 0, "val_auc") == {}
+    tags = {"mlflow.parentRunId": sweep, runs.TRIAL_TAG: "0"}
     run_id = client.create_run(store.connect(), tags=tags).info.run_id
     for epoch, value in ((1, 0.5), (2, 0.75)):
         client.log_metric(run_id, "val_auc", value, step=epoch)
-    assert sweep_runs.values(sweep, 0, "val_auc") == {1: 0.5, 2: 0.75}
-    assert sweep_runs.values(sweep, 1, "val_auc") == {}
+    assert sweep_runs.trial_metric_history(sweep, 0, "val_auc") == {1: 0.5, 2: 0.75}
+    assert sweep_runs.trial_metric_history(sweep, 1, "val_auc") == {}
 
 
 def test_no_tag_tells_where_the_repository_lies(monkeypatch, tmp_path):
     where = {"mlflow.source.git.repoURL": str(tmp_path)}
     monkeypatch.setattr(runs, "resolve_tags", lambda tags: {**tags, **where})
-    assert runs.with_own({"a": "b"}) == {"a": "b"}
+    assert runs.add_mlflow_tags({"a": "b"}) == {"a": "b"}

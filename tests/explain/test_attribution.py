@@ -9,11 +9,11 @@ from torch.nn import functional
 
 from fadeformer.data.normalization import IMAGENET
 from fadeformer.explain import attribution
-from fadeformer.explain.attribution import fade_maps, grad_cam, is_flat, upsample
+from fadeformer.explain.attribution import fade_attribution, grad_cam, is_constant, upsample
 from fadeformer.models.factory import create_model
 from fadeformer.models.grid_laplacian import rescaled_laplacian_operator
 
-GREY = IMAGENET.of(1)
+GREY = IMAGENET.for_channels(1)
 PUBLISHED = {"num_heads": 4}
 DIFFUSION = {"variant": "diffusion", "after_blocks": [1, "last"], "num_heads": 4, "dropout": 0.1}
 
@@ -68,7 +68,7 @@ def assert_same_state(one, two):
 def test_fade_maps_and_bias_sum_to_the_logit(backbone, heads, side, alpha, power):
     fade = {"num_heads": heads, "alpha": alpha, "K": power}
     model = biased(network(backbone, fade, side)).double()
-    maps = fade_maps(model, noise(side=side), GREY, CLASSES)
+    maps = fade_attribution(model, noise(side=side), GREY, CLASSES)
     with torch.no_grad():
         logits = model(GREY(torch.from_numpy(noise(side=side))).double()).numpy()[np.arange(5), CLASSES]
     np.testing.assert_allclose(maps.logits, logits, atol=1e-10)
@@ -82,7 +82,7 @@ def test_fade_maps_and_bias_sum_to_the_logit(backbone, heads, side, alpha, power
 def test_fade_maps_are_those_of_the_formula():
     """Patch by patch, from the layer's whole attention matrix and whole Laplacian."""
     model = biased(network(fade={"num_heads": 4, "alpha": 0.7, "K": 3})).double()
-    maps = fade_maps(model, noise(), GREY, CLASSES)
+    maps = fade_attribution(model, noise(), GREY, CLASSES)
     with torch.no_grad():
         features = model.forward_features(GREY(torch.from_numpy(noise())).double())
         layer, patches = model.attn, features.shape[2] * features.shape[3]
@@ -107,7 +107,7 @@ def test_fade_maps_are_those_of_the_formula():
 
 
 def test_the_two_views_of_the_laplacian_differ_but_not_in_their_sum():
-    maps = fade_maps(network(), noise(), GREY, CLASSES)
+    maps = fade_attribution(network(), noise(), GREY, CLASSES)
     assert np.abs(maps.laplacian - maps.laplacian_outputs).max() > 0.1 * np.abs(maps.laplacian).max()
     sums = [part.sum(axis=(1, 2)) for part in (maps.laplacian, maps.laplacian_outputs)]
     np.testing.assert_allclose(*sums, atol=1e-12)
@@ -118,7 +118,7 @@ def test_the_two_views_of_the_laplacian_differ_but_not_in_their_sum():
 )
 def test_other_networks_have_no_fade_maps(backbone, fade):
     with pytest.raises(ValueError, match="only a FadeNet of the variant published has fade maps; use grad_cam"):
-        fade_maps(network(backbone, fade), noise(), GREY, CLASSES)
+        fade_attribution(network(backbone, fade), noise(), GREY, CLASSES)
 
 
 @pytest.mark.parametrize(
@@ -138,7 +138,7 @@ def test_grad_cam_of_every_kind_of_network(backbone, fade, side, grid):
     assert maps.shape == (5, grid, grid)
     assert maps.min() >= 0
     assert maps.max() > 0
-    assert not is_flat(maps).all()
+    assert not is_constant(maps).all()
     assert_same_state(state_of(model), before)
 
 
@@ -182,7 +182,7 @@ def test_a_module_that_is_none_of_timms_is_told():
         grad_cam(torch.nn.Linear(3, 3).eval(), noise(), GREY, CLASSES)
 
 
-@pytest.mark.parametrize("explain", [fade_maps, grad_cam])
+@pytest.mark.parametrize("explain", [fade_attribution, grad_cam])
 @pytest.mark.parametrize(
     ("classes", "message"),
     [
@@ -197,7 +197,7 @@ def test_classes_that_do_not_fit_are_told(explain, classes, message):
         explain(network(), noise(), GREY, classes)
 
 
-@pytest.mark.parametrize("explain", [fade_maps, grad_cam])
+@pytest.mark.parametrize("explain", [fade_attribution, grad_cam])
 def test_a_model_in_training_is_refused(explain):
     model = network()
     model.blocks[1].train()
@@ -206,7 +206,7 @@ def test_a_model_in_training_is_refused(explain):
 
 
 @pytest.mark.parametrize("frozen", [False, True])
-@pytest.mark.parametrize("explain", [fade_maps, grad_cam])
+@pytest.mark.parametrize("explain", [fade_attribution, grad_cam])
 def test_the_model_and_the_random_state_stay_as_they_are(explain, frozen):
     model = network()
     model.blocks.requires_grad_(not frozen)
@@ -226,12 +226,12 @@ def test_hooks_are_removed_when_the_network_fails(monkeypatch):
     assert_same_state(state_of(model), before)
 
 
-@pytest.mark.parametrize("explain", [lambda *given: fade_maps(*given).attention, grad_cam])
+@pytest.mark.parametrize("explain", [lambda *given: fade_attribution(*given).attention, grad_cam])
 def test_the_batch_size_does_not_matter_and_twice_is_the_same(explain, monkeypatch):
     model = network()
     whole = explain(model, noise(), GREY, CLASSES)
     np.testing.assert_array_equal(explain(model, noise(), GREY, CLASSES), whole)
-    monkeypatch.setattr(attribution, "BATCH", 2)
+    monkeypatch.setattr(attribution, "BATCH_SIZE", 2)
     np.testing.assert_allclose(explain(model, noise(), GREY, CLASSES), whole, atol=1e-5 * np.abs(whole).max())
 
 
@@ -248,4 +248,4 @@ def test_upsampling_keeps_the_place():
 
 def test_flat_maps_are_known():
     maps = np.stack([np.zeros((3, 3)), np.full((3, 3), 0.1) + 1e-17, np.arange(9.0).reshape(3, 3)])
-    assert is_flat(maps).tolist() == [True, True, False]
+    assert is_constant(maps).tolist() == [True, True, False]

@@ -4,13 +4,13 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from fadeformer.data.arrays import Images
-from fadeformer.data.boxes import boxes_in_array
+from fadeformer.data.arrays import SplitArrays
+from fadeformer.data.boxes import transform_boxes
 from fadeformer.evaluation import predictions
-from fadeformer.evaluation.intervals.proportions import wilson
+from fadeformer.evaluation.intervals.proportions import wilson_interval
 from fadeformer.explain import pointing_game
 from fadeformer.explain.attribution import grad_cam
-from fadeformer.explain.pointing_game import Pointing, pointed, points_at_boxes
+from fadeformer.explain.pointing_game import PointingScore, evaluate_pointing, find_hits
 from fadeformer.io.atomic import read_json
 from fadeformer.reporting import tables
 from pipelines import paths
@@ -18,10 +18,10 @@ from pipelines.stages import evaluate
 from tests.packages import load, write_model
 
 
-def played(maps, boxes, sizes, side, aspect, margin=0.0) -> Pointing:
+def played(maps, boxes, sizes, side, aspect, margin=0.0) -> PointingScore:
     """The game, with boxes in pixels of originals, each image of a patient of its own."""
-    mapped = [boxes_in_array(of, *size, side, aspect) for of, size in zip(boxes, sizes, strict=True)]
-    return pointing_game.pointing(pointed(maps, mapped, side, margin), np.arange(len(maps)), 0.95)
+    mapped = [transform_boxes(of, *size, side, aspect) for of, size in zip(boxes, sizes, strict=True)]
+    return pointing_game.score_hits(find_hits(maps, mapped, side, margin), np.arange(len(maps)), 0.95)
 
 
 def peaks(*places: tuple[int, int], grid: int = 4):
@@ -76,19 +76,19 @@ def test_a_box_between_the_middles_of_patches_cannot_be_hit():
 @pytest.mark.parametrize("boxes", [[], [[(0, 0, 1, 1)]] * 2, [[(0, 0, 1)]], [(0, 0, 1, 1)]])
 def test_what_does_not_fit_is_told(boxes):
     with pytest.raises(ValueError, match="1 maps need as many tables of boxes"):
-        pointed(peaks((0, 0)), boxes, 28)
+        find_hits(peaks((0, 0)), boxes, 28)
 
 
 def test_the_interval_is_wilson_s_and_wider_where_cases_share_a_patient():
     maps = peaks(*[(0, 0)] * 10, *[(3, 3)] * 10)
-    of = pointed(maps, [[(0, 0, 7, 7)]] * 20, 28)
-    alone = pointing_game.pointing(of, np.arange(20), 0.95)
-    assert alone.interval == wilson(10, 20)
+    of = find_hits(maps, [[(0, 0, 7, 7)]] * 20, 28)
+    alone = pointing_game.score_hits(of, np.arange(20), 0.95)
+    assert alone.interval == wilson_interval(10, 20)
     assert alone.chance == pytest.approx(1 / 16)
-    pairs = pointing_game.pointing(of, np.arange(20) // 2, 0.95)
+    pairs = pointing_game.score_hits(of, np.arange(20) // 2, 0.95)
     assert pairs.share == alone.share
     assert pairs.interval[0] < alone.interval[0] < alone.interval[1] < pairs.interval[1]
-    assert pointing_game.pointing(of, np.zeros(20, np.int64), 0.95).interval is None
+    assert pointing_game.score_hits(of, np.zeros(20, np.int64), 0.95).interval is None
 
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (40, 28, 28, 1), dtype=np.uint8)
@@ -110,7 +110,7 @@ def test_each_map_is_of_the_finding_of_its_box_and_every_method_is_judged(tmp_pa
     model = load(write_model(tmp_path, "findings", **SMALL))
     (first, maps), (second, _) = at_the_peak(model, 1), at_the_peak(model, 4)
     boxes = pd.concat([first, second.iloc[:30]])
-    found = points_at_boxes(model, boxes.sample(frac=1, random_state=0), INDEX, PIXELS, FINDINGS, 0.95)
+    found = evaluate_pointing(model, boxes.sample(frac=1, random_state=0), INDEX, PIXELS, FINDINGS, 0.95)
     assert (found["known"], found["cases"], found["images"]) == (70, 70, 40)
     assert list(found["methods"]) == ["grad_cam", "attention", "laplacian"]
     cam = found["methods"]["grad_cam"]
@@ -122,7 +122,7 @@ def test_each_map_is_of_the_finding_of_its_box_and_every_method_is_judged(tmp_pa
     for of in found["methods"].values():
         assert sum(one["hits"] for one in of["per_class"].values()) == of["overall"]["hits"]
     exchanged = boxes.assign(**{"class": 5 - boxes["class"]})
-    other = points_at_boxes(model, exchanged, INDEX, PIXELS, FINDINGS, 0.95)["methods"]["grad_cam"]
+    other = evaluate_pointing(model, exchanged, INDEX, PIXELS, FINDINGS, 0.95)["methods"]["grad_cam"]
     assert other["overall"]["hits"] < cam["overall"]["hits"]
 
 
@@ -130,13 +130,13 @@ def test_what_was_found_is_told_in_sentences_and_a_table(tmp_path):
     model = load(write_model(tmp_path, "findings", **SMALL))
     boxes, _ = at_the_peak(model, 2)
     nowhere = boxes.assign(id="i3", x=np.nan).iloc[:1].assign(**{"class": 0})
-    found = points_at_boxes(model, pd.concat([boxes, nowhere]), INDEX, PIXELS, FINDINGS, 0.95)
-    told = pointing_game.sentences(found)
+    found = evaluate_pointing(model, pd.concat([boxes, nowhere]), INDEX, PIXELS, FINDINGS, 0.95)
+    told = pointing_game.describe_results(found)
     assert told[0].startswith("Where people drew boxes: 41 findings in 40 test images;")
     (cam,) = [sentence for sentence in told if sentence.startswith("Grad-CAM points into the box in ")]
     assert " % of 40 (95 % interval " in cam
     assert cam.endswith("where pointing anywhere would in 2 %: more than chance.")
-    table = tables.pointing(found)
+    table = tables.pointing_game(found)
     assert table.head == ("Finding", "Images with a box", "Anywhere", "Grad-CAM", "Attention part", "Laplacian part")
     assert [row[:3] for row in table.rows] == [("all", "40", "2"), ("a", "0", "undefined"), ("c", "40", "2")]
     assert table.rows[1][3:] == ("undefined",) * 3
@@ -148,10 +148,12 @@ def test_the_stage_writes_what_was_found_beside_the_other_explanations(tmp_path,
     boxes, _ = at_the_peak(model, 2)
     paths.PROCESSED.mkdir(parents=True)
     labels = np.random.default_rng(1).integers(0, 2, (40, 5))
-    test = predictions.table(INDEX.assign(split="test"), labels, model.scores(PIXELS, 8), model.task, FINDINGS)
+    test = predictions.build_predictions(
+        INDEX.assign(split="test"), labels, model.predict_proba(PIXELS, 8), model.task, FINDINGS
+    )
     predictions.write(test, paths.PREDICTIONS)
-    monkeypatch.setattr(evaluate, "classifier", lambda: model)
-    monkeypatch.setattr(evaluate.arrays, "read", lambda folder, split: Images(PIXELS, labels, INDEX))
+    monkeypatch.setattr(evaluate, "load_classifier", lambda: model)
+    monkeypatch.setattr(evaluate.arrays, "read", lambda folder, split: SplitArrays(PIXELS, labels, INDEX))
     maps, seconds = evaluate.explain.fn(3, 0, 0.95)
     assert {of.shape for of in maps.values()} == {(3, *PIXELS.shape[1:3])}
     assert read_json(paths.EXPLANATIONS)["pointing"] is None
@@ -166,11 +168,11 @@ def test_the_stage_writes_what_was_found_beside_the_other_explanations(tmp_path,
 
 
 def test_as_many_cases_as_the_bound_allows_spread_over_the_images(tmp_path, monkeypatch):
-    monkeypatch.setattr(pointing_game, "MOST", 7)
+    monkeypatch.setattr(pointing_game, "MAX_CASES", 7)
     model = load(write_model(tmp_path, "findings", fade=None, **SMALL))
     boxes = pd.DataFrame({"id": INDEX["id"], "class": 0, "x": 0.0, "y": 0.0, "w": 9.0, "h": 9.0})
-    found = points_at_boxes(model, boxes, INDEX, PIXELS, FINDINGS, 0.95)
+    found = evaluate_pointing(model, boxes, INDEX, PIXELS, FINDINGS, 0.95)
     assert (found["known"], found["cases"], found["images"]) == (40, 7, 7)
     assert list(found["methods"]) == ["grad_cam"]
-    assert "7 findings in 7 test images, spread over the 40 that are known;" in pointing_game.sentences(found)[0]
-    assert points_at_boxes(model, boxes.iloc[:0], INDEX, PIXELS, FINDINGS, 0.95) is None
+    assert "7 findings in 7 test images, spread over the 40 that are known;" in pointing_game.describe_results(found)[0]
+    assert evaluate_pointing(model, boxes.iloc[:0], INDEX, PIXELS, FINDINGS, 0.95) is None

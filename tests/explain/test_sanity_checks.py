@@ -6,7 +6,7 @@ import torch
 from scipy.stats import spearmanr
 
 from fadeformer.explain.attribution import grad_cam
-from fadeformer.explain.sanity_checks import methods_of, model_randomisation, rank_correlations
+from fadeformer.explain.sanity_checks import available_methods, model_randomization_test, rank_correlations
 from tests.explain.test_attribution import CLASSES, DIFFUSION, GREY, assert_same_state, network, noise, state_of
 
 
@@ -27,7 +27,9 @@ def model():
 
 
 def test_a_map_that_ignores_the_network_is_found_out(model):
-    told = model_randomisation(model, noise(), GREY, CLASSES, methods={"brightness": brightness, "head": head_only})
+    told = model_randomization_test(
+        model, noise(), GREY, CLASSES, methods={"brightness": brightness, "head": head_only}
+    )
     assert told["brightness"].rho == pytest.approx(1.0)
     assert told["brightness"].magnitude == pytest.approx(1.0)
     assert not told["brightness"].changes
@@ -37,7 +39,7 @@ def test_a_map_that_ignores_the_network_is_found_out(model):
 
 def test_the_limit_decides(model):
     methods = {"head": head_only}
-    strict = model_randomisation(model, noise(), GREY, CLASSES, methods=methods, limit=0.0)["head"]
+    strict = model_randomization_test(model, noise(), GREY, CLASSES, methods=methods, limit=0.0)["head"]
     assert not strict.changes
     assert strict.limit == 0.0
 
@@ -45,7 +47,7 @@ def test_the_limit_decides(model):
 @pytest.mark.parametrize("cascade", [False, True])
 def test_the_model_and_the_random_state_stay_as_they_are(model, cascade):
     before, random = state_of(model), torch.get_rng_state()
-    model_randomisation(model, noise(2), GREY, CLASSES[:2], cascade=cascade)
+    model_randomization_test(model, noise(2), GREY, CLASSES[:2], cascade=cascade)
     assert_same_state(state_of(model), before)
     assert torch.equal(torch.get_rng_state(), random)
 
@@ -53,15 +55,15 @@ def test_the_model_and_the_random_state_stay_as_they_are(model, cascade):
 def test_the_seed_decides_alone(model):
     given = model, noise(2), GREY, CLASSES[:2]
     torch.manual_seed(1)
-    one = model_randomisation(*given, seed=3)
+    one = model_randomization_test(*given, seed=3)
     torch.manual_seed(2)
-    assert model_randomisation(*given, seed=3) == one
-    assert model_randomisation(*given, seed=4) != one
+    assert model_randomization_test(*given, seed=3) == one
+    assert model_randomization_test(*given, seed=4) != one
 
 
 def test_a_cascade_goes_from_the_classifier_down_and_ends_where_all_at_once_ends(model):
     given = model, noise(2), GREY, CLASSES[:2]
-    whole, cascade = (model_randomisation(*given, cascade=cascade) for cascade in (False, True))
+    whole, cascade = (model_randomization_test(*given, cascade=cascade) for cascade in (False, True))
     for name, told in cascade.items():
         steps = [part for part, _ in told.steps]
         assert steps == [
@@ -79,7 +81,7 @@ def test_every_weight_takes_part_and_keeps_its_values(model):
         seen.update({name: value.clone() for name, value in given.state_dict().items()})
         return brightness(given, pixels, normalisation, classes)
 
-    model_randomisation(model, noise(), GREY, CLASSES, methods={"spy": spy})
+    model_randomization_test(model, noise(), GREY, CLASSES, methods={"spy": spy})
     for name, weight in model.named_parameters():
         assert torch.equal(seen[name].flatten().sort().values, weight.flatten().sort().values)
         if weight.unique().numel() > 1:
@@ -92,11 +94,13 @@ def test_every_weight_takes_part_and_keeps_its_values(model):
     ("backbone", "fade"), [("fadevit_nano", DIFFUSION), ("fadevit_nano", None), ("resnet18", None)]
 )
 def test_other_networks_have_grad_cam_alone(backbone, fade):
-    assert methods_of(network(backbone, fade)) == {"grad_cam": grad_cam}
+    assert available_methods(network(backbone, fade)) == {"grad_cam": grad_cam}
 
 
 def test_flat_maps_cannot_be_judged(model):
-    told = model_randomisation(model, noise(), GREY, CLASSES, methods={"flat": lambda *_: np.zeros((5, 7, 7))})["flat"]
+    told = model_randomization_test(model, noise(), GREY, CLASSES, methods={"flat": lambda *_: np.zeros((5, 7, 7))})[
+        "flat"
+    ]
     assert (told.rho, told.magnitude, told.changes, told.images, told.flat) == (None, None, False, 0, 5)
 
 

@@ -6,14 +6,14 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from fadeformer.data.normalization import Normalisation
-from fadeformer.explain.attribution import fade_maps, grad_cam
-from fadeformer.explain.pointing_game import pointed, pointing
-from fadeformer.explain.sanity_checks import model_randomisation
+from fadeformer.data.normalization import Normalization
+from fadeformer.explain.attribution import fade_attribution, grad_cam
+from fadeformer.explain.pointing_game import find_hits, score_hits
+from fadeformer.explain.sanity_checks import model_randomization_test
 from fadeformer.models.factory import create_model
 
 SIDE, SQUARE = 28, 8
-NORMALISATION = Normalisation((0.2,), (0.2,))
+NORMALISATION = Normalization((0.2,), (0.2,))
 
 
 class Cnn(nn.Module):
@@ -77,7 +77,7 @@ def told(model, explain):
         right = model(NORMALISATION(torch.from_numpy(pixels))).argmax(dim=1).numpy() == classes
     assert right.mean() > 0.95
     maps = explain(model, pixels[1::2], NORMALISATION, classes[1::2])
-    return pointing(pointed(maps, boxes[1::2, None], SIDE), np.arange(64), 0.95)
+    return score_hits(find_hits(maps, boxes[1::2, None], SIDE), np.arange(64), 0.95)
 
 
 @pytest.mark.parametrize("seed", [0, 1])
@@ -91,13 +91,13 @@ def test_grad_cam_of_a_cnn_points_at_what_decides(seed):
 # Of five trainings, the attention map of four pointed at the square in 78 to 100 % of the images, and of the first in
 # none: a ViT may carry what it has seen to other patches. This is the second.
 def test_the_attention_map_of_a_fadenet_points_at_what_decides(fadenet):
-    found = told(fadenet, lambda *given: fade_maps(*given).attention)
+    found = told(fadenet, lambda *given: fade_attribution(*given).attention)
     assert found.share > 0.7
     assert found.chance < 0.12
 
 
 def test_maps_of_a_trained_network_depend_on_its_weights(fadenet):
     pixels, classes, _ = squares(32, seed=3)
-    found = model_randomisation(fadenet, pixels[1::2], NORMALISATION, classes[1::2])
+    found = model_randomization_test(fadenet, pixels[1::2], NORMALISATION, classes[1::2])
     assert all(one.images > 0 for one in found.values())
     assert all(one.changes for one in found.values())

@@ -14,10 +14,10 @@ import pytest
 from PIL import Image
 from pydicom.data import get_testdata_file
 
-from fadeformer.data.preprocess import fit
+from fadeformer.data.decode import image_to_array
 from fadeformer.explain import overlays
 from fadeformer.inference import batch, ood
-from fadeformer.inference.inputs import Input
+from fadeformer.inference.inputs import InputImage
 from pipelines.cli import main
 from tests.conftest import ROOT
 from tests.data.dicom.test_reader import made as dicom_file
@@ -76,14 +76,14 @@ def test_every_image_has_a_row_with_the_scores_of_the_model(fixed, images, tmp_p
     assert table["name"].tolist() == sorted(p.relative_to(images).as_posix() for p in images.rglob("*.png"))
     described = json.loads((fixed / "model.json").read_text())
     classifier = load(fixed)
-    pixels = np.stack([fit(Image.open(images / name), 28, 3, "pad") for name in table["name"]])
+    pixels = np.stack([image_to_array(Image.open(images / name), 28, 3, "pad") for name in table["name"]])
     _, expected, features = classifier.predict(pixels, 64)
     assert table[CLASSES].to_numpy() == pytest.approx(expected, abs=1e-6)
     assert table["decision"].tolist() == [CLASSES[c] for c in expected.argmax(axis=1)]
     familiar = ood.read(fixed / "unfamiliar.safetensors", described["unfamiliar"]["limit"])
     far = familiar.distance(features)
     assert table["unfamiliar"].to_numpy() == pytest.approx(far, rel=1e-4)
-    assert (table["is_unfamiliar"] == (table["unfamiliar"] > familiar.limit)).all()
+    assert (table["is_unfamiliar"] == (table["unfamiliar"] > familiar.threshold)).all()
     assert table["is_unfamiliar"].any()
     assert table["problem"].isna().all()
 
@@ -198,20 +198,20 @@ def test_the_model_s_own_points_or_a_file_of_them_decide(images, tmp_path, capsy
 
 SLOW = """
 import time
-from fadeformer import inputs, predicting
-predicting.PART, read = 2 * predicting.BATCH, inputs.Input.read
+from fadeformer.inference import batch, inputs
+batch.CHUNK_SIZE, read = 2 * batch.BATCH_SIZE, inputs.InputImage.read
 def slowly(self):
     time.sleep(0.01)
     return read(self)
-inputs.Input.read = slowly
-from pipelines import cli
-cli.main()
+inputs.InputImage.read = slowly
+from pipelines.cli import main
+main.main()
 """
 
 
 @pytest.mark.parametrize("ending", ["csv", "parquet"])
 def test_killed_and_started_again_it_ends_with_the_same_bytes(fixed, tmp_path, ending, monkeypatch, capsys):
-    monkeypatch.setattr(batch, "PART", 2 * batch.BATCH)
+    monkeypatch.setattr(batch, "CHUNK_SIZE", 2 * batch.BATCH_SIZE)
     folder = tmp_path / "many"
     folder.mkdir()
     random = np.random.default_rng(2)
@@ -232,7 +232,7 @@ def test_killed_and_started_again_it_ends_with_the_same_bytes(fixed, tmp_path, e
     assert not (parts / "000004.parquet").exists()
     assert not out.exists()
     read = []
-    monkeypatch.setattr(Input, "read", lambda self, before=Input.read: read.append(self.name) or before(self))
+    monkeypatch.setattr(InputImage, "read", lambda self, before=InputImage.read: read.append(self.name) or before(self))
     capsys.readouterr()
     assert predict(folder, *words, "--out", out) == 3
     assert "rows, and is gone on with" in capsys.readouterr().out
@@ -242,10 +242,10 @@ def test_killed_and_started_again_it_ends_with_the_same_bytes(fixed, tmp_path, e
 
 
 def test_what_was_begun_with_another_image_is_begun_afresh(fixed, images, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(batch, "PART", batch.BATCH)
+    monkeypatch.setattr(batch, "CHUNK_SIZE", batch.BATCH_SIZE)
     out, whole = tmp_path / "p.csv", tmp_path / "whole.csv"
     with monkeypatch.context() as patch:
-        patch.setattr(batch, "_rows", _fails_at("more/01.png", batch._rows))
+        patch.setattr(batch, "_build_rows", _fails_at("more/01.png", batch._build_rows))
         with pytest.raises(ZeroDivisionError):
             predict(images, "--model", fixed, "--out", out, "--threads", 1)
     assert (tmp_path / ".p.csv.parts" / "000000.parquet").exists()
@@ -281,8 +281,8 @@ def test_explain_writes_an_overlay_for_each_image(fixed, images, tmp_path):
 
 
 def test_an_overlay_never_leaves_its_folder(tmp_path):
-    assert overlays.place_of(tmp_path, "../a/./b.png") == tmp_path / "__" / "a" / "b.png.png"
-    assert overlays.place_of(tmp_path, "/scans/b.png") == tmp_path / "scans" / "b.png.png"
+    assert overlays.overlay_path(tmp_path, "../a/./b.png") == tmp_path / "__" / "a" / "b.png.png"
+    assert overlays.overlay_path(tmp_path, "/scans/b.png") == tmp_path / "scans" / "b.png.png"
 
 
 def test_a_class_that_is_called_as_a_column_is_refused(images, tmp_path, capsys):
@@ -324,7 +324,7 @@ def test_errors_of_use_are_one_message_each(fixed, images, tmp_path, capsys, mon
 def test_a_disk_that_takes_no_more_is_told_and_what_was_done_is_kept(
     fixed, images, tmp_path, capsys, monkeypatch, number, told
 ):
-    monkeypatch.setattr(batch, "PART", batch.BATCH)
+    monkeypatch.setattr(batch, "CHUNK_SIZE", batch.BATCH_SIZE)
     written = []
 
     def full(self, path, before=pd.DataFrame.to_parquet, **options):

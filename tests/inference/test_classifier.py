@@ -56,8 +56,8 @@ def project(request, tmp_path_factory) -> Path:
         Path("images").mkdir()
         for name, image in zip(names, PIXELS, strict=False):
             Image.fromarray(image).save(Path("images", name))
-        package._write(folder / "package", Model(), "content")
-        export.export(load(folder), "onnx", Path("graph.onnx"))
+        package._write_package(folder / "package", Model(), "content")
+        export.export_model(load(folder), "onnx", Path("graph.onnx"))
         evaluate.predict.fn(20, [])
         yield folder
 
@@ -73,7 +73,7 @@ def by_hand(scores: np.ndarray, classes: list[str], thresholds: dict[str, float]
 
 
 def of_evaluate(point: str, classes: list[str], kind: str) -> Answers:
-    scores = predictions.read(paths.PREDICTIONS).of("test").scores
+    scores = predictions.read(paths.PREDICTIONS).select_split("test").scores
     given = json.loads(paths.OPERATING_POINTS.read_text())["points"][point]
     return scores, by_hand(scores, classes, {name: of["threshold"] if of else 0.5 for name, of in given.items()}, kind)
 
@@ -95,7 +95,7 @@ def of_http(point: str, classes: list[str], kind: str) -> Answers:
     request = {
         "inputs": [base64.b64encode(png(image)).decode() for image in PIXELS], "params": {"operating_point": point}
     }  # fmt: skip
-    app = http.app(mlflow.pyfunc.load_model("package"), max_bytes=2**20, max_images=50)
+    app = http.create_app(mlflow.pyfunc.load_model("package"), max_bytes=2**20, max_images=50)
     with TestClient(app) as client:
         table = pd.DataFrame(client.post("/invocations", json=request).json()["predictions"])
     check_columns(table, classes, kind)
@@ -152,7 +152,7 @@ def test_scores_are_calibrated_and_features_those_of_the_last_layer(binary):
     raw, scores, features = classifier.predict(PIXELS)
     sharper = raw**1.3
     np.testing.assert_allclose(scores, sharper / sharper.sum(axis=1, keepdims=True))
-    np.testing.assert_array_equal(classifier.scores(PIXELS), scores)
+    np.testing.assert_array_equal(classifier.predict_proba(PIXELS), scores)
     with torch.inference_mode():
         logits = classifier.model.get_classifier()(torch.from_numpy(features))
     np.testing.assert_allclose(logits.softmax(dim=1), raw, atol=1e-6)
@@ -190,40 +190,40 @@ def test_logits_are_those_of_the_network_and_features_what_its_last_layer_gets(b
 def test_of_two_classes_the_last_one_s_threshold_decides():
     two = TASKS["binary-class"], ("a", "b")
     scores = np.array([[0.9, 0.1], [0.7, 0.3], [0.2, 0.8], [0.8, 0.2]])
-    at = OperatingPoint.of(*two, {"youden": {"b": {"threshold": 0.2}}}, "youden")
-    assert at.decisions(scores) == ["a", "b", "b", "b"]
-    assert at.positive(scores).tolist() == [[True, False], [False, True], [False, True], [False, True]]
-    assert at.summary == "decided at the operating point youden"
-    without = OperatingPoint.of(*two, None, "youden")
-    assert without.decisions(scores) == ["a", "a", "b", "a"]
-    assert without.summary == "decided at 0.5, since the model has no operating points"
+    at = OperatingPoint.from_thresholds(*two, {"youden": {"b": {"threshold": 0.2}}}, "youden")
+    assert at.format_decisions(scores) == ["a", "b", "b", "b"]
+    assert at.is_positive(scores).tolist() == [[True, False], [False, True], [False, True], [False, True]]
+    assert at.description == "decided at the operating point youden"
+    without = OperatingPoint.from_thresholds(*two, None, "youden")
+    assert without.format_decisions(scores) == ["a", "a", "b", "a"]
+    assert without.description == "decided at 0.5, since the model has no operating points"
 
 
 def test_findings_at_0_5_where_val_or_test_could_not_judge_them():
     points = {"youden": {"x": {"threshold": 0.3}, "y": {"threshold": 0.9}, "z": None}}
-    at = OperatingPoint.of(TASKS["multi-label, binary-class"], ("x", "y", "z"), points, "youden")
+    at = OperatingPoint.from_thresholds(TASKS["multi-label, binary-class"], ("x", "y", "z"), points, "youden")
     scores = np.array([[0.4, 0.95, 0.6], [0.2, 0.8, 0.4], [0.31, 0.1, 0.1], [0.1, 0.1, 0.5]])
-    assert at.decisions(scores) == ["x; y; z", "no finding", "x", "z"]
+    assert at.format_decisions(scores) == ["x; y; z", "no finding", "x", "z"]
     but = "but at 0.5 for z, which val or test could not judge"
-    assert at.summary == f"decided at the operating point youden, {but}"
+    assert at.description == f"decided at the operating point youden, {but}"
 
 
 def test_of_more_classes_the_most_probable_one_whatever_the_thresholds():
     points = {"youden": {"a": {"threshold": 0.9}, "b": {"threshold": 0.1}, "c": None}}
-    at = OperatingPoint.of(TASKS["multi-class"], ("a", "b", "c"), points, "youden")
+    at = OperatingPoint.from_thresholds(TASKS["multi-class"], ("a", "b", "c"), points, "youden")
     scores = np.array([[0.4, 0.35, 0.25], [0.05, 0.05, 0.9]])
-    assert at.decisions(scores) == ["a", "c"]
-    assert at.positive(scores).tolist() == [[False, True, False], [False, False, True]]
-    assert at.summary == "decided for the most probable class"
+    assert at.format_decisions(scores) == ["a", "c"]
+    assert at.is_positive(scores).tolist() == [[False, True, False], [False, False, True]]
+    assert at.description == "decided for the most probable class"
 
 
 def test_operating_points_of_another_model_are_refused(binary, tmp_path):
     two = TASKS["binary-class"], ("a", "b")
     with pytest.raises(UserError, match="operating_point is not one of this model's: sensitivity, youden"):
-        OperatingPoint.of(*two, {"youden": {}, "sensitivity": {}}, "best")
+        OperatingPoint.from_thresholds(*two, {"youden": {}, "sensitivity": {}}, "best")
     for points in ({"mass": None}, None, [], {"b": {"threshold": "high"}}, {"b": 0.5}):
         with pytest.raises(UserError, match="the operating points are for other classes"):
-            OperatingPoint.of(*two, {"youden": points}, "youden")
+            OperatingPoint.from_thresholds(*two, {"youden": points}, "youden")
     (tmp_path / "x.json").write_text("{}")
     with pytest.raises(UserError, match=r"x\.json: is not a file of operating points"):
-        Classifier.load(model_files.find(binary / "models", "it", tmp_path / "x.json"))
+        Classifier.load(model_files.find_model_files(binary / "models", "it", tmp_path / "x.json"))

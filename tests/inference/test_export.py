@@ -44,7 +44,7 @@ def test_a_graph_gives_the_same_scores_in_a_process_of_its_own(kind, format_, ch
     monkeypatch.setenv("HOME", str(tmp_path))
     classifier = load(write_model(tmp_path, kind, channels=channels, fade=fade))
     path = tmp_path / f"graph{SUFFIX[format_]}"
-    assert export.export(classifier, format_, path) <= 1e-5
+    assert export.export_model(classifier, format_, path) <= 1e-5
     batches = {f"{count}.npy": images(count, channels=channels) for count in (1, 5)}
     for name, pixels in batches.items():
         np.save(tmp_path / name, pixels)
@@ -53,19 +53,19 @@ def test_a_graph_gives_the_same_scores_in_a_process_of_its_own(kind, format_, ch
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout) == list(classifier.classes)
     for name, pixels in batches.items():
-        np.testing.assert_allclose(np.load(tmp_path / f"scores-{name}"), classifier.scores(pixels), atol=1e-5)
+        np.testing.assert_allclose(np.load(tmp_path / f"scores-{name}"), classifier.predict_proba(pixels), atol=1e-5)
 
 
 def test_what_writes_onnx_is_named_where_it_is_missing(tmp_path, monkeypatch):
     classifier = load(write_model(tmp_path))
     monkeypatch.setattr(export, "find_spec", lambda name: None if name == "onnxscript" else name)
     with pytest.raises(UserError, match="ONNX needs onnxscript: run `pip install onnxscript`"):
-        export.export(classifier, "onnx", tmp_path / "graph.onnx")
+        export.export_model(classifier, "onnx", tmp_path / "graph.onnx")
 
 
 def test_a_graph_that_gives_other_scores_is_not_left(tmp_path, monkeypatch):
     classifier = load(write_model(tmp_path))
-    monkeypatch.setattr(export.Scoring, "forward", lambda self, x: self.classifier.forward(x)[1].softmax(dim=1))
+    monkeypatch.setattr(export.ScoringModule, "forward", lambda self, x: self.classifier.forward(x)[1].softmax(dim=1))
     with pytest.raises(UserError, match="gives other scores"):
-        export.export(classifier, "program", tmp_path / "graph.pt2")
+        export.export_model(classifier, "program", tmp_path / "graph.pt2")
     assert not list(tmp_path.glob("*.pt2"))

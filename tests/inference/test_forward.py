@@ -9,7 +9,7 @@ from fadeformer.errors import UserError
 from fadeformer.inference import forward
 from fadeformer.models.factory import create_model
 
-GREY = IMAGENET.of(1)
+GREY = IMAGENET.for_channels(1)
 CPU = torch.device("cpu")
 
 
@@ -25,8 +25,8 @@ def model():
 def test_the_batch_size_does_not_matter(model):
     pixels = np.random.default_rng(0).integers(0, 256, (7, 16, 16, 1), dtype=np.uint8)
     model.train()
-    whole = forward.logits_of(model, pixels, 100, CPU, GREY)
-    parts = forward.logits_of(model, pixels, 3, CPU, GREY)
+    whole = forward.predict_logits(model, pixels, 100, CPU, GREY)
+    parts = forward.predict_logits(model, pixels, 3, CPU, GREY)
     assert whole.shape == (7, 3)
     assert whole.dtype == np.float64
     np.testing.assert_allclose(parts, whole, atol=1e-5)
@@ -35,24 +35,24 @@ def test_the_batch_size_does_not_matter(model):
 
 def test_logits_are_those_of_the_network_for_normalised_images(model):
     pixels = np.random.default_rng(0).integers(0, 256, (3, 16, 16, 1), dtype=np.uint8)
-    found = forward.logits_of(model, pixels, 2, CPU, GREY)
+    found = forward.predict_logits(model, pixels, 2, CPU, GREY)
     with torch.no_grad():
         expected = model.eval()(GREY(torch.from_numpy(pixels))).numpy()
     np.testing.assert_allclose(found, expected, atol=1e-5)
-    other = forward.logits_of(model, pixels, 2, CPU, type(GREY)((0.0,), (0.1,)))
+    other = forward.predict_logits(model, pixels, 2, CPU, type(GREY)((0.0,), (0.1,)))
     assert np.abs(other - found).max() > 1e-3
 
 
 def test_someone_may_look_up_before_each_batch(model):
     pixels, calls = np.zeros((7, 16, 16, 1), dtype=np.uint8), []
-    forward.logits_of(model, pixels, 3, CPU, GREY, each=lambda: calls.append(1))
+    forward.predict_logits(model, pixels, 3, CPU, GREY, on_batch=lambda: calls.append(1))
     assert len(calls) == 3
 
     def stop() -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        forward.logits_of(model, pixels, 3, CPU, GREY, each=stop)
+        forward.predict_logits(model, pixels, 3, CPU, GREY, on_batch=stop)
 
 
 def test_a_cuda_device_that_is_not_there_is_told(monkeypatch):

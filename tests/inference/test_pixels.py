@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fadeformer.data.decode import decode, fit
+from fadeformer.data.decode import decode_image, image_to_array
 from fadeformer.errors import UserError
 from fadeformer.inference import pixels
 from tests.packages import images, png
 
-pixels_of = partial(pixels.pixels_of, image_size=16, channels=3, aspect="pad", max_pixels=10_000)
+pixels_of = partial(pixels.prepare_images, image_size=16, channels=3, aspect="pad", max_pixels=10_000)
 
 
 def test_files_text_and_pixels_of_an_image_are_the_same():
@@ -39,7 +39,7 @@ def test_a_file_of_any_size_and_mode_becomes_what_preprocess_makes_of_it(mode):
     image = Image.fromarray(big).convert("L").convert("I;16") if mode == "I;16" else Image.fromarray(big).convert(mode)
     buffer = io.BytesIO()
     image.save(buffer, "TIFF" if mode == "CMYK" else "PNG")
-    expected = fit(decode(buffer.getvalue(), "x"), 16, 3, "pad")
+    expected = image_to_array(decode_image(buffer.getvalue(), "x"), 16, 3, "pad")
     np.testing.assert_array_equal(pixels_of([buffer.getvalue()])[0], expected)
 
 

@@ -2,12 +2,12 @@
 
 import pytest
 
-from fadeformer.io.atomic import checksum, read_json, whole_file, whole_folder, write_json
+from fadeformer.io.atomic import atomic_folder, atomic_write, checksum, read_json, write_json
 
 
 def test_a_file_appears_when_the_block_ends(tmp_path):
     path = tmp_path / "new" / "a.txt"
-    with whole_file(path) as temporary:
+    with atomic_write(path) as temporary:
         temporary.write_text("one")
         assert not path.exists()
     assert path.read_text() == "one"
@@ -26,9 +26,9 @@ def test_an_error_leaves_what_was_there(tmp_path):
     folder.mkdir()
     (folder / "old").write_text("old")
     with pytest.raises(ZeroDivisionError):
-        fail_in(whole_file(path))
+        fail_in(atomic_write(path))
     with pytest.raises(ZeroDivisionError):
-        fail_in(whole_folder(folder))
+        fail_in(atomic_folder(folder))
     assert path.read_text() == "old"
     assert sorted(entry.relative_to(tmp_path).as_posix() for entry in tmp_path.rglob("*")) == [
         "a.txt",
@@ -40,7 +40,7 @@ def test_an_error_leaves_what_was_there(tmp_path):
 def test_a_folder_takes_the_place_of_the_old_one(tmp_path):
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "old").write_text("old")
-    with whole_folder(tmp_path / "folder") as temporary:
+    with atomic_folder(tmp_path / "folder") as temporary:
         (temporary / "new").write_text("new")
     assert [entry.name for entry in (tmp_path / "folder").iterdir()] == ["new"]
 

@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from fadeformer.models.factory import create_model, load_weights, new_to_backbone
+from fadeformer.models.factory import create_model, load_weights, newly_initialized_modules
 from fadeformer.models.fade_attention import FadeAttn
 from fadeformer.models.heat_diffusion import AttentionPool, DiffusionAttn
 
@@ -118,6 +118,6 @@ def test_new_to_the_backbone_are_the_classifier_and_the_fade_layers(backbone, fa
     with torch.device("meta"):
         model = create_model(backbone=backbone, fade=fade, **{**SMALL, "image_size": 32})
     names = {id(module): name for name, module in model.named_modules()}
-    new = new_to_backbone(model)
+    new = newly_initialized_modules(model)
     assert {names[id(module)]: type(module) for module in new} == expected
     assert len(new) == len(expected)

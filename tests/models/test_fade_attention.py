@@ -79,8 +79,8 @@ PATHS = ("forward", "forward_pooled")
 def settings(precomputed: bool, chunk: int):
     """How L^^K is applied, and how many attention weights are computed at once."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fade_attention, "PRECOMPUTED_UP_TO", 10**6 if precomputed else 0)
-        patch.setattr(fade_attention, "CHUNK", chunk)
+        patch.setattr(fade_attention, "MAX_PRECOMPUTED_PATCHES", 10**6 if precomputed else 0)
+        patch.setattr(fade_attention, "CHUNK_SIZE", chunk)
         yield
 
 
@@ -153,11 +153,13 @@ def test_pooled_drops_the_channels_that_the_map_drops():
 def test_no_spatial_information_passes_the_published_diffusion():
     """docs/fadeattn.md: whatever the graph is, logits and gradients behind a mean are the same."""
     layer, x = make(CASE)
-    found, narrower = [], grid_laplacian.gaussian
+    found, narrower = [], grid_laplacian.gaussian_kernel
     for largest in (6.0, 1.0, 50.0):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(grid_laplacian, "largest_eigenvalue", lambda *_, value=largest: value)
-            patch.setattr(grid_laplacian, "gaussian", lambda size, like, power=largest: narrower(size, like) ** power)
+            patch.setattr(
+                grid_laplacian, "gaussian_kernel", lambda size, like, power=largest: narrower(size, like) ** power
+            )
             layer._operators.clear()
             pooled = layer(x).mean(dim=(2, 3))
         found.append([pooled, *torch.autograd.grad(pooled.square().sum(), list(layer.parameters()))])

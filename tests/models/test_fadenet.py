@@ -11,7 +11,7 @@ import timm
 import torch
 
 from fadeformer.models.factory import create_model
-from fadeformer.models.fadenet import FadedBlock, FadeNet
+from fadeformer.models.fadenet import FadeBlock, FadeNet
 from tests.models.test_fade_attention import REFERENCE, relative
 
 PUBLISHED = json.loads((REFERENCE / "fadenet_vit_base.json").read_text())
@@ -112,14 +112,14 @@ def test_images_of_any_size_where_the_backbone_takes_them(variant):
 
 def test_layers_stand_behind_the_blocks_that_are_named():
     model = small("diffusion", after_blocks=(1, 3, "last"))
-    assert [isinstance(block, FadedBlock) for block in model.blocks] == [True, False, True, True]
+    assert [isinstance(block, FadeBlock) for block in model.blocks] == [True, False, True, True]
 
 
 def test_prefix_tokens_go_round_the_layer():
     block, fade = torch.nn.Identity(), torch.nn.Flatten(0, -1)
     fade.forward = lambda x: x + 1
-    faded = FadedBlock(block, fade, prefix=2)
-    faded.grid = (2, 3)
+    faded = FadeBlock(block, fade, num_prefix_tokens=2)
+    faded.grid_size = (2, 3)
     tokens = torch.zeros(1, 8, 4)
     assert torch.equal(faded(tokens), torch.cat([torch.zeros(1, 2, 4), torch.ones(1, 6, 4)], dim=1))
 
@@ -237,5 +237,5 @@ def test_the_factory_tells_variants_apart():
     published = create_model(
         **described, dropout=0.1, drop_path=0.1, fade={**fade, "variant": "published", "after_blocks": ["last"]}
     )
-    assert [isinstance(block, FadedBlock) for block in diffusion.blocks] == [False, True, False, True]
+    assert [isinstance(block, FadeBlock) for block in diffusion.blocks] == [False, True, False, True]
     assert published.attn.K == 3

@@ -32,7 +32,7 @@ def heated(v: torch.Tensor, time: float, exponent: float) -> torch.Tensor:
     """exp(-t Lambda^s) of (B, H, W, C)."""
     numbers = (torch.tensor([value], dtype=v.dtype) for value in (time, exponent))
     decay = grid_laplacian.heat_decay(v.shape[1], v.shape[2], *numbers)
-    return grid_laplacian.from_waves(grid_laplacian.to_waves(v.unsqueeze(3)) * decay.unsqueeze(-1)).squeeze(3)
+    return grid_laplacian.idct2(grid_laplacian.dct2(v.unsqueeze(3)) * decay.unsqueeze(-1)).squeeze(3)
 
 
 @pytest.mark.parametrize(

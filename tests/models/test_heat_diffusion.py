@@ -30,7 +30,7 @@ def make(case: dict) -> tuple[DiffusionAttn, torch.Tensor]:
 
 def heat(values: torch.Tensor, time: torch.Tensor, exponent: torch.Tensor) -> torch.Tensor:
     decay = grid_laplacian.heat_decay(*values.shape[1:3], time, exponent)
-    return grid_laplacian.from_waves(grid_laplacian.to_waves(values) * decay.unsqueeze(-1))
+    return grid_laplacian.idct2(grid_laplacian.dct2(values) * decay.unsqueeze(-1))
 
 
 def plain(layer: DiffusionAttn, x: torch.Tensor) -> torch.Tensor:
@@ -69,10 +69,10 @@ def test_gradients_of_the_mixture_are_right(compiling, monkeypatch):
     torch.manual_seed(0)
     values, attended = torch.randn(2, 2, 2, 3, 2, 2).double().requires_grad_().unbind(0)
     numbers = [torch.tensor(pair).double().requires_grad_() for pair in ([0.3, 2.0], [0.5, 0.9], [0.2, 0.7])]
-    assert torch.autograd.gradcheck(heat_diffusion.gated_heat, (values, attended, *numbers))
+    assert torch.autograd.gradcheck(heat_diffusion.gated_heat_diffusion, (values, attended, *numbers))
     time, exponent, gate = numbers
     expected = gate[:, None] * attended + (1 - gate[:, None]) * heat(values, time, exponent)
-    torch.testing.assert_close(heat_diffusion.gated_heat(values, attended, *numbers), expected)
+    torch.testing.assert_close(heat_diffusion.gated_heat_diffusion(values, attended, *numbers), expected)
 
 
 def test_times_begin_apart_and_all_numbers_stay_in_range():
@@ -83,7 +83,7 @@ def test_times_begin_apart_and_all_numbers_stay_in_range():
             for parameter in (layer.time_logit, layer.exponent_logit, layer.gate_logit):
                 parameter.fill_(value)
         for numbers, (low, high) in (
-            (layer.time, heat_diffusion.TIMES), (layer.exponent, heat_diffusion.EXPONENTS), (layer.gate, (0.0, 1.0)),
+            (layer.time, heat_diffusion.TIME_RANGE), (layer.exponent, heat_diffusion.EXPONENT_RANGE), (layer.gate, (0.0, 1.0)),
         ):  # fmt: skip
             assert (numbers >= low * (1 - 1e-6)).all()
             assert (numbers <= high * (1 + 1e-6)).all()
@@ -98,8 +98,8 @@ def test_the_numbers_of_a_head_learn():
     teacher = DiffusionAttn(4, 2, dropout=0.0)
     teacher.load_state_dict(layer.state_dict())
     with torch.no_grad():
-        teacher.time_logit.copy_(layer.time_logit + torch.tensor([2.0, 1.0]) / heat_diffusion.PACE)
-        teacher.gate_logit.copy_(torch.tensor([2.0, -2.0]) / heat_diffusion.PACE)
+        teacher.time_logit.copy_(layer.time_logit + torch.tensor([2.0, 1.0]) / heat_diffusion.LOGIT_SCALE)
+        teacher.gate_logit.copy_(torch.tensor([2.0, -2.0]) / heat_diffusion.LOGIT_SCALE)
     for _ in range(150):
         x = torch.randn(8, 6, 6, 4)
         loss = (layer(x) - teacher(x)).square().mean()
@@ -119,7 +119,7 @@ def test_the_read_out_sees_what_diffusion_does():
     x = torch.randn(3, 5, 5, 8)
     before = pool(layer(x).flatten(1, 2))
     with torch.no_grad():
-        layer.time_logit.add_(1.0 / heat_diffusion.PACE)
+        layer.time_logit.add_(1.0 / heat_diffusion.LOGIT_SCALE)
     difference = pool(layer(x).flatten(1, 2)) - before
     assert (difference.std(dim=0) > 1e-3).all()
 
@@ -145,7 +145,7 @@ def test_pooling_weighs_each_heads_own_channels():
 def test_a_time_at_the_edge_of_its_range_still_learns():
     layer, x = make({"heads": 2, "grid": (3, 4), "seed": 0, "dtype": torch.float32})
     with torch.no_grad():
-        layer.time_logit.fill_(5.0 / heat_diffusion.PACE)
+        layer.time_logit.fill_(5.0 / heat_diffusion.LOGIT_SCALE)
     layer(x).square().sum().backward()
     assert (layer.time_logit.grad != 0).all()
 

@@ -19,7 +19,7 @@ def drawn(count: int, seed: int, *, brighter: float = 0.0, features: float = 0.0
     random = np.random.default_rng(seed)
     columns = {
         "score mass": 1 / (1 + np.exp(-random.normal(size=count) - sure)),
-        reference.DISTANCE: random.chisquare(8, count),
+        reference.OOD_DISTANCE: random.chisquare(8, count),
         "image brightness": 100 + 20 * (random.normal(size=count) + brighter),
         "image contrast": 30 + random.normal(size=count),
     }
@@ -29,7 +29,7 @@ def drawn(count: int, seed: int, *, brighter: float = 0.0, features: float = 0.0
 
 
 def test_images_of_the_same_kind_are_rarely_called_others():
-    alarms = [drift.compare(drawn(200, seed), drawn(150, 1000 + seed)).found for seed in range(60)]
+    alarms = [drift.detect_drift(drawn(200, seed), drawn(150, 1000 + seed)).drifted for seed in range(60)]
     assert sum(map(bool, alarms)) <= 4
 
 
@@ -41,62 +41,66 @@ def test_images_of_the_same_kind_are_rarely_called_others():
     ],
 )  # fmt: skip
 def test_what_has_moved_is_named(moved, found):
-    result = drift.compare(drawn(400, 0), drawn(300, 1, **moved))
-    assert result.found == found
+    result = drift.detect_drift(drawn(400, 0), drawn(300, 1, **moved))
+    assert result.drifted == found
     assert result.images == 300
     if "features" not in found:
         assert result.columns[0].name == found[0]
 
 
 def test_a_difference_that_is_certain_and_small_is_no_drift():
-    result = drift.compare(drawn(20_000, 0), drawn(20_000, 1, brighter=0.1))
+    result = drift.detect_drift(drawn(20_000, 0), drawn(20_000, 1, brighter=0.1))
     brightness = next(column for column in result.columns if column.name == "image brightness")
     assert brightness.p < 1e-6
-    assert brightness.distance < drift.LARGE
-    assert result.found == []
+    assert brightness.distance < drift.MIN_KS_DISTANCE
+    assert result.drifted == []
 
 
 def test_what_could_not_be_read_is_left_out_and_too_few_are_told():
     new = drawn(40, 1)
     new.loc[:9, "image contrast"] = np.nan
-    assert drift.compare(drawn(40, 0), new).images == 30
+    assert drift.detect_drift(drawn(40, 0), new).images == 30
     new.loc[:20, "image contrast"] = np.nan
     with pytest.raises(UserError, match="there are 19 images that can be compared, and 20 are needed"):
-        drift.compare(drawn(40, 0), new)
+        drift.detect_drift(drawn(40, 0), new)
     with pytest.raises(UserError, match="the model carries numbers of 10 images that can be compared"):
-        drift.compare(drawn(10, 0), drawn(40, 1))
+        drift.detect_drift(drawn(10, 0), drawn(40, 1))
 
 
 def test_statistics_are_those_of_the_pixels():
     pixels = np.zeros((3, 4, 4, 3), np.uint8)
     pixels[1] = 255
     pixels[2, :, ::2, 0] = 90
-    found = reference.seen(pixels, np.ones((3, 2), np.float32))
+    found = reference.image_statistics(pixels, np.ones((3, 2), np.float32))
     assert found["image brightness"].tolist() == [0, 255, 15]
     assert found["image contrast"].tolist() == [0, 0, 15]
     assert found["image sharpness"].tolist() == [0, 0, 15]
     assert found["image black"].tolist() == [1, 0, 0.5]
     assert found["image red"].tolist() == [0, 0, 30]
     assert {"feature 0", "feature 1"} <= found.keys()
-    assert "image red" not in reference.seen(pixels[..., :1], np.ones((3, 2), np.float32))
+    assert "image red" not in reference.image_statistics(pixels[..., :1], np.ones((3, 2), np.float32))
 
 
 def test_at_most_so_many_images_are_kept():
-    count = reference.MOST + 5
+    count = reference.MAX_IMAGES + 5
     pixels, scores = np.zeros((count, 2, 2, 1), np.uint8), np.zeros((count, 1))
-    kept = reference.table(pixels, scores, np.arange(count), np.zeros((count, 2), np.float32), ("mass",))
-    assert len(kept) == reference.MOST
-    assert kept[reference.DISTANCE].is_monotonic_increasing
+    kept = reference.build_reference(pixels, scores, np.arange(count), np.zeros((count, 2), np.float32), ("mass",))
+    assert len(kept) == reference.MAX_IMAGES
+    assert kept[reference.OOD_DISTANCE].is_monotonic_increasing
 
 
 def test_the_page_tells_all_of_it():
     known, new = drawn(100, 0), drawn(90, 1, brighter=2.0)
-    text = drift_page.page(drift.compare(known, new), known, new, model="models", images="scans <1>", unreadable=2)
+    text = drift_page.render_drift_page(
+        drift.detect_drift(known, new), known, new, model="models", images="scans <1>", unreadable=2
+    )
     assert "These have moved: image brightness." in text
     assert "Drift of scans &lt;1&gt;" in text
     assert "images could not be read" in text
     assert "<strong>drifted</strong>" in text
-    same = drift_page.page(drift.compare(known, known), known, known, model="m", images="i", unreadable=0)
+    same = drift_page.render_drift_page(
+        drift.detect_drift(known, known), known, known, model="m", images="i", unreadable=0
+    )
     assert "No drift." in same
     assert "could not be read" not in same
 

@@ -27,7 +27,7 @@ def shown(tmp_path, monkeypatch) -> dict[str, str]:
 
 def test_links_lead_to_the_server(shown, monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://trainer:secret@{SERVER.removeprefix('http://')}/")
-    artifacts.show_links()
+    artifacts.publish_links()
     page = f"{SERVER}/#/experiments/7/runs/abc"
     assert shown == {"mlflow-run": page, "report": f"{page}/artifacts/index.html"}
 
@@ -35,29 +35,29 @@ def test_links_lead_to_the_server(shown, monkeypatch):
 def test_links_lead_to_where_a_browser_finds_the_server(shown, monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", SERVER)
     monkeypatch.setenv("FADEFORMER_MLFLOW_PAGES", "https://mlflow.example.org/")
-    artifacts.show_links()
+    artifacts.publish_links()
     assert shown["mlflow-run"] == "https://mlflow.example.org/#/experiments/7/runs/abc"
 
 
 def test_there_are_none_without_a_server_and_none_to_a_report_that_is_not_there(shown, monkeypatch):
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     monkeypatch.setenv("FADEFORMER_MLFLOW_PAGES", "https://mlflow.example.org")
-    artifacts.show_links()
+    artifacts.publish_links()
     assert shown == {}
     monkeypatch.setenv("MLFLOW_TRACKING_URI", SERVER)
     paths.REPORT.unlink()
-    artifacts.show_links()
+    artifacts.publish_links()
     assert shown.keys() == {"mlflow-run"}
 
 
 def test_an_experiment_is_applied_where_it_is_and_pulled_from_elsewhere(shown, tmp_path):
-    locations.COPY.parent.mkdir()
-    write_json(locations.COPY, {"repository": "https://git.example.org/fadeformer.git"})
-    artifacts.show_experiment("first-1234")
+    locations.WORKSPACE_MARKER.parent.mkdir()
+    write_json(locations.WORKSPACE_MARKER, {"repository": "https://git.example.org/fadeformer.git"})
+    artifacts.publish_experiment("first-1234")
     assert shown["experiment"] == (
         "`dvc exp pull https://git.example.org/fadeformer.git first-1234`, then `dvc exp apply first-1234`"
     )
     (tmp_path / ".git").mkdir()
-    write_json(locations.COPY, {"repository": str(tmp_path)})
-    artifacts.show_experiment("first-1234")
+    write_json(locations.WORKSPACE_MARKER, {"repository": str(tmp_path)})
+    artifacts.publish_experiment("first-1234")
     assert shown["experiment"] == "`dvc exp apply first-1234` in the repository that this was deployed from"

@@ -15,7 +15,7 @@ from tests.conftest import ROOT
 STAGES = """
 stages:
   shut: {cmd: "python fails.py UserError"}
-  later: {cmd: "if [ -e once ]; then echo later; else touch once; python fails.py PassingError; fi"}
+  later: {cmd: "if [ -e once ]; then echo later; else touch once; python fails.py TransientError; fi"}
   dies: {cmd: "kill -9 $$"}
   talks: {cmd: "python talks.py"}
   long: {cmd: "trap 'echo kept > checkpoint; exit 143' TERM; sleep 60 & wait"}
@@ -23,12 +23,12 @@ stages:
 FAILS = """
 import sys
 from fadeformer import errors
-from pipelines import stage
+from pipelines import runner
 
 def main() -> str:
     raise getattr(errors, sys.argv[1])("the data gate is shut")
 
-stage.run("validate", main)
+runner.run("validate", main)
 """
 # Succeeds only if its output is read before it exits.
 TALKS = """

@@ -68,9 +68,9 @@ def run(folder: Path, *command: str) -> str:
 def test_a_copy_is_at_its_commit_and_belongs_to_the_project(copy, repository):
     commit = run(repository, "git", "rev-parse", "HEAD").strip()
     assert copy("one").parent == repository / ".cache" / "runs"
-    assert workspace.here()
+    assert workspace.is_workspace()
     assert run(Path.cwd(), "git", "rev-parse", "HEAD").strip() == commit
-    assert locations.project() == repository
+    assert locations.project_folder() == repository
 
 
 def test_a_run_that_is_started_again_finds_what_it_left(copy):
@@ -80,9 +80,9 @@ def test_a_run_that_is_started_again_finds_what_it_left(copy):
 
 FLOW = """
 import subprocess, sys, time
-from pipelines import working_copy
+from pipelines.orchestration import workspace
 
-with working_copy.exclusive():
+with workspace.exclusive_lock():
     print("working", flush=True)
     dvc = "import pathlib, time; print('child', flush=True)\\nwhile not pathlib.Path('go').exists(): time.sleep(0.05)"
     subprocess.run([sys.executable, "-c", dvc], close_fds=False)
@@ -106,7 +106,7 @@ def test_a_second_start_waits_for_the_processes_of_the_first_also_if_only_their_
 def test_a_copy_goes_once_its_run_has_ended_well_and_another_begins(copy, repository):
     left = copy("unfinished")
     ended = copy("ended")
-    workspace.FINISHED.touch()
+    workspace.FINISHED_MARKER.touch()
     copy("next")
     assert left.exists()
     assert not ended.exists()
@@ -121,7 +121,7 @@ def test_what_a_run_made_comes_back_as_an_experiment(copy, repository, monkeypat
     folder = copy(f"kept{scheme[:4]}", f"{scheme}{repository}")
     (folder / "params.yaml").write_text("seed: 2\n")
     run(folder, "dvc", "repro", "--quiet")
-    assert workspace.keep(name) == name
+    assert workspace.push_experiment(name) == name
     assert name in run(repository, "dvc", "exp", "list", "--name-only")
     run(repository, "dvc", "exp", "apply", name)
     assert (repository / "doubled.txt").read_text() == "seed: 2\n"  # by the cache they share
@@ -131,12 +131,12 @@ def test_what_a_run_made_comes_back_as_an_experiment(copy, repository, monkeypat
     other = copy(f"of the experiment{scheme[:4]}", f"{scheme}{repository}")
     assert not scheme or run(other, "git", "config", "remote.origin.promisor") == "true\n"
     assert (other / "source.txt").read_text() == f"changed {scheme}\n"
-    workspace.go_to(name)
+    workspace.restore_revision(name)
     assert (other / "params.yaml").read_text() == "seed: 2\n"
     assert "Running stage" not in run(other, "dvc", "repro")
     assert (other / "doubled.txt").read_text() == "seed: 2\n"
-    workspace.keep(f"{name}-again")
-    workspace.go_to("main")
+    workspace.push_experiment(f"{name}-again")
+    workspace.restore_revision("main")
     assert (other / "params.yaml").read_text() == "seed: 1\n"
 
 
@@ -145,14 +145,14 @@ def test_results_go_to_dvcs_remote_and_come_back_from_it(copy, repository, tmp_p
     try:
         folder = copy("pushed")
         assert workspace.has_remote()
-        workspace.pull()  # of which nothing is there yet
+        workspace.pull_results()  # of which nothing is there yet
         (folder / "params.yaml").write_text("seed: 3\n")
         run(folder, "dvc", "repro", "--quiet")
-        workspace.keep("pushed")
+        workspace.push_experiment("pushed")
         shutil.rmtree(repository / ".dvc" / "cache")
         other = copy("pulled")
-        workspace.go_to("pushed")
-        workspace.pull()
+        workspace.restore_revision("pushed")
+        workspace.pull_results()
         assert "Running stage" not in run(other, "dvc", "repro", "--pull")
         assert (other / "doubled.txt").read_text() == "seed: 3\n"
     finally:
@@ -187,4 +187,4 @@ def test_a_workspace_belongs_to_a_run(repository):
 def test_an_experiment_that_is_not_there_is_an_error(copy):
     copy("searching")
     with pytest.raises(UserError, match="could not resolve nothing-of-it"):
-        workspace.go_to("nothing-of-it")
+        workspace.restore_revision("nothing-of-it")

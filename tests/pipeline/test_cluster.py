@@ -140,7 +140,7 @@ def test_files_of_each_lie_in_the_object_store(cluster, killed):
 
 
 def test_ledger_aliases_and_tags_agree(cluster, killed):
-    records = jsonl.read(cluster.home / "mlruns" / "ledger.jsonl", "")
+    records = jsonl.read_records(cluster.home / "mlruns" / "ledger.jsonl", "")
     entries = sorted((one for one in records if one["kind"] == "decided"), key=lambda one: one["number"])
     assert [entry["number"] for entry in entries] == list(range(1, len(entries) + 1))
     for before, after in itertools.pairwise(entries):

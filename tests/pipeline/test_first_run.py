@@ -10,7 +10,7 @@ import pytest
 from mlflow import MlflowClient
 from mlflow.entities import Run
 
-from fadeformer.io.formatting import told
+from fadeformer.io.formatting import format_with_interval
 from pipelines.stages import STAGES
 from tests.conftest import EVERY_CORE, ROOT, Kept, Project, ran, read
 
@@ -143,7 +143,7 @@ def test_the_model_card_states_synthetic_images(project, mlflow):
     assert "Synthetic: every image is drawn by a program" in card
     assert mlflow.get_model_version("fadenet-phantom", "1").description.replace("&emsp;", "") == card
     auc, bounds = (read(project, f"reports/{name}.json")["test"] for name in ("metrics", "intervals"))
-    assert f"| AUC | {told(auc['overall']['auc'], bounds['overall']['auc'])} |" in card
+    assert f"| AUC | {format_with_interval(auc['overall']['auc'], bounds['overall']['auc'])} |" in card
 
 
 # In an environment that has the requirements, but not this project.

@@ -54,13 +54,13 @@ def test_the_champion_sees_them_as_it_is_used_to(reproduced):
     told = of(decision(reproduced), "not_inferior")["figures"]
     script = (
         "import pandas as pd; from pathlib import Path;"
-        "from fadeformer import predictions; from fadeformer.data.preprocess import decoded;"
-        "from pipelines import named_model; from fadeformer.evaluation.metrics import auc;"
-        f"champion = named_model.load(named_model.find('models:/{NAME}/1'));"
+        "from fadeformer.data.preprocess import decode_to_memmap; from fadeformer.evaluation import predictions;"
+        "from fadeformer.evaluation.metrics import auc; from pipelines.registry import resolve;"
+        f"champion = resolve.load_classifier(resolve.find_model_files('models:/{NAME}/1'));"
         "rows = pd.read_parquet('data/manifest.parquet').query(\"split == 'test'\");"
-        "pixels = decoded(rows, Path('data/raw'), Path('test.npy'), **champion.input);"
-        "test = predictions.read(Path('reports/predictions.parquet')).of('test');"
-        "print('AUC', auc(test.labels, champion.scores(pixels), test.task))"
+        "pixels = decode_to_memmap(rows, Path('data/raw'), Path('test.npy'), **champion.input_config);"
+        "test = predictions.read(Path('reports/predictions.parquet')).select_split('test');"
+        "print('AUC', auc(test.labels, champion.predict_proba(pixels), test.task))"
     )
     output = reproduced.run("python", "-c", script, PYTHONPATH=str(reproduced.folder))
     (reproduced.folder / "test.npy").unlink()

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from fadeformer.data.sources.chestxray14 import BOXES
+from fadeformer.data.sources.chestxray14 import BOX_LIST
 from tests.conftest import Project, ran, read
 from tests.data.sources.test_chestxray14 import OF_THE_SAMPLE
 
@@ -43,7 +43,7 @@ def test_leaks_of_pneumoniamnist_stop_until_allowed(project: Project, real_data)
 def test_the_radiographs_of_nih_by_finding(project: Project, real_data, tmp_path):
     for path in (real_data / "chestxray14").iterdir():
         (tmp_path / path.name).symlink_to(path)
-    (tmp_path / BOXES).write_text(OF_THE_SAMPLE)
+    (tmp_path / BOX_LIST).write_text(OF_THE_SAMPLE)
     project.change(
         dataset={"name": "chestxray14", "mirror": str(tmp_path), "edition": "other", "archives": [1]},
         preprocess={"image_size": 28}, train={"epochs": 1},

@@ -16,7 +16,7 @@ import pandas as pd
 import psutil
 import pytest
 
-from fadeformer.training.state import COST
+from fadeformer.training.state import COST_FIELDS
 from tests.conftest import EVERY_CORE, Kept, Project
 from tests.postgresql import free_port
 
@@ -100,7 +100,7 @@ def told_to_mlflow(project: Project) -> tuple[pd.DataFrame, dict[str, str]]:
     with closing(sqlite3.connect(project.folder / "mlruns" / "mlflow.db")) as store:
         metrics = pd.read_sql("select run_uuid, key, step, value, timestamp from metrics", store)
         runs = dict(store.execute("select run_uuid, status from runs order by start_time"))
-    metrics = metrics[~metrics["key"].isin(COST) & ~metrics["key"].str.startswith("seconds.")]
+    metrics = metrics[~metrics["key"].isin(COST_FIELDS) & ~metrics["key"].str.startswith("seconds.")]
     return metrics.sort_values(["timestamp", "step", "key"], kind="stable"), runs
 
 

@@ -119,7 +119,7 @@ def test_the_best_is_evaluated_without_another_training(project, swept):
     command = swept.splitlines()[-1]
     assert command.startswith("dvc exp run --set-param=")
     assert ran(project.run(*shlex.split(command))) == ["evaluate", "promote"]
-    found, small = (schema.load(project.folder / file).flat() for file in ("params.yaml", "small.yaml"))
+    found, small = (schema.load_params(project.folder / file).as_flat_dict() for file in ("params.yaml", "small.yaml"))
     changed = {key: value for key, value in found.items() if small[key] != value}
     assert changed == {
         "train.epochs": 40,

@@ -9,10 +9,10 @@ import pytest
 from fadeformer.evaluation import operating_points, predictions, subgroups, summary
 from fadeformer.evaluation.predictions import Predictions
 from fadeformer.promotion import gate
-from fadeformer.promotion.gate import Asked, Candidate
+from fadeformer.promotion.gate import Challenger, PromotionCriteria
 from fadeformer.tasks import TASKS
 
-NOTHING = Asked(
+NOTHING = PromotionCriteria(
     min_auc=0.0, min_class_auc=None, min_subgroup_auc=None, min_cases=20, max_ece=None, operating_point="youden",
     min_sensitivity=None, margin=0.02, min_gain=None,
 )  # fmt: skip
@@ -33,14 +33,16 @@ def judged(
     logits = shared + noise * 0.3 * own + quality * np.eye(len(classes))[labels]
     index = pd.DataFrame({"split": "test", "id": [f"test/{first + i}" for i in range(images)], "group": None})
     known = pd.DataFrame({"sex": np.where(np.arange(images) % 20 < 10, "female", "male")}) if sex else None
-    return predictions.table(index, labels[:, None], task.probabilities(logits), task, classes, subgroups=known)
+    return predictions.build_predictions(
+        index, labels[:, None], task.probabilities(logits), task, classes, subgroups=known
+    )
 
 
-def candidate(test: Predictions, **changes: object) -> Candidate:
+def candidate(test: Predictions, **changes: object) -> Challenger:
     """All that evaluate would have found of it; val is like test."""
-    bounds, of_subgroups = subgroups.compare(test, [0.0], draws=100, seed=0, confidence=0.95)
-    points = operating_points.operating_points(test, test, POINTS, 0.95)
-    return replace(Candidate(test, bounds, 0.95, of_subgroups, points, data_passed=True), **changes)
+    bounds, of_subgroups = subgroups.evaluate_subgroups(test, [0.0], n_resamples=100, seed=0, confidence=0.95)
+    points = operating_points.select_operating_points(test, test, POINTS, 0.95)
+    return replace(Challenger(test, bounds, 0.95, of_subgroups, points, data_passed=True), **changes)
 
 
 GOOD = judged(2.0)
@@ -48,11 +50,11 @@ OF_GOOD = candidate(GOOD)
 
 
 def rules(decision: gate.Decision) -> dict[str, str]:
-    return {rule.name: rule.verdict for rule in decision.rules}
+    return {rule.name: rule.verdict for rule in decision.checks}
 
 
-def one(decision: gate.Decision, name: str) -> gate.Rule:
-    return next(rule for rule in decision.rules if rule.name == name)
+def one(decision: gate.Decision, name: str) -> gate.Check:
+    return next(rule for rule in decision.checks if rule.name == name)
 
 
 def test_what_is_asked_is_shown_with_its_figures():
@@ -67,12 +69,12 @@ def test_what_is_asked_is_shown_with_its_figures():
     ]  # fmt: skip
     assert [part.name for part in one(decision, "min_class_auc").parts] == list(CLASSES)
     assert [part.name for part in one(decision, "min_subgroup_auc").parts] == ["sex female", "sex male"]
-    assert decision.auc == summary.summarise(GOOD)["overall"]["auc"]
+    assert decision.auc == summary.summarize(GOOD)["overall"]["auc"]
 
 
 def test_the_lower_bound_counts_and_not_the_value():
     low, high = OF_GOOD.intervals["overall"]["auc"]
-    value = summary.summarise(GOOD)["overall"]["auc"]
+    value = summary.summarize(GOOD)["overall"]["auc"]
     assert low < value < high
     assert gate.decide(OF_GOOD, None, replace(NOTHING, min_auc=low)).promoted
     refused = gate.decide(OF_GOOD, None, replace(NOTHING, min_auc=(low + value) / 2))
@@ -81,7 +83,7 @@ def test_the_lower_bound_counts_and_not_the_value():
 
 
 def test_a_bound_is_passed_by_exactly_what_it_asks():
-    area = summary.summarise(GOOD)["per_class"]["benign"]["auc"]
+    area = summary.summarize(GOOD)["per_class"]["benign"]["auc"]
     parts = one(gate.decide(OF_GOOD, None, replace(NOTHING, min_class_auc=area)), "min_class_auc").parts
     assert next(part for part in parts if part.name == "benign").verdict == "passed"
     parts = one(
@@ -164,24 +166,24 @@ def test_scores_that_are_none_are_named_and_nothing_else_is_computed(wrong):
 
 def test_non_inferiority_by_the_paired_difference():
     worse = candidate(judged(1.9, seed=1))
-    compared = gate.compared(worse.test, GOOD, 0.95)
+    compared = gate.paired_auc_difference(worse.test, GOOD, 0.95)
     assert compared.low < compared.value < 0
     inside = gate.decide(worse, GOOD, replace(NOTHING, margin=-compared.low + 1e-6))
     assert inside.promoted
     assert one(inside, "not_inferior").figures.startswith(f"difference {compared.value:+.4f}")
     assert rules(gate.decide(worse, GOOD, replace(NOTHING, margin=-compared.low - 1e-6)))["not_inferior"] == "failed"
-    assert inside.champion_auc == summary.summarise(GOOD)["overall"]["auc"]
+    assert inside.champion_auc == summary.summarize(GOOD)["overall"]["auc"]
 
 
 def test_the_comparison_does_not_hang_on_the_order_of_the_rows():
     other = judged(1.5, seed=1)
     shuffled = Predictions(other.frame.sample(frac=1, random_state=0), other.task, other.classes)
-    assert gate.compared(shuffled, GOOD, 0.95) == gate.compared(other, GOOD, 0.95)
-    assert gate.compared(GOOD, GOOD, 0.95).low == 0
+    assert gate.paired_auc_difference(shuffled, GOOD, 0.95) == gate.paired_auc_difference(other, GOOD, 0.95)
+    assert gate.paired_auc_difference(GOOD, GOOD, 0.95).low == 0
 
 
 def test_force_promotes_and_is_told():
-    decision = gate.decide(OF_GOOD, None, replace(NOTHING, min_auc=1.0), forced="the old one cannot read DICOM")
+    decision = gate.decide(OF_GOOD, None, replace(NOTHING, min_auc=1.0), force_reason="the old one cannot read DICOM")
     assert decision.promoted
     assert not decision.passed
     assert decision.reason.startswith(
@@ -189,7 +191,7 @@ def test_force_promotes_and_is_told():
     )
 
 
-def without_class(labels: np.ndarray) -> Candidate:
+def without_class(labels: np.ndarray) -> Challenger:
     return candidate(judged(2.0, labels=labels))
 
 
@@ -265,4 +267,4 @@ def test_a_decision(case):
     decision = gate.decide(of, champion, asked)
     assert [name for name, verdict in rules(decision).items() if verdict == "failed"] == broken
     assert decision.promoted == (not broken)
-    assert gate.decide(of, champion, asked, forced="because").promoted
+    assert gate.decide(of, champion, asked, force_reason="because").promoted

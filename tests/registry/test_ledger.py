@@ -17,9 +17,9 @@ from mlflow import MlflowClient
 
 from fadeformer.errors import UserError
 from fadeformer.io import jsonl
-from fadeformer.promotion.decision import FAILED, PASSED, Decision, Rule
+from fadeformer.promotion.decision import FAILED, PASSED, Check, Decision
 from pipelines.registry import ledger, versions
-from pipelines.registry.ledger import Subject
+from pipelines.registry.ledger import JudgedVersion
 from pipelines.tracking import locations, runs
 from pipelines.tracking import store as mlflow_store
 from tests import promotions
@@ -29,33 +29,33 @@ from tests.postgresql import PostgreSQL, require
 pytestmark = pytest.mark.usefixtures("own_store")
 
 
-def registered(name: str, count: int) -> list[Subject]:
+def registered(name: str, count: int) -> list[JudgedVersion]:
     """Versions that are only rows of the store."""
-    with runs.run() as run_id:
+    with runs.start_run() as run_id:
         client = MlflowClient()
         experiment = client.get_run(run_id).info.experiment_id
         for _ in range(count):
-            made = client.create_logged_model(experiment, name=runs.MODEL, source_run_id=run_id)
+            made = client.create_logged_model(experiment, name=runs.LOGGED_MODEL_NAME, source_run_id=run_id)
             client.finalize_logged_model(made.model_id, "READY")
-            versions.register(name, run_id, made.model_id)
-    return [Subject(str(n), run_id, f"content of {n}", {"name": "phantom"}) for n in range(1, count + 1)]
+            versions.register_version(name, run_id, made.model_id)
+    return [JudgedVersion(str(n), run_id, f"content of {n}", {"name": "phantom"}) for n in range(1, count + 1)]
 
 
 def decision(promoted: bool, forced: str | None = None) -> Decision:
-    rule = Rule("min_auc", "lower bound of the test AUC at least 0.9", PASSED if promoted else FAILED, "0.95")
+    rule = Check("min_auc", "lower bound of the test AUC at least 0.9", PASSED if promoted else FAILED, "0.95")
     return Decision((rule,), 0.95, None, forced)
 
 
 GOOD, BAD = decision(True), decision(False)
 
 
-def decide(name: str, subject: Subject, found: Decision) -> dict:
-    with ledger.opened(name) as book:
-        return book.decide(subject, found)
+def decide(name: str, subject: JudgedVersion, found: Decision) -> dict:
+    with ledger.open_ledger(name) as book:
+        return book.record_decision(subject, found)
 
 
 def roll_back(name: str, to: str | None = None, reason: str = "fails on the new scanner") -> dict:
-    with ledger.opened(name) as book:
+    with ledger.open_ledger(name) as book:
         return book.roll_back(to, reason)
 
 
@@ -65,7 +65,7 @@ def aliases(name: str) -> dict[str, str]:
 
 def agree(name: str) -> None:
     """What must hold at any time at which nobody is at work."""
-    entries = ledger.history(name)
+    entries = ledger.read_entries(name)
     assert [entry["number"] for entry in entries] == list(range(1, len(entries) + 1))
     for before, after in itertools.pairwise(entries):
         assert after["from"] == before["to"]
@@ -127,7 +127,7 @@ CASES = {
 }  # fmt: skip
 
 
-def play(name: str, steps: list[tuple[str, str | None]], subjects: list[Subject]) -> dict:
+def play(name: str, steps: list[tuple[str, str | None]], subjects: list[JudgedVersion]) -> dict:
     last = {}
     for step, number in steps:
         if step == B:
@@ -153,22 +153,22 @@ def test_who_when_what_and_why_are_told():
     assert (entry["from"], entry["to"], entry["data"]) == (None, "1", {"name": "phantom"})
     assert entry["rules"][0]["figures"] == "0.95"
     assert entry["time"].endswith("+00:00")
-    text = ledger.path().read_text()
+    text = ledger.ledger_path().read_text()
     assert str(Path.cwd()) not in text  # a ledger goes where its store goes
 
 
 def test_what_was_taken_back_stays_so_under_another_number():
     first, second, third = registered("content", 3)
     play("content", [(P, "1"), (P, "2"), (B, None)], [first, second, third])
-    again = Subject(third.version, third.run_id, second.content)
-    with ledger.opened("content") as book:
-        assert book.taken_back(second) == book.taken_back(again) == "fails on the new scanner"
-        assert book.taken_back(first) is None
-        assert book.taken_back(third) is None
+    again = JudgedVersion(third.version, third.run_id, second.content)
+    with ledger.open_ledger("content") as book:
+        assert book.revocation_reason(second) == book.revocation_reason(again) == "fails on the new scanner"
+        assert book.revocation_reason(first) is None
+        assert book.revocation_reason(third) is None
     assert MlflowClient().get_model_version("content", "2").tags["rolled_back"] == "fails on the new scanner"
     decide("content", second, decision(False, "the scanner was repaired"))
-    with ledger.opened("content") as book:
-        assert book.taken_back(second) is None
+    with ledger.open_ledger("content") as book:
+        assert book.revocation_reason(second) is None
     tags = MlflowClient().get_model_version("content", "2").tags
     assert tags["forced"].startswith("FORCED: the scanner was repaired; without force: lower bound")
 
@@ -177,7 +177,7 @@ def test_forced_stays_marked_when_it_is_judged_again():
     subjects = registered("marked", 1)
     play("marked", [(F, "1"), (P, "1")], subjects)
     assert "forced" in MlflowClient().get_model_version("marked", "1").tags
-    assert [entry["action"] for entry in ledger.history("marked")] == ["forced", "kept"]
+    assert [entry["action"] for entry in ledger.read_entries("marked")] == ["forced", "kept"]
 
 
 def test_there_is_nothing_to_go_back_to():
@@ -201,7 +201,7 @@ def test_other_hands_are_noted():
     client.set_registered_model_alias("hands", "champion", "2")
     client.set_registered_model_alias("hands", "mine", "3")  # none of ours
     entry = decide("hands", subjects[2], GOOD)
-    outside = ledger.history("hands")[1]
+    outside = ledger.read_entries("hands")[1]
     assert outside["action"] == "changed outside"
     assert outside["reason"] == "found in the registry: champion from 1 to 2"
     assert (outside["from"], outside["to"]) == ("1", "2")
@@ -210,7 +210,7 @@ def test_other_hands_are_noted():
     agree("hands")
     client.delete_registered_model_alias("hands", "champion")
     assert decide("hands", subjects[0], BAD)["from"] is None
-    assert ledger.history("hands")[3]["reason"] == "found in the registry: champion from 3 to None"
+    assert ledger.read_entries("hands")[3]["reason"] == "found in the registry: champion from 3 to None"
 
 
 def test_a_champion_that_was_deleted_is_none_to_go_back_to():
@@ -224,15 +224,15 @@ def test_a_champion_that_was_deleted_is_none_to_go_back_to():
 def test_a_ledger_that_is_gone_comes_back_from_the_registry(tmp_path):
     subjects = registered("gone", 2)
     play("gone", [(P, "1"), (R, "2"), (P, "2")], subjects)
-    before = ledger.history("gone")
-    shutil.move(ledger.path(), tmp_path / "ledger.jsonl")
-    with ledger.opened("gone") as book:
+    before = ledger.read_entries("gone")
+    shutil.move(ledger.ledger_path(), tmp_path / "ledger.jsonl")
+    with ledger.open_ledger("gone") as book:
         assert book.entries == before
-    assert ledger.history("gone") == before
-    rest = jsonl.read(tmp_path / "ledger.jsonl", "")
+    assert ledger.read_entries("gone") == before
+    rest = jsonl.read_records(tmp_path / "ledger.jsonl", "")
     for record in rest:  # of the other tests
         if record.get("model") != "gone":
-            jsonl.append(ledger.path(), record)
+            jsonl.append_record(ledger.ledger_path(), record)
 
 
 def test_another_registry_has_a_line_of_its_own_and_what_was_taken_back_stays_so():
@@ -240,30 +240,30 @@ def test_another_registry_has_a_line_of_its_own_and_what_was_taken_back_stays_so
     play("elsewhere", [(P, "1"), (P, "2"), (B, None)], subjects)
     MlflowClient().delete_registered_model("elsewhere")  # as if another server were asked
     again = registered("elsewhere", 2)
-    with ledger.opened("elsewhere") as book:
-        assert (book.champion, book.line, book.entries) == (None, [], [])
-        assert book.taken_back(again[1]) == "fails on the new scanner"  # of the same content
-        assert book.taken_back(again[0]) is None
-        other = Subject("2", again[1].run_id, "of another training")
-        assert book.taken_back(other) is None
+    with ledger.open_ledger("elsewhere") as book:
+        assert (book.champion, book.champions, book.entries) == (None, [], [])
+        assert book.revocation_reason(again[1]) == "fails on the new scanner"  # of the same content
+        assert book.revocation_reason(again[0]) is None
+        other = JudgedVersion("2", again[1].run_id, "of another training")
+        assert book.revocation_reason(other) is None
     entry = decide("elsewhere", again[0], GOOD)
     assert (entry["number"], entry["from"], entry["action"]) == (1, None, "promoted")
-    assert len(ledger.history("elsewhere")) == 4
+    assert len(ledger.read_entries("elsewhere")) == 4
 
 
 def test_a_torn_line_is_cut_and_a_damaged_ledger_is_told():
     subjects = registered("torn", 2)
     decide("torn", subjects[0], GOOD)
-    with ledger.path().open("ab") as file:
+    with ledger.ledger_path().open("ab") as file:
         file.write(b'{"kind": "decided", "mod')
-    assert len(ledger.history("torn")) == 1  # a reader leaves it alone
+    assert len(ledger.read_entries("torn")) == 1  # a reader leaves it alone
     decide("torn", subjects[1], GOOD)
     agree("torn")
-    whole = ledger.path().read_bytes()
-    ledger.path().write_bytes(b"{nonsense\n" + whole)
+    whole = ledger.ledger_path().read_bytes()
+    ledger.ledger_path().write_bytes(b"{nonsense\n" + whole)
     with pytest.raises(UserError, match=r"ledger.jsonl is damaged .* move it aside"):
         decide("torn", subjects[1], GOOD)
-    ledger.path().write_bytes(whole)
+    ledger.ledger_path().write_bytes(whole)
 
 
 class Killed(BaseException):
@@ -303,7 +303,7 @@ def test_killed_before_any_step_the_next_one_ends_consistent(steps, monkeypatch)
                 ended = True
             except Killed:
                 ended = False
-        with ledger.opened(name):
+        with ledger.open_ledger(name):
             pass
         agree(name)
         assert "champion" in aliases(name)
@@ -331,7 +331,7 @@ def test_twenty_promotions_by_four_processes_with_kills(database, request, tmp_p
     if database == "postgresql":
         monkeypatch.setenv("MLFLOW_TRACKING_URI", request.getfixturevalue("postgresql"))
     mlflow_store.connect()
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", locations.uri())
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", locations.tracking_uri())
     name, dice = "at once", random.Random(0)  # noqa: S311
     registered(name, 20)
     shares = [[str(number) for number in range(first, 21, 4)] for first in range(1, 5)]
@@ -345,7 +345,7 @@ def test_twenty_promotions_by_four_processes_with_kills(database, request, tmp_p
     while any(process.poll() is None for process in running):
         assert time.monotonic() < deadline
         time.sleep(0.2)
-        at_work = len(ledger.history(name))
+        at_work = len(ledger.read_entries(name))
         if kills < 6 and at_work > 2 * kills:  # while something is decided, not while all are still loading
             place = dice.randrange(4)
             if running[place].poll() is None:
@@ -354,7 +354,7 @@ def test_twenty_promotions_by_four_processes_with_kills(database, request, tmp_p
                 running[place], kills = begin(shares[place]), kills + 1
     assert kills == 6
     assert [process.returncode for process in running] == [0, 0, 0, 0]
-    entries = ledger.history(name)
+    entries = ledger.read_entries(name)
     assert sorted(int(entry["version"]) for entry in entries) == list(range(1, 21))  # each once
     agree(name)
     best = max((str(number) for number in range(1, 21)), key=promotions.quality_of)

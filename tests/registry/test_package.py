@@ -30,7 +30,7 @@ def project(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def run_id() -> str:
-    with runs.run() as made:
+    with runs.start_run() as made:
         pass
     return made
 
@@ -38,7 +38,7 @@ def run_id() -> str:
 @pytest.fixture(scope="module")
 def package(project, run_id) -> Path:
     """The folder of the first package."""
-    return Path(mlflow.artifacts.download_artifacts(f"models:/{packaged.log(run_id).model_id}"))
+    return Path(mlflow.artifacts.download_artifacts(f"models:/{packaged.log_package(run_id).model_id}"))
 
 
 def test_a_package_has_weights_and_words_alone(project, package):
@@ -84,24 +84,24 @@ def load_elsewhere(uri: str, folder: Path, **environment: str) -> tuple[np.ndarr
 
 
 def test_the_same_content_is_one_package_and_other_operating_points_another(project, run_id):
-    first = packaged.log(run_id)
+    first = packaged.log_package(run_id)
     client = MlflowClient()
     begun = client.create_logged_model(first.experiment_id, name="model", source_run_id=run_id)  # a killed stage's
-    assert packaged.log(run_id).model_id == first.model_id
+    assert packaged.log_package(run_id).model_id == first.model_id
     assert begun.model_id not in {model.model_id for model in client.search_logged_models([first.experiment_id])}
-    assert versions.register("m", run_id, first.model_id).number == "1"
+    assert versions.register_version("m", run_id, first.model_id).number == "1"
     path = project / "reports" / "operating_points.json"
     before = path.read_text()
     points = json.loads(before)
     points["points"]["youden"]["malignant"]["threshold"] = 0.123
     path.write_text(json.dumps(points))
-    other = packaged.log(run_id)
+    other = packaged.log_package(run_id)
     assert other.model_id != first.model_id
-    assert versions.register("m", run_id, other.model_id).number == "2"
+    assert versions.register_version("m", run_id, other.model_id).number == "2"
     client.set_registered_model_alias("m", "champion", "1")
     path.write_text(before)
-    assert versions.register("m", run_id, packaged.log(run_id).model_id).number == "1"
-    assert packaged.log(run_id).tags[packaged.CONTENT] == packaged.checksum_of_content()
+    assert versions.register_version("m", run_id, packaged.log_package(run_id).model_id).number == "1"
+    assert packaged.log_package(run_id).tags[packaged.CONTENT_TAG] == packaged.compute_content_checksum()
 
 
 def test_a_package_predicts_from_what_mlflow_hands_on(package):
@@ -127,9 +127,9 @@ def test_limits_can_be_set_where_it_is_loaded(package):
 
 
 def test_a_store_that_was_moved_serves_without_this_project_and_imports_no_orchestrator(project, run_id, tmp_path):
-    versions.register("moving", run_id, packaged.log(run_id).model_id)
+    versions.register_version("moving", run_id, packaged.log_package(run_id).model_id)
     MlflowClient().set_registered_model_alias("moving", "champion", "1")
-    expected = load(project).scores(images(5))
+    expected = load(project).predict_proba(images(5))
     elsewhere = tmp_path / "with a space"
     shutil.copytree(project / "mlruns", elsewhere)
     away = (project / "mlruns" / "artifacts").rename(project / "mlruns" / "away")
@@ -145,28 +145,28 @@ def test_a_store_that_was_moved_serves_without_this_project_and_imports_no_orche
 
 
 def test_a_package_is_fetched_by_each_kind_of_address(run_id):
-    made = packaged.log(run_id)
-    number = versions.register("fetched", run_id, made.model_id).number
+    made = packaged.log_package(run_id)
+    number = versions.register_version("fetched", run_id, made.model_id).number
     MlflowClient().set_registered_model_alias("fetched", "champion", number)
     addresses = ("fetched@champion", f"fetched/{number}", made.model_id)
-    folders = [packaged.fetch(f"models:/{address}") for address in addresses]
-    folders += [packaged.fetch(f"runs:/{run_id}/model"), packaged.fetch(str(folders[0]))]
+    folders = [packaged.fetch_package(f"models:/{address}") for address in addresses]
+    folders += [packaged.fetch_package(f"runs:/{run_id}/model"), packaged.fetch_package(str(folders[0]))]
     files = [
             "model.json", "operating_points.json", "reference.parquet", "unfamiliar.safetensors", "weights.safetensors",
         ]  # fmt: skip
     for folder in folders:
-        assert sorted(path.name for path in packaged.data(folder).iterdir()) == files
+        assert sorted(path.name for path in packaged.find_data_folder(folder).iterdir()) == files
 
 
 @pytest.mark.parametrize("uri", ["models:/m@nobody", "models:/m/99", "models:/unheard@champion", "runs:/0123/model"])
 def test_a_model_that_is_not_there_is_told(uri):
     with pytest.raises(UserError, match=f"^{uri}: MLflow at .*mlruns has no such model"):
-        packaged.fetch(uri)
+        packaged.fetch_package(uri)
 
 
 def test_without_a_store_none_is_made(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     with pytest.raises(UserError, match="no MLflow store is there; run `dvc repro`"):
-        packaged.fetch("models:/a@champion")
+        packaged.fetch_package("models:/a@champion")
     assert not list(tmp_path.iterdir())

@@ -4,14 +4,14 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from fadeformer.data.arrays import Meta
+from fadeformer.data.arrays import ArrayMetadata
 from fadeformer.evaluation import predictions, subgroups
-from fadeformer.evaluation.intervals.proportions import predictive_interval, wilson
-from fadeformer.evaluation.operating_points import operating_points
-from fadeformer.evaluation.summary import intervals, summarise
-from fadeformer.io.formatting import told
-from fadeformer.reporting.model_card import model_card
-from fadeformer.reporting.tables import UNDIVIDED, Evidence
+from fadeformer.evaluation.intervals.proportions import predictive_value_interval, wilson_interval
+from fadeformer.evaluation.operating_points import select_operating_points
+from fadeformer.evaluation.summary import confidence_intervals, summarize
+from fadeformer.io.formatting import format_with_interval
+from fadeformer.reporting.model_card import render_model_card
+from fadeformer.reporting.tables import NO_SUBGROUPS, ReportInputs
 from fadeformer.tasks import TASKS
 
 FADE = {"variant": "published", "after_blocks": ["last"], "num_heads": 4, "dropout": 0.1, "K": 3, "alpha": 0.5}
@@ -33,11 +33,11 @@ def card(
     scores = np.array([[0.9, 0.1], [0.4, 0.6], [0.7, 0.3]])
     index = pd.DataFrame({"split": "test", "id": ["a", "b", "c"], "group": None})
     known = pd.DataFrame({"sex": ["F", "M", "F"]}) if sexes else None
-    table = predictions.table(index, labels, scores, TASKS[task], classes, subgroups=known)
+    table = predictions.build_predictions(index, labels, scores, TASKS[task], classes, subgroups=known)
     wanted = {"youden": None, "sensitivity": 0.8}
-    points = operating_points(table, table, wanted, 0.9)
+    points = select_operating_points(table, table, wanted, 0.9)
     operating = {"wanted": wanted, "confidence": 0.9, "points": points}
-    summary, bounds = summarise(table), intervals(table, draws=100, seed=0, confidence=0.9)
+    summary, bounds = summarize(table), confidence_intervals(table, n_resamples=100, seed=0, confidence=0.9)
     dataset = {
         "name": "own", "file": "own.npz", "sha256": "5e1f", "task": task, "classes": list(classes),
         "licence": "CC BY 4.0", "note": note,
@@ -49,9 +49,13 @@ def card(
         "calibration": {"slope": [0.5], "offset": [0.0]},
         "params": {"seed": 42, "train": {"epochs": 20, "monitor": "auc"}},
     }
-    meta = Meta(dataset, 28, 1, {"train": 1234, "val": 3, "test": 3}, "published", leaks, [0.5], [0.2], "squash")
-    _, groups = subgroups.compare(table, [0, 40], draws=100, seed=0, confidence=0.9)
-    return model_card(Evidence(meta, described, {"val": summary, "test": summary}, bounds, operating, groups))
+    meta = ArrayMetadata(
+        dataset, 28, 1, {"train": 1234, "val": 3, "test": 3}, "published", leaks, [0.5], [0.2], "squash"
+    )
+    _, groups = subgroups.evaluate_subgroups(table, [0, 40], n_resamples=100, seed=0, confidence=0.9)
+    return render_model_card(
+        ReportInputs(meta, described, {"val": summary, "test": summary}, bounds, operating, groups)
+    )
 
 
 @pytest.mark.parametrize("task", ["binary-class", "multi-label, binary-class"])
@@ -66,13 +70,13 @@ def test_it_names_data_model_and_numbers(task):
     calibrated = "vector scaling of each finding" if TASKS[task].multi_label else "temperature 2"
     assert f"| Calibration | {calibrated}, fitted on validation |" in text
     assert "| sex | F | 2 | 2 |" in text
-    assert UNDIVIDED not in text
+    assert NO_SUBGROUPS not in text
     assert "No subgroup has images enough to be compared with the whole." in text  # of three images
 
 
 def test_without_subgroups_a_sentence_stands_in_their_place():
     text = card("binary-class", sexes=False)
-    assert UNDIVIDED in text
+    assert NO_SUBGROUPS in text
     assert "Subgroups" not in text
 
 
@@ -112,8 +116,10 @@ def test_what_cannot_be_judged_is_named():
 def test_it_tells_the_operating_points_with_their_intervals():
     text = card("binary-class")
     truth = np.array([True, True, False])  # of scores 0.6, 0.3 and 0.1
-    predictive = [predictive_interval(of, of, np.arange(3), 0.9) for of in (truth, ~truth)]
-    shares = " | ".join(told(1.0, of) for of in (wilson(2, 2, 0.9), wilson(1, 1, 0.9), *predictive))
+    predictive = [predictive_value_interval(of, of, np.arange(3), 0.9) for of in (truth, ~truth)]
+    shares = " | ".join(
+        format_with_interval(1.0, of) for of in (wilson_interval(2, 2, 0.9), wilson_interval(1, 1, 0.9), *predictive)
+    )
     assert f"| largest sensitivity + specificity | pneumonia | 0.2000 | {shares} |" in text
     assert "| sensitivity at least 0.8 | pneumonia |" in text
     assert "Test (90 % interval)" in text

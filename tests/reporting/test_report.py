@@ -9,13 +9,13 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from fadeformer.data.arrays import Meta
-from fadeformer.data.sources.medmnist import SETS
+from fadeformer.data.arrays import ArrayMetadata
+from fadeformer.data.sources.medmnist import DATASETS
 from fadeformer.evaluation import predictions, published, subgroups, summary  # fmt: skip
-from fadeformer.evaluation.operating_points import operating_points
+from fadeformer.evaluation.operating_points import select_operating_points
 from fadeformer.reporting import rendering, report, tables
 from fadeformer.reporting.plots import base, uncertainty
-from fadeformer.reporting.tables import Evidence
+from fadeformer.reporting.tables import ReportInputs
 from fadeformer.tasks import TASKS
 
 A4 = 680  # pixels of CSS between margins of 15 mm
@@ -33,7 +33,7 @@ def described(name: str) -> dict:
 
 def made(name: str, *, images: int = 200, skill: float = 2.0, leaks: int = 0, known: bool = True) -> SimpleNamespace:
     """All that a report is made of, of a set with random scores."""
-    of, random = SETS[name], np.random.default_rng(0)
+    of, random = DATASETS[name], np.random.default_rng(0)
     task, classes = TASKS[of.task], tuple(of.classes)
     if task.multi_label:
         labels = (random.random((images, len(classes))) < 0.2).astype(np.int64)
@@ -47,26 +47,26 @@ def made(name: str, *, images: int = 200, skill: float = 2.0, leaks: int = 0, kn
     index = pd.DataFrame({"split": np.resize(["val", "test"], images), "id": np.arange(images), "group": None})
     index["id"] = index["id"].astype(str)
     columns = pd.DataFrame({"sex": random.choice(["F", "M"], images), "age": random.integers(0, 99, images)})
-    table = predictions.table(index, labels, raw, task, classes, raw, columns if known else None)
-    val, test = table.of("val"), table.of("test")
+    table = predictions.build_predictions(index, labels, raw, task, classes, raw, columns if known else None)
+    val, test = table.select_split("val"), table.select_split("test")
     counts = {"train": 1000, "val": len(val.frame), "test": len(test.frame)}
     dataset = {
         "name": name, "file": f"{name}.npz", "sha256": "5e" * 32, "task": of.task, "classes": list(classes),
         "licence": "CC BY 4.0", "note": "", "size": 28, "counts": counts,
     }  # fmt: skip
-    meta = Meta(dataset, 28, 1, counts, "published", leaks, [0.5], [0.2], "squash")
-    intervals, found = subgroups.compare(test, [0, 40, 80], draws=100, seed=0, confidence=0.95)
+    meta = ArrayMetadata(dataset, 28, 1, counts, "published", leaks, [0.5], [0.2], "squash")
+    intervals, found = subgroups.evaluate_subgroups(test, [0, 40, 80], n_resamples=100, seed=0, confidence=0.95)
     wanted = {"youden": None, "sensitivity": 0.9}
-    points = operating_points(val, test, wanted, 0.95)
-    evidence = Evidence(
-        meta, described(name), {"val": summary.summarise(val), "test": summary.summarise(test)}, intervals,
+    points = select_operating_points(val, test, wanted, 0.95)
+    evidence = ReportInputs(
+        meta, described(name), {"val": summary.summarize(val), "test": summary.summarize(test)}, intervals,
         {"wanted": wanted, "confidence": 0.95, "points": points}, found,
     )  # fmt: skip
-    return SimpleNamespace(meta=meta, test=test, evidence=evidence, published=published.beside(meta))
+    return SimpleNamespace(meta=meta, test=test, evidence=evidence, published=published.comparison_table(meta))
 
 
 def verdicts(of: SimpleNamespace) -> dict[str, str]:
-    told = report.verdicts(of.evidence, of.evidence.summary["test"], of.published)
+    told = report.key_findings(of.evidence, of.evidence.summary["test"], of.published)
     return {sentence: kind for kind, sentence in told}
 
 
@@ -80,11 +80,11 @@ def page(of: SimpleNamespace, folder: Path, explained: dict = EXPLAINED) -> Path
         "confusion_matrix": base.confusion_matrix(of.test),
         "score_histograms": uncertainty.score_histograms(of.test),
     }.items():
-        base.save(figure, folder / f"{name}.png", 40)
+        base.save_figure(figure, folder / f"{name}.png", 40)
     matrix = (folder / "confusion_matrix.png").read_bytes()  # stands for all others
     pngs = dict.fromkeys({*report.FIGURES, "gallery"}.difference(left_out), matrix)
     pngs["score_histograms"] = (folder / "score_histograms.png").read_bytes()
-    text = report.report(
+    text = report.render_report(
         of.evidence,
         of.evidence.summary["test"],
         of.published,
@@ -112,9 +112,9 @@ def test_the_verdict_warns_of_chance_leaks_and_classes_that_are_not_judged():
     assert next(iter(told.values())) == "bad"
     assert "chance alone is not ruled out" in next(iter(told))
     assert told["3 images stand in two splits, so the numbers may flatter."] == "bad"
-    assert tables.UNDIVIDED in told
+    assert tables.NO_SUBGROUPS in told
     without = next(sentence for sentence in verdicts(made("chestmnist")) if sentence.startswith("Not judged"))
-    assert without == f"Not judged, for want of images with or without: {SETS['chestmnist'].classes[3]}."
+    assert without == f"Not judged, for want of images with or without: {DATASETS['chestmnist'].classes[3]}."
 
 
 def test_what_stands_in_the_page_is_escaped_and_nothing_points_outside(tmp_path):
@@ -131,9 +131,9 @@ def test_without_subgroups_a_sentence_stands_for_table_and_figure(tmp_path):
     with_them = page(made("retinamnist"), tmp_path / "with").read_text()
     without = page(made("retinamnist", known=False), tmp_path / "without").read_text()
     assert 'id="subgroup_forest"' in with_them
-    assert tables.UNDIVIDED not in with_them
+    assert tables.NO_SUBGROUPS not in with_them
     assert "subgroup_forest" not in re.sub(r"<style>.*</style>", "", without, flags=re.DOTALL)
-    assert f"<p>{tables.UNDIVIDED}</p>" in without
+    assert f"<p>{tables.NO_SUBGROUPS}</p>" in without
     assert "Patients or lesions" not in without
 
 
@@ -158,7 +158,7 @@ def test_marks_of_markdown_are_html_in_the_page_and_all_else_is_escaped(tmp_path
     body = re.sub(r"base64,[^\"]*", "", text)
     assert "**" not in body
     assert "`" not in body
-    assert rendering.marked("<b> `a<b` **c&d**") == "&lt;b&gt; <code>a&lt;b</code> <strong>c&amp;d</strong>"
+    assert rendering.render_markup("<b> `a<b` **c&d**") == "&lt;b&gt; <code>a&lt;b</code> <strong>c&amp;d</strong>"
 
 
 @pytest.fixture(scope="module", params=KINDS)

@@ -36,9 +36,9 @@ FORMS = [
 def package(tmp_path_factory):
     """The folder of a package, and in it the path that no answer may tell."""
     with project_with_store(tmp_path_factory.mktemp("served")):
-        with runs.run() as run_id:
+        with runs.start_run() as run_id:
             pass
-        yield packaged.fetch(f"models:/{packaged.log(run_id).model_id}")
+        yield packaged.fetch_package(f"models:/{packaged.log_package(run_id).model_id}")
 
 
 @pytest.fixture(scope="module")
@@ -48,13 +48,13 @@ def model(package):
 
 @pytest.fixture(scope="module")
 def client(model):
-    with TestClient(http.app(model, max_bytes=50_000, max_images=5), raise_server_exceptions=True) as client:
+    with TestClient(http.create_app(model, max_bytes=50_000, max_images=5), raise_server_exceptions=True) as client:
         yield client
 
 
 @pytest.fixture(scope="module")
 def expected(package) -> list[float]:
-    return load(packaged.data(package)).scores(images(3))[:, 1].tolist()
+    return load(packaged.find_data_folder(package)).predict_proba(images(3))[:, 1].tolist()
 
 
 def scores(answer) -> list[float]:

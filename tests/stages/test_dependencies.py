@@ -99,7 +99,7 @@ def sections_of(module: str) -> set[str]:
     for node in (node for tree in trees for node in ast.walk(tree)):
         if isinstance(node, ast.Attribute) and node.attr in known:
             value = node.value
-            loaded = isinstance(value, ast.Call) and ast.unparse(value.func) == "params.load"
+            loaded = isinstance(value, ast.Call) and ast.unparse(value.func) == "schema.load_params"
             if loaded or (isinstance(value, ast.Name) and value.id == "wanted"):
                 read.add(node.attr.removesuffix("_"))
     return read

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from fadeformer.data.arrays import Meta
+from fadeformer.data.arrays import ArrayMetadata
 from fadeformer.errors import UserError
 from fadeformer.models.factory import create_model
 from fadeformer.tasks import TASKS
@@ -13,8 +13,8 @@ from pipelines.stages import train_worker
 MIRRORED = {"task": "multi-class", "classes": ["a", "b", "c"], "mirrors": True}
 
 
-def meta(**changes: object) -> Meta:
-    return Meta({**MIRRORED, **changes}, 28, 3, {}, "published", 0, [0.1, 0.2, 0.3], [0.4, 0.5, 0.0], "squash")
+def meta(**changes: object) -> ArrayMetadata:
+    return ArrayMetadata({**MIRRORED, **changes}, 28, 3, {}, "published", 0, [0.1, 0.2, 0.3], [0.4, 0.5, 0.0], "squash")
 
 
 def with_train(wanted, **changes: object):
@@ -23,7 +23,9 @@ def with_train(wanted, **changes: object):
 
 def weights(wanted, labels: list[list[int]], task: str = "multi-class", **changes: object) -> list[float]:
     about = meta(task=task)
-    return train_worker.class_weights_of(with_train(wanted, **changes), about, TASKS[task], np.array(labels)).tolist()
+    return train_worker.resolve_class_weights(
+        with_train(wanted, **changes), about, TASKS[task], np.array(labels)
+    ).tolist()
 
 
 def test_classes_weigh_as_asked(wanted):
@@ -59,28 +61,28 @@ def test_the_input_is_normalised_as_asked(wanted, normalise, backbone, mean, std
             backbone=backbone, num_classes=3, image_size=224 if "224" in backbone else 28, in_chans=3, pretrained=False,
             dropout=0.0, drop_path=0.0, fade={"num_heads": 4},
         )  # fmt: skip
-    found = train_worker.normalisation_of(wanted.model.model_copy(update={"normalise": normalise}), meta(), model)
+    found = train_worker.resolve_normalization(wanted.model.model_copy(update={"normalise": normalise}), meta(), model)
     assert found.mean == pytest.approx(mean)
     assert found.std == pytest.approx(std)
 
 
 @pytest.mark.parametrize(("mirrors", "share"), [(True, 0.5), (False, 0.0)])
 def test_left_and_right_are_mirrored_only_where_they_mean_the_same(wanted, mirrors, share):
-    assert train_worker.augmentation_of(wanted, meta(mirrors=mirrors)).horizontal_flip == share
+    assert train_worker.build_augmentation(wanted, meta(mirrors=mirrors)).horizontal_flip == share
 
 
 def test_on_a_cpu_there_is_one_process_unless_more_are_asked_for(wanted):
     cpu = with_train(wanted, device="cpu")
-    assert train_worker.devices(cpu) == 1
-    assert train_worker.devices(with_train(cpu, devices=3)) == 3
+    assert train_worker.device_count(cpu) == 1
+    assert train_worker.device_count(with_train(cpu, devices=3)) == 3
 
 
 def test_more_gpus_than_there_are_is_told(wanted, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    assert train_worker.devices(wanted) == 2
+    assert train_worker.device_count(wanted) == 2
     with pytest.raises(UserError, match=r"train\.devices is 3, but this machine has 2 GPU\(s\); set it to auto"):
-        train_worker.devices(with_train(wanted, devices=3))
+        train_worker.device_count(with_train(wanted, devices=3))
 
 
 @pytest.mark.parametrize(("told", "count"), [(None, 1), ("2", 2), ("2:4", 2)])
@@ -88,4 +90,4 @@ def test_machines_are_those_of_torchrun(monkeypatch, told, count):
     monkeypatch.delenv("PET_NNODES", raising=False)
     if told:
         monkeypatch.setenv("PET_NNODES", told)
-    assert train_worker.nodes() == count
+    assert train_worker.node_count() == count

@@ -23,15 +23,15 @@ import pandas as pd
 import pytest
 from mlflow import MlflowClient
 
-from fadeformer.data.arrays import Meta
-from fadeformer.errors import PassingError, UserError
+from fadeformer.data.arrays import ArrayMetadata
+from fadeformer.errors import TransientError, UserError
 from fadeformer.io.atomic import read_json, write_json
 from pipelines.tracking import journal, locations, runs
 from pipelines.tracking import store as mlflow_store
 from pipelines.tracking.journal import Journal
 
 CARD = {"name": "dots", "file": "dots.npz", "sha256": "ab" * 32, "size": 16, "note": "made up", "task": "binary-class"}
-META = Meta(
+META = ArrayMetadata(
     dataset=CARD, image_size=16, channels=1, counts={"train": 1}, split="published", cross_split_duplicates=0,
     channel_mean=[0.5], channel_std=[0.1], aspect="squash",
 )  # fmt: skip
@@ -105,7 +105,7 @@ def begun(epochs: int = 0) -> Journal:
     book = Journal(FOLDER)
     book.start(PARAMS, META)
     for epoch in range(1, epochs + 1):
-        book.epoch(measured(epoch))
+        book.add_epoch(measured(epoch))
     return book
 
 
@@ -118,9 +118,9 @@ def test_a_run_has_what_a_training_leaves(store, monkeypatch):
     monkeypatch.setenv("DVC_EXP_NAME", "puffy-daks")
     monkeypatch.setenv("MLFLOW_RUN_NAME", "first")
     book = begun(epochs=2)
-    book.deliver()
+    book.flush()
     ours = run_in_store()
-    assert book.settle() == ours.info.run_id
+    assert book.finalize() == ours.info.run_id
     assert ours.info.run_name == "first"
     assert ours.info.status == "RUNNING"
     assert ours.data.params == {"train.lr": "0.1", "seed": "1"}
@@ -136,7 +136,7 @@ def test_a_run_has_what_a_training_leaves(store, monkeypatch):
     assert json.loads(dataset.dataset.source)["tags"]["file"] == "dots.npz"
     assert [(tag.key, tag.value) for tag in dataset.tags] == [("mlflow.data.context", "training")]
     note = read_json(FOLDER / "run.json")
-    assert ours.data.tags[runs.IDENTITY] == note["identity"]
+    assert ours.data.tags[runs.IDENTITY_TAG] == note["identity"]
     assert ours.info.start_time == note["time"]
     assert [(key, step) for key, step, _, _ in points(store)] == [(key, epoch) for epoch in (1, 2) for key in METRICS]
     assert points(store) == expected()
@@ -144,14 +144,14 @@ def test_a_run_has_what_a_training_leaves(store, monkeypatch):
 
 
 def test_an_epoch_that_is_computed_again_stands_as_it_was(store):
-    begun(epochs=2).deliver()
+    begun(epochs=2).flush()
     before, first = (FOLDER / "history.csv").read_bytes(), run_in_store()
     again = Journal(FOLDER)
     again.start({"seed": 2}, META)
-    again.epoch({**measured(2), "loss": 7.0})
+    again.add_epoch({**measured(2), "loss": 7.0})
     assert (FOLDER / "history.csv").read_bytes() == before
-    again.epoch(measured(3))
-    assert again.settle() == first.info.run_id
+    again.add_epoch(measured(3))
+    assert again.finalize() == first.info.run_id
     assert points(store) == expected()
     assert len(expected()) == 6
 
@@ -159,17 +159,17 @@ def test_an_epoch_that_is_computed_again_stands_as_it_was(store):
 def test_a_resumed_training_has_the_same_run_running_again(store):
     begun(epochs=1).close("KILLED")
     assert run_in_store().info.status == "KILLED"
-    Journal(FOLDER).deliver()
+    Journal(FOLDER).flush()
     assert run_in_store().info.status == "RUNNING"
 
 
 def test_a_metric_that_is_undefined_is_left_out(store):
     book = begun()
-    book.epoch({**measured(1), "auc": None})
-    book.epoch({**measured(2), "auc": 0.1 + 0.2})
-    book.settle()
+    book.add_epoch({**measured(1), "auc": None})
+    book.add_epoch({**measured(2), "auc": 0.1 + 0.2})
+    book.finalize()
     assert [(step, value) for key, step, value, _ in points(store) if key == "auc"] == [(2, 0.1 + 0.2)]
-    assert Journal(FOLDER).settle()
+    assert Journal(FOLDER).finalize()
     assert points(store) == expected()
 
 
@@ -177,8 +177,8 @@ def test_more_than_mlflow_takes_in_one_call(store):
     book = Journal(FOLDER)
     book.start({f"p{i}": i for i in range(250)}, META)
     for epoch in range(1, 121):
-        book.epoch(measured(epoch) | {f"m{i}": i + epoch for i in range(10)})
-    book.settle()
+        book.add_epoch(measured(epoch) | {f"m{i}": i + epoch for i in range(10)})
+    book.finalize()
     assert points(store) == expected()
     assert len(expected()) == 120 * 12
     assert len(run_in_store().data.params) == 250
@@ -201,14 +201,14 @@ def train(epochs: int = 4, permits=None) -> None:
     With permits it waits for one before each epoch, so that it cannot end before it is killed.
     """
     book, checkpoint = begun(), FOLDER / "checkpoint.json"
-    book.deliver()
+    book.flush()
     for epoch in range(read_json(checkpoint) + 1 if checkpoint.is_file() else 1, epochs + 1):
         if permits is not None:
             permits.acquire()
-        book.epoch({**measured(epoch), "loss": time.perf_counter()})  # never twice the same
-        book.deliver()
+        book.add_epoch({**measured(epoch), "loss": time.perf_counter()})  # never twice the same
+        book.flush()
         write_json(checkpoint, epoch)
-    Journal(FOLDER).settle()
+    Journal(FOLDER).finalize()
 
 
 def train_and_die(module, name: str, call: int, before: bool) -> None:
@@ -286,50 +286,50 @@ def gone(run_id: str) -> None:
 @pytest.mark.parametrize("do", [deleted, gone])
 def test_a_run_that_is_gone_is_reported_and_made_again_as_the_message_says(store, do, resumed):
     book = begun(epochs=1)
-    run_id = book.settle()
+    run_id = book.finalize()
     do(run_id)
     book = Journal(FOLDER) if resumed else book
-    book.epoch(measured(2))
+    book.add_epoch(measured(2))
     message = (
         rf"MLflow at {store.parent} has no run {run_id}, or it was deleted; restore it .* or remove {FOLDER}/run.json"
     )
-    for method in (book.deliver, book.settle):
+    for method in (book.flush, book.finalize):
         with pytest.raises(UserError, match=message) as raised:
             method()
-        assert not isinstance(raised.value, PassingError)
+        assert not isinstance(raised.value, TransientError)
     (FOLDER / "run.json").unlink()
-    assert begun().settle() != run_id
+    assert begun().finalize() != run_id
     assert points(store)[-4:] == expected()
 
 
 def test_a_deleted_experiment_is_reported(store):
-    begun(epochs=1).settle()
+    begun(epochs=1).finalize()
     MlflowClient().delete_experiment("1")
     with pytest.raises(UserError, match="experiment fadeformer was deleted; restore it"):
-        Journal(FOLDER).deliver()
+        Journal(FOLDER).flush()
 
 
 def test_another_mlflow_than_before_is_reported(store, empty, monkeypatch, tmp_path):
-    run_id = begun(epochs=1).settle()
+    run_id = begun(epochs=1).finalize()
     other = shutil.copytree(empty / "mlruns", tmp_path / "other") / "mlflow.db"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{other}")
     with pytest.raises(UserError, match=rf"sqlite:///{other} has no run {run_id}.* set MLFLOW_TRACKING_URI as it was"):
-        Journal(FOLDER).deliver()
+        Journal(FOLDER).flush()
     assert points(other) == []
 
 
 def test_a_project_that_moved_has_its_run(store, monkeypatch):
-    run_id = begun(epochs=1).settle()
+    run_id = begun(epochs=1).finalize()
     monkeypatch.chdir(shutil.copytree(Path.cwd(), store.parents[2] / f"{store.parents[1].name}-moved"))
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "")
-    assert begun(epochs=2).settle() == run_id
+    assert begun(epochs=2).finalize() == run_id
     assert points(Path("mlruns/mlflow.db")) == expected()
     assert len(expected()) == 4
 
 
 def test_no_password_is_shown(monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://me:secret@example.org:5000/mlflow/?token=secret")
-    assert locations.address() == "http://example.org:5000/mlflow"
+    assert locations.display_address() == "http://example.org:5000/mlflow"
 
 
 # MLflow may come back.
@@ -371,19 +371,19 @@ def away(request, project, monkeypatch) -> str:
 def test_a_training_goes_on_without_mlflow(away, monkeypatch, capfd):
     monkeypatch.setattr(journal, "TIMEOUT", 1)
     tries: list[float] = []
-    check = mlflow_store.check
-    monkeypatch.setattr(mlflow_store, "check", lambda timeout: tries.append(timeout) or check(timeout))
+    check = mlflow_store.check_reachable
+    monkeypatch.setattr(mlflow_store, "check_reachable", lambda timeout: tries.append(timeout) or check(timeout))
     Failing.asked = 0
     book = begun()
     for epoch in range(1, 100):
-        book.epoch(measured(epoch))
-        book.deliver()
+        book.add_epoch(measured(epoch))
+        book.flush()
     assert len(tries) == 1  # and no more within the pause
     book.close("KILLED")
     with pytest.raises(
-        PassingError, match=rf"{away} cannot be reached.* finished and kept in {FOLDER}: start it, then run"
+        TransientError, match=rf"{away} cannot be reached.* finished and kept in {FOLDER}: start it, then run"
     ):
-        Journal(FOLDER).settle()
+        Journal(FOLDER).finalize()
     assert Failing.asked <= 3
     printed = capfd.readouterr()
     first, last = printed.out.splitlines()
@@ -399,24 +399,26 @@ def test_after_the_pause_it_is_tried_again(project, monkeypatch, capsys):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
     tries, clock = [], [0.0]
     monkeypatch.setattr(
-        mlflow_store, "check", lambda timeout, real=mlflow_store.check: tries.append(1) or real(timeout)
+        mlflow_store,
+        "check_reachable",
+        lambda timeout, real=mlflow_store.check_reachable: tries.append(1) or real(timeout),
     )
     monkeypatch.setattr(journal.time, "monotonic", lambda: clock[0])
     book = begun(epochs=1)
     for clock[0] in (0, 59, 61, 119, 122):
-        book.deliver()
+        book.flush()
     assert len(tries) == 3
     assert len(capsys.readouterr().out.splitlines()) == 1
 
 
 def test_a_read_only_store_is_waited_for(store, monkeypatch, capfd):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///file:{store}?mode=ro&uri=true")
-    begun(epochs=1).deliver()
+    begun(epochs=1).flush()
     printed = capfd.readouterr()
     assert printed.out.strip().endswith("(attempt to write a readonly database)")
     assert printed.err == ""
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "")
-    Journal(FOLDER).settle()
+    Journal(FOLDER).finalize()
     assert points(store) == expected()
 
 
@@ -458,23 +460,23 @@ class Server:
 
 @pytest.mark.server
 def test_a_server_that_comes_late_and_dies_in_between(project, monkeypatch, capfd):
-    monkeypatch.setattr(journal, "PAUSE", 0)
+    monkeypatch.setattr(journal, "RETRY_INTERVAL", 0)
     server = Server(project)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", server.uri)
     try:
         book = begun(epochs=2)
-        book.deliver()
+        book.flush()
         server.start()
-        book.deliver()
+        book.flush()
         assert points(server.database) == expected()
         server.kill()
         for epoch in (3, 4):
-            book.epoch(measured(epoch))
-            book.deliver()
+            book.add_epoch(measured(epoch))
+            book.flush()
         server.start()
-        book.epoch(measured(5))
-        book.deliver()
-        assert Journal(FOLDER).settle() == book.settle()
+        book.add_epoch(measured(5))
+        book.flush()
+        assert Journal(FOLDER).finalize() == book.finalize()
         assert points(server.database) == expected()
         assert len(expected()) == 2 * 5
         assert ask(server.database, "select count(*) from runs") == [(1,)]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from fadeformer.errors import PassingError
+from fadeformer.errors import TransientError
 from pipelines import paths
 from pipelines.tracking import locations, resume
 
@@ -18,13 +18,13 @@ ROUNDS = 25
 # A run of its own process: trains, has its model noted, and forgets, while others do the same.
 RUN = f"""
 import os, sys
-from pipelines import begun
+from pipelines.tracking import resume
 os.chdir(sys.argv[1])
 for number in range({ROUNDS}):
-    begun.made_of = lambda: {{"run": sys.argv[1], "number": number}}
-    with begun.taken_up() as folder:
-        begun.finish(folder, f"{{sys.argv[1]}} {{number}}")
-    begun.forget(f"{{sys.argv[1]}} {{number}}")
+    resume.compute_fingerprint = lambda: {{"run": sys.argv[1], "number": number}}
+    with resume.open_training_folder() as folder:
+        resume.mark_finished(folder, f"{{sys.argv[1]}} {{number}}")
+    resume.remove_finished(f"{{sys.argv[1]}} {{number}}")
 """
 
 
@@ -33,10 +33,10 @@ def copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Pat
     """Goes to a working copy of a deployment run, which is made first; "" is the project itself."""
 
     def go_to(name: str) -> Path:
-        folder = tmp_path / locations.RUNS / name if name else tmp_path
+        folder = tmp_path / locations.WORKSPACES / name if name else tmp_path
         if name and not folder.exists():
-            (folder / locations.COPY).parent.mkdir(parents=True)
-            (folder / locations.COPY).write_text("{}")
+            (folder / locations.WORKSPACE_MARKER).parent.mkdir(parents=True)
+            (folder / locations.WORKSPACE_MARKER).write_text("{}")
         monkeypatch.chdir(folder)
         return folder
 
@@ -46,13 +46,13 @@ def copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Pat
 @pytest.fixture
 def seed(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     """Sets what the next training is made of."""
-    return lambda seed: monkeypatch.setattr(resume, "made_of", lambda: {"seed": seed})
+    return lambda seed: monkeypatch.setattr(resume, "compute_fingerprint", lambda: {"seed": seed})
 
 
 def train(run_id: str) -> Path:
     """A training that ends: its folder."""
-    with resume.taken_up() as folder:
-        resume.finish(folder, run_id)
+    with resume.open_training_folder() as folder:
+        resume.mark_finished(folder, run_id)
     return folder
 
 
@@ -65,10 +65,10 @@ def test_what_another_run_has_finished_stays_until_that_run_forgets_it(
     copy("two")
     seed(2)
     train("of two")
-    resume.forget("of two")
-    assert (one / resume.FINISHED).is_file()
+    resume.remove_finished("of two")
+    assert (one / resume.FINISHED_MARKER).is_file()
     copy("one")
-    resume.forget("of one")
+    resume.remove_finished("of one")
     assert not any(path.is_dir() for path in one.parent.iterdir())
 
 
@@ -97,12 +97,12 @@ def test_a_finished_training_that_is_taken_up_again_is_not_removed_meanwhile(
     seed(1)
     train("same")
     copy("two")
-    monkeypatch.setattr(resume, "LOOKING", 0)
-    with resume.taken_up() as folder:
-        resume.forget("same")
-        assert (folder / resume.MADE_OF).is_file()
+    monkeypatch.setattr(resume, "LOCK_TIMEOUT", 0)
+    with resume.open_training_folder() as folder:
+        resume.remove_finished("same")
+        assert (folder / resume.FINGERPRINT).is_file()
     assert "going on with the training" in capsys.readouterr().out
-    resume.forget("same")
+    resume.remove_finished("same")
     assert not folder.exists()
 
 
@@ -111,7 +111,7 @@ def test_a_training_that_another_process_is_at_is_not_told_as_left(
 ) -> None:
     copy("one")
     seed(1)
-    with resume.taken_up():
+    with resume.open_training_folder():
         copy("two")
         seed(2)
         train("of two")
@@ -124,11 +124,11 @@ def test_a_training_that_another_process_is_at_is_not_told_as_left(
 def test_the_very_same_training_is_begun_once(
     copy: Callable[[str], Path], seed: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(resume, "LOOKING", 0)
+    monkeypatch.setattr(resume, "LOCK_TIMEOUT", 0)
     copy("one")
     seed(1)
     told = "another process trains the very same"
-    with resume.taken_up(), pytest.raises(PassingError, match=told), resume.taken_up():
+    with resume.open_training_folder(), pytest.raises(TransientError, match=told), resume.open_training_folder():
         pass
 
 
@@ -140,22 +140,22 @@ def test_half_of_a_training_that_was_being_removed_is_never_gone_on_with(
     folder = train("one")
 
     def killed(folder: Path) -> None:
-        (folder / resume.FINISHED).unlink()
+        (folder / resume.FINISHED_MARKER).unlink()
         raise KeyboardInterrupt
 
     def remove_half() -> None:
         with monkeypatch.context() as patch:
             patch.setattr(resume.shutil, "rmtree", killed)
             with pytest.raises(KeyboardInterrupt):
-                resume.forget("one")
+                resume.remove_finished("one")
 
     (folder / "step-00000001.pt").touch()
     remove_half()
-    with resume.taken_up() as again:
+    with resume.open_training_folder() as again:
         assert again == folder
-        assert json.loads((again / resume.MADE_OF).read_text()) == {"seed": 1}
-        assert {path.name for path in again.iterdir()} == {resume.MADE_OF}
-        resume.finish(again, "one")
+        assert json.loads((again / resume.FINGERPRINT).read_text()) == {"seed": 1}
+        assert {path.name for path in again.iterdir()} == {resume.FINGERPRINT}
+        resume.mark_finished(again, "one")
     remove_half()
     seed(2)
     assert train("two").is_dir()
@@ -167,4 +167,4 @@ def test_runs_that_begin_and_end_at_once_do_not_fail(copy: Callable[[str], Path]
     runs = [subprocess.Popen([sys.executable, "-c", RUN, folder], stderr=subprocess.PIPE) for folder in copies]
     told = [run.communicate()[1].decode() for run in runs]
     assert [(run.returncode, text) for run, text in zip(runs, told, strict=True)] == [(0, "")] * AT_ONCE
-    assert not any(path.is_dir() for path in (tmp_path / paths.BEGUN).iterdir())
+    assert not any(path.is_dir() for path in (tmp_path / paths.UNFINISHED_TRAININGS).iterdir())

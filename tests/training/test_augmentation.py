@@ -12,8 +12,8 @@ from torchvision import transforms
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as published
 
-from fadeformer.data.normalization import IMAGENET, Normalisation, to_unit
-from fadeformer.training.augmentation import COLUMNS, Augmentation
+from fadeformer.data.normalization import IMAGENET, Normalization, to_unit_range
+from fadeformer.training.augmentation import DRAW_COLUMNS, Augmentation
 
 OFF = {
     "horizontal_flip": 0.0, "rotation": 0.0, "scale": 0.0, "translate": 0.0, "border": "zeros",
@@ -24,7 +24,7 @@ ALL = {
     "horizontal_flip": 0.5, "rotation": 20.0, "scale": 0.1, "translate": 0.1, "brightness": 0.4, "contrast": 0.4,
     "saturation": 0.4, "erasing": 0.5, "randaugment_operations": 2,
 }  # fmt: skip
-UNIT = Normalisation((0.0,) * 3, (1.0,) * 3)  # the result is the pixels in [0, 1]
+UNIT = Normalization((0.0,) * 3, (1.0,) * 3)  # the result is the pixels in [0, 1]
 COPIES = 2000
 CERTAIN = 0.01  # a rightly built test of distributions fails by this chance once, but its seeds are fixed
 
@@ -41,15 +41,15 @@ def images(count: int = 4, height: int = 24, width: int = 20, channels: int = 3)
 def augmented(
     batch: torch.Tensor,
     seed: int = 0,
-    normalisation: Normalisation = UNIT,
+    normalisation: Normalization = UNIT,
     drawn: dict | None = None,
     **changes: object,
 ) -> torch.Tensor:
     """With all off but the changes; `drawn` sets columns of the draws."""
     augmentation = Augmentation(**{**OFF, **changes})
-    draws = augmentation.draw(len(batch), seed)
+    draws = augmentation.draw_uniforms(len(batch), seed)
     for name, number in (drawn or {}).items():
-        draws[:, COLUMNS.index(name)] = number
+        draws[:, DRAW_COLUMNS.index(name)] = number
     return augmentation(batch, draws, normalisation)
 
 
@@ -66,7 +66,7 @@ def alike(ours: np.ndarray, theirs: np.ndarray) -> None:
 def published_copies(transform: torch.nn.Module, image: torch.Tensor, seed: int = 1) -> torch.Tensor:
     """What torchvision's own transform makes of so many copies of one image, (copies, channels, height, width)."""
     torch.manual_seed(seed)
-    one = to_unit(image[None])[0]
+    one = to_unit_range(image[None])[0]
     return torch.stack([transform(one.clone()) for _ in range(COPIES)])
 
 
@@ -80,14 +80,14 @@ def copies(image: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("channels", [1, 3])
 def test_with_all_off_it_only_normalises(channels):
     batch = images(channels=channels)
-    expected = IMAGENET.of(channels)(batch)
+    expected = IMAGENET.for_channels(channels)(batch)
     torch.testing.assert_close(augmented(batch, normalisation=IMAGENET), expected, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("channels", [1, 3])
 def test_a_flip_is_torchvisions(channels):
     batch = images(channels=channels)
-    expected = published.hflip(to_unit(batch))
+    expected = published.hflip(to_unit_range(batch))
     torch.testing.assert_close(augmented(batch, horizontal_flip=1.0), expected, atol=1e-6, rtol=0)
     moving = augmented(batch, horizontal_flip=1.0, rotation=5.0, drawn={"angle": 0.5})
     torch.testing.assert_close(moving, expected, atol=1e-6, rtol=0)
@@ -98,7 +98,7 @@ def test_a_flip_is_torchvisions(channels):
 def test_a_rotation_is_torchvisions(angle, flip):
     batch = images(height=64, width=48)
     changes = {"rotation": 180.0, "horizontal_flip": float(flip), "drawn": {"angle": unit(angle, 180)}}
-    before = published.hflip(to_unit(batch)) if flip else to_unit(batch)
+    before = published.hflip(to_unit_range(batch)) if flip else to_unit_range(batch)
     expected = published.rotate(before, angle)
     different = (augmented(batch, **changes) - expected).abs() > 1e-6
     assert different.float().mean() < 1e-3  # where both are so near the middle between two pixels that rounding decides
@@ -114,7 +114,7 @@ def test_scale_and_translation_are_torchvisions_affine_map(angle, size, shift):
         "shift_y": unit(shift[1], 0.2 * 64),
     }  # fmt: skip
     found = augmented(batch, rotation=30.0, scale=0.3, translate=0.2, interpolation="bilinear", drawn=drawn)
-    expected = published.affine(to_unit(batch), -angle, list(shift), size, [0.0, 0.0], InterpolationMode.BILINEAR)
+    expected = published.affine(to_unit_range(batch), -angle, list(shift), size, [0.0, 0.0], InterpolationMode.BILINEAR)
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
 
 
@@ -124,9 +124,9 @@ def test_scale_and_translation_are_torchvisions_affine_map(angle, size, shift):
 def test_a_single_change_of_colour_is_torchvisions(name, factor, channels):
     batch = images(channels=channels)
     found = augmented(batch, **{name: 0.95}, drawn={name: unit(factor - 1, 0.95)})
-    expected = getattr(published, f"adjust_{name}")(to_unit(batch), factor)
+    expected = getattr(published, f"adjust_{name}")(to_unit_range(batch), factor)
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
-    assert ((found - to_unit(batch)).abs().max() < 1e-5) == (factor == 1 or (name, channels) == ("saturation", 1))
+    assert ((found - to_unit_range(batch)).abs().max() < 1e-5) == (factor == 1 or (name, channels) == ("saturation", 1))
 
 
 def test_where_nothing_clips_the_three_changes_are_torchvisions_in_any_order():
@@ -135,7 +135,7 @@ def test_where_nothing_clips_the_three_changes_are_torchvisions_in_any_order():
     drawn = {name: unit(factor - 1, 0.5) for name, factor in factors.items()}
     found = augmented(batch, brightness=0.5, contrast=0.5, saturation=0.5, drawn=drawn)
     for order in itertools.permutations(factors):
-        expected = to_unit(batch)
+        expected = to_unit_range(batch)
         for name in order:
             expected = getattr(published, f"adjust_{name}")(expected, factors[name])
         torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
@@ -145,7 +145,7 @@ def test_contrast_is_about_the_mean_of_the_turned_image():
     batch = images(height=32, width=32)
     drawn = {"angle": unit(30, 40), "contrast": unit(-0.5, 0.6)}
     found = augmented(batch, rotation=40.0, contrast=0.6, interpolation="bilinear", drawn=drawn)
-    turned = published.rotate(to_unit(batch), 30, InterpolationMode.BILINEAR)
+    turned = published.rotate(to_unit_range(batch), 30, InterpolationMode.BILINEAR)
     torch.testing.assert_close(found, published.adjust_contrast(turned, 0.5), atol=1e-4, rtol=0)
 
 
@@ -195,7 +195,7 @@ def test_erased_rectangles_are_distributed_as_torchvisions(scale, size):
 
 def mixed(batch: torch.Tensor, targets: torch.Tensor, seed: int = 0, **changes: object):
     augmentation = Augmentation(**{**OFF, **changes})
-    return augmentation.mix(batch, targets, augmentation.draw(len(batch), seed))
+    return augmentation.mix_batch(batch, targets, augmentation.draw_uniforms(len(batch), seed))
 
 
 def halves(side: int = 16) -> tuple[torch.Tensor, torch.Tensor]:
@@ -266,11 +266,11 @@ def test_an_image_is_mixed_with_its_mirror_in_the_batch(changes):
 @pytest.mark.parametrize("interpolation", ["nearest", "bilinear"])
 def test_a_part_of_the_rows_is_that_part_of_the_whole(channels, interpolation):
     augmentation = Augmentation(**{**OFF, **ALL, "interpolation": interpolation})
-    batch, draws = images(20, channels=channels), augmentation.draw(20, 0)
-    whole = augmentation(batch, draws, IMAGENET.of(channels))
+    batch, draws = images(20, channels=channels), augmentation.draw_uniforms(20, 0)
+    whole = augmentation(batch, draws, IMAGENET.for_channels(channels))
     for rows in ([7], [0, 1, 2], [19, 3, 11, 4], list(range(0, 20, 2))):
         torch.testing.assert_close(
-            augmentation(batch[rows], draws[rows], IMAGENET.of(channels)), whole[rows], atol=1e-6, rtol=0
+            augmentation(batch[rows], draws[rows], IMAGENET.for_channels(channels)), whole[rows], atol=1e-6, rtol=0
         )
     assert (whole - augmented(batch, normalisation=IMAGENET)).abs().amax(dim=(1, 2, 3)).min() > 0.01  # all changed
 
@@ -305,8 +305,10 @@ fractions = st.floats(0, 1)
 )  # fmt: skip
 def test_pixels_stay_within_black_and_white(changes, size, channels, seed):
     batch = images(3, *size, channels)
-    found = augmented(batch, seed, IMAGENET.of(channels), **changes)
-    black, white = (IMAGENET.of(channels)(torch.full((1, 1, 1, channels), v, dtype=torch.uint8)) for v in (0, 255))
+    found = augmented(batch, seed, IMAGENET.for_channels(channels), **changes)
+    black, white = (
+        IMAGENET.for_channels(channels)(torch.full((1, 1, 1, channels), v, dtype=torch.uint8)) for v in (0, 255)
+    )
     assert found.shape == (3, channels, *size)
     assert torch.isfinite(found).all()
     assert (found >= black - 1e-5).all()

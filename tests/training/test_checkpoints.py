@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from fadeformer.errors import UserError
-from fadeformer.training.checkpoints import Checkpoints
+from fadeformer.training.checkpoints import CheckpointManager
 from tests.conftest import ROOT
 
 
@@ -39,27 +39,27 @@ def same(one: object, other: object) -> bool:
 
 
 @pytest.fixture
-def kept(tmp_path) -> Checkpoints:
+def kept(tmp_path) -> CheckpointManager:
     """Two checkpoints, of steps 1 and 2."""
-    checkpoints = Checkpoints(tmp_path / "run", 1)
+    checkpoints = CheckpointManager(tmp_path / "run", 1)
     for step in (1, 2):
         checkpoints.save(some_state(step), step)
     return checkpoints
 
 
-def names(checkpoints: Checkpoints) -> list[str]:
+def names(checkpoints: CheckpointManager) -> list[str]:
     return sorted(path.name for path in checkpoints.folder.iterdir())
 
 
 def test_the_last_two_are_kept_and_the_newest_is_read(tmp_path):
-    checkpoints = Checkpoints(tmp_path, 1)
-    assert checkpoints.newest() is None
+    checkpoints = CheckpointManager(tmp_path, 1)
+    assert checkpoints.load_latest() is None
     for number, step in enumerate((1, 9, 10, 123_456)):
         checkpoints.save(some_state(step), step)
         assert len(names(checkpoints)) == min(2, number + 1)
-        assert same(checkpoints.newest(), some_state(step))
+        assert same(checkpoints.load_latest(), some_state(step))
     assert names(checkpoints) == ["step-00000010.pt", "step-00123456.pt"]
-    assert same(Checkpoints(tmp_path, 1).newest(), some_state(123_456))  # by another process too
+    assert same(CheckpointManager(tmp_path, 1).load_latest(), some_state(123_456))  # by another process too
     assert not same(some_state(1), some_state(2))  # else all this would say nothing
 
 
@@ -74,9 +74,9 @@ def test_a_process_killed_while_it_writes_leaves_the_ones_before(kept):
     done = subprocess.run([sys.executable, "-c", program, str(kept.folder)], cwd=ROOT, check=False)
     assert done.returncode == -9
     assert len(names(kept)) == 3
-    again = Checkpoints(kept.folder, 1)
+    again = CheckpointManager(kept.folder, 1)
     assert names(again) == ["step-00000001.pt", "step-00000002.pt"]
-    assert same(again.newest(), some_state(2))
+    assert same(again.load_latest(), some_state(2))
 
 
 def cut(content: bytes) -> bytes:
@@ -124,10 +124,10 @@ class Marker:
 
 @pytest.mark.filterwarnings("ignore:.*is damaged")
 def test_a_file_that_would_run_code_is_refused(tmp_path):
-    checkpoints, ran = Checkpoints(tmp_path / "run", 1), tmp_path / "ran"
+    checkpoints, ran = CheckpointManager(tmp_path / "run", 1), tmp_path / "ran"
     checkpoints.save({"model": Marker(ran)}, 1)
     with pytest.raises(UserError, match="none of the checkpoints can be read"):
-        checkpoints.newest()
+        checkpoints.load_latest()
     assert not ran.exists()
     torch.load(checkpoints.paths[0], weights_only=False)
     assert ran.exists()  # so it would have run
@@ -137,10 +137,10 @@ LIMITED = """
 import resource, sys
 from pathlib import Path
 import torch
-from fadeformer.training.checkpoints import Checkpoints
+from fadeformer.training.checkpoints import CheckpointManager
 from fadeformer.errors import UserError
 
-checkpoints = Checkpoints(Path(sys.argv[1]), 1)
+checkpoints = CheckpointManager(Path(sys.argv[1]), 1)
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 large = {"epoch": 2, "weights": torch.rand(100_000)}
 for state in (large, {"epoch": 1}, large):
@@ -160,19 +160,19 @@ def test_a_file_that_may_not_grow_is_told_with_the_checkpoint_before(tmp_path):
     assert "there is none yet" in first
     assert f"the one before, {before} is whole; free some space, then run again" in second
     assert [path.name for path in tmp_path.iterdir()] == [before.name]
-    assert Checkpoints(tmp_path, 1).newest() == {"epoch": 1}
+    assert CheckpointManager(tmp_path, 1).load_latest() == {"epoch": 1}
 
 
 def test_a_checkpoint_is_due_when_the_last_one_is_old_enough(tmp_path, monkeypatch):
     now = 1000.0
     monkeypatch.setattr(time, "monotonic", lambda: now)
-    checkpoints = Checkpoints(tmp_path, 2)
-    assert not checkpoints.due()
+    checkpoints = CheckpointManager(tmp_path, 2)
+    assert not checkpoints.is_due()
     now += 119
-    assert not checkpoints.due()
+    assert not checkpoints.is_due()
     now += 1
-    assert checkpoints.due()
+    assert checkpoints.is_due()
     checkpoints.save({}, 1)
-    assert not checkpoints.due()
+    assert not checkpoints.is_due()
     now += 120
-    assert checkpoints.due()
+    assert checkpoints.is_due()

@@ -10,8 +10,8 @@ from torch import nn
 
 from fadeformer.data.normalization import IMAGENET
 from fadeformer.errors import UserError
-from fadeformer.inference.forward import logits_of
-from fadeformer.training.distributed import make_fabric, peak_memory, predict_together, within_memory
+from fadeformer.inference.forward import predict_logits
+from fadeformer.training.distributed import create_fabric, peak_memory_mib, predict_distributed, report_out_of_memory
 from tests.training.test_loop import network, some_images
 
 CPU = torch.device("cpu")
@@ -30,7 +30,7 @@ class Noting(nn.Linear):
     ("precision", "name", "dtype"), [("32", "32-true", torch.float32), ("bf16", "bf16-mixed", torch.bfloat16)]
 )
 def test_fabric_has_the_precision_that_is_asked_for(precision, name, dtype):
-    fabric = make_fabric(CPU, precision)
+    fabric = create_fabric(CPU, precision)
     assert fabric._precision.precision == name
     assert (fabric.world_size, fabric.global_rank, fabric.device) == (1, 0, CPU)
     layer = Noting(3, 2)
@@ -44,7 +44,10 @@ def test_fabric_has_the_precision_that_is_asked_for(precision, name, dtype):
 
 def test_a_real_lack_of_memory_is_told_with_a_remedy():
     told = r"with train\.batch_size 64 and train\.accumulate 4; set train\.accumulate to 8, .*lower train\.batch_size"
-    with pytest.raises(UserError, match=rf"out of memory {told} \(.*allocate memory") as error, within_memory(64, 4):
+    with (
+        pytest.raises(UserError, match=rf"out of memory {told} \(.*allocate memory") as error,
+        report_out_of_memory(64, 4),
+    ):
         torch.empty(2**60, dtype=torch.uint8)
     assert "\n" not in str(error.value)
     assert len(str(error.value)) < 500
@@ -58,7 +61,7 @@ def test_a_real_lack_of_memory_is_told_with_a_remedy():
     ],
 )  # fmt: skip
 def test_any_lack_of_memory_is_told(error, shown):
-    with pytest.raises(UserError, match=rf"set train\.accumulate to 2, .*{shown}"), within_memory(8, 1):
+    with pytest.raises(UserError, match=rf"set train\.accumulate to 2, .*{shown}"), report_out_of_memory(8, 1):
         raise error
 
 
@@ -66,13 +69,13 @@ def test_any_lack_of_memory_is_told(error, shown):
     "error", [RuntimeError("shapes do not fit"), ValueError("no"), UserError("told already"), KeyboardInterrupt()]
 )
 def test_other_errors_pass_as_they_are(error):
-    with pytest.raises(type(error)) as told, within_memory(8, 1):
+    with pytest.raises(type(error)) as told, report_out_of_memory(8, 1):
         raise error
     assert told.value is error
 
 
 def test_the_memory_of_a_process_is_in_mebibytes():
-    found = peak_memory(CPU)
+    found = peak_memory_mib(CPU)
     assert found > 50
     status = Path("/proc/self/status")
     if status.exists():  # as Linux tells it in another place
@@ -82,16 +85,16 @@ def test_the_memory_of_a_process_is_in_mebibytes():
 
 @pytest.mark.parametrize("precision", ["32", "bf16"])
 def test_alone_a_prediction_is_that_of_the_network(precision):
-    model, pixels, calls = network(3), some_images(7, 3).pixels, []
-    fabric = make_fabric(CPU, precision)
-    found = predict_together(model, pixels, 3, fabric, IMAGENET, lambda: calls.append(1))
+    model, pixels, calls = network(3), some_images(7, 3).images, []
+    fabric = create_fabric(CPU, precision)
+    found = predict_distributed(model, pixels, 3, fabric, IMAGENET, lambda: calls.append(1))
     with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
-        expected = logits_of(model, pixels, 3, CPU, IMAGENET)
+        expected = predict_logits(model, pixels, 3, CPU, IMAGENET)
     np.testing.assert_array_equal(found, expected)
     assert found.shape == (7, 3)
     assert len(calls) == 3
     assert not model.training
-    exact = logits_of(model, pixels, 3, CPU, IMAGENET)
+    exact = predict_logits(model, pixels, 3, CPU, IMAGENET)
     assert (np.abs(exact - found).max() > 0) == (precision == "bf16")
 
 
@@ -102,5 +105,5 @@ def test_alone_a_prediction_is_that_of_the_network(precision):
 def test_bfloat16_on_a_cpu_avoids_amx(monkeypatch, precision, given, value):
     environment = {"PATH": os.environ["PATH"], **given}
     monkeypatch.setattr(os, "environ", environment)
-    make_fabric(CPU, precision)
+    create_fabric(CPU, precision)
     assert environment.get("ONEDNN_MAX_CPU_ISA") == value

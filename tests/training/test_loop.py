@@ -9,16 +9,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fadeformer.data.arrays import Images
+from fadeformer.data.arrays import SplitArrays
 from fadeformer.data.normalization import IMAGENET
-from fadeformer.errors import Interrupted, UserError
+from fadeformer.errors import StageInterrupted, UserError
 from fadeformer.models.factory import create_model
 from fadeformer.tasks import TASKS
 from fadeformer.training import loop
 from fadeformer.training.augmentation import Augmentation
-from fadeformer.training.checkpoints import Checkpoints
-from fadeformer.training.distributed import make_fabric
-from fadeformer.training.state import COST, Epoch, Recipe, State, start
+from fadeformer.training.checkpoints import CheckpointManager
+from fadeformer.training.distributed import create_fabric
+from fadeformer.training.state import COST_FIELDS, EpochResult, Recipe, TrainingState, create_training_state
 from tests.training.test_augmentation import OFF
 
 RECIPE = Recipe(
@@ -29,7 +29,7 @@ RECIPE = Recipe(
 CPU = torch.device("cpu")
 
 
-def some_images(count: int, classes: int, *, multi_label: bool = False, seed: int = 0) -> Images:
+def some_images(count: int, classes: int, *, multi_label: bool = False, seed: int = 0) -> SplitArrays:
     """Random pixels, brighter in the rows that belong to a class."""
     random = np.random.default_rng(seed)
     pixels = random.integers(0, 100, (count, 16, 16, 3), dtype=np.uint8)
@@ -42,7 +42,7 @@ def some_images(count: int, classes: int, *, multi_label: bool = False, seed: in
     for i in range(count):
         for c in np.flatnonzero(present[i]):
             pixels[i, 4 * c : 4 * c + 3] += 120
-    return Images(
+    return SplitArrays(
         pixels, labels, pd.DataFrame({"split": ["train"] * count, "id": [f"image {i}" for i in range(count)]})
     )
 
@@ -58,9 +58,9 @@ def network(
 
 
 def fitted(
-    state: State,
-    train: Images,
-    val: Images,
+    state: TrainingState,
+    train: SplitArrays,
+    val: SplitArrays,
     task: str,
     recipe: Recipe,
     *,
@@ -76,23 +76,23 @@ def fitted(
     augmentation = Augmentation(**{**OFF, "horizontal_flip": 0.5, **(augment or {})})
     return loop.fit(
         state, train, val, task=kind, recipe=recipe, class_weights=np.ones(classes), augmentation=augmentation,
-        normalisation=IMAGENET, seed=seed, fabric=fabric or make_fabric(CPU), **options,
+        normalization=IMAGENET, seed=seed, fabric=fabric or create_fabric(CPU), **options,
     )  # fmt: skip
 
 
 def run(
-    train: Images, val: Images, task: str, seed: int = 0, head: str = "auto", **changes: object
-) -> tuple[State, list[Epoch]]:
+    train: SplitArrays, val: SplitArrays, task: str, seed: int = 0, head: str = "auto", **changes: object
+) -> tuple[TrainingState, list[EpochResult]]:
     kind = TASKS[task].with_head(head)
     classes = train.labels.shape[1] if kind.multi_label else int(train.labels.max()) + 1
     recipe = replace(RECIPE, **changes)
-    state = start(network(classes - kind.spare_outputs, seed=seed), recipe)
+    state = create_training_state(network(classes - kind.num_omitted_outputs, seed=seed), recipe)
     return state, list(fitted(state, train, val, task, recipe, seed=seed, head=head))
 
 
-def results(epochs: list[Epoch]) -> list[Epoch]:
+def results(epochs: list[EpochResult]) -> list[EpochResult]:
     """Without what they cost."""
-    return [replace(epoch, **dict.fromkeys(COST, 0.0)) for epoch in epochs]
+    return [replace(epoch, **dict.fromkeys(COST_FIELDS, 0.0)) for epoch in epochs]
 
 
 @pytest.mark.parametrize("task", list(TASKS))
@@ -125,7 +125,9 @@ def test_the_learning_rate_follows_its_schedule(schedule, expected):
 
 def test_a_plateau_lowers_the_learning_rate_training_stops_early_and_the_weights_are_those_of_the_best_epoch():
     train = some_images(8, 3)
-    wrong = Images(train.pixels, (train.labels + 1) % 3, train.index)  # the better it learns, the worse it validates
+    wrong = SplitArrays(
+        train.images, (train.labels + 1) % 3, train.index
+    )  # the better it learns, the worse it validates
     state, epochs = run(train, wrong, "multi-class", epochs=40, schedule="plateau", early_stopping_patience=3)
     assert len(epochs) < 40
     assert len(epochs) == state.best_epoch + 3
@@ -158,9 +160,9 @@ def asked_after(calls: int) -> Callable[[], int]:
 
 def complete(folder, train, val, recipe, **options):
     """A training from the last checkpoint in a folder to its end, or until it is asked to stop."""
-    state = start(network(3, dropout=0.1, drop_path=0.1), recipe)
-    checkpoints = Checkpoints(folder, minutes=1e-9)
-    if (found := checkpoints.newest()) is not None:
+    state = create_training_state(network(3, dropout=0.1, drop_path=0.1), recipe)
+    checkpoints = CheckpointManager(folder, minutes=1e-9)
+    if (found := checkpoints.load_latest()) is not None:
         state.load_state_dict(found)
     for _ in fitted(
         state, train, val, "multi-class", recipe, checkpoints=checkpoints, augment=CHANGES, **options
@@ -179,7 +181,7 @@ def test_a_training_stopped_anywhere_goes_on_to_the_bit(tmp_path):
     for calls in range(1, 200):
         try:
             pieces = complete(tmp_path / "pieces", train, val, recipe, asked_to_stop=asked_after(calls % 3))
-        except Interrupted:
+        except StageInterrupted:
             stopped += 1
         else:
             break
@@ -203,12 +205,12 @@ def test_a_finished_training_is_not_trained_again(tmp_path):
 def test_checkpoints_come_within_an_epoch_and_the_last_two_are_kept(tmp_path):
     train = some_images(20, 3)
     complete(tmp_path, train, train, replace(RECIPE, epochs=2))
-    assert [path.name for path in Checkpoints(tmp_path, 1).paths] == ["step-00000006.pt", "step-00000005.pt"]
+    assert [path.name for path in CheckpointManager(tmp_path, 1).paths] == ["step-00000006.pt", "step-00000005.pt"]
 
 
-def poison(train: Images, row: int, monkeypatch) -> None:
+def poison(train: SplitArrays, row: int, monkeypatch) -> None:
     """Plants a NaN: the normalised image of one row has it."""
-    target = torch.from_numpy(train.pixels[row])
+    target = torch.from_numpy(train.images[row])
     original = Augmentation.__call__
 
     def poisoned(self, images: Tensor, draws: Tensor, normalisation) -> Tensor:
@@ -224,23 +226,25 @@ def test_a_planted_nan_is_told_with_step_and_image_and_the_last_good_checkpoint_
     recipe = replace(RECIPE, epochs=3, sampling="uniform")
     clean = complete(tmp_path / "clean", train, train, replace(recipe, epochs=1))
     poison(train, 13, monkeypatch)
-    state = start(network(3, backbone="vit_tiny_patch16_224"), recipe)
+    state = create_training_state(network(3, backbone="vit_tiny_patch16_224"), recipe)
     with pytest.raises(
         UserError, match=r"the loss is nan at epoch 1, batch \d, step \d, on the images image 13;"
     ) as told:
-        for _ in fitted(state, train, train, "multi-class", recipe, checkpoints=Checkpoints(tmp_path / "none", 1)):
+        for _ in fitted(
+            state, train, train, "multi-class", recipe, checkpoints=CheckpointManager(tmp_path / "none", 1)
+        ):
             pass
     assert "train.learning_rate" in str(told.value)
     assert "checkpoint" not in str(told.value)  # there was none yet
-    before = Checkpoints(tmp_path / "clean", 1).paths[0]
-    state = start(network(3, dropout=0.1, drop_path=0.1), recipe)
-    state.load_state_dict(Checkpoints(tmp_path / "clean", 1).newest())
+    before = CheckpointManager(tmp_path / "clean", 1).paths[0]
+    state = create_training_state(network(3, dropout=0.1, drop_path=0.1), recipe)
+    state.load_state_dict(CheckpointManager(tmp_path / "clean", 1).load_latest())
     with pytest.raises(UserError, match=rf"the loss is nan at epoch 2, .*the last good checkpoint is {before}"):
         for _ in fitted(
-            state, train, train, "multi-class", recipe, checkpoints=Checkpoints(tmp_path / "clean", 1)
+            state, train, train, "multi-class", recipe, checkpoints=CheckpointManager(tmp_path / "clean", 1)
         ):  # fmt: skip
             pass
-    kept = Checkpoints(tmp_path / "clean", 1).newest()
+    kept = CheckpointManager(tmp_path / "clean", 1).load_latest()
     assert all(torch.equal(kept["model"][name], value) for name, value in clean.model.state_dict().items())
 
 
@@ -270,7 +274,7 @@ def test_too_little_memory_is_told_with_the_batch_size_and_a_remedy(monkeypatch)
 
 def test_a_val_without_two_classes_cannot_choose_by_auc():
     train = some_images(9, 3)
-    only = Images(train.pixels[::3], train.labels[::3], train.index[::3])
+    only = SplitArrays(train.images[::3], train.labels[::3], train.index[::3])
     with pytest.raises(UserError, match=r"train\.monitor is auc, .*; set it to loss"):
         run(train, only, "multi-class", monitor="auc")
 
@@ -288,7 +292,7 @@ def test_the_epoch_is_chosen_by_what_is_asked(monitor):
 def test_while_probing_only_what_is_new_learns():
     train = some_images(20, 3)
     recipe = replace(RECIPE, epochs=2, probe_epochs=1, weight_decay=0.1)
-    state = start(network(3), recipe)
+    state = create_training_state(network(3), recipe)
     before = {name: value.clone() for name, value in state.model.state_dict().items()}
     epochs = fitted(state, train, train, "multi-class", recipe)
     next(epochs)
@@ -302,7 +306,7 @@ def test_while_probing_only_what_is_new_learns():
 def test_the_mean_of_the_weights_is_what_is_judged_and_kept():
     train = some_images(20, 3)
     recipe = replace(RECIPE, ema=0.9, monitor="loss")
-    state = start(network(3), recipe)
+    state = create_training_state(network(3), recipe)
     steps = [dict(state.model.state_dict())]
     original = state.ema.update
 
@@ -328,7 +332,7 @@ def test_a_clipped_step_is_no_longer_than_asked():
     train, recipe = some_images(8, 3), replace(RECIPE, epochs=1, optimizer="sgd", learning_rate=1.0, weight_decay=0.0)
     moved = {}
     for clip in (None, 0.01):
-        state = start(network(3), replace(recipe, clip=clip))
+        state = create_training_state(network(3), replace(recipe, clip=clip))
         before = torch.cat([value.detach().flatten().clone() for value in state.model.parameters()])
         list(fitted(state, train, train, "multi-class", replace(recipe, clip=clip)))
         moved[clip] = (
@@ -354,7 +358,7 @@ def test_a_step_in_four_parts_is_the_same_step():
     )
     histories, weights = [], []
     for accumulate in (1, 4):
-        state = start(network(3, backbone="vit_tiny_patch16_224"), recipe)
+        state = create_training_state(network(3, backbone="vit_tiny_patch16_224"), recipe)
         state.model.attn.dropout.p = 0.0
         before = state.model.classifier.weight.detach().clone()
         changed = replace(recipe, accumulate=accumulate)
@@ -372,7 +376,7 @@ def test_parts_of_a_step_have_dropout_masks_of_their_own(monkeypatch):
     """They do not repeat the mask of the first part."""
     kept: list[Tensor] = []
     train, recipe = some_images(8, 3), replace(RECIPE, epochs=1, accumulate=2)
-    state = start(network(3, backbone="vit_tiny_patch16_224"), recipe)
+    state = create_training_state(network(3, backbone="vit_tiny_patch16_224"), recipe)
     dropout = state.model.attn.dropout = nn.Dropout(0.5)
     dropout.register_forward_hook(lambda _, x, y: kept.append(y != 0) if dropout.training else None)
     list(fitted(state, train, train, "multi-class", recipe))

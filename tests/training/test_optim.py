@@ -11,7 +11,7 @@ from torch.optim import lr_scheduler
 
 from fadeformer.errors import UserError
 from fadeformer.models.factory import create_model
-from fadeformer.training.optim import Plateau, make_optimizer, pace, set_learning_rate
+from fadeformer.training.optim import PlateauSchedule, create_optimizer, lr_multiplier, set_learning_rate
 
 SCHEDULES = ["cosine", "plateau", "constant"]
 BUILT = {"num_classes": 3, "image_size": 32, "in_chans": 3, "pretrained": False, "dropout": 0.1, "drop_path": 0.0}
@@ -20,7 +20,7 @@ FADE = {"num_heads": 4}
 
 @given(st.integers(0, 50), st.sampled_from(SCHEDULES))
 def test_warming_up_rises_evenly_to_1(warmup, schedule):
-    found = [pace(step, 100, warmup, schedule, 1.0) for step in range(warmup + 1)]
+    found = [lr_multiplier(step, 100, warmup, schedule, 1.0) for step in range(warmup + 1)]
     assert found == pytest.approx([step / (warmup + 1) for step in range(1, warmup + 2)])
     assert found[-1] == 1.0
 
@@ -34,7 +34,7 @@ def test_the_cosine_is_torchs_of_each_step(steps, warmup):
         expected.append(optimizer.param_groups[0]["lr"])
         optimizer.step()
         scheduler.step()
-    found = [pace(step, warmup + steps, warmup, "cosine", 0.3) for step in range(warmup, warmup + steps)]
+    found = [lr_multiplier(step, warmup + steps, warmup, "cosine", 0.3) for step in range(warmup, warmup + steps)]
     assert found == pytest.approx(expected, abs=1e-12)
     assert found == sorted(found, reverse=True)
     assert found[-1] > 0  # the last step is not for nothing
@@ -42,8 +42,8 @@ def test_the_cosine_is_torchs_of_each_step(steps, warmup):
 
 @given(st.integers(0, 100), st.floats(1e-3, 1))
 def test_a_constant_stays_and_a_plateau_is_what_it_has_become(step, rate):
-    assert pace(step, 100, 0, "plateau", rate) == rate
-    assert pace(step, 100, 0, "constant", rate) == 1.0
+    assert lr_multiplier(step, 100, 0, "plateau", rate) == rate
+    assert lr_multiplier(step, 100, 0, "constant", rate) == 1.0
 
 
 LOSSES = [1.0, 0.9, 0.95, 0.91, 0.9, 0.89, 0.9, 0.9, 0.9, 0.9, 0.9, 0.5, 0.6, 0.6, 0.6, 0.6, 0.6, 0.6]
@@ -53,14 +53,14 @@ LOSSES = [1.0, 0.9, 0.95, 0.91, 0.9, 0.89, 0.9, 0.9, 0.9, 0.9, 0.9, 0.5, 0.6, 0.
 def test_a_plateau_is_torchs_whose_state_may_be_taken_up_anywhere(factor, patience):
     optimizer = torch.optim.SGD([torch.zeros(1)], lr=1e-4)
     published = lr_scheduler.ReduceLROnPlateau(optimizer, mode="min", factor=factor, patience=patience)
-    plateau, expected, found = Plateau(factor, patience), [], []
+    plateau, expected, found = PlateauSchedule(factor, patience), [], []
     for loss in LOSSES:
         published.step(loss)
         expected.append(optimizer.param_groups[0]["lr"])
         plateau.scheduler.step(loss)
-        found.append(1e-4 * plateau.rate)
+        found.append(1e-4 * plateau.multiplier)
         state = plateau.state_dict()
-        plateau = Plateau(factor, patience)
+        plateau = PlateauSchedule(factor, patience)
         plateau.load_state_dict(state)
     assert found == pytest.approx(expected, rel=1e-6)
     assert found[-1] < found[0]
@@ -68,7 +68,7 @@ def test_a_plateau_is_torchs_whose_state_may_be_taken_up_anywhere(factor, patien
 
 def learning_rates(model: nn.Module, layer_decay: float, name: str = "adamw") -> dict[str, float]:
     """Of each weight, after a learning rate of 0.01 was set."""
-    optimizer = make_optimizer(model, name, 1.0, 0.05, layer_decay)
+    optimizer = create_optimizer(model, name, 1.0, 0.05, layer_decay)
     set_learning_rate(optimizer, 0.01)
     rates = {id(weight): group["lr"] for group in optimizer.param_groups for weight in group["params"]}
     assert len(rates) == len(list(model.parameters()))
@@ -112,7 +112,7 @@ def test_a_network_without_attention_has_layers_too():
 
 
 def decays(model: nn.Module, name: str, layer_decay: float = 1.0) -> dict[str, float]:
-    optimizer = make_optimizer(model, name, 1e-3, 0.05, layer_decay)
+    optimizer = create_optimizer(model, name, 1e-3, 0.05, layer_decay)
     found = {id(weight): group["weight_decay"] for group in optimizer.param_groups for weight in group["params"]}
     return {name: found[id(weight)] for name, weight in model.named_parameters()}
 
@@ -121,7 +121,7 @@ def decays(model: nn.Module, name: str, layer_decay: float = 1.0) -> dict[str, f
 def test_adam_decays_everything_as_published_and_others_no_bias_and_no_norm(layer_decay):
     model = create_model(backbone="fadevit_nano", fade=FADE, **BUILT)
     assert set(decays(model, "adam", layer_decay).values()) == {0.05}
-    assert type(make_optimizer(model, "adam", 1e-3, 0.05, 1.0)) is torch.optim.Adam
+    assert type(create_optimizer(model, "adam", 1e-3, 0.05, 1.0)) is torch.optim.Adam
     assert set(learning_rates(model, 1.0).values()) == {0.01}
     spared = {name for name, decay in decays(model, "adamw", layer_decay).items() if decay == 0}
     tokens = {"cls_token", "pos_embed"}
@@ -133,4 +133,4 @@ def test_adam_decays_everything_as_published_and_others_no_bias_and_no_norm(laye
 def test_an_optimiser_that_cannot_be_had_is_told(name, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(UserError, match=rf"params\.yaml: train\.optimizer is '{name}'"):
-        make_optimizer(nn.Linear(2, 2), name, 1e-3, 0.0, 1.0)
+        create_optimizer(nn.Linear(2, 2), name, 1e-3, 0.0, 1.0)

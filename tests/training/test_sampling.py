@@ -25,7 +25,7 @@ def of_classes(*counts: int) -> np.ndarray:
 
 @given(st.integers(1, 100), st.integers(1, 40), st.integers(0, 2**63 - 1))
 def test_uniform_batches_hold_each_image_once_and_are_as_even_as_can_be(count, batch_size, seed):
-    order = batches.draw(np.zeros((count, 1), np.int64), MULTI_CLASS, "uniform", batch_size, seed)
+    order = batches.sample_batches(np.zeros((count, 1), np.int64), MULTI_CLASS, "uniform", batch_size, seed)
     assert sorted(np.concatenate(order).tolist()) == list(range(count))
     sizes = [len(rows) for rows in order]
     assert len(sizes) == math.ceil(count / batch_size)
@@ -38,7 +38,7 @@ def test_the_order_hangs_on_the_seed_alone(sampling):
     labels = of_classes(20, 7, 3)
 
     def order(seed: int) -> list[int]:
-        return np.concatenate(batches.draw(labels, MULTI_CLASS, sampling, 8, seed)).tolist()
+        return np.concatenate(batches.sample_batches(labels, MULTI_CLASS, sampling, 8, seed)).tolist()
 
     first = order(5)
     assert order(5) == first
@@ -48,7 +48,7 @@ def test_the_order_hangs_on_the_seed_alone(sampling):
 
 def test_weighted_batches_draw_every_class_equally_often():
     labels = of_classes(900, 90, 10)
-    epochs = [batches.draw(labels, MULTI_CLASS, "weighted", 64, seed) for seed in range(9)]
+    epochs = [batches.sample_batches(labels, MULTI_CLASS, "weighted", 64, seed) for seed in range(9)]
     rows = np.concatenate([rows for order in epochs for rows in order])
     assert len(rows) == 9 * len(labels)
     assert stats.chisquare(np.bincount(labels[rows, 0])).pvalue > 0.01
@@ -69,7 +69,7 @@ def test_images_may_all_have_findings_and_findings_may_be_absent():
 
 @given(st.integers(0, 100), st.integers(1, 9))
 def test_shares_partition_a_batch_evenly(count, parts):
-    shares = [range(count)[batches.share(count, part, parts)] for part in range(parts)]
+    shares = [range(count)[batches.shard_slice(count, part, parts)] for part in range(parts)]
     assert list(chain(*shares)) == list(range(count))
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
@@ -77,18 +77,18 @@ def test_shares_partition_a_batch_evenly(count, parts):
 @given(st.integers(1, 4), st.integers(1, 4), st.integers(1, 40), st.integers(1, 200))
 def test_a_batch_too_small_to_be_shared_is_told_with_a_remedy_that_helps(world, accumulate, batch_size, count):
     labels = np.zeros((count, 1), np.int64)
-    order = batches.draw(labels, MULTI_CLASS, "uniform", batch_size, 0)
-    own = [rows[batches.share(len(rows), rank, world)] for rows in order for rank in range(world)]
-    parts = [len(rows[batches.share(len(rows), part, accumulate)]) for rows in own for part in range(accumulate)]
+    order = batches.sample_batches(labels, MULTI_CLASS, "uniform", batch_size, 0)
+    own = [rows[batches.shard_slice(len(rows), rank, world)] for rows in order for rank in range(world)]
+    parts = [len(rows[batches.shard_slice(len(rows), part, accumulate)]) for rows in own for part in range(accumulate)]
     if world * accumulate == 1 or min(parts) >= 2:
-        batches.check_size(order, world, accumulate)
+        batches.check_batch_size(order, world, accumulate)
         return
     with pytest.raises(UserError, match=rf"for {world} device\(s\) and train\.accumulate {accumulate}; raise") as told:
-        batches.check_size(order, world, accumulate)
+        batches.check_batch_size(order, world, accumulate)
     larger = int(str(told.value).split("train.batch_size to ")[1].split()[0])
     assert larger > batch_size or count < larger
     if count >= larger:
-        batches.check_size(batches.draw(labels, MULTI_CLASS, "uniform", larger, 0), world, accumulate)
+        batches.check_batch_size(batches.sample_batches(labels, MULTI_CLASS, "uniform", larger, 0), world, accumulate)
 
 
 @pytest.fixture
@@ -109,7 +109,7 @@ def test_images_come_as_they_lie_in_the_file(tmp_path_factory, sizes):
     np.save(path, np.random.default_rng(0).integers(0, 256, (20, 6, 5, 3), dtype=np.uint8))
     pixels = np.load(path, mmap_mode="r")
     order = some_batches(sizes)
-    found = list(batches.feed(pixels, order, CPU))
+    found = list(batches.prefetch_batches(pixels, order, CPU))
     assert len(found) == len(sizes)
     for rows, images in zip(order, found, strict=True):
         assert images.dtype == torch.uint8
@@ -123,7 +123,7 @@ def threads() -> int:
 @pytest.mark.parametrize("taken", [0, 1, 10])
 def test_no_thread_is_left_behind(pixels, taken):
     before = threads()
-    images = batches.feed(pixels, some_batches([4] * 10), CPU)
+    images = batches.prefetch_batches(pixels, some_batches([4] * 10), CPU)
     for _ in range(taken):
         next(images)
     images.close()
@@ -136,14 +136,14 @@ def test_an_error_while_gathering_reaches_the_consumer(pixels, monkeypatch):
 
     monkeypatch.setattr(np, "take", broken)
     with pytest.raises(OSError, match="the disk is gone"):
-        list(batches.feed(pixels, some_batches([4] * 10), CPU))
+        list(batches.prefetch_batches(pixels, some_batches([4] * 10), CPU))
     assert threads() == 0
 
 
 def test_every_use_of_randomness_has_a_seed_of_its_own():
     numbers = [(s, e, use, b) for s in range(3) for e in range(1, 9) for use in (1, 2) for b in range(20)]
     numbers += [(s, e, 0, 0) for s in range(3) for e in range(1, 9)]
-    seeds = [batches.mix(*few) for few in numbers]
-    assert seeds == [batches.mix(*few) for few in numbers]
+    seeds = [batches.derive_seed(*few) for few in numbers]
+    assert seeds == [batches.derive_seed(*few) for few in numbers]
     assert all(0 <= seed < 2**63 for seed in seeds)
     assert len({seed % 2**32 for seed in seeds}) == len(seeds)  # of which torch's generator on CPUs takes no more

@@ -25,7 +25,7 @@ pytestmark = pytest.mark.usefixtures("without_data_docs")
 def shown(tmp_path, wanted):
     """The page of a folder of images with a labels.csv, and what it is made of."""
 
-    def make(images: dict, table: str, classes: list[str] | None = None) -> tuple[str, Manifest, cards.Facts]:
+    def make(images: dict, table: str, classes: list[str] | None = None) -> tuple[str, Manifest, cards.DatasetCard]:
         root = tmp_path / "scans"
         for name, pixels in images.items():
             path = root / name
@@ -34,13 +34,13 @@ def shown(tmp_path, wanted):
         (root / "labels.csv").write_text(table)
         raw = tmp_path / "raw"
         raw.mkdir(exist_ok=True)
-        facts = folder.fetch(root, classes, None, tmp_path / "salt", raw)
+        facts = folder.import_images(root, classes, None, tmp_path / "salt", raw)
         found = built(facts, raw, tmp_path / "splits")
-        checks = suite.check(
+        checks = suite.validate_manifest(
             found, facts, severity=wanted.validate_.severity.model_dump(), allowed_duplicates=0,
             min_per_class=1, max_label_shift=0.5, folder=tmp_path / "docs",
         )  # fmt: skip
-        return page.page(facts, found, checks, "docs/index.html"), found, facts
+        return page.render_validation_page(facts, found, checks, "docs/index.html"), found, facts
 
     return make
 
@@ -90,7 +90,7 @@ def test_copies_that_have_no_thumbnail_are_shown_or_said_to_have_none(shown, pix
     pairs = section(text, "stand in two splits")
     assert pairs.count("<img ") == 2
     bare = Manifest(found.rows, found.near, found.thumbnails, {}, found.split)
-    pairs = section(page.page(facts, bare, [], "docs.html"), "stand in two splits")
+    pairs = section(page.render_validation_page(facts, bare, [], "docs.html"), "stand in two splits")
     assert pairs.count("no picture: too small or of one value") == 2
     assert "<img" not in pairs
 
@@ -139,7 +139,7 @@ def test_near_duplicates_with_different_labels_are_shown_with_both(shown):
 
 
 def test_no_more_pairs_with_different_labels_are_shown_than_of_two_splits(shown, monkeypatch):
-    monkeypatch.setattr(page, "PAIRS", 1)
+    monkeypatch.setattr(page, "MAX_PAIRS", 1)
     text, _, _ = shown(images(train1=nearly(scene(0)), val1=nearly(scene(4))), table())
     pairs = section(text, "with different labels")
     assert len(captions(pairs)) == 2

@@ -13,13 +13,13 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import BinaryIO, NamedTuple
 
-BLOCK = tarfile.BLOCKSIZE
-GZIP = b"\x1f\x8b"
-CHUNK = 2**16  # bytes
-FREE = 2**20  # bytes that may come out before a ratio is looked at
-LARGEST_HEADER = 2**20  # bytes of an extended header; the longest path that a system knows has 4,096
-REGULAR = (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE)
-PROBLEMS = {
+BLOCK_BYTES = tarfile.BLOCKSIZE
+GZIP_MAGIC = b"\x1f\x8b"
+CHUNK_BYTES = 2**16  # bytes
+RATIO_EXEMPT_BYTES = 2**20  # bytes that may come out before a ratio is looked at
+MAX_HEADER_BYTES = 2**20  # bytes of an extended header; the longest path that a system knows has 4,096
+REGULAR_TYPES = (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE)
+UNSUPPORTED_TYPES = {
     tarfile.SYMTYPE: "is a symbolic link",
     tarfile.LNKTYPE: "is a hard link",
     tarfile.CHRTYPE: "is a device",
@@ -29,11 +29,11 @@ PROBLEMS = {
 }
 
 
-class BombError(Exception):
+class DecompressionBombError(Exception):
     """Far more comes out of a gzip file than went in."""
 
 
-class Entry(NamedTuple):
+class TarEntry(NamedTuple):
     """One entry of a tar.
 
     Attributes:
@@ -48,12 +48,12 @@ class Entry(NamedTuple):
     size: int
     is_folder: bool
     problem: str
-    content: Callable[[], bytes]
+    read_content: Callable[[], bytes]
 
 
-def is_header(block: bytes) -> bool:
+def is_tar_header(block: bytes) -> bool:
     """Whether a tar could begin like this."""
-    if block == bytes(BLOCK):  # of no files
+    if block == bytes(BLOCK_BYTES):  # of no files
         return True
     try:
         tarfile.TarInfo.frombuf(block, "latin-1", "strict")
@@ -62,7 +62,7 @@ def is_header(block: bytes) -> bool:
     return True
 
 
-def entries(file: BinaryIO, ratio: int) -> Iterator[Entry]:
+def iter_entries(file: BinaryIO, ratio: int) -> Iterator[TarEntry]:
     """Each entry in its order.
 
     Args:
@@ -75,10 +75,10 @@ def entries(file: BinaryIO, ratio: int) -> Iterator[Entry]:
         ValueError: a header is.
         OSError: the gzip stream is.
     """
-    stream = _Stream(file, ratio)
+    stream = _TarStream(file, ratio)
     for_all: dict[str, str] = {}
     for_next: dict[str, str] = {}
-    while any(block := stream.exactly(BLOCK)):  # zeros are the end marker
+    while any(block := stream.read_exactly(BLOCK_BYTES)):  # zeros are the end marker
         try:
             info = tarfile.TarInfo.frombuf(block, "utf-8", "strict")
         except tarfile.HeaderError as error:
@@ -87,26 +87,26 @@ def entries(file: BinaryIO, ratio: int) -> Iterator[Entry]:
         long_name = info.type in (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK)
         fields = {} if extended or long_name else for_all | for_next
         size = int(fields.get("size", info.size))
-        if size < 0 or ((extended or long_name) and size > LARGEST_HEADER):
+        if size < 0 or ((extended or long_name) and size > MAX_HEADER_BYTES):
             raise EOFError(f"a header of {size} bytes")
-        content, end = partial(stream.exactly, size), stream.place() + size
+        content, end = partial(stream.read_exactly, size), stream.position() + size
         if extended:
-            (for_all if info.type == tarfile.XGLTYPE else for_next).update(_records(content()))
+            (for_all if info.type == tarfile.XGLTYPE else for_next).update(_parse_pax_records(content()))
         elif info.type == tarfile.GNUTYPE_LONGNAME:
             for_next["path"] = content().rstrip(b"\0").decode("utf-8")
         elif not long_name:
             kind = tarfile.GNUTYPE_SPARSE if any(key.startswith("GNU.sparse") for key in fields) else info.type
-            known = kind in (*REGULAR, tarfile.DIRTYPE)
-            problem = "" if known else PROBLEMS.get(kind, f"is an entry of the unknown kind {kind!r}")
+            known = kind in (*REGULAR_TYPES, tarfile.DIRTYPE)
+            problem = "" if known else UNSUPPORTED_TYPES.get(kind, f"is an entry of the unknown kind {kind!r}")
             for_next = {}
-            yield Entry(fields.get("path", info.name), size, kind == tarfile.DIRTYPE, problem, content)
-        stream.skip_to(end + -size % BLOCK)
-    while rest := stream.read(CHUNK):  # to the end of the gzip stream, whose checksum stands there
+            yield TarEntry(fields.get("path", info.name), size, kind == tarfile.DIRTYPE, problem, content)
+        stream.skip_to(end + -size % BLOCK_BYTES)
+    while rest := stream.read(CHUNK_BYTES):  # to the end of the gzip stream, whose checksum stands there
         if rest.strip(b"\0"):
             raise EOFError("more data stands behind its end")
 
 
-def _records(data: bytes) -> dict[str, str]:
+def _parse_pax_records(data: bytes) -> dict[str, str]:
     """The fields of an extended header, each "length key=value" and a newline."""
     fields = {}
     while data:
@@ -119,33 +119,33 @@ def _records(data: bytes) -> dict[str, str]:
     return fields
 
 
-class _Stream:
+class _TarStream:
     """The bytes of a tar, or of a tar.gz as it is inflated; stops when far more came out than went in."""
 
     def __init__(self, file: BinaryIO, ratio: int) -> None:
-        is_gzip = file.read(len(GZIP)) == GZIP
+        is_gzip = file.read(len(GZIP_MAGIC)) == GZIP_MAGIC
         file.seek(0)
         self.file, self.ratio = file, ratio
-        self.opened = gzip.GzipFile(fileobj=file, mode="rb") if is_gzip else file
+        self.inflated = gzip.GzipFile(fileobj=file, mode="rb") if is_gzip else file
 
-    def place(self) -> int:
-        return self.opened.tell()
+    def position(self) -> int:
+        return self.inflated.tell()
 
     def read(self, size: int) -> bytes:
         try:
-            data = self.opened.read(size)
+            data = self.inflated.read(size)
         except EOFError as error:
             raise EOFError("it ends too early") from error
-        if self.place() > max(FREE, self.ratio * self.file.tell()):
-            raise BombError
+        if self.position() > max(RATIO_EXEMPT_BYTES, self.ratio * self.file.tell()):
+            raise DecompressionBombError
         return data
 
-    def exactly(self, size: int) -> bytes:
+    def read_exactly(self, size: int) -> bytes:
         data = self.read(size)
         if len(data) != size:
             raise EOFError("it ends too early")
         return data
 
     def skip_to(self, place: int) -> None:
-        while (left := place - self.place()) > 0:
-            self.exactly(min(left, CHUNK))
+        while (left := place - self.position()) > 0:
+            self.read_exactly(min(left, CHUNK_BYTES))

@@ -8,10 +8,10 @@ import struct
 import zipfile
 from pathlib import Path
 
-ENCRYPTED = 0x1 | 0x40 | 0x2000  # zip's flags: encrypted, strongly so, and its directory too
-END, END_64 = b"PK\x05\x06", b"PK\x06\x06"
-LONGEST_END = 2**16 + 22 + 76  # bytes of both end records, with a comment between them and the end of the file
-NOT_FILES = {
+ENCRYPTED_FLAGS = 0x1 | 0x40 | 0x2000  # zip's flags: encrypted, strongly so, and its directory too
+END_RECORD, END_RECORD_64 = b"PK\x05\x06", b"PK\x06\x06"
+MAX_END_BYTES = 2**16 + 22 + 76  # bytes of both end records, with a comment between them and the end of the file
+NON_REGULAR_TYPES = {
     stat.S_IFLNK: "is a symbolic link",
     stat.S_IFCHR: "is a device",
     stat.S_IFBLK: "is a device",
@@ -20,7 +20,7 @@ NOT_FILES = {
 }
 
 
-def opened(path: Path) -> zipfile.ZipFile:
+def open_zip(path: Path) -> zipfile.ZipFile:
     """Open a zip to read its members from any thread.
 
     Raises:
@@ -29,13 +29,13 @@ def opened(path: Path) -> zipfile.ZipFile:
         UnicodeDecodeError: a name is not in the encoding that it claims.
     """
     archive = zipfile.ZipFile(path)
-    found, count = len(archive.infolist()), _count(path)
+    found, count = len(archive.infolist()), _entry_count(path)
     if found != count:  # zipfile goes by the bytes alone, and may lose entries
         raise EOFError(f"{found:,} of {count:,} entries found")
     return archive
 
 
-def content(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> bytes:
+def inflate_member(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> bytes:
     """Inflate one member; raises EOFError or BadZipFile if it is damaged, or not what the directory says."""
     data = archive.read(info)
     if len(data) != info.file_size:
@@ -43,7 +43,7 @@ def content(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> bytes:
     return data
 
 
-def problem(info: zipfile.ZipInfo, ratio: int) -> str:
+def member_problem(info: zipfile.ZipInfo, ratio: int) -> str:
     """Why a member must not be read; empty if it may.
 
     Args:
@@ -51,9 +51,9 @@ def problem(info: zipfile.ZipInfo, ratio: int) -> str:
         ratio: how many times as large as its compressed bytes a member may be.
     """
     kind = stat.S_IFMT(info.external_attr >> 16)
-    if kind in NOT_FILES:
-        return NOT_FILES[kind]
-    if info.flag_bits & ENCRYPTED:
+    if kind in NON_REGULAR_TYPES:
+        return NON_REGULAR_TYPES[kind]
+    if info.flag_bits & ENCRYPTED_FLAGS:
         return "is encrypted"
     if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
         return f"is compressed by method {info.compress_type}, not by deflate"
@@ -65,12 +65,12 @@ def problem(info: zipfile.ZipInfo, ratio: int) -> str:
     return ""
 
 
-def _count(path: Path) -> int:
+def _entry_count(path: Path) -> int:
     """How many entries the end of a zip says that its directory has."""
     with path.open("rb") as file:
-        file.seek(-min(path.stat().st_size, LONGEST_END), os.SEEK_END)
+        file.seek(-min(path.stat().st_size, MAX_END_BYTES), os.SEEK_END)
         tail = file.read()
-    (count,) = struct.unpack_from("<H", tail, tail.rindex(END) + 10)
-    if count == 0xFFFF and END_64 in tail:
-        (count,) = struct.unpack_from("<Q", tail, tail.rindex(END_64) + 32)
+    (count,) = struct.unpack_from("<H", tail, tail.rindex(END_RECORD) + 10)
+    if count == 0xFFFF and END_RECORD_64 in tail:
+        (count,) = struct.unpack_from("<Q", tail, tail.rindex(END_RECORD_64) + 32)
     return int(count)

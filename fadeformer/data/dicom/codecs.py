@@ -16,17 +16,17 @@ SYNTAXES = (
     uid.JPEGExtended12Bit, uid.JPEGLossless, uid.JPEGLosslessSV1, uid.JPEGLSLossless, uid.JPEGLSNearLossless,
 )  # fmt: skip
 DECODER_DEPENDENCIES = dict.fromkeys(SYNTAXES, ("imagecodecs",))
-START, END = b"\xff\xd8", b"\xff\xd9"
+SOI, EOI = b"\xff\xd8", b"\xff\xd9"
 # Start of frame, and no table: ISO/IEC 10918-1, table B.1, and for JPEG-LS ISO/IEC 14495-1, C.1.1.
-FRAMES = {*range(0xC0, 0xD0), 0xF7} - {0xC4, 0xC8, 0xCC}
-ALONE = {0x01, *range(0xD0, 0xD9)}  # markers without a length
+SOF_MARKERS = {*range(0xC0, 0xD0), 0xF7} - {0xC4, 0xC8, 0xCC}
+STANDALONE_MARKERS = {0x01, *range(0xD0, 0xD9)}  # markers without a length
 
 
 class JpegError(Exception):
     """Why a frame is not read."""
 
 
-def register() -> None:
+def register_decoders() -> None:
     """Makes pydicom's decoders know this module; once is enough."""
     for syntax in SYNTAXES:
         decoder = get_decoder(syntax)
@@ -56,21 +56,21 @@ def decode(frame: bytes, runner: DecodeRunner) -> bytearray:
     return bytearray(np.ascontiguousarray(pixels))
 
 
-def size(frame: bytes) -> tuple[int, int]:
+def jpeg_size(frame: bytes) -> tuple[int, int]:
     """Width and height as a JPEG or JPEG-LS frame tells them, pixels.
 
     Raises:
         JpegError: it is damaged or cut off.
     """
-    at = 2 if frame.startswith(START) else len(frame)
+    at = 2 if frame.startswith(SOI) else len(frame)
     while at + 9 <= len(frame) and frame[at] == 0xFF:
         marker = frame[at + 1]
-        if marker in FRAMES:
-            if not frame.rstrip(b"\0\xff").endswith(END):  # libjpeg would make up the rest
+        if marker in SOF_MARKERS:
+            if not frame.rstrip(b"\0\xff").endswith(EOI):  # libjpeg would make up the rest
                 raise JpegError("has a compressed frame that is cut off; fetch or export it again")
             return int.from_bytes(frame[at + 7 : at + 9], "big"), int.from_bytes(frame[at + 5 : at + 7], "big")
         if marker == 0xFF:  # fill bytes
             at += 1
         else:
-            at += 2 if marker in ALONE else 2 + int.from_bytes(frame[at + 2 : at + 4], "big")
+            at += 2 if marker in STANDALONE_MARKERS else 2 + int.from_bytes(frame[at + 2 : at + 4], "big")
     raise JpegError("has a compressed frame that is damaged; fetch or export it again")

@@ -15,15 +15,15 @@ from numpy.typing import NDArray
 from pydicom import Dataset
 from pydicom.pixels.processing import apply_modality_lut, apply_voi
 
-Stored = NDArray[Any]  # of whole numbers in any width, or fractions
-Values = NDArray[np.float64]
+StoredArray = NDArray[Any]  # of whole numbers in any width, or fractions
+FloatArray = NDArray[np.float64]
 
 
 class WindowError(ValueError):
     """Values or a window that make no sense; the message quotes nothing of the file."""
 
 
-def to_8_bits(stored: Sequence[Stored], dataset: Dataset) -> tuple[NDArray[np.uint8], str]:
+def to_8_bits(stored: Sequence[StoredArray], dataset: Dataset) -> tuple[NDArray[np.uint8], str]:
     """All frames, and how they were scaled: `window`, `table` or `range`.
 
     Padding is black, and is not looked at for the range.
@@ -36,66 +36,66 @@ def to_8_bits(stored: Sequence[Stored], dataset: Dataset) -> tuple[NDArray[np.ui
         WindowError: a window or a value makes no sense. A damaged file makes pydicom raise others.
     """
     frames = np.empty((len(stored), *stored[0].shape), np.uint8)
-    scales = [_scale(dataset, _display(dataset, number)) for number in range(len(stored))]
+    scales = [_display_transform(dataset, _voi_dataset(dataset, number)) for number in range(len(stored))]
     kinds = {kind for kind, _ in scales}
-    low, high = _range(stored, dataset) if "range" in kinds else (0.0, 0.0)
+    low, high = _value_range(stored, dataset) if "range" in kinds else (0.0, 0.0)
     for number, (frame, (_, to_unit)) in enumerate(zip(stored, scales, strict=True)):
-        values = _modality(frame, dataset, number)
+        values = _modality_values(frame, dataset, number)
         if to_unit is None:
             units = np.clip((values - low) / (high - low), 0, 1) if high > low else np.zeros(values.shape)
         else:
             units = to_unit(values)
         if dataset.PhotometricInterpretation == "MONOCHROME1":
             units = 1 - units
-        units[_padding(frame, dataset)] = 0
+        units[_padding_mask(frame, dataset)] = 0
         frames[number] = np.floor(units * 255 + 0.5)
     return frames, "/".join(sorted(kinds))
 
 
-def _scale(dataset: Dataset, display: Dataset) -> tuple[str, Callable[[Values], Values] | None]:
+def _display_transform(dataset: Dataset, display: Dataset) -> tuple[str, Callable[[FloatArray], FloatArray] | None]:
     """The kind of scale of a frame, and what maps modality values to 0 to 1; None for the range of the file."""
     if dataset.get("VOILUTSequence"):
         largest = 2 ** dataset.VOILUTSequence[0].LUTDescriptor[2] - 1
         # Whole numbers, since pydicom warns of others; it cuts them off itself.
         return "table", lambda values: apply_voi(np.floor(values).astype(np.int64), dataset) / largest
-    center, width = (_first(display.get(keyword)) for keyword in ("WindowCenter", "WindowWidth"))
+    center, width = (_first_value(display.get(keyword)) for keyword in ("WindowCenter", "WindowWidth"))
     if center is None or width is None:
         return "range", None
     function = str(display.get("VOILUTFunction") or "LINEAR").upper()
     if function == "LINEAR" and width >= 1:
-        return "window", lambda values: _linear(values, center - 0.5, width - 1)
+        return "window", lambda values: _linear_window(values, center - 0.5, width - 1)
     if function == "LINEAR_EXACT" and width > 0:
-        return "window", lambda values: _linear(values, center, width)
+        return "window", lambda values: _linear_window(values, center, width)
     if function == "SIGMOID" and width > 0:
         # Beyond 700 exp() overflows, and long before it the result is 0 or 1.
         return "window", lambda values: 1 / (1 + np.exp(np.clip(-4 * (values - center) / width, -700, 700)))
     raise WindowError("has a window of no width, or of an unknown function; export it again")
 
 
-def _linear(values: Values, center: float, width: float) -> Values:
+def _linear_window(values: FloatArray, center: float, width: float) -> FloatArray:
     if width == 0:
         return (values > center).astype(np.float64)
     return np.clip((values - center) / width + 0.5, 0, 1)
 
 
-def _first(value: object) -> float | None:
+def _first_value(value: object) -> float | None:
     """The first of several windows: the one that the file's maker put first."""
     if isinstance(value, Sequence) and not isinstance(value, str):
         value = value[0] if value else None
     return None if value in (None, "") else float(str(value))
 
 
-def _range(stored: Sequence[Stored], dataset: Dataset) -> tuple[float, float]:
+def _value_range(stored: Sequence[StoredArray], dataset: Dataset) -> tuple[float, float]:
     lows, highs = [], []
     for number, frame in enumerate(stored):
-        values = _modality(frame, dataset, number)[~_padding(frame, dataset)]
+        values = _modality_values(frame, dataset, number)[~_padding_mask(frame, dataset)]
         if values.size:
             lows.append(float(values.min()))
             highs.append(float(values.max()))
     return (min(lows), max(highs)) if lows else (0.0, 0.0)
 
 
-def _modality(frame: Stored, dataset: Dataset, number: int) -> Values:
+def _modality_values(frame: StoredArray, dataset: Dataset, number: int) -> FloatArray:
     """The values that the device measured, such as Hounsfield units."""
     if dataset.get("ModalityLUTSequence"):
         values = apply_modality_lut(frame, dataset).astype(np.float64)
@@ -109,7 +109,7 @@ def _modality(frame: Stored, dataset: Dataset, number: int) -> Values:
     return values
 
 
-def _display(dataset: Dataset, number: int) -> Dataset:
+def _voi_dataset(dataset: Dataset, number: int) -> Dataset:
     return _functional_group(dataset, number, "FrameVOILUTSequence", "WindowCenter")
 
 
@@ -122,17 +122,17 @@ def _functional_group(dataset: Dataset, number: int, sequence: str, keyword: str
     return dataset
 
 
-def _padding(frame: Stored, dataset: Dataset) -> NDArray[np.bool_]:
+def _padding_mask(frame: StoredArray, dataset: Dataset) -> NDArray[np.bool_]:
     """Pixels that are no part of the image, by their stored value."""
     first = dataset.get("PixelPaddingValue")
     if first is None:
         return np.zeros(frame.shape, np.bool_)
     last = dataset.get("PixelPaddingRangeLimit", first)
-    low, high = sorted(_signed(int(value), dataset) for value in (first, last))
+    low, high = sorted(_to_signed(int(value), dataset) for value in (first, last))
     return np.asarray((frame >= low) & (frame <= high))
 
 
-def _signed(value: int, dataset: Dataset) -> int:
+def _to_signed(value: int, dataset: Dataset) -> int:
     """A padding value in the sign of the pixels: many files of signed pixels write it without one."""
     bits = int(dataset.BitsAllocated)
     return value - 2**bits if dataset.PixelRepresentation == 1 and value >= 2 ** (bits - 1) else value

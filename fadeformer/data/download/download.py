@@ -25,22 +25,24 @@ from tqdm import tqdm
 from urllib3.exceptions import HTTPError, MaxRetryError, ReadTimeoutError
 from urllib3.util import Retry
 
-from fadeformer.errors import PassingError, UserError
-from fadeformer.io.atomic import FULL, check_room, read_json, told, write_json
+from fadeformer.errors import TransientError, UserError
+from fadeformer.io.atomic import DISK_FULL_ERRNOS, check_free_space, format_bytes, read_json, write_json
 
 TIMEOUT = 30.0  # seconds without a byte after which a connection counts as lost
-CHUNK = 2**16  # bytes; a kill loses no more than one
-IDENTITY = {"Accept-Encoding": "identity"}  # a range counts bytes as they are sent, so they must not be compressed
-NOT_FOUND = (404, 410)
-PASSING = (408, 425, 429, *range(500, 600))  # the server may answer otherwise in a while
+CHUNK_BYTES = 2**16  # bytes; a kill loses no more than one
+IDENTITY_HEADERS = {
+    "Accept-Encoding": "identity"
+}  # a range counts bytes as they are sent, so they must not be compressed
+NOT_FOUND_STATUS = (404, 410)
+TRANSIENT_STATUS = (408, 425, 429, *range(500, 600))  # the server may answer otherwise in a while
 RETRY = Retry(
-    8, backoff_factor=1, backoff_max=60, backoff_jitter=1, retry_after_max=600, status_forcelist=PASSING,
+    8, backoff_factor=1, backoff_max=60, backoff_jitter=1, retry_after_max=600, status_forcelist=TRANSIENT_STATUS,
     raise_on_status=False,
 )  # fmt: skip
-FIRST_CONTACT = RETRY.new(total=2, status_forcelist=(), respect_retry_after_header=False)  # soon says: no connection
+HEAD_RETRY = RETRY.new(total=2, status_forcelist=(), respect_retry_after_header=False)  # soon says: no connection
 
 
-class Remote(NamedTuple):
+class RemoteFile(NamedTuple):
     """A file to download: its address, the name to save it under, and its published checksum as ("md5", "a8b0...")."""
 
     url: str
@@ -48,7 +50,7 @@ class Remote(NamedTuple):
     checksum: tuple[str, str] | None = None
 
 
-class Downloaded(NamedTuple):
+class DownloadedFile(NamedTuple):
     """A complete and verified file."""
 
     path: Path
@@ -56,18 +58,20 @@ class Downloaded(NamedTuple):
     size: int
 
 
-class NotFound(UserError):  # noqa: N818  a kind of UserError
+class RemoteFileNotFoundError(UserError):
     """The server answers, but has no such file."""
 
 
-def fetch(files: Sequence[Remote], folder: Path, *, remedy: str, parallel: int = 4) -> dict[str, Downloaded]:
+def fetch_files(
+    files: Sequence[RemoteFile], folder: Path, *, hint: str, max_workers: int = 4
+) -> dict[str, DownloadedFile]:
     """Download files into a folder; those that an earlier call completed are verified only.
 
     Args:
         files: what to download, under distinct names.
         folder: where to; partial files wait there too.
-        remedy: what the user can do if a file cannot be downloaded: the end of a message.
-        parallel: maximum number of simultaneous downloads.
+        hint: what the user can do if a file cannot be downloaded: the end of a message.
+        max_workers: maximum number of simultaneous downloads.
 
     Returns:
         The files by name.
@@ -79,30 +83,30 @@ def fetch(files: Sequence[Remote], folder: Path, *, remedy: str, parallel: int =
     folder.mkdir(parents=True, exist_ok=True)
     stop = threading.Event()
     try:
-        with FileLock(folder.parent / f".{folder.name}.lock", timeout=0), ThreadPool(parallel) as pool:
-            return _fetch([_Download(file, folder, remedy, stop) for file in files], folder, pool)
+        with FileLock(folder.parent / f".{folder.name}.lock", timeout=0), ThreadPool(max_workers) as pool:
+            return _fetch_all([_Download(file, folder, hint, stop) for file in files], folder, pool)
     except Timeout as error:
-        raise PassingError(
+        raise TransientError(
             f"{folder}: another process is downloading into this folder; wait until it has finished, then run again"
         ) from error
     finally:
         stop.set()  # the threads of the pool are daemons: they stop at their next chunk or with the process
 
 
-def _fetch(downloads: Sequence[_Download], folder: Path, pool: ThreadPool) -> dict[str, Downloaded]:
-    complete = {file.path.name: file for file in pool.map(_Download.find, downloads) if file}
+def _fetch_all(downloads: Sequence[_Download], folder: Path, pool: ThreadPool) -> dict[str, DownloadedFile]:
+    complete = {file.path.name: file for file in pool.map(_Download.find_complete, downloads) if file}
     missing = [download for download in downloads if download.file.name not in complete]
     if missing:
         complete |= _fetch_missing(missing, folder, pool)
     return {download.file.name: complete[download.file.name] for download in downloads}
 
 
-def _fetch_missing(missing: Sequence[_Download], folder: Path, pool: ThreadPool) -> dict[str, Downloaded]:
+def _fetch_missing(missing: Sequence[_Download], folder: Path, pool: ThreadPool) -> dict[str, DownloadedFile]:
     """Download files under one progress bar, once the disk has room for all of them."""
-    complete: dict[str, Downloaded] = {}
-    lengths = [download.length() for download in missing]
+    complete: dict[str, DownloadedFile] = {}
+    lengths = [download.content_length() for download in missing]
     received = sum(download.received for download in missing)
-    check_room(folder, sum(filter(None, lengths)) - received, "the download")
+    check_free_space(folder, sum(filter(None, lengths)) - received, "the download")
     name = missing[0].file.name if len(missing) == 1 else f"{len(missing)} files"
     total = None if None in lengths else sum(filter(None, lengths))
     with tqdm(desc=name, total=total, initial=received, unit="B", unit_scale=True, disable=None) as bar:
@@ -118,37 +122,37 @@ def _fetch_missing(missing: Sequence[_Download], folder: Path, pool: ThreadPool)
 class _Download:
     """Download of one file into a folder; `received` bytes of it are on the disk."""
 
-    def __init__(self, file: Remote, folder: Path, remedy: str, stop: threading.Event) -> None:
+    def __init__(self, file: RemoteFile, folder: Path, remedy: str, stop: threading.Event) -> None:
         self.file = file
-        self.remedy = remedy
+        self.hint = remedy
         self.stop = stop
         self.path = folder / file.name
-        self.part = folder / f"{file.name}.part"
-        self.card = folder / f"{file.name}.part.json"
+        self.partial_path = folder / f"{file.name}.part"
+        self.state_path = folder / f"{file.name}.part.json"
         self.algorithms = {"sha256", file.checksum[0] if file.checksum else "sha256"}
         self.received = 0
 
-    def find(self) -> Downloaded | None:
+    def find_complete(self) -> DownloadedFile | None:
         """Return the file if an earlier run completed it."""
         if self.path.is_file():
-            digests = _digests(self.path, self.algorithms)
-            if self._mismatch(digests) is None:
-                return Downloaded(self.path, digests["sha256"].hexdigest(), self.path.stat().st_size)
-            _say(f"{self.path}: is damaged or not the published file; downloading it again")
-        self.received, _ = self._resumable()
+            digests = _compute_digests(self.path, self.algorithms)
+            if self._checksum_mismatch(digests) is None:
+                return DownloadedFile(self.path, digests["sha256"].hexdigest(), self.path.stat().st_size)
+            _print_message(f"{self.path}: is damaged or not the published file; downloading it again")
+        self.received, _ = self._partial_state()
         return None
 
-    def length(self) -> int | None:
+    def content_length(self) -> int | None:
         """Get the Content-Length with a HEAD request; None if the server gives none."""
-        with _session(FIRST_CONTACT) as session:
+        with _session(HEAD_RETRY) as session:
             try:
-                response = session.head(self.file.url, headers=IDENTITY, allow_redirects=True, timeout=TIMEOUT)
+                response = session.head(self.file.url, headers=IDENTITY_HEADERS, allow_redirects=True, timeout=TIMEOUT)
             except requests.RequestException as error:
-                raise self._failure(error) from error
+                raise self._request_error(error) from error
         length = response.headers.get("Content-Length", "")
         return int(length) if response.status_code == 200 and length.isdecimal() else None
 
-    def run(self) -> Downloaded:
+    def run(self) -> DownloadedFile:
         """Download the file.
 
         Raises:
@@ -156,30 +160,30 @@ class _Download:
             CancelledError: `stop` was set.
         """
         try:
-            digests = self._complete()
-            if wrong := self._mismatch(digests):
+            digests = self._receive_with_retries()
+            if wrong := self._checksum_mismatch(digests):
                 self._discard()
-                raise UserError(f"{self.file.url}: {wrong}; the file is damaged or another one; {self.remedy}")
-            with self.part.open("ab") as part:
+                raise UserError(f"{self.file.url}: {wrong}; the file is damaged or another one; {self.hint}")
+            with self.partial_path.open("ab") as part:
                 os.fsync(part.fileno())  # else a power cut could leave the name without the bytes
         except OSError as error:
-            if error.errno not in FULL:
+            if error.errno not in DISK_FULL_ERRNOS:
                 raise
             raise UserError(
-                f"{self.part}: the disk is full; free some space, then run again: the part received so far is kept"
+                f"{self.partial_path}: the disk is full; free some space, then run again: the part received so far is kept"
             ) from error
-        self.part.replace(self.path)
-        self.card.unlink()
-        return Downloaded(self.path, digests["sha256"].hexdigest(), self.received)
+        self.partial_path.replace(self.path)
+        self.state_path.unlink()
+        return DownloadedFile(self.path, digests["sha256"].hexdigest(), self.received)
 
-    def _complete(self) -> dict[str, Any]:
+    def _receive_with_retries(self) -> dict[str, Any]:
         """Repeat requests for the rest until the file is complete; return its digests."""
         retry = RETRY
         with _session(RETRY) as session:
             while True:
                 received = self.received
                 try:
-                    return self._receive(session)
+                    return self._request_remaining(session)
                 except HTTPError as error:
                     silent = isinstance(error, ReadTimeoutError)
                     reason = f"no data for {TIMEOUT:g} s" if silent else "the connection broke off"
@@ -187,33 +191,33 @@ class _Download:
                     try:
                         retry = retry.increment("GET", self.file.url, error=error)
                     except MaxRetryError:
-                        raise self._error(reason, PassingError) from error
-                _say(f"{self.file.name}: {reason}; trying again")
+                        raise self._error(reason, TransientError) from error
+                _print_message(f"{self.file.name}: {reason}; trying again")
                 retry.sleep()
 
-    def _receive(self, session: requests.Session) -> dict[str, Any]:
+    def _request_remaining(self, session: requests.Session) -> dict[str, Any]:
         """Request the missing bytes and append them to the partial file; return the digests of the file."""
-        held, version = self._resumable()
-        digests = _digests(self.part, self.algorithms)
+        held, version = self._partial_state()
+        digests = _compute_digests(self.partial_path, self.algorithms)
         headers = {"Range": f"bytes={held}-"} if held else {}
         if held and version:
             headers["If-Range"] = version
         try:
-            response = session.get(self.file.url, headers=IDENTITY | headers, stream=True, timeout=TIMEOUT)
+            response = session.get(self.file.url, headers=IDENTITY_HEADERS | headers, stream=True, timeout=TIMEOUT)
         except requests.RequestException as error:
-            raise self._failure(error) from error
+            raise self._request_error(error) from error
         with response:
             resumed = response.status_code == 206
-            if held and (response.status_code == 416 or (resumed and not _continues(response, held, version))):
+            if held and (response.status_code == 416 or (resumed and not _is_continuation(response, held, version))):
                 self._discard()
-                return self._receive(session)
-            self._check(response, (200, 206) if held else (200,))
+                return self._request_remaining(session)
+            self._check_response(response, (200, 206) if held else (200,))
             if not resumed:
                 self._discard()
-                write_json(self.card, [self.file.url, _version(response)])
-                digests = _digests(self.part, self.algorithms)
-            with self.part.open("ab") as part:
-                for chunk in response.raw.stream(CHUNK, decode_content=False):
+                write_json(self.state_path, [self.file.url, _resource_version(response)])
+                digests = _compute_digests(self.partial_path, self.algorithms)
+            with self.partial_path.open("ab") as part:
+                for chunk in response.raw.stream(CHUNK_BYTES, decode_content=False):
                     if self.stop.is_set():
                         raise CancelledError
                     part.write(chunk)
@@ -222,35 +226,35 @@ class _Download:
                         digest.update(chunk)
         return digests
 
-    def _check(self, response: requests.Response, expected: Sequence[int]) -> None:
+    def _check_response(self, response: requests.Response, expected: Sequence[int]) -> None:
         """Refuse any response that is not the file."""
         status = f"{response.status_code} {response.reason}"
-        if response.status_code in NOT_FOUND:
-            raise self._error(status, NotFound)
+        if response.status_code in NOT_FOUND_STATUS:
+            raise self._error(status, RemoteFileNotFoundError)
         if response.status_code not in expected:
-            raise self._error(status, PassingError if response.status_code in PASSING else UserError)
+            raise self._error(status, TransientError if response.status_code in TRANSIENT_STATUS else UserError)
         if response.headers.get("Content-Type", "").startswith("text/html"):
             raise self._error("the server sends a web page instead")
         ends = "Content-Length" in response.headers or "Transfer-Encoding" in response.headers
         if self.file.checksum is None and not ends:
             raise self._error("the server does not state its length, so it could be cut short unnoticed")
 
-    def _resumable(self) -> tuple[int, str | None]:
+    def _partial_state(self) -> tuple[int, str | None]:
         """Return size and version of the partial file; remove it if a change on the server could go unnoticed."""
         url = version = None
-        if self.card.is_file() and self.part.is_file():
-            url, version = read_json(self.card)
+        if self.state_path.is_file() and self.partial_path.is_file():
+            url, version = read_json(self.state_path)
         if url == self.file.url and (version or self.file.checksum):
-            return self.part.stat().st_size, version
+            return self.partial_path.stat().st_size, version
         self._discard()
         return 0, None
 
     def _discard(self) -> None:
-        self.part.unlink(missing_ok=True)
-        self.card.unlink(missing_ok=True)
+        self.partial_path.unlink(missing_ok=True)
+        self.state_path.unlink(missing_ok=True)
         self.received = 0
 
-    def _mismatch(self, digests: dict[str, Any]) -> str | None:
+    def _checksum_mismatch(self, digests: dict[str, Any]) -> str | None:
         """Return in what digests differ from the published checksum, if they do."""
         if self.file.checksum is None:
             return None
@@ -258,17 +262,17 @@ class _Download:
         digest = digests[algorithm].hexdigest()
         return None if digest == published else f"{algorithm.upper()} is {digest}, but {published} is published"
 
-    def _failure(self, error: requests.RequestException) -> UserError:
+    def _request_error(self, error: requests.RequestException) -> UserError:
         """Return the error for a request without a response."""
         if isinstance(error, requests.exceptions.SSLError):
             return self._error("the certificate of the server cannot be verified")
         if isinstance(error, requests.ConnectionError):
-            return self._error("no connection", PassingError)
+            return self._error("no connection", TransientError)
         return self._error(str(error))
 
     def _error(self, what: str, kind: type[UserError] = UserError) -> UserError:
-        kept = f"; {told(self.received)} received so far are kept" if self.received else ""
-        return kind(f"{self.file.url}: cannot be downloaded ({what}); {self.remedy}{kept}")
+        kept = f"; {format_bytes(self.received)} received so far are kept" if self.received else ""
+        return kind(f"{self.file.url}: cannot be downloaded ({what}); {self.hint}{kept}")
 
 
 def _session(retry: Retry) -> requests.Session:
@@ -278,19 +282,19 @@ def _session(retry: Retry) -> requests.Session:
     return session
 
 
-def _version(response: requests.Response) -> str | None:
+def _resource_version(response: requests.Response) -> str | None:
     """Return the version of a file for If-Range, which takes no weak ETag (RFC 9110, section 13.1.5)."""
     etag = response.headers.get("ETag", "")
     return etag if etag.startswith('"') else response.headers.get("Last-Modified")
 
 
-def _continues(response: requests.Response, held: int, version: str | None) -> bool:
+def _is_continuation(response: requests.Response, held: int, version: str | None) -> bool:
     """Whether a partial response begins after the bytes held, and is of the same version as far as is known."""
-    same = version is None or _version(response) in (None, version)
+    same = version is None or _resource_version(response) in (None, version)
     return same and response.headers.get("Content-Range", "").startswith(f"bytes {held}-")
 
 
-def _digests(path: Path, algorithms: Iterable[str]) -> dict[str, Any]:
+def _compute_digests(path: Path, algorithms: Iterable[str]) -> dict[str, Any]:
     """Return digests of a file, by the names that hashlib knows; of no bytes if there is no file."""
     digests = {name: hashlib.new(name, usedforsecurity=False) for name in algorithms}
     if path.is_file():
@@ -301,5 +305,5 @@ def _digests(path: Path, algorithms: Iterable[str]) -> dict[str, Any]:
     return digests
 
 
-def _say(text: str) -> None:
+def _print_message(text: str) -> None:
     tqdm.write(text, file=sys.stderr)  # leaves the progress bar intact

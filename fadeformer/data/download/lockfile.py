@@ -33,7 +33,7 @@ class Pin(BaseModel):
     rows: Annotated[int, Field(ge=0)] | None = None
 
 
-def read(lock: Path) -> dict[str, Pin]:
+def read_pins(lock: Path) -> dict[str, Pin]:
     """Read the pins by file name; none if there is no such file.
 
     Raises:
@@ -51,7 +51,7 @@ def read(lock: Path) -> dict[str, Pin]:
         ) from error
 
 
-def pin(lock: Path, files: Mapping[str, Pin]) -> None:
+def verify_or_pin(lock: Path, files: Mapping[str, Pin]) -> None:
     """Compare files with their pins, and add those that have none.
 
     Args:
@@ -61,7 +61,7 @@ def pin(lock: Path, files: Mapping[str, Pin]) -> None:
     Raises:
         UserError: a file differs from its pin, or `lock` does not hold pins.
     """
-    pinned = read(lock)
+    pinned = read_pins(lock)
     for name in sorted(files.keys() & pinned.keys()):
         now = files[name].model_dump()
         was = pinned[name].model_dump(exclude_none=True)

@@ -14,24 +14,24 @@ from pathlib import Path, PurePosixPath
 import pandas as pd
 
 from fadeformer.data.archives import reader
-from fadeformer.data.dataset_card import Facts
+from fadeformer.data.dataset_card import DatasetCard
 from fadeformer.data.splits import TRAIN_VAL
 from fadeformer.errors import UserError
 
-ENTRIES = "Data_Entry_2017_v2020.csv"
+ENTRY_TABLE = "Data_Entry_2017_v2020.csv"
 TRAIN_VAL_LIST = "train_val_list.txt"
 TEST_LIST = "test_list.txt"
-TABLES = (ENTRIES, TRAIN_VAL_LIST, TEST_LIST)  # no checksum of them is published
-BOXES = "BBox_List_2017.csv"  # likewise: copies of it differ in line ends and in how many digits they keep
-TABLES_AT = "https://huggingface.co/datasets/alkzar90/NIH-Chest-X-ray-dataset/resolve/main/data"
+TABLE_FILES = (ENTRY_TABLE, TRAIN_VAL_LIST, TEST_LIST)  # no checksum of them is published
+BOX_LIST = "BBox_List_2017.csv"  # likewise: copies of it differ in line ends and in how many digits they keep
+TABLES_URL = "https://huggingface.co/datasets/alkzar90/NIH-Chest-X-ray-dataset/resolve/main/data"
 FINDINGS = (
     "Atelectasis", "Cardiomegaly", "Effusion", "Infiltration", "Mass", "Nodule", "Pneumonia", "Pneumothorax",
     "Consolidation", "Edema", "Emphysema", "Fibrosis", "Pleural_Thickening", "Hernia",
 )  # fmt: skip
 NO_FINDING = "No Finding"
 COUNTS = {"all": 112_120, "train_val": 86_524, "test": 25_596}
-OLDEST = 120  # years; the file has a few patients of several hundred
-ARCHIVES_AT = "https://nihcc.box.com/shared/static"
+MAX_AGE = 120  # years; the file has a few patients of several hundred
+ARCHIVES_URL = "https://nihcc.box.com/shared/static"
 ARCHIVES = {  # number: link and MD5 of images_NUMBER.tar.gz
     1: ("vfk49d74nhbxq3nqjg0900w5nvkorp5c", "fe8ed0a6961412fddcbb3603c11b3698"),
     2: ("i28rlmbvmfjbl8p2n3ril0pptcmcu9d1", "ab07a2d7cbe6f65ddd97b4ed7bde10bf"),
@@ -53,22 +53,22 @@ def archive_name(number: int) -> str:
     return f"images_{number:03}.tar.gz"
 
 
-def facts(files: dict[str, str], sha256: str, numbers: Sequence[int], published: bool) -> Facts:
+def build_card(files: dict[str, str], sha256: str, numbers: Sequence[int], is_published: bool) -> DatasetCard:
     """The card of the data set.
 
     Args:
         files: SHA-256 of each file, archives first; `BOXES` may be missing, which is told.
         sha256: of all of them.
         numbers: of the archives.
-        published: whether these are the published files, and no sample of them.
+        is_published: whether these are the published files, and no sample of them.
     """
-    whole = published and set(numbers) == set(ARCHIVES)
+    whole = is_published and set(numbers) == set(ARCHIVES)
     told = f" A part: archives {', '.join(map(str, numbers))} of 12." if set(numbers) != set(ARCHIVES) else ""
-    if not published:
+    if not is_published:
         told = " A sample or another edition of it."
-    if BOXES not in files:
-        told += f" Without boxes of lesions: where it comes from there is no {BOXES}."
-    return Facts(
+    if BOX_LIST not in files:
+        told += f" Without boxes of lesions: where it comes from there is no {BOX_LIST}."
+    return DatasetCard(
         name="chestxray14",
         file=archive_name(numbers[0]),
         sha256=sha256,
@@ -84,27 +84,27 @@ def facts(files: dict[str, str], sha256: str, numbers: Sequence[int], published:
     )
 
 
-def table(facts: Facts, folder: Path) -> pd.DataFrame:
+def image_table(facts: DatasetCard, folder: Path) -> pd.DataFrame:
     """One row per image of the archives: path, member, id, group (patient), split, labels, age, sex and view.
 
     Raises:
         UserError: a table is damaged, tables and images do not speak of the same images, or a file's name and the table
             name different patients.
     """
-    entries = _entries(folder / ENTRIES)
+    entries = _read_entries(folder / ENTRY_TABLE)
     of_split: dict[str, str] = {}
     for name, split in ((TRAIN_VAL_LIST, TRAIN_VAL), (TEST_LIST, "test")):
-        for image in _lines(folder / name):
+        for image in _read_lines(folder / name):
             if of_split.setdefault(image, split) != split:
                 raise UserError(f"{folder / name}: {image} stands in both lists; fetch them again")
     places = [
         (path, member.name, PurePosixPath(member.name).name)
         for path in facts.files
         if path.endswith(".tar.gz")
-        for member in reader.listing(folder / path)
+        for member in reader.list_members(folder / path)
     ]
     rows = pd.DataFrame(places, columns=["path", "member", "id"])
-    for source, known in ((ENTRIES, entries.index), (f"{TRAIN_VAL_LIST} or {TEST_LIST}", of_split)):
+    for source, known in ((ENTRY_TABLE, entries.index), (f"{TRAIN_VAL_LIST} or {TEST_LIST}", of_split)):
         strange = rows.loc[~rows["id"].isin(known), "id"]
         if len(strange):
             raise UserError(
@@ -121,13 +121,13 @@ def table(facts: Facts, folder: Path) -> pd.DataFrame:
         rows[f"label_{label}"] = pd.array([finding in names for names in found], dtype="Int64")
     # the 2017 edition writes 058Y
     age = pd.to_numeric(of["Patient Age"].str.extract(r"^0*(\d+)", expand=False), errors="coerce").to_numpy()
-    rows["age"] = pd.Series(age).where(age <= OLDEST)
+    rows["age"] = pd.Series(age).where(age <= MAX_AGE)
     rows["sex"] = of["sex"].to_numpy()
     rows["view"] = of["View Position"].to_numpy()
     return rows
 
 
-def _entries(path: Path) -> pd.DataFrame:
+def _read_entries(path: Path) -> pd.DataFrame:
     """NIH's table by image; the commas in its bracketed headings part columns as those of its rows do."""
     try:
         # index_col: some editions end every row with a comma, which pandas would take for one more column in front
@@ -159,7 +159,7 @@ def _entries(path: Path) -> pd.DataFrame:
     return rows.set_index("Image Index")
 
 
-def _lines(path: Path) -> list[str]:
+def _read_lines(path: Path) -> list[str]:
     try:
         return [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:

@@ -25,20 +25,20 @@ from PIL import Image
 from tqdm import tqdm
 
 from fadeformer.data.archives import reader
-from fadeformer.data.dataset_card import Facts, digest, task_of
+from fadeformer.data.dataset_card import DatasetCard, combined_digest, infer_task
 from fadeformer.data.dicom import dicom_image
 from fadeformer.data.sources import labels_csv
 from fadeformer.data.sources.labels_csv import SPLIT_NAMES
-from fadeformer.data.sources.user_table import IMAGES, LABELS
-from fadeformer.errors import UnreadableError, UserError
-from fadeformer.io.atomic import check_room, checksum, whole_file
+from fadeformer.data.sources.user_table import IMAGES_FILE, LABELS_FILE
+from fadeformer.errors import UnreadableImageError, UserError
+from fadeformer.io.atomic import atomic_write, check_free_space, checksum
 
-DICOM = {".dcm", ".dicom"}  # and any other file that has DICOM's mark
-SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".gif", ".webp", *DICOM}
+DICOM_SUFFIXES = {".dcm", ".dicom"}  # and any other file that has DICOM's mark
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".gif", ".webp", *DICOM_SUFFIXES}
 SALT_BYTES = 32
 
 
-def fetch(root: Path, classes: list[str] | None, task: str | None, salt: Path, folder: Path) -> Facts:
+def import_images(root: Path, classes: list[str] | None, task: str | None, salt: Path, folder: Path) -> DatasetCard:
     """Brings a user's images into `folder`.
 
     Args:
@@ -54,27 +54,27 @@ def fetch(root: Path, classes: list[str] | None, task: str | None, salt: Path, f
     root = root.expanduser()
     if not root.exists():
         raise UserError(f"{root}: no such file or folder; dataset.root must name your images")
-    found = reader.listing(root)
-    check_room(folder, sum(member.size for member in found), "the copy of the images")
-    top, table = _layout([member.name for member in found])
-    rows, left_out = _pack(root, top, found, table, salt, folder / IMAGES)
+    found = reader.list_members(root)
+    check_free_space(folder, sum(member.size for member in found), "the copy of the images")
+    top, table = _find_layout([member.name for member in found])
+    rows, left_out = _write_zip(root, top, found, table, salt, folder / IMAGES_FILE)
     if rows.empty:
-        raise UserError(f"{root}: holds no image ({', '.join(sorted(SUFFIXES))})")
+        raise UserError(f"{root}: holds no image ({', '.join(sorted(IMAGE_SUFFIXES))})")
     if table is None:
-        described = labels_csv.by_folders(root, rows, classes)
+        described = labels_csv.labels_from_folders(root, rows, classes)
     else:
-        ((name, data),) = reader.members(root, lambda name: name == table)
-        hashed = _hashed(salt) if "group" in rows else None
-        described = labels_csv.by_table(root, name.removeprefix(top), data, rows, classes, hashed)
-    with whole_file(folder / LABELS) as path:
+        ((name, data),) = reader.iter_members(root, lambda name: name == table)
+        hashed = _patient_hasher(salt) if "group" in rows else None
+        described = labels_csv.labels_from_csv(root, name.removeprefix(top), data, rows, classes, hashed)
+    with atomic_write(folder / LABELS_FILE) as path:
         described.rows.to_csv(path, index=False)
-    files = {name: checksum(folder / name, "sha256") for name in (IMAGES, LABELS)}
+    files = {name: checksum(folder / name, "sha256") for name in (IMAGES_FILE, LABELS_FILE)}
     note = f" {len(left_out):,} files are no images and are left out, such as {left_out[0]}." if left_out else ""
-    return Facts(
+    return DatasetCard(
         name="own-" + re.sub(r"[^\w.-]+", "-", re.sub(r"(?i)\.(zip|tar|tgz|tar\.gz)$", "", root.resolve().name)),
-        file=IMAGES,
-        sha256=digest(files),
-        task=task_of(described.multi_label, len(described.classes), task, root),
+        file=IMAGES_FILE,
+        sha256=combined_digest(files),
+        task=infer_task(described.multi_label, len(described.classes), task, root),
         classes=tuple(described.classes),
         size=None,
         channels=None,
@@ -86,7 +86,7 @@ def fetch(root: Path, classes: list[str] | None, task: str | None, salt: Path, f
     )
 
 
-def scans(root: Path, salt: Path) -> Iterator[tuple[str, str]]:
+def iter_dicom_names(root: Path, salt: Path) -> Iterator[tuple[str, str]]:
     """The name in the project of each DICOM file, but for frames, and its path: for the user alone.
 
     Args:
@@ -94,21 +94,21 @@ def scans(root: Path, salt: Path) -> Iterator[tuple[str, str]]:
         salt: file of the secret.
     """
     root = root.expanduser()
-    top, _ = _layout([member.name for member in reader.listing(root)])
-    for name, data in reader.members(root):
-        if is_dicom(name, data) and not dicom_image.is_no_image(data):
-            yield _hidden(name.removeprefix(top), _salt(salt)), name
+    top, _ = _find_layout([member.name for member in reader.list_members(root)])
+    for name, data in reader.iter_members(root):
+        if is_dicom(name, data) and not dicom_image.is_non_image(data):
+            yield _pseudonym(name.removeprefix(top), _load_or_create_salt(salt)), name
 
 
-def _layout(names: list[str]) -> tuple[str, str | None]:
+def _find_layout(names: list[str]) -> tuple[str, str | None]:
     """The folders that all images lie in, with a slash at the end, and the table beside them."""
-    images = [name for name in names if PurePosixPath(name).suffix.lower() in SUFFIXES]
-    tables = [name for name in names if PurePosixPath(name).name.lower() == LABELS]
-    top = _common([*images, *tables] if images else names)
-    return top, next((name for name in tables if name.removeprefix(top).lower() == LABELS), None)
+    images = [name for name in names if PurePosixPath(name).suffix.lower() in IMAGE_SUFFIXES]
+    tables = [name for name in names if PurePosixPath(name).name.lower() == LABELS_FILE]
+    top = _common_prefix([*images, *tables] if images else names)
+    return top, next((name for name in tables if name.removeprefix(top).lower() == LABELS_FILE), None)
 
 
-def _common(names: list[str]) -> str:
+def _common_prefix(names: list[str]) -> str:
     """The folders that all files lie in, with a slash at the end; a folder that names a split is none of them."""
     top = ""
     while True:
@@ -119,8 +119,8 @@ def _common(names: list[str]) -> str:
         top += f"{head}/"
 
 
-def _pack(
-    root: Path, top: str, found: Sequence[reader.Member], table: str | None, salt: Path, path: Path
+def _write_zip(
+    root: Path, top: str, found: Sequence[reader.ArchiveMember], table: str | None, salt: Path, path: Path
 ) -> tuple[pd.DataFrame, list[str]]:
     """Writes the images into one zip, the same bytes for the same images.
 
@@ -135,9 +135,9 @@ def _pack(
     too_large = {  # for an image; what might be one by its name is refused
         member.name
         for member in found
-        if member.size > reader.LARGEST and PurePosixPath(member.name).suffix.lower() not in SUFFIXES
+        if member.size > reader.MAX_MEMBER_BYTES and PurePosixPath(member.name).suffix.lower() not in IMAGE_SUFFIXES
     }
-    with whole_file(path) as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as packed:
+    with atomic_write(path) as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as packed:
 
         def put(member: str, data: bytes, short: str, known: dict[str, Any]) -> None:
             if (other := origins.setdefault(member, short)) != short or member in packed.NameToInfo:
@@ -145,21 +145,21 @@ def _pack(
             packed.writestr(zipfile.ZipInfo(member), data)
             rows.append({"member": member, "origin": short, **known})
 
-        wanted = reader.members(root, lambda name: name != table and name not in too_large)
+        wanted = reader.iter_members(root, lambda name: name != table and name not in too_large)
         for name, data in tqdm(wanted, desc=root.name, unit="file", disable=None):
             short = name.removeprefix(top)
             if not is_dicom(name, data):
-                if PurePosixPath(name).suffix.lower() in SUFFIXES:
+                if PurePosixPath(name).suffix.lower() in IMAGE_SUFFIXES:
                     put(short, data, short, {})
                 else:
                     left_out.append(name)
-            elif dicom_image.is_no_image(data):
+            elif dicom_image.is_non_image(data):
                 left_out.append(name)
             else:
                 try:
-                    for member, png, known in _frames(data, short, _salt(salt)):
+                    for member, png, known in _dicom_frames(data, short, _load_or_create_salt(salt)):
                         put(member, png, short, known)
-                except UnreadableError as error:
+                except UnreadableImageError as error:
                     problems.append(str(error))
     if problems:
         raise UserError("\n".join([f"{root}: DICOM files that cannot be read: {len(problems):,}", *problems[:20]]))
@@ -168,13 +168,13 @@ def _pack(
 
 def is_dicom(name: str, data: bytes) -> bool:
     """Whether a file is DICOM, by its name or its first bytes."""
-    return data[128:132] == b"DICM" or PurePosixPath(name).suffix.lower() in DICOM
+    return data[128:132] == b"DICM" or PurePosixPath(name).suffix.lower() in DICOM_SUFFIXES
 
 
-def _frames(data: bytes, name: str, salt: bytes) -> Iterator[tuple[str, bytes, dict[str, Any]]]:
+def _dicom_frames(data: bytes, name: str, salt: bytes) -> Iterator[tuple[str, bytes, dict[str, Any]]]:
     """Each frame of a DICOM file as PNG, its name, and what may be known of it."""
-    scan = dicom_image.read(data, name, salt=salt)
-    hidden = _hidden(name, salt)
+    scan = dicom_image.read_dicom(data, name, salt=salt)
+    hidden = _pseudonym(name, salt)
     many = len(scan.frames) > 1
     known = {
         # frames of a file that names nobody show one patient all the same
@@ -187,16 +187,16 @@ def _frames(data: bytes, name: str, salt: bytes) -> Iterator[tuple[str, bytes, d
         yield f"{hidden}{f'-{number:04}' if many else ''}.png", held.getvalue(), known
 
 
-def _hidden(name: str, salt: bytes) -> str:
+def _pseudonym(name: str, salt: bytes) -> str:
     return "dicom/" + hashlib.blake2b(name.encode(), key=salt, digest_size=8).hexdigest()
 
 
-def _hashed(salt: Path) -> Callable[[str], str]:
-    return partial(dicom_image.hashed, salt=_salt(salt))
+def _patient_hasher(salt: Path) -> Callable[[str], str]:
+    return partial(dicom_image.pseudonymize_patient, salt=_load_or_create_salt(salt))
 
 
-def _salt(path: Path) -> bytes:
+def _load_or_create_salt(path: Path) -> bytes:
     if not path.exists():
-        with whole_file(path) as temporary:
+        with atomic_write(path) as temporary:
             temporary.write_bytes(secrets.token_bytes(SALT_BYTES))
     return path.read_bytes()

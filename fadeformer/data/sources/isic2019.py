@@ -12,31 +12,31 @@ from pathlib import Path, PurePosixPath
 import pandas as pd
 
 from fadeformer.data.archives import reader
-from fadeformer.data.dataset_card import Facts
+from fadeformer.data.dataset_card import DatasetCard
 from fadeformer.errors import UserError
 
-PUBLISHED_AT = "https://isic-challenge-data.s3.amazonaws.com/2019"
+BASE_URL = "https://isic-challenge-data.s3.amazonaws.com/2019"
 IMAGES = "ISIC_2019_Training_Input.zip"
-TRUTH = "ISIC_2019_Training_GroundTruth.csv"
+GROUND_TRUTH = "ISIC_2019_Training_GroundTruth.csv"
 METADATA = "ISIC_2019_Training_Metadata.csv"
-FILES = (IMAGES, TRUTH, METADATA)  # no checksum of them is published
+FILES = (IMAGES, GROUND_TRUTH, METADATA)  # no checksum of them is published
 DIAGNOSES = {
     "MEL": "melanoma", "NV": "melanocytic nevus", "BCC": "basal cell carcinoma", "AK": "actinic keratosis",
     "BKL": "benign keratosis", "DF": "dermatofibroma", "VASC": "vascular lesion", "SCC": "squamous cell carcinoma",
 }  # fmt: skip
-UNKNOWN = "UNK"  # a column of the file that no training image has
-PUBLISHED_IMAGES = 25_331
+UNKNOWN_DIAGNOSIS = "UNK"  # a column of the file that no training image has
+IMAGE_COUNT = 25_331
 
 
-def facts(files: dict[str, str], sha256: str, published: bool) -> Facts:
+def build_card(files: dict[str, str], sha256: str, is_published: bool) -> DatasetCard:
     """The card of the data set.
 
     Args:
         files: SHA-256 of each of `FILES`.
         sha256: of all of them.
-        published: whether these are the published files, and no sample of them.
+        is_published: whether these are the published files, and no sample of them.
     """
-    return Facts(
+    return DatasetCard(
         name="isic2019",
         file=IMAGES,
         sha256=sha256,
@@ -44,36 +44,36 @@ def facts(files: dict[str, str], sha256: str, published: bool) -> Facts:
         classes=tuple(DIAGNOSES.values()),
         size=None,
         channels=3,
-        counts={"all": PUBLISHED_IMAGES} if published else None,
+        counts={"all": IMAGE_COUNT} if is_published else None,
         licence="CC BY-NC 4.0; attribution to HAM10000, BCN_20000 and MSK",
         note="The training part of the challenge, split by lesion: scores are not those of the challenge's test server."
-        + ("" if published else " A sample or another edition of it."),
+        + ("" if is_published else " A sample or another edition of it."),
         layout="isic2019",
         files=files,
     )
 
 
-def table(facts: Facts, folder: Path) -> pd.DataFrame:
+def image_table(facts: DatasetCard, folder: Path) -> pd.DataFrame:
     """One row per image: path, member, id, group (lesion), split (none), label, age, sex, site and source.
 
     Raises:
         UserError: a table is damaged, or tables and images do not speak of the same images.
     """
-    truth = _read(folder / TRUTH, [*DIAGNOSES, UNKNOWN])
-    metadata = _read(folder / METADATA, ["age_approx", "anatom_site_general", "lesion_id", "sex"])
+    truth = _read_csv(folder / GROUND_TRUTH, [*DIAGNOSES, UNKNOWN_DIAGNOSIS])
+    metadata = _read_csv(folder / METADATA, ["age_approx", "anatom_site_general", "lesion_id", "sex"])
     if set(truth.index) != set(metadata.index):
         alone = sorted(set(truth.index) ^ set(metadata.index))
         raise UserError(
-            f"{folder / METADATA}: {len(alone):,} images stand in {TRUTH} or there, not in both, such as {alone[0]}"
+            f"{folder / METADATA}: {len(alone):,} images stand in {GROUND_TRUTH} or there, not in both, such as {alone[0]}"
         )
     metadata = metadata.loc[truth.index]
     marks = truth.apply(pd.to_numeric, errors="coerce")
-    certain = (marks.isin([0, 1]).all(axis=1)) & (marks.sum(axis=1) == 1) & (marks[UNKNOWN] == 0)
+    certain = (marks.isin([0, 1]).all(axis=1)) & (marks.sum(axis=1) == 1) & (marks[UNKNOWN_DIAGNOSIS] == 0)
     label = pd.Series(marks[list(DIAGNOSES)].fillna(0).to_numpy().argmax(axis=1), truth.index, dtype="Int64")
     lesion = metadata["lesion_id"].astype("string")
     return pd.DataFrame({
         "path": facts.file,
-        "member": _members(folder / facts.file, truth.index),
+        "member": _match_members(folder / facts.file, truth.index),
         "split": None,
         "id": truth.index,
         "group": lesion.to_numpy(),
@@ -85,7 +85,7 @@ def table(facts: Facts, folder: Path) -> pd.DataFrame:
     })  # fmt: skip
 
 
-def _read(path: Path, columns: list[str]) -> pd.DataFrame:
+def _read_csv(path: Path, columns: list[str]) -> pd.DataFrame:
     try:
         rows = pd.read_csv(path, dtype=str, index_col=False)
     except (OSError, UnicodeDecodeError, pd.errors.ParserError, pd.errors.EmptyDataError) as error:
@@ -102,10 +102,10 @@ def _read(path: Path, columns: list[str]) -> pd.DataFrame:
     return rows.set_index("image")
 
 
-def _members(archive: Path, names: pd.Index) -> list[str]:
+def _match_members(archive: Path, names: pd.Index) -> list[str]:
     """The archive's file of each image; one that has none gets the name it should have, and is found unreadable."""
     held: dict[str, str] = {}
-    for member in reader.listing(archive):
+    for member in reader.list_members(archive):
         stem = PurePosixPath(member.name).stem
         if not member.name.lower().endswith((".jpg", ".jpeg")):
             continue
@@ -115,5 +115,5 @@ def _members(archive: Path, names: pd.Index) -> list[str]:
     chosen = [held.get(str(name)) or held.get(f"{name}_downsampled") or f"{name}.jpg" for name in names]
     strange = sorted(set(held.values()) - set(chosen))
     if strange:
-        raise UserError(f"{archive}: {len(strange):,} images have no diagnosis in {TRUTH}, such as {strange[0]}")
+        raise UserError(f"{archive}: {len(strange):,} images have no diagnosis in {GROUND_TRUTH}, such as {strange[0]}")
     return chosen

@@ -21,17 +21,17 @@ import pandas as pd
 from numpy.lib import format as npy
 from numpy.typing import NDArray
 
-from fadeformer.data.dataset_card import SPLITS, Facts, task_of
+from fadeformer.data.dataset_card import SPLITS, DatasetCard, infer_task
 from fadeformer.errors import UserError
-from fadeformer.io.atomic import check_room, checksum
+from fadeformer.io.atomic import check_free_space, checksum
 
-ROWS_AT_ONCE = 64 * 2**20  # bytes
-MOST_CLASSES = 1000
+CHUNK_BYTES = 64 * 2**20  # bytes
+MAX_CLASSES = 1000
 # RuntimeError: of an encrypted member, or one that is compressed in an odd way
-DAMAGE = (zipfile.BadZipFile, zlib.error, EOFError, OSError, ValueError, RuntimeError)
+READ_ERRORS = (zipfile.BadZipFile, zlib.error, EOFError, OSError, ValueError, RuntimeError)
 
 
-def fetch(source: Path, classes: list[str] | None, task: str | None, folder: Path) -> Facts:
+def import_archive(source: Path, classes: list[str] | None, task: str | None, folder: Path) -> DatasetCard:
     """Copies a user's own archive into `folder`.
 
     Args:
@@ -46,7 +46,7 @@ def fetch(source: Path, classes: list[str] | None, task: str | None, folder: Pat
     source = source.expanduser()
     if not source.is_file():
         raise UserError(f"{source}: no such file; dataset.root must name your .npz in MedMNIST's layout")
-    shapes = {key: header(source, key) for split in SPLITS for key in (f"{split}_images", f"{split}_labels")}
+    shapes = {key: array_header(source, key) for split in SPLITS for key in (f"{split}_images", f"{split}_labels")}
     for key, (shape, dtype) in shapes.items():
         if key.endswith("_images") and (dtype != np.uint8 or len(shape) not in (3, 4) or shape[3:] not in ((), (3,))):
             raise UserError(f"{source}: {key} is {dtype} {shape}; expected uint8 of shape (N, S, S) or (N, S, S, 3)")
@@ -61,13 +61,13 @@ def fetch(source: Path, classes: list[str] | None, task: str | None, folder: Pat
     if len({shapes[f"{split}_labels"][0][1:] for split in SPLITS}) > 1:
         raise UserError(f"{source}: the labels of train, val and test have different numbers of columns")
     for split in SPLITS:
-        groups(source, split, shapes[f"{split}_images"][0][0])
-    labels = {split: read(source, f"{split}_labels") for split in SPLITS}
+        read_groups(source, split, shapes[f"{split}_images"][0][0])
+    labels = {split: read_array(source, f"{split}_labels") for split in SPLITS}
     multi_label = labels["train"].ndim == 2 and labels["train"].shape[1] > 1
     number = (
         labels["train"].shape[1] if multi_label else max(int(array.max(initial=1)) for array in labels.values()) + 1
     )
-    if number > MOST_CLASSES:
+    if number > MAX_CLASSES:
         raise UserError(f"{source}: has the label {number - 1:,}; a label is the number of a class, from 0")
     if multi_label and task is None and all((array.sum(axis=1) == 1).all() for array in labels.values()):
         raise UserError(
@@ -77,17 +77,17 @@ def fetch(source: Path, classes: list[str] | None, task: str | None, folder: Pat
     if classes is not None and len(classes) != number:
         raise UserError(f"dataset.classes names {len(classes)} classes, but the labels of {source} have {number}")
     for split in SPLITS:
-        for _ in rows(source, f"{split}_images"):
+        for _ in iter_row_chunks(source, f"{split}_images"):
             pass  # reads every byte once, so that a damaged archive is found here
-    check_room(folder, source.stat().st_size, "the copy of the data")
+    check_free_space(folder, source.stat().st_size, "the copy of the data")
     name = f"{source.stem}.npz"
     shutil.copyfile(source, folder / name)
     image_shape = shapes["train_images"][0]
-    return Facts(
+    return DatasetCard(
         name="own-" + re.sub(r"[^\w.-]+", "-", source.stem),
         file=name,
         sha256=checksum(folder / name, "sha256"),
-        task=task_of(multi_label, number, task, source),
+        task=infer_task(multi_label, number, task, source),
         classes=tuple(classes or (f"class {c}" for c in range(number))),
         size=image_shape[1],
         channels=3 if len(image_shape) == 4 else 1,
@@ -97,54 +97,54 @@ def fetch(source: Path, classes: list[str] | None, task: str | None, folder: Pat
     )
 
 
-def table(facts: Facts, folder: Path) -> pd.DataFrame:
+def image_table(facts: DatasetCard, folder: Path) -> pd.DataFrame:
     """One row per image: path, member, id, group, split and labels; raises UserError as `rows` does."""
     archive = folder / facts.file
     # A published set has the same images in the same order at every size; anything else is told by its content.
     prefix = facts.name if facts.counts else f"{facts.name}-{facts.sha256[:8]}"
-    columns = facts.kind.label_columns(len(facts.classes))
+    columns = facts.task_spec.label_columns(len(facts.classes))
     parts = []
     for split in SPLITS:
-        labels = read(archive, f"{split}_labels").astype("int64")
+        labels = read_array(archive, f"{split}_labels").astype("int64")
         part = pd.DataFrame(labels.reshape(len(labels), len(columns)), columns=columns)
         part.insert(0, "member", [f"{split}_images/{i}" for i in range(len(part))])
         part.insert(1, "split", split)
         part.insert(2, "id", [f"{prefix}/{split}/{i}" for i in range(len(part))])
-        part.insert(3, "group", groups(archive, split, len(part)))
+        part.insert(3, "group", read_groups(archive, split, len(part)))
         parts.append(part)
     rows = pd.concat(parts, ignore_index=True)
     rows.insert(0, "path", facts.file)
     return rows
 
 
-def header(archive: Path, key: str) -> tuple[tuple[int, ...], np.dtype[Any]]:
+def array_header(archive: Path, key: str) -> tuple[tuple[int, ...], np.dtype[Any]]:
     """Shape and dtype of one array, without reading it; raises UserError as `rows` does."""
-    with _member(archive, key) as file:
-        return _header(archive, key, file)
+    with _open_array(archive, key) as file:
+        return _parse_header(archive, key, file)
 
 
-def read(archive: Path, key: str) -> NDArray[np.generic]:
+def read_array(archive: Path, key: str) -> NDArray[np.generic]:
     """One array whole; raises UserError as `rows` does."""
-    shape, dtype = header(archive, key)
-    return np.concatenate([np.empty((0, *shape[1:]), dtype), *rows(archive, key)])
+    shape, dtype = array_header(archive, key)
+    return np.concatenate([np.empty((0, *shape[1:]), dtype), *iter_row_chunks(archive, key)])
 
 
-def has(archive: Path, key: str) -> bool:
+def has_array(archive: Path, key: str) -> bool:
     """Whether the archive holds an array of that name."""
     with zipfile.ZipFile(archive) as file:
         return f"{key}.npy" in file.namelist()
 
 
-def groups(archive: Path, split: str, count: int) -> pd.Series:
+def read_groups(archive: Path, split: str, count: int) -> pd.Series:
     """The group (patient, lesion) of each of `count` images of a split, as text; null where it is not known.
 
     Raises:
         UserError: they are not one name or whole number for each image.
     """
     key = f"{split}_groups"
-    if not has(archive, key):
+    if not has_array(archive, key):
         return pd.Series([None] * count, dtype="string")
-    values = read(archive, key)
+    values = read_array(archive, key)
     if values.shape != (count,) or values.dtype.kind not in "iufUS":
         raise UserError(
             f"{archive}: {key} is {values.dtype} {values.shape}; expected one name or number for each of {count} images"
@@ -163,49 +163,49 @@ def groups(archive: Path, split: str, count: int) -> pd.Series:
     return names.mask(names == "")
 
 
-def rows(archive: Path, key: str) -> Iterator[NDArray[np.generic]]:
+def iter_row_chunks(archive: Path, key: str) -> Iterator[NDArray[np.generic]]:
     """Streams one array in pieces of some rows, (rows, ...).
 
     Raises:
         UserError: the archive is truncated or damaged, or has no such array, or it holds Python objects.
     """
-    with _member(archive, key) as file:
-        shape, dtype = _header(archive, key, file)
+    with _open_array(archive, key) as file:
+        shape, dtype = _parse_header(archive, key, file)
         row_bytes = prod(shape[1:]) * dtype.itemsize
-        at_once = max(1, ROWS_AT_ONCE // max(1, row_bytes))
+        at_once = max(1, CHUNK_BYTES // max(1, row_bytes))
         for start in range(0, shape[0], at_once):
             count = min(at_once, shape[0] - start)
             try:
                 data = file.read(count * row_bytes)
-            except DAMAGE as error:
-                raise _damaged(archive, key, error) from error
+            except READ_ERRORS as error:
+                raise _damaged_error(archive, key, error) from error
             if len(data) != count * row_bytes:
-                raise _damaged(archive, key, "it ends too early")
+                raise _damaged_error(archive, key, "it ends too early")
             yield np.frombuffer(data, dtype).reshape(count, *shape[1:])
 
 
-def _member(archive: Path, key: str) -> IO[bytes]:
+def _open_array(archive: Path, key: str) -> IO[bytes]:
     try:
         return zipfile.ZipFile(archive).open(f"{key}.npy")
     except KeyError as error:
         raise UserError(
             f"{archive}: has no array {key}; MedMNIST's layout needs images and labels of train, val and test"
         ) from error
-    except DAMAGE as error:
-        raise _damaged(archive, key, error) from error
+    except READ_ERRORS as error:
+        raise _damaged_error(archive, key, error) from error
 
 
-def _header(archive: Path, key: str, file: IO[bytes]) -> tuple[tuple[int, ...], np.dtype[Any]]:
+def _parse_header(archive: Path, key: str, file: IO[bytes]) -> tuple[tuple[int, ...], np.dtype[Any]]:
     try:
         version = npy.read_magic(file)
         read_header = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
         shape, fortran, dtype = read_header(file)
-    except DAMAGE as error:
-        raise _damaged(archive, key, error) from error
+    except READ_ERRORS as error:
+        raise _damaged_error(archive, key, error) from error
     if dtype.hasobject or fortran or not shape:
         raise UserError(f"{archive}: {key} must hold numbers or text in C order; save numpy.ascontiguousarray of it")
     return shape, dtype
 
 
-def _damaged(archive: Path, key: str, reason: object) -> UserError:
+def _damaged_error(archive: Path, key: str, reason: object) -> UserError:
     return UserError(f"{archive}: truncated or damaged at {key} ({reason}); fetch the file again")

@@ -17,17 +17,17 @@ import pandas as pd
 from numpy.typing import NDArray
 from scipy.stats import norm, t
 
-Numbers = NDArray[np.int64]
+GroupCodes = NDArray[np.int64]
 Weights = NDArray[np.float32]  # whole numbers, and sums of them up to 2**24, are exact
-Found = TypeVar("Found")
+Result = TypeVar("Result")
 Interval = tuple[float, float] | None
 
-ENOUGH = 0.95  # share of samples in which a measure must be defined for an interval
-FEWEST = 5  # groups of a stratum
-LARGEST = 2**20  # weights at once: 4 MiB of them
+MIN_DEFINED_FRACTION = 0.95  # share of samples in which a measure must be defined for an interval
+MIN_STRATUM_GROUPS = 5  # groups of a stratum
+MAX_WEIGHTS = 2**20  # weights at once: 4 MiB of them
 
 
-def group_numbers(column: pd.Series[Any]) -> Numbers:
+def encode_groups(column: pd.Series[Any]) -> GroupCodes:
     """Number of each image's group, from 0 without a gap; an image without one stands alone."""
     codes = pd.factorize(column)[0].astype(np.int64)
     alone = codes < 0
@@ -35,7 +35,7 @@ def group_numbers(column: pd.Series[Any]) -> Numbers:
     return codes
 
 
-def strata(truth: NDArray[np.bool_], groups: Numbers) -> Numbers:
+def assign_strata(truth: NDArray[np.bool_], groups: GroupCodes) -> GroupCodes:
     """Stratum of each group, (groups,).
 
     Args:
@@ -49,14 +49,16 @@ def strata(truth: NDArray[np.bool_], groups: Numbers) -> Numbers:
     np.maximum.at(found, groups, (truth * rarity).max(axis=1))
     values = np.unique(found)
     for rarer, value in zip(values[:0:-1], values[-2::-1], strict=True):
-        if (found == rarer).sum() < FEWEST:
+        if (found == rarer).sum() < MIN_STRATUM_GROUPS:
             found[found == rarer] = value
-    if len(values) > 1 and (found == values[0]).sum() < FEWEST:  # the most common have none to join but the next
+    if (
+        len(values) > 1 and (found == values[0]).sum() < MIN_STRATUM_GROUPS
+    ):  # the most common have none to join but the next
         found[found == values[0]] = found[found > values[0]].min(initial=values[-1])
     return found
 
 
-def weights(groups: Numbers, stratum: Numbers, draws: int, seed: np.random.SeedSequence) -> Weights:
+def bootstrap_weights(groups: GroupCodes, stratum: GroupCodes, draws: int, seed: np.random.SeedSequence) -> Weights:
     """How often each image is in each of some samples, (draws, images)."""
     random = np.random.default_rng(seed)
     drawn = np.zeros((draws, len(stratum)), dtype=np.float32)
@@ -67,7 +69,7 @@ def weights(groups: Numbers, stratum: Numbers, draws: int, seed: np.random.SeedS
     return drawn[:, groups]
 
 
-def halves(groups: Numbers, stratum: Numbers, draws: int, seed: int) -> Weights:
+def half_sample_weights(groups: GroupCodes, stratum: GroupCodes, draws: int, seed: int) -> Weights:
     """Weights of 1 for half of the groups of each stratum and 0 for the others, (draws, images).
 
     No image is there twice. What is too high by c / n in n images is so by 2 c / n in half of them, and so by as much
@@ -82,9 +84,9 @@ def halves(groups: Numbers, stratum: Numbers, draws: int, seed: int) -> Weights:
     return drawn[:, groups]
 
 
-def over_samples(
-    measure: Callable[[Weights], Found], groups: Numbers, stratum: Numbers, draws: int, seed: int
-) -> list[Found]:
+def map_resamples(
+    measure: Callable[[Weights], Result], groups: GroupCodes, stratum: GroupCodes, draws: int, seed: int
+) -> list[Result]:
     """Calls a function with the weights of `draws` samples, some at a time, on all cores; the same for any number.
 
     Args:
@@ -94,14 +96,16 @@ def over_samples(
         draws: samples in all.
         seed: of the draws.
     """
-    size = max(1, min(draws, LARGEST // len(groups)))
+    size = max(1, min(draws, MAX_WEIGHTS // len(groups)))
     sizes = [min(size, draws - start) for start in range(0, draws, size)]
     seeds = np.random.SeedSequence(seed).spawn(len(sizes))
     with ThreadPoolExecutor(os.cpu_count()) as workers:
-        return list(workers.map(lambda part: measure(weights(groups, stratum, *part)), zip(sizes, seeds, strict=True)))
+        return list(
+            workers.map(lambda part: measure(bootstrap_weights(groups, stratum, *part)), zip(sizes, seeds, strict=True))
+        )
 
 
-def percentiles(samples: NDArray[np.float64], groups: int, confidence: float) -> Interval:
+def percentile_interval(samples: NDArray[np.float64], groups: int, confidence: float) -> Interval:
     """The middle of bootstrap samples, wider for few groups (Hesterberg 2015, doi:10.1080/00031305.2015.1089789).
 
     Args:
@@ -113,13 +117,13 @@ def percentiles(samples: NDArray[np.float64], groups: int, confidence: float) ->
         None where too few samples are defined, or there is one group only.
     """
     defined = samples[np.isfinite(samples)]
-    if len(defined) < ENOUGH * len(samples) or groups < 2:
+    if len(defined) < MIN_DEFINED_FRACTION * len(samples) or groups < 2:
         return None
-    tail = 100 * norm.sf(quantile(groups, confidence))
+    tail = 100 * norm.sf(critical_value(groups, confidence))
     low, high = np.percentile(defined, [tail, 100 - tail])
     return float(low), float(high)
 
 
-def quantile(groups: int, confidence: float) -> float:
+def critical_value(groups: int, confidence: float) -> float:
     """By how many standard deviations of the samples an interval reaches either way: a little more than Student's t."""
     return float(np.sqrt(groups / (groups - 1)) * t.ppf((1 + confidence) / 2, groups - 1))

@@ -14,18 +14,18 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from fadeformer.evaluation.intervals import bootstrap
-from fadeformer.evaluation.metrics import shown_classes
+from fadeformer.evaluation.metrics import curve_classes
 from fadeformer.evaluation.predictions import Predictions
 from fadeformer.tasks import one_versus_rest
 
 Floats = NDArray[np.float64]
 
-DRAWS = 500  # samples: a band is looked at, not read
-GRID = np.linspace(0, 1, 101)
-THRESHOLDS = 200  # of a curve in each sample, by positives, and as many by negatives
+NUM_RESAMPLES = 500  # samples: a band is looked at, not read
+CURVE_GRID = np.linspace(0, 1, 101)
+MAX_THRESHOLDS = 200  # of a curve in each sample, by positives, and as many by negatives
 
 
-def bands(predictions: Predictions, *, seed: int, confidence: float) -> pd.DataFrame:
+def compute_bands(predictions: Predictions, *, seed: int, confidence: float) -> pd.DataFrame:
     """Bands of every curve that can be drawn.
 
     Args:
@@ -37,19 +37,19 @@ def bands(predictions: Predictions, *, seed: int, confidence: float) -> pd.DataF
         Columns class, curve (roc or pr), x (false positive rate, or sensitivity), low and high.
     """
     truth = one_versus_rest(predictions.labels, len(predictions.classes), predictions.task)
-    groups = bootstrap.group_numbers(predictions.frame["group"])
-    stratum = bootstrap.strata(truth, groups)
-    shown = [c for c in shown_classes(predictions) if truth[:, c].any() and not truth[:, c].all()]
+    groups = bootstrap.encode_groups(predictions.frame["group"])
+    stratum = bootstrap.assign_strata(truth, groups)
+    shown = [c for c in curve_classes(predictions) if truth[:, c].any() and not truth[:, c].all()]
     curves = [_Curve(truth[:, c], predictions.scores[:, c]) for c in shown]
-    parts = bootstrap.over_samples(
-        lambda weights: [curve.read(weights) for curve in curves], groups, stratum, DRAWS, seed
+    parts = bootstrap.map_resamples(
+        lambda weights: [curve.evaluate(weights) for curve in curves], groups, stratum, NUM_RESAMPLES, seed
     )
     tables = [pd.DataFrame({"class": pd.Series(dtype="str"), "curve": "", "x": 0.0, "low": 0.0, "high": 0.0})]
     for place, c in enumerate(shown):
         for kind, name in enumerate(("roc", "pr")):
             read = np.concatenate([part[place][kind] for part in parts])
-            bounds = [bootstrap.percentiles(column, len(stratum), confidence) for column in read.T]
-            known = [(x, *bound) for x, bound in zip(GRID, bounds, strict=True) if bound is not None]
+            bounds = [bootstrap.percentile_interval(column, len(stratum), confidence) for column in read.T]
+            known = [(x, *bound) for x, bound in zip(CURVE_GRID, bounds, strict=True) if bound is not None]
             rows = pd.DataFrame(known, columns=["x", "low", "high"])
             tables.append(rows.assign(**{"class": predictions.classes[c], "curve": name}))
     return pd.concat(tables[1:] or tables, ignore_index=True)[["class", "curve", "x", "low", "high"]]
@@ -63,12 +63,12 @@ class _Curve:
         positive, falling = truth[self.order], score[self.order]
         ends = np.flatnonzero(np.append(falling[1:] < falling[:-1], True))  # the last image of each score
         ranks = [np.flatnonzero(side) for side in (positive, ~positive)]
-        wanted = np.concatenate([rank[np.linspace(0, len(rank) - 1, THRESHOLDS).astype(int)] for rank in ranks])
+        wanted = np.concatenate([rank[np.linspace(0, len(rank) - 1, MAX_THRESHOLDS).astype(int)] for rank in ranks])
         chosen = np.unique(np.append(ends[np.searchsorted(ends, wanted)], len(falling) - 1))
         self.starts = np.append(0, chosen[:-1] + 1)
         self.positive = positive
 
-    def read(self, weights: NDArray[np.floating[Any]]) -> tuple[Floats, Floats]:
+    def evaluate(self, weights: NDArray[np.floating[Any]]) -> tuple[Floats, Floats]:
         """Sensitivity by false positive rate, and precision by sensitivity, both (samples, points)."""
         drawn = np.take(weights, self.order, axis=1)
         true = np.cumsum(np.add.reduceat(drawn * self.positive, self.starts, axis=1), axis=1, dtype=np.float64)
@@ -76,11 +76,11 @@ class _Curve:
         with np.errstate(divide="ignore", invalid="ignore"):
             sensitivity, fpr = true / true[:, -1:], false / false[:, -1:]
             precision = true / (true + false)
-        roc, pr = np.full((2, len(weights), len(GRID)), np.nan)
+        roc, pr = np.full((2, len(weights), len(CURVE_GRID)), np.nan)
         for row, (of_true, of_false) in enumerate(zip(sensitivity, fpr, strict=True)):
             if np.isfinite(of_true[-1]) and np.isfinite(of_false[-1]):
-                roc[row] = np.interp(GRID, np.append(0, of_false), np.append(0, of_true))
-                reached = np.searchsorted(of_true, GRID, side="left").clip(max=len(of_true) - 1)
+                roc[row] = np.interp(CURVE_GRID, np.append(0, of_false), np.append(0, of_true))
+                reached = np.searchsorted(of_true, CURVE_GRID, side="left").clip(max=len(of_true) - 1)
                 pr[row] = precision[row, reached]
         return roc, pr
 

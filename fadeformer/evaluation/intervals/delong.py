@@ -18,16 +18,16 @@ from numpy.typing import NDArray
 from scipy.special import expit, logit
 from scipy.stats import norm, rankdata, t
 
-from fadeformer.evaluation.intervals.proportions import wilson
+from fadeformer.evaluation.intervals.proportions import wilson_interval
 
-ROUNDING = 1e-13  # of a variance, relative to those that it is the difference of
+ROUNDING_ERROR = 1e-13  # of a variance, relative to those that it is the difference of
 
 Floats = NDArray[np.float64]
 Truth = NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
-class Aucs:
+class AUCEstimates:
     """Some AUCs of the same images.
 
     Attributes:
@@ -39,11 +39,13 @@ class Aucs:
 
     areas: Floats
     covariance: Floats
-    fewest: NDArray[np.int64]
-    degrees: Floats
+    min_groups: NDArray[np.int64]
+    degrees_of_freedom: Floats
 
 
-def aucs(truths: Sequence[Truth], scores: Sequence[Floats], groups: NDArray[np.int64] | None = None) -> Aucs:
+def estimate_aucs(
+    truths: Sequence[Truth], scores: Sequence[Floats], groups: NDArray[np.int64] | None = None
+) -> AUCEstimates:
     """AUCs of several classes, findings or models on the same images.
 
     Args:
@@ -60,23 +62,23 @@ def aucs(truths: Sequence[Truth], scores: Sequence[Floats], groups: NDArray[np.i
     of_positives, of_negatives = np.zeros((2, clusters, len(truths)))  # summed components, each over its own count
     factors, sizes = np.empty((2, 2, len(truths)))
     for curve, (truth, score) in enumerate(zip(truths, scores, strict=True)):
-        outranks, is_outranked = components(truth, score)
+        outranks, is_outranked = structural_components(truth, score)
         areas[curve] = outranks.mean()
         for side, sums, rows, found in (
             (0, of_positives, truth, outranks), (1, of_negatives, ~truth, is_outranked),
         ):  # fmt: skip
             sums[:, curve] = np.bincount(codes[rows], (found - areas[curve]) / len(found), minlength=clusters)
             sizes[side, curve] = len(np.unique(codes[rows]))
-            factors[side, curve] = _corrected(int(sizes[side, curve]))
+            factors[side, curve] = _bessel_correction(int(sizes[side, curve]))
     fewest = sizes.min(axis=0).astype(np.int64)
     positives, negatives = of_positives * np.sqrt(factors[0]), of_negatives * np.sqrt(factors[1])
     both = of_positives.T @ of_negatives
-    covariance = positives.T @ positives + negatives.T @ negatives + _corrected(clusters) * (both + both.T)
+    covariance = positives.T @ positives + negatives.T @ negatives + _bessel_correction(clusters) * (both + both.T)
     parts = np.stack([(positives**2).sum(axis=0), (negatives**2).sum(axis=0)])
-    return Aucs(areas, covariance, fewest, _degrees(parts, sizes - 1))
+    return AUCEstimates(areas, covariance, fewest, _satterthwaite(parts, sizes - 1))
 
 
-def components(truth: Truth, score: Floats) -> tuple[Floats, Floats]:
+def structural_components(truth: Truth, score: Floats) -> tuple[Floats, Floats]:
     """Of each positive the share of negatives below it, of each negative the share of positives above it.
 
     Raises:
@@ -91,25 +93,25 @@ def components(truth: Truth, score: Floats) -> tuple[Floats, Floats]:
     return outranks, is_outranked
 
 
-def interval(found: Aucs, curves: Sequence[int], confidence: float) -> tuple[float, float] | None:
+def mean_auc_interval(found: AUCEstimates, curves: Sequence[int], confidence: float) -> tuple[float, float] | None:
     """Interval of the mean of some of the AUCs, on the scale of log odds, so that it stays in [0, 1].
 
     At 0 or 1, where the variance is 0, it is Wilson's for as many cases as there are groups of the rarer kind. None
     where the variance is not known.
     """
     area, variances = float(found.areas[curves].mean()), np.diag(found.covariance)[curves]
-    variance, fewest = float(found.covariance[np.ix_(curves, curves)].mean()), int(found.fewest[curves].min())
+    variance, fewest = float(found.covariance[np.ix_(curves, curves)].mean()), int(found.min_groups[curves].min())
     if not math.isfinite(variance):
         return None
     if area in (0.0, 1.0):
-        return wilson(round(area * fewest), fewest, confidence)
-    degrees = _degrees(variances[:, None], found.degrees[curves][:, None])[0]
+        return wilson_interval(round(area * fewest), fewest, confidence)
+    degrees = _satterthwaite(variances[:, None], found.degrees_of_freedom[curves][:, None])[0]
     half = t.ppf((1 + confidence) / 2, degrees) * math.sqrt(max(variance, 0.0)) / (area * (1 - area))
     return float(expit(logit(area) - half)), float(expit(logit(area) + half))
 
 
 @dataclass(frozen=True)
-class Difference:
+class AUCDifference:
     """Of two AUCs on the same images: first less second, and its interval."""
 
     value: float
@@ -117,13 +119,13 @@ class Difference:
     high: float
 
 
-def difference(
+def auc_difference(
     truths: Sequence[Truth],
     first: Sequence[Floats],
     second: Sequence[Floats],
     groups: NDArray[np.int64] | None = None,
     confidence: float = 0.95,
-) -> Difference:
+) -> AUCDifference:
     """Paired comparison of the means of two models' AUCs over some classes or findings.
 
     Args:
@@ -136,25 +138,27 @@ def difference(
     Raises:
         ValueError: there are no positives or negatives of a class, or in one group only.
     """
-    found = aucs([*truths, *truths], [*first, *second], groups)
+    found = estimate_aucs([*truths, *truths], [*first, *second], groups)
     contrast = np.repeat([1.0, -1.0], len(truths)) / len(truths)
     one, other = np.split(found.areas, 2)
     value, variance = float((one - other).mean()), float(contrast @ found.covariance @ contrast)  # of equals exactly 0
     if not math.isfinite(variance):
         raise ValueError("a comparison needs positives and negatives of two groups each")
-    if variance < ROUNDING * found.covariance.diagonal().max():  # of scores in the same order only rounding is left
+    if (
+        variance < ROUNDING_ERROR * found.covariance.diagonal().max()
+    ):  # of scores in the same order only rounding is left
         variance = 0.0
     half = float(norm.ppf((1 + confidence) / 2)) * math.sqrt(variance)
-    return Difference(value, value - half, value + half)
+    return AUCDifference(value, value - half, value + half)
 
 
-def _degrees(variances: Floats, degrees: Floats) -> Floats:
+def _satterthwaite(variances: Floats, degrees: Floats) -> Floats:
     """Of a sum of variances over the first axis (Satterthwaite 1946, doi:10.2307/3002019)."""
     with np.errstate(divide="ignore", invalid="ignore"):
         found = variances.sum(axis=0) ** 2 / (variances**2 / degrees).sum(axis=0)
     return np.asarray(np.where(np.isfinite(found), found, degrees.min(axis=0)))
 
 
-def _corrected(groups: int) -> float:
+def _bessel_correction(groups: int) -> float:
     """What makes a variance of so many groups unbiased."""
     return groups / (groups - 1) if groups > 1 else math.nan

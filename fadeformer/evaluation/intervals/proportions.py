@@ -11,12 +11,12 @@ from scipy.stats import norm, t
 Truth = NDArray[np.bool_]
 
 
-def wilson(hits: int, trials: int, confidence: float = 0.95) -> tuple[float, float]:
+def wilson_interval(hits: int, trials: int, confidence: float = 0.95) -> tuple[float, float]:
     """Wilson's score interval (1927, doi:10.2307/2276774), which holds its level in small samples and near 0 and 1."""
-    return score(hits / trials, trials, float(norm.ppf((1 + confidence) / 2)))
+    return score_interval(hits / trials, trials, float(norm.ppf((1 + confidence) / 2)))
 
 
-def share_interval(
+def proportion_interval(
     hits: Truth, trials: Truth, groups: NDArray[np.int64], confidence: float
 ) -> tuple[float, float] | None:
     """Interval of the share of hits among trials.
@@ -43,7 +43,7 @@ def share_interval(
         return None
     images, clusters, share = int(counts.sum()), len(counts), float(found.sum() / counts.sum())
     if images == clusters:
-        return wilson(int(found.sum()), images, confidence)
+        return wilson_interval(int(found.sum()), images, confidence)
     if clusters == 1:
         return None
     variance = clusters / (clusters - 1) * float(((found - share * counts) ** 2).sum()) / images**2
@@ -51,10 +51,10 @@ def share_interval(
         effective = float(clusters)
     else:
         effective = min(2.0 * images, share * (1 - share) / variance) if variance > 0 else float(images)
-    return score(share, effective, float(t.ppf((1 + confidence) / 2, clusters - 1)))
+    return score_interval(share, effective, float(t.ppf((1 + confidence) / 2, clusters - 1)))
 
 
-def predictive_interval(
+def predictive_value_interval(
     called: Truth, truth: Truth, groups: NDArray[np.int64], confidence: float
 ) -> tuple[float, float] | None:
     """Interval of the share of positives among what was called positive, in images of the same mix.
@@ -74,7 +74,7 @@ def predictive_interval(
     Returns:
         None where nothing is called positive, or one of the two rates has no interval.
     """
-    of_true, of_false = (share_interval(called, of, groups, confidence) for of in (truth, ~truth))
+    of_true, of_false = (proportion_interval(called, of, groups, confidence) for of in (truth, ~truth))
     if of_true is None or of_false is None or not called.any():
         return None
     positives, negatives = int(truth.sum()), int((~truth).sum())
@@ -105,7 +105,7 @@ def _correlation(called: Truth, truth: Truth, groups: NDArray[np.int64]) -> floa
     return float(surplus[0] @ surplus[1]) / size if size > 0 else 0.0
 
 
-def score(share: float, trials: float, quantile: float) -> tuple[float, float]:
+def score_interval(share: float, trials: float, quantile: float) -> tuple[float, float]:
     """Wilson's interval of a share of so many trials, which need be no whole number, for a quantile of the error."""
     square = quantile * quantile
     middle = (share + square / (2 * trials)) / (1 + square / trials)

@@ -15,13 +15,13 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from fadeformer.evaluation.predictions import Predictions
-from fadeformer.io.atomic import whole_file
+from fadeformer.io.atomic import atomic_write
 from fadeformer.tasks import one_versus_rest
 
 # Okabe and Ito's colours, told apart with every kind of colour vision; line styles tell apart what repeats a colour.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-STYLES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)))
-CHANCE: dict[str, Any] = {"color": "0.6", "linestyle": (0, (1, 2))}
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+LINE_STYLES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)))
+CHANCE_STYLE: dict[str, Any] = {"color": "0.6", "linestyle": (0, (1, 2))}
 NAME_WIDTH = 26  # characters of a class name in one line
 
 
@@ -36,13 +36,13 @@ def training_curves(history: pd.DataFrame, best_epoch: int) -> Figure:
     left, right = figure.subplots(1, 2)
     marker = {"marker": "o", "markersize": 3}
     epochs = history["epoch"]
-    left.plot(epochs, history["train_loss"], color=COLOURS[0], label="train", **marker)
-    left.plot(epochs, history["val_loss"], color=COLOURS[1], linestyle="--", label="validation", **marker)
+    left.plot(epochs, history["train_loss"], color=COLORS[0], label="train", **marker)
+    left.plot(epochs, history["val_loss"], color=COLORS[1], linestyle="--", label="validation", **marker)
     left.set(xlabel="Epoch", ylabel="Loss (cross-entropy, nats)", title="Loss")
-    right.plot(epochs, history["train_accuracy"], color=COLOURS[0], label="train accuracy", **marker)
-    right.plot(epochs, history["val_accuracy"], color=COLOURS[1], linestyle="--", label="validation accuracy", **marker)
+    right.plot(epochs, history["train_accuracy"], color=COLORS[0], label="train accuracy", **marker)
+    right.plot(epochs, history["val_accuracy"], color=COLORS[1], linestyle="--", label="validation accuracy", **marker)
     if history["val_auc"].notna().any():
-        right.plot(epochs, history["val_auc"], color=COLOURS[2], linestyle="-.", label="validation AUC", **marker)
+        right.plot(epochs, history["val_auc"], color=COLORS[2], linestyle="-.", label="validation AUC", **marker)
     right.set(xlabel="Epoch", ylabel="Accuracy, AUC", title="Accuracy and AUC")
     for axes in (left, right):
         axes.axvline(best_epoch, color="0.4", linestyle=":", label=f"kept: epoch {best_epoch}")
@@ -57,7 +57,7 @@ def confusion_matrix(predictions: Predictions) -> Figure:
     count = len(predictions.classes)
     truth = one_versus_rest(predictions.labels, count, predictions.task)
     decided = one_versus_rest(predictions.task.decide(predictions.scores), count, predictions.task)
-    names = [short(name) for name in predictions.classes]
+    names = [wrap_name(name) for name in predictions.classes]
     title = f"Confusion matrix, {len(truth)} images"
     if predictions.task.multi_label:
         outcomes = {
@@ -67,14 +67,14 @@ def confusion_matrix(predictions: Predictions) -> Figure:
         counts = np.stack([outcome.sum(axis=0) for outcome in outcomes.values()], axis=1)
         wholes = np.repeat([counts[:, :2].sum(axis=1), counts[:, 2:].sum(axis=1)], 2, axis=0).T
         labels, legend = ("Finding", "Outcome at a score above 0.5"), "share of the positives or negatives"
-        return _heat_table(counts, _shares(counts, wholes), (names, list(outcomes)), labels, title, legend)
+        return _plot_heatmap(counts, _fractions(counts, wholes), (names, list(outcomes)), labels, title, legend)
     counts = truth.T.astype(np.int64) @ decided.astype(np.int64)
     wholes = counts.sum(axis=1, keepdims=True).repeat(count, axis=1)
     labels, legend = ("True class", "Predicted class"), "share of the true class"
-    return _heat_table(counts, _shares(counts, wholes), (names, names), labels, title, legend)
+    return _plot_heatmap(counts, _fractions(counts, wholes), (names, names), labels, title, legend)
 
 
-def save(figure: Figure, path: Path, dpi: int) -> None:
+def save_figure(figure: Figure, path: Path, dpi: int) -> None:
     """Writes a PNG, and an SVG beside it, the same bytes for the same figure.
 
     The layout is made once, for both: matplotlib would make it anew, and draw the figure in vain, for each of the two.
@@ -83,28 +83,28 @@ def save(figure: Figure, path: Path, dpi: int) -> None:
     if (layout := figure.get_layout_engine()) is not None:
         layout.execute(figure)
         figure.set_layout_engine(None)
-    with whole_file(path) as temporary:
+    with atomic_write(path) as temporary:
         figure.savefig(temporary, dpi=dpi, format="png", metadata={"Software": None})
     # else every SVG has identifiers and a date of its own
-    with whole_file(path.with_suffix(".svg")) as temporary, rc_context({"svg.hashsalt": path.stem}):
+    with atomic_write(path.with_suffix(".svg")) as temporary, rc_context({"svg.hashsalt": path.stem}):
         figure.savefig(temporary, format="svg", metadata={"Date": None})
 
 
-def panels(
-    count: int, *, side: float, alone: float, share_x: bool = True, share_y: bool = True
+def panel_grid(
+    count: int, *, panel_inches: float, single_panel_inches: float, share_x: bool = True, share_y: bool = True
 ) -> tuple[Figure, list[Axes]]:
     """A figure with a panel for each of some classes, in as many rows as columns.
 
     Args:
         count: of panels.
-        side: of one of many, inches.
-        alone: of a single one.
+        panel_inches: of one of many, inches.
+        single_panel_inches: of a single one.
         share_x: whether all have one scale below.
         share_y: whether all have one scale beside.
     """
     columns = max(1, min(6, math.ceil(math.sqrt(count))))
     rows = max(1, math.ceil(count / columns))
-    inches = alone if count <= 1 else side
+    inches = single_panel_inches if count <= 1 else panel_inches
     figure = Figure(figsize=(max(4.8, inches * columns), 0.9 + inches * 0.95 * rows), layout="constrained")
     grid = figure.subplots(rows, columns, squeeze=False, sharex=share_x, sharey=share_y)
     for axes in list(grid.flat)[count:]:
@@ -115,7 +115,7 @@ def panels(
     return figure, shown
 
 
-def _heat_table(
+def _plot_heatmap(
     counts: NDArray[np.int64],
     shares: NDArray[np.float64],
     names: tuple[list[str], list[str]],
@@ -146,11 +146,11 @@ def _heat_table(
     return figure
 
 
-def _shares(counts: NDArray[np.int64], wholes: NDArray[np.int64]) -> NDArray[np.float64]:
+def _fractions(counts: NDArray[np.int64], wholes: NDArray[np.int64]) -> NDArray[np.float64]:
     return np.divide(counts, wholes, out=np.zeros(counts.shape), where=wholes > 0)
 
 
-def short(name: str) -> str:
+def wrap_name(name: str) -> str:
     """A class name in at most two lines."""
     lines = textwrap.wrap(name.replace("(", " ("), NAME_WIDTH, max_lines=2, placeholder=" ...")
     return "\n".join(lines)

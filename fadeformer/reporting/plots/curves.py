@@ -15,13 +15,13 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
-from fadeformer.evaluation.metrics import pr_points, roc_points
+from fadeformer.evaluation.metrics import pr_curve_points, roc_curve_points
 from fadeformer.evaluation.predictions import Predictions
-from fadeformer.io.formatting import told
-from fadeformer.reporting.plots.base import CHANCE, COLOURS, STYLES, panels, short
+from fadeformer.io.formatting import format_with_interval
+from fadeformer.reporting.plots.base import CHANCE_STYLE, COLORS, LINE_STYLES, panel_grid, wrap_name
 
-TOGETHER = 3  # curves in one plot
-BAND = 0.18  # opacity
+MAX_SHARED_CURVES = 3  # curves in one plot
+BAND_ALPHA = 0.18  # opacity
 
 
 def roc_curves(
@@ -31,17 +31,19 @@ def roc_curves(
 
     Args:
         predictions: of one split.
-        summary: of `fadeformer.evaluation.summary.summarise`.
-        intervals: of `fadeformer.evaluation.summary.intervals`.
-        bands: of `fadeformer.evaluation.intervals.curve_bands.bands`.
+        summary: of `fadeformer.evaluation.summary.summarize`.
+        intervals: of `fadeformer.evaluation.summary.confidence_intervals`.
+        bands: of `fadeformer.evaluation.intervals.curve_bands.compute_bands`.
     """
-    points = roc_points(predictions).rename(columns={"fpr": "x", "tpr": "y"})
-    labels = {name: ("AUC", told(*pair)) for name, pair in _values(summary, intervals, "auc").items()}
-    figure, plots = _drawn(points, bands[bands["curve"] == "roc"], labels, legend="lower right")
+    points = roc_curve_points(predictions).rename(columns={"fpr": "x", "tpr": "y"})
+    labels = {
+        name: ("AUC", format_with_interval(*pair)) for name, pair in _class_values(summary, intervals, "auc").items()
+    }
+    figure, plots = _plot_curves(points, bands[bands["curve"] == "roc"], labels, legend_loc="lower right")
     for axes in plots:
-        axes.plot([0, 1], [0, 1], **CHANCE)
-    title = "ROC" + _mean(summary, intervals, "auc", "AUC", len(labels))
-    return _titled(
+        axes.plot([0, 1], [0, 1], **CHANCE_STYLE)
+    title = "ROC" + _mean_label(summary, intervals, "auc", "AUC", len(labels))
+    return _add_labels(
         figure, title, summary, ("1 - specificity (false positive rate)", "Sensitivity (true positive rate)")
     )
 
@@ -53,23 +55,26 @@ def pr_curves(
 
     Arguments are those of `roc_curves`.
     """
-    points = pr_points(predictions).rename(columns={"recall": "x", "precision": "y"})
-    labels = {name: ("AP", told(*pair)) for name, pair in _values(summary, intervals, "average_precision").items()}
-    figure, plots = _drawn(points, bands[bands["curve"] == "pr"], labels, legend="lower left")
+    points = pr_curve_points(predictions).rename(columns={"recall": "x", "precision": "y"})
+    labels = {
+        name: ("AP", format_with_interval(*pair))
+        for name, pair in _class_values(summary, intervals, "average_precision").items()
+    }
+    figure, plots = _plot_curves(points, bands[bands["curve"] == "pr"], labels, legend_loc="lower left")
     names = list(points["class"].unique())
     for place, name in enumerate(names):
         prevalence = summary["per_class"][name]["prevalence"]
         axes = plots[place] if len(plots) > 1 else plots[0]
-        colour = COLOURS[place % len(COLOURS)] if len(plots) == 1 else CHANCE["color"]
-        axes.axhline(prevalence, color=colour, linestyle=CHANCE["linestyle"], linewidth=1)
-    mean = _mean(summary, intervals, "average_precision", "AP", len(labels))
-    return _titled(
+        colour = COLORS[place % len(COLORS)] if len(plots) == 1 else CHANCE_STYLE["color"]
+        axes.axhline(prevalence, color=colour, linestyle=CHANCE_STYLE["linestyle"], linewidth=1)
+    mean = _mean_label(summary, intervals, "average_precision", "AP", len(labels))
+    return _add_labels(
         figure, f"Precision-recall{mean}", summary, ("Recall (sensitivity)", "Precision (positive predictive value)"),
-        dotted="prevalence (chance)",
+        dotted_label="prevalence (chance)",
     )  # fmt: skip
 
 
-def _values(summary: Mapping[str, Any], intervals: Mapping[str, Any], key: str) -> dict[str, tuple[Any, Any]]:
+def _class_values(summary: Mapping[str, Any], intervals: Mapping[str, Any], key: str) -> dict[str, tuple[Any, Any]]:
     return {
         name: (values[key], intervals["per_class"][name][key])
         for name, values in summary["per_class"].items()
@@ -77,35 +82,37 @@ def _values(summary: Mapping[str, Any], intervals: Mapping[str, Any], key: str) 
     }
 
 
-def _mean(summary: Mapping[str, Any], intervals: Mapping[str, Any], key: str, what: str, count: int) -> str:
+def _mean_label(summary: Mapping[str, Any], intervals: Mapping[str, Any], key: str, what: str, count: int) -> str:
     value = summary["overall"][key]
     if value is None or count < 3:
         return ": no class can be judged" if value is None else ""
-    return f", mean {what} {told(value, intervals['overall'][key])}"
+    return f", mean {what} {format_with_interval(value, intervals['overall'][key])}"
 
 
-def _drawn(
+def _plot_curves(
     points: pd.DataFrame,
     bands: pd.DataFrame,
     labels: Mapping[str, tuple[str, str]],
     *,
-    legend: Literal["lower right", "lower left"],
+    legend_loc: Literal["lower right", "lower left"],
 ) -> tuple[Figure, list[Axes]]:
     names = list(points["class"].unique())
-    together = len(names) <= TOGETHER
-    figure, plots = panels(1 if together else len(names), side=2.2, alone=4.6)
+    together = len(names) <= MAX_SHARED_CURVES
+    figure, plots = panel_grid(1 if together else len(names), panel_inches=2.2, single_panel_inches=4.6)
     for place, name in enumerate(names):
         axes = plots[0 if together else place]
-        colour = COLOURS[place % len(COLOURS)] if together else COLOURS[0]
+        colour = COLORS[place % len(COLORS)] if together else COLORS[0]
         of_class, band = points[points["class"] == name], bands[bands["class"] == name]
         what, value = labels[name]
-        style = STYLES[place] if together else "-"
-        axes.fill_between(band["x"], band["low"], band["high"], color=colour, alpha=BAND, linewidth=0)
-        axes.plot(of_class["x"], of_class["y"], color=colour, linestyle=style, label=f"{short(name)}\n{what} {value}")
+        style = LINE_STYLES[place] if together else "-"
+        axes.fill_between(band["x"], band["low"], band["high"], color=colour, alpha=BAND_ALPHA, linewidth=0)
+        axes.plot(
+            of_class["x"], of_class["y"], color=colour, linestyle=style, label=f"{wrap_name(name)}\n{what} {value}"
+        )
         if not together:
-            axes.set_title(f"{short(name)}\n{value}", fontsize=8)
+            axes.set_title(f"{wrap_name(name)}\n{value}", fontsize=8)
     if together and names:
-        plots[0].legend(loc=legend, fontsize=8, framealpha=0.85)
+        plots[0].legend(loc=legend_loc, fontsize=8, framealpha=0.85)
     ticks = [0, 0.25, 0.5, 0.75, 1] if together else [0, 0.5, 1]
     for axes in plots:
         axes.set(xlim=(-0.01, 1.01), ylim=(-0.01, 1.01), aspect="equal", xticks=ticks, yticks=ticks)
@@ -114,16 +121,16 @@ def _drawn(
     return figure, plots
 
 
-def _titled(
-    figure: Figure, title: str, summary: Mapping[str, Any], labels: tuple[str, str], dotted: str = "chance"
+def _add_labels(
+    figure: Figure, title: str, summary: Mapping[str, Any], labels: tuple[str, str], dotted_label: str = "chance"
 ) -> Figure:
     figure.supxlabel(labels[0], fontsize=10)
     figure.supylabel(labels[1], fontsize=10)
     handles = [
-        Line2D([], [], color=COLOURS[0], label="curve"), Patch(color=COLOURS[0], alpha=BAND, label="interval"),
-        Line2D([], [], **CHANCE, label=dotted),
+        Line2D([], [], color=COLORS[0], label="curve"), Patch(color=COLORS[0], alpha=BAND_ALPHA, label="interval"),
+        Line2D([], [], **CHANCE_STYLE, label=dotted_label),
     ]  # fmt: skip
-    left_out = ", ".join(short(name).replace("\n", " ") for name in summary["not_judged"])
+    left_out = ", ".join(wrap_name(name).replace("\n", " ") for name in summary["not_judged"])
     lines = [title, *textwrap.wrap(f"not judged: {left_out}", 80)] if left_out else [title]
     figure.legend(
         handles=handles, loc="outside upper center", ncols=3, frameon=False, fontsize=8, title="\n".join(lines),

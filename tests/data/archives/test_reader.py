@@ -123,51 +123,51 @@ def good(request, tmp_path):
 
 def test_all_kinds_give_the_same_files_in_their_own_order(good):
     order = sorted(FILES) if good.is_dir() else list(FILES)
-    assert sorted(reader.listing(good)) == sorted((name, len(content)) for name, content in FILES.items())
-    assert dict(reader.members(good)) == FILES
-    assert [name for name, _ in reader.members(good)] == order
+    assert sorted(reader.list_members(good)) == sorted((name, len(content)) for name, content in FILES.items())
+    assert dict(reader.iter_members(good)) == FILES
+    assert [name for name, _ in reader.iter_members(good)] == order
 
 
 def test_only_wanted_files_are_read(good, monkeypatch):
     wanted = {"b/1.png", "ä/ü.png", "not there"}
-    assert dict(reader.members(good, wanted.__contains__)) == {name: FILES[name] for name in wanted & set(FILES)}
-    monkeypatch.setattr(reader, "LARGEST", 0)
-    assert list(reader.members(good, lambda name: False)) == []
+    assert dict(reader.iter_members(good, wanted.__contains__)) == {name: FILES[name] for name in wanted & set(FILES)}
+    monkeypatch.setattr(reader, "MAX_MEMBER_BYTES", 0)
+    assert list(reader.iter_members(good, lambda name: False)) == []
 
 
 def test_any_file_of_a_zip_or_a_folder_from_many_threads(good):
     if tarfile.is_tarfile(good) if good.is_file() else False:
         with pytest.raises(UserError, match=r"a tar is read from front to back only; unpack it"):
-            reader.read(good, "a.csv")
+            reader.read_member(good, "a.csv")
         return
     names = list(FILES) * 50
     with ThreadPoolExecutor(8) as pool:
-        assert list(pool.map(lambda name: reader.read(good, name), names)) == [FILES[name] for name in names]
+        assert list(pool.map(lambda name: reader.read_member(good, name), names)) == [FILES[name] for name in names]
     with pytest.raises(UserError, match=r"'none\.png' is not there|has no file 'none\.png'"):
-        reader.read(good, "none.png")
+        reader.read_member(good, "none.png")
     with pytest.raises(UserError, match=r"'b' is a folder|has no file 'b'"):
-        reader.read(good, "b")
+        reader.read_member(good, "b")
 
 
 def test_a_zip_that_was_replaced_is_read_anew(tmp_path):
     path = tmp_path / "a.zip"
     for content in (b"old", b"newer"):
         path.write_bytes(zipped({"a": content}))
-        assert reader.read(path, "a") == content
+        assert reader.read_member(path, "a") == content
 
 
 def test_a_zip_of_more_images_than_its_oldest_count_can_tell(tmp_path):
     with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
         for number in range(2**16):  # NIH's ChestX-ray14 has 112,120
             archive.writestr(f"{number}.png", b"1")
-    assert len(reader.listing(tmp_path / "a.zip")) == 2**16
+    assert len(reader.list_members(tmp_path / "a.zip")) == 2**16
 
 
 def test_a_file_larger_than_the_limit_is_refused_only_if_it_is_wanted(good, monkeypatch):
-    monkeypatch.setattr(reader, "LARGEST", 1000)
+    monkeypatch.setattr(reader, "MAX_MEMBER_BYTES", 1000)
     with pytest.raises(UserError, match=r"'a\.csv' has 1,500 bytes; an image may have 1,000"):
-        list(reader.members(good))
-    assert len(list(reader.members(good, lambda name: name != "a.csv"))) == 3
+        list(reader.iter_members(good))
+    assert len(list(reader.iter_members(good, lambda name: name != "a.csv"))) == 3
 
 
 def test_what_an_operating_system_left_behind_is_passed_over(tmp_path):
@@ -175,18 +175,22 @@ def test_what_an_operating_system_left_behind_is_passed_over(tmp_path):
     files = {"a/1.png": b"1"} | dict.fromkeys(rubbish, b"?")
     for data in (zipped(files), packed(files)):
         (tmp_path / "archive").write_bytes(data)
-        assert reader.listing(tmp_path / "archive") == [("a/1.png", 1)]
+        assert reader.list_members(tmp_path / "archive") == [("a/1.png", 1)]
 
 
 def test_names_have_one_form(tmp_path):
     (tmp_path / "a.tar").write_bytes(packed({"./a//b.png": b"1", "c.png": b"2"}))
-    assert dict(reader.members(tmp_path / "a.tar")) == {"a/b.png": b"1", "c.png": b"2"}
+    assert dict(reader.iter_members(tmp_path / "a.tar")) == {"a/b.png": b"1", "c.png": b"2"}
 
 
 def test_names_that_are_one_on_another_system_are_found():
     names = ["a/X.png", "A/x.png", "b.png", "e\u0301.png", "\u00e9.png", "STRASSE", "straße"]
-    assert reader.collisions(names) == [("A/x.png", "a/X.png"), ("STRASSE", "straße"), ("e\u0301.png", "\u00e9.png")]
-    assert reader.collisions(["a", "b", "a"]) == []
+    assert reader.find_name_collisions(names) == [
+        ("A/x.png", "a/X.png"),
+        ("STRASSE", "straße"),
+        ("e\u0301.png", "\u00e9.png"),
+    ]
+    assert reader.find_name_collisions(["a", "b", "a"]) == []
 
 
 UNSAFE = {
@@ -207,7 +211,7 @@ def test_a_name_that_could_leave_the_folder_is_refused(tmp_path, name, message):
     for data in (zipped({"a": b"", name: b"1"}), packed({"a": b"", name: b"1"}), gzip.compress(packed({name: b"1"}))):
         (tmp_path / "archive").write_bytes(data)
         with pytest.raises(UserError, match=message + ".*all of it is refused: take that out, or pack it anew"):
-            reader.listing(tmp_path / "archive")
+            reader.list_members(tmp_path / "archive")
 
 
 def link(name: str) -> int:
@@ -276,7 +280,7 @@ def test_a_bad_archive_is_told(tmp_path, case):
     path = tmp_path / "bad.archive"
     path.write_bytes(data)
     with pytest.raises(UserError, match=message) as error:
-        list(reader.members(path))
+        list(reader.iter_members(path))
     assert str(error.value).startswith(f"{path}: ")
 
 
@@ -284,7 +288,7 @@ def test_the_long_names_of_old_tars_are_read(tmp_path):
     name = "/".join(["long" * 10] * 8) + ".png"
     for layout in (tarfile.GNU_FORMAT, tarfile.PAX_FORMAT):
         (tmp_path / "a.tar").write_bytes(packed({name: b"1", "b": b"2"}, layout=layout))
-        assert dict(reader.members(tmp_path / "a.tar")) == {name: b"1", "b": b"2"}
+        assert dict(reader.iter_members(tmp_path / "a.tar")) == {name: b"1", "b": b"2"}
 
 
 @pytest.fixture
@@ -299,7 +303,7 @@ def folder(tmp_path):
 
 def test_a_link_that_stays_in_the_folder_is_a_file(folder):
     (folder / "b.png").symlink_to("a.png")
-    assert dict(reader.members(folder)) == {"a.png": b"1", "b.png": b"1"}
+    assert dict(reader.iter_members(folder)) == {"a.png": b"1", "b.png": b"1"}
 
 
 @pytest.mark.parametrize(
@@ -316,22 +320,22 @@ def test_a_link_that_stays_in_the_folder_is_a_file(folder):
 def test_a_link_in_a_folder_that_leads_elsewhere_is_refused(folder, target, message):
     (folder / "b.png").symlink_to(target)
     with pytest.raises(UserError, match=message):
-        reader.listing(folder)
+        reader.list_members(folder)
     with pytest.raises(UserError, match=message + "|leaves the folder|is a folder"):
-        reader.read(folder, "b.png")
+        reader.read_member(folder, "b.png")
 
 
 @pytest.mark.parametrize("name", ["../secret", "a/../../secret", "/etc/passwd", "..\\secret", ""])
 def test_a_name_asked_for_cannot_leave_the_folder(folder, name):
     with pytest.raises(UserError, match=r"leaves its folder|absolute name|backslash|no name of a file"):
-        reader.read(folder, name)
+        reader.read_member(folder, name)
 
 
 @pytest.mark.parametrize(("name", "message"), [(b"\xff.png", "cannot be decoded"), (b"a\\b.png", "has a backslash")])
 def test_a_name_in_a_folder_that_no_other_system_could_read_is_refused(folder, name, message):
     os.close(os.open(os.fsencode(folder) + b"/" + name, os.O_CREAT))
     with pytest.raises(UserError, match=message) as error:
-        reader.listing(folder)
+        reader.list_members(folder)
     str(error.value).encode()  # can be printed
 
 
@@ -341,15 +345,15 @@ def test_a_folder_that_may_not_be_read_is_told(folder, monkeypatch):
 
     monkeypatch.setattr(os, "scandir", scandir)
     with pytest.raises(UserError, match=r"cannot be read \(Permission denied\); change its permissions"):
-        reader.listing(folder)
+        reader.list_members(folder)
 
 
 def test_what_is_not_there_and_a_pipe_are_no_archives(tmp_path):
     with pytest.raises(UserError, match="no such file or folder"):
-        reader.listing(tmp_path / "none.zip")
+        reader.list_members(tmp_path / "none.zip")
     os.mkfifo(tmp_path / "scans.zip")
     with pytest.raises(UserError, match=r"scans\.zip: is no file and no folder"):
-        reader.listing(tmp_path / "scans.zip")
+        reader.list_members(tmp_path / "scans.zip")
 
 
 WHOLE = {"zip": zipped(), "tar": packed(), "tar.gz": gzip.compress(packed(), mtime=0)}
@@ -357,7 +361,7 @@ WHOLE = {"zip": zipped(), "tar": packed(), "tar.gz": gzip.compress(packed(), mti
 
 def found_in(path):
     try:
-        return dict(reader.members(path))
+        return dict(reader.iter_members(path))
     except UserError:
         return None
 
@@ -384,10 +388,10 @@ def test_flipped_bytes_never_give_wrong_images(tmp_path_factory, kind, flips):
 
 
 def test_the_published_archives_are_read(real_data):
-    found = reader.listing(real_data / "chestxray14" / "images_001.tar.gz")
+    found = reader.list_members(real_data / "chestxray14" / "images_001.tar.gz")
     assert len(found) == 1000
     assert found[0].name == "images/00000001_000.png"
-    assert len(reader.listing(real_data / "isic2019" / "ISIC_2019_Training_Input.zip")) == 10_015
+    assert len(reader.list_members(real_data / "isic2019" / "ISIC_2019_Training_Input.zip")) == 10_015
     path = real_data / "mednist" / "mednist.zip"
-    last = reader.listing(path)[-1]
-    assert len(reader.read(path, last.name)) == last.size
+    last = reader.list_members(path)[-1]
+    assert len(reader.read_member(path, last.name)) == last.size

@@ -29,7 +29,7 @@ from pydicom.encaps import encapsulate
 from pydicom.pixels.processing import apply_color_lut, apply_modality_lut, apply_voi_lut, apply_windowing
 
 from fadeformer.data.dicom import dicom_image
-from fadeformer.errors import UnreadableError, UserError
+from fadeformer.errors import UnreadableImageError, UserError
 
 SALT = b"sixteen bytes ok"
 PACKAGE = Path(pydicom.__file__).parent
@@ -46,7 +46,7 @@ def shipped(name: str) -> bytes:
 
 
 def read(data: bytes, **options):
-    return dicom_image.read(data, "a.dcm", salt=SALT, **options)
+    return dicom_image.read_dicom(data, "a.dcm", salt=SALT, **options)
 
 
 def made(pixels, syntax=pydicom.uid.ExplicitVRLittleEndian, **elements) -> bytes:
@@ -192,7 +192,7 @@ def test_the_group_is_a_keyed_hash_of_the_patient():
     assert one.group == same.group != other.group
     expected = hashlib.blake2b(b"PatientID\x004711", key=SALT, digest_size=16).hexdigest()
     assert one.group == expected
-    assert dicom_image.read(made(black, PatientID="4711"), "a", salt=SALT[::-1]).group != one.group
+    assert dicom_image.read_dicom(made(black, PatientID="4711"), "a", salt=SALT[::-1]).group != one.group
     study = read(made(black, PatientID="", StudyInstanceUID="1.2.1"))
     assert study.group not in (None, one.group)
     assert study.group == read(made(black, StudyInstanceUID="1.2.1")).group
@@ -203,7 +203,7 @@ def test_the_group_is_a_keyed_hash_of_the_patient():
 @pytest.mark.parametrize("salt", [b"", b"fifteen bytes..", b"x" * 65])
 def test_a_salt_that_hides_nothing_is_refused(salt):
     with pytest.raises(UserError, match=f"the salt has {len(salt)} bytes; it must be 16 to 64 random ones"):
-        dicom_image.read(shipped("CT_small.dcm"), "a.dcm", salt=salt)
+        dicom_image.read_dicom(shipped("CT_small.dcm"), "a.dcm", salt=salt)
 
 
 PATIENTS = ("PatientName", "PatientID", "PatientBirthDate", "PatientAddress", "PatientComments", "OtherPatientNames")
@@ -217,7 +217,7 @@ def said_of(data: bytes, caplog) -> str:
         try:
             found = read(data)
             said = repr(dataclasses.replace(found, frames=np.zeros(0)))
-        except UnreadableError as error:
+        except UnreadableImageError as error:
             said = "".join(traceback.format_exception(error)) + repr(error)
             assert (error.__cause__, error.__context__) == (None, None)  # noqa: PT017
     return said + caplog.text + " ".join(str(warning.message) for warning in told)
@@ -465,7 +465,7 @@ BAD = {
         "has a compressed frame of another size than its header says",
     ),
     "a frame in a box of no length": (
-        made(BLACK, pydicom.uid.JPEG2000Lossless, PixelData=encapsulate([dicom_image.JP2 + bytes(20)])),
+        made(BLACK, pydicom.uid.JPEG2000Lossless, PixelData=encapsulate([dicom_image.JP2_SIGNATURE + bytes(20)])),
         "has a compressed frame that is damaged; fetch or export it again",
     ),
     "a frame that is none": (
@@ -478,25 +478,25 @@ BAD = {
 @pytest.mark.parametrize("case", BAD)
 def test_a_bad_file_is_told_by_name_with_its_reason(case):
     data, message = BAD[case]
-    with pytest.raises(UnreadableError, match=f"^folder/a b.dcm: .*{message}") as error:
-        dicom_image.read(data, "folder/a b.dcm", salt=SALT)
+    with pytest.raises(UnreadableImageError, match=f"^folder/a b.dcm: .*{message}") as error:
+        dicom_image.read_dicom(data, "folder/a b.dcm", salt=SALT)
     assert error.value.name == "folder/a b.dcm"
     assert (error.value.__cause__, error.value.__context__) == (None, None)
 
 
 def test_a_bomb_is_told_before_it_is_inflated(monkeypatch):
-    monkeypatch.setattr(dicom_image, "INFLATED", 2**23)
+    monkeypatch.setattr(dicom_image, "MAX_INFLATED_BYTES", 2**23)
     with pytest.raises(
-        UnreadableError, match="grows to more than 8,388,608 bytes when it is inflated; it is refused as"
+        UnreadableImageError, match="grows to more than 8,388,608 bytes when it is inflated; it is refused as"
     ):
         read(deflated(2**24))
 
 
 def test_too_many_pixels_are_refused(monkeypatch):
-    monkeypatch.setattr(dicom_image, "PIXELS", 64)
+    monkeypatch.setattr(dicom_image, "MAX_PIXELS", 64)
     assert read(made(BLACK)).frames.shape == (1, 8, 8)
-    monkeypatch.setattr(dicom_image, "PIXELS", 63)
-    with pytest.raises(UnreadableError, match="at most 63 in all are read"):
+    monkeypatch.setattr(dicom_image, "MAX_PIXELS", 63)
+    with pytest.raises(UnreadableImageError, match="at most 63 in all are read"):
         read(made(BLACK))
 
 
@@ -532,7 +532,7 @@ WHOLE = [
 def found_in(data):
     try:
         return read(data).frames
-    except UnreadableError:
+    except UnreadableImageError:
         return None
 
 

@@ -24,8 +24,8 @@ from filelock import FileLock
 from tqdm import tqdm
 
 from fadeformer.data.download import download
-from fadeformer.data.download.download import Remote, fetch
-from fadeformer.errors import PassingError, UserError
+from fadeformer.data.download.download import RemoteFile, fetch_files
+from fadeformer.errors import TransientError, UserError
 
 FILE, OTHER = (np.random.default_rng(seed).bytes(200_000) for seed in (0, 1))
 SHA256 = ("sha256", hashlib.sha256(FILE).hexdigest())
@@ -145,7 +145,7 @@ def server():
 def haste(monkeypatch):
     fast = {"backoff_factor": 0.01, "backoff_jitter": 0}
     monkeypatch.setattr(download, "RETRY", download.RETRY.new(total=3, **fast))
-    monkeypatch.setattr(download, "FIRST_CONTACT", download.FIRST_CONTACT.new(**fast))
+    monkeypatch.setattr(download, "HEAD_RETRY", download.HEAD_RETRY.new(**fast))
     monkeypatch.setattr(download, "TIMEOUT", 0.5)
 
 
@@ -153,7 +153,7 @@ def get(url: str, folder: Path, *, name: str = NAME, checksum=None) -> Path:
     """Downloads one file, and makes sure that only the right bytes have got the final name."""
     path = folder / name
     try:
-        file = fetch([Remote(url, name, checksum)], folder, remedy="see the README")[name]
+        file = fetch_files([RemoteFile(url, name, checksum)], folder, hint="see the README")[name]
     finally:
         assert not path.exists() or path.read_bytes() in (FILE, b"")
         part = folder / f"{name}.part"
@@ -221,7 +221,7 @@ def test_other_responses_are_errors(server, tmp_path, answer, message, passing, 
         get(url, tmp_path / "downloads", checksum=SHA256 if "X" in answer.headers else None)
     assert str(error.value).startswith(url)
     assert "see the README" in str(error.value)
-    assert isinstance(error.value, PassingError) == passing
+    assert isinstance(error.value, TransientError) == passing
     assert not (tmp_path / "downloads" / NAME).exists()
     assert len(server.ranges) == requests
 
@@ -304,13 +304,13 @@ def test_a_complete_file_is_downloaded_again_only_if_damaged(server, tmp_path, c
     assert f"{tmp_path / NAME}: is damaged or not the published file" in capsys.readouterr().err
 
 
-def remotes(server, *names: str, answers=(GOOD,), checksum=None) -> list[Remote]:
-    return [Remote(server.publish(*answers, name=name), name, checksum) for name in names]
+def remotes(server, *names: str, answers=(GOOD,), checksum=None) -> list[RemoteFile]:
+    return [RemoteFile(server.publish(*answers, name=name), name, checksum) for name in names]
 
 
 def test_several_files_are_downloaded_at_once(server, tmp_path):
     files = remotes(server, *(f"{n}.zip" for n in range(6)), answers=[Answer(pace=0.003)])
-    complete = fetch(files, tmp_path, remedy="", parallel=2)
+    complete = fetch_files(files, tmp_path, hint="", max_workers=2)
     assert list(complete) == [file.name for file in files]
     assert all(file.path.read_bytes() == FILE for file in complete.values())
     assert server.most == 2
@@ -320,15 +320,15 @@ def test_the_first_error_stops_the_others_and_keeps_their_parts(server, tmp_path
     files = remotes(server, "a.zip", "b.zip", answers=[Answer(stop=150_000, pace=0.03, stall=True), GOOD])
     bad = remotes(server, "c.zip", answers=[Answer(OTHER)], checksum=SHA256)
     with pytest.raises(UserError, match="SHA256 is"):
-        fetch([*files, *bad], tmp_path, remedy="")
+        fetch_files([*files, *bad], tmp_path, hint="")
     assert list(tmp_path.glob("*.zip")) == []
-    fetch(files, tmp_path, remedy="")
+    fetch_files(files, tmp_path, hint="")
     assert all((tmp_path / file.name).read_bytes() == FILE for file in files)
 
 
 def test_only_one_process_downloads_into_a_folder(server, tmp_path):
     url = server.publish(GOOD)
-    with FileLock(tmp_path / ".downloads.lock"), pytest.raises(PassingError, match="another process is downloading"):
+    with FileLock(tmp_path / ".downloads.lock"), pytest.raises(TransientError, match="another process is downloading"):
         get(url, tmp_path / "downloads")
     get(url, tmp_path / "downloads")
 
@@ -337,7 +337,7 @@ def test_too_small_a_disk_is_an_error_before_it_is_full(server, tmp_path, monkey
     usage = namedtuple("usage", "free")
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage(390_000))
     with pytest.raises(UserError, match="too little room for the download: it needs 400kB more, and 390kB are free"):
-        fetch(remotes(server, "a.zip", "b.zip"), tmp_path, remedy="")
+        fetch_files(remotes(server, "a.zip", "b.zip"), tmp_path, hint="")
     assert server.ranges == []
     url = server.publish(CUT, Answer(status=403), GOOD)
     with pytest.raises(UserError, match="403"):
@@ -373,9 +373,9 @@ def test_the_progress_bar_counts_bytes(server, tmp_path, monkeypatch):
         return tqdm(**arguments | {"disable": False, "ascii": True, "file": shown, "mininterval": 0})
 
     monkeypatch.setattr(download, "tqdm", bar)
-    monkeypatch.setattr(download, "_say", print)
+    monkeypatch.setattr(download, "_print_message", print)
     answers = [Answer(stop=60_000), Answer(ranges=False)]  # starts again
-    fetch(remotes(server, "a.zip", "b.zip", answers=answers), tmp_path, remedy="")
+    fetch_files(remotes(server, "a.zip", "b.zip", answers=answers), tmp_path, hint="")
     last = shown.getvalue().split("\r")[-1]
     assert re.match(r"2 files: 100%\|#+\| 400k/400k \[\d\d:\d\d<\d\d:\d\d, [\d.]+[kM]?B/s\]", last)
 
@@ -386,9 +386,9 @@ from pathlib import Path
 from fadeformer.data.download import download
 signal.signal(signal.SIGINT, signal.default_int_handler)  # what a shell starts in the background ignores Ctrl-C
 download.TIMEOUT = 300
-files = [download.Remote(url, f"{n}.zip") for n, url in enumerate(sys.argv[2:])]
+files = [download.RemoteFile(url, f"{n}.zip") for n, url in enumerate(sys.argv[2:])]
 try:
-    download.fetch(files, Path(sys.argv[1]), remedy="")
+    download.fetch_files(files, Path(sys.argv[1]), hint="")
 except KeyboardInterrupt:
     sys.exit("interrupted")
 """
@@ -409,6 +409,6 @@ def test_after_an_interruption_only_the_rest_is_downloaded(server, tmp_path, num
     assert list(tmp_path.glob("*.zip")) == []
     server.ranges.clear()
     server.sent = 0
-    fetch([Remote(url, f"{n}.zip") for n, url in enumerate(urls)], tmp_path, remedy="")
+    fetch_files([RemoteFile(url, f"{n}.zip") for n, url in enumerate(urls)], tmp_path, hint="")
     assert server.ranges == ["bytes=131072-"] * 2
     assert server.sent == 2 * (len(FILE) - 2**17)

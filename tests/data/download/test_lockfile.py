@@ -17,12 +17,12 @@ def lock(tmp_path):
 
 
 def test_pins_are_sorted_and_kept(lock):
-    assert lockfile.read(lock) == {}
+    assert lockfile.read_pins(lock) == {}
     found = {"b": Pin(sha256=ONE, size=1), "a": Pin(sha256=TWO, size=2, rows=0)}
     for name in found:
-        lockfile.pin(lock, {name: found[name]})
-    lockfile.pin(lock, found)
-    assert lockfile.read(lock) == found
+        lockfile.verify_or_pin(lock, {name: found[name]})
+    lockfile.verify_or_pin(lock, found)
+    assert lockfile.read_pins(lock) == found
     assert json.loads(lock.read_text()) == {"a": {"sha256": TWO, "size": 2, "rows": 0}, "b": {"sha256": ONE, "size": 1}}
     assert lock.read_text().index('"a"') < lock.read_text().index('"b"')
 
@@ -40,21 +40,21 @@ def test_pins_are_sorted_and_kept(lock):
     ],
 )
 def test_a_file_that_differs_is_refused(lock, now, told):
-    lockfile.pin(lock, {"a.csv": Pin(sha256=ONE, size=10, rows=3)})
+    lockfile.verify_or_pin(lock, {"a.csv": Pin(sha256=ONE, size=10, rows=3)})
     before = lock.read_bytes()
     new = {"a.csv": Pin(**{"sha256": ONE, "size": 10, "rows": 3} | now), "b.csv": Pin(sha256=ONE, size=1)}
     with pytest.raises(UserError) as error:
-        lockfile.pin(lock, new)
+        lockfile.verify_or_pin(lock, new)
     assert str(error.value).startswith(f"a.csv: {told}")
     assert f"really published a new file, delete the entry a.csv from {lock}" in str(error.value)
     assert lock.read_bytes() == before
 
 
 def test_nothing_new_is_not_written(lock):
-    lockfile.pin(lock, {"a.csv": Pin(sha256=ONE, size=10)})
+    lockfile.verify_or_pin(lock, {"a.csv": Pin(sha256=ONE, size=10)})
     lock.chmod(0o400)
     inode = lock.stat().st_ino
-    lockfile.pin(lock, {"a.csv": Pin(sha256=ONE, size=10)})
+    lockfile.verify_or_pin(lock, {"a.csv": Pin(sha256=ONE, size=10)})
     assert lock.stat().st_ino == inode
 
 
@@ -71,6 +71,6 @@ def test_nothing_new_is_not_written(lock):
 def test_a_damaged_file_of_pins_is_told(lock, text, message):
     lock.write_text(text)
     with pytest.raises(UserError, match=message) as error:
-        lockfile.read(lock)
+        lockfile.read_pins(lock)
     assert str(error.value).startswith(f"{lock}: ")
     assert "bring the file back from version control" in str(error.value)

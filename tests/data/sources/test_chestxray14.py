@@ -66,7 +66,7 @@ def write_table(mirror, *, sex="Gender", age="0{}Y", end=",", change=lambda rows
         for i, name in enumerate(names())
     ]  # fmt: skip
     text = "\n".join([HEAD.format(sex=sex, end=end), *(",".join(row) + end for row in change(rows))])
-    (mirror / chestxray14.ENTRIES).write_text(text + "\n")
+    (mirror / chestxray14.ENTRY_TABLE).write_text(text + "\n")
 
 
 @pytest.fixture
@@ -104,7 +104,7 @@ def fetch(fetched, mirror):
 def test_a_row_says_what_the_tables_know_in_every_edition(fetch, mirror, edition):
     write_table(mirror, **edition)
     facts, folder = fetch()
-    rows = chestxray14.table(facts, folder)
+    rows = chestxray14.image_table(facts, folder)
     assert len(rows) == 2 * PATIENTS
     first = rows.iloc[3].to_dict()
     labels = {first.pop(f"label_{i}"): finding for i, finding in enumerate(chestxray14.FINDINGS)}
@@ -121,7 +121,7 @@ def test_a_row_says_what_the_tables_know_in_every_edition(fetch, mirror, edition
 def test_a_part_of_the_archives_is_a_part_of_the_images_and_ages_of_several_hundred_are_not_known(fetch, mirror):
     write_table(mirror, age="4{}", end="")
     facts, folder = fetch(archives=[1])
-    rows = chestxray14.table(facts, folder)
+    rows = chestxray14.image_table(facts, folder)
     assert set(rows["id"]) == set(names()[:80])
     assert facts.file == "images_001.tar.gz"
     assert rows["age"].isna().all()
@@ -177,34 +177,34 @@ def write_list(name, lines):
         ),
         (write_list(chestxray14.TEST_LIST, names()[91:]), "1 images of the archives are not in train_val_list.txt or"),
         (write_list(chestxray14.TEST_LIST, names()[89:]), "00000045_001.png stands in both lists"),
-        (lambda mirror: (mirror / chestxray14.ENTRIES).write_bytes(b""), "cannot be read as a table"),
+        (lambda mirror: (mirror / chestxray14.ENTRY_TABLE).write_bytes(b""), "cannot be read as a table"),
     ],
 )
 def test_tables_that_do_not_fit_are_told(fetch, mirror, spoil, message):
     spoil(mirror)
     with pytest.raises(UserError, match=message):  # when it is fetched, or when it is read
-        chestxray14.table(*fetch())
+        chestxray14.image_table(*fetch())
 
 
 def test_patients_that_were_saved_as_fractions_are_the_same(fetch, mirror):
-    before = chestxray14.table(*fetch())["group"]
-    path = mirror / chestxray14.ENTRIES
+    before = chestxray14.image_table(*fetch())["group"]
+    path = mirror / chestxray14.ENTRY_TABLE
     rows = pd.read_csv(path, dtype=str, index_col=False)
     rows["Patient ID"] += ".0"
     rows.to_csv(path, index=False)
     (mirror.parent / "dataset.lock").unlink()
-    assert chestxray14.table(*fetch())["group"].tolist() == before.tolist()
+    assert chestxray14.image_table(*fetch())["group"].tolist() == before.tolist()
 
 
 def test_without_boxes_the_card_says_so_and_with_them_says_nothing(fetch, mirror):
     facts, folder = fetch()
     assert facts.note.endswith(" Without boxes of lesions: where it comes from there is no BBox_List_2017.csv.")
-    assert lesion_boxes.table(facts, folder) is None
-    (mirror / chestxray14.BOXES).write_text(BOXES)
+    assert lesion_boxes.box_table(facts, folder) is None
+    (mirror / chestxray14.BOX_LIST).write_text(BOXES)
     with_boxes, folder = fetch()
     assert "boxes" not in with_boxes.note
     assert with_boxes.sha256 != facts.sha256
-    found = lesion_boxes.table(with_boxes, folder)
+    found = lesion_boxes.box_table(with_boxes, folder)
     assert found["class"].tolist() == [4, 3, 4]  # Mass, Infiltrate
     assert found["frame_width"].tolist() == [1024] * 3
 
@@ -226,12 +226,12 @@ def test_a_server_without_boxes_is_told_and_one_that_fails_stops(fetch, mirror):
         threading.Thread(target=server.serve_forever, daemon=True).start()
         address = f"http://127.0.0.1:{server.server_port}"
         assert "Without boxes of lesions" in fetch(mirror=address)[0].note
-        (mirror / chestxray14.BOXES).write_text(BOXES)
-        refused.add(chestxray14.BOXES)
+        (mirror / chestxray14.BOX_LIST).write_text(BOXES)
+        refused.add(chestxray14.BOX_LIST)
         with pytest.raises(UserError, match=r"BBox_List_2017\.csv: cannot be downloaded \(403"):
             fetch(mirror=address)
         refused.clear()
-        assert chestxray14.BOXES in fetch(mirror=address)[0].files
+        assert chestxray14.BOX_LIST in fetch(mirror=address)[0].files
         server.shutdown()
 
 
@@ -249,12 +249,12 @@ def preprocessed(facts, folder, tmp_path, monkeypatch, small):
 
 @pytest.mark.parametrize("known", [True, False])
 def test_boxes_lie_beside_the_arrays_of_their_images(fetch, mirror, tmp_path, monkeypatch, small, known):
-    overrides.apply(small, {"preprocess": {"image_size": 16}})
+    overrides.apply_overrides(small, {"preprocess": {"image_size": 16}})
     if not known:
         preprocessed(*fetch(), tmp_path, monkeypatch, small)
         assert arrays.read_boxes(paths.PROCESSED, "test") is None
         return
-    (mirror / chestxray14.BOXES).write_text(BOXES)
+    (mirror / chestxray14.BOX_LIST).write_text(BOXES)
     preprocessed(*fetch(), tmp_path, monkeypatch, small)
     found = arrays.read_boxes(paths.PROCESSED, "test")
     assert found.drop(columns="split").to_dict("records") == [
@@ -269,8 +269,8 @@ def test_nihs_boxes_on_the_real_sample(fetched, real_data, tmp_path, monkeypatch
     mirror.mkdir()
     for path in (real_data / "chestxray14").iterdir():
         (mirror / path.name).symlink_to(path)
-    (mirror / chestxray14.BOXES).write_text(OF_THE_SAMPLE)
-    overrides.apply(small, {"preprocess": {"image_size": 32}})
+    (mirror / chestxray14.BOX_LIST).write_text(OF_THE_SAMPLE)
+    overrides.apply_overrides(small, {"preprocess": {"image_size": 32}})
     facts, folder = fetched(name="chestxray14", mirror=str(mirror), edition="other", archives=[1])
     rows = preprocessed(facts, folder, tmp_path, monkeypatch, small)
     held = pd.concat(arrays.read_boxes(paths.PROCESSED, split) for split in ("train", "val", "test"))

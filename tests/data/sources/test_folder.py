@@ -56,7 +56,7 @@ IN_SPLITS = [
 
 def test_folders_of_splits_and_classes(scans, fetch):
     facts, folder = fetch(scans(IN_SPLITS))
-    rows = user_table.table(facts, folder)
+    rows = user_table.image_table(facts, folder)
     assert (facts.task, facts.classes, facts.name) == ("multi-class", ("a", "b", "c"), "own-scans")
     assert rows.groupby(["split", "label"]).size().to_dict() == {
         (s, c): 4 for s in ("train", "val", "test") for c in range(3)
@@ -98,7 +98,7 @@ def test_a_table_says_label_group_split_and_whatever_else(scans, fetch):
         for i, n in enumerate(names)
     ]
     facts, folder = fetch(scans(names, "\n".join(["path,label,group,split,age", *lines])))
-    rows = user_table.table(facts, folder)
+    rows = user_table.image_table(facts, folder)
     assert facts.classes == ("no", "yes")
     assert rows["label"].tolist() == [0, 1] * 6
     assert rows["group"].tolist() == [f"p{i // 2}" for i in range(12)]
@@ -111,7 +111,7 @@ def test_columns_of_findings_are_told_by_the_classes(scans, fetch):
     lines = [f"{n},{i % 2},{int(i > 4)},{60 + i}" for i, n in enumerate(names)]
     root = scans(names, "\n".join(["path,oedema,mass,age", *lines]))
     facts, folder = fetch(root, classes=["mass", "oedema"])
-    rows = user_table.table(facts, folder)
+    rows = user_table.image_table(facts, folder)
     assert (facts.task, facts.classes) == ("multi-label, binary-class", ("mass", "oedema"))
     assert rows["label_0"].tolist() == [0] * 5 + [1] * 3
     assert rows["label_1"].tolist() == [0, 1] * 4
@@ -144,14 +144,14 @@ def test_a_layout_that_cannot_be_read_is_told(scans, fetch, names, table, messag
 
 def test_what_is_no_image_is_left_out_and_told(scans, fetch):
     facts, folder = fetch(scans([*IN_CLASSES, "benign/readme.md", "LICENSE"]))
-    assert len(user_table.table(facts, folder)) == len(IN_CLASSES)
+    assert len(user_table.image_table(facts, folder)) == len(IN_CLASSES)
     assert "2 files are no images and are left out, such as LICENSE" in facts.note
 
 
 def test_a_file_beside_the_folder_of_images_changes_no_layout(scans, fetch):
     facts, folder = fetch(scans([*(f"all/{name}" for name in IN_CLASSES), "README.md", "all/.cache/benign/0.png"]))
     assert facts.classes == ("benign", "malignant")
-    assert user_table.table(facts, folder)["id"].tolist() == sorted(IN_CLASSES)
+    assert user_table.image_table(facts, folder)["id"].tolist() == sorted(IN_CLASSES)
 
 
 def test_headings_and_cells_are_read_as_people_write_them(scans, fetch):
@@ -162,7 +162,7 @@ def test_headings_and_cells_are_read_as_people_write_them(scans, fetch):
         "4,in/3.png,b, 8,nan,8,9,x\r\n"
     )
     facts, folder = fetch(scans(names, table))
-    rows = user_table.table(facts, folder)
+    rows = user_table.image_table(facts, folder)
     assert facts.classes == ("a", "b")
     assert rows["label"].tolist() == [0, 1, 0, 1]
     assert rows["group"].fillna("-").tolist() == ["7", "7", "-", "8"]
@@ -183,13 +183,13 @@ def test_columns_that_a_manifest_has_itself_are_kept_under_another_name(scans, f
     rows = built(facts, folder, tmp_path / "splits").rows
     assert (rows[[f"own_{name}" for name in extra]] == 1.5).all(axis=None)
     assert rows["problem"].isna().all()
-    assert {*user_table.RESERVED} >= {*rows.columns} - {f"own_{name}" for name in extra}
+    assert {*user_table.RESERVED_COLUMNS} >= {*rows.columns} - {f"own_{name}" for name in extra}
 
 
 def test_folders_of_splits_count_where_a_table_names_none(scans, fetch):
     names = [f"{split}/{i}.png" for split in ("train", "val", "test") for i in range(4)]
     facts, folder = fetch(scans(names, "\n".join(["path,label", *(f"{n},{n[-5]}" for n in names)])))
-    rows = user_table.table(facts, folder)
+    rows = user_table.image_table(facts, folder)
     assert (rows["split"] == rows["id"].str.split("/").str[0]).all()
 
 
@@ -197,12 +197,12 @@ def test_a_label_that_is_none_is_told_as_it_stands_there(scans, fetch):
     names = [f"{i}.png" for i in range(4)]
     root = scans(names, "path,label\n0.png,1\n1.png,2\n2.png,0\n3.png,maligant\n")
     facts, folder = fetch(root, classes=["1", "2"])
-    rows = user_table.table(facts, folder)
+    rows = user_table.image_table(facts, folder)
     assert rows["label"].fillna(-1).tolist() == [0, 1, -1, -1]  # 0 is not the first of classes that are numbers
-    assert rows[user_table.TOLD].dropna().tolist() == ["label 0", "label maligant"]
+    assert rows[user_table.UNPARSED_LABEL].dropna().tolist() == ["label 0", "label maligant"]
     root = scans(names, "path,mass,oedema\n0.png,1,0\n1.png,0,1\n2.png,2,0\n3.png,1,maybe\n")
-    rows = user_table.table(*fetch(root, classes=["mass", "oedema"]))
-    assert rows[user_table.TOLD].dropna().tolist() == ["mass 2, oedema 0", "mass 1, oedema maybe"]
+    rows = user_table.image_table(*fetch(root, classes=["mass", "oedema"]))
+    assert rows[user_table.UNPARSED_LABEL].dropna().tolist() == ["mass 2, oedema 0", "mass 1, oedema maybe"]
 
 
 def scan(patient: str | None, seed: int = 0, frames: int = 1, **elements: object) -> bytes:
@@ -227,7 +227,7 @@ def dicom_folder(tmp_path):
 
 def test_scans_keep_their_patient_and_lose_their_name(dicom_folder, fetch, tmp_path):
     facts, folder = fetch(dicom_folder)
-    rows = user_table.table(facts, folder)
+    rows = user_table.image_table(facts, folder)
     assert len(rows) == 12
     assert rows["group"].nunique() == 6
     assert rows["label"].value_counts().to_dict() == {0: 6, 1: 6}
@@ -236,7 +236,7 @@ def test_scans_keep_their_patient_and_lose_their_name(dicom_folder, fetch, tmp_p
     assert "2 files are no images and are left out, such as DICOMDIR" in facts.note
     for path in folder.iterdir():
         assert b"DOE" not in path.read_bytes()
-    known = dict(source.scans(dicom_folder, tmp_path / "salt"))
+    known = dict(source.iter_dicom_names(dicom_folder, tmp_path / "salt"))
     assert {f"{hidden}.png" for hidden in known} == set(rows["id"])
     assert "a/DOE_JOHN_0_0.dcm" in known.values()
 
@@ -250,13 +250,13 @@ def test_a_table_adds_to_what_scans_say_and_hides_who_they_are(dicom_folder, fet
     ]
     (dicom_folder / "labels.csv").write_text("\n".join(["path,label,group,sex,PatientName", *lines]))
     facts, folder = fetch(dicom_folder)
-    rows = user_table.table(facts, folder)
+    rows = user_table.image_table(facts, folder)
     assert rows["group"].notna().all()  # where the table is silent, the file's own
     told = rows["group"].iloc[3]
-    assert told in set(fetch(dicom_folder)[0] and user_table.table(facts, folder)["group"])
+    assert told in set(fetch(dicom_folder)[0] and user_table.image_table(facts, folder)["group"])
     assert sorted(rows["sex"].unique()) == ["F", "M"]
-    assert b"Doe" not in (folder / user_table.LABELS).read_bytes()
-    assert "patient 0" not in (folder / user_table.LABELS).read_text()
+    assert b"Doe" not in (folder / user_table.LABELS_FILE).read_bytes()
+    assert "patient 0" not in (folder / user_table.LABELS_FILE).read_text()
 
 
 def test_frames_of_one_file_stay_together_even_if_it_names_nobody(tmp_path, fetch):
@@ -277,7 +277,7 @@ def test_many_damaged_images_are_no_copies_of_each_other(scans, fetch, tmp_path)
     for i in range(0, 40, 4):
         (root / names[i]).write_bytes(b"")
     found = built(*fetch(root), tmp_path / "splits")
-    assert len(set(manifest.clusters(found.rows, found.near))) == 10
+    assert len(set(manifest.leakage_clusters(found.rows, found.near_duplicates))) == 10
     assert set(found.rows["split"]) == {"train", "val", "test"}
 
 

@@ -20,8 +20,8 @@ def published(archive, monkeypatch):
         size: hashlib.md5((folder / name).read_bytes(), usedforsecurity=False).hexdigest()
         for size, name in ((28, "breastmnist.npz"), (64, "breastmnist_64.npz"))
     }
-    facts = medmnist.SETS["breastmnist"]._replace(md5={**medmnist.SETS["breastmnist"].md5, **sums})
-    monkeypatch.setitem(medmnist.SETS, "breastmnist", facts)
+    facts = medmnist.DATASETS["breastmnist"]._replace(md5={**medmnist.DATASETS["breastmnist"].md5, **sums})
+    monkeypatch.setitem(medmnist.DATASETS, "breastmnist", facts)
     return folder
 
 
@@ -53,7 +53,7 @@ def fetch(tmp_path):
     own = {"root": "", "classes": None, "images": 0, "task": None, "seed": 0, "edition": "published", "archives": []}
 
     def bring(size, mirror, name="breastmnist"):
-        return registry.fetch(name=name, size=size, mirror=mirror, **own, **kept, into=tmp_path / "out")
+        return registry.fetch_dataset(name=name, size=size, mirror=mirror, **own, **kept, destination=tmp_path / "out")
 
     return bring
 
@@ -75,14 +75,14 @@ def test_over_http_and_only_once(server, fetch, tmp_path):
 
 def test_from_the_published_address(server, fetch, monkeypatch):
     address, asked = server
-    monkeypatch.setattr(medmnist, "PUBLISHED_AT", address)
+    monkeypatch.setattr(medmnist, "BASE_URL", address)
     fetch(64, None)
     assert asked == ["/breastmnist_64.npz?download=1"]
 
 
 def test_a_wrong_checksum_stops_with_both_sums(server, fetch, published, tmp_path):
     address, _ = server
-    expected = medmnist.SETS["breastmnist"].md5[28]
+    expected = medmnist.DATASETS["breastmnist"].md5[28]
     (published / "breastmnist.npz").write_bytes(b"something else")
     found = hashlib.md5(b"something else", usedforsecurity=False).hexdigest()
     for mirror in (address, str(published)):
@@ -95,10 +95,10 @@ def test_a_wrong_checksum_stops_with_both_sums(server, fetch, published, tmp_pat
 
 
 def test_the_table_is_complete():
-    assert len(medmnist.SETS) == 12
-    images = sum(sum(facts.counts) for facts in medmnist.SETS.values())
+    assert len(medmnist.DATASETS) == 12
+    images = sum(sum(facts.counts) for facts in medmnist.DATASETS.values())
     assert images == 707_962  # MedMNIST 3.0.2, two-dimensional sets
-    sums = [md5 for facts in medmnist.SETS.values() for md5 in facts.md5.values()]
+    sums = [md5 for facts in medmnist.DATASETS.values() for md5 in facts.md5.values()]
     assert len(set(sums)) == 48
     assert all(len(md5) == 32 for md5 in sums)
 

@@ -19,12 +19,17 @@ def out(tmp_path):
 
 
 def test_the_card_says_what_the_archive_holds(archive, out):
-    facts = npz.fetch(archive(channels=1, classes=2), ["normal", "pneumonia"], None, out)
+    facts = npz.import_archive(archive(channels=1, classes=2), ["normal", "pneumonia"], None, out)
     assert (facts.task, facts.classes, facts.size, facts.channels) == ("binary-class", ("normal", "pneumonia"), 16, 1)
     assert (out / "scans.npz").is_file()
-    assert npz.fetch(archive(classes=4), None, None, out).classes == ("class 0", "class 1", "class 2", "class 3")
+    assert npz.import_archive(archive(classes=4), None, None, out).classes == (
+        "class 0",
+        "class 1",
+        "class 2",
+        "class 3",
+    )
     with pytest.raises(UserError, match=r"dataset\.classes names 2 classes, but the labels of .* have 3"):
-        npz.fetch(archive(), ["a", "b"], None, out)
+        npz.import_archive(archive(), ["a", "b"], None, out)
 
 
 def test_several_label_columns_are_findings(archive, out):
@@ -33,11 +38,14 @@ def test_several_label_columns_are_findings(archive, out):
     with pytest.raises(
         UserError, match=r"every image has exactly one of 3 labels, as one-hot classes have; save their"
     ):
-        npz.fetch(archive(**labels), None, None, out)
-    assert npz.fetch(archive(**labels), None, "multi-label, binary-class", out).task == "multi-label, binary-class"
+        npz.import_archive(archive(**labels), None, None, out)
+    assert (
+        npz.import_archive(archive(**labels), None, "multi-label, binary-class", out).task
+        == "multi-label, binary-class"
+    )
     findings[0] = 1
     labels = {f"{split}_labels": findings[np.arange(count) % 3] for split, count in COUNTS.items()}
-    assert npz.fetch(archive(**labels), None, None, out).task == "multi-label, binary-class"
+    assert npz.import_archive(archive(**labels), None, None, out).task == "multi-label, binary-class"
 
 
 @pytest.mark.parametrize(
@@ -57,7 +65,7 @@ def test_several_label_columns_are_findings(archive, out):
 )
 def test_arrays_that_do_not_fit_are_told(archive, out, arrays, message):
     with pytest.raises(UserError, match=message):
-        npz.fetch(archive(**arrays), None, None, out)
+        npz.import_archive(archive(**arrays), None, None, out)
 
 
 def test_a_patient_is_the_same_however_the_number_is_stored(archive):
@@ -66,10 +74,10 @@ def test_a_patient_is_the_same_however_the_number_is_stored(archive):
     names = np.array([str(i) if i != 3 else "" for i in range(60)])
     expected = [str(i) if i != 3 else None for i in range(60)]
     for groups in (fractions, names, names.astype("S")):
-        found = npz.groups(archive(train_groups=groups), "train", 60)
+        found = npz.read_groups(archive(train_groups=groups), "train", 60)
         assert [None if pd.isna(group) else group for group in found] == expected
-    assert npz.groups(archive(train_groups=whole), "train", 60).tolist() == [str(i) for i in range(60)]
-    assert npz.groups(archive(), "train", 60).isna().all()
+    assert npz.read_groups(archive(train_groups=whole), "train", 60).tolist() == [str(i) for i in range(60)]
+    assert npz.read_groups(archive(), "train", 60).isna().all()
 
 
 @pytest.mark.parametrize("share", [0.1, 0.999])
@@ -77,13 +85,13 @@ def test_a_truncated_archive_is_told(archive, out, share):
     path = archive()
     path.write_bytes(path.read_bytes()[: int(path.stat().st_size * share)])
     with pytest.raises(UserError, match="truncated or damaged"):
-        npz.fetch(path, None, None, out)
+        npz.import_archive(path, None, None, out)
 
 
 def test_an_archive_of_another_name_is_read_like_any(archive, out):
-    facts = npz.fetch(archive().rename(out.parent / "Scans.NPZ"), None, None, out)
+    facts = npz.import_archive(archive().rename(out.parent / "Scans.NPZ"), None, None, out)
     assert facts.file == "Scans.npz"
-    assert len(npz.table(facts, out)) == sum(COUNTS.values())
+    assert len(npz.image_table(facts, out)) == sum(COUNTS.values())
 
 
 def test_an_encrypted_archive_is_told(archive, out):
@@ -93,12 +101,12 @@ def test_an_encrypted_archive_is_told(archive, out):
         data[at] |= 1
     path.write_bytes(data)
     with pytest.raises(UserError, match=r"truncated or damaged at train_images .*encrypted"):
-        npz.fetch(path, None, None, out)
+        npz.import_archive(path, None, None, out)
 
 
 def test_a_missing_file_is_told(tmp_path, out):
     with pytest.raises(UserError, match=r"no such file; dataset\.root must name"):
-        npz.fetch(tmp_path / "none.npz", None, None, out)
+        npz.import_archive(tmp_path / "none.npz", None, None, out)
 
 
 @given(
@@ -111,5 +119,5 @@ def test_streaming_gives_what_numpy_gives(tmp_path_factory, array, at_once):
     path = tmp_path_factory.mktemp("npz") / "a.npz"
     np.savez(path, images=array)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(npz, "ROWS_AT_ONCE", at_once)
-        np.testing.assert_array_equal(npz.read(path, "images"), array)
+        patch.setattr(npz, "CHUNK_BYTES", at_once)
+        np.testing.assert_array_equal(npz.read_array(path, "images"), array)

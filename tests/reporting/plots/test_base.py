@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-from fadeformer.data.sources.medmnist import SETS
+from fadeformer.data.sources.medmnist import DATASETS
 from fadeformer.evaluation import summary
 from fadeformer.evaluation.intervals import curve_bands
 from fadeformer.evaluation.predictions import Predictions
@@ -50,12 +50,15 @@ def test_every_class_of_a_confusion_matrix_is_named_and_no_label_covers_another(
 @pytest.mark.parametrize(("task", "classes"), TASKS)
 def test_every_curve_has_a_name_a_number_with_its_interval_and_a_band(figure, task, classes):
     p = made(task, classes, 400, 0)
-    found, bounds = summary.summarise(p), summary.intervals(p, draws=100, seed=0, confidence=0.9)
-    drawn = figure(p, found, bounds, curve_bands.bands(p, seed=0, confidence=0.9))
+    found, bounds = summary.summarize(p), summary.confidence_intervals(p, n_resamples=100, seed=0, confidence=0.9)
+    drawn = figure(p, found, bounds, curve_bands.compute_bands(p, seed=0, confidence=0.9))
     FigureCanvasAgg(drawn).draw()
     key = "auc" if figure is curves.roc_curves else "average_precision"
     shown = p.classes[-1:] if classes == 2 else p.classes
-    told = {name: formatting.told(found["per_class"][name][key], bounds["per_class"][name][key]) for name in shown}
+    told = {
+        name: formatting.format_with_interval(found["per_class"][name][key], bounds["per_class"][name][key])
+        for name in shown
+    }
     if classes == 2:
         (entry,) = drawn.axes[0].get_legend().get_texts()
         assert all(part in entry.get_text() for part in (shown[0], told[shown[0]]))
@@ -68,8 +71,8 @@ def test_every_curve_has_a_name_a_number_with_its_interval_and_a_band(figure, ta
 
 @pytest.mark.parametrize("name", ["bloodmnist", "dermamnist", "tissuemnist"])
 def test_long_names_stay_inside(name):
-    p = made("multi-class", len(SETS[name].classes), 300, 1)
-    p = type(p)(p.frame, p.task, SETS[name].classes)
+    p = made("multi-class", len(DATASETS[name].classes), 300, 1)
+    p = type(p)(p.frame, p.task, DATASETS[name].classes)
     drawn = base.confusion_matrix(p)
     FigureCanvasAgg(drawn).draw()
     axes = drawn.axes[0]
@@ -82,8 +85,8 @@ def test_long_names_stay_inside(name):
 def test_classes_that_are_called_by_digits_keep_their_bands(tmp_path):
     p = made("ordinal-regression", 5, 400, 0)
     p = Predictions(p.frame, p.task, ("0", "1", "2", "NA", "1.50"))
-    curve_bands.bands(p, seed=0, confidence=0.9).to_csv(tmp_path / "bands.csv", index=False)
-    found, bounds = summary.summarise(p), summary.intervals(p, draws=100, seed=0, confidence=0.9)
+    curve_bands.compute_bands(p, seed=0, confidence=0.9).to_csv(tmp_path / "bands.csv", index=False)
+    found, bounds = summary.summarize(p), summary.confidence_intervals(p, n_resamples=100, seed=0, confidence=0.9)
     drawn = curves.roc_curves(p, found, bounds, curve_bands.read(tmp_path / "bands.csv"))
     found = [axes.collections for axes in drawn.axes if axes.lines]
     assert len(found) == 5
@@ -94,8 +97,8 @@ def test_classes_that_are_called_by_digits_keep_their_bands(tmp_path):
 @pytest.mark.parametrize("figure", [curves.roc_curves, curves.pr_curves])
 def test_a_class_that_is_not_there_is_named_as_not_judged(figure):
     p = made("multi-class", 3, 50, 0, absent=1)
-    found, bounds = summary.summarise(p), summary.intervals(p, draws=100, seed=0, confidence=0.9)
-    drawn = figure(p, found, bounds, curve_bands.bands(p, seed=0, confidence=0.9))
+    found, bounds = summary.summarize(p), summary.confidence_intervals(p, n_resamples=100, seed=0, confidence=0.9)
+    drawn = figure(p, found, bounds, curve_bands.compute_bands(p, seed=0, confidence=0.9))
     assert "not judged: class 1" in drawn.legends[0].get_title().get_text()
 
 
@@ -117,5 +120,5 @@ def test_training_curves_mark_the_epoch_that_was_kept():
 @pytest.mark.parametrize("dpi", [50, 100])
 def test_a_figure_is_saved_with_the_same_bytes(tmp_path, dpi):
     for name in ("a.png", "b.png"):
-        base.save(base.confusion_matrix(made("multi-class", 4, 100, 0)), tmp_path / name, dpi)
+        base.save_figure(base.confusion_matrix(made("multi-class", 4, 100, 0)), tmp_path / name, dpi)
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()

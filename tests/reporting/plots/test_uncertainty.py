@@ -17,8 +17,8 @@ SETS = [
 
 
 def forest(p):
-    bounds = summary.intervals(p, draws=100, seed=0, confidence=0.9)
-    return uncertainty.auc_forest(p, summary.summarise(p), bounds, 0.9)
+    bounds = summary.confidence_intervals(p, n_resamples=100, seed=0, confidence=0.9)
+    return uncertainty.auc_forest(p, summary.summarize(p), bounds, 0.9)
 
 
 @pytest.mark.parametrize(("task", "classes", "absent"), SETS)
@@ -31,10 +31,10 @@ def test_the_forest_has_a_row_for_each_class_with_its_number_and_interval(task, 
     assert set(names) - {"mean"} == set(p.classes[-1:] if classes == 2 else p.classes)
     assert not overlapping(axes.get_yticklabels())
     assert not overlapping(axes.texts)
-    found, told = summary.summarise(p), dict(zip(names, (text.get_text() for text in axes.texts), strict=True))
-    bounds = summary.intervals(p, draws=100, seed=0, confidence=0.9)
+    found, told = summary.summarize(p), dict(zip(names, (text.get_text() for text in axes.texts), strict=True))
+    bounds = summary.confidence_intervals(p, n_resamples=100, seed=0, confidence=0.9)
     name = p.classes[-1]
-    area = formatting.told(found["per_class"][name]["auc"], bounds["per_class"][name]["auc"])
+    area = formatting.format_with_interval(found["per_class"][name]["auc"], bounds["per_class"][name]["auc"])
     assert told[name] == f"{area},  n = {found['per_class'][name]['support']} of 600"
     if absent is not None:
         assert told[f"class {absent}"] == "not judged"
@@ -44,7 +44,7 @@ def test_the_forest_has_a_row_for_each_class_with_its_number_and_interval(task, 
 @pytest.mark.parametrize(("task", "classes", "absent"), SETS)
 def test_the_points_of_the_reliability_diagram_are_the_shares_of_the_bins(task, classes, absent):
     p = made(task, classes, 600, 0, absent=absent)
-    figure = uncertainty.reliability(p, (0.456, 0.123), 0.95)
+    figure = uncertainty.reliability_diagram(p, (0.456, 0.123), 0.95)
     FigureCanvasAgg(figure).draw()
     assert "0.123" in figure.legends[0].get_texts()[-1].get_text()
     (line,) = [line for line in figure.axes[0].lines if line.get_marker() == "o"]

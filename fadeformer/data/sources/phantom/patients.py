@@ -13,18 +13,18 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from fadeformer.data.dataset_card import SPLITS, Facts
+from fadeformer.data.dataset_card import SPLITS, DatasetCard
 from fadeformer.data.sources import npz
-from fadeformer.data.sources.phantom.rng import Chance
+from fadeformer.data.sources.phantom.rng import PortableRNG
 
-SUBJECTS = "subjects.csv"
+SUBJECTS_FILE = "subjects.csv"
 COLUMNS = ("age", "sex", "site")
 SEXES = ("F", "M")
 SITES = ("made-up clinic A", "made-up clinic B")
 AGES = (20, 89)  # years
 
 
-def draw(slides: Mapping[str, NDArray[np.int64]], seed: int) -> pd.DataFrame:
+def draw_patients(slides: Mapping[str, NDArray[np.int64]], seed: int) -> pd.DataFrame:
     """Draws the patients, as many of each sex and of each clinic in a split as its number of slides allows.
 
     Args:
@@ -36,8 +36,8 @@ def draw(slides: Mapping[str, NDArray[np.int64]], seed: int) -> pd.DataFrame:
     """
     parts = []
     for number, split in enumerate(SPLITS):
-        chance, count = Chance(seed, 4, number), len(slides[split])
-        ages = [chance.count(AGES) for _ in range(count)]
+        chance, count = PortableRNG(seed, 4, number), len(slides[split])
+        ages = [chance.integer(AGES) for _ in range(count)]
         sex, site = (np.argsort(chance.generator.random(count), kind="stable") % 2 for _ in range(2))
         parts.append(
             pd.DataFrame({
@@ -47,8 +47,8 @@ def draw(slides: Mapping[str, NDArray[np.int64]], seed: int) -> pd.DataFrame:
     return pd.concat(parts, ignore_index=True)
 
 
-def table(facts: Facts, folder: Path) -> pd.DataFrame:
+def image_table(facts: DatasetCard, folder: Path) -> pd.DataFrame:
     """One row per image, as `npz.table` gives it, with age, sex and site of the patient that its slide is of."""
-    rows = npz.table(facts, folder)
-    known = pd.read_csv(folder / SUBJECTS, dtype={"slide": "string"}).set_index("slide").loc[rows["group"]]
+    rows = npz.image_table(facts, folder)
+    known = pd.read_csv(folder / SUBJECTS_FILE, dtype={"slide": "string"}).set_index("slide").loc[rows["group"]]
     return rows.assign(**{name: known[name].to_numpy() for name in COLUMNS})
