@@ -53,7 +53,7 @@ def main() -> str:
                 client.delete_automation(known.id)
             client.create_automation(automation)
     _run_prefect("deploy", "--all")
-    return f"{server} has the deployments of prefect.yaml; {at_once} at a time in the queue {TRAINING_QUEUE}"
+    return f"{address} has the deployments of prefect.yaml; {at_once} at a time in the queue {TRAINING_QUEUE}"
 
 
 def _run_prefect(*words: str) -> None:
