@@ -75,13 +75,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture
-def wanted() -> Params:
+def config() -> Params:
     """params.yaml as it is shipped."""
     return schema.load_params(ROOT / "params.yaml")
 
 
 @pytest.fixture
-def small(tmp_path: Path) -> Path:
+def small_params(tmp_path: Path) -> Path:
     """A copy of params.yaml that makes every stage quick."""
     path = tmp_path / "params.yaml"
     shutil.copy(ROOT / "params.yaml", path)

@@ -138,7 +138,7 @@ def test_a_benchmark_runs_on_little_data(name, capsys, monkeypatch, one_thread, 
 
 
 @pytest.mark.parametrize("backbone", ["fadevit_nano", "resnet18"])
-def test_the_training_loop_and_the_plain_loop_are_timed(wanted, backbone):
-    rates = benchmark("training").compare(backbone, 28, wanted, count=20, repeats=1)
+def test_the_training_loop_and_the_plain_loop_are_timed(config, backbone):
+    rates = benchmark("training").compare(backbone, 28, config, count=20, repeats=1)
     assert len(rates) == 3
     assert all(len(each) == 1 and each[0] > 0 for each in rates.values())

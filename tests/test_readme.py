@@ -223,10 +223,10 @@ def test_every_exception_is_a_step_of_the_readme():
         assert steps.keys() <= set(STEPS)
 
 
-def test_the_search_space_is_valid(tmp_path, wanted):
+def test_the_search_space_is_valid(tmp_path, config):
     (block,) = re.findall(r"```yaml\n(trials.*?)```", README, flags=re.DOTALL)
     (tmp_path / "rates.yaml").write_text(block)
-    assert space.load_sweep_config(tmp_path / "rates.yaml", wanted).trials == 20
+    assert space.load_sweep_config(tmp_path / "rates.yaml", config).trials == 20
 
 
 @pytest.mark.parametrize("link", re.findall(r"\]\((?!http)([^)#]+)", README))

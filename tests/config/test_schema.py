@@ -107,9 +107,9 @@ def test_whole_numbers_are_taken_for_fractions():
     assert schema.parse_params(changed("promote.min_auc", 1), "params.yaml").promote.min_auc == 1.0
 
 
-def test_every_key_is_commented(wanted):
+def test_every_key_is_commented(config):
     lines = (ROOT / "params.yaml").read_text().splitlines()
-    for path in wanted.flat():
+    for path in config.flat():
         last = path.split(".")[-1]
         assert any(line.strip().startswith(f"{last}:") and "#" in line for line in lines), f"{path} has no comment"
 

@@ -36,7 +36,7 @@ def archive(tmp_path: Path) -> Callable[..., Path]:
 
 
 @pytest.fixture
-def fetched(tmp_path: Path, wanted: Params) -> Callable[..., tuple[DatasetCard, Path]]:
+def fetched(tmp_path: Path, config: Params) -> Callable[..., tuple[DatasetCard, Path]]:
     """Brings the data set that params.yaml would with some keys changed, into an empty folder."""
 
     def fetch(**changes: object) -> tuple[DatasetCard, Path]:
@@ -44,7 +44,7 @@ def fetched(tmp_path: Path, wanted: Params) -> Callable[..., tuple[DatasetCard, 
         folder.mkdir(exist_ok=True)
         beside = {"downloads": tmp_path / "downloads", "lock": tmp_path / "dataset.lock", "salt": tmp_path / "salt"}
         return registry.fetch_dataset(
-            **{**wanted.dataset.model_dump(), **changes}, **beside, destination=folder
+            **{**config.dataset.model_dump(), **changes}, **beside, destination=folder
         ), folder
 
     return fetch

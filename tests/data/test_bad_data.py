@@ -386,8 +386,8 @@ def table() -> str:
 
 @pytest.mark.usefixtures("without_data_docs")
 @pytest.mark.parametrize("sentence", KINDS)
-def test_each_wrong_gets_its_message(sentence, small, monkeypatch):
-    monkeypatch.chdir(small.parent)
+def test_each_wrong_gets_its_message(sentence, small_params, monkeypatch):
+    monkeypatch.chdir(small_params.parent)
     before = sum(path.stat().st_size for path in Path().rglob("*") if path.is_file())
     line = outcome(sentence)
     assert line in table().splitlines()

@@ -28,11 +28,11 @@ pytestmark = pytest.mark.usefixtures("without_data_docs")
 
 
 @pytest.fixture
-def raw(archive, small, monkeypatch):
+def raw(archive, small_params, monkeypatch):
     """Makes data/raw of an archive in an empty folder and goes there; arguments are those of `archive`."""
 
     def make(**arrays):
-        monkeypatch.chdir(small.parent)
+        monkeypatch.chdir(small_params.parent)
         paths.RAW.mkdir(parents=True, exist_ok=True)
         facts = npz.import_archive(archive(**arrays), None, None, paths.RAW)
         cards.write_card(facts, paths.RAW)
@@ -374,8 +374,8 @@ def test_arrays_are_made_by_one_process_at_a_time(raw):
     assert arrays.main().endswith("images of 16x16x3")
 
 
-def test_the_eight_leaks_of_the_rebuilt_pneumoniamnist_are_found(real_data, small, monkeypatch):
-    monkeypatch.chdir(small.parent)
+def test_the_eight_leaks_of_the_rebuilt_pneumoniamnist_are_found(real_data, small_params, monkeypatch):
+    monkeypatch.chdir(small_params.parent)
     paths.RAW.mkdir(parents=True)
     cards.write_card(npz.import_archive(real_data / "npz" / "pneumoniamnist.npz", None, None, paths.RAW), paths.RAW)
     with pytest.raises(UserError, match="8 images stand in two splits"):

@@ -134,9 +134,9 @@ def test_what_lies_in_the_same_round_frame_is_not_alike_for_that():
     assert pairs[["first", "second"]].to_numpy().tolist() == [[3, 12]]
 
 
-def test_of_real_images_copies_are_near_and_others_are_not(real_data, wanted):
+def test_of_real_images_copies_are_near_and_others_are_not(real_data, config):
     """Noise of a scanner, black borders, and eyes that all look alike."""
-    least = wanted.validate_.near_duplicate_similarity
+    least = config.validate_.near_duplicate_similarity
     with zipfile.ZipFile(real_data / "mednist" / "mednist.zip") as archive:
         names = [name for name in archive.namelist() if name.endswith(".jpeg")][::9]
         scans = [np.asarray(Image.open(io.BytesIO(archive.read(name))).convert("L")) for name in names]

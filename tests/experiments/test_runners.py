@@ -93,8 +93,8 @@ def runner(tmp_path, monkeypatch) -> runners.DvcRunner:
     return runner
 
 
-def test_a_run_that_is_stopped_is_no_failure_and_leaves_no_process(interruptible, runner, wanted):
-    first, second = PipelineRun("first", wanted.nested(), "train"), PipelineRun("second", wanted.nested(), "train")
+def test_a_run_that_is_stopped_is_no_failure_and_leaves_no_process(interruptible, runner, config):
+    first, second = PipelineRun("first", config.nested(), "train"), PipelineRun("second", config.nested(), "train")
     for run in (first, second):
         runner.start(run)
         while "ready" not in (runner.logs / f"{run.name}.log").read_text():
@@ -111,9 +111,9 @@ def test_a_run_that_is_stopped_is_no_failure_and_leaves_no_process(interruptible
     assert failed.message == f"exit status -9; {runner.logs / 'second.log'} ends with:\nready"
 
 
-def test_a_users_own_files_that_git_does_not_have_are_copied(tmp_path, monkeypatch, wanted):
+def test_a_users_own_files_that_git_does_not_have_are_copied(tmp_path, monkeypatch, config):
     monkeypatch.chdir(tmp_path)
-    own = wanted.nested()
+    own = config.nested()
     assert runners.untracked_inputs(own) == []
     (tmp_path / "scans").mkdir()
     (tmp_path / "dataset.lock").touch()
@@ -132,8 +132,8 @@ def deployment(prefect_server):
         yield "experiment/run"
 
 
-def test_a_run_on_a_server_is_found_again_until_it_has_ended(deployment, wanted):
-    run, runner = PipelineRun("one", wanted.nested()), runners.PrefectRunner(deployment, runners.flow_parameters)
+def test_a_run_on_a_server_is_found_again_until_it_has_ended(deployment, config):
+    run, runner = PipelineRun("one", config.nested()), runners.PrefectRunner(deployment, runners.flow_parameters)
     runner.start(run)
     first = runner.flow_run_ids["one"]
     assert runner.status(run).state == "Running"
@@ -146,8 +146,8 @@ def test_a_run_on_a_server_is_found_again_until_it_has_ended(deployment, wanted)
     assert runner.flow_run_ids["one"] != first
 
 
-def test_a_run_with_a_key_is_started_once(deployment, wanted):
-    run, ids = PipelineRun("two", wanted.nested()), []
+def test_a_run_with_a_key_is_started_once(deployment, config):
+    run, ids = PipelineRun("two", config.nested()), []
     for key in ("grid", "grid", "other"):
         runner = runners.PrefectRunner(deployment, runners.flow_parameters, key)
         runner.start(run)
@@ -156,8 +156,8 @@ def test_a_run_with_a_key_is_started_once(deployment, wanted):
     assert ids[0] == ids[1] != ids[2]
 
 
-def test_without_a_deployment_or_a_server_there_is_one_message(deployment, wanted):
-    run = PipelineRun("three", wanted.nested())
+def test_without_a_deployment_or_a_server_there_is_one_message(deployment, config):
+    run = PipelineRun("three", config.nested())
     with pytest.raises(UserError, match="no such run or deployment; run `make deploy`"):
         runners.PrefectRunner("experiment/none", runners.flow_parameters).start(run)
     nowhere = temporary_settings({PREFECT_API_URL: "http://127.0.0.1:9/api", PREFECT_CLIENT_MAX_RETRIES: 0})

@@ -83,25 +83,25 @@ def quick(monkeypatch) -> None:
 
 
 @pytest.fixture
-def planned(tmp_path: Path, wanted: Params):
+def planned(tmp_path: Path, config: Params):
     """Gives what a SPACE.yaml says, with keys changed."""
 
     def plan(text: str = SPACE, **keys: Any) -> SweepConfig:
         (tmp_path / "rates.yaml").write_text(text)
-        return space.load_sweep_config(tmp_path / "rates.yaml", wanted).model_copy(update=keys)
+        return space.load_sweep_config(tmp_path / "rates.yaml", config).model_copy(update=keys)
 
     return plan
 
 
 @pytest.fixture
-def search(tmp_path: Path, wanted: Params, monkeypatch, capsys):
+def search(tmp_path: Path, config: Params, monkeypatch, capsys):
     """Runs a sweep with pretended runs; gives its study and the lines that it printed."""
 
     def run(plan: SweepConfig, runner: Pretended, folder: str = "", values: Any = None) -> tuple[Any, list[str]]:
-        study, storage = sweep.open_study(tmp_path / folder, plan, wanted)
+        study, storage = sweep.open_study(tmp_path / folder, plan, config)
         left = lambda name: RunResult(name, "") if name in runner.completed else None  # noqa: E731
         monkeypatch.setattr(engine.results, "find", left)
-        trials = sweep.SweepPlan(plan, wanted, study, storage, "parent", values or runner.values)
+        trials = sweep.SweepPlan(plan, config, study, storage, "parent", values or runner.values)
         engine.execute(trials, runner, plan.at_once)
         return study, capsys.readouterr().out.splitlines()
 
@@ -223,15 +223,15 @@ def test_the_smallest_loss_is_the_best(planned, search):
         assert one.value == min(one.intermediate_values.values())
 
 
-def test_a_study_of_other_values_is_not_resumed(tmp_path, wanted, planned):
-    sweep.open_study(tmp_path, planned(), wanted)
-    assert sweep.open_study(tmp_path, planned(trials=30, at_once=4), wanted)[0].trials == []
+def test_a_study_of_other_values_is_not_resumed(tmp_path, config, planned):
+    sweep.open_study(tmp_path, planned(), config)
+    assert sweep.open_study(tmp_path, planned(trials=30, at_once=4), config)[0].trials == []
     with pytest.raises(UserError, match=r"rates was started with another fixed; .*name:, or remove .*rates\.jsonl"):
-        sweep.open_study(tmp_path, planned(fixed={"train.epochs": 6, "train.monitor": "auc"}), wanted)
-    other = wanted.model_copy(update={"seed": 7})
+        sweep.open_study(tmp_path, planned(fixed={"train.epochs": 6, "train.monitor": "auc"}), config)
+    other = config.model_copy(update={"seed": 7})
     with pytest.raises(UserError, match="was started with another seed;"):
         sweep.open_study(tmp_path, planned(), other)
-    judged = wanted.model_copy(update={"promote": wanted.promote.model_copy(update={"margin": 0.5})})
+    judged = config.model_copy(update={"promote": config.promote.model_copy(update={"margin": 0.5})})
     sweep.open_study(tmp_path, planned(), judged)  # which decides nothing of a trial
 
 

@@ -28,22 +28,22 @@ def weights(wanted, labels: list[list[int]], task: str = "multi-class", **change
     ).tolist()
 
 
-def test_classes_weigh_as_asked(wanted):
+def test_classes_weigh_as_asked(config):
     labels = [[0], [0], [0], [1], [2], [2]]
-    assert weights(wanted, labels, class_weights="none") == [1, 1, 1]
-    assert weights(wanted, labels, class_weights="auto") == pytest.approx([2 / 3, 2, 1])
-    assert weights(wanted, labels, class_weights={"b": 3.0}) == [1, 3, 1]
+    assert weights(config, labels, class_weights="none") == [1, 1, 1]
+    assert weights(config, labels, class_weights="auto") == pytest.approx([2 / 3, 2, 1])
+    assert weights(config, labels, class_weights={"b": 3.0}) == [1, 3, 1]
 
 
-def test_findings_weigh_by_how_many_lack_them(wanted):
+def test_findings_weigh_by_how_many_lack_them(config):
     labels = [[1, 0, 0], [1, 1, 0], [1, 0, 0], [0, 0, 0]]
-    found = weights(wanted, labels, "multi-label, binary-class", class_weights="auto")
+    found = weights(config, labels, "multi-label, binary-class", class_weights="auto")
     assert found == pytest.approx([1 / 3, 3, 1])
 
 
-def test_a_weight_of_no_class_is_told(wanted):
+def test_a_weight_of_no_class_is_told(config):
     with pytest.raises(UserError, match=r"train\.class_weights names d, but the classes are a, b, c"):
-        weights(wanted, [[0]], class_weights={"d": 2.0})
+        weights(config, [[0]], class_weights={"d": 2.0})
 
 
 @pytest.mark.parametrize(
@@ -55,34 +55,34 @@ def test_a_weight_of_no_class_is_told(wanted):
         ("data", "fadevit_nano", (0.1, 0.2, 0.3), (0.4, 0.5, 1e-6)),
     ],
 )
-def test_the_input_is_normalised_as_asked(wanted, normalise, backbone, mean, std):
+def test_the_input_is_normalised_as_asked(config, normalise, backbone, mean, std):
     with torch.device("meta"):
         model = create_model(
             backbone=backbone, num_classes=3, image_size=224 if "224" in backbone else 28, in_chans=3, pretrained=False,
             dropout=0.0, drop_path=0.0, fade={"num_heads": 4},
         )  # fmt: skip
-    found = train_worker.resolve_normalization(wanted.model.model_copy(update={"normalise": normalise}), meta(), model)
+    found = train_worker.resolve_normalization(config.model.model_copy(update={"normalise": normalise}), meta(), model)
     assert found.mean == pytest.approx(mean)
     assert found.std == pytest.approx(std)
 
 
 @pytest.mark.parametrize(("mirrors", "share"), [(True, 0.5), (False, 0.0)])
-def test_left_and_right_are_mirrored_only_where_they_mean_the_same(wanted, mirrors, share):
-    assert train_worker.build_augmentation(wanted, meta(mirrors=mirrors)).horizontal_flip == share
+def test_left_and_right_are_mirrored_only_where_they_mean_the_same(config, mirrors, share):
+    assert train_worker.build_augmentation(config, meta(mirrors=mirrors)).horizontal_flip == share
 
 
-def test_on_a_cpu_there_is_one_process_unless_more_are_asked_for(wanted):
-    cpu = with_train(wanted, device="cpu")
+def test_on_a_cpu_there_is_one_process_unless_more_are_asked_for(config):
+    cpu = with_train(config, device="cpu")
     assert train_worker.device_count(cpu) == 1
     assert train_worker.device_count(with_train(cpu, devices=3)) == 3
 
 
-def test_more_gpus_than_there_are_is_told(wanted, monkeypatch):
+def test_more_gpus_than_there_are_is_told(config, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    assert train_worker.device_count(wanted) == 2
+    assert train_worker.device_count(config) == 2
     with pytest.raises(UserError, match=r"train\.devices is 3, but this machine has 2 GPU\(s\); set it to auto"):
-        train_worker.device_count(with_train(wanted, devices=3))
+        train_worker.device_count(with_train(config, devices=3))
 
 
 @pytest.mark.parametrize(("told", "count"), [(None, 1), ("2", 2), ("2:4", 2)])

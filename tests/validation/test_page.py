@@ -22,7 +22,7 @@ pytestmark = pytest.mark.usefixtures("without_data_docs")
 
 
 @pytest.fixture
-def shown(tmp_path, wanted):
+def shown(tmp_path, config):
     """The page of a folder of images with a labels.csv, and what it is made of."""
 
     def make(images: dict, table: str, classes: list[str] | None = None) -> tuple[str, Manifest, cards.DatasetCard]:
@@ -37,7 +37,7 @@ def shown(tmp_path, wanted):
         facts = folder.import_images(root, classes, None, tmp_path / "salt", raw)
         found = built(facts, raw, tmp_path / "splits")
         checks = suite.validate_manifest(
-            found, facts, severity=wanted.validate_.severity.model_dump(), allowed_duplicates=0,
+            found, facts, severity=config.validate_.severity.model_dump(), allowed_duplicates=0,
             min_per_class=1, max_label_shift=0.5, folder=tmp_path / "docs",
         )  # fmt: skip
         return page.render_validation_page(facts, found, checks, "docs/index.html"), found, facts

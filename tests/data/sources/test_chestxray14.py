@@ -248,14 +248,14 @@ def preprocessed(facts, folder, tmp_path, monkeypatch, small):
 
 
 @pytest.mark.parametrize("known", [True, False])
-def test_boxes_lie_beside_the_arrays_of_their_images(fetch, mirror, tmp_path, monkeypatch, small, known):
-    overrides.apply_overrides(small, {"preprocess": {"image_size": 16}})
+def test_boxes_lie_beside_the_arrays_of_their_images(fetch, mirror, tmp_path, monkeypatch, small_params, known):
+    overrides.apply_overrides(small_params, {"preprocess": {"image_size": 16}})
     if not known:
-        preprocessed(*fetch(), tmp_path, monkeypatch, small)
+        preprocessed(*fetch(), tmp_path, monkeypatch, small_params)
         assert arrays.read_boxes(paths.PROCESSED, "test") is None
         return
     (mirror / chestxray14.BOX_LIST).write_text(BOXES)
-    preprocessed(*fetch(), tmp_path, monkeypatch, small)
+    preprocessed(*fetch(), tmp_path, monkeypatch, small_params)
     found = arrays.read_boxes(paths.PROCESSED, "test")
     assert found.drop(columns="split").to_dict("records") == [
         {"id": names()[100], "class": 4, "x": 8, "y": 4, "w": 2, "h": 1},
@@ -264,15 +264,15 @@ def test_boxes_lie_beside_the_arrays_of_their_images(fetch, mirror, tmp_path, mo
     assert arrays.read_boxes(paths.PROCESSED, "val").empty
 
 
-def test_nihs_boxes_on_the_real_sample(fetched, real_data, tmp_path, monkeypatch, small):
+def test_nihs_boxes_on_the_real_sample(fetched, real_data, tmp_path, monkeypatch, small_params):
     mirror = tmp_path / "mirror"
     mirror.mkdir()
     for path in (real_data / "chestxray14").iterdir():
         (mirror / path.name).symlink_to(path)
     (mirror / chestxray14.BOX_LIST).write_text(OF_THE_SAMPLE)
-    overrides.apply_overrides(small, {"preprocess": {"image_size": 32}})
+    overrides.apply_overrides(small_params, {"preprocess": {"image_size": 32}})
     facts, folder = fetched(name="chestxray14", mirror=str(mirror), edition="other", archives=[1])
-    rows = preprocessed(facts, folder, tmp_path, monkeypatch, small)
+    rows = preprocessed(facts, folder, tmp_path, monkeypatch, small_params)
     held = pd.concat(arrays.read_boxes(paths.PROCESSED, split) for split in ("train", "val", "test"))
     assert len(held) == 9
     of_test = arrays.read_boxes(paths.PROCESSED, "test").set_index("id")
