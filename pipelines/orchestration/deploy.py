@@ -18,7 +18,7 @@ from prefect.exceptions import ObjectAlreadyExists, ObjectNotFound
 from ruamel.yaml import YAML
 
 from fadeformer.errors import TransientError, UserError
-from pipelines import runner
+from pipelines import runner, server
 from pipelines.orchestration.flows import PROMOTION_LIMIT
 
 WORK_POOL, TRAINING_QUEUE = "local", "training"
