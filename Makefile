@@ -56,7 +56,7 @@ deploy: install  ## this project's deployments, on the Prefect server of PREFECT
 preset: install  ## write a recipe into params.yaml: make preset NAME=paper
 	python -m pipelines.config.presets $(NAME)
 
-tables: install  ## train a grid and write docs/tables.md: make tables GRID=cpu DATA=FOLDER JOBS=2
+tables: install  ## train a grid and write docs/reference/tables.md: make tables GRID=cpu DATA=FOLDER JOBS=2
 	fadeformer tables $(GRID) $(if $(DATA),--data $(DATA)) --jobs $(or $(JOBS),1)
 
 .PHONY: images image-trainer image-worker image-mlflow up down
@@ -76,7 +76,7 @@ down: docker/.env  ## stop them; what they keep stays in their volumes
 	$(COMPOSE) --profile cpu --profile gpu down
 
 docker/.env:
-	@echo "copy docker/env.example to docker/.env and fill in what has no default (docs/containers.md)" >&2; exit 1
+	@echo "copy docker/env.example to docker/.env and fill in what has no default (docs/how-to/containers.md)" >&2; exit 1
 
 lock:  ## renew requirements.lock from pyproject.toml, in an environment of its own
 	rm -rf .cache/lock && $(PYTHON) -m venv .cache/lock

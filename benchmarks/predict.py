@@ -48,7 +48,7 @@ def network(folder: Path, backbone: str, side: int) -> Classifier:
     torch.save(create_model(**made).state_dict(), folder / "weights.pth")
     described = {
         "model": made, "task": "multi-class", "head": "auto", "classes": CLASSES,
-        "normalise": {"mean": [0.5] * 3, "std": [0.25] * 3}, "calibration": {"slope": [1.0], "offset": [0.0]},
+        "normalize": {"mean": [0.5] * 3, "std": [0.25] * 3}, "calibration": {"slope": [1.0], "offset": [0.0]},
         "input": {"image_size": side, "channels": 3, "aspect": "squash"},
     }  # fmt: skip
     return Classifier(described, folder / "weights.pth", device=torch.device("cpu"))

@@ -1,5 +1,5 @@
 # MLflow's server with accounts, its database in PostgreSQL and its files in an object store, which it alone speaks to.
-# The root may be read-only: a tmpfs at /tmp is all that is written to. docs/containers.md lists the variables.
+# The root may be read-only: a tmpfs at /tmp is all that is written to. docs/how-to/containers.md lists the variables.
 
 # Any image with Python 3.11; name one by its digest to build from the same bytes again.
 ARG BASE=docker.io/library/python:3.11-slim-bookworm

@@ -1,6 +1,6 @@
 """What MLflow's image starts with: a server that asks for a name and a password, or a message why there is none.
 
-All settings are environment variables, those of MLflow itself and of its libraries; docs/containers.md lists them.
+All settings are environment variables, those of MLflow itself and of its libraries; docs/how-to/containers.md lists them.
 Arguments are further options of `mlflow server`.
 """
 
@@ -28,7 +28,7 @@ def main() -> None:
     destination = os.environ.get("MLFLOW_ARTIFACTS_DESTINATION", "")
     for name, value in (("MLFLOW_BACKEND_STORE_URI", store), ("MLFLOW_ARTIFACTS_DESTINATION", destination)):
         if not value:
-            sys.exit(f"MLflow does not start: {name} is missing; docs/containers.md has an example")
+            sys.exit(f"MLflow does not start: {name} is missing; docs/how-to/containers.md has an example")
     credentials.require("MLflow", _secrets(store, destination))
     os.environ["MLFLOW_AUTH_CONFIG_PATH"] = str(_write_settings(store))
     if _own_objects(destination):

@@ -1,6 +1,6 @@
 # The pipeline as an image: `trainer` runs any command (`dvc repro`), `worker` is a Prefect worker with a health check.
 # The root may be read-only: a volume at /work, owned by user 10001, and a tmpfs at /tmp are all that is written to.
-# Built from the project's folder; docs/containers.md tells how.
+# Built from the project's folder; docs/how-to/containers.md tells how.
 
 # Any image with Debian's tools and Python 3.11; name one by its digest to build from the same bytes again.
 ARG BASE=docker.io/library/python:3.11-slim-bookworm

@@ -71,7 +71,7 @@ def write_model(
     model.get_classifier().bias.data -= logits.mean(dim=0)  # so that no decision is the same for every image
     described = {
         "model": network, "task": task, "head": head, "classes": classes, "calibration": calibration,
-        "normalise": {"mean": [0.5] * channels, "std": [0.25] * channels}, "precision": "32", "weights": None,
+        "normalize": {"mean": [0.5] * channels, "std": [0.25] * channels}, "precision": "32", "weights": None,
         "params": {"train": {"device": "cpu"}}, "best_epoch": 1, "dataset": "drawn",
         "input": {"image_size": side, "channels": channels, "aspect": aspect},
     }  # fmt: skip
@@ -86,7 +86,7 @@ def write_model(
     labels = np.zeros((20, len(classes) if kind == "findings" else 1), np.int64)
     known = ood.fit_detector(features, labels, classifier.task, features)
     ood.write(known, folder / "models" / OOD_FILE)
-    described["unfamiliar"] = {"limit": known.threshold}
+    described["ood"] = {"threshold": known.threshold}
     distances = known.distance(features)
     reference.build_reference(seen, scores, distances, features, tuple(classes)).to_parquet(
         folder / "models" / REFERENCE_FILE
@@ -98,7 +98,7 @@ def write_model(
     }
     (folder / "models" / METADATA_FILE).write_text(json.dumps(described))
     (folder / "reports" / OPERATING_POINTS_FILE).write_text(
-        json.dumps({"wanted": {}, "confidence": 0.95, "points": points})
+        json.dumps({"targets": {}, "confidence": 0.95, "points": points})
     )
     return folder
 

@@ -183,7 +183,7 @@ def shortened(step: str) -> str:
     for port, free in PORTS.items():
         command = command.replace(port, str(free))
     if step.startswith("make tables"):  # the server has no deployments; the second time, all cells are finished
-        return f"unset PREFECT_API_URL; {command} && {command} && grep 'Table 3' docs/tables.md"
+        return f"unset PREFECT_API_URL; {command} && {command} && grep 'Table 3' docs/reference/tables.md"
     return command
 
 

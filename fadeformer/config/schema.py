@@ -233,7 +233,7 @@ class EvaluateParams(ConfigModel):
     batch_size: Annotated[int, Field(ge=1)]
     figure_dpi: Annotated[int, Field(ge=50, le=600)]
     confidence: Annotated[Number, Field(ge=0.5, le=0.999)]
-    bootstrap_draws: Annotated[int, Field(ge=100, le=100_000)]
+    bootstrap_resamples: Annotated[int, Field(ge=100, le=100_000)]
     bootstrap_seed: Annotated[int, Field(ge=0)]
     sensitivity_at_least: Fraction
     specificity_at_least: Fraction

@@ -8,7 +8,7 @@ import pandas as pd
 from fadeformer.evaluation.predictions import Predictions
 from fadeformer.tasks import one_versus_rest
 
-COLUMNS = ("row", "id", "class", "true", "called", "score")
+COLUMNS = ("row", "id", "class", "true", "predicted", "score")
 
 
 def most_confident_errors(predictions: Predictions, count: int) -> pd.DataFrame:
@@ -20,7 +20,7 @@ def most_confident_errors(predictions: Predictions, count: int) -> pd.DataFrame:
 
     Returns:
         Columns `row` (in the predictions), `id`, `class` (number of the class that was called, or of the finding that
-        was called or missed), `true` and `called` (in words) and `score` (of what was called, in [0, 1]).
+        was called or missed), `true` and `predicted` (in words) and `score` (of what was called, in [0, 1]).
     """
     scores, task, names = predictions.scores, predictions.task, predictions.classes
     truth = one_versus_rest(predictions.labels, scores.shape[1], task)

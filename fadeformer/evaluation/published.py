@@ -13,7 +13,7 @@ cell is empty. Its other columns:
   somebody else's), `recalled` (from memory, not checked against the source), or `unknown`: not told.
 - `note`: what a reader of the score must know besides.
 
-docs/evaluation.md says how it was found what a checkpoint was chosen on.
+docs/reference/evaluation.md says how it was found what a checkpoint was chosen on.
 """
 
 from __future__ import annotations

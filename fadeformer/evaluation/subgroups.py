@@ -29,8 +29,8 @@ from fadeformer.evaluation.weighted_metrics import MetricSamples, WeightedMetric
 Floats = NDArray[np.float64]
 
 AGE_COLUMN = "age"
-UNKNOWN = "not known"
-ALL_CLASSES = "over all classes"
+UNKNOWN = "unknown"
+ALL_CLASSES = "macro average"
 MAX_AUTO_VALUES = 12  # of a column that is taken without being named
 MAX_VALUES = 50  # of one that is named
 MIN_GROUPS = 20  # patients, lesions or single images in a subgroup that is compared with the whole
@@ -132,7 +132,7 @@ def evaluate_subgroups(
                 compared.append(test.result)
         found[column][value] = {
             "images": told["images"], "groups": count, "overall": told["overall"], "per_class": told["per_class"],
-            "intervals": {"overall": bounds["overall"], "per_class": bounds["per_class"]}, "compared": compared,
+            "intervals": {"overall": bounds["overall"], "per_class": bounds["per_class"]}, "comparisons": compared,
         }  # fmt: skip
     _adjust_p_values(tests, 1 - confidence)
     return summary.intervals_from_samples(whole, predictions.classes, groups, of_whole, confidence), found
@@ -144,7 +144,7 @@ def underperforming(found: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> lis
         {"column": column, "subgroup": value, **one}
         for column, values in found.items()
         for value, of in values.items()
-        for one in of["compared"]
+        for one in of["comparisons"]
         if one["worse"]
     ]
 
@@ -156,7 +156,7 @@ class _SubgroupTest:
         value, whole = values
         self.shortfall, self.samples, self.min_variance = whole - value, samples, least
         self.result: dict[str, Any] = {
-            "measure": measure, "class": of_class, "value": value, "whole": whole, "p": None, "worse": False
+            "metric": measure, "class": of_class, "value": value, "overall": whole, "p": None, "worse": False
         }  # fmt: skip
 
 

@@ -47,7 +47,7 @@ def summarize(predictions: Predictions) -> dict[str, Any]:
         "images": len(measures.truth),
         "overall": {key: _finite_or_none(values[0]) for key, values in found.overall.items()},
         "per_class": per_class,
-        "not_judged": [name for name, values in per_class.items() if values["auc"] is None],
+        "not_evaluated": [name for name, values in per_class.items() if values["auc"] is None],
     }
 
 
@@ -59,7 +59,7 @@ def confidence_intervals(predictions: Predictions, *, n_resamples: int, seed: in
     precisions and the pooled AUC its spread on the scale of log odds (Boyd et al. 2013,
     doi:10.1007/978-3-642-40994-3_29), less what half of the images have too much, as the average precision of few
     images is too high and that of samples that repeat images more so. The calibration error has none: it is too high in
-    every sample, by more than its spread (docs/evaluation.md).
+    every sample, by more than its spread (docs/reference/evaluation.md).
 
     Args:
         predictions: of one split.

@@ -5,7 +5,7 @@
 
     logit = sum_n alpha sum_heads w_n u . V_n  +  sum_n (-1)^K (1 - alpha) u . V_n / N  +  bias
 
-where the second sum is that of (1 - alpha) u . (L^^K V)_n / N over the grid (docs/fadeattn.md). `grad_cam` needs no
+where the second sum is that of (1 - alpha) u . (L^^K V)_n / N over the grid (docs/explanation/fade_attention.md). `grad_cam` needs no
 layer of its own and works on every network (Selvaraju et al. 2017, arXiv:1610.02391; by captum). Whether a map depends
 on what was learned is a question for `fadeformer.explain.sanity_checks`; whether it points at a lesion, for
 `fadeformer.explain.pointing_game`.

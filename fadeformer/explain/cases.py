@@ -17,7 +17,7 @@ from fadeformer.inference.classifier import Classifier
 SANITY_CHECK_IMAGES = 16  # test images in the sanity check
 LOCATION_CAVEAT = (
     "A map tells at which place the network holds what it decides by. In a ViT that need not be where it lies in the"
-    " image (docs/evaluation.md)."
+    " image (docs/reference/evaluation.md)."
 )
 
 
@@ -114,7 +114,7 @@ def _alpha_sentence(alpha: float) -> str:
     return (
         f"FadeAttn weighs attention by alpha = {alpha:.3f} and the Laplacian by {1 - alpha:.3f}. Both maps, and a bias,"
         " sum to the logit of the class: orange speaks for it, purple against it. Under the mean over the grid the"
-        " Laplacian part holds no neighbours, only what each patch says of the class (docs/fadeattn.md)."
+        " Laplacian part holds no neighbours, only what each patch says of the class (docs/explanation/fade_attention.md)."
     )
 
 

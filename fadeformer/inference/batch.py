@@ -33,7 +33,7 @@ CHUNK_SIZE = 64 * BATCH_SIZE  # rows that are handed on at once
 PREFETCH_BATCHES = (
     2  # batches for each thread that may wait, under way or as rows; their pixels are gone once they are rows
 )
-RESERVED_COLUMNS = ("name", "decision", "unfamiliar", "is_unfamiliar", "problem")  # columns beside those of the classes
+RESERVED_COLUMNS = ("name", "decision", "ood_distance", "is_ood", "error")  # columns beside those of the classes
 
 
 def predict_chunks(
@@ -146,9 +146,9 @@ def _build_rows(
         "name": pd.array([image.name for image in some], dtype="string"),
         **{name: scores[:, c] for c, name in enumerate(point.classes)},
         "decision": pd.array([next(words) if ok else pd.NA for ok in there], dtype="string"),
-        "unfamiliar": far,
-        "is_unfamiliar": pd.array([far[i] > limit if ok else pd.NA for i, ok in enumerate(there)], dtype="boolean"),
-        "problem": pd.array([problem or pd.NA for problem in problems], dtype="string"),
+        "ood_distance": far,
+        "is_ood": pd.array([far[i] > limit if ok else pd.NA for i, ok in enumerate(there)], dtype="boolean"),
+        "error": pd.array([problem or pd.NA for problem in problems], dtype="string"),
     }
     return pd.DataFrame(columns)
 

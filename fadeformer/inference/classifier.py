@@ -152,7 +152,7 @@ class Classifier:
         self.classes: tuple[str, ...] = tuple(described["classes"])
         self.input_config: dict[str, Any] = described["input"]  # image_size, channels and aspect
         self.calibration = calibration.from_dict(described["calibration"])
-        self.normalization = Normalization(**{name: tuple(v) for name, v in described["normalise"].items()})
+        self.normalization = Normalization(**{name: tuple(v) for name, v in described["normalize"].items()})
         self.operating_points = points
         self.device = device or choose_device("cpu" if described["params"]["train"]["device"] == "cpu" else "auto")
         if self.device.type == "cuda":

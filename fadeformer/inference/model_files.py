@@ -15,7 +15,7 @@ from fadeformer.io.atomic import checksum, read_json
 METADATA_FILE = "model.json"
 WEIGHTS_FILE = "weights.safetensors"  # of a package
 TRAINED_WEIGHTS_FILE = "best_model.pth"  # as training leaves them
-OOD_FILE = "unfamiliar.safetensors"
+OOD_FILE = "ood.safetensors"
 OPERATING_POINTS_FILE = "operating_points.json"
 REFERENCE_FILE = "reference.parquet"
 
@@ -81,7 +81,7 @@ def find_model_files(folder: Path, called: str, points: Path | None = None) -> M
         raise UserError(f"{points}: no such file; `dvc repro evaluate` makes reports/{OPERATING_POINTS_FILE}")
     own = place / OPERATING_POINTS_FILE
     found = ModelFiles(place, weights, points or (own if own.is_file() else None))
-    missing = [name for name in ("input", "unfamiliar") if name not in found.metadata]
+    missing = [name for name in ("input", "ood") if name not in found.metadata]
     if missing or not found.ood.is_file():
         raise UserError(
             f"{called}: the model was made by an older version of this program and lacks"

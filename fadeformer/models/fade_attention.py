@@ -6,7 +6,7 @@ L^ is that of `fadeformer.models.grid_laplacian`; `alpha` and `K` are the publis
 d = in_channels / num_heads channels each.
 
 L 1 = 0, so 1^T L^^K = (-1)^K 1^T: under a mean over the grid the second term is (-1)^K (1 - alpha) mean(V), whatever
-the graph. `forward_pooled` uses that, and is exact. The proof, and what follows from it, stands in docs/fadeattn.md.
+the graph. `forward_pooled` uses that, and is exact. The proof, and what follows from it, stands in docs/explanation/fade_attention.md.
 """
 
 from __future__ import annotations

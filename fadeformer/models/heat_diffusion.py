@@ -5,7 +5,7 @@
 Each head learns its own time t, exponent s and gate g. Lambda is the Laplacian of the grid of patches with its four
 neighbours and reflecting borders (`fadeformer.models.grid_laplacian`, exact). The residual, the normalisation and a read-out that
 weighs patches (`AttentionPool`) are what the published layer lacks: there a linear map and a mean follow the diffusion,
-and all that they leave of it is a constant (docs/fadeattn.md).
+and all that they leave of it is a constant (docs/explanation/fade_attention.md).
 """
 
 from __future__ import annotations

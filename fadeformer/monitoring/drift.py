@@ -38,7 +38,7 @@ class ColumnDrift:
 
     Attributes:
         name: of the column.
-        known: its median in what is known.
+        reference: its median in the reference.
         new: its median in the new images.
         distance: largest difference of the two distribution functions, 0 to 1.
         p: corrected for all columns.
@@ -46,7 +46,7 @@ class ColumnDrift:
     """
 
     name: str
-    known: float
+    reference: float
     new: float
     distance: float
     p: float

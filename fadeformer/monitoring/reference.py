@@ -18,7 +18,7 @@ from fadeformer.errors import UserError
 MAX_IMAGES = 2000  # images that are kept
 SEED = 0  # of the choice among more
 SCORE_PREFIX, IMAGE_PREFIX, FEATURE_PREFIX = "score ", "image ", "feature "  # what names of columns begin with
-OOD_DISTANCE = "distance from what is known"
+OOD_DISTANCE = "OOD distance"
 
 Pixels = NDArray[np.uint8]
 

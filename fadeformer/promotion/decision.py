@@ -6,10 +6,10 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any, Final, Literal
 
-Status = Literal["passed", "failed", "not judged"]
+Status = Literal["passed", "failed", "not evaluated"]
 PASSED: Final = "passed"
 FAILED: Final = "failed"
-NOT_EVALUATED: Final = "not judged"
+NOT_EVALUATED: Final = "not evaluated"
 HEADLINE_CHECKS = ("min_auc", "not_inferior", "better")  # rules whose figures are told of a model that keeps all
 
 
@@ -18,22 +18,22 @@ class CheckItem:
     """A class, finding or subgroup that a rule judges: its name, verdict and the figures it rests on."""
 
     name: str
-    verdict: Status
-    figures: str
+    status: Status
+    details: str
 
 
 @dataclass(frozen=True)
 class Check:
     """A rule's short name, the rule in words, its verdict and the figures it rests on, part by part where it has some.
 
-    A rule fails where one of its parts does, and is not judged where none of them is.
+    A rule fails where one of its parts does, and is not evaluated where none of them is.
     """
 
     name: str
-    rule: str
-    verdict: Status
-    figures: str
-    parts: tuple[CheckItem, ...] = field(default=())
+    requirement: str
+    status: Status
+    details: str
+    items: tuple[CheckItem, ...] = field(default=())
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Decision:
     @property
     def passed(self) -> bool:
         """Whether no rule failed; what could not be judged stands in nobody's way."""
-        return not any(rule.verdict == FAILED for rule in self.checks)
+        return not any(rule.status == FAILED for rule in self.checks)
 
     @property
     def promoted(self) -> bool:
@@ -65,15 +65,15 @@ class Decision:
     @property
     def reason(self) -> str:
         """The rules that decided, as a sentence."""
-        wanted = [r for r in self.checks if (r.name in HEADLINE_CHECKS if self.passed else r.verdict == FAILED)]
-        told = "; ".join(f"{rule.rule}: {rule.figures}" for rule in wanted)
+        wanted = [r for r in self.checks if (r.name in HEADLINE_CHECKS if self.passed else r.status == FAILED)]
+        told = "; ".join(f"{rule.requirement}: {rule.details}" for rule in wanted)
         if self.passed:
             told = f"no rule of {len(self.checks)} is broken; {told}"
         return told if self.force_reason is None else f"FORCED: {self.force_reason}; without force: {told}"
 
     def to_dict(self) -> dict[str, Any]:
         """The rules as plain values."""
-        return {"rules": [asdict(rule) for rule in self.checks]}
+        return {"checks": [asdict(rule) for rule in self.checks]}
 
 
 def status_of(is_so: bool) -> Status:
@@ -84,12 +84,12 @@ def status_of(is_so: bool) -> Status:
 def combine_items(name: str, rule: str, parts: Iterable[CheckItem]) -> Check:
     """A rule that each of its parts has to keep."""
     found = tuple(parts)
-    failed = [part for part in found if part.verdict == FAILED]
-    judged = [part for part in found if part.verdict != NOT_EVALUATED]
+    failed = [part for part in found if part.status == FAILED]
+    judged = [part for part in found if part.status != NOT_EVALUATED]
     if failed:
-        return Check(name, rule, FAILED, ", ".join(f"{part.name} {part.figures}" for part in failed), found)
-    if not judged:
-        told = ", ".join(f"{part.name} {part.figures}" for part in found) or "nothing to judge"
+        return Check(name, rule, FAILED, ", ".join(f"{part.name} {part.details}" for part in failed), found)
+    if not evaluated:
+        told = ", ".join(f"{part.name} {part.details}" for part in found) or "nothing to judge"
         return Check(name, rule, NOT_EVALUATED, told, found)
     left = len(found) - len(judged)
-    return Check(name, rule, PASSED, f"{len(judged)} keep it" + (f", {left} not judged" if left else ""), found)
+    return Check(name, rule, PASSED, f"{len(judged)} keep it" + (f", {left} not evaluated" if left else ""), found)

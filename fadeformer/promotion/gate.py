@@ -1,6 +1,6 @@
 """The registry gate: what was found of a challenger and of the champion on the same images, to a decision with reasons.
 
-It is pure: no file, no registry. A class, finding or subgroup with too few cases is `not judged`, with their number,
+It is pure: no file, no registry. A class, finding or subgroup with too few cases is `not evaluated`, with their number,
 and stands in nobody's way; all else that is asked for has to be shown. Against the champion a model has to be not
 inferior: the lower bound of the difference of their AUCs, by DeLong's paired comparison, is not below minus the margin
 (Blackwelder 1982, doi:10.1016/0197-2456(82)90024-1). A model that is truly worse by the margin passes in 2.5 % of cases
@@ -44,7 +44,7 @@ class PromotionCriteria:
         min_auc: least lower bound of the test AUC.
         min_class_auc: least AUC of each class or finding.
         min_subgroup_auc: least AUC of each subgroup: of all columns, or by column.
-        min_cases: patients, lesions or single images with a class, and without it; with fewer it is not judged.
+        min_cases: patients, lesions or single images with a class, and without it; with fewer it is not evaluated.
         max_ece: largest calibration error.
         operating_point: `youden`, `sensitivity` or `specificity`.
         min_sensitivity: least sensitivity of each class at that point.
@@ -100,7 +100,7 @@ def decide(
     rules = [_check_data(of), _check_scores("finite_scores", "every score is a number from 0 to 1", of.test)]
     if of.rolled_back is not None:
         rules.append(Check("not_rolled_back", "was not taken back before", FAILED, f"taken back: {of.rolled_back}"))
-    if rules[1].verdict == FAILED:  # nothing that follows could be computed
+    if rules[1].status == FAILED:  # nothing that follows could be computed
         return Decision(tuple(rules), None, None, force_reason)
     found, cases = summarize(of.test), _count_cases(of.test)
     area = found["overall"]["auc"]
@@ -167,7 +167,7 @@ def _check_class_aucs(
 def _check_each_class(
     of: Challenger, cases: Mapping[str, int], asked: PromotionCriteria, judge: Callable[[str], CheckItem]
 ) -> Iterator[CheckItem]:
-    """The classes one by one, those with too few cases not judged."""
+    """The classes one by one, those with too few cases not evaluated."""
     for name in _averaged_classes(of.test):
         few = cases[name] < asked.min_cases
         yield CheckItem(name, NOT_EVALUATED, f"n = {cases[name]}") if few else judge(name)
@@ -248,7 +248,7 @@ def _compare_with_champion(
         return [Check("same_test_images", same, FAILED, figures)], None
     rules = [Check("same_test_images", same, PASSED, "equal ids and labels")]
     of_champion = _check_scores("champion_finite", "every score of the champion is a number from 0 to 1", champion)
-    if of_champion.verdict == FAILED:
+    if of_champion.status == FAILED:
         return [*rules, of_champion], None
     best = auc(champion.labels, champion.scores, champion.task)
     difference = paired_auc_difference(of.test, champion, of.confidence)

@@ -72,7 +72,7 @@ def _comparison_table(found: DriftResult, known: int, model: str) -> Table:
 def _column_table(found: DriftResult) -> Table:
     rows: list[tuple[str, ...]] = [
         (
-            c.name, f"{c.known:.4g}", f"{c.new:.4g}", f"{c.distance:.3f}", f"{c.p:.2g}",
+            c.name, f"{c.reference:.4g}", f"{c.new:.4g}", f"{c.distance:.3f}", f"{c.p:.2g}",
             "**drifted**" if c.drifted else "",
         )
         for c in found.columns

@@ -11,7 +11,7 @@ from fadeformer.reporting.tables import Table
 
 MAX_ENTRIES = 200  # decisions of the ledger, the newest
 LEDGER_COLUMNS = ("No.", "Time (UTC)", "Decision", "Version", "Champion", "AUC", "By", "Reason")  # of the ledger
-OUTCOME_LABELS = {"passed": "passed", "failed": "**failed**", "not judged": "not judged"}
+OUTCOME_LABELS = {"passed": "passed", "failed": "**failed**", "not evaluated": "not evaluated"}
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ def render_promotion_page(told: Mapping[str, Any], entries: Sequence[Mapping[str
     promoted, version = told["decision"] == "promoted", f"{told['model']} version {told['version']}"
     held = " and ".join(told["aliases"])
     stays = f"It stays {held}." if held else "It gets no alias."
-    head = ("Rule", "Verdict", "Figures")
+    head = ("Check", "Status", "Details")
     return rendering.load_template("verdict.html").render(
         title=f"Decision about {version}",
         model=told["model"],
@@ -39,15 +39,15 @@ def render_promotion_page(told: Mapping[str, Any], entries: Sequence[Mapping[str
         verdict="Promoted." if promoted else "Refused.",
         outcome=f"{version} is champion." if promoted else stays,
         forced=told["reason"] if told["forced"] else None,
-        rules=Table(head, [(rule["rule"], OUTCOME_LABELS[rule["verdict"]], rule["figures"]) for rule in told["rules"]]),
+        rules=Table(head, [(rule["requirement"], OUTCOME_LABELS[rule["status"]], rule["details"]) for rule in told["checks"]]),
         parts=[
             RuleDetails(
-                ("", "Verdict", "Figures"),
-                [(part["name"], OUTCOME_LABELS[part["verdict"]], part["figures"]) for part in rule["parts"]],
-                rule["rule"][0].upper() + rule["rule"][1:],
+                ("", "Status", "Details"),
+                [(part["name"], OUTCOME_LABELS[part["status"]], part["details"]) for part in rule["items"]],
+                rule["requirement"][0].upper() + rule["requirement"][1:],
             )
-            for rule in told["rules"]
-            if rule["parts"]
+            for rule in told["checks"]
+            if rule["items"]
         ],
         history=ledger_table(entries),
     )

@@ -140,14 +140,14 @@ def key_findings(of: ReportInputs, uncalibrated: Mapping[str, Any], published: p
         found.append((GOOD if after <= before else PLAIN, changed[0].upper() + changed[1:]))
     if of.subgroups:
         verdict, worse = tables.subgroup_findings(of)
-        compared = any(one["compared"] for values in of.subgroups.values() for one in values.values())
+        compared = any(one["comparisons"] for values in of.subgroups.values() for one in values.values())
         told_of = f"{len(worse)} measures of subgroups are worse than the whole beyond chance." if worse else verdict
         found.append((BAD if worse else GOOD if compared else PLAIN, told_of))
     else:
         found.append((PLAIN, tables.NO_SUBGROUPS))
     found.append(_compare_with_published(overall["auc"], bounds["auc"], published))
-    if test["not_judged"]:
-        found.append((BAD, f"Not judged, for want of images with or without: {', '.join(test['not_judged'])}."))
+    if test["not_evaluated"]:
+        found.append((BAD, f"Not evaluated, for want of images with or without: {', '.join(test['not_evaluated'])}."))
     if meta.cross_split_duplicates:
         found.append((BAD, f"{meta.cross_split_duplicates} images stand in two splits, so the numbers may flatter."))
     return found

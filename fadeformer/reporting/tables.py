@@ -140,7 +140,7 @@ def operating_points(of: ReportInputs) -> Table:
     """Thresholds and what they give."""
     operating = of.operating_points
     rules = {"youden": "largest sensitivity + specificity"}
-    rules |= {name: f"{name} at least {least:g}" for name, least in operating["wanted"].items() if least is not None}
+    rules |= {name: f"{name} at least {least:g}" for name, least in operating["targets"].items() if least is not None}
     rows = []
     for rule, of_classes in operating["points"].items():
         for name, point in of_classes.items():
@@ -148,7 +148,7 @@ def operating_points(of: ReportInputs) -> Table:
             cells = [
                 format_with_interval(s["value"], None if s["low"] is None else (s["low"], s["high"])) for s in shares
             ]
-            limit = "not judged" if point is None else f"{point['threshold']:.4f}"
+            limit = "not evaluated" if point is None else f"{point['threshold']:.4f}"
             rows.append((rules[rule], name, limit, *(cells or [""] * len(OPERATING_METRICS))))
     return Table(("Rule on validation", "Positive", "Score from", *OPERATING_METRICS), rows)
 
@@ -170,10 +170,10 @@ def subgroups(of: ReportInputs) -> Table:
 
 def subgroup_findings(of: ReportInputs) -> tuple[str, list[str]]:
     """Whether a subgroup is worse than the whole, and a sentence for each measure in which one is."""
-    tests = sum(len(one["compared"]) for values in of.subgroups.values() for one in values.values())
+    tests = sum(len(one["comparisons"]) for values in of.subgroups.values() for one in values.values())
     verdicts = [
-        f"{one['column']} {one['subgroup']}: {TESTED_METRICS[one['measure']]} {_class_phrase(one['class'])} {one['value']:.3f}, in the"
-        f" whole {one['whole']:.3f} (adjusted p {one['p']:.2g})"
+        f"{one['column']} {one['subgroup']}: {TESTED_METRICS[one['metric']]} {_class_phrase(one['class'])} {one['value']:.3f}, in the"
+        f" whole {one['overall']:.3f} (adjusted p {one['p']:.2g})"
         for one in underperforming(of.subgroups)
     ]
     told_of = f"Compared with the whole in {tests:,} measures, and adjusted for that many:"
@@ -228,8 +228,8 @@ def limitations(of: ReportInputs) -> list[str]:
     ]
     if groups < test["images"]:
         found.append(f"The test images come from {groups:,} patients or lesions, and so few are the intervals made of.")
-    if test["not_judged"]:
-        found.append(f"Not judged, for want of positives or negatives: {', '.join(test['not_judged'])}.")
+    if test["not_evaluated"]:
+        found.append(f"Not evaluated, for want of positives or negatives: {', '.join(test['not_evaluated'])}.")
     if meta.cross_split_duplicates:
         found.append(
             f"**{meta.cross_split_duplicates} images stand in two splits**, as validate.max_cross_split_duplicates"

@@ -54,7 +54,7 @@ def _predict(
 ) -> CommandResult:
     classifier = resolve.load_classifier(model)
     point = classifier.operating_point(arguments.point)
-    familiar = ood.read(model.ood, model.metadata["unfamiliar"]["limit"])
+    familiar = ood.read(model.ood, model.metadata["ood"]["threshold"])
     table = ChunkedTable(arguments.out, _fingerprint(arguments, images, model, classifier))
     if table.had_stale_chunks:
         print(f"{table.folder} was begun with other images, model or options, and is begun afresh")
@@ -68,8 +68,8 @@ def _predict(
         table.add_chunk(rows)
     unreadable = far = 0
     for rows in table:
-        unreadable += int(rows["problem"].notna().sum())
-        far += int(rows["is_unfamiliar"].sum())
+        unreadable += int(rows["error"].notna().sum())
+        far += int(rows["is_ood"].sum())
     table.finish()
     told = [
         f"{len(images):,} images, {unreadable:,} of them unreadable",

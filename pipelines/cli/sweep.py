@@ -28,7 +28,7 @@ EVALUATE_DEPLOYMENT = "evaluation/evaluate"  # the deployment
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Which values."""
-    parser.add_argument("space", type=Path, metavar="SPACE.yaml", help="what to vary; docs/sweeps.md")
+    parser.add_argument("space", type=Path, metavar="SPACE.yaml", help="what to vary; docs/how-to/sweeps.md")
 
 
 def run(arguments: argparse.Namespace) -> str:

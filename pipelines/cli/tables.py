@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("grid", nargs="?", default="cpu", help="a YAML file, or a shipped grid: cpu, paper")
     parser.add_argument("--data", type=Path, help="folder that {data} in the grid stands for")
     parser.add_argument("--jobs", type=int, default=1, choices=range(1, 65), metavar="N", help="runs side by side")
-    parser.add_argument("--out", type=Path, default=Path("docs/tables.md"), help="the Markdown to write")
+    parser.add_argument("--out", type=Path, default=Path("docs/reference/tables.md"), help="the Markdown to write")
 
 
 def run(arguments: argparse.Namespace) -> str:

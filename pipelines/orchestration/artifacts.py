@@ -50,7 +50,7 @@ def format_decision(promotion: Mapping[str, Any]) -> str:
         promotion: as reports/promotion.json has it.
     """
     forced = " by force" if promotion["forced"] else ""
-    rows = [(rule["rule"], rule["verdict"], rule["figures"]) for rule in promotion["rules"]]
+    rows = [(check["requirement"], check["status"], check["details"]) for check in promotion["checks"]]
     cells = [" | ".join(cell.replace("|", "\\|") for cell in row) for row in rows]
     return "\n".join(
         [

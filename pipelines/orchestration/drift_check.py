@@ -59,11 +59,11 @@ def check_drift(named: list[str], model: str, out: Path, most: int) -> CommandRe
 def _compute_features(files: ModelFiles, images: list[inputs.InputImage]) -> tuple[pd.DataFrame, int]:
     """The columns of `fadeformer.monitoring.reference` of new images, and how many could not be read."""
     classifier = resolve.load_classifier(files)
-    familiar = ood.read(files.ood, files.metadata["unfamiliar"]["limit"])
+    familiar = ood.read(files.ood, files.metadata["ood"]["threshold"])
     point = classifier.operating_point(OPERATING_POINT_NAMES[0])  # decisions are not compared
     parts = batch.predict_chunks(
         classifier, familiar, point, images, threads=None, extra_columns=reference.image_statistics
     )
     rows = pd.concat(parts, ignore_index=True)
     names = {name: f"{reference.SCORE_PREFIX}{name}" for name in classifier.classes}
-    return rows.rename(columns={**names, "unfamiliar": reference.OOD_DISTANCE}), int(rows["problem"].notna().sum())
+    return rows.rename(columns={**names, "ood_distance": reference.OOD_DISTANCE}), int(rows["error"].notna().sum())

@@ -164,7 +164,7 @@ class Ledger:
             "kind": "decided", "id": uuid.uuid4().hex, "number": len(self.entries) + 1, "model": self.name,
             "time": datetime.now(UTC).isoformat(timespec="seconds"), "who": psutil.Process().username(),
             "registry": self._registry, "action": action, "from": self.champion, "to": aliases.get(CHAMPION),
-            "aliases": dict(aliases), "line": line, "reason": reason, "taken_back": [], "rules": [], "auc": None,
+            "aliases": dict(aliases), "line": line, "reason": reason, "taken_back": [], "checks": [], "auc": None,
             "champion_auc": None, **asdict(subject), **more,
         }  # fmt: skip
         jsonl.append_record(ledger_path(), entry)

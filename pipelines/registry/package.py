@@ -1,7 +1,7 @@
 """The model as it leaves: one folder in MLflow's store that loads in a clean environment from its own files alone.
 
 `data/` has the weights as safetensors, `model.json` (network, classes, normalisation, input, calibration),
-`unfamiliar.safetensors`, `reference.parquet` (what new images are compared with) and `operating_points.json`; `code/`
+`ood.safetensors`, `reference.parquet` (what new images are compared with) and `operating_points.json`; `code/`
 the library and `pyfunc_model.py`. Nothing is pickled, and no file tells where it was made.
 """
 

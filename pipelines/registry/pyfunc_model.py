@@ -1,7 +1,7 @@
 """The model as MLflow serves it. MLflow imports this file, as module `served`, from the package's own folder.
 
 The package's one input is called `image` and is of type object: MLflow lets through what an image may be (a file's
-bytes, base64 text, pixels), and the model itself tells what is wrong with one (docs/serving.md).
+bytes, base64 text, pixels), and the model itself tells what is wrong with one (docs/how-to/serve.md).
 """
 
 from __future__ import annotations

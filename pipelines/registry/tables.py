@@ -19,9 +19,9 @@ PLAIN_WIDTH = 120  # columns where nobody looks at a terminal
 
 def print_decision(decision: Decision) -> None:
     """Prints each rule, and of a rule that did not pass each part that was the reason."""
-    table = _create_table("rule", "verdict", "figures")
-    for rule in decision.checks:
-        table.add_row(rule.rule, Text(rule.verdict, STYLES[rule.verdict]), rule.figures)
+    table = _create_table("check", "status", "details")
+    for check in decision.checks:
+        table.add_row(check.requirement, Text(check.status, STYLES[check.status]), check.details)
     _print_table(table)
 
 
@@ -36,7 +36,7 @@ def print_ledger(entries: Iterable[Mapping[str, Any]]) -> None:
 def _create_table(*columns: str) -> Table:
     table = Table(box=None, pad_edge=False, header_style="bold")
     for name in columns:
-        table.add_column(name, overflow="fold", no_wrap=name in ("No.", "verdict", "Version", "Decision", "AUC"))
+        table.add_column(name, overflow="fold", no_wrap=name in ("No.", "status", "Version", "Decision", "AUC"))
     return table
 
 

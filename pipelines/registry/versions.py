@@ -156,7 +156,7 @@ def apply_ledger_entry(entry: Mapping[str, Any]) -> None:
             client.set_model_version_tag(name, gone["version"], ROLLED_BACK_TAG, str(entry["reason"]))
     if number not in there:
         return
-    tags = {f"{GATE_TAG_PREFIX}{r['name']}": f"{r['verdict']}: {r['rule']}: {r['figures']}" for r in entry["rules"]}
+    tags = {f"{GATE_TAG_PREFIX}{r['name']}": f"{r['status']}: {r['requirement']}: {r['details']}" for r in entry["checks"]}
     if tags:
         for stale in client.get_model_version(name, number).tags.keys() - tags.keys():
             if stale.startswith(GATE_TAG_PREFIX):

@@ -98,7 +98,7 @@ def compute_metrics(settings: dict[str, Any]) -> dict[str, float]:
     found = {"val": summary.summarize(val), "test": summary.summarize(test)}
     began, confidence = time.perf_counter(), settings["confidence"]
     intervals, of_subgroups = subgroups.evaluate_subgroups(
-        test, settings["age_bands"], n_resamples=settings["bootstrap_draws"], seed=settings["bootstrap_seed"],
+        test, settings["age_bands"], n_resamples=settings["bootstrap_resamples"], seed=settings["bootstrap_seed"],
         confidence=confidence,
     )  # fmt: skip
     write_json(paths.INTERVALS, {"confidence": confidence, "test": intervals})
@@ -107,7 +107,7 @@ def compute_metrics(settings: dict[str, Any]) -> dict[str, float]:
         "youden": None, "sensitivity": settings["sensitivity_at_least"], "specificity": settings["specificity_at_least"]
     }  # fmt: skip
     points = operating_points.select_operating_points(val, test, wanted, confidence)
-    write_json(paths.OPERATING_POINTS, {"wanted": wanted, "confidence": confidence, "points": points})
+    write_json(paths.OPERATING_POINTS, {"targets": wanted, "confidence": confidence, "points": points})
     runs.log_metrics({"seconds": {"intervals": time.perf_counter() - began}})
     uncalibrated = summary.summarize(test.before_calibration())
     write_json(paths.METRICS, summary.collect_metrics(found["test"], found["val"], uncalibrated, of_subgroups, points))

@@ -80,7 +80,7 @@ def write_model(begun_in: Path, folder: Path) -> dict[str, Any]:
     history.to_csv(folder / paths.HISTORY.name, index=False)
     described = {**read_json(begun_in / paths.ARCHITECTURE.name), "best_epoch": state["best_epoch"]}
     fitted, known, seen = fit_calibration_and_ood(described, folder / paths.WEIGHTS.name)
-    described["calibration"], described["unfamiliar"] = fitted.to_dict(), {"limit": known.threshold}
+    described["calibration"], described["ood"] = fitted.to_dict(), {"threshold": known.threshold}
     ood.write(known, folder / paths.OOD_STATISTICS.name)
     seen.to_parquet(folder / paths.REFERENCE.name, index=False)
     write_json(folder / paths.ARCHITECTURE.name, described)

@@ -105,7 +105,7 @@ def run(folder: Path | None) -> None:
             folder / paths.ARCHITECTURE.name,
             {
                 "model": described, "task": meta.task.name, "head": wanted.model.head, "classes": list(meta.classes),
-                "normalise": asdict(normalisation), "precision": precision, "weights": origin,
+                "normalize": asdict(normalisation), "precision": precision, "weights": origin,
                 "params": made_with,
                 "input": {"image_size": meta.image_size, "channels": meta.channels, "aspect": meta.aspect},
                 "dataset": meta.dataset["name"],

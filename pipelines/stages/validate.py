@@ -126,7 +126,7 @@ def build_manifest(facts: DatasetCard, wanted: Params) -> Manifest:
     adopted = Path(wanted.split.adopted)
     if not (told := paths.SPLITS / "README.txt").exists():  # DVC warns of an empty folder
         paths.SPLITS.mkdir(parents=True, exist_ok=True)
-        told.write_text("Splits that were made, which are kept and used again: docs/data.md\n", encoding="utf-8")
+        told.write_text("Splits that were made, which are kept and used again: docs/reference/data.md\n", encoding="utf-8")
     return manifest.build_manifest(
         facts,
         paths.RAW,

@@ -1,4 +1,4 @@
-"""What is wrong with data, and the message that each wrong gets: the table of docs/bad_data.md, made by running it.
+"""What is wrong with data, and the message that each wrong gets: the table of docs/reference/bad_data.md, made by running it.
 
 Each case goes through the stages download and validate as a user's would. After a change of words on purpose,
 `python -m tests.data.test_bad_data` writes the table anew.
@@ -33,7 +33,7 @@ from tests.conftest import ROOT
 from tests.data.dicom.test_reader import BLACK, made, shipped
 from tests.data.test_decode import png, saved
 
-TABLE = ROOT / "docs" / "bad_data.md"
+TABLE = ROOT / "docs/reference/bad_data.md"
 SCANS = Path("scans")
 GROUPS = {"train": "p1", "val": "p2", "test": "p3"}
 KINDS: dict[str, Callable[[], dict[str, object] | None]] = {}

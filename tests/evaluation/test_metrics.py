@@ -114,7 +114,7 @@ def test_a_summary_is_json_without_nan_and_names_what_it_cannot_judge(p):
     assert json.loads(json.dumps(found, allow_nan=False)) == found
     truth = metrics.one_versus_rest(p.labels, len(p.classes), p.task)
     lacking = [name for c, name in enumerate(p.classes) if truth[:, c].all() or not truth[:, c].any()]
-    assert found["not_judged"] == lacking
+    assert found["not_evaluated"] == lacking
     assert all(found["per_class"][name]["auc"] is None for name in lacking)
 
 

@@ -54,9 +54,9 @@ def test_a_column_that_is_not_there_or_has_too_many_values_is_named():
 
 def test_ages_fall_into_bands_and_what_is_not_known_is_a_subgroup():
     found = subgroups.assign_subgroups(KNOWN[["age", "sex"]], BANDS)
-    told = ["0 to 17", "0 to 17", "18 to 39", "60 to 79", "80 and over", "not known"]
+    told = ["0 to 17", "0 to 17", "18 to 39", "60 to 79", "80 and over", "unknown"]
     assert found["age"].tolist() == told
-    assert found["sex"].tolist() == ["F", "M", "F", "not known", "M", "F"]
+    assert found["sex"].tolist() == ["F", "M", "F", "unknown", "M", "F"]
     assert subgroups.assign_subgroups(KNOWN[["age"]], [18])["age"].tolist()[0] == "under 18"
 
 
@@ -79,8 +79,8 @@ def test_a_subgroup_in_which_the_model_fails_is_called_worse_and_no_other_is():
     _, found = compared(two_classes(400, 1, harder=1.8))
     flagged = subgroups.underperforming(found)
     assert {(one["column"], one["subgroup"]) for one in flagged} == {("sex", "F")}
-    assert {one["measure"] for one in flagged} == {"auc", "recall"}
-    assert all(one["value"] < one["whole"] and one["p"] < 0.05 for one in flagged)
+    assert {one["metric"] for one in flagged} == {"auc", "recall"}
+    assert all(one["value"] < one["overall"] and one["p"] < 0.05 for one in flagged)
 
 
 def test_chance_alone_is_rarely_called_worse():
@@ -91,7 +91,7 @@ def test_chance_alone_is_rarely_called_worse():
 def test_few_patients_are_not_compared_and_a_share_of_none_among_few_is_not_certain():
     p = two_classes(30, 0)
     _, found = compared(p)
-    few = [of["compared"] for of in found["age"].values() if of["groups"] < subgroups.MIN_GROUPS]
+    few = [of["comparisons"] for of in found["age"].values() if of["groups"] < subgroups.MIN_GROUPS]
     assert few
     assert not any(few)
     p = two_classes(400, 0)
@@ -105,7 +105,7 @@ def test_few_patients_are_not_compared_and_a_share_of_none_among_few_is_not_cert
     _, found = compared(
         Predictions(frame[[c for c in frame if c not in ("subgroup_sex", "subgroup_age")]], p.task, p.classes)
     )
-    (recall,) = [one for one in found["site"]["small"]["compared"] if one["measure"] == "recall"]
+    (recall,) = [one for one in found["site"]["small"]["comparisons"] if one["metric"] == "recall"]
     assert recall["value"] == 0
     assert recall["p"] > 0.05
 
@@ -120,7 +120,7 @@ def test_findings_are_compared_one_by_one_and_in_their_mean():
         index, labels, scores, TASKS["multi-label, binary-class"], ("mass", "edema", "hernia"), subgroups=known
     )
     _, found = compared(p)
-    told = {(one["measure"], one["class"]): one for one in found["view"]["PA"]["compared"]}
+    told = {(one["metric"], one["class"]): one for one in found["view"]["PA"]["comparisons"]}
     assert ("auc", "hernia") not in told  # too few of it
     mean = [told["auc", name]["value"] for name in ("mass", "edema")]
     assert told["auc", subgroups.ALL_CLASSES]["value"] == pytest.approx(np.mean(mean))

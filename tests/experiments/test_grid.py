@@ -27,7 +27,7 @@ seeds: [0, 1]
 common:
   dataset: {name: phantom, images: 200, size: 16}
   train: {epochs: 1, batch_size: 32, device: cpu}
-  evaluate: {figure_dpi: 50, bootstrap_draws: 100}
+  evaluate: {figure_dpi: 50, bootstrap_resamples: 100}
 sets:
   phantom: {title: Phantom, accuracy: accuracy, params: {}}
 networks:
@@ -120,7 +120,7 @@ def test_other_parameters_train_the_cells_that_they_decide(tiny):
     assert list(before) == CELLS
     tiny.write_text(TINY.replace("{model: {fade: null}}", "{model: {fade: null, dropout: 0.2}}"))
     assert {key for key, name in names(tiny).items() if name != before[key]} == {CELLS[1], CELLS[3]}
-    tiny.write_text(TINY.replace("bootstrap_draws: 100", "bootstrap_draws: 200"))
+    tiny.write_text(TINY.replace("bootstrap_resamples: 100", "bootstrap_resamples: 200"))
     assert names(tiny) == before  # of no prediction
     tiny.write_text(TINY.replace("images: 200", "images: 300"))
     assert not set(names(tiny).values()) & set(before.values())

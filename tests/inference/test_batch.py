@@ -20,7 +20,7 @@ from fadeformer.inference import batch, ood
 from fadeformer.inference.inputs import InputImage
 from pipelines.cli import main
 from tests.conftest import ROOT
-from tests.data.dicom.test_reader import made as dicom_file
+from tests.data.dicom.test_dicom_image import made as dicom_file
 from tests.packages import load, write_model
 
 CLASSES = ["red", "green", "blue"]
@@ -72,7 +72,7 @@ def test_every_image_has_a_row_with_the_scores_of_the_model(fixed, images, tmp_p
     assert "predict: 40 images, 0 of them unreadable" in told
     assert "1 other files left out" in told
     table = pd.read_csv(tmp_path / "p.csv")
-    assert list(table) == ["name", *CLASSES, "decision", "unfamiliar", "is_unfamiliar", "problem"]
+    assert list(table) == ["name", *CLASSES, "decision", "ood_distance", "is_ood", "error"]
     assert table["name"].tolist() == sorted(p.relative_to(images).as_posix() for p in images.rglob("*.png"))
     described = json.loads((fixed / "model.json").read_text())
     classifier = load(fixed)
@@ -80,12 +80,12 @@ def test_every_image_has_a_row_with_the_scores_of_the_model(fixed, images, tmp_p
     _, expected, features = classifier.predict(pixels, 64)
     assert table[CLASSES].to_numpy() == pytest.approx(expected, abs=1e-6)
     assert table["decision"].tolist() == [CLASSES[c] for c in expected.argmax(axis=1)]
-    familiar = ood.read(fixed / "unfamiliar.safetensors", described["unfamiliar"]["limit"])
+    familiar = ood.read(fixed / "ood.safetensors", described["ood"]["threshold"])
     far = familiar.distance(features)
-    assert table["unfamiliar"].to_numpy() == pytest.approx(far, rel=1e-4)
-    assert (table["is_unfamiliar"] == (table["unfamiliar"] > familiar.threshold)).all()
-    assert table["is_unfamiliar"].any()
-    assert table["problem"].isna().all()
+    assert table["ood_distance"].to_numpy() == pytest.approx(far, rel=1e-4)
+    assert (table["is_ood"] == (table["ood_distance"] > familiar.threshold)).all()
+    assert table["is_ood"].any()
+    assert table["error"].isna().all()
 
 
 def test_any_number_of_threads_and_both_formats_hold_the_same(fixed, images, tmp_path):
@@ -138,7 +138,7 @@ def test_dicom_is_read_without_a_word_of_the_patient(fixed, images, tmp_path, ca
         table = pd.read_csv(out)
         assert table["name"].tolist() == ["IM0001", "a.dcm", "series.dcm"]
         assert table["red"][0] == table["red"][1]
-        assert table["problem"][2] == "holds 2 frames, where one is expected; export the one wanted"
+        assert table["error"][2] == "holds 2 frames, where one is expected; export the one wanted"
         for word in (PATIENT, "4711", "0815", "1950"):
             assert word not in out.read_text()
 
@@ -153,12 +153,12 @@ def test_files_that_cannot_be_read_have_a_reason_and_the_rest_is_written(fixed, 
     assert predict(images, "--model", fixed, "--out", out) == 3
     assert "45 images, 4 of them unreadable" in capsys.readouterr().out
     table = pd.read_csv(out, index_col="name")
-    told = table["problem"].dropna()
+    told = table["error"].dropna()
     assert set(told.index) == set(bad)
     assert told["cut.png"] == "is cut off; fetch it again"
     assert told["empty.png"].startswith("the file is empty")
     assert told["text.dcm"].startswith("is no DICOM file")
-    assert table.loc[list(bad)].drop(columns="problem").isna().all(axis=None)
+    assert table.loc[list(bad)].drop(columns="error").isna().all(axis=None)
     good = table.drop(index=list(bad))
     assert good["decision"].notna().all()
     assert good[CLASSES].sum(axis=1).to_numpy() == pytest.approx(1)
@@ -173,8 +173,8 @@ def test_a_damaged_member_of_a_zip_is_told_and_the_others_are_read(fixed, images
     (tmp_path / "a.zip").write_bytes(bytes(data))
     assert predict(tmp_path / "a.zip", "--model", fixed, "--out", tmp_path / "p.csv") == 3
     table = pd.read_csv(tmp_path / "p.csv", index_col="name")
-    assert "Bad CRC-32 for file '02.png'" in table["problem"]["02.png"]
-    assert table["problem"].notna().sum() == 1
+    assert "Bad CRC-32 for file '02.png'" in table["error"]["02.png"]
+    assert table["error"].notna().sum() == 1
 
 
 def test_the_model_s_own_points_or_a_file_of_them_decide(images, tmp_path, capsys):

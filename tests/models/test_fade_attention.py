@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from fadeformer.models import fade_attention, grid_laplacian
 from fadeformer.models.fade_attention import FadeAttn
 
-REFERENCE = Path(__file__).parent / "reference"
+REFERENCE = Path(__file__).parents[1] / "reference"
 CASE = {"heads": 2, "K": 3, "alpha": 0.3, "grid": (4, 5), "seed": 1, "dtype": torch.float64}
 # file, heads, K; the numbers were computed with the published code in float32
 CASES = [("c64_h8_k3_14x14", 8, 3), ("c48_h4_k1_7x5", 4, 1), ("c32_h8_k5_4x16", 8, 5)]
@@ -151,7 +151,7 @@ def test_pooled_drops_the_channels_that_the_map_drops():
 
 
 def test_no_spatial_information_passes_the_published_diffusion():
-    """docs/fadeattn.md: whatever the graph is, logits and gradients behind a mean are the same."""
+    """docs/explanation/fade_attention.md: whatever the graph is, logits and gradients behind a mean are the same."""
     layer, x = make(CASE)
     found, narrower = [], grid_laplacian.gaussian_kernel
     for largest in (6.0, 1.0, 50.0):

@@ -23,7 +23,7 @@ def aliases(project) -> dict[str, str]:
 
 
 def of(found: dict, name: str) -> dict:
-    return next(rule for rule in found["rules"] if rule["name"] == name)
+    return next(check for check in found["checks"] if check["name"] == name)
 
 
 def test_the_champion_predicts_test_images_that_it_was_not_judged_on(reproduced):
@@ -37,9 +37,9 @@ def test_the_champion_predicts_test_images_that_it_was_not_judged_on(reproduced)
     assert f"the test images are not those that champion {NAME} version 1 was judged on: it predicts them now" in output
     assert f"promote: REFUSED {NAME} version 2 stays challenger" in output
     found = decision(reproduced)
-    assert of(found, "same_test_images")["verdict"] == "passed"
-    assert of(found, "not_inferior")["verdict"] == "failed"
-    assert of(found, "min_subgroup_auc")["figures"].startswith("sex is not known of the test images (known: none)")
+    assert of(found, "same_test_images")["status"] == "passed"
+    assert of(found, "not_inferior")["status"] == "failed"
+    assert of(found, "min_subgroup_auc")["details"].startswith("sex is not known of the test images (known: none)")
     assert found["champion_auc"] > found["auc"] + 0.05  # a trained network on new images, and one that learned nothing
     assert aliases(reproduced) == {"champion": "1", "challenger": "2"}
     shown = next(line for line in output.splitlines() if line.startswith("test AUC not lower than the champion's"))
@@ -51,7 +51,7 @@ def test_the_champion_predicts_test_images_that_it_was_not_judged_on(reproduced)
 
 def test_the_champion_sees_them_as_it_is_used_to(reproduced):
     """Its scores of the new images are those of its own package for the images as they lie in data/raw."""
-    told = of(decision(reproduced), "not_inferior")["figures"]
+    told = of(decision(reproduced), "not_inferior")["details"]
     script = (
         "import pandas as pd; from pathlib import Path;"
         "from fadeformer.data.preprocess import decode_to_memmap; from fadeformer.evaluation import predictions;"

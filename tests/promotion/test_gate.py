@@ -50,7 +50,7 @@ OF_GOOD = candidate(GOOD)
 
 
 def rules(decision: gate.Decision) -> dict[str, str]:
-    return {rule.name: rule.verdict for rule in decision.checks}
+    return {rule.name: rule.status for rule in decision.checks}
 
 
 def one(decision: gate.Decision, name: str) -> gate.Check:
@@ -67,8 +67,8 @@ def test_what_is_asked_is_shown_with_its_figures():
     assert list(rules(decision)) == [
         "data_gate", "finite_scores", "min_auc", "min_class_auc", "min_subgroup_auc", "max_ece", "min_sensitivity",
     ]  # fmt: skip
-    assert [part.name for part in one(decision, "min_class_auc").parts] == list(CLASSES)
-    assert [part.name for part in one(decision, "min_subgroup_auc").parts] == ["sex female", "sex male"]
+    assert [part.name for part in one(decision, "min_class_auc").items] == list(CLASSES)
+    assert [part.name for part in one(decision, "min_subgroup_auc").items] == ["sex female", "sex male"]
     assert decision.auc == summary.summarize(GOOD)["overall"]["auc"]
 
 
@@ -84,12 +84,12 @@ def test_the_lower_bound_counts_and_not_the_value():
 
 def test_a_bound_is_passed_by_exactly_what_it_asks():
     area = summary.summarize(GOOD)["per_class"]["benign"]["auc"]
-    parts = one(gate.decide(OF_GOOD, None, replace(NOTHING, min_class_auc=area)), "min_class_auc").parts
-    assert next(part for part in parts if part.name == "benign").verdict == "passed"
+    parts = one(gate.decide(OF_GOOD, None, replace(NOTHING, min_class_auc=area)), "min_class_auc").items
+    assert next(part for part in parts if part.name == "benign").status == "passed"
     parts = one(
         gate.decide(OF_GOOD, None, replace(NOTHING, min_class_auc=np.nextafter(area, 1))), "min_class_auc"
-    ).parts
-    assert next(part for part in parts if part.name == "benign").verdict == "failed"
+    ).items
+    assert next(part for part in parts if part.name == "benign").status == "failed"
 
 
 def test_a_rare_class_is_not_judged_and_a_common_one_that_is_bad_stops():
@@ -97,14 +97,14 @@ def test_a_rare_class_is_not_judged_and_a_common_one_that_is_bad_stops():
     rare = candidate(judged(2.0, labels=labels))
     decision = gate.decide(rare, None, replace(NOTHING, min_class_auc=0.7, min_sensitivity=0.99))
     assert [
-        (part.verdict, part.figures) for part in one(decision, "min_class_auc").parts if part.name == "malignant"
-    ] == [("not judged", "n = 7")]
-    assert one(decision, "min_class_auc").figures == "2 keep it, 1 not judged"
-    assert one(decision, "min_sensitivity").verdict == "failed"
-    assert "malignant" not in one(decision, "min_sensitivity").figures
+        (part.status, part.details) for part in one(decision, "min_class_auc").items if part.name == "malignant"
+    ] == [("not evaluated", "n = 7")]
+    assert one(decision, "min_class_auc").details == "2 keep it, 1 not evaluated"
+    assert one(decision, "min_sensitivity").status == "failed"
+    assert "malignant" not in one(decision, "min_sensitivity").details
     assert rules(gate.decide(rare, None, replace(NOTHING, min_class_auc=0.7, min_cases=7)))["min_class_auc"] == "passed"
     every = gate.decide(rare, None, replace(NOTHING, min_class_auc=0.7, min_cases=301))
-    assert one(every, "min_class_auc").verdict == "not judged"
+    assert one(every, "min_class_auc").status == "not evaluated"
     assert every.promoted
 
 
@@ -114,8 +114,8 @@ def test_patients_are_counted_where_they_are_known():
     asked = replace(NOTHING, min_class_auc=0.99, min_subgroup_auc=0.99, min_sensitivity=0.99, min_cases=16)
     decision = gate.decide(few, None, asked)
     for name in ("min_class_auc", "min_subgroup_auc", "min_sensitivity"):
-        assert one(decision, name).verdict == "not judged"
-        assert {part.figures for part in one(decision, name).parts} <= {"n = 5", "n = 15"}
+        assert one(decision, name).status == "not evaluated"
+        assert {part.details for part in one(decision, name).items} <= {"n = 5", "n = 15"}
     assert not gate.decide(few, None, replace(asked, min_cases=5)).promoted
 
 
@@ -123,7 +123,7 @@ def test_of_two_classes_one_is_told():
     binary = candidate(judged(2.0, classes=("normal", "pneumonia")))
     decision = gate.decide(binary, None, replace(NOTHING, min_class_auc=0.8, min_sensitivity=0.5))
     for name in ("min_class_auc", "min_sensitivity"):
-        assert [part.name for part in one(decision, name).parts] == ["pneumonia"]
+        assert [part.name for part in one(decision, name).items] == ["pneumonia"]
 
 
 def test_subgroups_by_column_and_one_that_is_not_known():
@@ -131,11 +131,11 @@ def test_subgroups_by_column_and_one_that_is_not_known():
     assert rules(by_column)["min_subgroup_auc"] == "passed"
     missing = gate.decide(OF_GOOD, None, replace(NOTHING, min_subgroup_auc={"sex": 0.8, "site": 0.8}))
     assert not missing.promoted
-    assert one(missing, "min_subgroup_auc").figures == (
+    assert one(missing, "min_subgroup_auc").details == (
         "site is not known of the test images (known: sex); see evaluate.subgroups"
     )
     undivided = gate.decide(candidate(judged(2.0, sex=False)), None, replace(NOTHING, min_subgroup_auc=0.8))
-    assert one(undivided, "min_subgroup_auc").figures == "nothing to judge"
+    assert one(undivided, "min_subgroup_auc").details == "nothing to judge"
     assert undivided.promoted
 
 
@@ -147,7 +147,7 @@ def test_a_subgroup_that_is_bad_stops_what_is_good_as_a_whole():
     unfair = candidate(Predictions(frame, GOOD.task, GOOD.classes))
     decision = gate.decide(unfair, None, replace(NOTHING, min_auc=0.65, min_subgroup_auc=0.7))
     assert [name for name, verdict in rules(decision).items() if verdict == "failed"] == ["min_subgroup_auc"]
-    assert one(decision, "min_subgroup_auc").figures.startswith("sex male 0.")
+    assert one(decision, "min_subgroup_auc").details.startswith("sex male 0.")
 
 
 @pytest.mark.parametrize("wrong", [np.nan, np.inf, -0.1, 1.5])
@@ -157,7 +157,7 @@ def test_scores_that_are_none_are_named_and_nothing_else_is_computed(wrong):
     broken = replace(OF_GOOD, test=Predictions(frame, GOOD.task, GOOD.classes))
     decision = gate.decide(broken, GOOD, NOTHING)
     assert list(rules(decision)) == ["data_gate", "finite_scores"]
-    assert one(decision, "finite_scores").figures == "1 images have others, such as test/7"
+    assert one(decision, "finite_scores").details == "1 images have others, such as test/7"
     assert not decision.promoted
     of_champion = gate.decide(OF_GOOD, Predictions(frame, GOOD.task, GOOD.classes), NOTHING)
     assert rules(of_champion)["champion_finite"] == "failed"
@@ -170,7 +170,7 @@ def test_non_inferiority_by_the_paired_difference():
     assert compared.low < compared.value < 0
     inside = gate.decide(worse, GOOD, replace(NOTHING, margin=-compared.low + 1e-6))
     assert inside.promoted
-    assert one(inside, "not_inferior").figures.startswith(f"difference {compared.value:+.4f}")
+    assert one(inside, "not_inferior").details.startswith(f"difference {compared.value:+.4f}")
     assert rules(gate.decide(worse, GOOD, replace(NOTHING, margin=-compared.low - 1e-6)))["not_inferior"] == "failed"
     assert inside.champion_auc == summary.summarize(GOOD)["overall"]["auc"]
 

@@ -76,11 +76,11 @@ def agree(name: str) -> None:
         tagged |= {key: json.loads(text) for key, text in tags.items()}
         mine = [entry for entry in entries if entry["version"] == str(version.version)]
         assert len(tags) == len(mine)
-        judged = [entry for entry in mine if entry["rules"]]
+        judged = [entry for entry in mine if entry["checks"]]
         if judged:
-            (rule,) = judged[-1]["rules"]
-            verdict = f"{rule['verdict']}: {rule['rule']}: {rule['figures']}"
-            assert version.tags[f"gate.{rule['name']}"] == verdict
+            (check,) = judged[-1]["checks"]
+            verdict = f"{check['status']}: {check['requirement']}: {check['details']}"
+            assert version.tags[f"gate.{check['name']}"] == verdict
     assert tagged == {f"ledger.{entry['number']:05d}": entry for entry in entries}
 
 
@@ -149,9 +149,9 @@ def test_a_case(case):
 
 def test_who_when_what_and_why_are_told():
     entry = decide("told", registered("told", 1)[0], GOOD)
-    assert {"who", "time", "from", "to", "data", "rules", "reason", "auc"} <= entry.keys()
+    assert {"who", "time", "from", "to", "data", "checks", "reason", "auc"} <= entry.keys()
     assert (entry["from"], entry["to"], entry["data"]) == (None, "1", {"name": "phantom"})
-    assert entry["rules"][0]["figures"] == "0.95"
+    assert entry["checks"][0]["details"] == "0.95"
     assert entry["time"].endswith("+00:00")
     text = ledger.ledger_path().read_text()
     assert str(Path.cwd()) not in text  # a ledger goes where its store goes

@@ -152,7 +152,7 @@ def test_a_package_is_fetched_by_each_kind_of_address(run_id):
     folders = [packaged.fetch_package(f"models:/{address}") for address in addresses]
     folders += [packaged.fetch_package(f"runs:/{run_id}/model"), packaged.fetch_package(str(folders[0]))]
     files = [
-            "model.json", "operating_points.json", "reference.parquet", "unfamiliar.safetensors", "weights.safetensors",
+            "model.json", "operating_points.json", "reference.parquet", "ood.safetensors", "weights.safetensors",
         ]  # fmt: skip
     for folder in folders:
         assert sorted(path.name for path in packaged.find_data_folder(folder).iterdir()) == files

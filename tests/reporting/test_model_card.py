@@ -36,7 +36,7 @@ def card(
     table = predictions.build_predictions(index, labels, scores, TASKS[task], classes, subgroups=known)
     wanted = {"youden": None, "sensitivity": 0.8}
     points = select_operating_points(table, table, wanted, 0.9)
-    operating = {"wanted": wanted, "confidence": 0.9, "points": points}
+    operating = {"targets": wanted, "confidence": 0.9, "points": points}
     summary, bounds = summarize(table), confidence_intervals(table, n_resamples=100, seed=0, confidence=0.9)
     dataset = {
         "name": "own", "file": "own.npz", "sha256": "5e1f", "task": task, "classes": list(classes),
@@ -123,4 +123,4 @@ def test_it_tells_the_operating_points_with_their_intervals():
     assert f"| largest sensitivity + specificity | pneumonia | 0.2000 | {shares} |" in text
     assert "| sensitivity at least 0.8 | pneumonia |" in text
     assert "Test (90 % interval)" in text
-    assert "| mass | not judged | " in card("multi-label, binary-class", labels=np.array([[1, 0], [1, 1], [1, 1]]))
+    assert "| mass | not evaluated | " in card("multi-label, binary-class", labels=np.array([[1, 0], [1, 1], [1, 1]]))

@@ -60,7 +60,7 @@ def made(name: str, *, images: int = 200, skill: float = 2.0, leaks: int = 0, kn
     points = select_operating_points(val, test, wanted, 0.95)
     evidence = ReportInputs(
         meta, described(name), {"val": summary.summarize(val), "test": summary.summarize(test)}, intervals,
-        {"wanted": wanted, "confidence": 0.95, "points": points}, found,
+        {"targets": wanted, "confidence": 0.95, "points": points}, found,
     )  # fmt: skip
     return SimpleNamespace(meta=meta, test=test, evidence=evidence, published=published.comparison_table(meta))
 

@@ -45,7 +45,7 @@ def case_gallery(wrong: pd.DataFrame, pixels: NDArray[np.uint8], maps: Mapping[s
         image = pixels[place].squeeze()
         top = grid[block * strips, column]
         top.imshow(image, cmap="gray", vmin=0, vmax=255)
-        lines = [f"called: {row['called']}, {row['score']:.2f}", f"true: {row['true']}"]
+        lines = [f"predicted: {row['predicted']}, {row['score']:.2f}", f"true: {row['true']}"]
         top.set_title("\n".join(_wrap_caption(line) for line in lines), fontsize=7)
         for below, (name, of) in enumerate(maps.items(), start=1):
             axes = grid[block * strips + below, column]

@@ -130,8 +130,8 @@ def _add_labels(
         Line2D([], [], color=COLORS[0], label="curve"), Patch(color=COLORS[0], alpha=BAND_ALPHA, label="interval"),
         Line2D([], [], **CHANCE_STYLE, label=dotted_label),
     ]  # fmt: skip
-    left_out = ", ".join(wrap_name(name).replace("\n", " ") for name in summary["not_judged"])
-    lines = [title, *textwrap.wrap(f"not judged: {left_out}", 80)] if left_out else [title]
+    left_out = ", ".join(wrap_name(name).replace("\n", " ") for name in summary["not_evaluated"])
+    lines = [title, *textwrap.wrap(f"not evaluated: {left_out}", 80)] if left_out else [title]
     figure.legend(
         handles=handles, loc="outside upper center", ncols=3, frameon=False, fontsize=8, title="\n".join(lines),
         title_fontsize=10,

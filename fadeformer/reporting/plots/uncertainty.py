@@ -43,7 +43,7 @@ def auc_forest(
     ]
     if len(judged) > 1:
         rows.append(("mean", summary["overall"]["auc"], intervals["overall"]["auc"], f"{summary['images']:,} images"))
-    rows += [(wrap_name(name), None, None, "not judged") for name in names if name in summary["not_judged"]]
+    rows += [(wrap_name(name), None, None, "not evaluated") for name in names if name in summary["not_evaluated"]]
     figure = Figure(figsize=(9, 1.3 + 0.36 * max(len(rows), 2)), layout="constrained")
     axes = figure.add_subplot()
     lowest = min([0.5, *(bound[0] for _, _, bound, _ in rows if bound is not None), *(row[1] or 1 for row in rows)])
@@ -174,8 +174,8 @@ def subgroup_forest(
     ]
     for column, values in subgroups.items():
         for value, of in values.items():
-            flagged = any(one["worse"] for one in of["compared"])
-            count = f"{of['images']:,}" + ("" if of["compared"] else ", not compared")
+            flagged = any(one["worse"] for one in of["comparisons"])
+            count = f"{of['images']:,}" + ("" if of["comparisons"] else ", not compared")
             rows.append((f"{column}: {wrap_name(value)}", of["overall"], of["intervals"]["overall"], count, flagged))
     figure = Figure(figsize=(10.5, 1.5 + 0.34 * max(len(rows), 2)), layout="constrained")
     plots = figure.subplots(1, 2, sharey=True)
@@ -185,7 +185,7 @@ def subgroup_forest(
         for place, (_, numbers, bounds, _, flagged) in enumerate(rows):
             value, bound = numbers[key], bounds[key]
             if value is None:
-                axes.annotate("not judged", (0.02, place), xycoords=("axes fraction", "data"), fontsize=8, va="center")
+                axes.annotate("not evaluated", (0.02, place), xycoords=("axes fraction", "data"), fontsize=8, va="center")
                 continue
             colour = COLORS[1] if flagged else COLORS[0]
             if bound is not None:

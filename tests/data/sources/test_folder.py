@@ -15,7 +15,7 @@ from fadeformer.data.sources import folder as source
 from fadeformer.data.sources import user_table
 from fadeformer.errors import UserError
 from tests.data.conftest import built
-from tests.data.dicom.test_reader import made, shipped
+from tests.data.dicom.test_dicom_image import made, shipped
 
 
 def picture(seed: int) -> bytes:

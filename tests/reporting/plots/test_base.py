@@ -99,7 +99,7 @@ def test_a_class_that_is_not_there_is_named_as_not_judged(figure):
     p = made("multi-class", 3, 50, 0, absent=1)
     found, bounds = summary.summarize(p), summary.confidence_intervals(p, n_resamples=100, seed=0, confidence=0.9)
     drawn = figure(p, found, bounds, curve_bands.compute_bands(p, seed=0, confidence=0.9))
-    assert "not judged: class 1" in drawn.legends[0].get_title().get_text()
+    assert "not evaluated: class 1" in drawn.legends[0].get_title().get_text()
 
 
 def test_counts_of_a_confusion_matrix_are_those_of_the_images():

@@ -49,7 +49,7 @@ def test_the_most_wrong_come_first_with_what_was_called():
     labels = np.array([[1], [2], [0], [0]])
     p = predictions.build_predictions(index, labels, scores, TASKS["multi-class"], ("x", "y", "z"))
     found = error_gallery.most_confident_errors(p, 2)
-    assert found[["id", "true", "called"]].to_numpy().tolist() == [["c", "x", "z"], ["b", "z", "x"]]
+    assert found[["id", "true", "predicted"]].to_numpy().tolist() == [["c", "x", "z"], ["b", "z", "x"]]
     assert found["score"].tolist() == [0.95, 0.7]
     assert len(error_gallery.most_confident_errors(p, 12)) == 3
 
@@ -59,7 +59,7 @@ def test_a_finding_that_was_missed_or_called_in_vain_is_told_in_words():
     labels, scores = np.array([[1, 0], [0, 0], [0, 1]]), np.array([[0.02, 0.1], [0.1, 0.9], [0.2, 0.8]])
     p = predictions.build_predictions(index, labels, scores, TASKS["multi-label, binary-class"], ("mass", "edema"))
     found = error_gallery.most_confident_errors(p, 5)
-    assert found[["id", "true", "called"]].to_numpy().tolist() == [["a", "mass", "no mass"], ["b", "no edema", "edema"]]
+    assert found[["id", "true", "predicted"]].to_numpy().tolist() == [["a", "mass", "no mass"], ["b", "no edema", "edema"]]
     assert found["score"].tolist() == pytest.approx([0.98, 0.9])
 
 

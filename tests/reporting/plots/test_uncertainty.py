@@ -37,7 +37,7 @@ def test_the_forest_has_a_row_for_each_class_with_its_number_and_interval(task, 
     area = formatting.format_with_interval(found["per_class"][name]["auc"], bounds["per_class"][name]["auc"])
     assert told[name] == f"{area},  n = {found['per_class'][name]['support']} of 600"
     if absent is not None:
-        assert told[f"class {absent}"] == "not judged"
+        assert told[f"class {absent}"] == "not evaluated"
     assert figure.bbox.x1 >= max(text.get_window_extent().x1 for text in axes.texts)
 
 
@@ -73,5 +73,5 @@ def test_there_is_a_decision_curve_for_each_class_that_can_be_judged(task, class
 def test_one_kind_of_label_gives_figures_that_say_so():
     p = made("binary-class", 2, 30, 0, absent=0)
     texts = [text.get_text() for text in forest(p).axes[0].texts]
-    assert texts == ["not judged"]
+    assert texts == ["not evaluated"]
     assert not [axes for axes in uncertainty.decision_curves(operating_points.net_benefit(p)).axes if axes.lines]
