@@ -1,15 +1,17 @@
-"""`python -m pipelines STAGE...`: run stages by their names, one after the other, until one fails."""
+"""`python -m pipelines STAGE...`: run stages in the given order and stop at the first one that fails."""
 
 import sys
 from functools import partial
 from importlib import import_module
 
 from pipelines import runner
+from pipelines.environment import configure_environment
 from pipelines.stages import STAGES
 
 
 def main() -> None:
-    """Run the stages that the arguments name."""
+    """Run the stages that are named on the command line."""
+    configure_environment()
     names = sys.argv[1:]
     if not names or not set(names) <= set(STAGES):
         sys.exit(f"usage: python -m pipelines {{{','.join(STAGES)}}}")

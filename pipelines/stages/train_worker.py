@@ -1,6 +1,7 @@
-"""One process of a training: makes all that it needs, takes up the last checkpoint, and leaves the next ones.
+"""One training process: builds model and data, resumes from the last checkpoint, trains, and saves checkpoints.
 
-With one device it runs in the process of the stage; with several, torchrun starts `python -m pipelines.stages.train_worker FOLDER`.
+With one device it runs in the process of the stage; with several, torchrun starts
+`python -m pipelines.stages.train_worker FOLDER`.
 """
 
 from __future__ import annotations
@@ -12,6 +13,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+
+from pipelines.environment import configure_environment
+
+if __name__ == "__main__":  # on other machines torchrun starts this module, and timm reads HF_HOME at import
+    configure_environment()
 
 import pandas as pd
 import timm

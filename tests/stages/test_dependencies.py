@@ -20,7 +20,7 @@ NO_INFLUENCE = {
     "fadeformer/errors.py": "the type of error that stops a stage",
     "fadeformer/config/validation.py": "how errors in params.yaml are told",
     "fadeformer/config/schema.py": "holds no default: what it lets through stands in params.yaml, whose sections are listed",
-    "pipelines/__init__.py": "where the tools keep their caches",
+    "pipelines/environment.py": "where the tools keep their caches, and telemetry",
     "pipelines/tracking/resume.py": "which checkpoint a training resumes from; the result is that of an uninterrupted training",
     "pipelines/tracking/journal.py": "logs what an epoch has measured",
     "pipelines/tracking/relocate.py": "where MLflow's store keeps files",
