@@ -1,11 +1,11 @@
-"""Where the stages leave what they make; dvc.yaml lists the same paths, and a test compares them."""
+"""Paths of the stages' inputs and outputs; a test compares them with dvc.yaml."""
 
 from pathlib import Path
 
 PARAMS = Path("params.yaml")
 DVC_LOCK = Path("dvc.lock")
-NO_WEIGHTS = Path("data/weights/none")  # says so, and is there so that DVC has a file to watch
-NO_SPLIT = Path("data/adopted/none")  # likewise
+NO_WEIGHTS = Path("data/weights/none")  # placeholder for "no weights": a DVC dependency must exist
+NO_SPLIT = Path("data/adopted/none")  # placeholder for "no adopted split"
 ADOPTED_SPLITS = Path("data/adopted")
 SPLITS = Path("data/splits")
 DATASET_LOCK = Path("dataset.lock")
@@ -14,7 +14,7 @@ DOWNLOADS = Path("data/downloads")
 RAW = Path("data/raw")
 MANIFEST = Path("data/manifest.parquet")
 PROCESSED = Path("data/processed")
-UNFINISHED_TRAININGS = Path(".cache/train")  # trainings that have begun and not ended, outside what DVC removes
+UNFINISHED_TRAININGS = Path(".cache/train")  # outside DVC's outputs, which DVC removes before a stage runs
 MODELS = Path("models")
 WEIGHTS = MODELS / "best_model.pth"
 ARCHITECTURE = MODELS / "model.json"

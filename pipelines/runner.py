@@ -1,4 +1,4 @@
-"""The runner of a stage or command: one message for an error meant for people, and an exit status."""
+"""Run a stage or command: report expected errors as one message without a traceback, and set the exit status."""
 
 import atexit
 import gc
@@ -18,11 +18,11 @@ STATUS_VARIABLE = "FADEFORMER_STATUS"  # environment variable: file for the exit
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM was received. Like Ctrl-C it is no `Exception`, so that no reader takes it for a damaged image."""
+    """SIGTERM was received. Not an `Exception`, so that code which skips damaged images does not catch it."""
 
 
 class CommandResult(NamedTuple):
-    """The summary of a command, and an exit status of its own; 1 is that of errors."""
+    """The summary of a command and its exit status, for commands that return another one than 0 or 1."""
 
     summary: str
     status: int
@@ -31,16 +31,16 @@ class CommandResult(NamedTuple):
 def run(name: str, main: Callable[[], str | CommandResult]) -> None:
     """Run `main` and print the summary it returns.
 
-    Exits with one message and status 1 on a `UserError`, 75 on a `PassingError`, or 128 + n after signal n. Inside a
+    Exits with one message and status 1 on a `UserError`, 75 on a `TransientError`, or 128 + n after signal n. Inside a
     flow, Prefect handles SIGTERM first, reports it, and sends it again.
     """
-    atexit.register(gc.freeze)  # the interpreter's last collections take seconds over what torch and MLflow define
+    atexit.register(gc.freeze)  # skip the final garbage collections, which take seconds with torch and MLflow
     for logger in ("prefect.flow_runs", "prefect.task_runs"):
         logging.getLogger(logger).addFilter(_drop_traceback)
     signal.signal(signal.SIGTERM, _raise_terminated)
     try:
-        ended = main()
-        summary, status = ended if isinstance(ended, CommandResult) else (ended, 0)
+        result = main()
+        summary, status = result if isinstance(result, CommandResult) else (result, 0)
         print(f"{name}: {summary}", flush=True)
     except UserError as error:
         _exit_with_message(f"{name}: {error}", os.EX_TEMPFAIL if isinstance(error, TransientError) else 1)
@@ -49,12 +49,12 @@ def run(name: str, main: Callable[[], str | CommandResult]) -> None:
     except BrokenPipeError:
         if not _is_stdout_closed():
             raise
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more before it exits
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes stdout again at exit
         sys.exit(128 + signal.SIGPIPE)
     except OSError as error:
         if error.errno not in DISK_FULL_ERRNOS and error.filename is None:
             raise
-        remedy = "free some space" if error.errno in DISK_FULL_ERRNOS else "mend the path or its permissions"
+        remedy = "free some space" if error.errno in DISK_FULL_ERRNOS else "fix the path or its permissions"
         where = f"{error.filename}: " if error.filename else ""
         _exit_with_message(f"{name}: {where}{error.strerror}; {remedy}, then run again: finished stages are kept")
     except Terminated:
@@ -70,7 +70,7 @@ def _raise_terminated(number: int, frame: object) -> NoReturn:
 
 
 def _drop_traceback(record: logging.LogRecord) -> bool:
-    """Shorten Prefect's log record of an error, which is printed when the process ends."""
+    """Shorten Prefect's log record of an error: `run` prints the message when the process exits."""
     if record.exc_info:
         record.msg, record.args, record.exc_info = "stopped, the reason is printed below", (), None
     return True
@@ -84,7 +84,7 @@ def _exit_with_message(message: str, status: int = 1) -> NoReturn:
 
 
 def _is_stdout_closed() -> bool:
-    """Whether the output goes to a pipe whose reader has closed it, as `head` does."""
+    """Return True if stdout is a pipe whose reader has closed it, as `head` does."""
     output = select.poll()
     output.register(sys.stdout, 0)
     return any(event & select.POLLERR for _, event in output.poll(0))

@@ -1,35 +1,38 @@
-"""Stage download: reads `dataset:` of params.yaml, writes data/raw (the archive as published, and its card)."""
+"""Stage download: read `dataset:` of params.yaml, write data/raw (the published archive and its dataset card)."""
 
 import argparse
 from pathlib import Path
 
 from fadeformer.config import schema
-from fadeformer.data.sources import folder as own
 from fadeformer.data.sources import registry
+from fadeformer.data.sources.folder import iter_dicom_names
 from fadeformer.io.atomic import atomic_folder
 from pipelines import paths, runner
 from pipelines.tracking import locations
 
 
 def main() -> str:
-    """Brings the data set."""
-    wanted = schema.load_params(paths.PARAMS).dataset
+    """Download the data set, or import the user's own files."""
+    config = schema.load_params(paths.PARAMS).dataset
     with atomic_folder(paths.RAW) as folder:
-        facts = registry.fetch_dataset(
-            **wanted.model_dump(), downloads=locations.project_folder() / paths.DOWNLOADS, lock=paths.DATASET_LOCK, salt=paths.HASH_SALT,
+        card = registry.fetch_dataset(
+            **config.model_dump(),
+            downloads=locations.project_folder() / paths.DOWNLOADS,  # DVC experiments share the project's downloads
+            lock=paths.DATASET_LOCK,
+            salt=paths.HASH_SALT,
             destination=folder,
-        )  # fmt: skip  # experiments share the project's downloads
-    return f"{facts.file}, {facts.task}, {len(facts.classes)} classes, sha256 {facts.sha256[:16]}. {facts.note}".strip()
+        )
+    return f"{card.file}, {card.task}, {len(card.classes)} classes, sha256 {card.sha256[:16]}. {card.note}".strip()
 
 
 def list_hashed_names() -> str:
-    """Which DICOM file each hashed name stands for: printed, and written nowhere."""
-    wanted = schema.load_params(paths.PARAMS).dataset
-    known = [f"{hidden}\t{name}" for hidden, name in own.iter_dicom_names(Path(wanted.root), paths.HASH_SALT)]
-    return "\n".join([f"{len(known):,} DICOM files in {wanted.root}", *known])
+    """Return a table of hashed names and DICOM file names, to be printed; it is not saved, since names may identify."""
+    config = schema.load_params(paths.PARAMS).dataset
+    rows = [f"{pseudonym}\t{name}" for pseudonym, name in iter_dicom_names(Path(config.root), paths.HASH_SALT)]
+    return "\n".join([f"{len(rows):,} DICOM files in {config.root}", *rows])
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(prog="python -m pipelines.stages.download", description=__doc__)
-    parser.add_argument("--names", action="store_true", help="tell which DICOM file each hashed name stands for")
+    parser.add_argument("--names", action="store_true", help="print which DICOM file each hashed name belongs to")
     runner.run("download", list_hashed_names if parser.parse_args().names else main)

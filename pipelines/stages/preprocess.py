@@ -1,4 +1,4 @@
-"""Stage preprocess: reads data/raw and data/manifest.parquet, writes data/processed (arrays, index, boxes, meta)."""
+"""Stage preprocess: read data/raw and data/manifest.parquet, write data/processed (arrays, index, boxes, metadata)."""
 
 from __future__ import annotations
 
@@ -24,46 +24,48 @@ from pipelines import paths, runner
 
 
 def main() -> str:
-    """Writes the arrays that training maps into memory."""
-    wanted = schema.load_params(paths.PARAMS).preprocess
-    found = dataset_card.read_card(paths.RAW)
-    side = wanted.image_size or found.size
+    """Decode and resize all images into arrays that training maps into memory."""
+    config = schema.load_params(paths.PARAMS).preprocess
+    card = dataset_card.read_card(paths.RAW)
+    side = config.image_size or card.size
     if side is None:
-        raise UserError(f"{paths.PARAMS}: the images of {found.name} differ in size; set preprocess.image_size, pixels")
+        raise UserError(f"{paths.PARAMS}: the images of {card.name} differ in size; set preprocess.image_size, pixels")
     try:
         with FileLock(paths.PROCESSED.with_name(f".{paths.PROCESSED.name}.lock"), timeout=0):
-            return _write_arrays(found, side, wanted)
+            return _write_arrays(card, side, config)
     except Timeout as error:
-        raise UserError(f"{paths.PROCESSED}: another process is making the arrays; wait until it has ended") from error
+        raise UserError(
+            f"{paths.PROCESSED}: another process is writing the arrays; wait until it has finished"
+        ) from error
 
 
-def _write_arrays(found: DatasetCard, side: int, wanted: PreprocessParams) -> str:
+def _write_arrays(card: DatasetCard, side: int, config: PreprocessParams) -> str:
     rows = pd.read_parquet(paths.MANIFEST)
-    settings: dict[str, Any] = {"image_size": side, "channels": wanted.channels, "aspect": wanted.aspect}
-    begun = _partial_folder(json.dumps([settings, asdict(found), checksum(paths.MANIFEST, "sha256")]))
-    drawn = lesion_boxes.box_table(found, paths.RAW)
-    if drawn is not None:  # first, for what is begun counts as whole once the arrays are
-        with atomic_write(begun / arrays.BOXES_FILE) as path:
-            map_boxes_to_arrays(drawn, rows, side, wanted.aspect).to_parquet(path, index=False)
+    settings: dict[str, Any] = {"image_size": side, "channels": config.channels, "aspect": config.aspect}
+    partial = _partial_folder(json.dumps([settings, asdict(card), checksum(paths.MANIFEST, "sha256")]))
+    boxes = lesion_boxes.box_table(card, paths.RAW)
+    if boxes is not None:  # before the arrays: a folder with arrays counts as complete
+        with atomic_write(partial / arrays.BOXES_FILE) as path:
+            map_boxes_to_arrays(boxes, rows, side, config.aspect).to_parquet(path, index=False)
     meta = preprocess.write_arrays(
-        asdict(found),
+        asdict(card),
         rows,
         paths.RAW,
         **settings,
-        threads=wanted.threads,
+        threads=config.threads,
         split=rows.attrs["split"],
         cross_split_duplicates=manifest.cross_split_duplicates(rows)["sha256"].nunique(),
-        folder=begun,
+        folder=partial,
     )
     shutil.rmtree(paths.PROCESSED, ignore_errors=True)
-    begun.rename(paths.PROCESSED)
+    partial.rename(paths.PROCESSED)
     counts = ", ".join(f"{split} {count}" for split, count in meta.counts.items())
     return f"{counts} images of {meta.image_size}x{meta.image_size}x{meta.channels}"
 
 
-def _partial_folder(told: str) -> Path:
-    """The folder where these arrays are made; what was begun of others is removed."""
-    key = hashlib.sha256(told.encode()).hexdigest()[:12]
+def _partial_folder(fingerprint: str) -> Path:
+    """Return the folder for unfinished arrays of this fingerprint, and remove those of others."""
+    key = hashlib.sha256(fingerprint.encode()).hexdigest()[:12]
     folder = paths.PROCESSED.with_name(f".{paths.PROCESSED.name}-{key}")
     for other in folder.parent.glob(f".{paths.PROCESSED.name}-*"):
         if other != folder:

@@ -1,4 +1,4 @@
-"""Stage train: reads data/processed, writes models/ (weights, architecture, history, MLflow run id); a Prefect flow."""
+"""Stage train: read data/processed, train, and write models/ (weights, model.json, history, run id); a Prefect flow."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from pipelines.tracking.journal import Journal
 
 @task(name="fit the network", persist_result=False)
 def fit(folder: Path) -> None:
-    """Trains to the end, from the last checkpoint in `folder` if there is one; in several processes by torchrun."""
+    """Train to the last epoch, from the last checkpoint if there is one; torchrun starts several processes."""
     count = train_worker.device_count(schema.load_params(paths.PARAMS))
     if count * train_worker.node_count() == 1:
         train_worker.run(folder)
@@ -46,44 +46,50 @@ def _fit_with_torchrun(folder: Path, devices: int) -> None:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import parse_args, run
 
-    for left in folder.glob("stopped-*.json"):
-        left.unlink()
-    logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)  # its tracebacks are not the message
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // devices)))  # else torchrun sets 1
-    alone = ["--standalone"] if train_worker.node_count() == 1 else []
+    for report in folder.glob("stopped-*.json"):  # of an earlier attempt
+        report.unlink()
+    logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)  # the message is printed without its tracebacks
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // devices)))  # otherwise torchrun sets 1
+    standalone = ["--standalone"] if train_worker.node_count() == 1 else []
     try:
-        run(parse_args([*alone, "--nproc-per-node", str(devices), "-m", "pipelines.stages.train_worker", str(folder)]))
+        run(
+            parse_args(
+                [*standalone, "--nproc-per-node", str(devices), "-m", "pipelines.stages.train_worker", str(folder)]
+            )
+        )
     except SignalException as error:
         name = signal.Signals(error.sigval).name
         raise StageInterrupted(
-            f"stopped by {name}; run again to go on from the last checkpoint", error.sigval
+            f"stopped by {name}; run again to resume from the last checkpoint", error.sigval
         ) from error
     except ChildFailedError as error:
-        told = [read_json(path) for path in sorted(folder.glob("stopped-*.json"))]
-        if not told:
-            raise TransientError(f"a process of the training died: {error.get_first_failure()[1].message}") from error
-        if told[0]["signal"]:
-            raise StageInterrupted(told[0]["message"], told[0]["signal"]) from error
-        raise UserError(told[0]["message"]) from error
+        reports = [read_json(path) for path in sorted(folder.glob("stopped-*.json"))]
+        if not reports:
+            raise TransientError(f"a training process died: {error.get_first_failure()[1].message}") from error
+        if reports[0]["signal"]:
+            raise StageInterrupted(reports[0]["message"], reports[0]["signal"]) from error
+        raise UserError(reports[0]["message"]) from error
 
 
 @task(name="write the model", persist_result=False)
-def write_model(begun_in: Path, folder: Path) -> dict[str, Any]:
-    """Weights of the best epoch, architecture and history, from the last checkpoint."""
-    state = CheckpointManager(begun_in, 1).load_latest()
+def write_model(training_folder: Path, folder: Path) -> dict[str, Any]:
+    """Write the weights of the best epoch, model.json, the history and what is fitted to them; return a summary."""
+    state = CheckpointManager(training_folder, 1).load_latest()
     if state is None:
-        raise UserError(f"{begun_in}: the checkpoint of the training is gone; run again to train afresh")
-    buffer = io.BytesIO()  # a file's own name would stand in the archive, and the bytes would differ
+        raise UserError(
+            f"{training_folder}: the checkpoint of the training is missing; run again to train from the start"
+        )
+    buffer = io.BytesIO()  # torch.save to a path writes the file name into the archive: the bytes would differ
     torch.save(state["best_weights"], buffer)
     (folder / paths.WEIGHTS.name).write_bytes(buffer.getvalue())
     history = train_worker.history_table(state["history"])
     history.to_csv(folder / paths.HISTORY.name, index=False)
-    described = {**read_json(begun_in / paths.ARCHITECTURE.name), "best_epoch": state["best_epoch"]}
-    fitted, known, seen = fit_calibration_and_ood(described, folder / paths.WEIGHTS.name)
-    described["calibration"], described["ood"] = fitted.to_dict(), {"threshold": known.threshold}
-    ood.write(known, folder / paths.OOD_STATISTICS.name)
-    seen.to_parquet(folder / paths.REFERENCE.name, index=False)
-    write_json(folder / paths.ARCHITECTURE.name, described)
+    metadata = {**read_json(training_folder / paths.ARCHITECTURE.name), "best_epoch": state["best_epoch"]}
+    fitted, detector, reference_table = fit_calibration_and_ood(metadata, folder / paths.WEIGHTS.name)
+    metadata["calibration"], metadata["ood"] = fitted.to_dict(), {"threshold": detector.threshold}
+    ood.write(detector, folder / paths.OOD_STATISTICS.name)
+    reference_table.to_parquet(folder / paths.REFERENCE.name, index=False)
+    write_json(folder / paths.ARCHITECTURE.name, metadata)
     best = history[history["epoch"] == state["best_epoch"]].iloc[0]
     seconds = pd.DataFrame(state["history"])[["train_seconds", "val_seconds"]].to_numpy().sum()
     return {
@@ -92,57 +98,57 @@ def write_model(begun_in: Path, folder: Path) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def fit_calibration_and_ood(described: dict[str, Any], weights: Path) -> tuple[Calibration, OODDetector, pd.DataFrame]:
-    """What is fitted to the scores and features of the best epoch.
+def fit_calibration_and_ood(metadata: dict[str, Any], weights: Path) -> tuple[Calibration, OODDetector, pd.DataFrame]:
+    """Fit everything that uses the scores and features of the best epoch.
 
     Returns:
-        What makes the scores mean what they say, by val (nothing if train.calibrate is false), what images the network
-        knows, by train and val, and what new images are compared with, of val.
+        The calibration, fitted on val (the identity if train.calibrate is false); the out-of-distribution detector,
+        fitted on train with its threshold from val; and the reference table for drift detection, from val.
     """
-    settings = described["params"]["train"]
+    settings = metadata["params"]["train"]
     train, val = (arrays.load_split(paths.PROCESSED, split) for split in ("train", "val"))
-    classifier = Classifier({**described, "calibration": calibration.IDENTITY.to_dict()}, weights)
-    of_val, of_train = (classifier.predict(of.images, settings["batch_size"]) for of in (val, train))
+    classifier = Classifier({**metadata, "calibration": calibration.IDENTITY.to_dict()}, weights)
+    val_outputs, train_outputs = (classifier.predict(split.images, settings["batch_size"]) for split in (val, train))
     task = classifier.task
-    known = ood.fit_detector(of_train.features, train.labels, task, of_val.features)
+    detector = ood.fit_detector(train_outputs.features, train.labels, task, val_outputs.features)
     fitted = (
-        calibration.fit_calibration(val.labels, of_val.raw_scores, task)
+        calibration.fit_calibration(val.labels, val_outputs.raw_scores, task)
         if settings["calibrate"]
         else calibration.IDENTITY
     )
-    distances = known.distance(of_val.features)
-    seen = reference.build_reference(
-        val.images, fitted(of_val.raw_scores, task), distances, of_val.features, classifier.classes
+    distances = detector.distance(val_outputs.features)
+    reference_table = reference.build_reference(
+        val.images, fitted(val_outputs.raw_scores, task), distances, val_outputs.features, classifier.classes
     )
-    return fitted, known, seen
+    return fitted, detector, reference_table
 
 
 @flow(name="train", persist_result=False, log_prints=True)
 def train() -> str:
-    """Trains on data/processed and leaves models/; what was begun and not ended is gone on with."""
-    with resume.open_training_folder() as begun_in:
-        for half in paths.MODELS.parent.glob(f".{paths.MODELS.name}.*"):  # of a stage that was killed
-            shutil.rmtree(half)
+    """Train on data/processed and write models/; resume an unfinished training of the same fingerprint."""
+    with resume.open_training_folder() as training_folder:
+        for partial in paths.MODELS.parent.glob(f".{paths.MODELS.name}.*"):  # of a stage that was killed
+            shutil.rmtree(partial)
         try:
-            fit(begun_in)
-        except BaseException as error:  # Prefect's own signals too
+            fit(training_folder)
+        except BaseException as error:  # also those of Prefect that are not an Exception
             failed = isinstance(error, Exception) and not isinstance(error, StageInterrupted)
-            Journal(begun_in).close("FAILED" if failed else "KILLED")
+            Journal(training_folder).close("FAILED" if failed else "KILLED")
             raise
-        run_id = Journal(begun_in).finalize()
+        run_id = Journal(training_folder).finalize()
         with atomic_folder(paths.MODELS) as folder:
-            result = write_model(begun_in, folder)
+            result = write_model(training_folder, folder)
             with runs.start_run(run_id):
                 runs.log_metrics({"seconds": {"fit": result["seconds"]}})
                 runs.log_artifacts(folder / paths.HISTORY.name)
-                of_run = {"mlflow_run_id": run_id, "mlflow_experiment_id": runs.get_experiment_id(run_id)}
-            write_json(folder / paths.RUN.name, of_run)
-        resume.mark_finished(begun_in, run_id)
+                run_ids = {"mlflow_run_id": run_id, "mlflow_experiment_id": runs.get_experiment_id(run_id)}
+            write_json(folder / paths.RUN.name, run_ids)
+        resume.mark_finished(training_folder, run_id)
     best = f"epoch {result['best_epoch']} of {result['epochs']} is the best, val loss {result['val_loss']:.4f}"
     return f"{best}; MLflow run {run_id}"
 
 
 def main() -> str:
-    """Runs the flow."""
+    """Run the flow."""
     with temporary_server():
         return train()

@@ -46,97 +46,98 @@ from pipelines.stages.signals import catch_stop_signals
 from pipelines.tracking import resume
 from pipelines.tracking.journal import Journal
 
-FLIP_PROBABILITY = 0.5  # of images that mean the same when mirrored
-# Keys of train: that are no part of the recipe.
+FLIP_PROBABILITY = 0.5  # where a mirrored image keeps its label
+# Keys of `train:` that are not fields of Recipe.
 NOT_IN_RECIPE = ("precision", "device", "devices", "class_weights", "calibrate", "checkpoint_minutes")
-# What a model is made of; the other sections may change without training it again.
+# Sections of params.yaml that are recorded in model.json: they determine the model.
 RECORDED_SECTIONS = ("seed", "dataset", "split", "preprocess", "model", "augment", "train")
 
 
 def node_count() -> int:
-    """Machines that train together: as torchrun's own environment says."""
+    """Return the number of machines, from torchrun's environment variable PET_NNODES."""
     return int(os.environ.get("PET_NNODES", "1").split(":")[0])
 
 
-def device_count(wanted: Params) -> int:
-    """Processes on this machine.
+def device_count(config: Params) -> int:
+    """Return the number of processes on this machine: one per GPU, or on the CPU.
 
     Raises:
-        UserError: more GPUs are asked for than there are.
+        UserError: train.devices is larger than the number of GPUs.
     """
-    device = choose_device(wanted.train.device)
-    found = torch.cuda.device_count() if device.type == "cuda" else 1
-    if wanted.train.devices == "auto":
-        return found
-    if device.type == "cuda" and wanted.train.devices > found:
+    device = choose_device(config.train.device)
+    available = torch.cuda.device_count() if device.type == "cuda" else 1
+    if config.train.devices == "auto":
+        return available
+    if device.type == "cuda" and config.train.devices > available:
         raise UserError(
-            f"params.yaml: train.devices is {wanted.train.devices}, but this machine has {found} GPU(s); set it to auto"
+            f"params.yaml: train.devices is {config.train.devices}, but this machine has {available} GPU(s); set it to"
+            " auto"
         )
-    return wanted.train.devices
+    return config.train.devices
 
 
 def run(folder: Path | None) -> None:
-    """Trains to the end.
+    """Train to the last epoch, from the last checkpoint if there is one.
 
     Args:
-        folder: of the training, which `begun.taken_up` gave; other machines than the first need none.
+        folder: the folder of `resume.open_training_folder`; None on all machines but the first.
 
     Raises:
-        UserError: params.yaml asks for what cannot be, or training fails in a way that a person can mend.
-        Interrupted: a signal asked to stop; the state is in a checkpoint.
+        UserError: params.yaml has an invalid combination of values, or training fails in a way that a user can fix.
+        StageInterrupted: a signal was received; the state is saved in a checkpoint.
     """
-    logging.getLogger("lightning_fabric").setLevel(logging.WARNING)  # it announces each process
-    wanted = schema.load_params(paths.PARAMS)
+    logging.getLogger("lightning_fabric").setLevel(logging.WARNING)  # it logs a line for each process
+    config = schema.load_params(paths.PARAMS)
     meta = arrays.read_metadata(paths.PROCESSED)
-    device = choose_device(wanted.train.device)
-    precision = choose_precision(wanted.train.precision, device)
+    device = choose_device(config.train.device)
+    precision = choose_precision(config.train.precision, device)
     torch.use_deterministic_algorithms(True, warn_only=device.type == "cuda")
-    deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # filling takes time
-    freezes = wanted.train.probe_epochs > 0
+    deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # filling is slow
+    has_frozen = config.train.probe_epochs > 0
     fabric = create_fabric(
-        device, precision, devices=device_count(wanted), nodes=node_count(), find_unused_parameters=freezes
+        device, precision, devices=device_count(config), nodes=node_count(), find_unused_parameters=has_frozen
     )
     _check_nodes_agree(fabric, folder)
-    torch.manual_seed(wanted.seed)
-    task = meta.task.with_head(wanted.model.head)
-    described, model, origin = _build_model(wanted.model, meta, task)
-    normalisation = resolve_normalization(wanted.model, meta, model)
-    recipe = Recipe(**wanted.train.model_dump(exclude=set(NOT_IN_RECIPE)))
+    torch.manual_seed(config.seed)
+    task = meta.task.with_head(config.model.head)
+    model_args, model, weights_info = _build_model(config.model, meta, task)
+    normalization = resolve_normalization(config.model, meta, model)
+    recipe = Recipe(**config.train.model_dump(exclude=set(NOT_IN_RECIPE)))
     state = create_training_state(model.to(fabric.device), recipe)
     journal, checkpoints = None, None
     if folder is not None and fabric.global_rank == 0:
-        journal, checkpoints = Journal(folder), CheckpointManager(folder, wanted.train.checkpoint_minutes)
-        made_with = {name: value for name, value in wanted.as_nested_dict().items() if name in RECORDED_SECTIONS}
+        journal, checkpoints = Journal(folder), CheckpointManager(folder, config.train.checkpoint_minutes)
+        recorded = {name: value for name, value in config.as_nested_dict().items() if name in RECORDED_SECTIONS}
         write_json(
             folder / paths.ARCHITECTURE.name,
             {
-                "model": described, "task": meta.task.name, "head": wanted.model.head, "classes": list(meta.classes),
-                "normalize": asdict(normalisation), "precision": precision, "weights": origin,
-                "params": made_with,
+                "model": model_args, "task": meta.task.name, "head": config.model.head, "classes": list(meta.classes),
+                "normalize": asdict(normalization), "precision": precision, "weights": weights_info,
+                "params": recorded,
                 "input": {"image_size": meta.image_size, "channels": meta.channels, "aspect": meta.aspect},
                 "dataset": meta.dataset["name"],
             },
         )  # fmt: skip
-        journal.start(wanted.as_flat_dict(), meta)
+        journal.start(config.as_flat_dict(), meta)
     _load_last_checkpoint(state, checkpoints, fabric)
     train, val = (arrays.load_split(paths.PROCESSED, split) for split in ("train", "val"))
     if journal is not None:
-        for result in state.history:  # the last may not be there
+        for result in state.history:  # a kill may have come between the checkpoint and the journal's last row
             journal.add_epoch(asdict(result))
         journal.flush()
-    class_weights = resolve_class_weights(wanted, meta, task, train.labels)
-    with catch_stop_signals() as asked:
+    class_weights = resolve_class_weights(config, meta, task, train.labels)
+    with catch_stop_signals() as pending_signal:
         for result in loop.fit(
             state, train, val, task=task, recipe=recipe, class_weights=class_weights,
-            augmentation=build_augmentation(wanted, meta), normalization=normalisation, seed=wanted.seed, fabric=fabric,
-            checkpoints=checkpoints, pending_signal=asked,
+            augmentation=build_augmentation(config, meta), normalization=normalization, seed=config.seed, fabric=fabric,
+            checkpoints=checkpoints, pending_signal=pending_signal,
         ):  # fmt: skip
             if journal is not None:
                 _report_epoch(result, recipe, journal)
 
 
 def _check_nodes_agree(fabric: Fabric, folder: Path | None) -> None:
-    """Makes sure that all machines train the same, and that the first one keeps it."""
+    """Check that all machines have the same fingerprint, and that rank 0 is on the machine that runs the stage."""
     name = fabric.broadcast(None if folder is None else folder.name)
     if name is None:
         raise UserError(
@@ -144,93 +145,93 @@ def _check_nodes_agree(fabric: Fabric, folder: Path | None) -> None:
             " on elsewhere"
         )
     if folder is None and fabric.local_rank == 0 and resume.hash_fingerprint(resume.compute_fingerprint()) != name:
-        raise UserError("params.yaml, data, code or libraries are others here than on the first machine")
+        raise UserError("params.yaml, data, code or library versions differ from those of the first machine")
 
 
 def _build_model(
-    wanted: ModelParams, meta: ArrayMetadata, task: Task
+    config: ModelParams, meta: ArrayMetadata, task: Task
 ) -> tuple[dict[str, Any], nn.Module, dict[str, str] | None]:
-    """What `create_model` is called with, the network, and which weights it starts from."""
-    described: dict[str, Any] = {
-        "backbone": wanted.backbone,
+    """Return the arguments of `create_model`, the model, and name and SHA-256 of the weights it is initialized with."""
+    model_args: dict[str, Any] = {
+        "backbone": config.backbone,
         "num_classes": len(meta.classes) - task.num_omitted_outputs,
         "image_size": meta.image_size,
         "in_chans": meta.channels,
-        "pretrained": wanted.pretrained,
-        "dropout": wanted.dropout,
-        "drop_path": wanted.drop_path,
-        "fade": wanted.fade.model_dump() if wanted.fade else None,
+        "pretrained": config.pretrained,
+        "dropout": config.dropout,
+        "drop_path": config.drop_path,
+        "fade": config.fade.model_dump() if config.fade else None,
     }
     try:
-        first = Path(wanted.weights) if Path(wanted.weights) != paths.NO_WEIGHTS else None
-        model = create_model(**{**described, "pretrained": wanted.pretrained and first is None})
+        weights = Path(config.weights) if Path(config.weights) != paths.NO_WEIGHTS else None
+        model = create_model(**{**model_args, "pretrained": config.pretrained and weights is None})
     except (ValueError, RuntimeError) as error:
         raise UserError(f"params.yaml: model: {error}") from error
     except OSError as error:
-        if not wanted.pretrained:
+        if not config.pretrained:
             raise
         raise UserError(
-            f"the pretrained weights of {wanted.backbone} cannot be had ({type(error).__name__}); check the network, or"
-            " set model.pretrained to false"
+            f"cannot download the pretrained weights of {config.backbone} ({type(error).__name__}); check the network"
+            " connection, or set model.pretrained to false"
         ) from error
-    if first is None:
-        return described, model, None
+    if weights is None:
+        return model_args, model, None
     try:
-        load_weights(model, first)
+        load_weights(model, weights)
     except ValueError as error:
         raise UserError(f"params.yaml: model.weights: {error}") from error
-    return described, model, {"file": first.name, "sha256": checksum(first, "sha256")}
+    return model_args, model, {"file": weights.name, "sha256": checksum(weights, "sha256")}
 
 
-def resolve_normalization(wanted: ModelParams, meta: ArrayMetadata, model: nn.Module) -> Normalization:
-    """Mean and deviation that the network's input is normalised with."""
-    if wanted.normalise == "data":
+def resolve_normalization(config: ModelParams, meta: ArrayMetadata, model: nn.Module) -> Normalization:
+    """Return mean and standard deviation per channel: of the training data, of ImageNet, or the backbone's own."""
+    if config.normalize == "data":
         return Normalization(tuple(meta.channel_mean), tuple(max(std, 1e-6) for std in meta.channel_std))
-    if wanted.normalise == "imagenet":
+    if config.normalize == "imagenet":
         return IMAGENET.for_channels(meta.channels)
-    config = timm.data.resolve_model_data_config(model)
-    return Normalization(tuple(config["mean"]), tuple(config["std"])).for_channels(meta.channels)
+    defaults = timm.data.resolve_model_data_config(model)
+    return Normalization(tuple(defaults["mean"]), tuple(defaults["std"])).for_channels(meta.channels)
 
 
-def build_augmentation(wanted: Params, meta: ArrayMetadata) -> Augmentation:
-    """Random changes; none of left and right where these are labels."""
-    chosen = wanted.augment.model_dump() | {"erasing_scale": tuple(wanted.augment.erasing_scale)}
-    if wanted.augment.horizontal_flip == "auto":
-        chosen["horizontal_flip"] = FLIP_PROBABILITY if meta.dataset["mirrors"] else 0.0
-    return Augmentation(**chosen)
+def build_augmentation(config: Params, meta: ArrayMetadata) -> Augmentation:
+    """Create the augmentation; `horizontal_flip: auto` means no flips where left and right are classes."""
+    values = config.augment.model_dump() | {"erasing_scale": tuple(config.augment.erasing_scale)}
+    if config.augment.horizontal_flip == "auto":
+        values["horizontal_flip"] = FLIP_PROBABILITY if meta.dataset["mirrors"] else 0.0
+    return Augmentation(**values)
 
 
-def resolve_class_weights(wanted: Params, meta: ArrayMetadata, task: Task, labels: Any) -> Any:
-    """Weights of the classes in the loss, (classes,).
+def resolve_class_weights(config: Params, meta: ArrayMetadata, task: Task, labels: Any) -> Any:
+    """Return the class weights of the loss, shape (classes,).
 
     Raises:
-        UserError: a name is of no class.
+        UserError: train.class_weights has a name that is not a class.
     """
-    chosen = wanted.train.class_weights
-    if chosen == "auto":
+    setting = config.train.class_weights
+    if setting == "auto":
         return task.balanced_weights(labels, len(meta.classes))
-    given: Mapping[str, float] = {} if chosen == "none" else chosen
-    for name in given:
+    weights: Mapping[str, float] = {} if setting == "none" else setting
+    for name in weights:
         if name not in meta.classes:
             raise UserError(
                 f"params.yaml: train.class_weights names {name}, but the classes are {', '.join(meta.classes)}"
             )
-    return pd.Series(given, dtype=float).reindex(list(meta.classes)).fillna(1.0).to_numpy()
+    return pd.Series(weights, dtype=float).reindex(list(meta.classes)).fillna(1.0).to_numpy()
 
 
 def _load_last_checkpoint(state: TrainingState, checkpoints: CheckpointManager | None, fabric: Fabric) -> None:
-    """Brings the state to where the last checkpoint was; the first process reads it for all."""
-    found = checkpoints.load_latest() if checkpoints is not None else None
+    """Load the last checkpoint into `state`; rank 0 reads the file and broadcasts it."""
+    checkpoint = checkpoints.load_latest() if checkpoints is not None else None
     if fabric.world_size > 1:
-        found = fabric.broadcast(found)
-    if found is not None:
-        state.load_state_dict(found)
+        checkpoint = fabric.broadcast(checkpoint)
+    if checkpoint is not None:
+        state.load_state_dict(checkpoint)
         if checkpoints is not None:
-            print(f"taken up after epoch {state.epoch}, batch {state.batch} of the next, step {state.step}")
+            print(f"resumed after epoch {state.epoch}, batch {state.batch} of the next epoch, step {state.step}")
 
 
 def _report_epoch(result: EpochResult, recipe: Recipe, journal: Journal) -> None:
-    """Log an epoch's result and print it."""
+    """Log and print the metrics of an epoch."""
     journal.add_epoch(asdict(result))
     journal.flush()
     auc = "undefined" if result.val_auc is None else f"{result.val_auc:.4f}"
@@ -242,20 +243,20 @@ def _report_epoch(result: EpochResult, recipe: Recipe, journal: Journal) -> None
 
 
 def history_table(results: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
-    """One row per epoch, without what it cost: the same for the same training."""
+    """Return one row per epoch, without the timings, so that the same training gives the same table."""
     return pd.DataFrame(list(results)).drop(columns=list(COST_FIELDS))
 
 
 def main() -> None:
-    """Runs as one of torchrun's processes; a message for people is left in a file for the stage to show."""
+    """Run as one of torchrun's processes; an error message is written to a file, which the stage reads and prints."""
     folder = Path(sys.argv[1]) if len(sys.argv) > 1 else None
     try:
         run(folder)
     except (UserError, StageInterrupted) as error:
         if folder is not None:
-            told = {"message": str(error), "signal": getattr(error, "signal_number", 0)}
-            write_json(folder / f"stopped-{os.environ.get('RANK', 0)}.json", told)
-        sys.exit(f"fitting: {error}" if folder is None else 1)
+            report = {"message": str(error), "signal": getattr(error, "signal_number", 0)}
+            write_json(folder / f"stopped-{os.environ.get('RANK', 0)}.json", report)
+        sys.exit(f"train_worker: {error}" if folder is None else 1)
 
 
 if __name__ == "__main__":

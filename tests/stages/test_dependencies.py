@@ -100,7 +100,7 @@ def sections_of(module: str) -> set[str]:
         if isinstance(node, ast.Attribute) and node.attr in known:
             value = node.value
             loaded = isinstance(value, ast.Call) and ast.unparse(value.func) == "schema.load_params"
-            if loaded or (isinstance(value, ast.Name) and value.id == "wanted"):
+            if loaded or (isinstance(value, ast.Name) and value.id in ("config", "wanted")):
                 read.add(node.attr.removesuffix("_"))
     return read
 

@@ -33,6 +33,6 @@ def test_a_second_signal_leaves_at_once():
             os.kill(os.getpid(), signal.SIGINT)
             time.sleep(5)
 
-    with pytest.raises(StageInterrupted, match="stopped by SIGTERM at once; run again to go on") as told:
+    with pytest.raises(StageInterrupted, match="stopped by SIGTERM at once; run again to resume") as told:
         train()
     assert told.value.signal_number == signal.SIGTERM

@@ -47,7 +47,7 @@ def test_a_weight_of_no_class_is_told(config):
 
 
 @pytest.mark.parametrize(
-    ("normalise", "backbone", "mean", "std"),
+    ("normalize", "backbone", "mean", "std"),
     [
         ("imagenet", "vit_base_patch16_224", (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
         ("backbone", "vit_base_patch16_224", (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
@@ -55,13 +55,13 @@ def test_a_weight_of_no_class_is_told(config):
         ("data", "fadevit_nano", (0.1, 0.2, 0.3), (0.4, 0.5, 1e-6)),
     ],
 )
-def test_the_input_is_normalised_as_asked(config, normalise, backbone, mean, std):
+def test_normalization_follows_the_config(config, normalize, backbone, mean, std):
     with torch.device("meta"):
         model = create_model(
             backbone=backbone, num_classes=3, image_size=224 if "224" in backbone else 28, in_chans=3, pretrained=False,
             dropout=0.0, drop_path=0.0, fade={"num_heads": 4},
         )  # fmt: skip
-    found = train_worker.resolve_normalization(config.model.model_copy(update={"normalise": normalise}), meta(), model)
+    found = train_worker.resolve_normalization(config.model.model_copy(update={"normalize": normalize}), meta(), model)
     assert found.mean == pytest.approx(mean)
     assert found.std == pytest.approx(std)
 

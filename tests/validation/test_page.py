@@ -80,17 +80,17 @@ def test_copies_are_shown_from_two_different_splits(shown):
         images() | dict.fromkeys(names, scene(50)), table() + "".join(f"\n{n},{s},a" for n, s in names.items())
     )
     assert found.rows.set_index("id").loc[["a.png", "c.png"], "split"].tolist() == ["train", "train"]
-    assert captions(section(text, "stand in two splits")) == ["a.png train: a", "b.png val: a"]
+    assert captions(section(text, "are in two splits")) == ["a.png train: a", "b.png val: a"]
 
 
 @pytest.mark.parametrize("pixels", [np.full((32, 32, 3), 7, np.uint8), scene(0, side=12)], ids=["blank", "small"])
 def test_copies_that_have_no_thumbnail_are_shown_or_said_to_have_none(shown, pixels):
     text, found, facts = shown(images(train0=pixels, val0=pixels), table())
     assert found.thumbnails[0] is None
-    pairs = section(text, "stand in two splits")
+    pairs = section(text, "are in two splits")
     assert pairs.count("<img ") == 2
     bare = Manifest(found.rows, found.near, found.thumbnails, {}, found.split)
-    pairs = section(page.render_validation_page(facts, bare, [], "docs.html"), "stand in two splits")
+    pairs = section(page.render_validation_page(facts, bare, [], "docs.html"), "are in two splits")
     assert pairs.count("no picture: too small or of one value") == 2
     assert "<img" not in pairs
 
@@ -100,7 +100,7 @@ def test_text_of_the_user_is_escaped(shown):
     text, _, _ = shown(images(val0=scene(0)), table(head, lambda i: ["<i>", "b"][i % 2], more=",5"))
     assert "<script" not in text
     assert "<i>" not in text
-    rows = rows_of(section(text, "Against: no image stands"))
+    rows = rows_of(section(text, "Failed: no image is in two"))
     assert [row[:4] for row in rows] == [
         ["id", "split", "group", "label"],
         ["train0.png", "train", "", "&lt;i&gt;"],
@@ -111,8 +111,8 @@ def test_text_of_the_user_is_escaped(shown):
 def test_rows_that_offend_are_told_with_their_findings_in_one_column(shown):
     findings = table("path,split,A,B", lambda i: "1,1" if i % 2 else "0,0", val0="1,")
     text, _, _ = shown(images(), findings, classes=["A", "B"])
-    rows = rows_of(section(text, "Against: every image has a label B"))
-    assert rows[1][:4] == ["val0.png", "val", "", "A, B: not known"]
+    rows = rows_of(section(text, "Failed: every image has a label B"))
+    assert rows[1][:4] == ["val0.png", "val", "", "A, B: unknown"]
     assert rows[1][4:6] == ["48", "48"]
 
 
@@ -122,7 +122,7 @@ def test_only_images_that_will_be_used_are_counted(shown):
     assert rows_of(counts)[1:] == [
         ["a", "1", "1", "1"], ["b", "2", "0", "1"], ["<b>images</b>", "<b>3</b>", "<b>1</b>", "<b>2</b>"]
     ]  # fmt: skip
-    assert "Left out, for they cannot be read or have no label: 2 images (1 of train, 1 of val)." in counts
+    assert "Excluded, because they cannot be read or have no label: 2 images (1 of train, 1 of val)." in counts
     assert "Left out" not in shown(images(), table())[0]
 
 
