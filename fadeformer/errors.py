@@ -1,30 +1,30 @@
-"""The one kind of error that is meant for the person at the keyboard."""
+"""Exceptions whose message is shown to the user without a traceback."""
 
 
 class UserError(Exception):
-    """Something a user can mend: the message says what is wrong, in which file or key, and what to do.
+    """Error that the user can fix: the message says what is wrong, in which file or key, and what to do.
 
-    A stage prints it alone, without a traceback, and exits with status 1.
+    A stage prints the message without a traceback and exits with status 1.
     """
 
 
 class TransientError(UserError):
-    """One that may pass by itself: a server that does not answer, another process at the same work.
+    """Error that may disappear on retry: a server does not respond, or another process holds the lock.
 
-    A stage exits with status 75, sysexits' EX_TEMPFAIL.
+    A stage exits with status 75 (EX_TEMPFAIL in sysexits.h).
     """
 
 
 class UnreadableImageError(UserError):
-    """One image that cannot be used. A data set may hold some of them: who reads it says how many are too many.
+    """An image file that cannot be decoded; the caller decides whether to skip it or to stop.
 
     Attributes:
-        name: the file, as it was called when it was read.
-        reason: what is wrong with it and what to do, in plain words.
+        name: file name that was passed to the reader.
+        reason: what is wrong with the file and what to do.
     """
 
     def __init__(self, name: str, reason: str) -> None:
-        super().__init__(name, reason)  # both, so that a process pool can hand it on
+        super().__init__(name, reason)  # both arguments, so that the exception can be pickled
         self.name = name
         self.reason = reason
 
@@ -32,11 +32,11 @@ class UnreadableImageError(UserError):
         return f"{self.name}: {self.reason}"
 
 
-class StageInterrupted(Exception):  # noqa: N818  what was asked for is no error
-    """A signal asked a stage to end. What was begun is kept, and the message says where it goes on.
+class StageInterrupted(Exception):  # noqa: N818  an intentional stop, not a failure
+    """A signal stopped a stage; its progress is saved, and the message says where it resumes.
 
     Attributes:
-        signal_number: which signal, so that the exit status can tell.
+        signal_number: signal that was received; the exit status is 128 + this number.
     """
 
     def __init__(self, message: str, signal_number: int) -> None:

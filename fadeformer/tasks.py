@@ -1,12 +1,12 @@
-"""The kinds of classification task: loss, probabilities and decision of each, in one table.
+"""Classification tasks: loss, probabilities and decision rule of each, in one table.
 
-Labels are always an integer array of shape (images, labels): one column that holds the class, or for multi-label
-tasks one column of 0 and 1 per finding. Scores are always of shape (images, classes). Names of tasks are MedMNIST's
-own (`medmnist/info.py`), so that a data set's facts can be read as they are published.
+Labels are an integer array of shape (images, labels): one column with the class index, or for multi-label tasks one
+binary column per finding. Scores (probabilities) have shape (images, classes). Task names are those of MedMNIST
+(`medmnist/info.py`), so its metadata can be used unchanged.
 
-A network is trained on targets (images, classes): the share of each class or finding, 0 and 1 until images are mixed
-or labels smoothed. The loss of a class or finding may be weighed, and focal: multiplied by the share of likelihood that
-is missing, to the power gamma (Lin et al. 2017, arXiv:1708.02002).
+A model is trained on soft targets (images, classes): one-hot or multi-hot until mixup, CutMix or label smoothing
+changes them. Losses support class weights and focal modulation: each term is multiplied by (1 - p) ** gamma, where p
+is the probability of the true class (Lin et al. 2017, arXiv:1708.02002).
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ from scipy.special import expit, log_expit, softmax
 
 from fadeformer.errors import UserError
 
-if TYPE_CHECKING:  # torch takes seconds to import, and the stages that only read predictions do without it
+if TYPE_CHECKING:  # importing torch takes seconds, and stages that only read predictions do not need it
     from torch import Tensor
 
 ORDINAL = "ordinal-regression"
-MIN_SCORE = float(np.finfo(np.float64).tiny)  # a score of 0 for what is true costs 708 nats, not infinity
+MIN_SCORE = float(np.finfo(np.float64).tiny)  # lower clip of probabilities, so that log loss is at most 708 nats
 
 
 def _softmax_losses(logits: Tensor, targets: Tensor, weights: Tensor, gamma: float) -> Tensor:
-    likelihood = logits.log_softmax(dim=1)  # images, classes
-    missing = -likelihood.expm1()
-    # held above 0, where the derivative of a power below 1 is infinite
-    focus = missing.clamp_min(float(np.finfo(np.float32).tiny)) ** gamma if gamma else 1.0
-    return -(targets * weights * focus * likelihood).sum(dim=1)
+    log_probs = logits.log_softmax(dim=1)  # (images, classes)
+    complement = -log_probs.expm1()
+    # clamped above 0, where the derivative of x ** gamma is infinite for gamma < 1
+    focus = complement.clamp_min(float(np.finfo(np.float32).tiny)) ** gamma if gamma else 1.0
+    return -(targets * weights * focus * log_probs).sum(dim=1)
 
 
 def _sigmoid_losses(logits: Tensor, targets: Tensor, weights: Tensor, gamma: float) -> Tensor:
@@ -41,7 +41,7 @@ def _sigmoid_losses(logits: Tensor, targets: Tensor, weights: Tensor, gamma: flo
 
 
 def _cumulative_losses(logits: Tensor, targets: Tensor, weights: Tensor, gamma: float) -> Tensor:
-    above = targets.flip(1).cumsum(dim=1).flip(1)[:, 1:]  # share of the grades above each threshold
+    above = targets.flip(1).cumsum(dim=1).flip(1)[:, 1:]  # target P(grade > threshold)
     thresholds = _binary_losses(_cumulative_logits(logits), above, weights.new_ones(()), gamma)
     return thresholds.mean(dim=1) * (targets * weights).sum(dim=1)
 
@@ -55,7 +55,7 @@ def _binary_losses(logits: Tensor, targets: Tensor, weights: Tensor, gamma: floa
 
 
 def _cumulative_logits(logits: Tensor) -> Tensor:
-    """Logits of being above each threshold, which never rise: the first output less a positive step for each other."""
+    """Logits of P(grade > threshold), non-increasing: the first output minus cumulative softplus steps."""
     from torch.nn.functional import pad, softplus
 
     return logits[:, :1] - pad(softplus(logits[:, 1:]).cumsum(dim=1), (1, 0))
@@ -88,9 +88,10 @@ def _softmax(logits: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def _cumulative_probabilities(logits: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Sigmoid(a) - sigmoid(b) for neighbours a >= b, as sigmoid(a) sigmoid(-b) (1 - exp(b - a)), which never cancels.
+    """Grade probabilities sigmoid(a) - sigmoid(b) of adjacent thresholds a >= b, without cancellation.
 
-    Since a - b is softplus of an output, the last factor is that output's sigmoid.
+    Computed as sigmoid(a) sigmoid(-b) (1 - exp(b - a)). Since a - b is the softplus of an output, the last factor is
+    that output's sigmoid.
     """
     steps = np.cumsum(np.logaddexp(0.0, logits[:, 1:]), axis=1)
     above = logits[:, :1] - np.pad(steps, ((0, 0), (1, 0)))
@@ -109,7 +110,7 @@ def _identity(logits: Tensor) -> Tensor:
 
 
 def _cumulative_log_probabilities(logits: Tensor) -> Tensor:
-    """The logarithm of `_grades`."""
+    """Logarithm of the grade probabilities (see `_cumulative_probabilities`), in torch."""
     from torch.nn.functional import logsigmoid, pad
 
     above = _cumulative_logits(logits)
@@ -125,32 +126,33 @@ def _threshold_at_half(scores: NDArray[np.float64]) -> NDArray[np.int64]:
 
 
 def _balanced_class_weights(labels: NDArray[np.int64], classes: int) -> NDArray[np.float64]:
-    """Images / (classes * images of the class), as scikit-learn's `balanced`; 1 where there are none."""
+    """Class weights n / (classes * n_class), as `class_weight="balanced"` in scikit-learn; 1 for an empty class."""
     counts = np.bincount(labels[:, 0], minlength=classes)
     return np.where(counts > 0, len(labels) / (classes * np.maximum(counts, 1)), 1.0)
 
 
 def _positive_weights(labels: NDArray[np.int64], classes: int) -> NDArray[np.float64]:
-    """Images without a finding for each with it, so that both weigh the same; 1 where there are none."""
+    """Positive-class weights negatives / positives of each finding, as torch's `pos_weight`; 1 without positives."""
     counts = labels.sum(axis=0)
     return np.where(counts > 0, (len(labels) - counts) / np.maximum(counts, 1), 1.0)
 
 
 @dataclass(frozen=True)
 class Task:
-    """One kind of classification.
+    """Functions and properties of one classification task.
 
     Attributes:
-        name: as MedMNIST writes it.
-        multi_label: whether an image may have several findings, or none.
-        spare_outputs: how many outputs fewer than classes a network has.
+        name: MedMNIST's name of the task.
+        multi_label: whether an image can have any number of findings.
+        num_omitted_outputs: number of classes minus number of model outputs (1 for cumulative logits, else 0).
         targets: labels (images, labels) and the number of classes to targets (images, classes).
-        losses: logits (images, outputs), targets, weights of the classes and the focal gamma to losses (images,).
-        right: logits and labels to the share of right decisions on each image (images,).
+        losses: logits (images, outputs), targets, class weights and focal gamma to per-image losses (images,).
+        correct: logits and labels to the fraction of correct decisions per image (images,).
         probabilities: float64 logits (images, outputs) to scores (images, classes).
-        logs: the same in torch, as logarithms; of findings as logits.
+        calibration_logits: logits to the torch values that calibration scales: log-probabilities of exclusive classes,
+            logits of findings.
         decide: scores (images, classes) to predicted labels (images, labels).
-        balance: labels and the number of classes to weights (classes,) that even out how common they are.
+        balanced_weights: labels and the number of classes to class weights (classes,) that compensate for imbalance.
     """
 
     name: str
@@ -165,59 +167,43 @@ class Task:
     balanced_weights: Callable[[NDArray[np.int64], int], NDArray[np.float64]]
 
     def label_columns(self, classes: int) -> list[str]:
-        """Names of the label columns in every table: `label`, or `label_0 ... label_{classes-1}` where multi-label."""
+        """Names of the label columns in every table: `label`, or `label_0` to `label_{classes-1}` for multi-label."""
         return [f"label_{c}" for c in range(classes)] if self.multi_label else ["label"]
 
     def smooth_targets(self, targets: Tensor, amount: float) -> Tensor:
-        """Targets of which a share is spread over the classes, or for findings over present and absent."""
+        """Apply label smoothing: spread `amount` evenly over the classes, or over present and absent of a finding."""
         return targets * (1 - amount) + amount / (2 if self.multi_label else targets.shape[1])
 
     def with_head(self, head: str) -> Task:
-        """The same task with another kind of output.
+        """Return the task with another classification head.
 
-        `cumulative`, for grades in an order: the outputs say how likely an image lies above each threshold between two
-        grades, ever less from one to the next (McCullagh 1980, doi:10.1111/j.2517-6161.1980.tb01109.x, but with
-        thresholds of each image's own). `auto` is the task as it stands.
+        `cumulative`, for ordinal regression: the outputs parametrize non-increasing cumulative logits P(grade >
+        threshold) (McCullagh 1980, doi:10.1111/j.2517-6161.1980.tb01109.x, but with thresholds predicted for each
+        image). `auto` returns the task unchanged.
 
         Raises:
-            UserError: it needs grades, and the task has none.
+            UserError: the head needs ordered grades, but this is not an ordinal task.
         """
         if head == "auto":
             return self
         if self.name != ORDINAL:
             raise UserError(
-                f"params.yaml: model.head is {head}, which needs grades in an order, but the task is {self.name}; set"
+                f"params.yaml: model.head is {head}, which needs ordered grades, but the task is {self.name}; set"
                 f" it to auto, or dataset.task to {ORDINAL} if the classes are grades"
             )
         changes = {
-            "spare_outputs": 1, "losses": _cumulative_losses, "right": _correct_grade, "probabilities": _cumulative_probabilities,
-            "logs": _cumulative_log_probabilities,
+            "num_omitted_outputs": 1, "losses": _cumulative_losses, "correct": _correct_grade,
+            "probabilities": _cumulative_probabilities, "calibration_logits": _cumulative_log_probabilities,
         }  # fmt: skip
         return replace(self, **changes)  # type: ignore[arg-type]
 
 
 _SINGLE_LABEL = (
-    False,
-    0,
-    _one_hot,
-    _softmax_losses,
-    _correct_class,
-    _softmax,
-    _log_softmax,
-    _argmax,
-    _balanced_class_weights,
-)
+    False, 0, _one_hot, _softmax_losses, _correct_class, _softmax, _log_softmax, _argmax, _balanced_class_weights
+)  # fmt: skip
 _MULTI_LABEL = (
-    True,
-    0,
-    _multi_hot,
-    _sigmoid_losses,
-    _correct_findings,
-    expit,
-    _identity,
-    _threshold_at_half,
-    _positive_weights,
-)
+    True, 0, _multi_hot, _sigmoid_losses, _correct_findings, expit, _identity, _threshold_at_half, _positive_weights
+)  # fmt: skip
 
 TASKS: dict[str, Task] = {
     task.name: task
@@ -231,5 +217,5 @@ TASKS: dict[str, Task] = {
 
 
 def one_versus_rest(labels: NDArray[np.int64], classes: int, task: Task) -> NDArray[np.bool_]:
-    """Which classes or findings each image has: labels (images, labels) to (images, classes)."""
+    """Binarize labels one-vs-rest: (images, labels) to boolean (images, classes)."""
     return labels.astype(bool) if task.multi_label else labels == np.arange(classes)

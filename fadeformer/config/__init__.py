@@ -1,1 +1,1 @@
-"""config."""
+"""Schema and validation of params.yaml."""

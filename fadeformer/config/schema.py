@@ -1,7 +1,7 @@
-"""params.yaml as one frozen, strict object: an unknown key, a wrong type or a value out of range is an error.
+"""Schema of params.yaml: frozen, strict pydantic models that reject unknown keys, wrong types and invalid values.
 
-No key has a default here, so params.yaml says everything that decides a run, and a stage's entry in dvc.yaml
-(its sections of params.yaml) is the whole of what it is configured by.
+No key has a default, so params.yaml determines a run completely, and the sections listed for a stage in dvc.yaml are
+its entire configuration.
 """
 
 from __future__ import annotations
@@ -26,19 +26,19 @@ DatasetName = Literal[
 Number = Annotated[float, BeforeValidator(lambda value: float(value) if type(value) is int else value)]
 Fraction = Annotated[Number, Field(ge=0, le=1)]
 Rate = Annotated[Number, Field(ge=0, lt=1)]
-# YAML 1.1, which some editors write, has off as a false
+# YAML 1.1, which some editors write, parses off as false
 Severity = Annotated[Literal["stop", "warn", "off"], BeforeValidator(lambda value: "off" if value is False else value)]
 ModelT = TypeVar("ModelT", bound=BaseModel)
 
 
 class ConfigModel(BaseModel):
-    """A part of params.yaml."""
+    """Frozen and strict base model that forbids unknown keys."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
 class DatasetParams(ConfigModel):
-    """Which images the download stage brings."""
+    """Dataset that the download stage fetches."""
 
     name: DatasetName
     size: Annotated[int, Field(ge=16, le=1024)]
@@ -54,29 +54,29 @@ class DatasetParams(ConfigModel):
     @model_validator(mode="after")
     def _check_size_and_classes(self) -> DatasetParams:
         if self.classes is not None and len(set(self.classes)) < len(self.classes):
-            raise ValueError("dataset.classes names a class twice")
+            raise ValueError("dataset.classes has a duplicate name")
         if self.name.endswith("mnist") and self.size not in (28, 64, 128, 224):
             raise ValueError(f"dataset.size is {self.size}; {self.name} is published at 28, 64, 128 and 224 pixels")
         return self
 
 
 class SplitParams(ConfigModel):
-    """Which images train, choose and judge."""
+    """Assignment of images to train, val and test."""
 
     adopted: Annotated[str, Field(min_length=1)]
-    anew: bool
-    shares: Annotated[list[Annotated[Number, Field(gt=0, lt=1)]], Field(min_length=3, max_length=3)]
+    resplit: bool
+    fractions: Annotated[list[Annotated[Number, Field(gt=0, lt=1)]], Field(min_length=3, max_length=3)]
     seed: Annotated[int, Field(ge=0)]
 
     @model_validator(mode="after")
-    def _check_shares_sum_to_one(self) -> SplitParams:
-        if abs(sum(self.shares) - 1) > 1e-6:
-            raise ValueError(f"split.shares is {self.shares}; train, val and test have to sum to 1")
+    def _check_fractions(self) -> SplitParams:
+        if abs(sum(self.fractions) - 1) > 1e-6:
+            raise ValueError(f"split.fractions is {self.fractions}; the fractions of train, val and test must sum to 1")
         return self
 
 
 class SeverityParams(ConfigModel):
-    """What each check of the data gate does where it does not hold."""
+    """Severity of each data validation check."""
 
     split_missing: Severity
     published_counts: Severity
@@ -98,7 +98,7 @@ class SeverityParams(ConfigModel):
 
 
 class ValidateParams(ConfigModel):
-    """What the data gate lets pass."""
+    """Thresholds and severities of data validation."""
 
     max_cross_split_duplicates: Annotated[int, Field(ge=0)]
     near_duplicate_similarity: Annotated[Number, Field(gt=0, le=1)]
@@ -108,7 +108,7 @@ class ValidateParams(ConfigModel):
 
 
 class PreprocessParams(ConfigModel):
-    """The arrays that training reads."""
+    """Image arrays that training reads."""
 
     image_size: Annotated[int, Field(ge=16, le=1024)] | None
     channels: Literal[1, 3]
@@ -117,7 +117,7 @@ class PreprocessParams(ConfigModel):
 
 
 class FadeParams(ConfigModel):
-    """The Fade layers; those of the published one by its argument names."""
+    """Fade layers; `K` and `alpha` are named as in the published implementation."""
 
     variant: Literal["published", "diffusion"]
     after_blocks: list[int | str]
@@ -128,19 +128,19 @@ class FadeParams(ConfigModel):
 
     @model_validator(mode="after")
     def _check_after_blocks(self) -> FadeParams:
-        told = ", ".join(map(str, self.after_blocks))
-        places = [place == "last" or (isinstance(place, int) and place >= 1) for place in self.after_blocks]
-        if not places or not all(places):
-            raise ValueError(f"model.fade.after_blocks is [{told}]; it lists blocks by number, from 1, or last")
+        blocks = ", ".join(map(str, self.after_blocks))
+        is_valid = [block == "last" or (isinstance(block, int) and block >= 1) for block in self.after_blocks]
+        if not is_valid or not all(is_valid):
+            raise ValueError(f"model.fade.after_blocks is [{blocks}]; it must list block numbers from 1, or last")
         if self.variant == "published" and self.after_blocks != ["last"]:
             raise ValueError(
-                f"model.fade.after_blocks is [{told}]; the published variant stands last: set it to [last]"
+                f"model.fade.after_blocks is [{blocks}]; the published variant follows the last block: set [last]"
             )
         return self
 
 
 class ModelParams(ConfigModel):
-    """The network."""
+    """Model architecture and initial weights."""
 
     backbone: str
     pretrained: bool
@@ -148,21 +148,21 @@ class ModelParams(ConfigModel):
     dropout: Rate
     drop_path: Rate
     head: Literal["auto", "cumulative"]
-    normalise: Literal["backbone", "imagenet", "data"]
+    normalize: Literal["backbone", "imagenet", "data"]
     fade: FadeParams | None
 
     @model_validator(mode="after")
     def _check_weights_path(self) -> ModelParams:
         if PurePosixPath(self.weights).parts[:1] == ("models",):
             raise ValueError(
-                f"model.weights is {self.weights}, but training makes models/ anew; copy the file elsewhere, such as to"
+                f"model.weights is {self.weights}, but training recreates models/; copy the file elsewhere, such as to"
                 " data/weights/"
             )
         return self
 
 
 class AugmentParams(ConfigModel):
-    """Random changes to each training image."""
+    """Data augmentation of training images."""
 
     horizontal_flip: Fraction | Literal["auto"]
     rotation: Annotated[Number, Field(ge=0, le=180)]
@@ -184,12 +184,12 @@ class AugmentParams(ConfigModel):
     def _check_erasing_scale(self) -> AugmentParams:
         low, high = self.erasing_scale
         if low > high:
-            raise ValueError(f"augment.erasing_scale is [{low}, {high}]; the smallest area comes first")
+            raise ValueError(f"augment.erasing_scale is [{low}, {high}]; the smaller fraction comes first")
         return self
 
 
 class TrainParams(ConfigModel):
-    """How the network is trained."""
+    """Training hyperparameters and hardware."""
 
     epochs: Annotated[int, Field(ge=1)]
     batch_size: Annotated[int, Field(ge=1)]
@@ -222,13 +222,13 @@ class TrainParams(ConfigModel):
         if self.probe_epochs + self.warmup_epochs >= self.epochs:
             raise ValueError(
                 f"train.probe_epochs ({self.probe_epochs}) and train.warmup_epochs ({self.warmup_epochs:g}) leave"
-                f" nothing of train.epochs ({self.epochs})"
+                f" no epoch of train.epochs ({self.epochs})"
             )
         return self
 
 
 class EvaluateParams(ConfigModel):
-    """Predictions, numbers and figures."""
+    """Predictions, metrics, confidence intervals and figures."""
 
     batch_size: Annotated[int, Field(ge=1)]
     figure_dpi: Annotated[int, Field(ge=50, le=600)]
@@ -244,14 +244,15 @@ class EvaluateParams(ConfigModel):
     @classmethod
     def _check_age_bands(cls, value: list[float]) -> list[float]:
         if not value or any(after <= before for before, after in itertools.pairwise(value)):
-            raise ValueError("evaluate.age_bands has to rise from one age to the next, such as [0, 18, 40, 60, 80]")
+            raise ValueError("evaluate.age_bands must be increasing, such as [0, 18, 40, 60, 80]")
         return value
 
 
 class PromoteParams(ConfigModel):
-    """The registry gate."""
+    """Model registry and promotion rules."""
 
-    model_name: Annotated[str, Field(pattern=r"^([\w .-]|\{dataset\})+$")]  # what MLflow takes, and no quotes
+    # characters that MLflow allows, without quotes
+    model_name: Annotated[str, Field(pattern=r"^([\w .-]|\{dataset\})+$")]
     min_auc: Fraction
     min_class_auc: Fraction | None
     min_subgroup_auc: Fraction | dict[str, Fraction] | None
@@ -264,7 +265,7 @@ class PromoteParams(ConfigModel):
 
 
 class Params(ConfigModel):
-    """The whole of params.yaml."""
+    """All sections of params.yaml."""
 
     seed: Annotated[int, Field(ge=0)]
     dataset: DatasetParams
@@ -278,25 +279,25 @@ class Params(ConfigModel):
     promote: PromoteParams
 
     def as_nested_dict(self) -> dict[str, Any]:
-        """The same as plain dictionaries, under the keys of params.yaml."""
+        """Convert to nested dictionaries with the keys of params.yaml."""
         return self.model_dump(by_alias=True)
 
     def as_flat_dict(self) -> dict[str, Any]:
-        """The same as one dictionary with dotted keys such as `train.learning_rate`."""
+        """Convert to one flat dictionary with dotted keys such as `train.learning_rate`."""
         return _flatten(self.as_nested_dict(), "")
 
 
 def load_params(path: Path) -> Params:
-    """Reads and checks params.yaml.
+    """Read and validate params.yaml.
 
     Raises:
-        UserError: the file is missing, is not YAML, or has a key or value that is not allowed.
+        UserError: the file is missing, is not valid YAML, or contains an invalid key or value.
     """
     return parse_params(read_yaml(path), str(path))
 
 
 def read_yaml(path: Path) -> Any:
-    """Plain values of a YAML file; raises UserError where it cannot be read or is no YAML."""
+    """Read a YAML file into plain Python values; raises UserError if it is missing or not valid YAML."""
     try:
         return YAML(typ="safe").load(path)
     except OSError as error:
@@ -306,27 +307,27 @@ def read_yaml(path: Path) -> Any:
 
 
 def parse_params(values: Any, source: str) -> Params:
-    """Checks plain values against the types.
+    """Validate plain values against the schema of params.yaml.
 
     Args:
         values: nested dictionaries as read from YAML.
-        source: what to call them in a message.
+        source: name of the file in error messages.
 
     Raises:
-        UserError: names every wrong key by its full path, with the nearest valid one.
+        UserError: lists every invalid key by its full path, with the closest valid key.
     """
     return validate_model(values, Params, source)
 
 
-def validate_model(values: Any, kind: type[ModelT], source: str) -> ModelT:
-    """The same for any model of sections, such as another YAML file of the user's."""
+def validate_model(values: Any, model: type[ModelT], source: str) -> ModelT:
+    """Validate plain values against any `ConfigModel`, such as the schema of another YAML file; as `parse_params`."""
     if not isinstance(values, Mapping):
-        names = ", ".join(field.alias or name for name, field in kind.model_fields.items())
-        raise UserError(f"{source}: must hold the keys {names}, but is empty or a list")
+        names = ", ".join(field.alias or name for name, field in model.model_fields.items())
+        raise UserError(f"{source}: must be a mapping with the keys {names}")
     try:
-        return kind.model_validate(values)
+        return model.model_validate(values)
     except ValidationError as error:
-        problems = describe_errors(cast(list[Mapping[str, Any]], error.errors()), kind)
+        problems = describe_errors(cast(list[Mapping[str, Any]], error.errors()), model)
         raise UserError("\n".join(f"{source}: {problem}" for problem in problems)) from error
 
 

@@ -1,1 +1,1 @@
-"""data."""
+"""Data: fetching, decoding, validation manifest, splits and preprocessed arrays."""

@@ -1,9 +1,8 @@
-"""Images as arrays: decoded and resized once (`fadeformer.data.preprocess`), then memory-mapped by all that reads them.
+"""Preprocessed image arrays, written once by `fadeformer.data.preprocess` and memory-mapped by all readers.
 
-A folder of arrays holds, for each split, `{split}.npy` (uint8, images x side x side x channels), beside `index.parquet`
-(one row per image: split, id, group, labels, and what else is known of it, such as age, sex and view), `meta.json`
-(what a model and a reader must know of them) and, where people have drawn boxes of lesions, `boxes.parquet` (as
-`fadeformer.data.boxes.map_boxes_to_arrays` gives them).
+An array folder contains `{split}.npy` for each split (uint8, images x side x side x channels), `index.parquet` (one
+row per image: split, id, group, labels and metadata such as age, sex and view), `meta.json` (see `ArrayMetadata`) and,
+if the dataset has lesion annotations, `boxes.parquet` (see `fadeformer.data.boxes.map_boxes_to_arrays`).
 """
 
 from __future__ import annotations
@@ -25,18 +24,18 @@ BOXES_FILE = "boxes.parquet"
 
 @dataclass(frozen=True)
 class ArrayMetadata:
-    """What a model and a reader must know of a folder of arrays.
+    """Metadata of an array folder.
 
     Attributes:
-        dataset: the data set's card, as plain values.
-        image_size: side of an image, pixels.
-        channels: 1 (grey) or 3 (colour).
-        counts: images of each split.
-        split: name of the split: published, or that of the file in which it is written down.
-        cross_split_duplicates: images that stand in two splits by content, as the data gate was told to allow.
-        channel_mean: of the pixels of train, by channel, in [0, 1].
-        channel_std: their standard deviation, likewise.
-        aspect: what became of images that are not square, as `fadeformer.data.decode.resize_to_square` names it.
+        dataset: dataset card as a dictionary.
+        image_size: image side, pixels.
+        channels: 1 (grayscale) or 3 (RGB).
+        counts: number of images in each split.
+        split: name of the split: `published`, or the name of the split file.
+        cross_split_duplicates: number of exact duplicates across splits that data validation allowed.
+        channel_mean: per-channel mean of the training pixels, in [0, 1].
+        channel_std: per-channel standard deviation of the training pixels.
+        aspect: treatment of images that are not square, see `fadeformer.data.decode.resize_to_square`.
     """
 
     dataset: dict[str, Any]
@@ -51,23 +50,23 @@ class ArrayMetadata:
 
     @property
     def task(self) -> Task:
-        """The kind of classification."""
+        """Classification task."""
         return TASKS[self.dataset["task"]]
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """The name of each class or finding."""
+        """Names of the classes or findings."""
         return tuple(self.dataset["classes"])
 
 
 @dataclass(frozen=True)
 class SplitArrays:
-    """One split.
+    """Images, labels and metadata of one split.
 
     Attributes:
-        pixels: uint8, (images, side, side, channels), memory-mapped.
+        images: uint8, (images, side, side, channels), memory-mapped.
         labels: (images, labels).
-        index: split, id and group of each image, and what else is known of it.
+        index: one row per image: split, id, group and other metadata, without the labels.
     """
 
     images: NDArray[np.uint8]
@@ -76,10 +75,10 @@ class SplitArrays:
 
 
 def read_metadata(folder: Path) -> ArrayMetadata:
-    """Reads `meta.json`.
+    """Read `meta.json`.
 
     Raises:
-        UserError: there is none.
+        UserError: the file does not exist.
     """
     try:
         return ArrayMetadata(**read_json(folder / "meta.json"))
@@ -88,18 +87,18 @@ def read_metadata(folder: Path) -> ArrayMetadata:
 
 
 def load_split(folder: Path, split: str) -> SplitArrays:
-    """Maps one split into memory."""
-    meta = read_metadata(folder)
+    """Load one split; its images are memory-mapped."""
+    metadata = read_metadata(folder)
     index = pd.read_parquet(folder / "index.parquet")
     index = index[index["split"] == split].reset_index(drop=True)
-    columns = meta.task.label_columns(len(meta.classes))
+    columns = metadata.task.label_columns(len(metadata.classes))
     labels = index[columns].to_numpy(dtype=np.int64)
-    pixels = np.load(folder / f"{split}.npy", mmap_mode="r", allow_pickle=False)
-    return SplitArrays(pixels, labels, index.drop(columns=columns))
+    images = np.load(folder / f"{split}.npy", mmap_mode="r", allow_pickle=False)
+    return SplitArrays(images, labels, index.drop(columns=columns))
 
 
 def read_boxes(folder: Path, split: str) -> pd.DataFrame | None:
-    """The boxes of one split's images; None where the data set has none."""
+    """Lesion boxes of one split; None if the dataset has no boxes."""
     if not (folder / BOXES_FILE).is_file():
         return None
     boxes = pd.read_parquet(folder / BOXES_FILE)

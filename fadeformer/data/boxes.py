@@ -1,4 +1,4 @@
-"""Boxes in pixels of an original image to pixels of the array that was made of it."""
+"""Map bounding boxes from original image coordinates to preprocessed array coordinates."""
 
 from __future__ import annotations
 
@@ -14,50 +14,53 @@ BOX_COLUMNS = ["x", "y", "w", "h"]
 
 
 def map_boxes_to_arrays(boxes: pd.DataFrame, manifest: pd.DataFrame, side: int, aspect: Aspect) -> pd.DataFrame:
-    """The boxes of the images of a manifest, where they lie in its arrays.
+    """Map the boxes of all images in a manifest to array coordinates.
 
     Args:
-        boxes: of `fadeformer.data.sources.lesion_boxes.box_table`.
+        boxes: result of `fadeformer.data.sources.lesion_boxes.box_table`.
         manifest: one row per image, with `split` and `id`.
-        side: of the arrays, pixels.
-        aspect: with which they are made.
+        side: image side in the arrays, pixels.
+        aspect: aspect mode of the arrays.
 
     Returns:
-        One row per box: `split`, `id`, `class`, and `x`, `y`, `w`, `h` in pixels of the array, null where nothing of
-        the box is in it.
+        One row per box: `split`, `id`, `class`, and `x`, `y`, `w`, `h` in array pixels, NaN if the box is entirely
+        outside the array.
     """
-    known = manifest[["split", "id"]].merge(boxes, on="id", how="inner", validate="one_to_many")
-    given, frames = known[BOX_COLUMNS].to_numpy(), known[["frame_width", "frame_height"]].to_numpy(dtype=np.int64)
-    placed = np.full((len(known), len(BOX_COLUMNS)), np.nan)
+    annotated = manifest[["split", "id"]].merge(boxes, on="id", how="inner", validate="one_to_many")
+    originals, frames = (
+        annotated[BOX_COLUMNS].to_numpy(),
+        annotated[["frame_width", "frame_height"]].to_numpy(dtype=np.int64),
+    )
+    mapped = np.full((len(annotated), len(BOX_COLUMNS)), np.nan)
     for width, height in np.unique(frames, axis=0).tolist():
         rows = (frames == (width, height)).all(axis=1)
-        placed[rows] = transform_boxes(given[rows], width, height, side, aspect)
-    return known[["split", "id", "class"]].assign(**dict(zip(BOX_COLUMNS, placed.T, strict=True)))
+        mapped[rows] = transform_boxes(originals[rows], width, height, side, aspect)
+    return annotated[["split", "id", "class"]].assign(**dict(zip(BOX_COLUMNS, mapped.T, strict=True)))
 
 
 def transform_boxes(boxes: ArrayLike, width: int, height: int, side: int, aspect: Aspect) -> FloatArray:
-    """Boxes of an original image to pixels of the square that `fadeformer.data.decode.resize_to_square` makes of it.
+    """Map boxes of one image to the square that `fadeformer.data.decode.resize_to_square` makes of it.
 
     Args:
-        boxes: (boxes, 4).
-        width: of the original, pixels.
-        height: of the original, pixels.
-        side: of the square, pixels.
-        aspect: as there.
+        boxes: x, y, width and height in original pixels, (boxes, 4).
+        width: width of the original image, pixels.
+        height: height of the original image, pixels.
+        side: side of the square, pixels.
+        aspect: aspect mode of `resize_to_square`.
 
     Returns:
-        (boxes, 4), each cut at the square's edges; NaN of a box of which nothing is left.
+        x, y, width and height in pixels of the square, (boxes, 4), clipped to the square; NaN for a box outside it.
     """
-    given = np.asarray(boxes, dtype=np.float64)
+    original = np.asarray(boxes, dtype=np.float64)
     scale, offset = _resize_transform(width, height, side, aspect)
-    begin = np.clip(given[:, :2] * scale + offset, 0, side)
-    end = np.clip((given[:, :2] + given[:, 2:]) * scale + offset, 0, side)
-    is_left = (end > begin).all(axis=1, keepdims=True)
-    return np.where(is_left, np.concatenate([begin, end - begin], axis=1), np.nan)
+    start = np.clip(original[:, :2] * scale + offset, 0, side)
+    end = np.clip((original[:, :2] + original[:, 2:]) * scale + offset, 0, side)
+    is_visible = (end > start).all(axis=1, keepdims=True)
+    return np.where(is_visible, np.concatenate([start, end - start], axis=1), np.nan)
 
 
 def _resize_transform(width: int, height: int, side: int, aspect: Aspect) -> tuple[FloatArray, FloatArray]:
-    """Scale and offset, each of x and y, to the last pixel as `resize` computes them (a test compares)."""
+    """Scale and offset for x and y, exactly as `resize_to_square` computes them (compared in a test)."""
     size = np.array([width, height])
     if aspect == "squash":
         return side / size, np.zeros(2)

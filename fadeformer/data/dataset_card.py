@@ -1,4 +1,4 @@
-"""What is known of a data set: the card that the download stage leaves beside the files it brought."""
+"""Dataset card: metadata of a dataset that the download stage writes next to the raw files."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ CARD_FILE = "dataset.json"
 
 @dataclass(frozen=True)
 class DatasetCard:
-    """One data set as it lies in `data/raw`.
+    """Metadata of the dataset in `data/raw`.
 
     Attributes:
-        name: as in `dataset.name`; of a user's own files own- and their name.
-        file: the archive or folder of images, or the first of several.
-        sha256: checksum of what was brought; of several files, of all of them.
-        task: a key of `fadeformer.tasks.TASKS`.
-        classes: name of each class or finding.
-        size: side of an image, pixels; None where sizes differ.
-        channels: 1 (grey) or 3 (colour); None where that differs.
-        counts: images that there must be, where its authors say so: by split, of train_val together, or of all.
-        licence: under which it may be used.
-        note: what a reader of a result must know, such as that the images are synthetic.
-        layout: in which the images and labels lie: a key of `fadeformer.data.manifest.TABLE_READERS`.
-        files: name and SHA-256 of each file, where there are several.
-        mirrors: whether a mirrored image keeps its label; not where left and right are classes.
+        name: `dataset.name`, or `own-` and the file name for the user's own files.
+        file: archive or folder of the images; the first of several.
+        sha256: SHA-256 of the file, or combined digest of several files.
+        task: key of `fadeformer.tasks.TASKS`.
+        classes: names of the classes or findings.
+        size: image side, pixels; None if sizes differ.
+        channels: 1 (grayscale) or 3 (RGB); None if mixed.
+        counts: published number of images, if known: by split, for train_val, or in total.
+        license: license of the data.
+        note: caveat to report with every result, such as that the images are synthetic.
+        layout: storage layout of images and labels: a key of `fadeformer.data.manifest.TABLE_READERS`.
+        files: SHA-256 by file name, if there are several files.
+        mirrors: whether a horizontal flip keeps the label; False if left and right are classes.
     """
 
     name: str
@@ -43,7 +43,7 @@ class DatasetCard:
     size: int | None
     channels: int | None
     counts: dict[str, int] | None
-    licence: str
+    license: str
     note: str
     layout: str = "npz"
     files: dict[str, str] = field(default_factory=dict)
@@ -51,44 +51,44 @@ class DatasetCard:
 
     @property
     def task_spec(self) -> Task:
-        """The task by its name."""
+        """Task definition by its name."""
         return TASKS[self.task]
 
 
-def infer_task(multi_label: bool, classes: int, wanted: str | None, source: Path) -> str:
-    """The task that a user's own labels ask for: a key of `fadeformer.tasks.TASKS`.
+def infer_task(multi_label: bool, classes: int, requested: str | None, source: Path) -> str:
+    """Infer the task of a user's own labels: a key of `fadeformer.tasks.TASKS`.
 
     Args:
-        multi_label: whether there is one column of 0 and 1 for each finding.
-        classes: how many classes or findings.
-        wanted: `dataset.task`: grades in an order cannot be told from other classes; None for what is found.
-        source: of the labels, for the message.
+        multi_label: whether there is one binary column per finding.
+        classes: number of classes or findings.
+        requested: value of `dataset.task`, needed for ordinal grades; None to infer it from the labels.
+        source: file of the labels, for the error message.
 
     Raises:
-        UserError: the labels are not of that task.
+        UserError: the labels do not match the requested task.
     """
-    found = "multi-label, binary-class" if multi_label else "binary-class" if classes == 2 else "multi-class"
+    inferred = "multi-label, binary-class" if multi_label else "binary-class" if classes == 2 else "multi-class"
     single = ("ordinal-regression", "multi-class")
-    if wanted in (None, found) or (wanted in single and not multi_label):
-        return "ordinal-regression" if wanted == "ordinal-regression" else found
-    raise UserError(f"dataset.task is {wanted}, but the labels of {source} are {found}; set it to null")
+    if requested in (None, inferred) or (requested in single and not multi_label):
+        return "ordinal-regression" if requested == "ordinal-regression" else inferred
+    raise UserError(f"dataset.task is {requested}, but the labels in {source} are {inferred}; set it to null")
 
 
 def combined_digest(files: Mapping[str, str]) -> str:
-    """SHA-256 of several files, from that of each by name."""
+    """Combined SHA-256 of several files, computed from their individual digests by name."""
     return hashlib.sha256("".join(f"{sha}  {name}\n" for name, sha in files.items()).encode()).hexdigest()
 
 
-def write_card(facts: DatasetCard, folder: Path) -> None:
-    """Leaves the card in `folder`."""
-    write_json(folder / CARD_FILE, asdict(facts))
+def write_card(card: DatasetCard, folder: Path) -> None:
+    """Write the card to `dataset.json` in a folder."""
+    write_json(folder / CARD_FILE, asdict(card))
 
 
 def read_card(folder: Path) -> DatasetCard:
-    """Reads the card.
+    """Read the card from `dataset.json` in a folder.
 
     Raises:
-        UserError: there is none.
+        UserError: the file is missing, damaged or from another version.
     """
     try:
         values = read_json(folder / CARD_FILE)
@@ -96,4 +96,6 @@ def read_card(folder: Path) -> DatasetCard:
     except OSError as error:
         raise UserError(f"{folder / CARD_FILE}: not found; run `dvc repro download` first") from error
     except (ValueError, TypeError, KeyError) as error:
-        raise UserError(f"{folder / CARD_FILE}: damaged, or of another version; run `dvc repro -f download`") from error
+        raise UserError(
+            f"{folder / CARD_FILE}: corrupt or from another version; run `dvc repro -f download`"
+        ) from error

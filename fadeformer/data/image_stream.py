@@ -1,7 +1,7 @@
-"""Every image of a data set, once, in the order in which the archives hold them, decoded by all cores.
+"""Parallel streaming of all images of a dataset, decoded once and in archive order.
 
-What is done with an image runs in threads: Pillow, numpy and hashlib let go of the interpreter while they work. No more
-images are in memory than a few for each thread, however many the data set has.
+Images are processed in threads: Pillow, NumPy and hashlib release the GIL. Only a few images per thread are in memory
+at any time, whatever the size of the dataset.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from fadeformer.errors import UnreadableImageError
 Pixels = NDArray[np.uint8]
 Result = TypeVar("Result")
 
-IMAGES_PER_JOB = 8  # images that are handed to a thread at once
-JOBS_PER_THREAD = 3  # such hands for each thread that may wait or be under way
+IMAGES_PER_JOB = 8  # images that a thread processes at a time
+JOBS_PER_THREAD = 3  # maximum number of queued or running jobs per thread
 
 
 def map_images(
@@ -40,60 +40,59 @@ def map_images(
     desc: str,
     threads: int | None = None,
 ) -> Iterator[tuple[int, Result | UnreadableImageError]]:
-    """Does some work on every image.
+    """Apply a function to every image in a thread pool.
 
     Args:
-        table: one row per image: `path` (of the archive, in `folder`) and `member` (in the archive).
-        folder: where the archives lie.
-        work: what is done with the position of a row and its image, of Pillow's mode L or RGB.
-        desc: is done, for the progress bar.
-        threads: None for one on each core.
+        table: one row per image: `path` (archive in `folder`) and `member` (file in the archive).
+        folder: folder of the archives.
+        work: function of a row position and its decoded image (Pillow mode L or RGB).
+        desc: label of the progress bar.
+        threads: number of threads; None for one per core.
 
     Yields:
-        Position of the row in the table and what the work returned, in the archives' order; of an image that cannot be
-        read, why.
+        Row position and result of `work`, or the exception if the image cannot be decoded; in archive order.
 
     Raises:
-        UserError: an archive is missing or damaged as a whole.
+        UserError: an archive is missing or corrupt.
     """
     threads = threads or os.cpu_count() or 1
     names = table["member"].astype(str).tolist()
     stored = ((row, image, names[row]) for row, image in _iter_stored(table, folder))
-    waiting: deque[Future[list[tuple[int, Result | UnreadableImageError]]]] = deque()
+    futures: deque[Future[list[tuple[int, Result | UnreadableImageError]]]] = deque()
     with (
         ThreadPoolExecutor(threads) as pool,
         tqdm(total=len(table), desc=desc, unit="image", disable=None) as progress,
     ):
-        while some := list(islice(stored, IMAGES_PER_JOB)):
-            waiting.append(pool.submit(_process_job, work, some))
-            if len(waiting) >= JOBS_PER_THREAD * threads:
-                yield from (done := waiting.popleft().result())
-                progress.update(len(done))
-        while waiting:
-            yield from (done := waiting.popleft().result())
-            progress.update(len(done))
+        while batch := list(islice(stored, IMAGES_PER_JOB)):
+            futures.append(pool.submit(_process_job, work, batch))
+            if len(futures) >= JOBS_PER_THREAD * threads:
+                yield from (results := futures.popleft().result())
+                progress.update(len(results))
+        while futures:
+            yield from (results := futures.popleft().result())
+            progress.update(len(results))
 
 
 def _process_job(
-    work: Callable[[int, Image.Image], Result], some: list[tuple[int, bytes | Pixels, str]]
+    work: Callable[[int, Image.Image], Result], batch: list[tuple[int, bytes | Pixels, str]]
 ) -> list[tuple[int, Result | UnreadableImageError]]:
-    done: list[tuple[int, Result | UnreadableImageError]] = []
-    for row, image, name in some:
+    results: list[tuple[int, Result | UnreadableImageError]] = []
+    for row, image, name in batch:
         try:
-            done.append(
+            results.append(
                 (row, work(row, decode_image(image, name) if isinstance(image, bytes) else Image.fromarray(image)))
             )
         except UnreadableImageError as error:
-            done.append((row, error))
-    return done
+            results.append((row, error))
+    return results
 
 
 def _iter_stored(table: pd.DataFrame, folder: Path) -> Iterator[tuple[int, bytes | Pixels]]:
-    """Rows and what the archives hold of them: bytes of a file, or pixels."""
-    of_path: dict[str, dict[str, int]] = {}
+    """Yield row position and stored image: file content, or pixels of an .npz archive."""
+    by_path: dict[str, dict[str, int]] = {}
     for row, (path, member) in enumerate(zip(table["path"], table["member"], strict=True)):
-        of_path.setdefault(path, {})[member] = row
-    for path, rows in of_path.items():
+        by_path.setdefault(path, {})[member] = row
+    for path, rows in by_path.items():
         if path.endswith(".npz"):
             yield from _iter_npz(folder / path, rows)
         else:
@@ -102,7 +101,7 @@ def _iter_stored(table: pd.DataFrame, folder: Path) -> Iterator[tuple[int, bytes
 
 
 def _iter_npz(archive: Path, rows: dict[str, int]) -> Iterator[tuple[int, Pixels]]:
-    """Rows of arrays by their names, such as `train_images/17`."""
+    """Yield row position and pixels of images in an .npz archive, by member names such as `train_images/17`."""
     for key in dict.fromkeys(member.rsplit("/", 1)[0] for member in rows):
         start = 0
         for block in npz.iter_row_chunks(archive, key):

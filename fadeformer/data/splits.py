@@ -1,8 +1,9 @@
-"""Splits made here: grouped (patient, lesion), stratified by class or finding, and the same again from the same seed.
+"""Group-stratified train/val/test splits: whole groups (patient, lesion), stratified by class or finding, seeded.
 
-Whole groups are dealt out one by one, those that hold most of a label first, each to the split that lacks its labels
-most: the idea of Sechidis, Tsoumakas and Vlahavas (2011, "On the stratification of multi-label data", ECML PKDD) for
-groups in place of images. One procedure serves single labels and findings alike.
+Greedy iterative stratification (Sechidis, Tsoumakas and Vlahavas 2011, "On the stratification of multi-label data",
+ECML PKDD), applied to groups instead of images: groups are assigned one by one, those with the largest share of a
+label first, each to the split that is most short of its labels. The same procedure handles single-label and multi-label
+data.
 """
 
 from __future__ import annotations
@@ -21,33 +22,33 @@ from fadeformer.data.dataset_card import SPLITS
 from fadeformer.errors import UserError
 from fadeformer.io.atomic import atomic_write
 
-MAX_PASSES = 10  # at most
-SCORE_DIGITS = 12
-TRAIN_VAL = "train_val"  # authors' part that is yet to be divided into train and val
+MAX_PASSES = 10
+SCORE_DIGITS = 12  # rounding of assignment scores
+TRAIN_VAL = "train_val"  # published part that has yet to be divided into train and val
 
 
 def label_indicators(labels: pd.DataFrame, classes: int, multi_label: bool) -> NDArray[np.bool_]:
-    """Which label is present in which image, (images, labels); of findings a last column says that none is.
+    """Binary label indicator matrix, (images, labels); for multi-label data a last column marks "no finding".
 
     Args:
-        labels: the label columns of a manifest.
-        classes: how many classes or findings.
-        multi_label: whether they are findings, one column each.
+        labels: label columns of a manifest.
+        classes: number of classes or findings.
+        multi_label: whether there is one column per finding.
     """
     values = labels.to_numpy(dtype=np.int64, na_value=-1)
     if not multi_label:
         return np.asarray(values == np.arange(classes))
-    found = values == 1
-    return np.concatenate([found, ~found.any(axis=1, keepdims=True)], axis=1)
+    findings = values == 1
+    return np.concatenate([findings, ~findings.any(axis=1, keepdims=True)], axis=1)
 
 
 def connected_clusters(images: int, groups: pd.Series, pairs: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Images that have to stay together, by number of cluster, (images,).
+    """Connected components of images that fraction a group or are duplicates: cluster number of each image, (images,).
 
     Args:
-        images: how many.
-        groups: name of each image's group; null where it is not known.
-        pairs: positions of images that show the same, (pairs, 2).
+        images: number of images.
+        groups: group name of each image; null if unknown.
+        pairs: positions of duplicate images, (pairs, 2).
     """
     codes, _ = pd.factorize(groups)
     order = np.flatnonzero(codes >= 0)
@@ -59,141 +60,149 @@ def connected_clusters(images: int, groups: pd.Series, pairs: NDArray[np.int64])
 
 
 def assign(
-    present: NDArray[np.bool_], cluster: NDArray[np.int64], shares: Mapping[str, float], seed: int
+    present: NDArray[np.bool_], cluster: NDArray[np.int64], fractions: Mapping[str, float], seed: int
 ) -> NDArray[np.object_]:
-    """Deals images out to splits, clusters whole, (images,).
+    """Assign images to splits, keeping clusters whole: split name of each image, (images,).
 
     Args:
-        present: of `presence`.
-        cluster: number of each image's cluster.
-        shares: of each split, above 0; they are taken in proportion.
-        seed: of the order in which equal clusters are dealt.
+        present: result of `label_indicators`.
+        cluster: cluster number of each image.
+        fractions: positive fraction of each split by name; normalized to sum to 1.
+        seed: random seed for the order of equal clusters.
     """
-    kinds = _with_count_column(present)
-    share = np.array(list(shares.values()), float)
-    dealt = _assign_clusters(kinds, cluster, share[:, None] / share.sum() * kinds.sum(axis=0), seed)
-    return np.asarray(np.array(list(shares), dtype=object)[dealt])
+    indicators = _with_count_column(present)
+    fraction = np.array(list(fractions.values()), float)
+    assignment = _assign_clusters(
+        indicators, cluster, fraction[:, None] / fraction.sum() * indicators.sum(axis=0), seed
+    )
+    return np.asarray(np.array(list(fractions), dtype=object)[assignment])
 
 
 def _with_count_column(present: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    """With a last column that says that it is an image."""
+    """Append a column of ones, so that the number of images is balanced like a label."""
     return np.concatenate([present, np.ones((len(present), 1), bool)], axis=1)
 
 
 def _assign_clusters(
-    kinds: NDArray[np.bool_], cluster: NDArray[np.int64], lacking: NDArray[np.float64], seed: int
+    indicators: NDArray[np.bool_], cluster: NDArray[np.int64], lacking: NDArray[np.float64], seed: int
 ) -> NDArray[np.int64]:
-    """Number of the split of each image, (images,): of `lacking`, how many images of each kind each split wants."""
+    """Split number of each image, (images,); `lacking` is the desired number of images per label, (splits, labels)."""
     _, cluster = np.unique(cluster, return_inverse=True)
-    counts = np.zeros((cluster.max(initial=-1) + 1, kinds.shape[1]))  # of each kind in each cluster
-    np.add.at(counts, cluster, kinds)
+    counts = np.zeros((cluster.max(initial=-1) + 1, indicators.shape[1]))  # images per label in each cluster
+    np.add.at(counts, cluster, indicators)
     totals = np.maximum(counts.sum(axis=0), 1)
     lacking = lacking.copy()
     shuffled = np.random.default_rng(seed).permutation(len(counts))
-    heaviest = (counts / totals).max(axis=1)[shuffled]
-    order = shuffled[np.argsort(-heaviest, kind="stable")]
-    of_cluster = np.full(len(counts), -1)
-    for _ in range(MAX_PASSES):  # in the second and later ones clusters change places
-        before = of_cluster.copy()
-        for one in order:
-            if of_cluster[one] >= 0:
-                lacking[of_cluster[one]] += counts[one]
-            # The split by which the sum of (lacking / total)^2 falls most. Rounded, since the last bits of a sum are
-            # the processor's, and equal splits must be told apart in the same way on every machine.
-            of_cluster[one] = np.argmax(np.round(lacking @ (counts[one] / totals**2), SCORE_DIGITS))
-            lacking[of_cluster[one]] -= counts[one]
-        if (of_cluster == before).all():
+    max_share = (counts / totals).max(axis=1)[shuffled]
+    order = shuffled[np.argsort(-max_share, kind="stable")]
+    split_of = np.full(len(counts), -1)
+    for _ in range(MAX_PASSES):  # passes after the first one reassign clusters
+        before = split_of.copy()
+        for group in order:
+            if split_of[group] >= 0:
+                lacking[split_of[group]] += counts[group]
+            # The split that reduces the sum of (lacking / total)^2 most. Rounded, because the last bits of a sum depend
+            # on the CPU, and ties must be broken in the same way on every machine.
+            split_of[group] = np.argmax(np.round(lacking @ (counts[group] / totals**2), SCORE_DIGITS))
+            lacking[split_of[group]] -= counts[group]
+        if (split_of == before).all():
             break
-    return np.asarray(of_cluster[cluster])
+    return np.asarray(split_of[cluster])
 
 
 def complete(
-    rows: pd.DataFrame, present: NDArray[np.bool_], cluster: NDArray[np.int64], shares: Sequence[float], seed: int
+    rows: pd.DataFrame, present: NDArray[np.bool_], cluster: NDArray[np.int64], fractions: Sequence[float], seed: int
 ) -> NDArray[np.object_]:
-    """The split of each image, where its authors leave one to make.
+    """Complete a partial split: assign images that have no split or only `TRAIN_VAL`.
 
     Args:
-        rows: with `split`: train, val, test, `TRAIN_VAL`, or null where there is none.
-        present: of `presence`.
-        cluster: of `clusters`.
-        shares: of train, val and test.
-        seed: of the split.
+        rows: manifest rows whose `split` is train, val, test, `TRAIN_VAL`, or null.
+        present: result of `label_indicators`.
+        cluster: result of `connected_clusters`.
+        fractions: fractions of train, val and test.
+        seed: random seed of the split.
+
+    Returns:
+        Split name of each image, (images,).
     """
     split: NDArray[np.object_] = np.array(rows["split"].where(rows["split"].notna(), None), dtype=object)
-    given = pd.Series(split, dtype=object).groupby(cluster).transform("first")  # what is known of a cluster's images
+    # an image without a split follows its cluster
+    given = pd.Series(split, dtype=object).groupby(cluster).transform("first")
     split = np.array(given.where(pd.isna(split), split), dtype=object)
-    by_name = dict(zip(SPLITS, shares, strict=True))
-    for which, names in ((pd.isna(split), SPLITS), (split == TRAIN_VAL, SPLITS[:2])):
-        if which.any():
-            split[which] = assign(present[which], cluster[which], {name: by_name[name] for name in names}, seed)
+    by_name = dict(zip(SPLITS, fractions, strict=True))
+    for mask, names in ((pd.isna(split), SPLITS), (split == TRAIN_VAL, SPLITS[:2])):
+        if mask.any():
+            split[mask] = assign(present[mask], cluster[mask], {name: by_name[name] for name in names}, seed)
     return split
 
 
 def repair(split: NDArray[np.object_], present: NDArray[np.bool_], cluster: NDArray[np.int64]) -> NDArray[np.object_]:
-    """The split with each cluster whole: those that are stay, the others are dealt anew.
+    """Repair leakage: reassign the clusters that are spread over several splits, and keep all others.
 
-    They go where the counts of labels of the split as it was are lacking, so that classes keep their balance.
+    Reassigned clusters restore the label counts of the original split, so that classes stay balanced.
 
     Args:
-        split: train, val or test of each image.
-        present: of `presence`.
-        cluster: of `clusters`.
+        split: train, val or test for each image.
+        present: result of `label_indicators`.
+        cluster: result of `connected_clusters`.
     """
-    places = pd.Categorical(split, categories=list(SPLITS)).codes.astype(np.int64)
-    first = pd.Series(places).groupby(cluster)
-    torn = (first.transform("min") != first.transform("max")).to_numpy()
-    if not torn.any():
+    numbers = pd.Categorical(split, categories=list(SPLITS)).codes.astype(np.int64)
+    by_cluster = pd.Series(numbers).groupby(cluster)
+    is_spread = (by_cluster.transform("min") != by_cluster.transform("max")).to_numpy()
+    if not is_spread.any():
         return split.copy()
-    kinds = _with_count_column(present)
-    lacking = np.stack([kinds[torn & (places == place)].sum(axis=0) for place in range(len(SPLITS))]).astype(float)
-    places[torn] = _assign_clusters(kinds[torn], cluster[torn], lacking, seed=0)
-    return np.asarray(np.array(SPLITS, dtype=object)[places])
+    indicators = _with_count_column(present)
+    lacking = np.stack(
+        [indicators[is_spread & (numbers == number)].sum(axis=0) for number in range(len(SPLITS))]
+    ).astype(float)
+    numbers[is_spread] = _assign_clusters(indicators[is_spread], cluster[is_spread], lacking, seed=0)
+    return np.asarray(np.array(SPLITS, dtype=object)[numbers])
 
 
 def cache_key(
-    rows: pd.DataFrame, present: NDArray[np.bool_], cluster: NDArray[np.int64], shares: Sequence[float], seed: int
+    rows: pd.DataFrame, present: NDArray[np.bool_], cluster: NDArray[np.int64], fractions: Sequence[float], seed: int
 ) -> str:
-    """Names a made split: the same images, labels, groups, shares and seed have the same."""
-    told = rows[["id", "split"]].assign(cluster=cluster).to_csv(index=False) + repr((list(shares), seed))
-    return hashlib.sha256(told.encode() + np.packbits(present).tobytes()).hexdigest()[:12]
+    """Cache key of a new split: a hash of image ids, given splits, labels, clusters, fractions and seed."""
+    content = rows[["id", "split"]].assign(cluster=cluster).to_csv(index=False) + repr((list(fractions), seed))
+    return hashlib.sha256(content.encode() + np.packbits(present).tobytes()).hexdigest()[:12]
 
 
 def content_digest(ids: pd.Series, split: NDArray[np.object_]) -> str:
-    """Names a split by what it is."""
-    told = pd.DataFrame({"id": ids.to_numpy(), "split": split}).to_csv(index=False)
-    return hashlib.sha256(told.encode()).hexdigest()[:8]
+    """Hash of the assignments of a split."""
+    content = pd.DataFrame({"id": ids.to_numpy(), "split": split}).to_csv(index=False)
+    return hashlib.sha256(content.encode()).hexdigest()[:8]
 
 
 def write_split_file(path: Path, ids: pd.Series, split: NDArray[np.object_]) -> None:
-    """Writes a split down: a CSV of `id` and `split`."""
+    """Write a split as a CSV with the columns `id` and `split`."""
     with atomic_write(path) as temporary:
         pd.DataFrame({"id": ids.to_numpy(), "split": split}).to_csv(temporary, index=False)
 
 
 def read_split_file(path: Path, ids: pd.Series) -> NDArray[np.object_]:
-    """Reads a split that was written down, in the order of `ids`.
+    """Read a split CSV, in the order of `ids`.
 
     Raises:
-        UserError: it is no such table, or it does not give one of train, val and test for each image.
+        UserError: the file is not such a table, or does not assign every image to train, val or test.
     """
     try:
         table = pd.read_csv(path, dtype=str, keep_default_na=False)
     except (OSError, UnicodeDecodeError, pd.errors.ParserError, pd.errors.EmptyDataError) as error:
         raise UserError(
-            f"{path}: cannot be read as a split ({error}); it is a CSV with the columns id, split"
+            f"{path}: cannot be read as a split ({error}); a CSV with the columns id and split is expected"
         ) from error
     if not {"id", "split"} <= set(table.columns):
-        raise UserError(f"{path}: has the columns {', '.join(table.columns)}; a split has id and split")
-    wrong = table[~table["split"].isin(SPLITS)]
-    if len(wrong):
+        raise UserError(f"{path}: has the columns {', '.join(table.columns)}; expected: id and split")
+    invalid = table[~table["split"].isin(SPLITS)]
+    if len(invalid):
         raise UserError(
-            f"{path}: line {wrong.index[0] + 2} has split {wrong['split'].iloc[0]!r}; it is train, val or test"
+            f"{path}: line {invalid.index[0] + 2} has split {invalid['split'].iloc[0]!r}; expected: train, val or test"
         )
-    twice = table[table["id"].duplicated()]
-    if len(twice):
-        raise UserError(f"{path}: names {twice['id'].iloc[0]} twice")
-    found = table.set_index("id")["split"].reindex(ids.to_numpy())
-    if found.isna().any():
-        first = found.index[found.isna()][0]
-        raise UserError(f"{path}: {int(found.isna().sum()):,} images have no split in it, such as {first}")
-    return found.to_numpy(dtype=object)
+    duplicates = table[table["id"].duplicated()]
+    if len(duplicates):
+        raise UserError(f"{path}: duplicate id {duplicates['id'].iloc[0]}")
+    split = table.set_index("id")["split"].reindex(ids.to_numpy())
+    if split.isna().any():
+        first = split.index[split.isna()][0]
+        raise UserError(f"{path}: {int(split.isna().sum()):,} images have no split in it, such as {first}")
+    return split.to_numpy(dtype=object)

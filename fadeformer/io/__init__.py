@@ -1,1 +1,1 @@
-"""io."""
+"""Input and output: atomic writes, JSON Lines, chunked tables and number formatting."""

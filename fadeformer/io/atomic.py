@@ -1,4 +1,4 @@
-"""Files and folders that appear whole or not at all, and their checksums."""
+"""Atomic writes of files and folders, JSON, checksums and disk space checks."""
 
 from __future__ import annotations
 
@@ -17,16 +17,12 @@ from tqdm import tqdm
 
 from fadeformer.errors import UserError
 
-DISK_FULL_ERRNOS = (
-    errno.ENOSPC,
-    errno.EDQUOT,
-    errno.EFBIG,
-)  # the disk, the user's share of it, or the largest file allowed
+DISK_FULL_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # disk full, quota or file size limit exceeded
 
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
-    """Gives a temporary name beside `path`, which takes its place when the block ends well."""
+    """Context manager that yields a temporary path and renames it to `path` on success; deletes it on error."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=path.suffix)
     os.close(handle)
@@ -35,7 +31,7 @@ def atomic_write(path: Path) -> Iterator[Path]:
         yield temporary
         temporary.chmod(0o644)
         with temporary.open("rb") as file:
-            os.fsync(file.fileno())  # else a power cut could leave the name without the bytes
+            os.fsync(file.fileno())  # otherwise a power failure could leave an empty file after the rename
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -43,7 +39,7 @@ def atomic_write(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
-    """Gives a temporary folder beside `path`, which takes its place when the block ends well."""
+    """Context manager that yields a temporary folder and replaces `path` with it on success; deletes it on error."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
     try:
@@ -57,7 +53,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 
 
 def link_or_copy(source: Path, target: Path) -> None:
-    """Makes one file of this project appear under a second name, without a second copy where the disk can do that."""
+    """Hard-link `source` to `target`, or copy it if the file system does not support hard links."""
     target.unlink(missing_ok=True)
     try:
         os.link(source, target)
@@ -66,41 +62,41 @@ def link_or_copy(source: Path, target: Path) -> None:
 
 
 def check_free_space(folder: Path, needed: int, purpose: str) -> None:
-    """Makes sure that a disk has room before anything is written.
+    """Check free disk space before writing.
 
     Args:
-        folder: on that disk.
-        needed: bytes.
-        purpose: what they are for, for the message.
+        folder: any folder on the disk.
+        needed: required bytes.
+        purpose: what will be written, for the error message.
 
     Raises:
-        UserError: there is too little.
+        UserError: not enough space is free.
     """
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise UserError(
-            f"{folder}: too little room for {purpose}: it needs {format_bytes(needed)} more, and {format_bytes(free)} are free;"
-            " free some space, then run again"
+            f"{folder}: not enough disk space for {purpose}: {format_bytes(needed)} are needed, but only"
+            f" {format_bytes(free)} are free; free some space, then run again"
         )
 
 
 def format_bytes(count: int) -> str:
-    """A number of bytes for people."""
+    """Format a number of bytes with an SI prefix, such as `1.50GB`."""
     return f"{tqdm.format_sizeof(count)}B"
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes JSON whole, the same bytes for the same value; raises ValueError for a NaN."""
+    """Write JSON atomically and deterministically; raises ValueError for NaN."""
     with atomic_write(path) as temporary:
         temporary.write_text(json.dumps(value, indent=2, allow_nan=False, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def read_json(path: Path) -> Any:
-    """Reads what `write_json` wrote."""
+    """Read a JSON file."""
     return json.loads(path.read_text(encoding="utf-8"))
 
 
 def checksum(path: Path, algorithm: str) -> str:
-    """Hexadecimal digest of a file, by a name that hashlib knows."""
+    """Hexadecimal digest of a file; `algorithm` is a name known to hashlib."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, algorithm).hexdigest()

@@ -1,7 +1,7 @@
-"""A long table that is written piece by piece, so that what was made before a kill is not made again.
+"""Large tables written in chunks, so that an interrupted command can resume.
 
-The pieces lie in a hidden folder beside the table (`.NAME.parts`), each of them whole, with a key: what decides the
-table. When all are there the table is made of them, whole, and they are removed.
+The chunks are Parquet files in a hidden folder next to the table (`.NAME.parts`), with a key: a fingerprint of the
+inputs and settings. When all chunks are there, they are joined into the table atomically and removed.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ TABLE_SUFFIXES = (".csv", ".parquet")
 
 
 class ChunkedTable:
-    """Pieces of one table.
+    """Chunks of one table; iterating yields them in order as DataFrames.
 
     Args:
-        table: where it will stand, .csv or .parquet.
-        key: of all that decides its content; pieces with another key are removed.
+        table: path of the finished table, .csv or .parquet.
+        key: fingerprint of everything that determines the table; chunks with another key are deleted.
 
     Attributes:
-        stale: whether there were some.
-        done: pieces that are there, from the first on.
+        had_stale_chunks: whether chunks with another key were deleted.
+        num_chunks: number of consecutive chunks on disk.
 
     Raises:
-        UserError: the table's ending is another one, or its folder is not there.
+        UserError: the table has another suffix, or its folder does not exist.
     """
 
     def __init__(self, table: Path, key: str) -> None:
@@ -51,17 +51,17 @@ class ChunkedTable:
             self.num_chunks += 1
 
     def add_chunk(self, rows: pd.DataFrame) -> None:
-        """Keeps the next piece."""
+        """Write the next chunk."""
         with atomic_write(self._chunk_path(self.num_chunks)) as temporary:
             rows.to_parquet(temporary, index=False)
         self.num_chunks += 1
 
     def __iter__(self) -> Iterator[pd.DataFrame]:
-        """Each piece in turn."""
+        """Yield each chunk in order."""
         return (pd.read_parquet(self._chunk_path(number)) for number in range(self.num_chunks))
 
     def finish(self) -> None:
-        """Makes the table of the pieces, one in memory at a time, and removes them."""
+        """Join the chunks into the table, one in memory at a time, and delete them."""
         with atomic_write(self.table) as temporary:
             if self.table.suffix.lower() == ".csv":
                 for number, rows in enumerate(self):
@@ -79,15 +79,15 @@ class ChunkedTable:
     def _stored_key(self) -> str | None:
         try:
             return str(read_json(self.folder / KEY_FILE))
-        except (OSError, ValueError):  # killed before it was written
+        except (OSError, ValueError):  # the process was killed before the key was written
             return None
 
 
 def check_table_path(table: Path) -> None:
-    """Raises UserError for a table whose ending is none of ours, or whose folder is not there."""
+    """Raise UserError if the table has an unsupported suffix, is a folder, or its folder does not exist."""
     if table.suffix.lower() not in TABLE_SUFFIXES:
         raise UserError(f"{table}: must end in {' or '.join(TABLE_SUFFIXES)}")
     if not table.parent.is_dir():
-        raise UserError(f"{table.parent}: no such folder; make it, or write the table elsewhere")
+        raise UserError(f"{table.parent}: no such folder; create it, or write the table elsewhere")
     if table.is_dir():
-        raise UserError(f"{table}: is a folder; name a file in it")
+        raise UserError(f"{table}: is a folder; give the path of a file")

@@ -1,4 +1,4 @@
-"""Numbers as people read them."""
+"""Formatting of numbers in reports."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 
 
 def format_with_interval(value: float | None, interval: tuple[float, float] | None) -> str:
-    """A number with its interval, to the digits that its width allows: 0.97 (0.95 to 0.98)."""
+    """Format a value with its confidence interval, rounded according to its width: 0.97 (0.95 to 0.98)."""
     if value is None:
         return "undefined"
     if interval is None:

@@ -1,4 +1,4 @@
-"""Files that only ever grow, a JSON record a line, of which a kill or a full disk leaves whole lines only."""
+"""Append-only JSON Lines files that tolerate a killed writer or a full disk."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from fadeformer.errors import UserError
 
 
 def read_records(path: Path, remedy: str, *, truncate_partial: bool = False) -> list[dict[str, Any]]:
-    """The records of a file, none where there is no file; the half line of a writer that was killed is left out.
+    """Read all records, skipping an incomplete last line; an absent file has no records.
 
     Args:
-        path: the file.
-        remedy: what to do where it is damaged.
-        truncate_partial: cut off the half line; for who is about to write, and alone.
+        path: JSON Lines file.
+        remedy: what to do if the file is damaged, for the error message.
+        truncate_partial: remove the incomplete last line from the file; only for a writer with exclusive access.
 
     Raises:
-        UserError: a line is damaged.
+        UserError: a complete line is not valid JSON.
     """
     if not path.is_file():
         return []
@@ -37,7 +37,7 @@ def read_records(path: Path, remedy: str, *, truncate_partial: bool = False) -> 
 
 
 def append_record(path: Path, record: Mapping[str, Any]) -> None:
-    """Appends a record, whole or not at all; raises OSError when the disk is full."""
+    """Append a record atomically (a partial write is truncated); raises OSError if the disk is full."""
     line = (json.dumps(record, ensure_ascii=False) + "\n").encode()
     with path.open("ab", buffering=0) as file:
         size = file.tell()

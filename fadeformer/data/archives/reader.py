@@ -1,11 +1,11 @@
-"""Archives of images (zip, tar, tar.gz) and plain folders, read without ever being unpacked.
+"""Read image archives (zip, tar, tar.gz) and plain folders without extracting them.
 
-Nothing is written, so no member can leave its folder; still, an archive that tries to (or that lies about a size, or
-holds a link, or blows up when it is inflated) is refused as a whole, by the member's name. The kind is told by the
-content, never by the extension. One member is in memory at a time.
+Nothing is written to disk, so path traversal is impossible. An archive with an unsafe member (a path that leaves the
+archive, a link, a wrong size, a decompression bomb) is still rejected, with the name of the member. The format is
+detected by the content, not by the file extension. One member is in memory at a time.
 
-Names come in one form: parts joined by "/", without "." and doubled slashes. What an operating system left behind
-(`__MACOSX/`, `Thumbs.db`, whatever begins with a dot) is passed over.
+Member names are normalized: parts joined by "/", without "." and repeated slashes. System files (`__MACOSX/`,
+`Thumbs.db`, names that start with a dot) are skipped.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from typing import NamedTuple
 from fadeformer.data.archives import tar_stream, zip_checks
 from fadeformer.errors import UserError
 
-MAX_MEMBER_BYTES = 512 * 2**20  # bytes of one member
-MAX_COMPRESSION_RATIO = 1000  # a bomb's; what deflate can do at most is 1,032, what an image needs is below 100
+MAX_MEMBER_BYTES = 512 * 2**20  # bytes; maximum size of one member
+MAX_COMPRESSION_RATIO = 1000  # above this it is a decompression bomb; deflate can reach 1,032, images stay below 100
 READ_ERRORS = (
     OSError,
     EOFError,
@@ -50,11 +50,11 @@ UNSUPPORTED_FORMATS = {
 
 
 class ArchiveMember(NamedTuple):
-    """A regular file in an archive.
+    """Regular file in an archive.
 
     Attributes:
-        name: its path in the archive.
-        size: bytes, inflated.
+        name: normalized path in the archive.
+        size: uncompressed size, bytes.
     """
 
     name: str
@@ -65,46 +65,46 @@ MemberIterator = Iterator[tuple[ArchiveMember, Callable[[], bytes]]]
 
 
 def list_members(path: Path) -> list[ArchiveMember]:
-    """Every regular file of an archive, in its order; a folder's sorted by name.
+    """List the regular files of an archive in stored order, or of a folder sorted by name.
 
-    A tar.gz has no directory: all of it is inflated to find the names.
+    A tar.gz has no directory and is decompressed completely.
 
     Args:
-        path: the archive or folder.
+        path: archive or folder.
 
     Raises:
-        UserError: it is damaged, or refused for one of its members.
+        UserError: the archive is corrupt, or rejected because of one of its members.
     """
     return [member for member, _ in _iter_checked(path)]
 
 
-def iter_members(path: Path, wanted: Callable[[str], bool] = lambda name: True) -> Iterator[tuple[str, bytes]]:
-    """Streams name and content of the wanted files, in the archive's order; a folder's sorted by name.
+def iter_members(path: Path, include: Callable[[str], bool] = lambda name: True) -> Iterator[tuple[str, bytes]]:
+    """Stream name and content of selected files in stored order, or of a folder sorted by name.
 
-    A zip is judged before its first member is given out; a tar only as it is read, so that what came out of one that
-    ends in an error must not be kept.
+    A zip is checked before its first member is yielded, a tar only while it is read: discard the members of a tar that
+    ends in an error.
 
     Args:
-        path: the archive or folder.
-        wanted: says of a name whether to read the file; the `__contains__` of a set will do.
+        path: archive or folder.
+        include: predicate on the name, such as the `__contains__` method of a set.
 
     Raises:
-        UserError: it is damaged, or refused for one of its members.
+        UserError: the archive is corrupt, or rejected because of one of its members.
     """
     for member, content in _iter_checked(path):
-        if wanted(member.name):
+        if include(member.name):
             yield member.name, _read_content(path, member, content)
 
 
 def read_member(path: Path, name: str) -> bytes:
-    """One file of a zip or a folder, in any order and from any thread.
+    """Read one file of a zip or folder; random access, thread-safe.
 
     Args:
-        path: the zip or folder.
-        name: as `listing` gives it.
+        path: zip or folder.
+        name: name as returned by `list_members`.
 
     Raises:
-        UserError: there is no such file, it is refused or damaged, or the archive is a tar.
+        UserError: the file is missing, rejected or corrupt, or the archive is a tar.
     """
     with _translate_errors(path):
         if path.is_dir():
@@ -119,12 +119,12 @@ def read_member(path: Path, name: str) -> bytes:
                 partial(zip_checks.inflate_member, archive, files[name]),
             )
         else:
-            raise UserError(f"{path}: a tar is read from front to back only; unpack it, and name the folder instead")
+            raise UserError(f"{path}: a tar has no random access; extract it and give the folder instead")
     return _read_content(path, member, content)
 
 
 def find_name_collisions(names: Iterable[str]) -> list[tuple[str, ...]]:
-    """Names that are one file where case, or how an accent is composed, makes no difference (Windows, macOS)."""
+    """Groups of names that are the same file on Windows or macOS (case-insensitive, Unicode-normalizing)."""
     same = defaultdict(set)
     for name in names:
         same[unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())].add(name)
@@ -132,12 +132,12 @@ def find_name_collisions(names: Iterable[str]) -> list[tuple[str, ...]]:
 
 
 def _iter_checked(path: Path) -> MemberIterator:
-    """Each file with a function that gives its content, to be called before the next is asked for."""
+    """Yield each file with a function that reads its content, to be called before the iterator advances."""
     seen: set[str] = set()
     with _translate_errors(path):
         for member, content in _format_reader(path)(path):
             if member.name in seen:
-                raise _rejection(path, member.name, "stands in it twice")
+                raise _rejection(path, member.name, "occurs twice")
             seen.add(member.name)
             if not _is_system_file(member.name):
                 yield member, content
@@ -146,8 +146,8 @@ def _iter_checked(path: Path) -> MemberIterator:
 def _format_reader(path: Path) -> Callable[[Path], MemberIterator]:
     if path.is_dir():
         return _iter_folder
-    if path.exists() and not path.is_file():  # a pipe would never end
-        raise UserError(f"{path}: is no file and no folder; a zip, a tar, a tar.gz or a folder is read")
+    if path.exists() and not path.is_file():  # reading a pipe would block
+        raise UserError(f"{path}: is neither a file nor a folder; supported are zip, tar, tar.gz and folders")
     with path.open("rb") as file:
         start = file.read(tar_stream.BLOCK_BYTES)
     if not start:
@@ -157,22 +157,23 @@ def _format_reader(path: Path) -> Callable[[Path], MemberIterator]:
     if start.startswith(tar_stream.GZIP_MAGIC) or tar_stream.is_tar_header(start):
         return _iter_tar
     kind = next(
-        (f"is a {kind} file" for magic, kind in UNSUPPORTED_FORMATS.items() if start.startswith(magic)), "is no archive"
+        (f"is a {kind} file" for magic, kind in UNSUPPORTED_FORMATS.items() if start.startswith(magic)),
+        "is not an archive",
     )
-    raise UserError(f"{path}: {kind}; a zip, a tar, a tar.gz or a folder is read")
+    raise UserError(f"{path}: {kind}; supported are zip, tar, tar.gz and folders")
 
 
 def _iter_folder(path: Path) -> MemberIterator:
     root = path.resolve()
 
     def stop(error: OSError) -> None:
-        raise error  # os.walk would pass over a folder that it may not read
+        raise error  # os.walk would silently skip an unreadable folder
 
     for folder, folders, files in os.walk(root, onerror=stop):
         folders.sort()
         for name in folders:
             if (Path(folder) / name).is_symlink():
-                raise _rejection(path, str(Path(folder, name).relative_to(root)), "is a link to a folder")
+                raise _rejection(path, str(Path(folder, name).relative_to(root)), "is a symbolic link to a folder")
         for name in sorted(files):
             yield _folder_member(path, root, Path(folder) / name)
 
@@ -181,11 +182,11 @@ def _folder_member(path: Path, root: Path, file: Path) -> tuple[ArchiveMember, C
     name = _checked_name(path, file.relative_to(root).as_posix())
     try:
         target = file.resolve(strict=True)
-    except (OSError, RuntimeError) as error:  # RuntimeError: a loop of links
-        problem = "is a link that leads nowhere" if file.is_symlink() else "is not there"
+    except (OSError, RuntimeError) as error:  # RuntimeError: cyclic links
+        problem = "is a broken symbolic link" if file.is_symlink() else "does not exist"
         raise _rejection(path, name, problem) from error
     if not target.is_relative_to(root):
-        raise _rejection(path, name, "is a symbolic link that leaves the folder")
+        raise _rejection(path, name, "is a symbolic link to a target outside the folder")
     status = target.stat()
     if not stat.S_ISREG(status.st_mode):
         raise _rejection(path, name, zip_checks.NON_REGULAR_TYPES.get(stat.S_IFMT(status.st_mode), "is a folder"))
@@ -211,24 +212,24 @@ def _zip_directory(path: Path) -> tuple[zipfile.ZipFile, dict[str, zipfile.ZipIn
     return _cached_zip_directory(path, status.st_size, status.st_mtime_ns)
 
 
-@lru_cache(maxsize=4)  # random access would read the directory anew for every image
+@lru_cache(maxsize=4)  # random access would otherwise parse the directory for every image
 def _cached_zip_directory(path: Path, size: int, changed: int) -> tuple[zipfile.ZipFile, dict[str, zipfile.ZipInfo]]:
-    """An opened zip and its files in its order, with every claim checked that needs no inflating."""
+    """Open a zip and return it with its files in stored order, after all checks that need no decompression."""
     archive = zip_checks.open_zip(path)
     files: dict[str, zipfile.ZipInfo] = {}
     for info in sorted(archive.infolist(), key=lambda info: info.header_offset):
-        raw = info.orig_filename  # zipfile cuts `filename` at a NUL
+        raw = info.orig_filename  # zipfile truncates `filename` at a NUL
         name = _checked_name(path, raw, is_folder=raw.endswith("/"))
         if problem := zip_checks.member_problem(info, MAX_COMPRESSION_RATIO):
             raise _rejection(path, name, problem)
         if raw.endswith("/"):
             continue
         if name in files:
-            raise _rejection(path, name, "stands in it twice")
+            raise _rejection(path, name, "occurs twice")
         files[name] = info
     total = sum(info.file_size for info in files.values())
-    if total > MAX_COMPRESSION_RATIO * size:  # members that share their bytes: each is harmless alone
-        raise UserError(f"{path}: {size:,} bytes would grow to {total:,}, as a zip bomb does; it is refused")
+    if total > MAX_COMPRESSION_RATIO * size:  # overlapping members, each of which passes the check alone
+        raise UserError(f"{path}: {size:,} bytes would decompress to {total:,}, like a zip bomb")
     return archive, files
 
 
@@ -243,18 +244,18 @@ def _iter_tar(path: Path) -> MemberIterator:
 
 
 def _checked_name(path: Path, raw: str, *, is_folder: bool = False) -> str:
-    """The name in its one form; raises UserError for one that could name a file elsewhere, or none."""
+    """Normalize a member name; raises UserError if it is unsafe or names no file."""
     name = str(PurePosixPath(raw))
     if "\\" in raw:
         raise _rejection(path, raw, "has a backslash in its name")
     if raw.startswith("/") or re.match(r"[A-Za-z]:", raw):
-        raise _rejection(path, raw, "has an absolute name")
+        raise _rejection(path, raw, "has an absolute path")
     if ".." in PurePosixPath(raw).parts:
-        raise _rejection(path, raw, "leaves its folder by ..")
+        raise _rejection(path, raw, "has .. in its path")
     if any(unicodedata.category(letter) in ("Cc", "Cs") for letter in raw):
-        raise _rejection(path, raw, "has a name that cannot be decoded, or a control character in it")
+        raise _rejection(path, raw, "has an undecodable name or a control character in it")
     if not is_folder and (name == "." or raw.endswith("/")):
-        raise _rejection(path, raw, "has no name of a file")
+        raise _rejection(path, raw, "has no file name")
     return name
 
 
@@ -265,33 +266,33 @@ def _is_system_file(name: str) -> bool:
 
 def _read_content(path: Path, member: ArchiveMember, content: Callable[[], bytes]) -> bytes:
     if member.size > MAX_MEMBER_BYTES:
-        raise _rejection(path, member.name, f"has {member.size:,} bytes; an image may have {MAX_MEMBER_BYTES:,}")
+        raise _rejection(path, member.name, f"has {member.size:,} bytes, more than the limit of {MAX_MEMBER_BYTES:,}")
     with _translate_errors(path):
         return content()
 
 
 def _rejection(path: Path, name: str, problem: str) -> UserError:
-    return UserError(f"{path}: {name!r} {problem}; all of it is refused: take that out, or pack it anew")
+    return UserError(f"{path}: {name!r} {problem}; remove it or repack the archive")
 
 
 @contextmanager
 def _translate_errors(path: Path) -> Iterator[None]:
-    """Says of whatever a damaged file makes zipfile, tarfile and zlib raise which file it is and what to do."""
+    """Convert exceptions of zipfile, tarfile, zlib and the file system to UserError with the path and a hint."""
     try:
         yield
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such file or folder") from error
     except tar_stream.DecompressionBombError as error:
         raise UserError(
-            f"{path}: grows more than {MAX_COMPRESSION_RATIO:,}:1, as a bomb does; it is refused"
+            f"{path}: has a compression ratio above {MAX_COMPRESSION_RATIO:,}:1, like a decompression bomb"
         ) from error
     except UnicodeDecodeError as error:
         raise UserError(
-            f"{path}: holds a name that cannot be decoded; pack the archive anew with UTF-8 names"
+            f"{path}: contains a name that cannot be decoded; repack the archive with UTF-8 names"
         ) from error
     except PermissionError as error:
         raise UserError(
             f"{error.filename or path}: cannot be read ({error.strerror}); change its permissions"
         ) from error
     except READ_ERRORS as error:
-        raise UserError(f"{path}: truncated or damaged ({error}); fetch the file again") from error
+        raise UserError(f"{path}: truncated or corrupt ({error}); fetch the file again") from error

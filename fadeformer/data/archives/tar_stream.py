@@ -1,8 +1,8 @@
-"""Tar files, plain or gzipped, as a stream from front to back.
+"""Stream tar and tar.gz files sequentially with strict error checks.
 
-tarfile takes a header that is damaged, or a file that ends at a header, for the end of the archive, and so loses images
-without a word; and it reads an extended header of any size into memory. Here a tar ends with its end marker or is an
-error, and all that is held is one header or one member.
+tarfile treats a corrupt header, or a file truncated at a header, as the end of the archive and silently loses images;
+it also reads an extended header of any size into memory. Here a missing end marker is an error, and at most one header
+or one member is in memory.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from typing import BinaryIO, NamedTuple
 BLOCK_BYTES = tarfile.BLOCKSIZE
 GZIP_MAGIC = b"\x1f\x8b"
 CHUNK_BYTES = 2**16  # bytes
-RATIO_EXEMPT_BYTES = 2**20  # bytes that may come out before a ratio is looked at
-MAX_HEADER_BYTES = 2**20  # bytes of an extended header; the longest path that a system knows has 4,096
+RATIO_EXEMPT_BYTES = 2**20  # decompressed bytes below which the ratio is not checked
+MAX_HEADER_BYTES = 2**20  # of an extended header; the longest path on Linux (PATH_MAX) has 4,096
 REGULAR_TYPES = (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE)
 UNSUPPORTED_TYPES = {
     tarfile.SYMTYPE: "is a symbolic link",
@@ -30,18 +30,18 @@ UNSUPPORTED_TYPES = {
 
 
 class DecompressionBombError(Exception):
-    """Far more comes out of a gzip file than went in."""
+    """The compression ratio of a gzip file exceeds the limit."""
 
 
 class TarEntry(NamedTuple):
-    """One entry of a tar.
+    """Entry of a tar.
 
     Attributes:
-        name: as it stands there.
+        name: name as stored.
         size: bytes.
-        is_folder: whether it is a folder, and no file.
-        problem: why it is neither a regular file nor a folder; empty if it is.
-        content: gives its bytes; to be called, if at all, before the next entry is asked for.
+        is_folder: whether the entry is a folder.
+        problem: why the entry is neither a regular file nor a folder; empty if it is one.
+        read_content: reads the content; must be called before the iterator advances.
     """
 
     name: str
@@ -52,8 +52,8 @@ class TarEntry(NamedTuple):
 
 
 def is_tar_header(block: bytes) -> bool:
-    """Whether a tar could begin like this."""
-    if block == bytes(BLOCK_BYTES):  # of no files
+    """Whether a block is a valid first block of a tar."""
+    if block == bytes(BLOCK_BYTES):  # an empty tar
         return True
     try:
         tarfile.TarInfo.frombuf(block, "latin-1", "strict")
@@ -63,32 +63,32 @@ def is_tar_header(block: bytes) -> bool:
 
 
 def iter_entries(file: BinaryIO, ratio: int) -> Iterator[TarEntry]:
-    """Each entry in its order.
+    """Iterate over the entries in stored order.
 
     Args:
-        file: the tar or tar.gz, at its beginning.
-        ratio: how many times as many bytes may come out of a tar.gz as went in.
+        file: tar or tar.gz, positioned at its start.
+        ratio: maximum compression ratio of a tar.gz.
 
     Raises:
-        BombError: more came out.
-        EOFError: it is truncated or damaged.
-        ValueError: a header is.
-        OSError: the gzip stream is.
+        DecompressionBombError: the ratio is exceeded.
+        EOFError: the tar is truncated or corrupt.
+        ValueError: a header is corrupt.
+        OSError: the gzip stream is corrupt.
     """
     stream = _TarStream(file, ratio)
     for_all: dict[str, str] = {}
     for_next: dict[str, str] = {}
-    while any(block := stream.read_exactly(BLOCK_BYTES)):  # zeros are the end marker
+    while any(block := stream.read_exactly(BLOCK_BYTES)):  # a block of zeros is the end marker
         try:
             info = tarfile.TarInfo.frombuf(block, "utf-8", "strict")
         except tarfile.HeaderError as error:
-            raise EOFError(f"not a header of a file: {error}") from error
+            raise EOFError(f"invalid header: {error}") from error
         extended = info.type in (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE)
         long_name = info.type in (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK)
         fields = {} if extended or long_name else for_all | for_next
         size = int(fields.get("size", info.size))
         if size < 0 or ((extended or long_name) and size > MAX_HEADER_BYTES):
-            raise EOFError(f"a header of {size} bytes")
+            raise EOFError(f"invalid header size of {size} bytes")
         content, end = partial(stream.read_exactly, size), stream.position() + size
         if extended:
             (for_all if info.type == tarfile.XGLTYPE else for_next).update(_parse_pax_records(content()))
@@ -97,30 +97,30 @@ def iter_entries(file: BinaryIO, ratio: int) -> Iterator[TarEntry]:
         elif not long_name:
             kind = tarfile.GNUTYPE_SPARSE if any(key.startswith("GNU.sparse") for key in fields) else info.type
             known = kind in (*REGULAR_TYPES, tarfile.DIRTYPE)
-            problem = "" if known else UNSUPPORTED_TYPES.get(kind, f"is an entry of the unknown kind {kind!r}")
+            problem = "" if known else UNSUPPORTED_TYPES.get(kind, f"has the unknown entry type {kind!r}")
             for_next = {}
             yield TarEntry(fields.get("path", info.name), size, kind == tarfile.DIRTYPE, problem, content)
         stream.skip_to(end + -size % BLOCK_BYTES)
-    while rest := stream.read(CHUNK_BYTES):  # to the end of the gzip stream, whose checksum stands there
+    while rest := stream.read(CHUNK_BYTES):  # read to the end of the gzip stream to verify its checksum
         if rest.strip(b"\0"):
-            raise EOFError("more data stands behind its end")
+            raise EOFError("data after the end marker")
 
 
 def _parse_pax_records(data: bytes) -> dict[str, str]:
-    """The fields of an extended header, each "length key=value" and a newline."""
+    """Parse a pax extended header, newline-terminated records "length key=value"."""
     fields = {}
     while data:
         length, _, _ = data.partition(b" ")
         record, data = data[: int(length)], data[int(length) :]
         key, equals, value = record[len(length) + 1 : -1].partition(b"=")
         if not equals or record[-1:] != b"\n" or int(length) != len(record):
-            raise EOFError("not an extended header")
+            raise EOFError("invalid extended header")
         fields[key.decode("utf-8")] = value.decode("utf-8")
     return fields
 
 
 class _TarStream:
-    """The bytes of a tar, or of a tar.gz as it is inflated; stops when far more came out than went in."""
+    """Byte stream of a tar or a decompressed tar.gz that enforces a maximum compression ratio."""
 
     def __init__(self, file: BinaryIO, ratio: int) -> None:
         is_gzip = file.read(len(GZIP_MAGIC)) == GZIP_MAGIC
@@ -135,7 +135,7 @@ class _TarStream:
         try:
             data = self.inflated.read(size)
         except EOFError as error:
-            raise EOFError("it ends too early") from error
+            raise EOFError("unexpected end of file") from error
         if self.position() > max(RATIO_EXEMPT_BYTES, self.ratio * self.file.tell()):
             raise DecompressionBombError
         return data
@@ -143,7 +143,7 @@ class _TarStream:
     def read_exactly(self, size: int) -> bytes:
         data = self.read(size)
         if len(data) != size:
-            raise EOFError("it ends too early")
+            raise EOFError("unexpected end of file")
         return data
 
     def skip_to(self, place: int) -> None:

@@ -1,4 +1,4 @@
-"""What zipfile does not check of a zip: whether its directory is complete, and what an entry claims to be."""
+"""Zip checks that zipfile omits: completeness of the central directory, and type and size of each entry."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import struct
 import zipfile
 from pathlib import Path
 
-ENCRYPTED_FLAGS = 0x1 | 0x40 | 0x2000  # zip's flags: encrypted, strongly so, and its directory too
+ENCRYPTED_FLAGS = 0x1 | 0x40 | 0x2000  # zip flags: encryption, strong encryption, encrypted directory
 END_RECORD, END_RECORD_64 = b"PK\x05\x06", b"PK\x06\x06"
-MAX_END_BYTES = 2**16 + 22 + 76  # bytes of both end records, with a comment between them and the end of the file
+MAX_END_BYTES = 2**16 + 22 + 76  # both end records and the longest archive comment
 NON_REGULAR_TYPES = {
     stat.S_IFLNK: "is a symbolic link",
     stat.S_IFCHR: "is a device",
@@ -21,34 +21,34 @@ NON_REGULAR_TYPES = {
 
 
 def open_zip(path: Path) -> zipfile.ZipFile:
-    """Open a zip to read its members from any thread.
+    """Open a zip for reading from any thread.
 
     Raises:
-        EOFError: its directory has not as many entries as its end record says.
-        BadZipFile: it is truncated or damaged; other errors of zipfile's too.
-        UnicodeDecodeError: a name is not in the encoding that it claims.
+        EOFError: the directory has fewer or more entries than the end record declares.
+        BadZipFile: the zip is truncated or corrupt; zipfile may raise other exceptions as well.
+        UnicodeDecodeError: a name does not match its declared encoding.
     """
     archive = zipfile.ZipFile(path)
-    found, count = len(archive.infolist()), _entry_count(path)
-    if found != count:  # zipfile goes by the bytes alone, and may lose entries
-        raise EOFError(f"{found:,} of {count:,} entries found")
+    num_listed, count = len(archive.infolist()), _entry_count(path)
+    if num_listed != count:  # zipfile ignores the declared count and may miss entries
+        raise EOFError(f"{num_listed:,} of {count:,} entries found")
     return archive
 
 
 def inflate_member(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> bytes:
-    """Inflate one member; raises EOFError or BadZipFile if it is damaged, or not what the directory says."""
+    """Decompress one member; raises EOFError or BadZipFile if it is corrupt or does not match the directory."""
     data = archive.read(info)
     if len(data) != info.file_size:
-        raise EOFError(f"{info.filename!r} has another size than its header says")
+        raise EOFError(f"{info.filename!r} has a different size than its header declares")
     return data
 
 
 def member_problem(info: zipfile.ZipInfo, ratio: int) -> str:
-    """Why a member must not be read; empty if it may.
+    """Why a member is rejected; empty if it is accepted.
 
     Args:
-        info: of the zip's directory.
-        ratio: how many times as large as its compressed bytes a member may be.
+        info: directory entry of the member.
+        ratio: maximum compression ratio.
     """
     kind = stat.S_IFMT(info.external_attr >> 16)
     if kind in NON_REGULAR_TYPES:
@@ -56,17 +56,17 @@ def member_problem(info: zipfile.ZipInfo, ratio: int) -> str:
     if info.flag_bits & ENCRYPTED_FLAGS:
         return "is encrypted"
     if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-        return f"is compressed by method {info.compress_type}, not by deflate"
+        return f"uses compression method {info.compress_type}; only deflate is supported"
     if info.file_size > ratio * info.compress_size:
-        return f"would grow more than {ratio:,}:1, as a zip bomb does"
-    # Deflate adds a few bytes to what it cannot shrink, never an eighth.
+        return f"has a compression ratio above {ratio:,}:1, like a zip bomb"
+    # Deflate adds a few bytes to incompressible data, never an eighth.
     if info.compress_size > info.file_size + info.file_size // 8 + 1024:
-        return "has another size than its header says"
+        return "has a different size than its header declares"
     return ""
 
 
 def _entry_count(path: Path) -> int:
-    """How many entries the end of a zip says that its directory has."""
+    """Number of directory entries that the end record of a zip declares."""
     with path.open("rb") as file:
         file.seek(-min(path.stat().st_size, MAX_END_BYTES), os.SEEK_END)
         tail = file.read()

@@ -1,1 +1,1 @@
-"""dicom."""
+"""DICOM decoding: pixel pipeline, codecs and de-identified metadata."""

@@ -1,12 +1,11 @@
-"""DICOM files to uint8 frames, and the little about the patient that may leave the file.
+"""Read DICOM files as uint8 frames with de-identified patient metadata.
 
-Only the elements of `TAGS` are parsed, so that a name, a birth date or an address is never in memory as such. Of the
-patient there is a keyed hash to group images by, and subgroup fields that identify nobody. No error quotes a value of
-the file: pydicom's own messages do, so they are neither passed on nor chained to.
+Only the elements in `PARSED_KEYWORDS` are parsed; names, birth dates and addresses are never parsed. The patient is
+represented by a keyed hash for grouping and by non-identifying subgroup fields. Error messages never quote a value of
+the file: pydicom's messages may, so they are neither passed on nor chained.
 
-The pixels go the way that DICOM describes (PS3.3 C.7.6.3, C.11.1, C.11.2): decompress, stored values, modality values
-(rescaled or by table), the first window or table for display, 8 bits. Overlays, presentation states and colour profiles
-are not applied.
+Pixels go through the DICOM pipeline (PS3.3 C.7.6.3, C.11.1, C.11.2): decompression, modality LUT or rescale, first VOI
+window or VOI LUT, 8 bits. Overlays, presentation states and color profiles are not applied.
 """
 
 from __future__ import annotations
@@ -33,20 +32,20 @@ from pydicom.tag import Tag
 from fadeformer.data.dicom import codecs, windowing
 from fadeformer.errors import UnreadableImageError, UserError
 
-MAX_PIXELS = 2**29  # of all frames of a file at most; while it is read each takes some 3 to 5 bytes
-MAX_INFLATED_BYTES = 2**30  # bytes of a deflated data set
-SALT_LENGTHS = range(16, 65)  # bytes; blake2b takes no longer key, and a shorter one can be guessed
-MAX_AGE = 90  # years; above, an age identifies (45 CFR 164.514)
+MAX_PIXELS = 2**29  # total over all frames of a file; decoding needs about 3 to 5 bytes per pixel
+MAX_INFLATED_BYTES = 2**30  # of a deflated DICOM data set
+SALT_LENGTHS = range(16, 65)  # bytes; blake2b accepts no longer key, and a shorter one can be brute-forced
+MAX_AGE = 90  # years; higher ages are identifying (45 CFR 164.514)
 JP2_SIGNATURE = b"\0\0\0\x0cjP  "
 PIXEL_DATA_KEYWORDS = ("PixelData", "FloatPixelData", "DoubleFloatPixelData")
-NON_IMAGE_CLASSES = (  # SOP classes (PS3.6, table A-1) by how they begin
-    "1.2.840.10008.1.3.10",  # directory of a disc
-    "1.2.840.10008.5.1.4.1.1.88",  # reports, and selections of key objects
+NON_IMAGE_CLASSES = (  # prefixes of SOP class UIDs (PS3.6, table A-1)
+    "1.2.840.10008.1.3.10",  # media directory (DICOMDIR)
+    "1.2.840.10008.5.1.4.1.1.88",  # structured reports and key object selections
     "1.2.840.10008.5.1.4.1.1.11.",  # presentation states
-    "1.2.840.10008.5.1.4.1.1.104",  # documents, as PDF
+    "1.2.840.10008.5.1.4.1.1.104",  # encapsulated documents, such as PDF
     "1.2.840.10008.5.1.4.1.1.9.",  # waveforms
     "1.2.840.10008.5.1.4.1.1.66",  # raw data, registrations, segmentations
-    "1.2.840.10008.5.1.4.1.1.481.3", "1.2.840.10008.5.1.4.1.1.481.5",  # structures and plans of radiotherapy
+    "1.2.840.10008.5.1.4.1.1.481.3", "1.2.840.10008.5.1.4.1.1.481.5",  # radiotherapy structure sets and plans
 )  # fmt: skip
 COLORS = ("Red", "Green", "Blue")
 PARSED_KEYWORDS = (
@@ -57,12 +56,12 @@ PARSED_KEYWORDS = (
     *("RescaleSlope", "RescaleIntercept", "ModalityLUTSequence"),
     *("WindowCenter", "WindowWidth", "VOILUTFunction", "VOILUTSequence"),
     *("SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence"),
-    *(f"{colour}PaletteColorLookupTableDescriptor" for colour in COLORS),
-    *(f"{colour}PaletteColorLookupTableData" for colour in COLORS),
-    *(f"Segmented{colour}PaletteColorLookupTableData" for colour in COLORS),
+    *(f"{color}PaletteColorLookupTableDescriptor" for color in COLORS),
+    *(f"{color}PaletteColorLookupTableData" for color in COLORS),
+    *(f"Segmented{color}PaletteColorLookupTableData" for color in COLORS),
 )  # fmt: skip
 codecs.register_decoders()
-# Which decoder reads what: one each, since another one may round a lossy image otherwise.
+# One fixed decoder per transfer syntax, because decoders round lossy images differently.
 DECODERS = {
     uid.JPEGBaseline8Bit: "pillow",
     **dict.fromkeys(codecs.SYNTAXES, codecs.PLUGIN),
@@ -77,18 +76,18 @@ DECODERS = {
 
 @dataclass(frozen=True, eq=False)
 class DicomImage:
-    """One file.
+    """Decoded frames and de-identified metadata of one DICOM file.
 
     Attributes:
         frames: uint8, (frames, height, width) or (frames, height, width, 3).
-        scale: how they became 8 bits: `window`, `table` (a VOI LUT), `range` (smallest to largest value of the file)
-            or `bits` (colour, by the bits it is stored with).
-        group: hash of the patient (or of the study, if the patient is not named); None if neither is.
-        sex: M, F or O; None if it is not told.
-        age: in whole years, 90 for more; None if it is not told.
-        modality: as CR, DX, CT, MR, US.
-        view: as PA, AP, LL, CC, MLO.
-        manufacturer: of the device.
+        scaling: how the values were scaled to 8 bits: `window`, `table` (VOI LUT), `range` (minimum to maximum of the
+            file) or `bits` (color, by the stored bit depth).
+        group: keyed hash of the patient ID, or of the study UID if there is none; None if both are missing.
+        sex: M, F or O; None if missing.
+        age: whole years, capped at 90; None if missing.
+        modality: such as CR, DX, CT, MR, US.
+        view: view position such as PA, AP, LL, CC, MLO.
+        manufacturer: manufacturer of the device.
     """
 
     frames: NDArray[np.uint8]
@@ -102,72 +101,71 @@ class DicomImage:
 
 
 def read_dicom(data: bytes, name: str, *, salt: bytes) -> DicomImage:
-    """Reads one file.
+    """Read one DICOM file.
 
-    The group is made of Patient ID alone: its issuer is left out, since a patient whose files name it only now and then
-    would become two. Files whose IDs were all replaced by one placeholder are one group. Padding pixels become black.
+    The group depends on Patient ID alone. Issuer of Patient ID is ignored, because a patient whose files name it only
+    sometimes would become two groups. Files with the same placeholder ID are one group. Padding pixels become black.
 
     Args:
-        data: the file's bytes.
-        name: what errors call it.
-        salt: the key of the hash, 16 to 64 random bytes that are kept secret and the same for the whole data set.
+        data: content of the file.
+        name: file name for error messages.
+        salt: secret key of the patient hash, 16 to 64 random bytes, the same for the whole dataset.
 
     Raises:
-        UnreadableError: it is empty, cut off, damaged, too large, no DICOM, has no image or one of a kind that is not
-            read.
+        UnreadableImageError: the file is empty, truncated, corrupt, too large, not DICOM, or has no supported image.
         UserError: the salt is too short or too long.
     """
     if len(salt) not in SALT_LENGTHS:
         raise UserError(
-            f"the salt has {len(salt)} bytes; it must be {SALT_LENGTHS.start} to {SALT_LENGTHS.stop - 1} random ones"
+            f"the salt has {len(salt)} bytes; use {SALT_LENGTHS.start} to {SALT_LENGTHS.stop - 1} random bytes"
         )
     try:
         return _read_image(data, salt)
-    except (_UnsupportedError, windowing.WindowError, codecs.JpegError) as refusal:
-        reason = str(refusal)
-    except Exception as error:  # a damaged file makes pydicom and its decoders stumble in any way
-        reason = f"is damaged, or not built as DICOM wants it ({type(error).__name__}); fetch or export it again"
-    raise UnreadableImageError(name, reason)  # here, so that no message of pydicom's hangs on it
+    except (_UnsupportedError, windowing.WindowError, codecs.JpegError) as error:
+        reason = str(error)
+    except Exception as error:  # pydicom and its decoders raise arbitrary exceptions on corrupt files
+        reason = f"is corrupt or does not conform to DICOM ({type(error).__name__}); fetch or export it again"
+    raise UnreadableImageError(name, reason)  # outside the except block, so that no pydicom exception is chained to it
 
 
 def pseudonymize_patient(patient: str, *, salt: bytes) -> str:
-    """The group of a patient whose ID is known from elsewhere: the same as of a file that has it."""
+    """Hash a patient ID from another source to the same group as DICOM files with this ID."""
     return _keyed_hash("PatientID", patient.strip().encode(), salt)
 
 
 def is_non_image(data: bytes) -> bool:
-    """Whether a file says of itself that it is a directory, a report, a plan or the like."""
+    """Whether the SOP class of a DICOM file is not an image, such as a DICOMDIR, report or plan."""
     try:
         meta, _ = _read_file_meta(data)
-    except Exception:  # `read` tells what is wrong with it
+    except Exception:  # `read_dicom` will report the error
         return False
     return str(meta.get("MediaStorageSOPClassUID", "")).startswith(NON_IMAGE_CLASSES)
 
 
 class _UnsupportedError(Exception):
-    """Why a file is not read."""
+    """Reason why a file cannot be read."""
 
 
 def _read_image(data: bytes, salt: bytes) -> DicomImage:
     dataset = _parse_dataset(data)
     keyword = next((keyword for keyword in PIXEL_DATA_KEYWORDS if keyword in dataset), None)
     if keyword is None:
-        raise _UnsupportedError("holds no image, or is cut off before it; leave it out, or fetch it again")
+        raise _UnsupportedError("has no image, or is truncated before it; remove it or fetch it again")
     count = int(dataset.get("NumberOfFrames") or 1)
     pixels = dataset.Rows * dataset.Columns * count
     if not 0 < pixels <= MAX_PIXELS:
         size = f"{dataset.Columns:,} x {dataset.Rows:,} pixels in {count:,} frames"
-        raise _UnsupportedError(f"has {size}; at least 1 and at most {MAX_PIXELS:,} in all are read")
+        raise _UnsupportedError(f"has {size}; the total must be 1 to {MAX_PIXELS:,} pixels")
     stored = list(_iter_stored_frames(dataset, keyword, count))
     if len(stored) != count:
-        raise _UnsupportedError(f"says that it has {count} frames, but holds {len(stored)}; export it again")
+        raise _UnsupportedError(f"declares {count} frames but has {len(stored)}; export it again")
     if dataset.SamplesPerPixel == 1 and dataset.PhotometricInterpretation != "PALETTE COLOR":
-        frames, scale = windowing.to_8_bits(stored, dataset)
+        frames, scaling = windowing.to_8_bits(stored, dataset)
     else:
-        frames, scale = np.stack([_color_to_8_bits(frame, dataset) for frame in stored]), "bits"
+        frames, scaling = np.stack([_color_to_8_bits(frame, dataset) for frame in stored]), "bits"
     return DicomImage(
         frames,
-        scale,
+        scaling,
         _patient_group(dataset, salt),
         _matching_value(dataset, "PatientSex", r"[MFO]"),
         _parse_age(_raw_value(dataset, "PatientAge")),
@@ -178,19 +176,19 @@ def _read_image(data: bytes, salt: bytes) -> DicomImage:
 
 
 def _read_file_meta(data: bytes) -> tuple[Dataset, int]:
-    """The group of file meta information, and where it ends."""
+    """Read the file meta information (group 0002) and return it with its end position."""
     file = BytesIO(data)
     file.seek(132 if data[128:132] == b"DICM" else 0)
     return read_dataset(file, False, True, stop_when=lambda tag, vr, length: tag >> 16 != 2), file.tell()
 
 
 def _parse_dataset(data: bytes) -> Dataset:
-    """The elements of `TAGS`, none of them decoded yet."""
+    """Parse the elements of `PARSED_KEYWORDS`; their values are not decoded yet."""
     if not data:
         raise _UnsupportedError("the file is empty; fetch it again")
-    # Old files begin with their first element: of group 2 or 8, in either byte order.
+    # Old files have no preamble and start with an element of group 2 or 8, in either byte order.
     if data[128:132] != b"DICM" and data[:2] not in (b"\x02\0", b"\x08\0", b"\0\x02", b"\0\x08"):
-        raise _UnsupportedError("is no DICOM file; leave it out")
+        raise _UnsupportedError("is not a DICOM file; remove it")
     meta, end = _read_file_meta(data)
     if meta.get("TransferSyntaxUID") == uid.DeflatedExplicitVRLittleEndian:
         inflater = zlib.decompressobj(-zlib.MAX_WBITS)
@@ -200,7 +198,7 @@ def _parse_dataset(data: bytes) -> Dataset:
             rest = inflater.unconsumed_tail
         if size > MAX_INFLATED_BYTES:
             raise _UnsupportedError(
-                f"grows to more than {MAX_INFLATED_BYTES:,} bytes when it is inflated; it is refused as a bomb"
+                f"decompresses to more than {MAX_INFLATED_BYTES:,} bytes, like a decompression bomb"
             )
     dataset = dcmread(BytesIO(data), force=True, specific_tags=list(PARSED_KEYWORDS))
     if "TransferSyntaxUID" not in dataset.file_meta:
@@ -211,53 +209,55 @@ def _parse_dataset(data: bytes) -> Dataset:
 
 
 def _iter_stored_frames(dataset: Dataset, keyword: str, count: int) -> Iterator[NDArray[Any]]:
-    """Each frame as it is stored, decompressed, colour as RGB."""
+    """Yield the stored values of each frame, decompressed; color as RGB."""
     syntax = dataset.file_meta.TransferSyntaxUID
     plugin = ""
     if syntax not in uid.UncompressedTransferSyntaxes:
         plugin = _decoder_name(syntax)
         _check_frame_sizes(dataset, syntax, count)
-    elif (found := len(dataset[keyword].value)) < (expected := get_expected_length(dataset)):
-        raise _UnsupportedError(f"is cut off: it has {found:,} of {expected:,} bytes of pixels; fetch it again")
+    elif (size := len(dataset[keyword].value)) < (expected := get_expected_length(dataset)):
+        raise _UnsupportedError(f"is truncated: it has {size:,} of {expected:,} bytes of pixel data; fetch it again")
     for frame, properties in get_decoder(syntax).iter_array(dataset, decoding_plugin=plugin):
-        colours = str(properties["photometric_interpretation"])
-        if dataset.SamplesPerPixel == 3 and colours != "RGB":
+        color_space = str(properties["photometric_interpretation"])
+        if dataset.SamplesPerPixel == 3 and color_space != "RGB":
             raise _UnsupportedError(
-                "has colours that are neither RGB nor YBR_FULL, YBR_ICT, YBR_RCT; convert it with dcmconv"
+                "has a color space other than RGB, YBR_FULL, YBR_ICT and YBR_RCT; convert it with dcmconv"
             )
         yield frame
 
 
 def _decoder_name(syntax: uid.UID) -> str:
-    """The name of the decoder for a compressed image."""
+    """Name of the decoder plugin for a compressed transfer syntax."""
     if syntax in DECODERS:
         return DECODERS[syntax]
     remedy = (
         "it is a video; export its frames" if syntax in uid.MPEGTransferSyntaxes else "convert it with gdcmconv --raw"
     )
-    known = f"{syntax.name} ({syntax})" if syntax in uid.AllTransferSyntaxes else "of an unknown kind"
-    raise _UnsupportedError(f"its transfer syntax {known} cannot be decoded here; {remedy}")
+    name = f"{syntax.name} ({syntax})" if syntax in uid.AllTransferSyntaxes else "of an unknown type"
+    raise _UnsupportedError(f"its transfer syntax {name} is not supported; {remedy}")
 
 
 def _check_frame_sizes(dataset: Dataset, syntax: uid.UID, count: int) -> None:
-    """Stops a compressed frame that would unpack to another size than the file's, perhaps a huge one."""
-    if syntax == uid.RLELossless:  # has no size of its own
+    """Reject compressed frames whose size differs from the header, which could be decompression bombs."""
+    if syntax == uid.RLELossless:  # RLE frames have no size field
         return
     for frame in generate_frames(dataset.PixelData, number_of_frames=count):
         size = _jpeg_2000_size(frame) if syntax in uid.JPEG2000TransferSyntaxes else codecs.jpeg_size(frame)
         if size != (dataset.Columns, dataset.Rows):
-            raise _UnsupportedError("has a compressed frame of another size than its header says; export it again")
+            raise _UnsupportedError(
+                "has a compressed frame with a different size than its header declares; export it again"
+            )
 
 
 def _jpeg_2000_size(frame: bytes) -> tuple[int, int]:
-    """Width and height as the codestream tells them (ISO/IEC 15444-1, A.5.1), behind the boxes of a JP2 if any."""
+    """Width and height from a JPEG 2000 codestream (ISO/IEC 15444-1, A.5.1), after the boxes of a JP2 file, if any."""
     start = 0
     if frame.startswith(JP2_SIGNATURE):
         start = 12
         while frame[start + 4 : start + 8] != b"jp2c":
             length = int.from_bytes(frame[start : start + 4], "big")
-            if length < 8:  # pydicom would wait at such a box for ever
-                raise _UnsupportedError("has a compressed frame that is damaged; fetch or export it again")
+            if length < 8:  # pydicom would loop forever on such a box
+                raise _UnsupportedError("has a corrupt compressed frame; fetch or export it again")
             start += length
         start += 8
     width, height, left, top = struct.unpack_from(">4I", frame, start + 8)
@@ -265,7 +265,7 @@ def _jpeg_2000_size(frame: bytes) -> tuple[int, int]:
 
 
 def _color_to_8_bits(frame: NDArray[Any], dataset: Dataset) -> NDArray[np.uint8]:
-    """RGB of 8 bits, by the bits it is stored with."""
+    """Scale a color frame from its stored bit depth to 8-bit RGB, applying a palette."""
     bits = int(dataset.BitsStored)
     if dataset.PhotometricInterpretation == "PALETTE COLOR":
         frame = apply_color_lut(frame, dataset)[..., :3]
@@ -289,21 +289,21 @@ def _keyed_hash(keyword: str, value: bytes, salt: bytes) -> str:
 
 
 def _raw_value(dataset: Dataset, keyword: str) -> bytes:
-    """An element as its bytes, without padding: pydicom quotes a value that it finds wrong in a warning."""
+    """Raw bytes of an element without padding; converting it could quote an invalid value in a pydicom warning."""
     element = dataset.get_item(Tag(keyword))
     value = element.value if element is not None else None
     return value.strip(b" \0") if isinstance(value, bytes) else b""
 
 
 def _matching_value(dataset: Dataset, keyword: str, pattern: str) -> str | None:
-    """An element that must look like this: anything else may be a name that stands in the wrong place."""
+    """Value of an element if it matches the pattern, else None: other values may be a misplaced patient name."""
     value = _raw_value(dataset, keyword).decode("utf-8", errors="replace").strip()
     return value if re.fullmatch(pattern, value) else None
 
 
 def _parse_age(value: bytes) -> int | None:
-    found = re.fullmatch(rb"(\d{1,3})([DWMY])", value)
-    if found is None:
+    match = re.fullmatch(rb"(\d{1,3})([DWMY])", value)
+    if match is None:
         return None
-    years = int(found[1]) // {b"D": 365, b"W": 52, b"M": 12, b"Y": 1}[found[2]]
+    years = int(match[1]) // {b"D": 365, b"W": 52, b"M": 12, b"Y": 1}[match[2]]
     return min(years, MAX_AGE)

@@ -1,8 +1,8 @@
-"""Stored values of a grey DICOM image to 8 bits: modality values, then the first window or table for display.
+"""Convert stored values of grayscale DICOM images to 8 bits: modality transform, then the first VOI window or LUT.
 
-The formulas are those of DICOM PS3.3 C.11.2.1.2 (linear window) and C.11.2.1.3 (sigmoid, linear exact), with 0 and 255
-as the darkest and brightest output. Where a file names neither window nor table, its smallest value becomes 0 and its
-largest 255, over all frames together, so that one frame is as bright as the next.
+Implements DICOM PS3.3 C.11.2.1.2 (linear window) and C.11.2.1.3 (sigmoid, linear exact) with output range 0 to 255. A
+file with neither window nor LUT is min-max scaled over all frames together, so that brightness is comparable between
+frames.
 """
 
 from __future__ import annotations
@@ -15,30 +15,30 @@ from numpy.typing import NDArray
 from pydicom import Dataset
 from pydicom.pixels.processing import apply_modality_lut, apply_voi
 
-StoredArray = NDArray[Any]  # of whole numbers in any width, or fractions
+StoredArray = NDArray[Any]  # integers of any width, or floats
 FloatArray = NDArray[np.float64]
 
 
 class WindowError(ValueError):
-    """Values or a window that make no sense; the message quotes nothing of the file."""
+    """Invalid pixel values or window; the message does not quote the file."""
 
 
 def to_8_bits(stored: Sequence[StoredArray], dataset: Dataset) -> tuple[NDArray[np.uint8], str]:
-    """All frames, and how they were scaled: `window`, `table` or `range`.
+    """Scale all frames to 8 bits and return how: `window`, `table` (VOI LUT) or `range` (min-max).
 
-    Padding is black, and is not looked at for the range.
+    Padding pixels become black and do not count for the range.
 
     Args:
-        stored: each frame, (height, width).
-        dataset: the file's elements.
+        stored: stored values of each frame, (height, width).
+        dataset: elements of the file.
 
     Raises:
-        WindowError: a window or a value makes no sense. A damaged file makes pydicom raise others.
+        WindowError: a window or a pixel value is invalid. pydicom raises other exceptions on corrupt files.
     """
     frames = np.empty((len(stored), *stored[0].shape), np.uint8)
     scales = [_display_transform(dataset, _voi_dataset(dataset, number)) for number in range(len(stored))]
-    kinds = {kind for kind, _ in scales}
-    low, high = _value_range(stored, dataset) if "range" in kinds else (0.0, 0.0)
+    names = {name for name, _ in scales}
+    low, high = _value_range(stored, dataset) if "range" in names else (0.0, 0.0)
     for number, (frame, (_, to_unit)) in enumerate(zip(stored, scales, strict=True)):
         values = _modality_values(frame, dataset, number)
         if to_unit is None:
@@ -49,14 +49,14 @@ def to_8_bits(stored: Sequence[StoredArray], dataset: Dataset) -> tuple[NDArray[
             units = 1 - units
         units[_padding_mask(frame, dataset)] = 0
         frames[number] = np.floor(units * 255 + 0.5)
-    return frames, "/".join(sorted(kinds))
+    return frames, "/".join(sorted(names))
 
 
 def _display_transform(dataset: Dataset, display: Dataset) -> tuple[str, Callable[[FloatArray], FloatArray] | None]:
-    """The kind of scale of a frame, and what maps modality values to 0 to 1; None for the range of the file."""
+    """Scaling name of a frame and the function from modality values to [0, 1]; None for min-max scaling."""
     if dataset.get("VOILUTSequence"):
         largest = 2 ** dataset.VOILUTSequence[0].LUTDescriptor[2] - 1
-        # Whole numbers, since pydicom warns of others; it cuts them off itself.
+        # Integers, because pydicom truncates floats with a warning.
         return "table", lambda values: apply_voi(np.floor(values).astype(np.int64), dataset) / largest
     center, width = (_first_value(display.get(keyword)) for keyword in ("WindowCenter", "WindowWidth"))
     if center is None or width is None:
@@ -67,9 +67,9 @@ def _display_transform(dataset: Dataset, display: Dataset) -> tuple[str, Callabl
     if function == "LINEAR_EXACT" and width > 0:
         return "window", lambda values: _linear_window(values, center, width)
     if function == "SIGMOID" and width > 0:
-        # Beyond 700 exp() overflows, and long before it the result is 0 or 1.
+        # exp() overflows above 700; the result is 0 or 1 long before.
         return "window", lambda values: 1 / (1 + np.exp(np.clip(-4 * (values - center) / width, -700, 700)))
-    raise WindowError("has a window of no width, or of an unknown function; export it again")
+    raise WindowError("has a window of zero width or with an unknown function; export it again")
 
 
 def _linear_window(values: FloatArray, center: float, width: float) -> FloatArray:
@@ -79,7 +79,7 @@ def _linear_window(values: FloatArray, center: float, width: float) -> FloatArra
 
 
 def _first_value(value: object) -> float | None:
-    """The first of several windows: the one that the file's maker put first."""
+    """First value of a multi-valued element, as the default window; None if empty."""
     if isinstance(value, Sequence) and not isinstance(value, str):
         value = value[0] if value else None
     return None if value in (None, "") else float(str(value))
@@ -96,7 +96,7 @@ def _value_range(stored: Sequence[StoredArray], dataset: Dataset) -> tuple[float
 
 
 def _modality_values(frame: StoredArray, dataset: Dataset, number: int) -> FloatArray:
-    """The values that the device measured, such as Hounsfield units."""
+    """Apply the modality LUT or rescale: values in physical units, such as Hounsfield units."""
     if dataset.get("ModalityLUTSequence"):
         values = apply_modality_lut(frame, dataset).astype(np.float64)
     else:
@@ -105,7 +105,7 @@ def _modality_values(frame: StoredArray, dataset: Dataset, number: int) -> Float
         if rescale.get("RescaleSlope") is not None and rescale.get("RescaleIntercept") is not None:
             values = values * float(rescale.RescaleSlope) + float(rescale.RescaleIntercept)
     if not np.isfinite(values).all():
-        raise WindowError("has pixels that are no numbers (NaN or infinite); export it again")
+        raise WindowError("has pixels that are NaN or infinite; export it again")
     return values
 
 
@@ -114,7 +114,7 @@ def _voi_dataset(dataset: Dataset, number: int) -> Dataset:
 
 
 def _functional_group(dataset: Dataset, number: int, sequence: str, keyword: str) -> Dataset:
-    """Where an element of a frame stands: of newer multi-frame files with the frame or with all frames, else above."""
+    """Dataset with an element of a frame: per-frame or shared functional group (enhanced DICOM), else the top level."""
     for groups, index in (("PerFrameFunctionalGroupsSequence", number), ("SharedFunctionalGroupsSequence", 0)):
         items = dataset.get(groups) or []
         if index < len(items) and items[index].get(sequence) and keyword in items[index][sequence][0]:
@@ -123,7 +123,7 @@ def _functional_group(dataset: Dataset, number: int, sequence: str, keyword: str
 
 
 def _padding_mask(frame: StoredArray, dataset: Dataset) -> NDArray[np.bool_]:
-    """Pixels that are no part of the image, by their stored value."""
+    """Mask of padding pixels, by stored value."""
     first = dataset.get("PixelPaddingValue")
     if first is None:
         return np.zeros(frame.shape, np.bool_)
@@ -133,6 +133,6 @@ def _padding_mask(frame: StoredArray, dataset: Dataset) -> NDArray[np.bool_]:
 
 
 def _to_signed(value: int, dataset: Dataset) -> int:
-    """A padding value in the sign of the pixels: many files of signed pixels write it without one."""
+    """Convert a padding value to the signedness of the pixels: many files with signed pixels store it unsigned."""
     bits = int(dataset.BitsAllocated)
     return value - 2**bits if dataset.PixelRepresentation == 1 and value >= 2 ** (bits - 1) else value
