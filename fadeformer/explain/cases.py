@@ -27,7 +27,7 @@ class CaseExplanations:
 
     Attributes:
         maps: by name in words, (images, side, side); what speaks against the class is below 0.
-        numbers: `alpha` (None without a published Fade layer) and `randomisation` by method, as plain values.
+        numbers: `alpha` (None without a published Fade layer) and `randomization` by method, as plain values.
         sentences: the same for a reader.
     """
 
@@ -59,11 +59,11 @@ def explain_cases(
         )
     except ValueError as error:  # a network whose last map has no places
         return CaseExplanations(
-            {}, {"alpha": None, "randomisation": {}}, [f"This network cannot be explained: {error}."]
+            {}, {"alpha": None, "randomization": {}}, [f"This network cannot be explained: {error}."]
         )
-    numbers: dict[str, Any] = {"alpha": None, "randomisation": {name: asdict(one) for name, one in checked.items()}}
+    numbers: dict[str, Any] = {"alpha": None, "randomization": {name: asdict(one) for name, one in checked.items()}}
     sentences = [
-        _sanity_check_sentence(METHOD_NAMES[name], one.magnitude, one.changes, one.images, one.limit)
+        _sanity_check_sentence(METHOD_NAMES[name], one.magnitude, one.depends_on_weights, one.images, one.limit)
         for name, one in checked.items()
     ]
     sentences.append(LOCATION_CAVEAT)

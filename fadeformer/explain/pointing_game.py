@@ -33,12 +33,12 @@ class PointingHits:
     Attributes:
         hit: whether it is largest inside a box.
         chance: the share of the places of its grid at which it would be; NaN where no box is in the array.
-        flat: whether it has one value everywhere, and so points nowhere: no hit.
+        constant: whether it has one value everywhere, and so points nowhere: no hit.
     """
 
     hit: NDArray[np.bool_]
     chance: FloatArray
-    flat: NDArray[np.bool_]
+    constant: NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class PointingScore:
         share: hits of them; None if there are none.
         interval: of the share; None likewise, or if all cases are of one patient.
         chance: the share to expect of maps that point anywhere on their grid; None likewise.
-        flat: judged cases whose map has one value everywhere: no hits.
+        constant: judged cases whose map has one value everywhere: no hits.
         unreachable: judged cases in whose boxes no middle of a patch lies, so that no map of this grid could hit.
         outside: cases that are not judged, since nothing of their boxes is in the array (aspect `crop`).
     """
@@ -61,7 +61,7 @@ class PointingScore:
     share: float | None
     interval: tuple[float, float] | None
     chance: float | None
-    flat: int
+    constant: int
     unreachable: int
     outside: int
 
@@ -88,7 +88,7 @@ def find_hits(maps: FloatArray, boxes: Sequence[ArrayLike], side: int, margin: f
         )
     height, width = maps.shape[1:]
     down, across = ((np.arange(n) + 0.5) * side / n for n in (height, width))  # middles of the patches
-    flat = is_constant(maps)
+    constant = is_constant(maps)
     hit, chance = np.zeros(len(maps), dtype=bool), np.full(len(maps), np.nan)
     for case, (one, all_boxes) in enumerate(zip(maps, given, strict=True)):
         kept = all_boxes[np.isfinite(all_boxes).all(axis=1)]
@@ -99,8 +99,8 @@ def find_hits(maps: FloatArray, boxes: Sequence[ArrayLike], side: int, margin: f
         in_columns = (across >= x - margin) & (across < x + w + margin)  # boxes, width
         inside = (in_rows[:, :, None] & in_columns[:, None, :]).any(axis=0)  # height, width
         chance[case] = inside.mean()
-        hit[case] = not flat[case] and inside.flat[one.argmax()]
-    return PointingHits(hit, chance, flat)
+        hit[case] = not constant[case] and inside.flat[one.argmax()]
+    return PointingHits(hit, chance, constant)
 
 
 def score_hits(of: PointingHits, groups: NDArray[np.int64], confidence: float) -> PointingScore:
@@ -119,7 +119,7 @@ def score_hits(of: PointingHits, groups: NDArray[np.int64], confidence: float) -
         share=hits / cases if cases else None,
         interval=proportion_interval(of.hit, judged, groups, confidence),
         chance=float(of.chance[judged].mean()) if cases else None,
-        flat=int(of.flat[judged].sum()),
+        constant=int(of.constant[judged].sum()),
         unreachable=int((of.chance[judged] == 0).sum()),
         outside=int((~judged).sum()),
     )
@@ -180,18 +180,18 @@ def evaluate_pointing(
             },
         }
     return {
-        "confidence": confidence, "known": known, "cases": len(chosen), "images": len(np.unique(rows)),
+        "confidence": confidence, "total_cases": known, "cases": len(chosen), "images": len(np.unique(rows)),
         "methods": methods,
     }  # fmt: skip
 
 
 def _select_cases(of: PointingHits, rows: NDArray[np.bool_]) -> PointingHits:
-    return PointingHits(of.hit[rows], of.chance[rows], of.flat[rows])
+    return PointingHits(of.hit[rows], of.chance[rows], of.constant[rows])
 
 
 def describe_results(found: dict[str, Any]) -> list[str]:
     """What `points_at_boxes` found, for a reader."""
-    some = f", spread over the {found['known']:,} that are known" if found["cases"] < found["known"] else ""
+    some = f", spread over the {found['total_cases']:,} that are known" if found["cases"] < found["known"] else ""
     told = [
         f"Where people drew boxes: {found['cases']:,} findings in {found['images']:,} test images{some}; a map points"
         " where it is largest (the pointing game, Zhang et al. 2018)."

@@ -39,18 +39,18 @@ class RandomizationResult:
         rho: mean over images of Spearman's rank correlation of the absolute maps; None if no image could be judged.
         magnitude: mean of its absolute value, likewise: maps that turned into their opposite have not changed.
         limit: below which magnitude counts as changed.
-        changes: whether it does; not so if no image could be judged.
+        depends_on_weights: whether it does; not so if no image could be judged.
         images: that could be judged.
-        flat: images that could not, since a map of them has one value everywhere.
+        constant: images that could not, since a map of them has one value everywhere.
         steps: what was randomised, one after the other and each with all before it, and magnitude after it.
     """
 
     rho: float | None
     magnitude: float | None
     limit: float
-    changes: bool
+    depends_on_weights: bool
     images: int
-    flat: int
+    constant: int
     steps: tuple[tuple[str, float | None], ...]
 
 
@@ -109,7 +109,7 @@ def model_randomization_test(
 
 
 def rank_correlations(maps: FloatArray, others: FloatArray) -> FloatArray:
-    """Spearman's rank correlation of the absolute values of each two maps, (images, H, W) to (images,); NaN if flat."""
+    """Spearman's rank correlation of the absolute values of each two maps, (images, H, W) to (images,); NaN if constant."""
     maps, others = np.abs(maps), np.abs(others)
     found = np.full(len(maps), np.nan)
     for i in np.flatnonzero(~is_constant(maps) & ~is_constant(others)):
@@ -146,9 +146,9 @@ def _summarize(steps: list[tuple[str, FloatArray]], limit: float) -> Randomizati
         rho=_finite_mean(last),
         magnitude=magnitude,
         limit=limit,
-        changes=magnitude is not None and magnitude < limit,
+        depends_on_weights=magnitude is not None and magnitude < limit,
         images=int(np.isfinite(last).sum()),
-        flat=int(np.isnan(last).sum()),
+        constant=int(np.isnan(last).sum()),
         steps=tuple((name, _finite_mean(np.abs(found))) for name, found in steps),
     )
 

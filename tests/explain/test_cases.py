@@ -18,7 +18,7 @@ def test_maps_have_the_image_s_side_and_sum_to_what_the_logits_differ_by(tmp_pat
     assert list(found.maps) == ["Attention part (alpha 0.50)", "Laplacian part", "Grad-CAM"]
     assert all(of.shape == (2, 28, 28) for of in found.maps.values())
     assert found.results["alpha"] == pytest.approx(0.5)
-    assert set(found.results["randomisation"]) == {"grad_cam", "attention", "laplacian"}
+    assert set(found.results["randomization"]) == {"grad_cam", "attention", "laplacian"}
     assert len(found.sentences) == 5
     others = explain_cases(model, WRONG.assign(**{"class": [1, 1]}), PIXELS, np.zeros(20, np.int64), 0)
     assert not np.allclose(found.maps["Attention part (alpha 0.50)"], others.maps["Attention part (alpha 0.50)"])
@@ -37,4 +37,4 @@ def test_without_mistakes_the_check_is_made_all_the_same(tmp_path):
     model = load(write_model(tmp_path, "multi-class", **SMALL))
     found = explain_cases(model, WRONG.iloc[:0], PIXELS, np.zeros(20, np.int64), 0)
     assert found.maps == {}
-    assert set(found.results["randomisation"]) == {"grad_cam", "attention", "laplacian"}
+    assert set(found.results["randomization"]) == {"grad_cam", "attention", "laplacian"}

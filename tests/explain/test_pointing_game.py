@@ -38,7 +38,7 @@ def test_pointing_counts():
     told = played(maps, boxes, [(200, 200)] * 3, 28, "squash")
     assert (told.hits, told.cases, told.share) == (2, 3, pytest.approx(2 / 3))
     assert told.chance == pytest.approx(1 / 16)
-    assert (told.flat, told.unreachable, told.outside) == (0, 0, 0)
+    assert (told.constant, told.unreachable, told.outside) == (0, 0, 0)
 
 
 def test_width_and_height_are_not_mixed_up():
@@ -60,7 +60,7 @@ def test_the_aspect_decides_where_a_box_lies():
 
 def test_a_map_that_points_nowhere_hits_nothing():
     told = played(np.zeros((1, 4, 4)), [[(0, 0, 200, 200)]], [(200, 200)], 28, "squash")
-    assert (told.hits, told.cases, told.flat) == (0, 1, 1)
+    assert (told.hits, told.cases, told.constant) == (0, 1, 1)
     assert told.chance == 1.0
 
 
@@ -99,7 +99,7 @@ SMALL = {"side": 28, "channels": 1, "classes": list(FINDINGS)}
 
 def at_the_peak(model, label):
     """A box of a patch, of the finding of that number, in every image: where Grad-CAM of the network is largest."""
-    maps = grad_cam(model.model, PIXELS, model.normalisation, np.full(40, label))
+    maps = grad_cam(model.model, PIXELS, model.normalization, np.full(40, label))
     patch = 28 // maps.shape[1]
     y, x = np.unravel_index(maps.reshape(40, -1).argmax(axis=1), maps.shape[1:])
     size = np.full(40, float(patch))
@@ -111,13 +111,13 @@ def test_each_map_is_of_the_finding_of_its_box_and_every_method_is_judged(tmp_pa
     (first, maps), (second, _) = at_the_peak(model, 1), at_the_peak(model, 4)
     boxes = pd.concat([first, second.iloc[:30]])
     found = evaluate_pointing(model, boxes.sample(frac=1, random_state=0), INDEX, PIXELS, FINDINGS, 0.95)
-    assert (found["known"], found["cases"], found["images"]) == (70, 70, 40)
+    assert (found["total_cases"], found["cases"], found["images"]) == (70, 70, 40)
     assert list(found["methods"]) == ["grad_cam", "attention", "laplacian"]
     cam = found["methods"]["grad_cam"]
     assert {name: of["cases"] for name, of in cam["per_class"].items()} == {"b": 40, "e": 30}
     empty = int((maps.reshape(40, -1).max(axis=1) == 0).sum())  # nothing speaks for the finding: points nowhere
     assert cam["per_class"]["b"]["hits"] == 40 - empty
-    assert cam["per_class"]["b"]["flat"] == empty
+    assert cam["per_class"]["b"]["constant"] == empty
     assert cam["overall"]["chance"] == pytest.approx(1 / maps[0].size)
     for of in found["methods"].values():
         assert sum(one["hits"] for one in of["per_class"].values()) == of["overall"]["hits"]
@@ -163,7 +163,7 @@ def test_the_stage_writes_what_was_found_beside_the_other_explanations(tmp_path,
     written = read_json(paths.EXPLANATIONS)
     assert written["pointing"]["methods"]["grad_cam"]["per_class"]["c"]["cases"] == 40
     assert sum("points into the box" in sentence for sentence in written["sentences"]) == 3
-    assert set(written["randomisation"]) == set(written["pointing"]["methods"])
+    assert set(written["randomization"]) == set(written["pointing"]["methods"])
     assert seconds > 0
 
 
@@ -172,7 +172,7 @@ def test_as_many_cases_as_the_bound_allows_spread_over_the_images(tmp_path, monk
     model = load(write_model(tmp_path, "findings", fade=None, **SMALL))
     boxes = pd.DataFrame({"id": INDEX["id"], "class": 0, "x": 0.0, "y": 0.0, "w": 9.0, "h": 9.0})
     found = evaluate_pointing(model, boxes, INDEX, PIXELS, FINDINGS, 0.95)
-    assert (found["known"], found["cases"], found["images"]) == (40, 7, 7)
+    assert (found["total_cases"], found["cases"], found["images"]) == (40, 7, 7)
     assert list(found["methods"]) == ["grad_cam"]
     assert "7 findings in 7 test images, spread over the 40 that are known;" in pointing_game.describe_results(found)[0]
     assert evaluate_pointing(model, boxes.iloc[:0], INDEX, PIXELS, FINDINGS, 0.95) is None

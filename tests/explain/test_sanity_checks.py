@@ -32,15 +32,15 @@ def test_a_map_that_ignores_the_network_is_found_out(model):
     )
     assert told["brightness"].rho == pytest.approx(1.0)
     assert told["brightness"].magnitude == pytest.approx(1.0)
-    assert not told["brightness"].changes
-    assert told["head"].changes
+    assert not told["brightness"].depends_on_weights
+    assert told["head"].depends_on_weights
     assert told["head"].magnitude < 0.3
 
 
 def test_the_limit_decides(model):
     methods = {"head": head_only}
     strict = model_randomization_test(model, noise(), GREY, CLASSES, methods=methods, limit=0.0)["head"]
-    assert not strict.changes
+    assert not strict.depends_on_weights
     assert strict.limit == 0.0
 
 
@@ -101,7 +101,7 @@ def test_flat_maps_cannot_be_judged(model):
     told = model_randomization_test(model, noise(), GREY, CLASSES, methods={"flat": lambda *_: np.zeros((5, 7, 7))})[
         "flat"
     ]
-    assert (told.rho, told.magnitude, told.changes, told.images, told.flat) == (None, None, False, 0, 5)
+    assert (told.rho, told.magnitude, told.depends_on_weights, told.images, told.constant) == (None, None, False, 0, 5)
 
 
 def test_rank_correlations_are_of_absolute_values():

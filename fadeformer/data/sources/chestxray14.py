@@ -1,9 +1,9 @@
-"""NIH ChestX-ray14 (Wang et al. 2017, arXiv:1705.02315): frontal chest radiographs, fourteen findings of reports.
+"""NIH ChestX-ray14 (Wang et al. 2017, arXiv:1705.02315): frontal chest radiographs labeled with fourteen findings.
 
-The group is the patient. The authors' lists part train and val from test; val is taken from the former by patient. That
-is not the split of ChestMNIST, which goes back to CheXNet's 70 / 10 / 20, so the two are not comparable. Addresses are
-those of NIH's own batch_download_zips.py, checksums those of its checksum file. Boxes of lesions, drawn by hand, are
-known of 880 test images (`fadeformer.data.sources.lesion_boxes`).
+The labels were extracted from radiology reports. Groups are patients. The authors' lists separate train_val from test;
+val is split off train_val by patient. That is not the split of ChestMNIST, which follows CheXNet's 70 / 10 / 20, so
+scores on the two are not comparable. URLs are from NIH's batch_download_zips.py, checksums from NIH's checksum file.
+Hand-drawn bounding boxes exist for 880 test images (`fadeformer.data.sources.lesion_boxes`).
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from fadeformer.errors import UserError
 ENTRY_TABLE = "Data_Entry_2017_v2020.csv"
 TRAIN_VAL_LIST = "train_val_list.txt"
 TEST_LIST = "test_list.txt"
-TABLE_FILES = (ENTRY_TABLE, TRAIN_VAL_LIST, TEST_LIST)  # no checksum of them is published
-BOX_LIST = "BBox_List_2017.csv"  # likewise: copies of it differ in line ends and in how many digits they keep
+TABLE_FILES = (ENTRY_TABLE, TRAIN_VAL_LIST, TEST_LIST)  # no checksums are published
+BOX_LIST = "BBox_List_2017.csv"  # no checksum either: copies differ in line endings and number of digits
 TABLES_URL = "https://huggingface.co/datasets/alkzar90/NIH-Chest-X-ray-dataset/resolve/main/data"
 FINDINGS = (
     "Atelectasis", "Cardiomegaly", "Effusion", "Infiltration", "Mass", "Nodule", "Pneumonia", "Pneumothorax",
@@ -30,7 +30,7 @@ FINDINGS = (
 )  # fmt: skip
 NO_FINDING = "No Finding"
 COUNTS = {"all": 112_120, "train_val": 86_524, "test": 25_596}
-MAX_AGE = 120  # years; the file has a few patients of several hundred
+MAX_AGE = 120  # years; a few ages in the file are several hundred
 ARCHIVES_URL = "https://nihcc.box.com/shared/static"
 ARCHIVES = {  # number: link and MD5 of images_NUMBER.tar.gz
     1: ("vfk49d74nhbxq3nqjg0900w5nvkorp5c", "fe8ed0a6961412fddcbb3603c11b3698"),
@@ -49,25 +49,25 @@ ARCHIVES = {  # number: link and MD5 of images_NUMBER.tar.gz
 
 
 def archive_name(number: int) -> str:
-    """File name of one of the twelve archives."""
+    """Return the file name of one of the twelve image archives."""
     return f"images_{number:03}.tar.gz"
 
 
 def build_card(files: dict[str, str], sha256: str, numbers: Sequence[int], is_published: bool) -> DatasetCard:
-    """The card of the data set.
+    """Build the dataset card.
 
     Args:
-        files: SHA-256 of each file, archives first; `BOXES` may be missing, which is told.
-        sha256: of all of them.
-        numbers: of the archives.
-        is_published: whether these are the published files, and no sample of them.
+        files: SHA-256 of each file by name, archives first; `BOX_LIST` is optional, the card notes if it is missing.
+        sha256: combined digest of the files.
+        numbers: numbers of the archives.
+        is_published: whether these are the published files rather than a sample or another edition.
     """
-    whole = is_published and set(numbers) == set(ARCHIVES)
-    told = f" A part: archives {', '.join(map(str, numbers))} of 12." if set(numbers) != set(ARCHIVES) else ""
+    is_complete = is_published and set(numbers) == set(ARCHIVES)
+    note = f" A subset: archives {', '.join(map(str, numbers))} of 12." if set(numbers) != set(ARCHIVES) else ""
     if not is_published:
-        told = " A sample or another edition of it."
+        note = " A sample or another edition of it."
     if BOX_LIST not in files:
-        told += f" Without boxes of lesions: where it comes from there is no {BOX_LIST}."
+        note += f" Without lesion boxes: the server or mirror has no {BOX_LIST}."
     return DatasetCard(
         name="chestxray14",
         file=archive_name(numbers[0]),
@@ -76,61 +76,61 @@ def build_card(files: dict[str, str], sha256: str, numbers: Sequence[int], is_pu
         classes=FINDINGS,
         size=None,
         channels=None,
-        counts=COUNTS if whole else None,
-        licence="NIH: free to use, with a citation and a link to the download site",
-        note=f"Findings were read from reports by a program. Not the split of ChestMNIST.{told}",
+        counts=COUNTS if is_complete else None,
+        license="NIH: free to use, with a citation and a link to the download site",
+        note=f"Labels were extracted from reports by a program. Not the split of ChestMNIST.{note}",
         layout="chestxray14",
         files=files,
     )
 
 
-def image_table(facts: DatasetCard, folder: Path) -> pd.DataFrame:
-    """One row per image of the archives: path, member, id, group (patient), split, labels, age, sex and view.
+def image_table(card: DatasetCard, folder: Path) -> pd.DataFrame:
+    """Return one row per archived image: path, member, id, group (patient), split, labels, age, sex and view.
 
     Raises:
-        UserError: a table is damaged, tables and images do not speak of the same images, or a file's name and the table
-            name different patients.
+        UserError: a table is damaged, an archived image is missing in a table, or the patient id in a file name differs
+            from the table's.
     """
     entries = _read_entries(folder / ENTRY_TABLE)
-    of_split: dict[str, str] = {}
+    splits: dict[str, str] = {}
     for name, split in ((TRAIN_VAL_LIST, TRAIN_VAL), (TEST_LIST, "test")):
         for image in _read_lines(folder / name):
-            if of_split.setdefault(image, split) != split:
-                raise UserError(f"{folder / name}: {image} stands in both lists; fetch them again")
-    places = [
+            if splits.setdefault(image, split) != split:
+                raise UserError(f"{folder / name}: {image} is in both lists; fetch them again")
+    members = [
         (path, member.name, PurePosixPath(member.name).name)
-        for path in facts.files
+        for path in card.files
         if path.endswith(".tar.gz")
         for member in reader.list_members(folder / path)
     ]
-    rows = pd.DataFrame(places, columns=["path", "member", "id"])
-    for source, known in ((ENTRY_TABLE, entries.index), (f"{TRAIN_VAL_LIST} or {TEST_LIST}", of_split)):
-        strange = rows.loc[~rows["id"].isin(known), "id"]
-        if len(strange):
+    rows = pd.DataFrame(members, columns=["path", "member", "id"])
+    for source, listed in ((ENTRY_TABLE, entries.index), (f"{TRAIN_VAL_LIST} or {TEST_LIST}", splits)):
+        unlisted = rows.loc[~rows["id"].isin(listed), "id"]
+        if len(unlisted):
             raise UserError(
-                f"{folder}: {len(strange):,} images of the archives are not in {source}, such as {strange.iloc[0]}"
+                f"{folder}: {len(unlisted):,} images of the archives are not in {source}, such as {unlisted.iloc[0]}"
             )
-    twice = rows.loc[rows["id"].duplicated(), "id"]
-    if len(twice):
-        raise UserError(f"{folder}: {twice.iloc[0]} is in the archives twice; fetch them again")
-    of = entries.loc[rows["id"]]
-    found = of["Finding Labels"].str.split("|")
-    rows["split"] = rows["id"].map(of_split)
-    rows["group"] = pd.to_numeric(of["Patient ID"]).astype("int64").astype("string").to_numpy()
+    duplicates = rows.loc[rows["id"].duplicated(), "id"]
+    if len(duplicates):
+        raise UserError(f"{folder}: {duplicates.iloc[0]} is in the archives twice; fetch them again")
+    metadata = entries.loc[rows["id"]]
+    findings = metadata["Finding Labels"].str.split("|")
+    rows["split"] = rows["id"].map(splits)
+    rows["group"] = pd.to_numeric(metadata["Patient ID"]).astype("int64").astype("string").to_numpy()
     for label, finding in enumerate(FINDINGS):
-        rows[f"label_{label}"] = pd.array([finding in names for names in found], dtype="Int64")
+        rows[f"label_{label}"] = pd.array([finding in names for names in findings], dtype="Int64")
     # the 2017 edition writes 058Y
-    age = pd.to_numeric(of["Patient Age"].str.extract(r"^0*(\d+)", expand=False), errors="coerce").to_numpy()
+    age = pd.to_numeric(metadata["Patient Age"].str.extract(r"^0*(\d+)", expand=False), errors="coerce").to_numpy()
     rows["age"] = pd.Series(age).where(age <= MAX_AGE)
-    rows["sex"] = of["sex"].to_numpy()
-    rows["view"] = of["View Position"].to_numpy()
+    rows["sex"] = metadata["sex"].to_numpy()
+    rows["view"] = metadata["View Position"].to_numpy()
     return rows
 
 
 def _read_entries(path: Path) -> pd.DataFrame:
-    """NIH's table by image; the commas in its bracketed headings part columns as those of its rows do."""
+    """Read NIH's metadata table, indexed by image; the commas in its bracketed headers separate columns."""
     try:
-        # index_col: some editions end every row with a comma, which pandas would take for one more column in front
+        # index_col: some editions end every row with a comma, which pandas would read as an index column
         rows = pd.read_csv(path, dtype=str, index_col=False)
     except (OSError, UnicodeDecodeError, pd.errors.ParserError, pd.errors.EmptyDataError) as error:
         raise UserError(f"{path}: cannot be read as a table ({error}); fetch it again") from error
@@ -141,21 +141,23 @@ def _read_entries(path: Path) -> pd.DataFrame:
         raise UserError(f"{path}: has no column {', '.join(missing)}; it is not NIH's file")
     empty = rows[rows[["Image Index", "Finding Labels", "Patient ID"]].isna().any(axis=1)]
     if len(empty):
-        raise UserError(f"{path}: line {empty.index[0] + 2} lacks an image, a finding or a patient; fetch it again")
+        raise UserError(f"{path}: line {empty.index[0] + 2} has no image, finding or patient; fetch it again")
     labels = set(rows["Finding Labels"].str.split("|").explode())
-    strange = sorted(labels - {*FINDINGS, NO_FINDING})
-    if strange:
-        raise UserError(f"{path}: has the finding {strange[0]!r}, which is none of the fourteen")
+    unknown = sorted(labels - {*FINDINGS, NO_FINDING})
+    if unknown:
+        raise UserError(f"{path}: unknown finding {unknown[0]!r}; the table must have NIH's fourteen findings")
     patient = pd.to_numeric(rows["Patient ID"], errors="coerce")
-    by_name = pd.to_numeric(rows["Image Index"].str.extract(r"^(\d{8})_\d{3}\.png$", expand=False), errors="coerce")
-    other = rows[~(patient == by_name)]
-    if len(other):
+    patient_in_name = pd.to_numeric(
+        rows["Image Index"].str.extract(r"^(\d{8})_\d{3}\.png$", expand=False), errors="coerce"
+    )
+    mismatched = rows[~(patient == patient_in_name)]
+    if len(mismatched):
         raise UserError(
-            f"{path}: line {other.index[0] + 2} gives {other['Image Index'].iloc[0]} to another patient than its name"
-            " does; fetch it again"
+            f"{path}: line {mismatched.index[0] + 2}: the patient id differs from that in the file name"
+            f" {mismatched['Image Index'].iloc[0]}; fetch it again"
         )
     if rows["Image Index"].duplicated().any():
-        raise UserError(f"{path}: names {rows.loc[rows['Image Index'].duplicated(), 'Image Index'].iloc[0]} twice")
+        raise UserError(f"{path}: lists {rows.loc[rows['Image Index'].duplicated(), 'Image Index'].iloc[0]} twice")
     return rows.set_index("Image Index")
 
 

@@ -79,9 +79,9 @@ def import_images(root: Path, classes: list[str] | None, task: str | None, salt:
         size=None,
         channels=None,
         counts=None,
-        licence="the user's own",
+        license="the user's own",
         note=f"The user's own images, not a published set.{note}{described.note}",
-        layout="packed",
+        layout="user_table",
         files=files,
     )
 

@@ -1,6 +1,6 @@
-"""MedMNIST v2 and MedMNIST+ (Yang et al. 2023, Sci Data 10:41): the twelve two-dimensional sets at four sizes.
+"""MedMNIST v2 and MedMNIST+ (Yang et al. 2023, Sci Data 10:41): the twelve 2D data sets at four image sizes.
 
-Facts are those of `medmnist/info.py` 3.0.2; the files are published at https://doi.org/10.5281/zenodo.10519652.
+Metadata are from `medmnist/info.py` 3.0.2; the files are published at https://doi.org/10.5281/zenodo.10519652.
 """
 
 from __future__ import annotations
@@ -11,25 +11,25 @@ from fadeformer.data.dataset_card import SPLITS, DatasetCard
 from fadeformer.data.download.download import RemoteFile
 
 BASE_URL = "https://zenodo.org/records/10519652/files"
-LATERALIZED = ("organamnist", "organcmnist")  # axial and coronal: left and right organs are classes of their own
+LATERALIZED = ("organamnist", "organcmnist")  # axial and coronal: left and right organs are different classes
 
-NOTES = {  # what a reader of a score must know
-    "chestmnist": "The split is CheXNet's 70/10/20, not NIH's own: scores on the two cannot be compared. To predict no"
-    " finding at all has an accuracy of 0.9474.",
-    "dermamnist": "Split by image, not by lesion: of the 7,470 lesions in 10,015 images some stand in two splits"
+NOTES = {  # caveats for interpreting scores, shown in the model card and report
+    "chestmnist": "The split is CheXNet's 70/10/20, not NIH's official split: scores on the two cannot be compared."
+    " Predicting no finding for every image has an accuracy of 0.9474.",
+    "dermamnist": "Split by image, not by lesion: some of the 7,470 lesions in 10,015 images are in two splits"
     " (arXiv:2401.14497). All images are also in ISIC 2019.",
-    "octmnist": "The 1,000 test images are balanced, those of train are not.",
-    "pathmnist": "Test comes from another clinical centre than train and val.",
-    "pneumoniamnist": "Val was drawn from train by image, not by patient, and so flatters.",
-    "retinamnist": "Val has 120 images: what is chosen on it is chosen on little.",
-    "breastmnist": "Label 1 is normal or benign, label 0 malignant. With 156 test images the interval of an AUC is some"
-    " 0.1 wide.",
-    "tissuemnist": "The sources have 32 x 32 pixels: 64 and more are enlarged.",
+    "octmnist": "The 1,000 test images are class-balanced, the training images are not.",
+    "pathmnist": "The test images come from a different clinical center than train and val.",
+    "pneumoniamnist": "Val was drawn from train by image, not by patient, so val scores are optimistic.",
+    "retinamnist": "Val has only 120 images, so model selection on it is noisy.",
+    "breastmnist": "Label 1 is normal or benign, label 0 malignant. With 156 test images the confidence interval of an"
+    " AUC is about 0.1 wide.",
+    "tissuemnist": "The source images have 32 x 32 pixels: sizes 64 and above are upsampled.",
 }
 
 
 class DatasetInfo(NamedTuple):
-    """One set: MedMNIST's task, channels, images of train, val and test, licence, class names, MD5 by size."""
+    """Metadata of one data set: task, channels, image counts (train, val, test), license, class names, MD5 by size."""
 
     task: str
     channels: int
@@ -40,30 +40,30 @@ class DatasetInfo(NamedTuple):
 
 
 def remote_file(name: str, size: int) -> RemoteFile:
-    """The archive of a set, by MedMNIST's flag and the side of an image."""
+    """Return the archive of a data set, given its MedMNIST flag and the image side in pixels."""
     file = f"{name}.npz" if size == 28 else f"{name}_{size}.npz"
     return RemoteFile(f"{BASE_URL}/{file}?download=1", file, ("md5", DATASETS[name].md5[size]))
 
 
 def build_card(name: str, size: int, sha256: str) -> DatasetCard:
-    """The card of the data set.
+    """Build the dataset card.
 
     Args:
-        name: MedMNIST's flag.
-        size: side of an image, pixels.
-        sha256: of the archive.
+        name: MedMNIST flag.
+        size: image side in pixels.
+        sha256: checksum of the archive.
     """
-    known = DATASETS[name]
+    info = DATASETS[name]
     return DatasetCard(
         name=name,
         file=remote_file(name, size).name,
         sha256=sha256,
-        task=known.task,
-        classes=known.classes,
+        task=info.task,
+        classes=info.classes,
         size=size,
-        channels=known.channels,
-        counts=dict(zip(SPLITS, known.counts, strict=True)),
-        licence=known.license,
+        channels=info.channels,
+        counts=dict(zip(SPLITS, info.counts, strict=True)),
+        license=info.license,
         note=NOTES.get(name, ""),
         mirrors=name not in LATERALIZED,
     )

@@ -10,7 +10,7 @@ from fadeformer.data.dataset_card import DatasetCard
 
 IMAGES_FILE = "images.zip"
 LABELS_FILE = "labels.csv"
-UNPARSED_LABEL = "told_label"  # column of what stands in place of a label, where that is none
+UNPARSED_LABEL = "unparsed_label"  # column of what stands in place of a label, where that is none
 TEXT_COLUMNS = ("path", "member", "split", "id", "group")
 # What a manifest has of every image; a user's column of such a name is called own_NAME.
 RESERVED_COLUMNS = {

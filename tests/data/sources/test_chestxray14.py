@@ -140,7 +140,7 @@ def test_val_is_taken_from_train_val_by_patient_and_test_stays(fetch, tmp_path):
 
 def test_the_authors_split_gives_way_to_one_made_anew(fetch, tmp_path):
     facts, folder = fetch()
-    rows = built(facts, folder, tmp_path / "splits", anew=True).rows
+    rows = built(facts, folder, tmp_path / "splits", resplit=True).rows
     assert rows["split"].value_counts().to_dict() == {"train": 84, "test": 24, "val": 12}
     assert rows.groupby("group")["split"].nunique().max() == 1
     assert set(rows.loc[rows["split"] == "test", "id"]) != set(names()[90:])
@@ -166,17 +166,17 @@ def write_list(name, lines):
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (edit(3, 1, "Measles"), "has the finding 'Measles', which is none of the fourteen"),
-        (edit(3, 3, "77"), "line 5 gives 00000002_001.png to another patient than its name does"),
-        (edit(3, 3, ""), "line 5 lacks an image, a finding or a patient"),
-        (edit(3, 0, "00000002_000.png"), "names 00000002_000.png twice"),
+        (edit(3, 1, "Measles"), "unknown finding 'Measles'; the table must have"),
+        (edit(3, 3, "77"), "line 5: the patient id differs from that in the file name 00000002_001.png"),
+        (edit(3, 3, ""), "line 5 has no image, finding or patient"),
+        (edit(3, 0, "00000002_000.png"), "lists 00000002_000.png twice"),
         (lambda mirror: write_table(mirror, sex="Height"), "has no column sex; it is not NIH's file"),
         (
             lambda mirror: write_table(mirror, change=lambda rows: rows[:-1]),
             "1 images of the archives are not in Data_Entry",
         ),
         (write_list(chestxray14.TEST_LIST, names()[91:]), "1 images of the archives are not in train_val_list.txt or"),
-        (write_list(chestxray14.TEST_LIST, names()[89:]), "00000045_001.png stands in both lists"),
+        (write_list(chestxray14.TEST_LIST, names()[89:]), "00000045_001.png is in both lists"),
         (lambda mirror: (mirror / chestxray14.ENTRY_TABLE).write_bytes(b""), "cannot be read as a table"),
     ],
 )
@@ -198,7 +198,7 @@ def test_patients_that_were_saved_as_fractions_are_the_same(fetch, mirror):
 
 def test_without_boxes_the_card_says_so_and_with_them_says_nothing(fetch, mirror):
     facts, folder = fetch()
-    assert facts.note.endswith(" Without boxes of lesions: where it comes from there is no BBox_List_2017.csv.")
+    assert facts.note.endswith(" Without lesion boxes: the server or mirror has no BBox_List_2017.csv.")
     assert lesion_boxes.box_table(facts, folder) is None
     (mirror / chestxray14.BOX_LIST).write_text(BOXES)
     with_boxes, folder = fetch()
@@ -225,7 +225,7 @@ def test_a_server_without_boxes_is_told_and_one_that_fails_stops(fetch, mirror):
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, directory=str(mirror))) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         address = f"http://127.0.0.1:{server.server_port}"
-        assert "Without boxes of lesions" in fetch(mirror=address)[0].note
+        assert "Without lesion boxes" in fetch(mirror=address)[0].note
         (mirror / chestxray14.BOX_LIST).write_text(BOXES)
         refused.add(chestxray14.BOX_LIST)
         with pytest.raises(UserError, match=r"BBox_List_2017\.csv: cannot be downloaded \(403"):

@@ -315,7 +315,7 @@ def test_grades_in_an_order_are_told_by_the_user(fetch, scans):
 def test_a_disk_without_room_is_told_before_anything_is_copied(fetch, scans, monkeypatch):
     root = scans(IN_CLASSES)
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(10, 10, 0))
-    with pytest.raises(UserError, match=r"too little room for the copy of the images: it needs .*B more, and 0\.00B"):
+    with pytest.raises(UserError, match=r"not enough disk space for the copy of the images: .*B are needed, but only 0\.00B"):
         fetch(root)
 
 

@@ -119,8 +119,8 @@ def drop_both_rows(mirror):
     ("spoil", "message"),
     [
         (drop_column, "has no column lesion_id; it is not the challenge's file"),
-        (drop_row, "1 images stand in .*GroundTruth.csv or there, not in both, such as ISIC_0000119"),
-        (repeat_row, "names ISIC_0000000_downsampled twice"),
+        (drop_row, "1 images are in only one of .*GroundTruth.csv, such as ISIC_0000119"),
+        (repeat_row, "lists ISIC_0000000_downsampled twice"),
         (drop_both_rows, "1 images have no diagnosis in .*, such as .*ISIC_0000119.jpg"),
         (lambda mirror: (mirror / isic2019.GROUND_TRUTH).write_bytes(b""), "cannot be read as a table"),
     ],
@@ -168,7 +168,7 @@ def test_what_was_verified_first_is_pinned_with_its_rows_and_a_damaged_file_neve
         isic2019.IMAGES: images + 1,
         isic2019.GROUND_TRUTH: images,
         isic2019.METADATA: images,
-    }  # and a licence
+    }  # and a license
     drop_row(mirror)
     with pytest.raises(UserError, match=f"Metadata.csv: sha256 is .*rows is {images - 1}, but {images} is pinned"):
         fetch()

@@ -34,13 +34,13 @@ def test_other_editions_of_the_heading_are_read(tmp_path, heading):
     ("text", "message"),
     [
         ("", "cannot be read as a table"),
-        ("a,b\n1,2\n", "begins with the columns a, b"),
-        (HEADING + ROW + ROW.replace("Atelectasis", "Gout"), "line 3 has a finding that is none of the fourteen"),
-        (HEADING + ROW.replace("00013118_008.png", ""), "line 2 lacks an image or a finding"),
-        (HEADING + ROW.replace("86.7796610169491", "0"), "line 2 has no box"),
-        (HEADING + ROW.replace("225.084745762712", "left"), "line 2 has no box"),
-        (HEADING + ROW.replace("225.084745762712", "-3"), "line 2 has no box"),
-        (HEADING + ROW.replace("225.084745762712", "inf"), "line 2 has no box"),
+        ("a,b\n1,2\n", "the first columns are a, b"),
+        (HEADING + ROW + ROW.replace("Atelectasis", "Gout"), "line 3 has an unknown finding"),
+        (HEADING + ROW.replace("00013118_008.png", ""), "line 2 has no image or no finding"),
+        (HEADING + ROW.replace("86.7796610169491", "0"), "line 2 has no valid box"),
+        (HEADING + ROW.replace("225.084745762712", "left"), "line 2 has no valid box"),
+        (HEADING + ROW.replace("225.084745762712", "-3"), "line 2 has no valid box"),
+        (HEADING + ROW.replace("225.084745762712", "inf"), "line 2 has no valid box"),
     ],
 )
 def test_a_damaged_list_of_boxes_is_told(tmp_path, text, message):
