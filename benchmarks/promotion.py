@@ -66,7 +66,7 @@ def promoted(case: tuple[int, float, float], pairs: int, margin: float) -> int:
     for seed in range(pairs):
         challenger, champion = pair(images, area, worse * margin, seed)
         known = {"overall": {"auc": (0.0, 1.0)}, "per_class": {}}  # no floor is asked for
-        count += gate.decide(Challenger(challenger, known, 0.95, {}, {}, data_passed=True), champion, asked).promoted
+        count += gate.decide(Challenger(challenger, known, 0.95, {}, {}, is_data_valid=True), champion, asked).promoted
     return count
 
 

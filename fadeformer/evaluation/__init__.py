@@ -1,1 +1,1 @@
-"""evaluation."""
+"""Evaluation: metrics with confidence intervals, subgroups, operating points and model comparison."""

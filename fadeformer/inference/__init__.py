@@ -1,1 +1,1 @@
-"""inference."""
+"""Inference: trained classifiers, calibration, operating points, out-of-distribution detection and export."""

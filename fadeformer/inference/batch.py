@@ -1,8 +1,8 @@
-"""Many images through a network, from files to rows of a table, in memory that does not grow with them.
+"""Streaming batch prediction: image files to table rows, in constant memory.
 
-Threads each take a batch, decode it and, on a CPU, run the network on it with one thread of torch's: so decoding and
-network overlap without waiting for one another, and no sum depends on how many cores there are. On a GPU one batch at a
-time goes through the network while the other threads decode. Which images make a batch depends on their row alone.
+A pool of threads decodes batches and, on a CPU, runs the network with one torch thread per worker: decoding and
+inference overlap, and the results do not depend on the number of cores. On a GPU one batch at a time goes through the
+network while the other threads decode. The images of a batch depend on their row numbers alone.
 """
 
 from __future__ import annotations
@@ -24,74 +24,74 @@ from tqdm import tqdm
 
 from fadeformer.data.decode import Aspect, image_to_array
 from fadeformer.errors import UnreadableImageError, UserError
-from fadeformer.inference.classifier import Classifier, Floats, OperatingPoint, Pixels
+from fadeformer.inference.classifier import Classifier, Floats, ImageArray, OperatingPoint
 from fadeformer.inference.inputs import InputImage
 from fadeformer.inference.ood import OODDetector
 
-BATCH_SIZE = 32  # images that go through the network at once
-CHUNK_SIZE = 64 * BATCH_SIZE  # rows that are handed on at once
-PREFETCH_BATCHES = (
-    2  # batches for each thread that may wait, under way or as rows; their pixels are gone once they are rows
-)
-RESERVED_COLUMNS = ("name", "decision", "ood_distance", "is_ood", "error")  # columns beside those of the classes
+BATCH_SIZE = 32  # images per forward pass
+CHUNK_SIZE = 64 * BATCH_SIZE  # rows per yielded table
+PREFETCH_BATCHES = 2  # per thread, running or finished; a finished batch holds table rows only, no pixels
+RESERVED_COLUMNS = ("name", "decision", "ood_distance", "is_ood", "error")  # may not be class names
 
 
 def predict_chunks(
     classifier: Classifier,
-    familiar: OODDetector,
+    detector: OODDetector,
     point: OperatingPoint,
     images: Sequence[InputImage],
     *,
     threads: int | None,
     start_row: int = 0,
-    explain: Callable[[list[str], Pixels, NDArray[np.int64]], None] | None = None,
-    extra_columns: Callable[[Pixels, NDArray[np.float32]], Mapping[str, NDArray[Any]]] | None = None,
+    explain: Callable[[list[str], ImageArray, NDArray[np.int64]], None] | None = None,
+    extra_columns: Callable[[ImageArray, NDArray[np.float32]], Mapping[str, NDArray[Any]]] | None = None,
 ) -> Iterator[pd.DataFrame]:
-    """Predicts images in their order.
+    """Predict images in order and yield the results in chunks.
 
     Args:
-        classifier: the model.
-        familiar: its out-of-distribution statistics.
-        point: operating point that decides.
+        classifier: trained classifier.
+        detector: its out-of-distribution detector.
+        point: operating point of the decisions.
         images: in the order of the rows.
-        threads: that decode; None for one on each core. Memory grows with them, not with the images.
-        start_row: row to begin with, a multiple of `PART`.
-        explain: called with names, pixels and called classes of each batch, one batch at a time.
-        extra_columns: gives further columns from pixels and what the classifier sees of a batch.
+        threads: number of decoding threads; None for one per core. Memory grows with the threads, not with the images.
+        start_row: first row to predict, a multiple of `CHUNK_SIZE`.
+        explain: called with the names, pixels and predicted classes of each batch, one batch at a time.
+        extra_columns: computes further columns from the pixels and features of a batch.
 
     Yields:
-        `PART` rows at once, at the end fewer: `name`, a score for each class, `decision`, `unfamiliar` (distance),
-        `is_unfamiliar` and `problem`. Of an image that cannot be read only name and problem are filled.
+        Tables of `CHUNK_SIZE` rows, the last one shorter: `name`, one score per class, `decision`, `ood_distance`,
+        `is_ood` and `error`. For an unreadable image only `name` and `error` are filled.
 
     Raises:
-        UserError: a class is called as a column of its own.
+        UserError: a class has the name of a reserved column.
     """
     if clash := set(RESERVED_COLUMNS) & set(point.classes):
-        raise UserError(f"the class {clash.pop()!r} has the name of a column; train the model with another name for it")
+        raise UserError(
+            f"class name {clash.pop()!r} is reserved for a column; rename the class and train the model again"
+        )
     threads = threads or os.cpu_count() or 1
-    alone = threading.Lock() if explain is not None or classifier.device.type != "cpu" else nullcontext()
+    model_lock = threading.Lock() if explain is not None or classifier.device.type != "cpu" else nullcontext()
 
-    def work(some: Sequence[InputImage]) -> pd.DataFrame:
-        pixels, problems = _decode_batch(some, **classifier.input_config)
-        there = np.array([not problem for problem in problems])
-        scores, far = np.full((len(some), len(point.classes)), np.nan), np.full(len(some), np.nan)
-        further: Mapping[str, NDArray[Any]] = {}
-        if there.any():
-            readable = pixels[there]
-            with alone:
-                _, scores[there], features = classifier.predict(readable)
+    def predict_batch(inputs: Sequence[InputImage]) -> pd.DataFrame:
+        pixels, errors = _decode_batch(inputs, **classifier.input_config)
+        is_readable = np.array([not error for error in errors])
+        scores, distances = np.full((len(inputs), len(point.classes)), np.nan), np.full(len(inputs), np.nan)
+        extra: Mapping[str, NDArray[Any]] = {}
+        if is_readable.any():
+            readable = pixels[is_readable]
+            with model_lock:
+                _, scores[is_readable], features = classifier.predict(readable)
                 if explain is not None:
-                    names = [image.name for image, ok in zip(some, there, strict=True) if ok]
-                    explain(names, readable, _top_class(point, scores[there]))
-            far[there] = familiar.distance(features)
-            further = extra_columns(readable, features) if extra_columns is not None else {}
-        rows = _build_rows(some, scores, far, problems, point, familiar.threshold)
-        columns = pd.DataFrame(dict(further), index=np.flatnonzero(there))
+                    names = [image.name for image, ok in zip(inputs, is_readable, strict=True) if ok]
+                    explain(names, readable, _top_class(point, scores[is_readable]))
+            distances[is_readable] = detector.distance(features)
+            extra = extra_columns(readable, features) if extra_columns is not None else {}
+        rows = _build_rows(inputs, scores, distances, errors, point, detector.threshold)
+        columns = pd.DataFrame(dict(extra), index=np.flatnonzero(is_readable))
         return rows.join(columns) if extra_columns is not None else rows
 
     starts = iter(range(start_row, len(images), BATCH_SIZE))
-    waiting: deque[Future[pd.DataFrame]] = deque()
-    part: list[pd.DataFrame] = []
+    pending: deque[Future[pd.DataFrame]] = deque()
+    chunk: list[pd.DataFrame] = []
     with (
         _single_threaded_torch(classifier.device),
         ThreadPoolExecutor(threads, "predict") as pool,
@@ -99,67 +99,73 @@ def predict_chunks(
     ):
         try:
             while True:
-                wanted = PREFETCH_BATCHES * threads - len(waiting)
-                waiting.extend(
-                    pool.submit(work, images[start : start + BATCH_SIZE]) for start in islice(starts, wanted)
+                free = PREFETCH_BATCHES * threads - len(pending)
+                pending.extend(
+                    pool.submit(predict_batch, images[start : start + BATCH_SIZE]) for start in islice(starts, free)
                 )
-                if not waiting:
+                if not pending:
                     break
-                part.append(rows := waiting.popleft().result())
+                chunk.append(rows := pending.popleft().result())
                 progress.update(len(rows))
-                if len(part) == CHUNK_SIZE // BATCH_SIZE:
-                    yield pd.concat(part, ignore_index=True)
-                    part = []
+                if len(chunk) == CHUNK_SIZE // BATCH_SIZE:
+                    yield pd.concat(chunk, ignore_index=True)
+                    chunk = []
         finally:
-            for future in waiting:
+            for future in pending:
                 future.cancel()
-    if part:
-        yield pd.concat(part, ignore_index=True)
+    if chunk:
+        yield pd.concat(chunk, ignore_index=True)
 
 
 def _decode_batch(
-    some: Sequence[InputImage], image_size: int, channels: int, aspect: Aspect
-) -> tuple[Pixels, list[str]]:
-    """Pixels as in training, (images, side, side, channels), and of each image why it cannot be read, if it cannot."""
-    pixels = np.zeros((len(some), image_size, image_size, channels), np.uint8)
-    problems = []
-    for place, image in enumerate(some):
+    inputs: Sequence[InputImage], image_size: int, channels: int, aspect: Aspect
+) -> tuple[ImageArray, list[str]]:
+    """Decode as in training: (images, side, side, channels), and one error message per image, empty if readable."""
+    pixels = np.zeros((len(inputs), image_size, image_size, channels), np.uint8)
+    errors = []
+    for row, image in enumerate(inputs):
         try:
-            pixels[place] = image_to_array(image.read(), image_size, channels, aspect)
-            problems.append("")
+            pixels[row] = image_to_array(image.read(), image_size, channels, aspect)
+            errors.append("")
         except UnreadableImageError as error:
-            problems.append(error.reason)
-    return pixels, problems
+            errors.append(error.reason)
+    return pixels, errors
 
 
 def _top_class(point: OperatingPoint, scores: Floats) -> NDArray[np.int64]:
-    """Return the class that is decided for, or of findings the one of the highest score."""
+    """Return the decided class, or in multi-label tasks the finding with the highest score."""
     return np.asarray((scores if point.multi_label else point.decide(scores)).argmax(axis=1), dtype=np.int64)
 
 
 def _build_rows(
-    some: Sequence[InputImage], scores: Floats, far: Floats, problems: list[str], point: OperatingPoint, limit: float
+    inputs: Sequence[InputImage],
+    scores: Floats,
+    distances: Floats,
+    errors: list[str],
+    point: OperatingPoint,
+    ood_threshold: float,
 ) -> pd.DataFrame:
-    there = [not problem for problem in problems]
-    words = iter(point.format_decisions(scores[np.array(there)]))
+    is_readable = [not error for error in errors]
+    decisions = iter(point.format_decisions(scores[np.array(is_readable)]))
+    is_ood = [distance > ood_threshold if ok else pd.NA for distance, ok in zip(distances, is_readable, strict=True)]
     columns = {
-        "name": pd.array([image.name for image in some], dtype="string"),
+        "name": pd.array([image.name for image in inputs], dtype="string"),
         **{name: scores[:, c] for c, name in enumerate(point.classes)},
-        "decision": pd.array([next(words) if ok else pd.NA for ok in there], dtype="string"),
-        "ood_distance": far,
-        "is_ood": pd.array([far[i] > limit if ok else pd.NA for i, ok in enumerate(there)], dtype="boolean"),
-        "error": pd.array([problem or pd.NA for problem in problems], dtype="string"),
+        "decision": pd.array([next(decisions) if ok else pd.NA for ok in is_readable], dtype="string"),
+        "ood_distance": distances,
+        "is_ood": pd.array(is_ood, dtype="boolean"),
+        "error": pd.array([error or pd.NA for error in errors], dtype="string"),
     }
     return pd.DataFrame(columns)
 
 
 @contextmanager
 def _single_threaded_torch(device: torch.device) -> Iterator[None]:
-    """Lets torch compute with one thread in each of ours: the same sums for any number of them."""
-    before = torch.get_num_threads()
+    """Limit torch to one thread per worker thread on a CPU, so that sums do not depend on the number of threads."""
+    previous = torch.get_num_threads()
     if device.type == "cpu":
         torch.set_num_threads(1)
     try:
         yield
     finally:
-        torch.set_num_threads(before)
+        torch.set_num_threads(previous)

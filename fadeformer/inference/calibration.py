@@ -1,9 +1,10 @@
-"""Scores that mean what they say: what is fitted on val so that of images with a score of 0.8 about 80 % are positive.
+"""Probability calibration, fitted on val: temperature scaling and Platt scaling.
 
-Exclusive classes have one temperature (Guo et al. 2017, arXiv:1706.04599): a class's share is its score to the power of
-`slope`, which changes no decision. Findings have vector scaling: sigmoid(slope logit(score) + offset) for each, which
-changes no order. Both maximise the likelihood of val with the targets of Platt (1999), who counts one image more of
-either kind: a val set without a mistake would otherwise ask for scores of 0 and 1.
+Exclusive classes share one temperature (Guo et al. 2017, arXiv:1706.04599): the calibrated score is proportional to
+score ** slope with slope = 1 / temperature, which changes no argmax. In multi-label tasks each finding has Platt
+scaling, sigmoid(slope * logit(score) + offset), which keeps the ranking. Both maximize the likelihood on val with the
+smoothed targets of Platt (1999), who adds one positive and one negative: a val set without errors would otherwise push
+the scores to 0 and 1.
 """
 
 from __future__ import annotations
@@ -21,27 +22,24 @@ from fadeformer.tasks import MIN_SCORE, Task, one_versus_rest
 
 Floats = NDArray[np.float64]
 
-SLOPE_BOUNDS = (
-    0.05,
-    20.0,
-)  # a network that is unsure or overconfident beyond these has learned nothing, or val by heart
+SLOPE_BOUNDS = (0.05, 20.0)  # beyond these bounds the network has learned nothing, or has memorized val
 OFFSET_BOUNDS = (-20.0, 20.0)
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """How scores are changed.
+    """Map from raw to calibrated scores.
 
     Attributes:
-        slope: one, the reciprocal of the temperature, or one for each finding; above 0.
-        offset: 0, or one for each finding, logits.
+        slope: reciprocal of the temperature, or one slope per finding; above 0.
+        offset: 0, or one offset per finding, in logits.
     """
 
     slope: tuple[float, ...] = (1.0,)
     offset: tuple[float, ...] = (0.0,)
 
     def __call__(self, scores: Floats, task: Task) -> Floats:
-        """Scores (images, classes) as a network gave them to calibrated ones."""
+        """Calibrate raw scores, (images, classes)."""
         if self == IDENTITY:
             return scores
         slope, offset = np.array(self.slope), np.array(self.offset)
@@ -50,47 +48,47 @@ class Calibration:
         return np.asarray(softmax(slope * _log(scores), axis=1))
 
     def to_dict(self) -> dict[str, list[float]]:
-        """As plain values, for `model.json`."""
+        """Return plain values for `model.json`."""
         return {name: list(values) for name, values in asdict(self).items()}
 
 
 IDENTITY = Calibration()
 
 
-def from_dict(described: Mapping[str, Any]) -> Calibration:
-    """What `described` gave."""
-    return Calibration(tuple(described["slope"]), tuple(described["offset"]))
+def from_dict(values: Mapping[str, Any]) -> Calibration:
+    """Create a calibration from the output of `Calibration.to_dict`."""
+    return Calibration(tuple(values["slope"]), tuple(values["offset"]))
 
 
 def fit_calibration(labels: NDArray[np.int64], scores: Floats, task: Task) -> Calibration:
-    """The calibration of the highest likelihood.
+    """Fit a calibration by maximum likelihood.
 
     Args:
         labels: of val, (images, labels).
-        scores: of val, (images, classes), as the network gave them.
-        task: what kind of classification it is.
+        scores: raw scores on val, (images, classes).
+        task: classification task.
 
     Returns:
-        A finding that val cannot judge, for want of images with or without it, keeps slope 1 and offset 0.
+        The calibration. A finding without positives or without negatives in val keeps slope 1 and offset 0.
     """
     truth = one_versus_rest(labels, scores.shape[1], task)
     if not task.multi_label:
         return Calibration((_fit_slope(truth, scores),))
-    found = [_fit_slope_and_offset(truth[:, c], scores[:, c]) for c in range(scores.shape[1])]
-    return Calibration(tuple(slope for slope, _ in found), tuple(offset for _, offset in found))
+    parameters = [_fit_slope_and_offset(truth[:, c], scores[:, c]) for c in range(scores.shape[1])]
+    return Calibration(tuple(slope for slope, _ in parameters), tuple(offset for _, offset in parameters))
 
 
 def _fit_slope(truth: NDArray[np.bool_], scores: Floats) -> float:
     images, classes = truth.shape
-    right = (images + 1) / (images + 2)
-    targets = np.where(truth, right, (1 - right) / max(1, classes - 1))
-    logs = _log(scores)
+    target = (images + 1) / (images + 2)
+    targets = np.where(truth, target, (1 - target) / max(1, classes - 1))
+    log_scores = _log(scores)
 
     def loss(log_slope: float) -> float:
-        return float(-(targets * log_softmax(np.exp(log_slope) * logs, axis=1)).sum(axis=1).mean())
+        return float(-(targets * log_softmax(np.exp(log_slope) * log_scores, axis=1)).sum(axis=1).mean())
 
-    found = minimize_scalar(loss, bounds=np.log(SLOPE_BOUNDS), method="bounded", options={"xatol": 1e-8})
-    return float(np.exp(found.x))
+    result = minimize_scalar(loss, bounds=np.log(SLOPE_BOUNDS), method="bounded", options={"xatol": 1e-8})
+    return float(np.exp(result.x))
 
 
 def _fit_slope_and_offset(truth: NDArray[np.bool_], score: Floats) -> tuple[float, float]:
@@ -100,17 +98,17 @@ def _fit_slope_and_offset(truth: NDArray[np.bool_], score: Floats) -> tuple[floa
     targets = np.where(truth, (positives + 1) / (positives + 2), 1 / (negatives + 2))
     logits = _logit(score)
 
-    def loss(at: Floats) -> tuple[float, Floats]:
-        shifted = at[0] * logits + at[1]
-        excess = expit(shifted) - targets
-        value = (np.logaddexp(0.0, shifted) - targets * shifted).mean()
-        return float(value), np.array([(excess * logits).mean(), excess.mean()])
+    def loss_and_gradient(parameters: Floats) -> tuple[float, Floats]:
+        scaled = parameters[0] * logits + parameters[1]
+        residuals = expit(scaled) - targets
+        value = (np.logaddexp(0.0, scaled) - targets * scaled).mean()
+        return float(value), np.array([(residuals * logits).mean(), residuals.mean()])
 
-    found = minimize(
-        loss, np.array([1.0, 0.0]), jac=True, method="L-BFGS-B", bounds=[SLOPE_BOUNDS, OFFSET_BOUNDS],
+    result = minimize(
+        loss_and_gradient, np.array([1.0, 0.0]), jac=True, method="L-BFGS-B", bounds=[SLOPE_BOUNDS, OFFSET_BOUNDS],
         options={"ftol": 1e-14, "gtol": 1e-9, "maxiter": 1000},
     )  # fmt: skip
-    return float(found.x[0]), float(found.x[1])
+    return float(result.x[0]), float(result.x[1])
 
 
 def _log(scores: Floats) -> Floats:
@@ -118,5 +116,5 @@ def _log(scores: Floats) -> Floats:
 
 
 def _logit(scores: Floats) -> Floats:
-    inside = np.clip(scores, MIN_SCORE, 1 - np.finfo(np.float64).epsneg)
-    return np.asarray(np.log(inside) - np.log1p(-inside))
+    clipped = np.clip(scores, MIN_SCORE, 1 - np.finfo(np.float64).epsneg)
+    return np.asarray(np.log(clipped) - np.log1p(-clipped))

@@ -1,7 +1,7 @@
-"""The trained classifier: pixels to logits, calibrated scores and decisions.
+"""Trained classifier: logits, calibrated scores and decisions of images.
 
-Evaluation, `fadeformer predict`, the served model, the exported graph and the explanations all use this class, so that
-an image has one score and one decision. The network always runs in float32, whatever precision it was trained in.
+Evaluation, `fadeformer predict`, the served model, the exported graph and the explanations all use this class, so an
+image gets the same score and decision everywhere. Inference is always float32, whatever precision training used.
 """
 
 from __future__ import annotations
@@ -26,23 +26,23 @@ from fadeformer.io.atomic import read_json
 from fadeformer.models.factory import create_model, features_and_logits, load_weights
 from fadeformer.tasks import TASKS, Task
 
-Pixels = NDArray[np.uint8]
+ImageArray = NDArray[np.uint8]
 Floats = NDArray[np.float64]
 
-BATCH_SIZE = 256  # images that go through the network at once
+BATCH_SIZE = 256  # images per forward pass
 OPERATING_POINT_NAMES = ("youden", "sensitivity", "specificity")
-DEFAULT_THRESHOLD = 0.5  # where an operating point has none
+DEFAULT_THRESHOLD = 0.5  # of classes without a threshold in the operating point
 NO_FINDING = "no finding"
-SEPARATOR = "; "  # between findings
+SEPARATOR = "; "  # between the findings of one image
 
 
 class ClassifierOutput(NamedTuple):
-    """Network outputs for some images.
+    """Network outputs of a set of images.
 
     Attributes:
-        raw: scores before calibration, (images, classes).
+        raw_scores: scores before calibration, (images, classes).
         scores: calibrated scores, (images, classes).
-        features: inputs of the network's last layer, (images, channels).
+        features: penultimate features, the input of the last layer, (images, channels).
     """
 
     raw_scores: Floats
@@ -52,14 +52,14 @@ class ClassifierOutput(NamedTuple):
 
 @dataclass(frozen=True)
 class OperatingPoint:
-    """Rule that turns calibrated scores into decisions.
+    """Decision rule on calibrated scores.
 
     Attributes:
-        classes: names in the order of the scores.
+        classes: class names, in the order of the scores.
         multi_label: whether an image may have several findings, or none.
-        thresholds: score from which a class or finding is positive, by name. Of two exclusive classes only the last one
-            has a threshold, and the first is positive where the last is not.
-        summary: the rule in words.
+        thresholds: minimum score of a positive, by class name. In binary tasks only the last class has a threshold; the
+            first class is positive where the last one is not.
+        description: the rule in words.
     """
 
     classes: tuple[str, ...]
@@ -71,50 +71,50 @@ class OperatingPoint:
     def from_thresholds(
         cls, task: Task, classes: tuple[str, ...], points: Mapping[str, Any] | None, name: str
     ) -> OperatingPoint:
-        """Build the rule of one of a model's operating points.
+        """Build the decision rule of one operating point.
 
         Args:
             task: of the model.
-            classes: names in the order of the scores.
-            points: thresholds by operating point and class, as in `operating_points.json`; None for a model without.
-            name: of the operating point.
+            classes: class names, in the order of the scores.
+            points: thresholds by operating point and class, as in `operating_points.json`; None if the model has none.
+            name: operating point to use.
 
         Raises:
             UserError: the model has no such operating point, or the thresholds are for other classes.
         """
-        judged = classes[1:] if len(classes) == 2 and not task.multi_label else classes
-        given: dict[str, float | None] = dict.fromkeys(judged)
+        thresholded = classes[1:] if len(classes) == 2 and not task.multi_label else classes
+        values: dict[str, float | None] = dict.fromkeys(thresholded)
         if points is not None:
             if name not in points:
-                raise UserError(f"operating_point is not one of this model's: {', '.join(sorted(points))}")
+                raise UserError(f"operating_point: unknown value; this model has {', '.join(sorted(points))}")
             try:
-                given = {of: points[name][of] and float(points[name][of]["threshold"]) for of in judged}
+                values = {c: points[name][c] and float(points[name][c]["threshold"]) for c in thresholded}
             except (KeyError, TypeError, ValueError) as error:
                 raise UserError(
                     f"the operating points are for other classes ({error}); use those of this model's evaluation"
                 ) from error
         if not task.multi_label and len(classes) > 2:
-            summary = "decided for the most probable class"
+            description = "decision: most probable class"
         elif points is None:
-            summary = "decided at 0.5, since the model has no operating points"
+            description = "decision threshold 0.5: the model has no operating points"
         else:
-            lacking = ", ".join(of for of, threshold in given.items() if threshold is None)
-            but = f", but at 0.5 for {lacking}, which val or test could not judge" if lacking else ""
-            summary = f"decided at the operating point {name}{but}"
-        thresholds = {of: DEFAULT_THRESHOLD if threshold is None else threshold for of, threshold in given.items()}
-        return cls(classes, task.multi_label, thresholds, summary)
+            missing = ", ".join(c for c, threshold in values.items() if threshold is None)
+            fallback = f"; 0.5 for {missing} (too few positives or negatives in val or test)" if missing else ""
+            description = f"decision at operating point {name}{fallback}"
+        thresholds = {c: DEFAULT_THRESHOLD if threshold is None else threshold for c, threshold in values.items()}
+        return cls(classes, task.multi_label, thresholds, description)
 
     def is_positive(self, scores: Floats) -> NDArray[np.bool_]:
-        """Return whether scores reach their thresholds, (images, classes)."""
+        """Return True where a score reaches its threshold, (images, classes)."""
         if len(self.thresholds) < len(self.classes):
             last = scores[:, 1] >= self.thresholds[self.classes[1]]
             return np.stack([~last, last], axis=1)
         return np.asarray(scores >= np.array([self.thresholds[name] for name in self.classes]))
 
     def decide(self, scores: Floats) -> NDArray[np.bool_]:
-        """Return the decisions, (images, classes).
+        """Return the decisions as a mask, (images, classes).
 
-        These are the positive findings, the positive one of two classes, or the most probable one of more classes.
+        Multi-label: all positive findings. Binary: the class on its side of the threshold. Multi-class: the argmax.
         """
         if self.multi_label or len(self.classes) == 2:
             return self.is_positive(scores)
@@ -127,38 +127,38 @@ class OperatingPoint:
 
 
 class Classifier:
-    """Network, normalization, head, calibration and operating points of one model.
+    """Network with its normalization, head, calibration and operating points.
 
-    On CUDA this turns TF32 off for the process: cuDNN would otherwise compute convolutions in it.
+    On CUDA this disables TF32 for the whole process; cuDNN would otherwise use it in convolutions.
 
     Args:
-        described: content of `model.json`.
-        weights: `best_model.pth`, or safetensors.
-        points: thresholds by operating point and class, as in `operating_points.json`; None for a model without.
-        device: None for a GPU if there is one, unless the model was trained with `train.device: cpu`.
+        metadata: content of `model.json`.
+        weights: path of `best_model.pth` or a safetensors file.
+        points: thresholds by operating point and class, as in `operating_points.json`; None if the model has none.
+        device: None selects a GPU if available, unless the model was trained with `train.device: cpu`.
 
     Raises:
-        ValueError: the weights are damaged or do not fit.
+        ValueError: the weights are damaged or do not match the architecture.
     """
 
     def __init__(
         self,
-        described: Mapping[str, Any],
+        metadata: Mapping[str, Any],
         weights: Path,
         points: Mapping[str, Any] | None = None,
         device: torch.device | None = None,
     ) -> None:
-        self.task = TASKS[described["task"]].with_head(described["head"])
-        self.classes: tuple[str, ...] = tuple(described["classes"])
-        self.input_config: dict[str, Any] = described["input"]  # image_size, channels and aspect
-        self.calibration = calibration.from_dict(described["calibration"])
-        self.normalization = Normalization(**{name: tuple(v) for name, v in described["normalize"].items()})
+        self.task = TASKS[metadata["task"]].with_head(metadata["head"])
+        self.classes: tuple[str, ...] = tuple(metadata["classes"])
+        self.input_config: dict[str, Any] = metadata["input"]  # image_size, channels and aspect
+        self.calibration = calibration.from_dict(metadata["calibration"])
+        self.normalization = Normalization(**{name: tuple(values) for name, values in metadata["normalize"].items()})
         self.operating_points = points
-        self.device = device or choose_device("cpu" if described["params"]["train"]["device"] == "cpu" else "auto")
+        self.device = device or choose_device("cpu" if metadata["params"]["train"]["device"] == "cpu" else "auto")
         if self.device.type == "cuda":
             torch.backends.cudnn.allow_tf32 = False
             torch.backends.cuda.matmul.allow_tf32 = False
-        self.model = create_model(**{**described["model"], "pretrained": False})
+        self.model = create_model(**{**metadata["model"], "pretrained": False})
         load_weights(self.model, weights)
         self.model.to(self.device).eval()
 
@@ -167,13 +167,13 @@ class Classifier:
         """Load a model from its files.
 
         Raises:
-            UserError: the weights are damaged, or the file of operating points is none.
+            UserError: the weights are damaged, or the operating points file is not valid.
         """
         try:
             points = None if files.operating_points is None else read_json(files.operating_points)["points"]
         except (KeyError, TypeError) as error:
             raise UserError(
-                f"{files.operating_points}: is not a file of operating points; use that of the evaluation"
+                f"{files.operating_points}: not a valid operating points file; use reports/operating_points.json"
             ) from error
         try:
             return cls(files.metadata, files.weights, points, device)
@@ -181,28 +181,28 @@ class Classifier:
             raise UserError(f"{error}; fetch the model again, or train it again") from error
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Return features and logits of one batch, uint8 (images, side, side, channels) on the device."""
+        """Return features and logits of a batch, uint8 (images, side, side, channels) on the device."""
         return features_and_logits(self.model, self.normalization(images))
 
-    def predict(self, pixels: Pixels, batch_size: int = BATCH_SIZE) -> ClassifierOutput:
-        """Return scores and features of images of the network's size, (images, side, side, channels)."""
+    def predict(self, images: ImageArray, batch_size: int = BATCH_SIZE) -> ClassifierOutput:
+        """Return scores and features of uint8 images of the input size, (images, side, side, channels)."""
         features, logits = [], []
-        starts = range(0, len(pixels), batch_size)
+        starts = range(0, len(images), batch_size)
         with torch.inference_mode():
             for start in tqdm(
                 starts, desc="predict", unit="batch", leave=False, disable=None if len(starts) > 1 else True
             ):
-                images = torch.from_numpy(np.array(pixels[start : start + batch_size])).to(self.device)
-                of_batch, outputs = self.forward(images)
-                features.append(of_batch.float().cpu().numpy())
-                logits.append(outputs.double().cpu().numpy())
-        raw = self.task.probabilities(np.concatenate(logits))
-        return ClassifierOutput(raw, self.calibration(raw, self.task), np.concatenate(features))
+                batch = torch.from_numpy(np.array(images[start : start + batch_size])).to(self.device)
+                batch_features, batch_logits = self.forward(batch)
+                features.append(batch_features.float().cpu().numpy())
+                logits.append(batch_logits.double().cpu().numpy())
+        raw_scores = self.task.probabilities(np.concatenate(logits))
+        return ClassifierOutput(raw_scores, self.calibration(raw_scores, self.task), np.concatenate(features))
 
-    def predict_proba(self, pixels: Pixels, batch_size: int = BATCH_SIZE) -> Floats:
+    def predict_proba(self, images: ImageArray, batch_size: int = BATCH_SIZE) -> Floats:
         """Return calibrated scores, (images, classes)."""
-        return self.predict(pixels, batch_size).scores
+        return self.predict(images, batch_size).scores
 
     def operating_point(self, name: str) -> OperatingPoint:
-        """Return the rule of an operating point; raises UserError as `OperatingPoint.of`."""
+        """Return the decision rule of an operating point; see `OperatingPoint.from_thresholds` for errors."""
         return OperatingPoint.from_thresholds(self.task, self.classes, self.operating_points, name)

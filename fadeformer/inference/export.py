@@ -1,7 +1,7 @@
-"""A trained network as one graph, from uint8 images to calibrated scores, for programs that do not know this library.
+"""Export to ONNX or torch.export: one graph from uint8 images to calibrated scores, usable without this library.
 
-The graph holds normalisation, network, head and calibration in float32; its scores are those of `Classifier` but for
-rounding. It takes any number of images of the network's size, and no files: who uses it decodes and resizes.
+The graph contains normalization, network, head and calibration in float32; its scores equal those of `Classifier` up to
+rounding. It takes a batch of any size, of images of the input size: the caller decodes and resizes.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from fadeformer.errors import UserError
 from fadeformer.inference.classifier import Classifier
 from fadeformer.io.atomic import atomic_write
 
-SCORE_TOLERANCE = 1e-5  # in a score
+SCORE_TOLERANCE = 1e-5  # largest absolute difference of a score
 INPUT_NAME, OUTPUT_NAME = "images", "scores"  # input and output of the ONNX graph
 
 
 class ScoringModule(nn.Module):
-    """uint8 images (images, side, side, channels) to calibrated scores (images, classes), float32."""
+    """Map uint8 images (images, side, side, channels) to calibrated float32 scores (images, classes)."""
 
     slope: Tensor
     offset: Tensor
@@ -38,46 +38,54 @@ class ScoringModule(nn.Module):
         self.register_buffer("offset", torch.tensor(classifier.calibration.offset))
 
     def forward(self, images: Tensor) -> Tensor:
-        """As `Classifier.scores`, all in torch."""
+        """Compute `Classifier.predict_proba` in torch alone."""
         _, logits = self.classifier.forward(images)
         task = self.classifier.task
         scaled = self.slope * task.calibration_logits(logits) + self.offset  # the offset is 0 for exclusive classes
         return scaled.sigmoid() if task.multi_label else scaled.softmax(dim=1)
 
 
-def export_model(classifier: Classifier, kind: str, path: Path) -> float:
-    """Writes the graph.
+def export_model(classifier: Classifier, file_format: str, path: Path) -> float:
+    """Export a classifier and verify the scores of the graph.
 
     Args:
         classifier: on the CPU.
-        kind: `onnx`, or `program` (what `torch.export.load` reads, a .pt2).
-        path: of the file.
+        file_format: `onnx`, or `program` (a .pt2 file for `torch.export.load`).
+        path: output file.
 
     Returns:
-        The largest difference between its scores and the classifier's, on random images.
+        The largest difference between the scores of graph and classifier on random images.
 
     Raises:
-        UserError: a package that writes or checks ONNX is missing, or the graph does not give the same scores.
+        UserError: a package for ONNX is missing, or the scores differ by more than `SCORE_TOLERANCE`.
     """
-    if kind == "onnx":
+    if file_format == "onnx":
         missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if find_spec(name) is None]
         if missing:
-            raise UserError(f"ONNX needs {' and '.join(missing)}: run `pip install {' '.join(missing)}`, then again")
+            raise UserError(
+                f"ONNX needs {' and '.join(missing)}: run `pip install {' '.join(missing)}` and export again"
+            )
     side, channels = classifier.input_config["image_size"], classifier.input_config["channels"]
-    draw = np.random.default_rng(0)
-    two, three = (draw.integers(0, 256, (n, side, side, channels), dtype=np.uint8) for n in (2, 3))
+    rng = np.random.default_rng(0)
+    example, check = (rng.integers(0, 256, (n, side, side, channels), dtype=np.uint8) for n in (2, 3))
     with atomic_write(path) as temporary, torch.inference_mode(False), torch.no_grad():
-        write, score = {"onnx": (_write_onnx, _run_onnx), "program": (_write_program, _run_program)}[kind]
-        batch = ({0: torch.export.Dim("batch")},)
-        write(ScoringModule(classifier).eval(), (torch.from_numpy(two),), batch, graph_metadata(classifier), temporary)
-        difference = float(np.abs(score(temporary, three) - classifier.predict_proba(three)).max())
+        write, run = {"onnx": (_write_onnx, _run_onnx), "program": (_write_program, _run_program)}[file_format]
+        shapes = ({0: torch.export.Dim("batch")},)
+        write(
+            ScoringModule(classifier).eval(),
+            (torch.from_numpy(example),),
+            shapes,
+            graph_metadata(classifier),
+            temporary,
+        )
+        difference = float(np.abs(run(temporary, check) - classifier.predict_proba(check)).max())
         if not difference <= SCORE_TOLERANCE:
-            raise UserError(f"the exported graph gives other scores, by up to {difference:.2g}; it was not written")
+            raise UserError(f"the scores of the exported graph differ by up to {difference:.2g}; it was not written")
     return difference
 
 
 def graph_metadata(classifier: Classifier) -> dict[str, str]:
-    """What a user of the graph must know, as text by name: in ONNX's metadata_props, and the program's extra files."""
+    """Return the metadata of a graph as JSON text by name: ONNX metadata_props, or extra files of a program."""
     values = {
         "classes": list(classifier.classes),
         "input": classifier.input_config,
@@ -89,37 +97,37 @@ def graph_metadata(classifier: Classifier) -> dict[str, str]:
     return {f"fadeformer.{name}": json.dumps(value, ensure_ascii=False) for name, value in values.items()}
 
 
-def _write_onnx(graph: nn.Module, example: Any, batch: Any, told: dict[str, str], path: Path) -> None:
-    logging.getLogger("onnxscript").setLevel(logging.ERROR)  # it warns of what it does not make smaller
+def _write_onnx(graph: nn.Module, example: Any, shapes: Any, metadata: dict[str, str], path: Path) -> None:
+    logging.getLogger("onnxscript").setLevel(logging.ERROR)  # it warns of constants that it does not fold
     program = torch.onnx.export(
         graph,
         example,
         dynamo=True,
-        dynamic_shapes=batch,
+        dynamic_shapes=shapes,
         input_names=[INPUT_NAME],
         output_names=[OUTPUT_NAME],
         verbose=False,
     )
     if program is None:
-        raise RuntimeError("torch.onnx.export gave no program")
-    program.model.metadata_props.update(told)
+        raise RuntimeError("torch.onnx.export returned no program")
+    program.model.metadata_props.update(metadata)
     program.save(path)
 
 
-def _run_onnx(path: Path, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
+def _run_onnx(path: Path, images: NDArray[np.uint8]) -> NDArray[np.float32]:
     import onnxruntime
 
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    return np.asarray(session.run([OUTPUT_NAME], {INPUT_NAME: pixels})[0])
+    return np.asarray(session.run([OUTPUT_NAME], {INPUT_NAME: images})[0])
 
 
-def _write_program(graph: nn.Module, example: Any, batch: Any, told: dict[str, str], path: Path) -> None:
-    program = torch.export.export(graph, example, dynamic_shapes=batch)
+def _write_program(graph: nn.Module, example: Any, shapes: Any, metadata: dict[str, str], path: Path) -> None:
+    program = torch.export.export(graph, example, dynamic_shapes=shapes)
     with path.open("wb") as file:
-        torch.export.save(program, file, extra_files=told)
+        torch.export.save(program, file, extra_files=metadata)
 
 
-def _run_program(path: Path, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
+def _run_program(path: Path, images: NDArray[np.uint8]) -> NDArray[np.float32]:
     with path.open("rb") as file:
         program = torch.export.load(file)
-    return np.asarray(program.module()(torch.from_numpy(pixels)))
+    return np.asarray(program.module()(torch.from_numpy(images)))

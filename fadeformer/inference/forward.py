@@ -1,4 +1,4 @@
-"""Images through a network in evaluation mode, and the device and precision of a training."""
+"""Batched forward passes in evaluation mode, and the choice of device and precision."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from fadeformer.errors import UserError
 
 
 def choose_device(name: str) -> torch.device:
-    """`cpu`, `cuda`, or `auto`: cuda if there is one.
+    """Return the device for `train.device`: `cpu`, `cuda`, or `auto` (CUDA if available).
 
     Raises:
-        UserError: cuda is asked for and there is none.
+        UserError: `cuda` is requested but not available.
     """
     if name == "cuda" and not torch.cuda.is_available():
         raise UserError("params.yaml: train.device is cuda, but torch finds no CUDA device; set it to auto or cpu")
@@ -26,9 +26,9 @@ def choose_device(name: str) -> torch.device:
 
 
 def choose_precision(name: str | int, device: torch.device) -> str:
-    """Give what `train.precision` stands for on a device: 32, bf16 or 16.
+    """Resolve `train.precision` for a device: 32, bf16 or 16.
 
-    `auto` is bf16 on a GPU that computes it natively. On a CPU it is 32: bf16 is slower there in training.
+    `auto` is bf16 on a GPU with native support and 32 elsewhere: bf16 training is slower on a CPU.
 
     Raises:
         UserError: float16 on a CPU, which computes it slowly or not at all.
@@ -43,31 +43,31 @@ def choose_precision(name: str | int, device: torch.device) -> str:
 
 def predict_logits(
     model: nn.Module,
-    pixels: NDArray[np.uint8],
+    images: NDArray[np.uint8],
     batch_size: int,
     device: torch.device,
-    normalisation: Normalization,
+    normalization: Normalization,
     on_batch: Callable[[], None] = lambda: None,
 ) -> NDArray[np.float64]:
-    """Run the model over images in their order: in float32, unless the caller has turned autocast on.
+    """Compute the logits of images, in order; in float32 unless the caller has enabled autocast.
 
     Args:
         model: on `device`; left in evaluation mode.
-        pixels: uint8, (images, height, width, channels).
-        batch_size: images at once.
-        device: where the model is.
-        normalisation: of the images.
-        on_batch: called before each batch.
+        images: uint8, (images, height, width, channels).
+        batch_size: images per forward pass.
+        device: of the model.
+        normalization: applied to the images.
+        on_batch: callback before each batch.
 
     Returns:
-        (images, outputs).
+        Logits, (images, outputs).
     """
     model.eval()
-    parts = []
-    starts = range(0, len(pixels), batch_size)
+    logits = []
+    starts = range(0, len(images), batch_size)
     with torch.inference_mode():
         for start in tqdm(starts, desc="predict", unit="batch", leave=False, disable=None if len(starts) > 1 else True):
             on_batch()
-            images = torch.from_numpy(np.array(pixels[start : start + batch_size])).to(device)
-            parts.append(model(normalisation(images)).double().cpu().numpy())
-    return np.concatenate(parts)
+            batch = torch.from_numpy(np.array(images[start : start + batch_size])).to(device)
+            logits.append(model(normalization(batch)).double().cpu().numpy())
+    return np.concatenate(logits)

@@ -1,8 +1,8 @@
-"""What a user wants predictions of: files, folders, zips and patterns, as a list of images in one order.
+"""Collect the input images of a prediction from files, folders, zip archives and glob patterns.
 
-Read are the pictures of `fadeformer.data.decode` and DICOM files, which are told by their mark where the name does not
-tell. Of a folder or a zip what is neither is left out, as are DICOM files that are no images; a file that was named is
-an image, and if it cannot be read, that is told.
+Accepts the image formats of `fadeformer.data.decode` and DICOM files, recognized by suffix or by the DICOM preamble.
+Other files in a folder or zip are skipped, as are DICOM files without an image. A file named explicitly is always
+listed; if it cannot be read, its row in the output holds the error.
 """
 
 from __future__ import annotations
@@ -22,21 +22,21 @@ from fadeformer.data.dicom import dicom_image
 from fadeformer.data.sources.folder import DICOM_SUFFIXES, IMAGE_SUFFIXES, is_dicom
 from fadeformer.errors import UnreadableImageError, UserError
 
-HEADER_BYTES = 4096  # bytes of a file, in which DICOM says what it holds
+HEADER_BYTES = 4096  # enough to recognize a DICOM file and its content
 ZIP_SIGNATURES = (b"PK\x03\x04", b"PK\x05\x06")
-SALT = secrets.token_bytes(32)  # the reader of DICOM hashes patients with it; nothing of them is kept here
+SALT = secrets.token_bytes(32)  # the DICOM reader hashes patient ids with it; prediction discards the hashes
 
 
 @dataclass(frozen=True, slots=True)
 class InputImage:
-    """One image.
+    """Location of one input image.
 
     Attributes:
-        name: in the table.
-        path: the file, or the zip that it lies in.
-        member: its name in the zip; empty if it lies in none.
-        size: bytes of the file, or of the member.
-        changed: when the file was, ns since 1970.
+        name: in the prediction table.
+        path: image file, or the zip archive that contains it.
+        member: name inside the archive; empty for a plain file.
+        size: of the file or archive member, bytes.
+        mtime_ns: modification time of the file, ns since 1970.
     """
 
     name: str
@@ -46,61 +46,57 @@ class InputImage:
     mtime_ns: int
 
     def read(self) -> Image.Image:
-        """The image, of Pillow's mode L or RGB; of DICOM as windowed by the file.
+        """Decode to a Pillow image of mode L or RGB; DICOM with the window of the file.
 
         Raises:
-            UnreadableError: it cannot be read, or holds several frames.
+            UnreadableImageError: the image cannot be read or has several frames.
         """
         data = self._bytes()
         if not is_dicom(self.member or self.path.name, data):
             return decode_image(data, self.name)
         frames = dicom_image.read_dicom(data, self.name, salt=SALT).frames
         if len(frames) > 1:
-            raise UnreadableImageError(
-                self.name, f"holds {len(frames)} frames, where one is expected; export the one wanted"
-            )
+            raise UnreadableImageError(self.name, f"has {len(frames)} frames, expected 1; export the frame to predict")
         return Image.fromarray(frames[0])
 
     def _bytes(self) -> bytes:
         if self.size > reader.MAX_MEMBER_BYTES:
-            raise UnreadableImageError(
-                self.name, f"has {self.size:,} bytes; an image may have {reader.MAX_MEMBER_BYTES:,}"
-            )
+            raise UnreadableImageError(self.name, f"has {self.size:,} bytes; the limit is {reader.MAX_MEMBER_BYTES:,}")
         try:
             return reader.read_member(self.path, self.member) if self.member else self.path.read_bytes()
         except OSError as error:
-            raise UnreadableImageError(self.name, f"cannot be read ({error.strerror}); mend the file") from error
+            raise UnreadableImageError(self.name, f"cannot be read ({error.strerror}); repair the file") from error
         except UserError as error:
             raise UnreadableImageError(self.name, str(error).removeprefix(f"{self.path}: ")) from error
 
 
-def list_inputs(named: Iterable[str]) -> tuple[list[InputImage], int]:
-    """Lists the images.
+def list_inputs(arguments: Iterable[str]) -> tuple[list[InputImage], int]:
+    """List the images of paths and glob patterns.
 
-    A single folder or zip gives names as they stand in it. Of several arguments each gives names that begin with
-    itself, as it was written; a pattern stands for the paths that match it.
+    For a single folder or zip, names are relative to it. For several paths, each name starts with its path as written.
+    A pattern expands to the paths that match it.
 
     Args:
-        named: paths and patterns (`*`, `?`, `[...]`, `**`).
+        arguments: paths and patterns (`*`, `?`, `[...]`, `**`).
 
     Returns:
-        The images sorted by name, each once, and how many other files were left out.
+        The unique images sorted by name, and the number of skipped files.
 
     Raises:
-        UserError: there is no such path, a pattern matches nothing, there is no image, or an archive is refused.
+        UserError: a path does not exist, a pattern has no match, no image was found, or an archive was rejected.
     """
-    given = [path for argument in named for path in _expand(argument)]
+    paths = [path for argument in arguments for path in _expand(argument)]
     images: dict[str, InputImage] = {}
-    left_out = 0
-    for path in given:
-        for image in _list_path(path, is_single=len(given) == 1):
+    num_skipped = 0
+    for path in paths:
+        for image in _list_path(path, is_single=len(paths) == 1):
             if image is None:
-                left_out += 1
+                num_skipped += 1
             else:
                 images.setdefault(image.name, image)
     if not images:
-        raise UserError(f"{', '.join(map(str, given))}: holds no image ({', '.join(sorted(IMAGE_SUFFIXES))})")
-    return [images[name] for name in sorted(images)], left_out
+        raise UserError(f"{', '.join(map(str, paths))}: no image found ({', '.join(sorted(IMAGE_SUFFIXES))})")
+    return [images[name] for name in sorted(images)], num_skipped
 
 
 def _expand(argument: str) -> list[Path]:
@@ -108,47 +104,40 @@ def _expand(argument: str) -> list[Path]:
         return [Path(argument)]
     if not glob.has_magic(argument):
         raise UserError(f"{argument}: no such file or folder")
-    found = sorted(glob.glob(argument, recursive=True))  # noqa: PTH207  Path's own takes no absolute pattern
-    if not found:
+    matches = sorted(glob.glob(argument, recursive=True))  # noqa: PTH207  Path.glob takes no absolute pattern
+    if not matches:
         raise UserError(f"{argument}: no file matches this pattern")
-    return [Path(path) for path in found]
+    return [Path(path) for path in matches]
 
 
 def _list_path(path: Path, *, is_single: bool) -> Iterator[InputImage | None]:
-    """The images of one argument, and None for each file that is left out."""
+    """Yield the images of one path, and None for each skipped file."""
     prefix = "" if is_single else f"{path.as_posix()}/"
     if path.is_dir():
         for member in reader.list_members(path):
             file = path / member.name
-            with file.open("rb") as opened:
-                head = b"" if _has_image_suffix(member.name) else opened.read(HEADER_BYTES)
-            changed = file.stat().st_mtime_ns
-            yield (
-                InputImage(prefix + member.name, file, "", member.size, changed)
-                if _is_image(member.name, head)
-                else None
-            )
+            with file.open("rb") as stream:
+                header = b"" if _has_image_suffix(member.name) else stream.read(HEADER_BYTES)
+            image = InputImage(prefix + member.name, file, "", member.size, file.stat().st_mtime_ns)
+            yield image if _is_image(member.name, header) else None
         return
     status = path.stat()
-    if not stat.S_ISREG(status.st_mode):  # a pipe would never end
-        raise UserError(f"{path}: is no file and no folder")
-    with path.open("rb") as opened:
-        head = opened.read(HEADER_BYTES)
-    if head.startswith(ZIP_SIGNATURES):
+    if not stat.S_ISREG(status.st_mode):  # reading a pipe could block forever
+        raise UserError(f"{path}: not a regular file or folder")
+    with path.open("rb") as stream:
+        header = stream.read(HEADER_BYTES)
+    if header.startswith(ZIP_SIGNATURES):
         for member in reader.list_members(path):
             name = member.name
-            part = b"" if _has_image_suffix(name) else _read_member_header(path, name)
-            yield (
-                InputImage(prefix + name, path, name, member.size, status.st_mtime_ns)
-                if _is_image(name, part)
-                else None
-            )
-    elif head.startswith(tar_stream.GZIP_MAGIC) or (
-        len(head) >= tar_stream.BLOCK_BYTES
-        and not is_dicom("", head)
-        and tar_stream.is_tar_header(head[: tar_stream.BLOCK_BYTES])
+            member_header = b"" if _has_image_suffix(name) else _read_member_header(path, name)
+            image = InputImage(prefix + name, path, name, member.size, status.st_mtime_ns)
+            yield image if _is_image(name, member_header) else None
+    elif header.startswith(tar_stream.GZIP_MAGIC) or (
+        len(header) >= tar_stream.BLOCK_BYTES
+        and not is_dicom("", header)
+        and tar_stream.is_tar_header(header[: tar_stream.BLOCK_BYTES])
     ):
-        raise UserError(f"{path}: a tar is read from front to back only; unpack it, and name the folder instead")
+        raise UserError(f"{path}: tar archives have no random access; unpack it and pass the folder instead")
     else:
         yield InputImage(path.name if is_single else path.as_posix(), path, "", status.st_size, status.st_mtime_ns)
 
@@ -157,12 +146,12 @@ def _has_image_suffix(name: str) -> bool:
     return PurePosixPath(name).suffix.lower() in IMAGE_SUFFIXES - DICOM_SUFFIXES
 
 
-def _is_image(name: str, head: bytes) -> bool:
-    return _has_image_suffix(name) or (is_dicom(name, head) and not dicom_image.is_non_image(head))
+def _is_image(name: str, header: bytes) -> bool:
+    return _has_image_suffix(name) or (is_dicom(name, header) and not dicom_image.is_non_image(header))
 
 
 def _read_member_header(archive: Path, member: str) -> bytes:
-    """How a member of a zip begins; nothing, of one that cannot be read: it is an image only if its name says so."""
+    """Read the first bytes of a zip member; empty if it is unreadable, so that only its suffix can make it an image."""
     try:
         return reader.read_member(archive, member)[:HEADER_BYTES]
     except UserError:

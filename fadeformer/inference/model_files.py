@@ -1,4 +1,4 @@
-"""A model as a folder of files, whether training left it or MLflow brought it: which file is what."""
+"""Files of a model folder, written by training or downloaded from MLflow."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from fadeformer.errors import UserError
 from fadeformer.io.atomic import checksum, read_json
 
 METADATA_FILE = "model.json"
-WEIGHTS_FILE = "weights.safetensors"  # of a package
-TRAINED_WEIGHTS_FILE = "best_model.pth"  # as training leaves them
+WEIGHTS_FILE = "weights.safetensors"  # in a model package
+TRAINED_WEIGHTS_FILE = "best_model.pth"  # in models/
 OOD_FILE = "ood.safetensors"
 OPERATING_POINTS_FILE = "operating_points.json"
 REFERENCE_FILE = "reference.parquet"
@@ -25,9 +25,9 @@ class ModelFiles:
     """Files of one model.
 
     Attributes:
-        folder: which holds them.
+        folder: that contains them.
         weights: of the network.
-        points: thresholds chosen on val; None where the model carries none.
+        operating_points: thresholds chosen on val; None if the model has none.
     """
 
     folder: Path
@@ -36,55 +36,55 @@ class ModelFiles:
 
     @cached_property
     def metadata(self) -> Mapping[str, Any]:
-        """What `model.json` holds."""
-        found: Mapping[str, Any] = read_json(self.folder / METADATA_FILE)
-        return found
+        """Content of `model.json`."""
+        metadata: Mapping[str, Any] = read_json(self.folder / METADATA_FILE)
+        return metadata
 
     @property
     def ood(self) -> Path:
-        """Of `fadeformer.inference.ood`."""
+        """Statistics of the out-of-distribution detector (`fadeformer.inference.ood`)."""
         return self.folder / OOD_FILE
 
     @property
     def reference(self) -> Path:
-        """Of `fadeformer.monitoring.reference`; a model of an older version has none."""
+        """Reference data for drift detection (`fadeformer.monitoring.reference`); absent in older models."""
         return self.folder / REFERENCE_FILE
 
     def fingerprint(self) -> str:
-        """SHA-256 of all that decides what the model says of an image."""
+        """Return a SHA-256 over all files that determine the predictions of the model."""
         files = [self.folder / METADATA_FILE, self.weights, self.ood, *filter(None, [self.operating_points])]
         return hashlib.sha256("".join(checksum(file, "sha256") for file in files).encode()).hexdigest()
 
 
-def find_model_files(folder: Path, called: str, points: Path | None = None) -> ModelFiles:
-    """Finds a model's files in a folder, or in its `data/model/`, where a package of MLflow has them.
+def find_model_files(folder: Path, name: str, points: Path | None = None) -> ModelFiles:
+    """Find the files of a model in a folder, or in its `data/model/` as in an MLflow package.
 
     Args:
-        folder: `models/` of a project, or a model that MLflow brought.
-        called: how errors call the model.
-        points: a file of operating points that takes the place of the model's own.
+        folder: `models/` of a project, or a downloaded MLflow model.
+        name: of the model in error messages.
+        points: operating points file to use instead of the one in the model.
 
     Raises:
-        UserError: there is no model, or one that was made before models told of their images and of what they know.
+        UserError: there is no model, or an older version wrote it, without input size or OOD statistics.
     """
-    for place in (folder, folder / "data" / "model"):
-        weights = next(
-            (place / name for name in (WEIGHTS_FILE, TRAINED_WEIGHTS_FILE) if (place / name).is_file()), None
-        )
-        if weights is not None and (place / METADATA_FILE).is_file():
+    for location in (folder, folder / "data" / "model"):
+        candidates = (location / file for file in (WEIGHTS_FILE, TRAINED_WEIGHTS_FILE))
+        weights = next((path for path in candidates if path.is_file()), None)
+        if weights is not None and (location / METADATA_FILE).is_file():
             break
     else:
         raise UserError(
-            f"{called}: holds no model ({METADATA_FILE} and {WEIGHTS_FILE} or {TRAINED_WEIGHTS_FILE}); run `dvc repro train`"
+            f"{name}: no model found ({METADATA_FILE} and {WEIGHTS_FILE} or {TRAINED_WEIGHTS_FILE});"
+            " run `dvc repro train`"
         )
     if points is not None and not points.is_file():
-        raise UserError(f"{points}: no such file; `dvc repro evaluate` makes reports/{OPERATING_POINTS_FILE}")
-    own = place / OPERATING_POINTS_FILE
-    found = ModelFiles(place, weights, points or (own if own.is_file() else None))
-    missing = [name for name in ("input", "ood") if name not in found.metadata]
-    if missing or not found.ood.is_file():
+        raise UserError(f"{points}: no such file; run `dvc repro evaluate` to create reports/{OPERATING_POINTS_FILE}")
+    default_points = location / OPERATING_POINTS_FILE
+    files = ModelFiles(location, weights, points or (default_points if default_points.is_file() else None))
+    missing = [key for key in ("input", "ood") if key not in files.metadata]
+    if missing or not files.ood.is_file():
         raise UserError(
-            f"{called}: the model was made by an older version of this program and lacks"
+            f"{name}: the model was written by an older version of this program and lacks"
             f" {', '.join(missing) or OOD_FILE}; train it again"
         )
-    return found
+    return files

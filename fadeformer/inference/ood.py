@@ -1,19 +1,18 @@
-"""How far an image lies from all that a network was trained on: the Mahalanobis distance of its features.
+"""Mahalanobis-distance out-of-distribution (OOD) detector on penultimate features.
 
-Of what the classifier sees of each image of train, every class has a mean and all share one covariance S; the distance
-of an image with features f is the smallest over the classes c of
+The training features have one mean per class and a shared covariance S; the distance of an image with features f is the
+minimum over the classes c of
 
     sqrt((f - mean_c)^T S^-1 (f - mean_c))
 
-(Lee et al. 2018, arXiv:1807.03888, equations 1 and 2; of the last layer alone, without their perturbed inputs). Where
-an image may have several findings there is one mean, of all images. S is shrunk towards a multiple of the identity by
-as much as Ledoit and Wolf (2004, doi:10.1016/S0047-259X(03)00096-4) ask for, so that it can be inverted where there are
-fewer images than features.
+(Lee et al. 2018, arXiv:1807.03888, equations 1 and 2; penultimate layer only, without input perturbation). Multi-label
+tasks have a single mean, over all images. S is shrunk toward a multiple of the identity (Ledoit and Wolf 2004,
+doi:10.1016/S0047-259X(03)00096-4), so that it is invertible with fewer images than features.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -30,22 +29,18 @@ from fadeformer.tasks import Task
 Floats = NDArray[np.float64]
 Features = NDArray[np.float32]
 
-# The share of val that counts as familiar. An image that lies further out than these is called unfamiliar, so that of
-# images like those of val one in twenty is called so for nothing.
-THRESHOLD_QUANTILE = 0.95
-MIN_RELATIVE_VARIANCE = (
-    1e-12  # variance along a direction, as a share of the largest: below, nothing was seen to vary there
-)
+THRESHOLD_QUANTILE = 0.95  # of the distances on val: 1 in 20 in-distribution images is flagged as OOD
+MIN_RELATIVE_VARIANCE = 1e-12  # of the largest eigenvalue; directions below it are constant on train and are dropped
 
 
 @dataclass(frozen=True, eq=False)
 class OODDetector:
-    """What a network knows.
+    """Fitted out-of-distribution detector.
 
     Attributes:
-        whiten: (features, directions), by which S becomes the identity.
-        means: of each class, or of all, whitened, (means, directions).
-        limit: the distance above which an image is unfamiliar.
+        whiten: whitening matrix, which maps S to the identity, (features, directions).
+        means: whitened class means, or the overall mean, (means, directions).
+        threshold: distance above which an image is out-of-distribution.
     """
 
     whiten: Floats
@@ -53,48 +48,48 @@ class OODDetector:
     threshold: float
 
     def distance(self, features: Features) -> Floats:
-        """What the classifier sees of images, (images, features), to their distances, (images,)."""
-        # torch, whose threads are set by who calls: numpy's would compete with those that decode
-        seen = torch.from_numpy(features.astype(np.float64)) @ torch.from_numpy(self.whiten)
-        apart = [(seen - mean).square().sum(dim=1) for mean in torch.from_numpy(self.means)]
-        return np.asarray(torch.stack(apart).amin(dim=0).sqrt().numpy())
+        """Compute the distance of each image, (images,), from features (images, features)."""
+        # torch, because the caller controls its threads: those of numpy would compete with the decoding threads
+        whitened = torch.from_numpy(features.astype(np.float64)) @ torch.from_numpy(self.whiten)
+        squares = [(whitened - mean).square().sum(dim=1) for mean in torch.from_numpy(self.means)]
+        return np.asarray(torch.stack(squares).amin(dim=0).sqrt().numpy())
 
 
 def fit_detector(train: Features, labels: NDArray[np.int64], task: Task, val: Features) -> OODDetector:
-    """Means and covariance of train, and the limit by val.
+    """Fit means and covariance on train and the threshold on val.
 
-    Val has no part in the covariance: of the images that it is fitted to, distances are too small.
+    Val is held out of the covariance: distances of the images used for the fit are too small.
 
     Args:
-        train: (images, features).
+        train: features of train, (images, features).
         labels: of train, (images, labels).
-        task: what kind of classification it is.
-        val: (images, features).
+        task: classification task.
+        val: features of val, (images, features).
     """
-    wide = train.astype(np.float64)
-    kinds = np.zeros(len(wide), np.int64) if task.multi_label else labels[:, 0]
-    means = {kind: wide[kinds == kind].mean(axis=0) for kind in np.unique(kinds)}
-    covariance, _ = ledoit_wolf(wide - np.stack([means[kind] for kind in kinds]), assume_centered=True)
+    features = train.astype(np.float64)
+    classes = np.zeros(len(features), np.int64) if task.multi_label else labels[:, 0]
+    means = {c: features[classes == c].mean(axis=0) for c in np.unique(classes)}
+    covariance, _ = ledoit_wolf(features - np.stack([means[c] for c in classes]), assume_centered=True)
     variances, directions = eigh(covariance)
-    kept = variances > MIN_RELATIVE_VARIANCE * variances.max()
-    whiten = directions[:, kept] / np.sqrt(variances[kept])
-    fitted = OODDetector(np.ascontiguousarray(whiten), np.stack(list(means.values())) @ whiten, np.inf)
-    return OODDetector(fitted.whiten, fitted.means, float(np.quantile(fitted.distance(val), THRESHOLD_QUANTILE)))
+    keep = variances > MIN_RELATIVE_VARIANCE * variances.max()
+    whiten = directions[:, keep] / np.sqrt(variances[keep])
+    detector = OODDetector(np.ascontiguousarray(whiten), np.stack(list(means.values())) @ whiten, np.inf)
+    return replace(detector, threshold=float(np.quantile(detector.distance(val), THRESHOLD_QUANTILE)))
 
 
-def write(familiar: OODDetector, path: Path) -> None:
-    """Writes the arrays as safetensors; the limit goes into `model.json`."""
-    save_file({"whiten": familiar.whiten, "means": familiar.means}, path)
+def write(detector: OODDetector, path: Path) -> None:
+    """Write the arrays as safetensors; the threshold belongs in `model.json`."""
+    save_file({"whiten": detector.whiten, "means": detector.means}, path)
 
 
-def read(path: Path, limit: float) -> OODDetector:
-    """What `write` wrote.
+def read(path: Path, threshold: float) -> OODDetector:
+    """Read a detector that `write` wrote.
 
     Raises:
-        UserError: it is not there, or damaged.
+        UserError: the file is missing or damaged.
     """
     try:
         arrays = load_file(path)
-        return OODDetector(arrays["whiten"], arrays["means"], limit)
+        return OODDetector(arrays["whiten"], arrays["means"], threshold)
     except (OSError, SafetensorError, KeyError) as error:
         raise UserError(f"{path}: cannot be read ({type(error).__name__}); fetch the model again") from error

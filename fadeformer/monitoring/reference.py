@@ -1,8 +1,7 @@
-"""What a model has seen, kept with it in numbers, so that new images can be compared with it where its data are not.
+"""Reference data of a model for drift detection, stored with the model so that no training images are needed.
 
-Of images of val, which are like those of train but which the network has not learned by heart (of these its scores are
-too sure): the calibrated score of each class, the distance from what the network knows, what the classifier sees, and
-statistics of the pixels as the network gets them.
+One row per val image: calibrated scores, OOD distance, penultimate features and pixel statistics of the model input.
+Val is used because the scores on train are overconfident.
 """
 
 from __future__ import annotations
@@ -15,74 +14,74 @@ from numpy.typing import NDArray
 
 from fadeformer.errors import UserError
 
-MAX_IMAGES = 2000  # images that are kept
-SEED = 0  # of the choice among more
-SCORE_PREFIX, IMAGE_PREFIX, FEATURE_PREFIX = "score ", "image ", "feature "  # what names of columns begin with
+MAX_IMAGES = 2000  # rows of the table
+SEED = 0  # of the random subset of more images
+SCORE_PREFIX, IMAGE_PREFIX, FEATURE_PREFIX = "score ", "image ", "feature "  # of column names
 OOD_DISTANCE = "OOD distance"
 
-Pixels = NDArray[np.uint8]
+ImageArray = NDArray[np.uint8]
 
 
 def image_statistics(
-    pixels: Pixels, features: NDArray[np.float32]
+    images: ImageArray, features: NDArray[np.float32]
 ) -> dict[str, NDArray[np.float64] | NDArray[np.float32]]:
-    """Statistics of images, and their features, by column.
+    """Compute pixel statistics and list the features, by column name.
 
     Args:
-        pixels: as the network gets them, uint8, (images, side, side, channels).
-        features: what the classifier sees, (images, features).
+        images: model input, uint8, (images, side, side, channels).
+        features: penultimate features, (images, features).
     """
-    wide = pixels.astype(np.float32)
-    grey = wide.mean(axis=3)
-    down, across = np.abs(np.diff(grey, axis=1)), np.abs(np.diff(grey, axis=2))
-    found: dict[str, NDArray[np.float64] | NDArray[np.float32]] = {
-        f"{IMAGE_PREFIX}brightness": grey.mean(axis=(1, 2)),
-        f"{IMAGE_PREFIX}contrast": grey.std(axis=(1, 2)),
-        f"{IMAGE_PREFIX}sharpness": (down.mean(axis=(1, 2)) + across.mean(axis=(1, 2))) / 2,
-        f"{IMAGE_PREFIX}black": (grey < 1).mean(axis=(1, 2)),
+    values = images.astype(np.float32)
+    gray = values.mean(axis=3)
+    dy, dx = np.abs(np.diff(gray, axis=1)), np.abs(np.diff(gray, axis=2))
+    columns: dict[str, NDArray[np.float64] | NDArray[np.float32]] = {
+        f"{IMAGE_PREFIX}brightness": gray.mean(axis=(1, 2)),
+        f"{IMAGE_PREFIX}contrast": gray.std(axis=(1, 2)),
+        f"{IMAGE_PREFIX}sharpness": (dy.mean(axis=(1, 2)) + dx.mean(axis=(1, 2))) / 2,
+        f"{IMAGE_PREFIX}black": (gray < 1).mean(axis=(1, 2)),
     }
-    if pixels.shape[3] == 3:
+    if images.shape[3] == 3:
         for channel, name in enumerate(("red", "green", "blue")):
-            found[f"{IMAGE_PREFIX}{name}"] = wide[..., channel].mean(axis=(1, 2)) - grey.mean(axis=(1, 2))
-    return found | {f"{FEATURE_PREFIX}{number}": column for number, column in enumerate(features.T)}
+            columns[f"{IMAGE_PREFIX}{name}"] = values[..., channel].mean(axis=(1, 2)) - gray.mean(axis=(1, 2))
+    return columns | {f"{FEATURE_PREFIX}{index}": column for index, column in enumerate(features.T)}
 
 
 def build_reference(
-    pixels: Pixels,
+    images: ImageArray,
     scores: NDArray[np.float64],
     distances: NDArray[np.float64],
     features: NDArray[np.float32],
     classes: tuple[str, ...],
 ) -> pd.DataFrame:
-    """What is kept of some images: one row each, at most `MOST`, drawn at random.
+    """Build the reference table: one row per image, a random subset of `MAX_IMAGES` if there are more.
 
     Args:
-        pixels: uint8, (images, side, side, channels).
+        images: model input, uint8, (images, side, side, channels).
         scores: calibrated, (images, classes).
-        distances: from what the network knows, (images,).
-        features: what the classifier sees, (images, features).
-        classes: names in the order of the scores.
+        distances: OOD distances, (images,).
+        features: penultimate features, (images, features).
+        classes: class names, in the order of the scores.
     """
-    rows = np.sort(np.random.default_rng(SEED).permutation(len(pixels))[:MAX_IMAGES])
+    rows = np.sort(np.random.default_rng(SEED).permutation(len(images))[:MAX_IMAGES])
     return pd.DataFrame(
         {
             **{f"{SCORE_PREFIX}{name}": scores[rows, c] for c, name in enumerate(classes)},
             OOD_DISTANCE: distances[rows],
-            **image_statistics(np.asarray(pixels[rows]), features[rows]),
+            **image_statistics(np.asarray(images[rows]), features[rows]),
         }
     ).astype(np.float32)
 
 
-def read(path: Path, called: str) -> pd.DataFrame:
-    """What `table` gave and a model carries.
+def read(path: Path, model_name: str) -> pd.DataFrame:
+    """Read the reference table of a model.
 
     Raises:
-        UserError: it is not there, or damaged.
+        UserError: the file is missing or damaged.
     """
     try:
         return pd.read_parquet(path)
     except (OSError, ValueError) as error:
         raise UserError(
-            f"{called}: carries no numbers of what it has seen ({path.name}: {type(error).__name__}), as a model of an"
-            " older version of this program, or a damaged one; train it again"
+            f"{model_name}: has no reference data for drift detection ({path.name}: {type(error).__name__}); the model"
+            " is damaged or was written by an older version of this program; train it again"
         ) from error

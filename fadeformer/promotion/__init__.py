@@ -1,1 +1,1 @@
-"""promotion."""
+"""The promotion gate: checks that a model must pass to become champion."""

@@ -1,4 +1,4 @@
-"""What a gate says: rules with their verdicts and figures, and the decision that follows from them."""
+"""Results of the promotion gate: checks with their status and details, and the resulting decision."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ Status = Literal["passed", "failed", "not evaluated"]
 PASSED: Final = "passed"
 FAILED: Final = "failed"
 NOT_EVALUATED: Final = "not evaluated"
-HEADLINE_CHECKS = ("min_auc", "not_inferior", "better")  # rules whose figures are told of a model that keeps all
+HEADLINE_CHECKS = ("min_auc", "not_inferior", "better")  # named in the reason of a promotion
 
 
 @dataclass(frozen=True)
 class CheckItem:
-    """A class, finding or subgroup that a rule judges: its name, verdict and the figures it rests on."""
+    """Result of a check for one class, finding or subgroup."""
 
     name: str
     status: Status
@@ -24,9 +24,9 @@ class CheckItem:
 
 @dataclass(frozen=True)
 class Check:
-    """A rule's short name, the rule in words, its verdict and the figures it rests on, part by part where it has some.
+    """Result of one check: its short name, the requirement in words, status, details and items.
 
-    A rule fails where one of its parts does, and is not evaluated where none of them is.
+    A check with items fails if any item fails, and is not evaluated if no item is.
     """
 
     name: str
@@ -41,10 +41,10 @@ class Decision:
     """Whether a model becomes champion, and why.
 
     Attributes:
-        rules: in the order in which they were judged.
-        auc: of the model, on test, in [0, 1]; None where no class can be judged.
-        champion_auc: of the champion, on the same images; None where there is none, or it was not compared.
-        forced: why the model is promoted whatever the rules say; None where they decide.
+        checks: in the order of evaluation.
+        auc: test AUC of the model, in [0, 1]; None if undefined.
+        champion_auc: AUC of the champion on the same images; None without a champion or a comparison.
+        force_reason: why the model is promoted regardless of failed checks; None if the checks decide.
     """
 
     checks: tuple[Check, ...]
@@ -54,8 +54,8 @@ class Decision:
 
     @property
     def passed(self) -> bool:
-        """Whether no rule failed; what could not be judged stands in nobody's way."""
-        return not any(rule.status == FAILED for rule in self.checks)
+        """Whether no check failed; checks that were not evaluated do not block promotion."""
+        return not any(check.status == FAILED for check in self.checks)
 
     @property
     def promoted(self) -> bool:
@@ -64,32 +64,33 @@ class Decision:
 
     @property
     def reason(self) -> str:
-        """The rules that decided, as a sentence."""
-        wanted = [r for r in self.checks if (r.name in HEADLINE_CHECKS if self.passed else r.status == FAILED)]
-        told = "; ".join(f"{rule.requirement}: {rule.details}" for rule in wanted)
+        """The decisive checks, as a sentence."""
+        decisive = [c for c in self.checks if (c.name in HEADLINE_CHECKS if self.passed else c.status == FAILED)]
+        reason = "; ".join(f"{check.requirement}: {check.details}" for check in decisive)
         if self.passed:
-            told = f"no rule of {len(self.checks)} is broken; {told}"
-        return told if self.force_reason is None else f"FORCED: {self.force_reason}; without force: {told}"
+            reason = f"none of {len(self.checks)} checks failed; {reason}"
+        return reason if self.force_reason is None else f"FORCED: {self.force_reason}; without force: {reason}"
 
     def to_dict(self) -> dict[str, Any]:
-        """The rules as plain values."""
-        return {"checks": [asdict(rule) for rule in self.checks]}
+        """Return the checks as plain values."""
+        return {"checks": [asdict(check) for check in self.checks]}
 
 
-def status_of(is_so: bool) -> Status:
-    """The verdict on what could be judged."""
-    return PASSED if is_so else FAILED
+def status_of(passed: bool) -> Status:
+    """Return the status of an evaluated check."""
+    return PASSED if passed else FAILED
 
 
-def combine_items(name: str, rule: str, parts: Iterable[CheckItem]) -> Check:
-    """A rule that each of its parts has to keep."""
-    found = tuple(parts)
-    failed = [part for part in found if part.status == FAILED]
-    judged = [part for part in found if part.status != NOT_EVALUATED]
+def combine_items(name: str, requirement: str, items: Iterable[CheckItem]) -> Check:
+    """Combine items to a check that fails if any of them fails."""
+    items = tuple(items)
+    failed = [item for item in items if item.status == FAILED]
+    evaluated = [item for item in items if item.status != NOT_EVALUATED]
     if failed:
-        return Check(name, rule, FAILED, ", ".join(f"{part.name} {part.details}" for part in failed), found)
+        return Check(name, requirement, FAILED, ", ".join(f"{item.name} {item.details}" for item in failed), items)
     if not evaluated:
-        told = ", ".join(f"{part.name} {part.details}" for part in found) or "nothing to judge"
-        return Check(name, rule, NOT_EVALUATED, told, found)
-    left = len(found) - len(judged)
-    return Check(name, rule, PASSED, f"{len(judged)} keep it" + (f", {left} not evaluated" if left else ""), found)
+        details = ", ".join(f"{item.name} {item.details}" for item in items) or "nothing to evaluate"
+        return Check(name, requirement, NOT_EVALUATED, details, items)
+    skipped = len(items) - len(evaluated)
+    details = f"{len(evaluated)} passed" + (f", {skipped} not evaluated" if skipped else "")
+    return Check(name, requirement, PASSED, details, items)

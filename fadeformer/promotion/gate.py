@@ -1,10 +1,10 @@
-"""The registry gate: what was found of a challenger and of the champion on the same images, to a decision with reasons.
+"""Promotion gate: compare a challenger with the criteria and with the champion, and decide with reasons.
 
-It is pure: no file, no registry. A class, finding or subgroup with too few cases is `not evaluated`, with their number,
-and stands in nobody's way; all else that is asked for has to be shown. Against the champion a model has to be not
-inferior: the lower bound of the difference of their AUCs, by DeLong's paired comparison, is not below minus the margin
-(Blackwelder 1982, doi:10.1016/0197-2456(82)90024-1). A model that is truly worse by the margin passes in 2.5 % of cases
-at 95 % confidence, one that is worse by more in fewer.
+A pure function of its inputs, without file or registry access. A class, finding or subgroup with too few cases is
+`not evaluated` and does not block promotion; every other criterion must be met. Against the champion the gate tests
+non-inferiority: the lower confidence bound of the paired AUC difference (DeLong) must not be below minus the margin
+(Blackwelder 1982, doi:10.1016/0197-2456(82)90024-1). At 95 % confidence a model whose true AUC is lower by exactly the
+margin passes in 2.5 % of cases, a worse one less often.
 """
 
 from __future__ import annotations
@@ -38,18 +38,19 @@ UNDEFINED_AUC = "undefined: no class has both positives and negatives"
 
 @dataclass(frozen=True)
 class PromotionCriteria:
-    """What a champion has to show; the fields are keys of `promote:` in params.yaml, None where nothing is asked.
+    """Promotion criteria; the fields are keys of `promote:` in params.yaml, None disables a check.
 
     Attributes:
-        min_auc: least lower bound of the test AUC.
-        min_class_auc: least AUC of each class or finding.
-        min_subgroup_auc: least AUC of each subgroup: of all columns, or by column.
-        min_cases: patients, lesions or single images with a class, and without it; with fewer it is not evaluated.
-        max_ece: largest calibration error.
+        min_auc: minimum of the lower confidence bound of the test AUC.
+        min_class_auc: minimum AUC of each class or finding.
+        min_subgroup_auc: minimum AUC of each subgroup, for all columns or by column.
+        min_cases: minimum number of positive, and of negative, patients, lesions or single images of a class; with
+            fewer it is not evaluated.
+        max_ece: maximum expected calibration error.
         operating_point: `youden`, `sensitivity` or `specificity`.
-        min_sensitivity: least sensitivity of each class at that point.
-        margin: how much lower than the champion's the AUC may be, at most.
-        min_gain: how much higher it has to be at least, in place of the margin.
+        min_sensitivity: minimum sensitivity of each class at the operating point.
+        margin: non-inferiority margin, the largest acceptable loss of AUC against the champion.
+        min_gain: minimum gain of AUC against the champion; replaces the margin.
     """
 
     min_auc: float
@@ -65,244 +66,259 @@ class PromotionCriteria:
 
 @dataclass(frozen=True)
 class Challenger:
-    """What is known of a challenger.
+    """Evaluation results of a challenger.
 
     Attributes:
-        test: its predictions on the test images.
-        intervals: of `fadeformer.evaluation.summary.confidence_intervals`, of test.
-        confidence: of all intervals.
-        subgroups: of `fadeformer.evaluation.subgroups.evaluate_subgroups`, of test.
-        points: of `fadeformer.evaluation.operating_points.select_operating_points`.
-        data_passed: whether the data gate let the data pass.
-        rolled_back: why this very model was taken back once; None where it was not.
+        test: predictions on the test images.
+        intervals: output of `fadeformer.evaluation.summary.confidence_intervals` on test.
+        confidence: level of all intervals.
+        subgroups: output of `fadeformer.evaluation.subgroups.evaluate_subgroups` on test.
+        operating_points: output of `fadeformer.evaluation.operating_points.select_operating_points`.
+        is_data_valid: whether data validation passed.
+        rollback_reason: why this model was rolled back before; None if it was not.
     """
 
     test: Predictions
     intervals: Mapping[str, Any]
     confidence: float
     subgroups: Mapping[str, Mapping[str, Any]]
-    points: Mapping[str, Mapping[str, Any]]
-    data_passed: bool
-    rolled_back: str | None = None
+    operating_points: Mapping[str, Mapping[str, Any]]
+    is_data_valid: bool
+    rollback_reason: str | None = None
 
 
 def decide(
-    of: Challenger, champion: Predictions | None, asked: PromotionCriteria, force_reason: str | None = None
+    challenger: Challenger,
+    champion: Predictions | None,
+    criteria: PromotionCriteria,
+    force_reason: str | None = None,
 ) -> Decision:
-    """Judges a challenger.
+    """Run all checks on a challenger.
 
     Args:
-        of: the challenger.
-        champion: the present champion's predictions on the same test images; None where there is no champion.
-        asked: what a champion has to show.
-        force_reason: why the challenger is promoted whatever comes of it; None: by the rules alone.
+        challenger: the new model.
+        champion: predictions of the current champion on the same test images; None without a champion.
+        criteria: minimum requirements.
+        force_reason: promote regardless of failed checks, for this reason; None: the checks decide.
     """
-    rules = [_check_data(of), _check_scores("finite_scores", "every score is a number from 0 to 1", of.test)]
-    if of.rolled_back is not None:
-        rules.append(Check("not_rolled_back", "was not taken back before", FAILED, f"taken back: {of.rolled_back}"))
-    if rules[1].status == FAILED:  # nothing that follows could be computed
-        return Decision(tuple(rules), None, None, force_reason)
-    found, cases = summarize(of.test), _count_cases(of.test)
-    area = found["overall"]["auc"]
-    rules += [
-        _check_min_auc(of, area, asked),
-        *_check_class_aucs(of, found, cases, asked),
-        *_check_subgroup_aucs(of, asked),
-        *_check_calibration(found["overall"]["calibration_error"], asked),
-        *_check_sensitivity(of, cases, asked),
+    scores_check = _check_scores("finite_scores", "every score is in [0, 1]", challenger.test)
+    checks = [_check_data(challenger), scores_check]
+    if challenger.rollback_reason is not None:
+        details = f"rolled back: {challenger.rollback_reason}"
+        checks.append(Check("not_rolled_back", "was never rolled back", FAILED, details))
+    if scores_check.status == FAILED:  # no metric can be computed
+        return Decision(tuple(checks), None, None, force_reason)
+    metrics, cases = summarize(challenger.test), _count_cases(challenger.test)
+    test_auc = metrics["overall"]["auc"]
+    checks += [
+        _check_min_auc(challenger, test_auc, criteria),
+        *_check_class_aucs(challenger, metrics, cases, criteria),
+        *_check_subgroup_aucs(challenger, criteria),
+        *_check_calibration(metrics["overall"]["calibration_error"], criteria),
+        *_check_sensitivity(challenger, cases, criteria),
     ]
-    best = None
+    champion_auc = None
     if champion is not None:
-        compared, best = _compare_with_champion(of, champion, asked)
-        rules += compared
-    return Decision(tuple(rules), area, best, force_reason)
+        comparison, champion_auc = _compare_with_champion(challenger, champion, criteria)
+        checks += comparison
+    return Decision(tuple(checks), test_auc, champion_auc, force_reason)
 
 
-def _check_data(of: Challenger) -> Check:
-    figures = "it did" if of.data_passed else "it did not"
-    return Check("data_gate", "the data gate let the data pass", status_of(of.data_passed), figures)
+def _check_data(challenger: Challenger) -> Check:
+    details = "passed" if challenger.is_data_valid else "failed"
+    return Check("data_gate", "data validation passed", status_of(challenger.is_data_valid), details)
 
 
-def _check_scores(name: str, rule: str, predictions: Predictions) -> Check:
+def _check_scores(name: str, requirement: str, predictions: Predictions) -> Check:
     scores = predictions.scores
     with np.errstate(invalid="ignore"):
-        wrong = ~((scores >= 0) & (scores <= 1)).all(axis=1)
+        invalid = ~((scores >= 0) & (scores <= 1)).all(axis=1)
     if not len(scores):
-        return Check(name, rule, FAILED, "there are no test images")
-    if not wrong.any():
-        return Check(name, rule, PASSED, f"{len(scores):,} images")
-    first = predictions.frame["id"].to_numpy()[wrong][0]
-    return Check(name, rule, FAILED, f"{int(wrong.sum()):,} images have others, such as {first}")
+        return Check(name, requirement, FAILED, "there are no test images")
+    if not invalid.any():
+        return Check(name, requirement, PASSED, f"{len(scores):,} images")
+    first = predictions.frame["id"].to_numpy()[invalid][0]
+    return Check(name, requirement, FAILED, f"{int(invalid.sum()):,} images with invalid scores, such as {first}")
 
 
-def _check_min_auc(of: Challenger, area: float | None, asked: PromotionCriteria) -> Check:
-    rule = f"lower bound of the test AUC at least {asked.min_auc:g}"
-    bounds = of.intervals["overall"]["auc"]
-    if area is None:
-        return Check("min_auc", rule, FAILED, UNDEFINED_AUC)
+def _check_min_auc(challenger: Challenger, test_auc: float | None, criteria: PromotionCriteria) -> Check:
+    requirement = f"lower bound of the test AUC at least {criteria.min_auc:g}"
+    bounds = challenger.intervals["overall"]["auc"]
+    if test_auc is None:
+        return Check("min_auc", requirement, FAILED, UNDEFINED_AUC)
     if bounds is None:
-        return Check("min_auc", rule, FAILED, f"{area:.4f} without an interval: too few patients, lesions or images")
-    return Check("min_auc", rule, status_of(bounds[0] >= asked.min_auc), format_with_interval(area, bounds))
+        details = f"{test_auc:.4f} without an interval: too few patients, lesions or images"
+        return Check("min_auc", requirement, FAILED, details)
+    status = status_of(bounds[0] >= criteria.min_auc)
+    return Check("min_auc", requirement, status, format_with_interval(test_auc, bounds))
 
 
 def _check_class_aucs(
-    of: Challenger, found: Mapping[str, Any], cases: Mapping[str, int], asked: PromotionCriteria
+    challenger: Challenger, metrics: Mapping[str, Any], cases: Mapping[str, int], criteria: PromotionCriteria
 ) -> Iterator[Check]:
-    least = asked.min_class_auc
-    if least is None:
+    minimum = criteria.min_class_auc
+    if minimum is None:
         return
 
-    def part(name: str) -> CheckItem:
-        area = found["per_class"][name]["auc"]
-        return CheckItem(
-            name, status_of(area >= least), format_with_interval(area, of.intervals["per_class"][name]["auc"])
-        )
+    def check_class(name: str) -> CheckItem:
+        class_auc, bounds = metrics["per_class"][name]["auc"], challenger.intervals["per_class"][name]["auc"]
+        return CheckItem(name, status_of(class_auc >= minimum), format_with_interval(class_auc, bounds))
 
-    what = "finding" if of.test.task.multi_label else "class"
-    yield combine_items(
-        "min_class_auc", f"AUC of each {what} at least {least:g}", _check_each_class(of, cases, asked, part)
-    )
+    noun = "finding" if challenger.test.task.multi_label else "class"
+    items = _check_each_class(challenger, cases, criteria, check_class)
+    yield combine_items("min_class_auc", f"AUC of each {noun} at least {minimum:g}", items)
 
 
 def _check_each_class(
-    of: Challenger, cases: Mapping[str, int], asked: PromotionCriteria, judge: Callable[[str], CheckItem]
+    challenger: Challenger,
+    cases: Mapping[str, int],
+    criteria: PromotionCriteria,
+    check_class: Callable[[str], CheckItem],
 ) -> Iterator[CheckItem]:
-    """The classes one by one, those with too few cases not evaluated."""
-    for name in _averaged_classes(of.test):
-        few = cases[name] < asked.min_cases
-        yield CheckItem(name, NOT_EVALUATED, f"n = {cases[name]}") if few else judge(name)
+    """Check each class; those with too few cases are not evaluated."""
+    for name in _averaged_classes(challenger.test):
+        if cases[name] < criteria.min_cases:
+            yield CheckItem(name, NOT_EVALUATED, f"n = {cases[name]}")
+        else:
+            yield check_class(name)
 
 
-def _check_subgroup_aucs(of: Challenger, asked: PromotionCriteria) -> Iterator[Check]:
-    if asked.min_subgroup_auc is None:
+def _check_subgroup_aucs(challenger: Challenger, criteria: PromotionCriteria) -> Iterator[Check]:
+    if criteria.min_subgroup_auc is None:
         return
-    floors = asked.min_subgroup_auc
-    by_column = dict(floors) if isinstance(floors, Mapping) else dict.fromkeys(of.subgroups, floors)
+    minima = criteria.min_subgroup_auc
+    by_column = dict(minima) if isinstance(minima, Mapping) else dict.fromkeys(challenger.subgroups, minima)
 
-    def parts() -> Iterator[CheckItem]:
-        for column, least in by_column.items():
-            if column not in of.subgroups:
-                there = ", ".join(of.subgroups) or "none"
-                told_of = f"is not known of the test images (known: {there}); see evaluate.subgroups"
-                yield CheckItem(column, FAILED, told_of)
+    def check_columns() -> Iterator[CheckItem]:
+        for column, minimum in by_column.items():
+            if column not in challenger.subgroups:
+                available = ", ".join(challenger.subgroups) or "none"
+                details = (
+                    f"is not a subgroup column of the test images (available: {available}); see evaluate.subgroups"
+                )
+                yield CheckItem(column, FAILED, details)
                 continue
-            for value, one in of.subgroups[column].items():
-                yield part(f"{column} {value}", one, least)
+            for value, subgroup in challenger.subgroups[column].items():
+                yield check_subgroup(f"{column} {value}", subgroup, minimum)
 
-    def part(name: str, one: Mapping[str, Any], least: float) -> CheckItem:
-        supports = {of_class: one["per_class"][of_class]["support"] for of_class in _averaged_classes(of.test)}
-        areas = [
-            one["per_class"][of_class]["auc"]
-            for of_class, support in supports.items()
-            if min(support, one["images"] - support) >= asked.min_cases
+    def check_subgroup(name: str, subgroup: Mapping[str, Any], minimum: float) -> CheckItem:
+        supports = {c: subgroup["per_class"][c]["support"] for c in _averaged_classes(challenger.test)}
+        aucs = [
+            subgroup["per_class"][c]["auc"]
+            for c, support in supports.items()
+            if min(support, subgroup["images"] - support) >= criteria.min_cases
         ]
-        if one["groups"] < asked.min_cases:
-            return CheckItem(name, NOT_EVALUATED, f"n = {one['groups']}")
-        if not areas:
-            return CheckItem(name, NOT_EVALUATED, f"n = {one['groups']}, of no class enough")
-        area = float(np.mean(areas))
-        return CheckItem(name, status_of(area >= least), f"{area:.4f} (n = {one['images']})")
+        if subgroup["groups"] < criteria.min_cases:
+            return CheckItem(name, NOT_EVALUATED, f"n = {subgroup['groups']}")
+        if not aucs:
+            return CheckItem(name, NOT_EVALUATED, f"n = {subgroup['groups']}, too few cases of each class")
+        mean_auc = float(np.mean(aucs))
+        return CheckItem(name, status_of(mean_auc >= minimum), f"{mean_auc:.4f} (n = {subgroup['images']})")
 
-    each = f"at least {floors:g}" if not isinstance(floors, Mapping) else "at least as asked of its column"
-    yield combine_items("min_subgroup_auc", f"AUC of each subgroup {each}", parts())
+    limit = "the minimum of its column" if isinstance(minima, Mapping) else f"{minima:g}"
+    yield combine_items("min_subgroup_auc", f"AUC of each subgroup at least {limit}", check_columns())
 
 
-def _check_calibration(error: float | None, asked: PromotionCriteria) -> Iterator[Check]:
-    if asked.max_ece is None:
+def _check_calibration(error: float | None, criteria: PromotionCriteria) -> Iterator[Check]:
+    if criteria.max_ece is None:
         return
-    rule = f"calibration error at most {asked.max_ece:g}"
+    requirement = f"calibration error at most {criteria.max_ece:g}"
     if error is None:
-        yield Check("max_ece", rule, FAILED, "undefined")
+        yield Check("max_ece", requirement, FAILED, "undefined")
     else:
-        yield Check("max_ece", rule, status_of(error <= asked.max_ece), f"{error:.4f}")
+        yield Check("max_ece", requirement, status_of(error <= criteria.max_ece), f"{error:.4f}")
 
 
-def _check_sensitivity(of: Challenger, cases: Mapping[str, int], asked: PromotionCriteria) -> Iterator[Check]:
-    least = asked.min_sensitivity
-    if least is None:
+def _check_sensitivity(
+    challenger: Challenger, cases: Mapping[str, int], criteria: PromotionCriteria
+) -> Iterator[Check]:
+    minimum = criteria.min_sensitivity
+    if minimum is None:
         return
 
-    def part(name: str) -> CheckItem:
-        point = of.points[asked.operating_point].get(name)
+    def check_class(name: str) -> CheckItem:
+        point = challenger.operating_points[criteria.operating_point].get(name)
         if point is None:
-            return CheckItem(name, NOT_EVALUATED, "no threshold, since validation lacks images with or without it")
-        share = point["on_test"]["sensitivity"]
-        bounds = None if share["low"] is None else (share["low"], share["high"])
-        return CheckItem(name, status_of(share["value"] >= least), format_with_interval(share["value"], bounds))
+            return CheckItem(name, NOT_EVALUATED, "no threshold: val or test lacks positives or negatives")
+        sensitivity = point["on_test"]["sensitivity"]
+        bounds = None if sensitivity["low"] is None else (sensitivity["low"], sensitivity["high"])
+        details = format_with_interval(sensitivity["value"], bounds)
+        return CheckItem(name, status_of(sensitivity["value"] >= minimum), details)
 
-    rule = f"sensitivity at the operating point {asked.operating_point} at least {least:g}"
-    yield combine_items("min_sensitivity", rule, _check_each_class(of, cases, asked, part))
+    requirement = f"sensitivity at the operating point {criteria.operating_point} at least {minimum:g}"
+    items = _check_each_class(challenger, cases, criteria, check_class)
+    yield combine_items("min_sensitivity", requirement, items)
 
 
 def _compare_with_champion(
-    of: Challenger, champion: Predictions, asked: PromotionCriteria
+    challenger: Challenger, champion: Predictions, criteria: PromotionCriteria
 ) -> tuple[list[Check], float | None]:
-    """The rules of a comparison, and the champion's AUC."""
-    same_classes = "same classes as the champion"
-    if champion.task.name != of.test.task.name or champion.classes != of.test.classes:
-        theirs = f"the champion's are {', '.join(champion.classes)}; give this model its own promote.model_name"
-        return [Check("same_classes", same_classes, FAILED, theirs)], None
-    same = "same test images as the champion"
-    if of.test.fingerprint() != champion.fingerprint():
-        figures = "the champion was judged on other test images; give this model its own promote.model_name"
-        return [Check("same_test_images", same, FAILED, figures)], None
-    rules = [Check("same_test_images", same, PASSED, "equal ids and labels")]
-    of_champion = _check_scores("champion_finite", "every score of the champion is a number from 0 to 1", champion)
-    if of_champion.status == FAILED:
-        return [*rules, of_champion], None
-    best = auc(champion.labels, champion.scores, champion.task)
-    difference = paired_auc_difference(of.test, champion, of.confidence)
-    percent = f"{100 * of.confidence:g} %"
-    name = "not_inferior" if asked.min_gain is None else "better"
-    if asked.min_gain is None:
-        rule = f"test AUC not lower than the champion's by more than {asked.margin:g}, at {percent}"
+    """Return the checks against the champion, and the AUC of the champion."""
+    test = challenger.test
+    if champion.task.name != test.task.name or champion.classes != test.classes:
+        details = f"the champion has {', '.join(champion.classes)}; give this model its own promote.model_name"
+        return [Check("same_classes", "same classes as the champion", FAILED, details)], None
+    requirement = "same test images as the champion"
+    if test.fingerprint() != champion.fingerprint():
+        details = "the champion was evaluated on other test images; give this model its own promote.model_name"
+        return [Check("same_test_images", requirement, FAILED, details)], None
+    checks = [Check("same_test_images", requirement, PASSED, "equal ids and labels")]
+    champion_scores = _check_scores("champion_finite", "every score of the champion is in [0, 1]", champion)
+    if champion_scores.status == FAILED:
+        return [*checks, champion_scores], None
+    champion_auc = auc(champion.labels, champion.scores, champion.task)
+    difference = paired_auc_difference(test, champion, challenger.confidence)
+    level = f"{100 * challenger.confidence:g} %"
+    name = "not_inferior" if criteria.min_gain is None else "better"
+    if criteria.min_gain is None:
+        requirement = f"test AUC not lower than the champion's by more than {criteria.margin:g}, at {level}"
     else:
-        rule = f"test AUC higher than the champion's by more than {asked.min_gain:g}, at {percent}"
+        requirement = f"test AUC higher than the champion's by more than {criteria.min_gain:g}, at {level}"
     if difference is None:
-        figures = "cannot be compared: no class has positives and negatives of two patients, lesions or images each"
-        return [*rules, Check(name, rule, FAILED, figures)], best
-    passed = difference.low > asked.min_gain if asked.min_gain is not None else difference.low >= -asked.margin
-    figures = f"difference {difference.value:+.4f} ({difference.low:+.4f} to {difference.high:+.4f})"
-    return [*rules, Check(name, rule, status_of(passed), figures)], best
+        details = "cannot be compared: no class has positives and negatives of two patients, lesions or images each"
+        return [*checks, Check(name, requirement, FAILED, details)], champion_auc
+    passed = difference.low >= -criteria.margin if criteria.min_gain is None else difference.low > criteria.min_gain
+    details = f"difference {difference.value:+.4f} ({difference.low:+.4f} to {difference.high:+.4f})"
+    return [*checks, Check(name, requirement, status_of(passed), details)], champion_auc
 
 
 def paired_auc_difference(first: Predictions, second: Predictions, confidence: float) -> AUCDifference | None:
-    """The first's AUC less the second's, over the classes that can be judged, paired image by image.
+    """Compare the mean AUCs of two models on the same images: first minus second, with a paired interval.
 
     Args:
-        first: of some images.
-        second: of the same images, in whatever order.
-        confidence: of the interval.
+        first: predictions of one model.
+        second: predictions of the other model on the same images, in any order.
+        confidence: level of the interval.
 
     Returns:
-        None where no class has positives and negatives of two patients or lesions each.
+        None if no class has positives and negatives in two groups (patients, lesions) each.
     """
-    mine, theirs = (part.frame.sort_values("id", kind="stable") for part in (first, second))
-    ours, others = (Predictions(frame, first.task, first.classes) for frame in (mine, theirs))
-    truth = one_versus_rest(ours.labels, len(first.classes), first.task)
-    places = [first.classes.index(name) for name in _averaged_classes(ours)]
-    places = [c for c in places if truth[:, c].any() and not truth[:, c].all()]
-    if not places:
+    frames = [predictions.frame.sort_values("id", kind="stable") for predictions in (first, second)]
+    first, second = (Predictions(frame, first.task, first.classes) for frame in frames)
+    truth = one_versus_rest(first.labels, len(first.classes), first.task)
+    columns = [first.classes.index(name) for name in _averaged_classes(first)]
+    columns = [c for c in columns if truth[:, c].any() and not truth[:, c].all()]
+    if not columns:
         return None
-    groups = bootstrap.encode_groups(mine["group"])
-    truths = [truth[:, c] for c in places]
-    scores, of_others = ([part.scores[:, c] for c in places] for part in (ours, others))
+    groups = bootstrap.encode_groups(first.frame["group"])
+    truths = [truth[:, c] for c in columns]
+    first_scores, second_scores = ([predictions.scores[:, c] for c in columns] for predictions in (first, second))
     try:
-        return delong.auc_difference(truths, scores, of_others, groups, confidence)
-    except ValueError:  # of one group alone
+        return delong.auc_difference(truths, first_scores, second_scores, groups, confidence)
+    except ValueError:  # all positives, or all negatives, are in one group
         return None
 
 
 def _averaged_classes(predictions: Predictions) -> list[str]:
-    """The classes that the mean AUC is made of, be they too rare or not."""
+    """Return the classes of the mean AUC, including those with too few cases."""
     return [predictions.classes[c] for c in curve_classes(predictions)]
 
 
 def _count_cases(predictions: Predictions) -> dict[str, int]:
-    """Of each class the fewer of: patients, lesions or single images with it, and without it."""
+    """Count the groups (patients, lesions or single images) of each class: the smaller of positives and negatives."""
     groups = bootstrap.encode_groups(predictions.frame["group"])
     truth = one_versus_rest(predictions.labels, len(predictions.classes), predictions.task)
     return {
-        name: min(len(np.unique(groups[is_so])) for is_so in (truth[:, c], ~truth[:, c]))
+        name: min(len(np.unique(groups[rows])) for rows in (truth[:, c], ~truth[:, c]))
         for c, name in enumerate(predictions.classes)
     }

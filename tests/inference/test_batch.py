@@ -138,7 +138,7 @@ def test_dicom_is_read_without_a_word_of_the_patient(fixed, images, tmp_path, ca
         table = pd.read_csv(out)
         assert table["name"].tolist() == ["IM0001", "a.dcm", "series.dcm"]
         assert table["red"][0] == table["red"][1]
-        assert table["error"][2] == "holds 2 frames, where one is expected; export the one wanted"
+        assert table["error"][2] == "has 2 frames, expected 1; export the frame to predict"
         for word in (PATIENT, "4711", "0815", "1950"):
             assert word not in out.read_text()
 
@@ -155,9 +155,9 @@ def test_files_that_cannot_be_read_have_a_reason_and_the_rest_is_written(fixed, 
     table = pd.read_csv(out, index_col="name")
     told = table["error"].dropna()
     assert set(told.index) == set(bad)
-    assert told["cut.png"] == "is cut off; fetch it again"
+    assert told["cut.png"] == "is truncated; fetch it again"
     assert told["empty.png"].startswith("the file is empty")
-    assert told["text.dcm"].startswith("is no DICOM file")
+    assert told["text.dcm"].startswith("is not a DICOM file")
     assert table.loc[list(bad)].drop(columns="error").isna().all(axis=None)
     good = table.drop(index=list(bad))
     assert good["decision"].notna().all()
@@ -181,12 +181,12 @@ def test_the_model_s_own_points_or_a_file_of_them_decide(images, tmp_path, capsy
     folder = model(tmp_path / "two", "binary", classes=["a", "b"])
     out = tmp_path / "p.csv"
     predict(images, "--model", folder, "--out", out)
-    assert "decided at 0.5, since the model has no operating points" in capsys.readouterr().out
+    assert "decision threshold 0.5: the model has no operating points" in capsys.readouterr().out
     limit = float(pd.read_csv(out)["b"].median())
     points = {"points": {"youden": {"b": {"threshold": limit}}, "specificity": {"b": {"threshold": 2.0}}}}
     (folder / "operating_points.json").write_text(json.dumps(points))
     predict(images, "--model", folder, "--out", out)
-    assert "decided at the operating point youden" in capsys.readouterr().out
+    assert "decision at operating point youden" in capsys.readouterr().out
     table = pd.read_csv(out)
     assert ((table["decision"] == "b") == (table["b"] >= limit)).all()
     assert table["decision"].nunique() == 2
@@ -288,7 +288,7 @@ def test_an_overlay_never_leaves_its_folder(tmp_path):
 def test_a_class_that_is_called_as_a_column_is_refused(images, tmp_path, capsys):
     folder = model(tmp_path / "odd", classes=["name", "b", "c"])
     told = refused(capsys, images, "--model", folder, "--out", tmp_path / "p.csv")
-    assert "the class 'name' has the name of a column" in told
+    assert "class name 'name' is reserved for a column" in told
 
 
 def test_errors_of_use_are_one_message_each(fixed, images, tmp_path, capsys, monkeypatch):
@@ -303,15 +303,15 @@ def test_errors_of_use_are_one_message_each(fixed, images, tmp_path, capsys, mon
     for words, message in {
         ("gone.png", *to): "predict: gone.png: no such file or folder",
         ("images/*.jpg", *to): "predict: images/*.jpg: no file matches this pattern",
-        ("none", *to): "predict: none: holds no image (.bmp, ",
-        ("packed.tar", *to): "predict: packed.tar: a tar is read from front to back only; unpack it",
+        ("none", *to): "predict: none: no image found (.bmp, ",
+        ("packed.tar", *to): "predict: packed.tar: tar archives have no random access; unpack it",
         ("images", "--model", fixed, "--out", "p.txt"): "predict: p.txt: must end in .csv or .parquet",
         ("images", "--model", fixed, "--out", "gone/p.csv"): "predict: gone: no such folder; make it",
-        ("images", "--model", "none", "--out", "p.csv"): "predict: none: holds no model (model.json and weights",
-        ("images", "--model", "old", "--out", "p.csv"): "predict: old: the model was made by an older version",
+        ("images", "--model", "none", "--out", "p.csv"): "predict: none: no model found (model.json and weights",
+        ("images", "--model", "old", "--out", "p.csv"): "predict: old: the model was written by an older version",
         ("images", *to, "--operating-points", "gone.json"): "predict: gone.json: no such file",
         ("images", *to, "--threads", "0"): "predict: --threads is 0; it must be 1 or more",
-        ("images", "--model", "models:/a@champion", "--out", "p.csv"): "mlruns: no MLflow store is there",
+        ("images", "--model", "models:/a@champion", "--out", "p.csv"): "mlruns: there is no MLflow store",
     }.items():
         told = refused(capsys, *words)
         assert message in told

@@ -193,10 +193,10 @@ def test_of_two_classes_the_last_one_s_threshold_decides():
     at = OperatingPoint.from_thresholds(*two, {"youden": {"b": {"threshold": 0.2}}}, "youden")
     assert at.format_decisions(scores) == ["a", "b", "b", "b"]
     assert at.is_positive(scores).tolist() == [[True, False], [False, True], [False, True], [False, True]]
-    assert at.description == "decided at the operating point youden"
+    assert at.description == "decision at operating point youden"
     without = OperatingPoint.from_thresholds(*two, None, "youden")
     assert without.format_decisions(scores) == ["a", "a", "b", "a"]
-    assert without.description == "decided at 0.5, since the model has no operating points"
+    assert without.description == "decision threshold 0.5: the model has no operating points"
 
 
 def test_findings_at_0_5_where_val_or_test_could_not_judge_them():
@@ -204,8 +204,8 @@ def test_findings_at_0_5_where_val_or_test_could_not_judge_them():
     at = OperatingPoint.from_thresholds(TASKS["multi-label, binary-class"], ("x", "y", "z"), points, "youden")
     scores = np.array([[0.4, 0.95, 0.6], [0.2, 0.8, 0.4], [0.31, 0.1, 0.1], [0.1, 0.1, 0.5]])
     assert at.format_decisions(scores) == ["x; y; z", "no finding", "x", "z"]
-    but = "but at 0.5 for z, which val or test could not judge"
-    assert at.description == f"decided at the operating point youden, {but}"
+    fallback = "0.5 for z (too few positives or negatives in val or test)"
+    assert at.description == f"decision at operating point youden; {fallback}"
 
 
 def test_of_more_classes_the_most_probable_one_whatever_the_thresholds():
@@ -214,16 +214,16 @@ def test_of_more_classes_the_most_probable_one_whatever_the_thresholds():
     scores = np.array([[0.4, 0.35, 0.25], [0.05, 0.05, 0.9]])
     assert at.format_decisions(scores) == ["a", "c"]
     assert at.is_positive(scores).tolist() == [[False, True, False], [False, False, True]]
-    assert at.description == "decided for the most probable class"
+    assert at.description == "decision: most probable class"
 
 
 def test_operating_points_of_another_model_are_refused(binary, tmp_path):
     two = TASKS["binary-class"], ("a", "b")
-    with pytest.raises(UserError, match="operating_point is not one of this model's: sensitivity, youden"):
+    with pytest.raises(UserError, match="operating_point: unknown value; this model has sensitivity, youden"):
         OperatingPoint.from_thresholds(*two, {"youden": {}, "sensitivity": {}}, "best")
     for points in ({"mass": None}, None, [], {"b": {"threshold": "high"}}, {"b": 0.5}):
         with pytest.raises(UserError, match="the operating points are for other classes"):
             OperatingPoint.from_thresholds(*two, {"youden": points}, "youden")
     (tmp_path / "x.json").write_text("{}")
-    with pytest.raises(UserError, match=r"x\.json: is not a file of operating points"):
+    with pytest.raises(UserError, match=r"x\.json: not a valid operating points file"):
         Classifier.load(model_files.find_model_files(binary / "models", "it", tmp_path / "x.json"))

@@ -61,9 +61,9 @@ def test_what_could_not_be_read_is_left_out_and_too_few_are_told():
     new.loc[:9, "image contrast"] = np.nan
     assert drift.detect_drift(drawn(40, 0), new).images == 30
     new.loc[:20, "image contrast"] = np.nan
-    with pytest.raises(UserError, match="there are 19 images that can be compared, and 20 are needed"):
+    with pytest.raises(UserError, match="the input has 19 usable images; at least 20 are needed"):
         drift.detect_drift(drawn(40, 0), new)
-    with pytest.raises(UserError, match="the model carries numbers of 10 images that can be compared"):
+    with pytest.raises(UserError, match="the reference data of the model has 10 usable images"):
         drift.detect_drift(drawn(10, 0), drawn(40, 1))
 
 
@@ -147,6 +147,6 @@ def test_a_model_without_numbers_is_told(folder, capsys):
     (folder / "models" / "reference.parquet").unlink()
     with pytest.raises(SystemExit):
         main.main(["drift", "same", "--model", "models"])
-    assert "drift: models: carries no numbers of what it has seen (reference.parquet: FileNotFoundError)" in (
+    assert "drift: models: has no reference data for drift detection (reference.parquet: FileNotFoundError)" in (
         capsys.readouterr().err
     )

@@ -187,7 +187,7 @@ def test_the_server_has_every_flow_and_task_by_its_name(grid, address):
     assert tasks == {
         "bring results", "keep results",
         "download", "validate", "preprocess", "train", "evaluate", "promote", "fit the network", "write the model",
-        "predict", "measure", "explain", "draw figures", "write the report",
+        "predict", "compute metrics", "explain", "draw figures", "write the report",
         "log the evaluation to MLflow",
     }  # fmt: skip
 
@@ -263,7 +263,7 @@ def test_a_browser_shows_form_stages_numbers_and_verdict_of_a_run(grid, address,
     tab.get_by_text("Artifacts", exact=True).click()
     tab.get_by_text("Numbers of test with their intervals, and of val").wait_for()
     tab.get_by_text("verdict", exact=True).click()
-    tab.get_by_role("cell", name="the data gate let the data pass").wait_for()
+    tab.get_by_role("cell", name="data validation passed").wait_for()
     assert tab.get_by_text("fadenet-phantom version 1: promoted").is_visible()
     screenshot(tab, "prefect-verdict")
 

@@ -34,12 +34,12 @@ def test_the_champion_predicts_test_images_that_it_was_not_judged_on(reproduced)
         evaluate={"subgroups": []}, promote={"min_subgroup_auc": {"sex": 0.5}, "min_class_auc": 0.5},
     )  # fmt: skip
     output = reproduced.run("dvc", "repro")
-    assert f"the test images are not those that champion {NAME} version 1 was judged on: it predicts them now" in output
+    assert f"the test images have changed since champion {NAME} version 1 was evaluated: running inference with it" in output
     assert f"promote: REFUSED {NAME} version 2 stays challenger" in output
     found = decision(reproduced)
     assert of(found, "same_test_images")["status"] == "passed"
     assert of(found, "not_inferior")["status"] == "failed"
-    assert of(found, "min_subgroup_auc")["details"].startswith("sex is not known of the test images (known: none)")
+    assert of(found, "min_subgroup_auc")["details"].startswith("sex is not a subgroup column of the test images (available: none)")
     assert found["champion_auc"] > found["auc"] + 0.05  # a trained network on new images, and one that learned nothing
     assert aliases(reproduced) == {"champion": "1", "challenger": "2"}
     shown = next(line for line in output.splitlines() if line.startswith("test AUC not lower than the champion's"))
@@ -86,17 +86,17 @@ def test_by_force_with_a_reason_and_never_forgotten(reproduced):
 def test_taken_back_and_not_promoted_again(reproduced):
     reason = "misses every lesion of the new scanner"
     output = reproduced.run("fadeformer", "promote", "--rollback", "--reason", reason)
-    assert f"ROLLED BACK {NAME} version 1 is champion again; taken back: version 2 ({reason})" in output
+    assert f"ROLLED BACK {NAME} version 1 is champion again; revoked: version 2 ({reason})" in output
     assert aliases(reproduced) == {"champion": "1"}
     reproduced.change(promote={"min_subgroup_auc": None, "min_class_auc": None, "margin": 1.0, "min_auc": 0.0})
     assert ran(reproduced.run("dvc", "repro")) == ["promote"]
     found = decision(reproduced)
     assert found["decision"] == "refused"
-    assert found["reason"] == f"was not taken back before: taken back: {reason}"
+    assert found["reason"] == f"was never rolled back: rolled back: {reason}"
     assert aliases(reproduced) == {"champion": "1"}
     output = reproduced.run("fadeformer", "promote", "--rollback", "--reason", reason, check=False)
     assert reproduced.code == 1
-    assert f"promote: {NAME} has no champion before version 1 to go back to" in output
+    assert f"promote: {NAME} has no champion before version 1 to roll back to" in output
 
 
 def test_the_history_is_told(reproduced):
@@ -121,5 +121,5 @@ def test_scores_that_are_no_numbers_are_refused(reproduced):
     table.attrs = attributes
     table.to_parquet(path, index=False)
     output = reproduced.run("fadeformer", "promote")
-    assert "every score is a number from 0 to 1: 40 images have others" in output
+    assert "every score is in [0, 1]: 40 images with invalid scores" in output
     assert decision(reproduced)["auc"] is None

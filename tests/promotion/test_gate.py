@@ -42,7 +42,7 @@ def candidate(test: Predictions, **changes: object) -> Challenger:
     """All that evaluate would have found of it; val is like test."""
     bounds, of_subgroups = subgroups.evaluate_subgroups(test, [0.0], n_resamples=100, seed=0, confidence=0.95)
     points = operating_points.select_operating_points(test, test, POINTS, 0.95)
-    return replace(Challenger(test, bounds, 0.95, of_subgroups, points, data_passed=True), **changes)
+    return replace(Challenger(test, bounds, 0.95, of_subgroups, points, is_data_valid=True), **changes)
 
 
 GOOD = judged(2.0)
@@ -99,7 +99,7 @@ def test_a_rare_class_is_not_judged_and_a_common_one_that_is_bad_stops():
     assert [
         (part.status, part.details) for part in one(decision, "min_class_auc").items if part.name == "malignant"
     ] == [("not evaluated", "n = 7")]
-    assert one(decision, "min_class_auc").details == "2 keep it, 1 not evaluated"
+    assert one(decision, "min_class_auc").details == "2 passed, 1 not evaluated"
     assert one(decision, "min_sensitivity").status == "failed"
     assert "malignant" not in one(decision, "min_sensitivity").details
     assert rules(gate.decide(rare, None, replace(NOTHING, min_class_auc=0.7, min_cases=7)))["min_class_auc"] == "passed"
@@ -132,10 +132,10 @@ def test_subgroups_by_column_and_one_that_is_not_known():
     missing = gate.decide(OF_GOOD, None, replace(NOTHING, min_subgroup_auc={"sex": 0.8, "site": 0.8}))
     assert not missing.promoted
     assert one(missing, "min_subgroup_auc").details == (
-        "site is not known of the test images (known: sex); see evaluate.subgroups"
+        "site is not a subgroup column of the test images (available: sex); see evaluate.subgroups"
     )
     undivided = gate.decide(candidate(judged(2.0, sex=False)), None, replace(NOTHING, min_subgroup_auc=0.8))
-    assert one(undivided, "min_subgroup_auc").details == "nothing to judge"
+    assert one(undivided, "min_subgroup_auc").details == "nothing to evaluate"
     assert undivided.promoted
 
 
@@ -157,7 +157,7 @@ def test_scores_that_are_none_are_named_and_nothing_else_is_computed(wrong):
     broken = replace(OF_GOOD, test=Predictions(frame, GOOD.task, GOOD.classes))
     decision = gate.decide(broken, GOOD, NOTHING)
     assert list(rules(decision)) == ["data_gate", "finite_scores"]
-    assert one(decision, "finite_scores").details == "1 images have others, such as test/7"
+    assert one(decision, "finite_scores").details == "1 images with invalid scores, such as test/7"
     assert not decision.promoted
     of_champion = gate.decide(OF_GOOD, Predictions(frame, GOOD.task, GOOD.classes), NOTHING)
     assert rules(of_champion)["champion_finite"] == "failed"
@@ -255,8 +255,8 @@ DECISIONS = {
     "sensitivity at another point": (
         OF_GOOD, None, {"min_sensitivity": 0.85, "operating_point": "sensitivity"}, [],
     ),
-    "data that were not let pass": (replace(OF_GOOD, data_passed=False), None, {}, ["data_gate"]),
-    "taken back before": (replace(OF_GOOD, rolled_back="wrong on the new scanner"), None, {}, ["not_rolled_back"]),
+    "data that were not let pass": (replace(OF_GOOD, is_data_valid=False), None, {}, ["data_gate"]),
+    "taken back before": (replace(OF_GOOD, rollback_reason="wrong on the new scanner"), None, {}, ["not_rolled_back"]),
 }  # fmt: skip
 
 

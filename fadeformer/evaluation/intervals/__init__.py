@@ -1,1 +1,1 @@
-"""intervals."""
+"""Confidence intervals: DeLong, bootstrap, Wilson and pointwise curve bands."""
