@@ -1,1 +1,1 @@
-"""explain."""
+"""Attribution maps, their sanity checks and the pointing game."""

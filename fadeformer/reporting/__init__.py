@@ -1,1 +1,1 @@
-"""reporting."""
+"""Model card, report and other HTML pages."""

@@ -1,1 +1,1 @@
-"""download."""
+"""Verified, resumable downloads and their lock file."""

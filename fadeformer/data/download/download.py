@@ -28,22 +28,22 @@ from urllib3.util import Retry
 from fadeformer.errors import TransientError, UserError
 from fadeformer.io.atomic import DISK_FULL_ERRNOS, check_free_space, format_bytes, read_json, write_json
 
-TIMEOUT = 30.0  # seconds without a byte after which a connection counts as lost
+TIMEOUT = 30.0  # seconds without data after which a connection counts as lost
 CHUNK_BYTES = 2**16  # bytes; a kill loses no more than one
-IDENTITY_HEADERS = {
-    "Accept-Encoding": "identity"
-}  # a range counts bytes as they are sent, so they must not be compressed
+IDENTITY_HEADERS = {"Accept-Encoding": "identity"}  # byte ranges refer to the encoded body: request it uncompressed
 NOT_FOUND_STATUS = (404, 410)
-TRANSIENT_STATUS = (408, 425, 429, *range(500, 600))  # the server may answer otherwise in a while
+TRANSIENT_STATUS = (408, 425, 429, *range(500, 600))  # worth retrying
 RETRY = Retry(
     8, backoff_factor=1, backoff_max=60, backoff_jitter=1, retry_after_max=600, status_forcelist=TRANSIENT_STATUS,
     raise_on_status=False,
 )  # fmt: skip
-HEAD_RETRY = RETRY.new(total=2, status_forcelist=(), respect_retry_after_header=False)  # soon says: no connection
+HEAD_RETRY = RETRY.new(
+    total=2, status_forcelist=(), respect_retry_after_header=False
+)  # report a missing connection soon
 
 
 class RemoteFile(NamedTuple):
-    """A file to download: its address, the name to save it under, and its published checksum as ("md5", "a8b0...")."""
+    """A file to download: its URL, local name, and published checksum as ("md5", "a8b0...")."""
 
     url: str
     name: str
@@ -59,18 +59,18 @@ class DownloadedFile(NamedTuple):
 
 
 class RemoteFileNotFoundError(UserError):
-    """The server answers, but has no such file."""
+    """The server has no such file (status 404 or 410)."""
 
 
 def fetch_files(
     files: Sequence[RemoteFile], folder: Path, *, hint: str, max_workers: int = 4
 ) -> dict[str, DownloadedFile]:
-    """Download files into a folder; those that an earlier call completed are verified only.
+    """Download files into a folder; complete files of an earlier call are only verified.
 
     Args:
-        files: what to download, under distinct names.
-        folder: where to; partial files wait there too.
-        hint: what the user can do if a file cannot be downloaded: the end of a message.
+        files: files to download, with distinct names.
+        folder: destination folder, also for partial files.
+        hint: what the user can do if a download fails; ends the error message.
         max_workers: maximum number of simultaneous downloads.
 
     Returns:
@@ -78,7 +78,8 @@ def fetch_files(
 
     Raises:
         UserError: a file cannot be downloaded, its checksum is wrong, the disk is full, or another process downloads
-            into the folder. Partial files are kept for the next call. `NotFound` where a server has no such file.
+            into the folder. Partial files are kept for the next call.
+        RemoteFileNotFoundError: a server has no such file.
     """
     folder.mkdir(parents=True, exist_ok=True)
     stop = threading.Event()
@@ -102,7 +103,7 @@ def _fetch_all(downloads: Sequence[_Download], folder: Path, pool: ThreadPool) -
 
 
 def _fetch_missing(missing: Sequence[_Download], folder: Path, pool: ThreadPool) -> dict[str, DownloadedFile]:
-    """Download files under one progress bar, once the disk has room for all of them."""
+    """Download files with one progress bar, after checking that the disk has space for all of them."""
     complete: dict[str, DownloadedFile] = {}
     lengths = [download.content_length() for download in missing]
     received = sum(download.received for download in missing)
@@ -120,7 +121,7 @@ def _fetch_missing(missing: Sequence[_Download], folder: Path, pool: ThreadPool)
 
 
 class _Download:
-    """Download of one file into a folder; `received` bytes of it are on the disk."""
+    """Download of one file into a folder; `received` counts its bytes on disk."""
 
     def __init__(self, file: RemoteFile, folder: Path, remedy: str, stop: threading.Event) -> None:
         self.file = file
@@ -133,17 +134,17 @@ class _Download:
         self.received = 0
 
     def find_complete(self) -> DownloadedFile | None:
-        """Return the file if an earlier run completed it."""
+        """Return the file if it exists and its checksum matches, else None."""
         if self.path.is_file():
             digests = _compute_digests(self.path, self.algorithms)
             if self._checksum_mismatch(digests) is None:
                 return DownloadedFile(self.path, digests["sha256"].hexdigest(), self.path.stat().st_size)
-            _print_message(f"{self.path}: is damaged or not the published file; downloading it again")
+            _print_message(f"{self.path}: checksum mismatch; downloading it again")
         self.received, _ = self._partial_state()
         return None
 
     def content_length(self) -> int | None:
-        """Get the Content-Length with a HEAD request; None if the server gives none."""
+        """Get the Content-Length with a HEAD request; None if the server sends none."""
         with _session(HEAD_RETRY) as session:
             try:
                 response = session.head(self.file.url, headers=IDENTITY_HEADERS, allow_redirects=True, timeout=TIMEOUT)
@@ -156,28 +157,28 @@ class _Download:
         """Download the file.
 
         Raises:
-            UserError: it cannot be downloaded, its checksum is wrong, or the disk is full.
+            UserError: the file cannot be downloaded, its checksum is wrong, or the disk is full.
             CancelledError: `stop` was set.
         """
         try:
             digests = self._receive_with_retries()
             if wrong := self._checksum_mismatch(digests):
                 self._discard()
-                raise UserError(f"{self.file.url}: {wrong}; the file is damaged or another one; {self.hint}")
+                raise UserError(f"{self.file.url}: {wrong}; {self.hint}")
             with self.partial_path.open("ab") as part:
-                os.fsync(part.fileno())  # else a power cut could leave the name without the bytes
+                os.fsync(part.fileno())  # otherwise a power failure could leave a renamed but empty file
         except OSError as error:
             if error.errno not in DISK_FULL_ERRNOS:
                 raise
             raise UserError(
-                f"{self.partial_path}: the disk is full; free some space, then run again: the part received so far is kept"
+                f"{self.partial_path}: the disk is full; free some space, then run again: the partial file is kept"
             ) from error
         self.partial_path.replace(self.path)
         self.state_path.unlink()
         return DownloadedFile(self.path, digests["sha256"].hexdigest(), self.received)
 
     def _receive_with_retries(self) -> dict[str, Any]:
-        """Repeat requests for the rest until the file is complete; return its digests."""
+        """Request the missing bytes, with retries, until the file is complete; return its digests."""
         retry = RETRY
         with _session(RETRY) as session:
             while True:
@@ -185,8 +186,8 @@ class _Download:
                 try:
                     return self._request_remaining(session)
                 except HTTPError as error:
-                    silent = isinstance(error, ReadTimeoutError)
-                    reason = f"no data for {TIMEOUT:g} s" if silent else "the connection broke off"
+                    timed_out = isinstance(error, ReadTimeoutError)
+                    reason = f"no data for {TIMEOUT:g} s" if timed_out else "connection lost"
                     retry = RETRY if self.received > received else retry
                     try:
                         retry = retry.increment("GET", self.file.url, error=error)
@@ -196,11 +197,11 @@ class _Download:
                 retry.sleep()
 
     def _request_remaining(self, session: requests.Session) -> dict[str, Any]:
-        """Request the missing bytes and append them to the partial file; return the digests of the file."""
-        held, version = self._partial_state()
+        """Request the missing bytes, append them to the partial file and return the digests of the file."""
+        offset, version = self._partial_state()
         digests = _compute_digests(self.partial_path, self.algorithms)
-        headers = {"Range": f"bytes={held}-"} if held else {}
-        if held and version:
+        headers = {"Range": f"bytes={offset}-"} if offset else {}
+        if offset and version:
             headers["If-Range"] = version
         try:
             response = session.get(self.file.url, headers=IDENTITY_HEADERS | headers, stream=True, timeout=TIMEOUT)
@@ -208,10 +209,12 @@ class _Download:
             raise self._request_error(error) from error
         with response:
             resumed = response.status_code == 206
-            if held and (response.status_code == 416 or (resumed and not _is_continuation(response, held, version))):
+            if offset and (
+                response.status_code == 416 or (resumed and not _is_continuation(response, offset, version))
+            ):
                 self._discard()
                 return self._request_remaining(session)
-            self._check_response(response, (200, 206) if held else (200,))
+            self._check_response(response, (200, 206) if offset else (200,))
             if not resumed:
                 self._discard()
                 write_json(self.state_path, [self.file.url, _resource_version(response)])
@@ -227,20 +230,20 @@ class _Download:
         return digests
 
     def _check_response(self, response: requests.Response, expected: Sequence[int]) -> None:
-        """Refuse any response that is not the file."""
+        """Raise UserError if a response is not the file."""
         status = f"{response.status_code} {response.reason}"
         if response.status_code in NOT_FOUND_STATUS:
             raise self._error(status, RemoteFileNotFoundError)
         if response.status_code not in expected:
             raise self._error(status, TransientError if response.status_code in TRANSIENT_STATUS else UserError)
         if response.headers.get("Content-Type", "").startswith("text/html"):
-            raise self._error("the server sends a web page instead")
-        ends = "Content-Length" in response.headers or "Transfer-Encoding" in response.headers
-        if self.file.checksum is None and not ends:
-            raise self._error("the server does not state its length, so it could be cut short unnoticed")
+            raise self._error("the server sent a web page instead of the file")
+        has_length = "Content-Length" in response.headers or "Transfer-Encoding" in response.headers
+        if self.file.checksum is None and not has_length:
+            raise self._error("the server sends no Content-Length, so a truncated download could not be detected")
 
     def _partial_state(self) -> tuple[int, str | None]:
-        """Return size and version of the partial file; remove it if a change on the server could go unnoticed."""
+        """Return size and version of the partial file; discard it if a change on the server could not be detected."""
         url = version = None
         if self.state_path.is_file() and self.partial_path.is_file():
             url, version = read_json(self.state_path)
@@ -255,24 +258,28 @@ class _Download:
         self.received = 0
 
     def _checksum_mismatch(self, digests: dict[str, Any]) -> str | None:
-        """Return in what digests differ from the published checksum, if they do."""
+        """Describe how the digests differ from the published checksum; None if they match or none is published."""
         if self.file.checksum is None:
             return None
         algorithm, published = self.file.checksum
         digest = digests[algorithm].hexdigest()
-        return None if digest == published else f"{algorithm.upper()} is {digest}, but {published} is published"
+        return (
+            None
+            if digest == published
+            else f"{algorithm.upper()} is {digest}, but the published checksum is {published}"
+        )
 
     def _request_error(self, error: requests.RequestException) -> UserError:
-        """Return the error for a request without a response."""
+        """Convert a failed request into a UserError."""
         if isinstance(error, requests.exceptions.SSLError):
             return self._error("the certificate of the server cannot be verified")
         if isinstance(error, requests.ConnectionError):
             return self._error("no connection", TransientError)
         return self._error(str(error))
 
-    def _error(self, what: str, kind: type[UserError] = UserError) -> UserError:
+    def _error(self, reason: str, error_type: type[UserError] = UserError) -> UserError:
         kept = f"; {format_bytes(self.received)} received so far are kept" if self.received else ""
-        return kind(f"{self.file.url}: cannot be downloaded ({what}); {self.hint}{kept}")
+        return error_type(f"{self.file.url}: cannot be downloaded ({reason}); {self.hint}{kept}")
 
 
 def _session(retry: Retry) -> requests.Session:
@@ -283,19 +290,19 @@ def _session(retry: Retry) -> requests.Session:
 
 
 def _resource_version(response: requests.Response) -> str | None:
-    """Return the version of a file for If-Range, which takes no weak ETag (RFC 9110, section 13.1.5)."""
+    """Return a validator for If-Range: a strong ETag, else Last-Modified (RFC 9110, section 13.1.5)."""
     etag = response.headers.get("ETag", "")
     return etag if etag.startswith('"') else response.headers.get("Last-Modified")
 
 
-def _is_continuation(response: requests.Response, held: int, version: str | None) -> bool:
-    """Whether a partial response begins after the bytes held, and is of the same version as far as is known."""
+def _is_continuation(response: requests.Response, offset: int, version: str | None) -> bool:
+    """Return True if a partial response starts at byte `offset` and, if versions are known, is of the same version."""
     same = version is None or _resource_version(response) in (None, version)
-    return same and response.headers.get("Content-Range", "").startswith(f"bytes {held}-")
+    return same and response.headers.get("Content-Range", "").startswith(f"bytes {offset}-")
 
 
 def _compute_digests(path: Path, algorithms: Iterable[str]) -> dict[str, Any]:
-    """Return digests of a file, by the names that hashlib knows; of no bytes if there is no file."""
+    """Return hashlib objects for the content of a file by algorithm; a missing file counts as empty."""
     digests = {name: hashlib.new(name, usedforsecurity=False) for name in algorithms}
     if path.is_file():
         with path.open("rb") as file:
@@ -306,4 +313,4 @@ def _compute_digests(path: Path, algorithms: Iterable[str]) -> dict[str, Any]:
 
 
 def _print_message(text: str) -> None:
-    tqdm.write(text, file=sys.stderr)  # leaves the progress bar intact
+    tqdm.write(text, file=sys.stderr)  # does not break the progress bar

@@ -1,6 +1,7 @@
-"""Pins: SHA-256, size and rows of downloaded files whose authors publish no checksum, as they were first verified.
+"""Lock file with pins: SHA-256, size and rows of downloaded files whose authors publish no checksum.
 
-Pins are kept in a small JSON file that belongs in version control, so that everyone works on the same files:
+A file is pinned when it is first downloaded. The lock file is JSON and belongs in version control, so that everyone
+works on the same files:
 
     {
       "Data_Entry_2017_v2020.csv": {
@@ -24,7 +25,7 @@ from fadeformer.io.atomic import write_json
 
 
 class Pin(BaseModel):
-    """What a file must be: size in bytes, and rows where the caller counts them."""
+    """Expected SHA-256, size in bytes and, for tables and lists, number of rows of a file."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
@@ -34,10 +35,10 @@ class Pin(BaseModel):
 
 
 def read_pins(lock: Path) -> dict[str, Pin]:
-    """Read the pins by file name; none if there is no such file.
+    """Read the pins by file name; a missing lock file has none.
 
     Raises:
-        UserError: `lock` does not hold pins.
+        UserError: `lock` is not a valid lock file.
     """
     if not lock.is_file():
         return {}
@@ -45,32 +46,36 @@ def read_pins(lock: Path) -> dict[str, Pin]:
         return TypeAdapter(dict[str, Pin]).validate_json(lock.read_bytes())
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
+        key = ".".join(map(str, first["loc"]))
         raise UserError(
-            f"{lock}: {where + ': ' if where else ''}{first['msg']}; bring the file back from version control"
+            f"{lock}: {key + ': ' if key else ''}{first['msg']}; restore the file from version control"
         ) from error
 
 
 def verify_or_pin(lock: Path, files: Mapping[str, Pin]) -> None:
-    """Compare files with their pins, and add those that have none.
+    """Compare files with their pins, and pin those that are new.
 
     Args:
-        lock: the file of pins, replaced atomically; unchanged if a file differs.
-        files: the files as they are now, by name.
+        lock: the lock file, written atomically; unchanged if a file differs.
+        files: the current files by name.
 
     Raises:
-        UserError: a file differs from its pin, or `lock` does not hold pins.
+        UserError: a file differs from its pin, or `lock` is not a valid lock file.
     """
     pinned = read_pins(lock)
     for name in sorted(files.keys() & pinned.keys()):
-        now = files[name].model_dump()
-        was = pinned[name].model_dump(exclude_none=True)
-        differences = [f"{key} is {now[key]}, but {was[key]} is pinned" for key in was if now[key] != was[key]]
+        current = files[name].model_dump()
+        expected = pinned[name].model_dump(exclude_none=True)
+        differences = [
+            f"{key} is {current[key]}, but {expected[key]} is pinned"
+            for key in expected
+            if current[key] != expected[key]
+        ]
         if differences:
             raise UserError(
-                f"{name}: {'; '.join(differences)}. If its authors have really published a new file, delete the entry"
+                f"{name}: {'; '.join(differences)}. If the authors have published a new version, delete the entry"
                 f" {name} from {lock}; if not, delete the downloaded {name}; then run again"
             )
     if files.keys() - pinned.keys():
-        everything = {**files, **pinned}
-        write_json(lock, {name: everything[name].model_dump(exclude_none=True) for name in sorted(everything)})
+        pins = {**files, **pinned}
+        write_json(lock, {name: pins[name].model_dump(exclude_none=True) for name in sorted(pins)})

@@ -1,11 +1,11 @@
-"""A user's own images: a folder or an archive, with or without splits, with or without a table.
+"""Import a user's own images from a folder or an archive, with or without splits, with or without a table.
 
-Three layouts are read: `train|val|test/CLASS/file`, `CLASS/file` (the split is made later), and files in any order with
-a `labels.csv` (`fadeformer.data.sources.labels_csv`).
+Supported layouts: `train|val|test/CLASS/file`, `CLASS/file` (split later), and files in any folders with a `labels.csv`
+(`fadeformer.data.sources.labels_csv`).
 
-What goes into the project is one zip of the images and one table. A DICOM file never does, for it names its patient,
-and so may its path: its frames go in as PNG under a keyed hash of the path, and of the patient only such a hash as the
-group, and sex and age.
+The images are copied into one zip, the labels into one table. DICOM files are de-identified, because their headers and
+even their paths may name the patient: each frame becomes a PNG named by a keyed hash of the path; of the patient only a
+keyed hash (the group), sex and age are kept.
 """
 
 from __future__ import annotations
@@ -33,158 +33,159 @@ from fadeformer.data.sources.user_table import IMAGES_FILE, LABELS_FILE
 from fadeformer.errors import UnreadableImageError, UserError
 from fadeformer.io.atomic import atomic_write, check_free_space, checksum
 
-DICOM_SUFFIXES = {".dcm", ".dicom"}  # and any other file that has DICOM's mark
+DICOM_SUFFIXES = {".dcm", ".dicom"}  # other files count as DICOM if they have the DICM magic bytes
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".gif", ".webp", *DICOM_SUFFIXES}
 SALT_BYTES = 32
 
 
 def import_images(root: Path, classes: list[str] | None, task: str | None, salt: Path, folder: Path) -> DatasetCard:
-    """Brings a user's images into `folder`.
+    """Import a user's images into `folder` and return the dataset card.
 
     Args:
         root: the folder, zip or tar.
-        classes: names in the order of the labels, or of the finding columns of `labels.csv`; None to find them.
-        task: ordinal-regression where classes are grades in an order; None for what the labels say.
-        salt: file of the secret that patients' ids are hashed with; it is made where there is none.
-        folder: where they go.
+        classes: class names in label order, or the finding columns of `labels.csv`; None to infer the classes.
+        task: ordinal-regression if the classes are ordered grades; None to infer the task from the labels.
+        salt: file with the secret key for hashing patient ids; it is created if it does not exist.
+        folder: destination folder.
 
     Raises:
-        UserError: there is nothing there, the layout is none of the three, or a file cannot be taken.
+        UserError: `root` does not exist or has no images, its layout is not supported, or a DICOM file cannot be read.
     """
     root = root.expanduser()
     if not root.exists():
         raise UserError(f"{root}: no such file or folder; dataset.root must name your images")
-    found = reader.list_members(root)
-    check_free_space(folder, sum(member.size for member in found), "the copy of the images")
-    top, table = _find_layout([member.name for member in found])
-    rows, left_out = _write_zip(root, top, found, table, salt, folder / IMAGES_FILE)
+    members = reader.list_members(root)
+    check_free_space(folder, sum(member.size for member in members), "the copy of the images")
+    prefix, table_name = _find_layout([member.name for member in members])
+    rows, skipped = _write_zip(root, prefix, members, table_name, salt, folder / IMAGES_FILE)
     if rows.empty:
-        raise UserError(f"{root}: holds no image ({', '.join(sorted(IMAGE_SUFFIXES))})")
-    if table is None:
-        described = labels_csv.labels_from_folders(root, rows, classes)
+        raise UserError(f"{root}: no image found ({', '.join(sorted(IMAGE_SUFFIXES))})")
+    if table_name is None:
+        labels = labels_csv.labels_from_folders(root, rows, classes)
     else:
-        ((name, data),) = reader.iter_members(root, lambda name: name == table)
-        hashed = _patient_hasher(salt) if "group" in rows else None
-        described = labels_csv.labels_from_csv(root, name.removeprefix(top), data, rows, classes, hashed)
+        ((name, data),) = reader.iter_members(root, lambda name: name == table_name)
+        hash_group = _patient_hasher(salt) if "group" in rows else None
+        labels = labels_csv.labels_from_csv(root, name.removeprefix(prefix), data, rows, classes, hash_group)
     with atomic_write(folder / LABELS_FILE) as path:
-        described.rows.to_csv(path, index=False)
+        labels.rows.to_csv(path, index=False)
     files = {name: checksum(folder / name, "sha256") for name in (IMAGES_FILE, LABELS_FILE)}
-    note = f" {len(left_out):,} files are no images and are left out, such as {left_out[0]}." if left_out else ""
+    note = f" {len(skipped):,} files are not images and were skipped, such as {skipped[0]}." if skipped else ""
     return DatasetCard(
         name="own-" + re.sub(r"[^\w.-]+", "-", re.sub(r"(?i)\.(zip|tar|tgz|tar\.gz)$", "", root.resolve().name)),
         file=IMAGES_FILE,
         sha256=combined_digest(files),
-        task=infer_task(described.multi_label, len(described.classes), task, root),
-        classes=tuple(described.classes),
+        task=infer_task(labels.multi_label, len(labels.classes), task, root),
+        classes=tuple(labels.classes),
         size=None,
         channels=None,
         counts=None,
         license="the user's own",
-        note=f"The user's own images, not a published set.{note}{described.note}",
+        note=f"The user's own images, not a published set.{note}{labels.note}",
         layout="user_table",
         files=files,
     )
 
 
 def iter_dicom_names(root: Path, salt: Path) -> Iterator[tuple[str, str]]:
-    """The name in the project of each DICOM file, but for frames, and its path: for the user alone.
+    """Yield (pseudonym, original path) of each DICOM file; this mapping is for the user only and must stay private.
 
     Args:
         root: the folder, zip or tar.
-        salt: file of the secret.
+        salt: file with the secret key.
     """
     root = root.expanduser()
-    top, _ = _find_layout([member.name for member in reader.list_members(root)])
+    prefix, _ = _find_layout([member.name for member in reader.list_members(root)])
     for name, data in reader.iter_members(root):
         if is_dicom(name, data) and not dicom_image.is_non_image(data):
-            yield _pseudonym(name.removeprefix(top), _load_or_create_salt(salt)), name
+            yield _pseudonym(name.removeprefix(prefix), _load_or_create_salt(salt)), name
 
 
 def _find_layout(names: list[str]) -> tuple[str, str | None]:
-    """The folders that all images lie in, with a slash at the end, and the table beside them."""
+    """Return the common parent folder of all images, with a trailing slash, and the labels table in it, if any."""
     images = [name for name in names if PurePosixPath(name).suffix.lower() in IMAGE_SUFFIXES]
     tables = [name for name in names if PurePosixPath(name).name.lower() == LABELS_FILE]
-    top = _common_prefix([*images, *tables] if images else names)
-    return top, next((name for name in tables if name.removeprefix(top).lower() == LABELS_FILE), None)
+    prefix = _common_prefix([*images, *tables] if images else names)
+    return prefix, next((name for name in tables if name.removeprefix(prefix).lower() == LABELS_FILE), None)
 
 
 def _common_prefix(names: list[str]) -> str:
-    """The folders that all files lie in, with a slash at the end; a folder that names a split is none of them."""
-    top = ""
+    """Return the common parent folder of all files with a trailing slash; it never includes a split folder."""
+    prefix = ""
     while True:
-        heads = {name.removeprefix(top).partition("/")[0] for name in names}
-        inside = all("/" in name.removeprefix(top) for name in names)
-        if len(heads) != 1 or not inside or (head := heads.pop()).lower() in SPLIT_NAMES:
-            return top
-        top += f"{head}/"
+        folders = {name.removeprefix(prefix).partition("/")[0] for name in names}
+        inside = all("/" in name.removeprefix(prefix) for name in names)
+        if len(folders) != 1 or not inside or (folder := folders.pop()).lower() in SPLIT_NAMES:
+            return prefix
+        prefix += f"{folder}/"
 
 
 def _write_zip(
-    root: Path, top: str, found: Sequence[reader.ArchiveMember], table: str | None, salt: Path, path: Path
+    root: Path, prefix: str, members: Sequence[reader.ArchiveMember], table_name: str | None, salt: Path, path: Path
 ) -> tuple[pd.DataFrame, list[str]]:
-    """Writes the images into one zip, the same bytes for the same images.
+    """Write the images into one reproducible zip: the same images give the same bytes.
 
     Returns:
-        A row for each, and the names of files that are no images: neither by their names nor by DICOM's mark, or DICOM
-        that is none.
+        A table with one row per image, and the names of skipped files: those with neither an image suffix nor DICOM
+        magic bytes, and DICOM files without an image.
     """
     rows: list[dict[str, Any]] = []
-    left_out = []
-    problems = []
+    skipped = []
+    errors = []
     origins: dict[str, str] = {}
-    too_large = {  # for an image; what might be one by its name is refused
+    too_large = {  # skipped; a file of that size with an image suffix raises an error in the reader
         member.name
-        for member in found
+        for member in members
         if member.size > reader.MAX_MEMBER_BYTES and PurePosixPath(member.name).suffix.lower() not in IMAGE_SUFFIXES
     }
-    with atomic_write(path) as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as packed:
+    with atomic_write(path) as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive:
 
-        def put(member: str, data: bytes, short: str, known: dict[str, Any]) -> None:
-            if (other := origins.setdefault(member, short)) != short or member in packed.NameToInfo:
-                raise UserError(f"{root}: {other} and {short} would both be called {member}; rename one")
-            packed.writestr(zipfile.ZipInfo(member), data)
-            rows.append({"member": member, "origin": short, **known})
+        def add_image(member: str, data: bytes, relative_name: str, metadata: dict[str, Any]) -> None:
+            if (previous := origins.setdefault(member, relative_name)) != relative_name or member in archive.NameToInfo:
+                raise UserError(f"{root}: {previous} and {relative_name} have the same name {member}; rename one")
+            archive.writestr(zipfile.ZipInfo(member), data)
+            rows.append({"member": member, "origin": relative_name, **metadata})
 
-        wanted = reader.iter_members(root, lambda name: name != table and name not in too_large)
-        for name, data in tqdm(wanted, desc=root.name, unit="file", disable=None):
-            short = name.removeprefix(top)
+        files = reader.iter_members(root, lambda name: name != table_name and name not in too_large)
+        for name, data in tqdm(files, desc=root.name, unit="file", disable=None):
+            relative_name = name.removeprefix(prefix)
             if not is_dicom(name, data):
                 if PurePosixPath(name).suffix.lower() in IMAGE_SUFFIXES:
-                    put(short, data, short, {})
+                    add_image(relative_name, data, relative_name, {})
                 else:
-                    left_out.append(name)
+                    skipped.append(name)
             elif dicom_image.is_non_image(data):
-                left_out.append(name)
+                skipped.append(name)
             else:
                 try:
-                    for member, png, known in _dicom_frames(data, short, _load_or_create_salt(salt)):
-                        put(member, png, short, known)
+                    for member, png, metadata in _dicom_frames(data, relative_name, _load_or_create_salt(salt)):
+                        add_image(member, png, relative_name, metadata)
                 except UnreadableImageError as error:
-                    problems.append(str(error))
-    if problems:
-        raise UserError("\n".join([f"{root}: DICOM files that cannot be read: {len(problems):,}", *problems[:20]]))
-    return pd.DataFrame(rows), sorted([*left_out, *too_large])
+                    errors.append(str(error))
+    if errors:
+        raise UserError("\n".join([f"{root}: DICOM files that cannot be read: {len(errors):,}", *errors[:20]]))
+    return pd.DataFrame(rows), sorted([*skipped, *too_large])
 
 
 def is_dicom(name: str, data: bytes) -> bool:
-    """Whether a file is DICOM, by its name or its first bytes."""
+    """Return True if a file is DICOM, judged by its suffix or its magic bytes."""
     return data[128:132] == b"DICM" or PurePosixPath(name).suffix.lower() in DICOM_SUFFIXES
 
 
 def _dicom_frames(data: bytes, name: str, salt: bytes) -> Iterator[tuple[str, bytes, dict[str, Any]]]:
-    """Each frame of a DICOM file as PNG, its name, and what may be known of it."""
-    scan = dicom_image.read_dicom(data, name, salt=salt)
-    hidden = _pseudonym(name, salt)
-    many = len(scan.frames) > 1
-    known = {
-        # frames of a file that names nobody show one patient all the same
-        "group": scan.group or (hidden if many else None), "sex": scan.sex, "age": scan.age, "modality": scan.modality,
-        "view": scan.view, "manufacturer": scan.manufacturer,
+    """Yield (member name, PNG bytes, metadata) for each frame of a DICOM file."""
+    dicom = dicom_image.read_dicom(data, name, salt=salt)
+    pseudonym = _pseudonym(name, salt)
+    is_multi_frame = len(dicom.frames) > 1
+    metadata = {
+        # without a patient id, the frames of one file still belong to one patient
+        "group": dicom.group or (pseudonym if is_multi_frame else None),
+        "sex": dicom.sex, "age": dicom.age, "modality": dicom.modality, "view": dicom.view,
+        "manufacturer": dicom.manufacturer,
     }  # fmt: skip
-    for number, pixels in enumerate(scan.frames, start=1):
-        held = io.BytesIO()
-        Image.fromarray(pixels).save(held, "PNG")
-        yield f"{hidden}{f'-{number:04}' if many else ''}.png", held.getvalue(), known
+    for number, pixels in enumerate(dicom.frames, start=1):
+        buffer = io.BytesIO()
+        Image.fromarray(pixels).save(buffer, "PNG")
+        yield f"{pseudonym}{f'-{number:04}' if is_multi_frame else ''}.png", buffer.getvalue(), metadata
 
 
 def _pseudonym(name: str, salt: bytes) -> str:

@@ -46,7 +46,7 @@ def build_card(files: dict[str, str], sha256: str, is_published: bool) -> Datase
         channels=3,
         counts={"all": IMAGE_COUNT} if is_published else None,
         license="CC BY-NC 4.0; attribution to HAM10000, BCN_20000 and MSK",
-        note="The challenge's training set, split by lesion: scores do not compare with those of the challenge's server."
+        note="The challenge's training set, split by lesion: scores are not comparable with the challenge server's."
         + ("" if is_published else " A sample or another edition of it."),
         layout="isic2019",
         files=files,

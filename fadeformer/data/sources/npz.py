@@ -71,8 +71,8 @@ def import_archive(source: Path, classes: list[str] | None, task: str | None, fo
         raise UserError(f"{source}: has the label {num_classes - 1:,}; a label is the number of a class, from 0")
     if multi_label and task is None and all((array.sum(axis=1) == 1).all() for array in labels.values()):
         raise UserError(
-            f"{source}: every image has exactly one of {num_classes} labels, as one-hot classes have; save their numbers"
-            " (argmax), or set dataset.task: multi-label, binary-class if they are findings"
+            f"{source}: every image has exactly one of {num_classes} labels, as one-hot classes have; save their"
+            " numbers (argmax), or set dataset.task: multi-label, binary-class if they are findings"
         )
     if classes is not None and len(classes) != num_classes:
         raise UserError(f"dataset.classes names {len(classes)} classes, but the labels of {source} have {num_classes}")
@@ -147,7 +147,8 @@ def read_groups(archive: Path, split: str, count: int) -> pd.Series:
     values = read_array(archive, key)
     if values.shape != (count,) or values.dtype.kind not in "iufUS":
         raise UserError(
-            f"{archive}: {key} is {values.dtype} {values.shape}; expected one name or integer for each of {count} images"
+            f"{archive}: {key} is {values.dtype} {values.shape}; expected one name or integer for each of {count}"
+            " images"
         )
     if values.dtype.kind == "f":  # integers stored as floats, with NaN for unknown
         numbers = values.astype(np.float64)

@@ -1,4 +1,4 @@
-"""A user's own images as they lie in data/raw: one zip of images, and one table with a row for each of them."""
+"""A user's own images as stored in data/raw: one zip of images and one CSV table with a row per image."""
 
 from __future__ import annotations
 
@@ -10,29 +10,20 @@ from fadeformer.data.dataset_card import DatasetCard
 
 IMAGES_FILE = "images.zip"
 LABELS_FILE = "labels.csv"
-UNPARSED_LABEL = "unparsed_label"  # column of what stands in place of a label, where that is none
+UNPARSED_LABEL = "unparsed_label"  # column with the original text of a label that could not be parsed
 TEXT_COLUMNS = ("path", "member", "split", "id", "group")
-# What a manifest has of every image; a user's column of such a name is called own_NAME.
+# manifest columns; a user's column of the same name is renamed to own_NAME
 RESERVED_COLUMNS = {
-    *TEXT_COLUMNS,
-    "index",
-    "label",
-    "sha256",
-    "height",
-    "width",
-    "mode",
-    "brightness",
-    "contrast",
-    "problem",
-}
+    *TEXT_COLUMNS, "index", "label", "sha256", "height", "width", "mode", "brightness", "contrast", "problem",
+}  # fmt: skip
 
 
-def image_table(facts: DatasetCard, folder: Path) -> pd.DataFrame:
-    """One row per image: path, member, split, id, group, labels, and what else was known."""
+def image_table(card: DatasetCard, folder: Path) -> pd.DataFrame:
+    """Return one row per image: path, member, split, id, group, labels, and any further columns."""
     types = dict.fromkeys(TEXT_COLUMNS, "string") | dict.fromkeys(
-        facts.task_spec.label_columns(len(facts.classes)), "Int64"
+        card.task_spec.label_columns(len(card.classes)), "Int64"
     )
-    # low_memory: it would give numbers and text of one column their own kinds, piece by piece
+    # low_memory would infer dtypes chunk by chunk, so a column could mix numbers and text
     rows = pd.read_csv(folder / LABELS_FILE, dtype=types, keep_default_na=False, na_values=[""], low_memory=False)
     split = rows["split"].astype(object)
     return rows.assign(split=split.where(split.notna(), None))

@@ -1,1 +1,1 @@
-"""plots."""
+"""Matplotlib figures of predictions, metrics and images."""

@@ -204,15 +204,15 @@ def test_the_right_bytes_arrive(server, tmp_path, answers, checksum, ranges):
 @pytest.mark.parametrize(
     ("answer", "message", "passing", "requests"),
     [
-        (Answer(stop=60_000, ranges=False), r"\(the connection broke off\).*60.0kB received so far", True, 4),
+        (Answer(stop=60_000, ranges=False), r"\(connection lost\).*60.0kB received so far", True, 4),
         (Answer(stop=0, stall=True), r"\(no data for 0.5 s\)", True, 4),
-        (Answer(headers={"Content-Length": "250000"}), r"\(the connection broke off\)", True, 7),
+        (Answer(headers={"Content-Length": "250000"}), r"\(connection lost\)", True, 7),
         (Answer(OTHER, headers={"X": "checksum"}), f"SHA256 is {hashlib.sha256(OTHER).hexdigest()}, but", False, 1),
-        (Answer(stop=60_000, headers={"Content-Length": ""}), "does not state its length", False, 1),
+        (Answer(stop=60_000, headers={"Content-Length": ""}), "the server sends no Content-Length", False, 1),
         (Answer(status=404), r"\(404 Not Found\); see the README$", False, 1),
         (Answer(status=204), r"\(204 No Content\)", False, 1),
         (Answer(status=500), r"\(500 Internal Server Error\)", True, 4),
-        (Answer(b"<html>Log in</html>", headers={"Content-Type": "text/html"}), "sends a web page instead", False, 1),
+        (Answer(b"<html>Log in</html>", headers={"Content-Type": "text/html"}), "the server sent a web page instead", False, 1),
     ],
 )
 def test_other_responses_are_errors(server, tmp_path, answer, message, passing, requests):
@@ -301,7 +301,7 @@ def test_a_complete_file_is_downloaded_again_only_if_damaged(server, tmp_path, c
     (tmp_path / NAME).write_bytes(FILE[:-1])
     get(url, tmp_path, checksum=SHA256)
     assert len(server.ranges) == 2
-    assert f"{tmp_path / NAME}: is damaged or not the published file" in capsys.readouterr().err
+    assert f"{tmp_path / NAME}: checksum mismatch; downloading it again" in capsys.readouterr().err
 
 
 def remotes(server, *names: str, answers=(GOOD,), checksum=None) -> list[RemoteFile]:
@@ -336,7 +336,7 @@ def test_only_one_process_downloads_into_a_folder(server, tmp_path):
 def test_too_small_a_disk_is_an_error_before_it_is_full(server, tmp_path, monkeypatch):
     usage = namedtuple("usage", "free")
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage(390_000))
-    with pytest.raises(UserError, match="too little room for the download: it needs 400kB more, and 390kB are free"):
+    with pytest.raises(UserError, match="not enough disk space for the download: 400kB are needed, but only 390kB are free"):
         fetch_files(remotes(server, "a.zip", "b.zip"), tmp_path, hint="")
     assert server.ranges == []
     url = server.publish(CUT, Answer(status=403), GOOD)

@@ -46,7 +46,7 @@ def test_a_file_that_differs_is_refused(lock, now, told):
     with pytest.raises(UserError) as error:
         lockfile.verify_or_pin(lock, new)
     assert str(error.value).startswith(f"a.csv: {told}")
-    assert f"really published a new file, delete the entry a.csv from {lock}" in str(error.value)
+    assert f"published a new version, delete the entry a.csv from {lock}" in str(error.value)
     assert lock.read_bytes() == before
 
 
@@ -73,4 +73,4 @@ def test_a_damaged_file_of_pins_is_told(lock, text, message):
     with pytest.raises(UserError, match=message) as error:
         lockfile.read_pins(lock)
     assert str(error.value).startswith(f"{lock}: ")
-    assert "bring the file back from version control" in str(error.value)
+    assert "restore the file from version control" in str(error.value)

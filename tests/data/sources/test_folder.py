@@ -117,24 +117,24 @@ def test_columns_of_findings_are_told_by_the_classes(scans, fetch):
     assert rows["label_1"].tolist() == [0, 1] * 4
     assert "age" in rows
     assert "mass" not in rows
-    with pytest.raises(UserError, match=r"has no column label; its columns of 0 and 1 are findings if dataset.classes"):
+    with pytest.raises(UserError, match=r"has no column label; to use 0/1 columns as findings, list them in dataset"):
         fetch(root)
 
 
 @pytest.mark.parametrize(
     ("names", "table", "message"),
     [
-        ([*IN_SPLITS, "other/a/0.png"], None, "other/a/0.png lies in none of the folders train, val and test"),
-        (["train/a/b/0.png", "train/c/0.png"], None, "train/a/b/0.png lies in no class"),
-        (["0.png", "1.png"], "path,label,split\n1.png,b,\n0.png,a,dev\n", "gives 0.png the split 'dev'"),
+        ([*IN_SPLITS, "other/a/0.png"], None, "other/a/0.png is in none of the folders train, val and test"),
+        (["train/a/b/0.png", "train/c/0.png"], None, "train/a/b/0.png is not in a class folder"),
+        (["0.png", "1.png"], "path,label,split\n1.png,b,\n0.png,a,dev\n", "unknown split 'dev' of 0.png"),
         (["0.png"], "path;label\n0.png;a\n", "has the columns path;label; it needs path"),
         (["0.png"], "path,label,Label\n0.png,a,b\n", "has two columns label"),
-        (["0.png"], "path,label\n0.png,a,lower left\n", "line 2 has 3 fields, but there are 2 headings; put text with"),
+        (["0.png"], "path,label\n0.png,a,lower left\n", "line 2 has 3 fields, but there are 2 columns; put text with"),
         (["0.png"], 'path,label\n"0.png,a\n', "labels.csv cannot be read as a table"),
-        (["0.png", "1.png"], "path,label\n0.png,a\n1.png,a\n", "all images have the label a; there must be two"),
-        (["0.png", "1.png"], "path,label\n0.png,\n1.png,NA\n", "no image has a label; there must be two classes"),
-        (["0.png", "1.png"], "path,label\n0.png,Benign\n1.png,benign\n", "has the classes Benign and benign; give"),
-        (["train/0.png", "x.png"], "path,label\ntrain/0.png,a\nx.png,b\n", "x.png lies in none of the folders train"),
+        (["0.png", "1.png"], "path,label\n0.png,a\n1.png,a\n", "all images have the label a; there must be at least two"),
+        (["0.png", "1.png"], "path,label\n0.png,\n1.png,NA\n", "no image has a label; there must be at least two classes"),
+        (["0.png", "1.png"], "path,label\n0.png,Benign\n1.png,benign\n", "the classes Benign and benign differ only in case or spaces"),
+        (["train/0.png", "x.png"], "path,label\ntrain/0.png,a\nx.png,b\n", "x.png is in none of the folders train"),
     ],
 )
 def test_a_layout_that_cannot_be_read_is_told(scans, fetch, names, table, message):
@@ -145,7 +145,7 @@ def test_a_layout_that_cannot_be_read_is_told(scans, fetch, names, table, messag
 def test_what_is_no_image_is_left_out_and_told(scans, fetch):
     facts, folder = fetch(scans([*IN_CLASSES, "benign/readme.md", "LICENSE"]))
     assert len(user_table.image_table(facts, folder)) == len(IN_CLASSES)
-    assert "2 files are no images and are left out, such as LICENSE" in facts.note
+    assert "2 files are not images and were skipped, such as LICENSE" in facts.note
 
 
 def test_a_file_beside_the_folder_of_images_changes_no_layout(scans, fetch):
@@ -170,7 +170,7 @@ def test_headings_and_cells_are_read_as_people_write_them(scans, fetch):
     assert rows["own_index"].tolist() == [9] * 4
     assert "own_id" not in rows  # may tell who a patient is
     assert (
-        "The group is the column Patient ID. Left out, for they may tell who a patient is: the columns id."
+        "The group is the column Patient ID. Columns removed because they may identify a patient: id."
         in facts.note
     )
 
@@ -233,7 +233,7 @@ def test_scans_keep_their_patient_and_lose_their_name(dicom_folder, fetch, tmp_p
     assert rows["label"].value_counts().to_dict() == {0: 6, 1: 6}
     assert rows["id"].str.fullmatch(r"dicom/[0-9a-f]{16}\.png").all()
     assert (rows["sex"].unique().tolist(), rows["age"].unique().tolist()) == (["F"], [54])
-    assert "2 files are no images and are left out, such as DICOMDIR" in facts.note
+    assert "2 files are not images and were skipped, such as DICOMDIR" in facts.note
     for path in folder.iterdir():
         assert b"DOE" not in path.read_bytes()
     known = dict(source.iter_dicom_names(dicom_folder, tmp_path / "salt"))
@@ -307,7 +307,7 @@ def test_grades_in_an_order_are_told_by_the_user(fetch, scans):
     assert (facts.task, facts.classes) == ("ordinal-regression", ("2", "9", "10"))
     assert fetch(root)[0].task == "multi-class"
     with pytest.raises(
-        UserError, match=r"dataset.task is multi-label, binary-class, but the labels of .* are multi-class"
+        UserError, match=r"dataset.task is multi-label, binary-class, but the labels in .* are multi-class"
     ):
         fetch(root, task="multi-label, binary-class")
 

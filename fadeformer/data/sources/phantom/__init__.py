@@ -1,1 +1,1 @@
-"""phantom."""
+"""Synthetic blood smear data set."""

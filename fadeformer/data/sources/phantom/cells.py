@@ -1,6 +1,6 @@
-"""Cells of the phantom's blood smears: what each kind looks like, and how it is painted.
+"""Cell types of the phantom's blood smears: their appearance and how they are painted.
 
-Only operations are used that IEEE 754 defines to the last bit, as `fadeformer.data.sources.phantom.generate` explains.
+For reproducibility only operations that IEEE 754 defines exactly are used (`fadeformer.data.sources.phantom.generate`).
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from fadeformer.data.sources.phantom.rng import Plane, PortableRNG, Range
 
 Color = tuple[float, float, float]
 Point = tuple[float, float]
-Ellipse = tuple[Point, Point, Point]  # middle, radii, and the unit vector along which the first radius points
+Ellipse = tuple[Point, Point, Point]  # center, radii, and unit vector along the first radius
 
-CHUNK_PIXELS = 65_536  # pixels of ellipses that are computed together, as long as the processor's cache holds them
+CHUNK_PIXELS = 65_536  # pixels of ellipses computed at once; small enough for the CPU cache
 
 BACKGROUND: Color = (0.93, 0.91, 0.89)
 RED_CELL: Color = (0.86, 0.64, 0.63)
@@ -26,21 +26,21 @@ TYPICAL_COLORS: dict[str, Color] = {"cytoplasm": (0.82, 0.77, 0.85), "nucleus": 
 
 @dataclass(frozen=True)
 class CellType:
-    """What a kind of cell looks like; lengths are fractions of half the image's side.
+    """Appearance of a cell type. Lengths are fractions of half the image side; ranges are (min, max).
 
     Attributes:
-        share: of all cells.
-        radius: of the cell.
-        nucleus: radius of the nucleus (of all lobes together) as a fraction of the cell's.
-        lobes: fewest and most lobes.
-        spread: distance of the lobes from the middle, as a fraction of the nucleus' radius.
-        indent: depth of the dent in a nucleus of one lobe.
-        granules: fewest and most.
-        grain: radius of a granule.
-        opacity: of granules.
-        cytoplasm: its colour.
-        nucleus_colour: its colour.
-        granule_colour: its colour.
+        share: fraction of all cells.
+        radius: radius of the cell.
+        nucleus: radius of the nucleus (all lobes together) relative to the cell.
+        lobes: number of lobes.
+        spread: distance of the lobes from the center, relative to the radius of the nucleus.
+        indent: depth of the dent in a nucleus with one lobe.
+        granules: number of granules.
+        granule_radius: radius of a granule.
+        opacity: opacity of the granules.
+        cytoplasm: color of the cytoplasm.
+        nucleus_color: color of the nucleus.
+        granule_color: color of the granules.
     """
 
     share: float
@@ -82,31 +82,31 @@ CELL_TYPES: dict[str, CellType] = {
 
 
 class Canvas:
-    """An image being painted; positions run from -1 to 1 in both directions."""
+    """Image being painted, with coordinates from -1 to 1 along both axes."""
 
-    def __init__(self, size: int, colour: Color) -> None:
-        self.coordinates = (np.arange(size) + 0.5) * (2.0 / size) - 1.0  # middles of the pixels of a row or column
+    def __init__(self, size: int, color: Color) -> None:
+        self.coordinates = (np.arange(size) + 0.5) * (2.0 / size) - 1.0  # pixel centers along an axis
         self.pixel_size = 2.0 / size
-        self.planes = np.repeat(colour, size * size).reshape(3, size, size)
+        self.planes = np.repeat(color, size * size).reshape(3, size, size)
 
     def iter_coverage(self, shapes: Sequence[Ellipse]) -> Iterator[Plane]:
-        """Coverage in [0, 1] of each of some ellipses, its edge as wide as a pixel; of small images many at once."""
-        many = max(1, CHUNK_PIXELS // (len(self.coordinates) * len(self.coordinates)))
-        for first in range(0, len(shapes), many):
-            some = np.array(shapes[first : first + many], dtype=np.float64)  # ellipses, 3, 2
-            at, radii, along = some.transpose(1, 2, 0)[..., None, None]  # each 2, ellipses, 1, 1
-            x, y = self.coordinates - at[0], self.coordinates[:, None] - at[1]
-            u = (x * along[0] + y * along[1]) / radii[0]
-            v = (y * along[0] - x * along[1]) / radii[1]
+        """Yield the coverage in [0, 1] of each ellipse, antialiased over one pixel, computed in batches."""
+        per_batch = max(1, CHUNK_PIXELS // (len(self.coordinates) * len(self.coordinates)))
+        for first in range(0, len(shapes), per_batch):
+            batch = np.array(shapes[first : first + per_batch], dtype=np.float64)  # (ellipses, 3, 2)
+            center, radii, direction = batch.transpose(1, 2, 0)[..., None, None]  # each (2, ellipses, 1, 1)
+            x, y = self.coordinates - center[0], self.coordinates[:, None] - center[1]
+            u = (x * direction[0] + y * direction[1]) / radii[0]
+            v = (y * direction[0] - x * direction[1]) / radii[1]
             distance = (1.0 - np.sqrt(u * u + v * v)) * np.minimum(radii[0], radii[1])
             yield from _smoothstep(distance / self.pixel_size + 0.5)
 
-    def paint(self, cover: Plane, colour: Color) -> None:
-        """Lays a colour over what is there."""
-        self.planes += cover * (np.array(colour)[:, None, None] - self.planes)
+    def paint(self, coverage: Plane, color: Color) -> None:
+        """Blend a color over the image, weighted by the coverage."""
+        self.planes += coverage * (np.array(color)[:, None, None] - self.planes)
 
     def blur(self, amount: float) -> None:
-        """Mixes in the mean of the neighbours: 0 is sharp, 1 a [1 2 1] stencil in both directions."""
+        """Blur the image: 0 leaves it unchanged, 1 applies a [1 2 1] / 4 kernel along both axes."""
         last = len(self.coordinates) - 1
         before, after = (np.clip(np.arange(last + 1) + step, 0, last) for step in (-1, 1))
         for axis in (1, 2):
@@ -114,92 +114,92 @@ class Canvas:
             self.planes += amount * 0.25 * (around - 2.0 * self.planes)
 
 
-def paint_white_cell(canvas: Canvas, kind: CellType, middle: Point, scale: float, chance: PortableRNG) -> None:
-    """Paints a white cell near a place, of that fraction of its kind's size, with what touches it."""
-    vivid = chance.uniform((0.15, 1.0))  # how far the cell took its own stain rather than any cell's
-    at = middle[0] + chance.uniform((-0.16, 0.16)), middle[1] + chance.uniform((-0.16, 0.16))
-    radius = scale * chance.uniform(kind.radius)
-    along = chance.unit_vector()
-    stretch = chance.uniform((0.85, 1.0))
-    (cover,) = canvas.iter_coverage([(at, (radius, radius * stretch), along)])
-    canvas.paint(0.95 * cover, _mix_colors(TYPICAL_COLORS["cytoplasm"], kind.cytoplasm, vivid))
-    _paint_nucleus(canvas, kind, at, radius, _mix_colors(TYPICAL_COLORS["nucleus"], kind.nucleus_color, vivid), chance)
-    _paint_granules(canvas, kind, at, radius, vivid, chance)
-    paint_red_cells(canvas, int(chance.uniform((0.0, 1.6))), chance, neighbor=(at, radius))
+def paint_white_cell(canvas: Canvas, cell_type: CellType, position: Point, scale: float, rng: PortableRNG) -> None:
+    """Paint a white cell near `position`, scaled by `scale`, and up to one adjacent red cell."""
+    stain = rng.uniform((0.15, 1.0))  # stain uptake: 0 is the average color of all cells, 1 that of the cell type
+    center = position[0] + rng.uniform((-0.16, 0.16)), position[1] + rng.uniform((-0.16, 0.16))
+    radius = scale * rng.uniform(cell_type.radius)
+    direction = rng.unit_vector()
+    stretch = rng.uniform((0.85, 1.0))
+    (coverage,) = canvas.iter_coverage([(center, (radius, radius * stretch), direction)])
+    canvas.paint(0.95 * coverage, _mix_colors(TYPICAL_COLORS["cytoplasm"], cell_type.cytoplasm, stain))
+    _paint_nucleus(
+        canvas, cell_type, center, radius, _mix_colors(TYPICAL_COLORS["nucleus"], cell_type.nucleus_color, stain), rng
+    )
+    _paint_granules(canvas, cell_type, center, radius, stain, rng)
+    paint_red_cells(canvas, int(rng.uniform((0.0, 1.6))), rng, neighbor=(center, radius))
 
 
-def paint_red_cells(
-    canvas: Canvas, count: int, chance: PortableRNG, neighbor: tuple[Point, float] | None = None
-) -> None:
-    """Paints red cells anywhere, or beside a cell of that middle and radius, where they touch it."""
-    drawn = [_draw_red_cell(chance, neighbor) for _ in range(count)]
-    covers = canvas.iter_coverage([shape for cell in drawn for shape in cell[:2]])
-    for _, _, pallor in drawn:
-        canvas.paint(0.9 * next(covers), RED_CELL)
-        canvas.paint(pallor * next(covers), BACKGROUND)
+def paint_red_cells(canvas: Canvas, count: int, rng: PortableRNG, neighbor: tuple[Point, float] | None = None) -> None:
+    """Paint red cells at random positions, or touching the cell `neighbor` (center, radius)."""
+    cells = [_draw_red_cell(rng, neighbor) for _ in range(count)]
+    coverage = canvas.iter_coverage([shape for cell in cells for shape in cell[:2]])
+    for _, _, pallor in cells:
+        canvas.paint(0.9 * next(coverage), RED_CELL)
+        canvas.paint(pallor * next(coverage), BACKGROUND)
 
 
-def _draw_red_cell(chance: PortableRNG, beside: tuple[Point, float] | None) -> tuple[Ellipse, Ellipse, float]:
-    """The cell, its pale middle, and how pale that is."""
-    radius = chance.uniform((0.24, 0.34))
-    along = chance.unit_vector()
-    if beside is None:
-        at = chance.uniform((-1.1, 1.1)), chance.uniform((-1.1, 1.1))
+def _draw_red_cell(rng: PortableRNG, neighbor: tuple[Point, float] | None) -> tuple[Ellipse, Ellipse, float]:
+    """Draw the outline of a red cell, its pale center, and the opacity of the center."""
+    radius = rng.uniform((0.24, 0.34))
+    direction = rng.unit_vector()
+    if neighbor is None:
+        center = rng.uniform((-1.1, 1.1)), rng.uniform((-1.1, 1.1))
     else:
-        (x, y), reach = beside
-        gap = reach + radius * chance.uniform((0.75, 1.0))
-        at = x + along[0] * gap, y + along[1] * gap
-    radii = radius, radius * chance.uniform((0.8, 1.0))
-    pallor = chance.uniform((0.1, 0.5))
-    return (at, radii, along), (at, (radii[0] * 0.45, radii[1] * 0.45), along), pallor
+        (x, y), reach = neighbor
+        gap = reach + radius * rng.uniform((0.75, 1.0))
+        center = x + direction[0] * gap, y + direction[1] * gap
+    radii = radius, radius * rng.uniform((0.8, 1.0))
+    pallor = rng.uniform((0.1, 0.5))
+    return (center, radii, direction), (center, (radii[0] * 0.45, radii[1] * 0.45), direction), pallor
 
 
 def _paint_nucleus(
-    canvas: Canvas, kind: CellType, at: Point, radius: float, colour: Color, chance: PortableRNG
+    canvas: Canvas, cell_type: CellType, center: Point, radius: float, color: Color, rng: PortableRNG
 ) -> None:
-    whole = radius * chance.uniform(kind.nucleus)
-    lobes = chance.integer(kind.lobes)
-    spread = chance.uniform(kind.spread)
-    along = chance.unit_vector()
+    nucleus_radius = radius * rng.uniform(cell_type.nucleus)
+    lobes = rng.integer(cell_type.lobes)
+    spread = rng.uniform(cell_type.spread)
+    direction = rng.unit_vector()
     shapes: list[Ellipse] = []
     for lobe in range(lobes):
-        place = 0.0 if lobes == 1 else 2.0 * lobe / (lobes - 1) - 1.0  # from -1 to 1 along an arc
-        bend = chance.uniform((0.3, 0.6)) * (1.0 - place * place)
-        x = at[0] + whole * spread * (place * along[0] - bend * along[1])
-        y = at[1] + whole * spread * (place * along[1] + bend * along[0])
-        size = whole * (1.0 - 0.55 * spread if lobes > 1 else 1.0) * chance.uniform((0.85, 1.0))
-        shapes.append(((x, y), (size, size * chance.uniform((0.75, 1.0))), chance.unit_vector()))
-    cover = np.maximum.reduce(list(canvas.iter_coverage(shapes)))
-    indent = chance.uniform(kind.indent)
+        t = 0.0 if lobes == 1 else 2.0 * lobe / (lobes - 1) - 1.0  # from -1 to 1 along an arc
+        bend = rng.uniform((0.3, 0.6)) * (1.0 - t * t)
+        x = center[0] + nucleus_radius * spread * (t * direction[0] - bend * direction[1])
+        y = center[1] + nucleus_radius * spread * (t * direction[1] + bend * direction[0])
+        size = nucleus_radius * (1.0 - 0.55 * spread if lobes > 1 else 1.0) * rng.uniform((0.85, 1.0))
+        shapes.append(((x, y), (size, size * rng.uniform((0.75, 1.0))), rng.unit_vector()))
+    coverage = np.maximum.reduce(list(canvas.iter_coverage(shapes)))
+    indent = rng.uniform(cell_type.indent)
     if lobes == 1 and indent > 0.05:
-        dent = at[0] + whole * along[0], at[1] + whole * along[1]
-        (bite,) = canvas.iter_coverage([(dent, (whole * indent, whole * indent), along)])
-        cover = cover * (1.0 - bite)
-    canvas.paint(chance.uniform((0.80, 0.95)) * cover, colour)
+        dent = center[0] + nucleus_radius * direction[0], center[1] + nucleus_radius * direction[1]
+        (dent_coverage,) = canvas.iter_coverage([(dent, (nucleus_radius * indent, nucleus_radius * indent), direction)])
+        coverage = coverage * (1.0 - dent_coverage)
+    canvas.paint(rng.uniform((0.80, 0.95)) * coverage, color)
 
 
 def _paint_granules(
-    canvas: Canvas, kind: CellType, at: Point, radius: float, vivid: float, chance: PortableRNG
+    canvas: Canvas, cell_type: CellType, center: Point, radius: float, stain: float, rng: PortableRNG
 ) -> None:
-    opacity = chance.uniform(kind.opacity)
-    colour = _mix_colors(TYPICAL_COLORS["cytoplasm"], kind.granule_color, 0.5 + 0.5 * vivid)
+    opacity = rng.uniform(cell_type.opacity)
+    color = _mix_colors(TYPICAL_COLORS["cytoplasm"], cell_type.granule_color, 0.5 + 0.5 * stain)
     shapes: list[Ellipse] = []
-    for _ in range(chance.integer(kind.granules)):
-        along = chance.unit_vector()
-        reach = 0.9 * radius * float(np.sqrt(chance.uniform((0.0, 1.0))))
-        grain = chance.uniform(kind.granule_radius)
-        place = at[0] + along[0] * reach, at[1] + along[1] * reach
-        shapes.append((place, (grain, grain), (1.0, 0.0)))
-    for cover in canvas.iter_coverage(shapes):
-        canvas.paint(opacity * cover, colour)
+    for _ in range(rng.integer(cell_type.granules)):
+        direction = rng.unit_vector()
+        distance = 0.9 * radius * float(np.sqrt(rng.uniform((0.0, 1.0))))
+        granule_radius = rng.uniform(cell_type.granule_radius)
+        position = center[0] + direction[0] * distance, center[1] + direction[1] * distance
+        shapes.append((position, (granule_radius, granule_radius), (1.0, 0.0)))
+    for coverage in canvas.iter_coverage(shapes):
+        canvas.paint(opacity * coverage, color)
 
 
-def _mix_colors(one: Color, other: Color, share: float) -> Color:
-    red, green, blue = (a + share * (b - a) for a, b in zip(one, other, strict=True))
+def _mix_colors(color: Color, target: Color, weight: float) -> Color:
+    red, green, blue = (a + weight * (b - a) for a, b in zip(color, target, strict=True))
     return red, green, blue
 
 
 def _smoothstep(t: NDArray[np.float64]) -> NDArray[np.float64]:
-    """0 below 0, 1 above 1, and 3 t^2 - 2 t^3 between."""
+    """Smoothstep: 3 t^2 - 2 t^3 with t clamped to [0, 1]."""
     t = np.minimum(np.maximum(t, 0.0), 1.0)
     return t * t * (3.0 - 2.0 * t)

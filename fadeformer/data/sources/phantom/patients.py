@@ -1,7 +1,7 @@
-"""Who the phantom's slides are of: made-up patients of made-up clinics, so that its reports have subgroups to show.
+"""Made-up patients of the phantom's slides, so that its reports have subgroups.
 
-Each slide is of one patient. Age, sex and site come from a generator of their own and know nothing of the images and
-labels, so that a subgroup in which a model is worse is worse by chance alone.
+Each slide belongs to one patient. Age, sex and site are drawn from a separate random stream and are independent of
+images and labels, so any performance difference between subgroups is due to chance.
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ AGES = (20, 89)  # years
 
 
 def draw_patients(slides: Mapping[str, NDArray[np.int64]], seed: int) -> pd.DataFrame:
-    """Draws the patients, as many of each sex and of each clinic in a split as its number of slides allows.
+    """Draw the patients, with sex and site balanced within each split as far as its number of slides allows.
 
     Args:
-        slides: of each split, the number of every slide once.
-        seed: of the phantom.
+        slides: ids of the slides of each split, without duplicates.
+        seed: random seed of the phantom.
 
     Returns:
         One row per slide: `slide`, `age`, `sex` and `site`.
     """
     parts = []
     for number, split in enumerate(SPLITS):
-        chance, count = PortableRNG(seed, 4, number), len(slides[split])
-        ages = [chance.integer(AGES) for _ in range(count)]
-        sex, site = (np.argsort(chance.generator.random(count), kind="stable") % 2 for _ in range(2))
+        rng, count = PortableRNG(seed, 4, number), len(slides[split])
+        ages = [rng.integer(AGES) for _ in range(count)]
+        sex, site = (np.argsort(rng.generator.random(count), kind="stable") % 2 for _ in range(2))
         parts.append(
             pd.DataFrame({
                 "slide": slides[split], "age": ages, "sex": [SEXES[i] for i in sex], "site": [SITES[i] for i in site]
@@ -47,8 +47,8 @@ def draw_patients(slides: Mapping[str, NDArray[np.int64]], seed: int) -> pd.Data
     return pd.concat(parts, ignore_index=True)
 
 
-def image_table(facts: DatasetCard, folder: Path) -> pd.DataFrame:
-    """One row per image, as `npz.table` gives it, with age, sex and site of the patient that its slide is of."""
-    rows = npz.image_table(facts, folder)
-    known = pd.read_csv(folder / SUBJECTS_FILE, dtype={"slide": "string"}).set_index("slide").loc[rows["group"]]
-    return rows.assign(**{name: known[name].to_numpy() for name in COLUMNS})
+def image_table(card: DatasetCard, folder: Path) -> pd.DataFrame:
+    """Return the rows of `npz.image_table` with age, sex and site of the slide's patient."""
+    rows = npz.image_table(card, folder)
+    subjects = pd.read_csv(folder / SUBJECTS_FILE, dtype={"slide": "string"}).set_index("slide").loc[rows["group"]]
+    return rows.assign(**{name: subjects[name].to_numpy() for name in COLUMNS})

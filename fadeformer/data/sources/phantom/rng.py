@@ -1,4 +1,4 @@
-"""Uniform draws, and what can be made of them exactly, so that a drawing has the same bytes on every machine."""
+"""Random numbers that are bitwise reproducible on every machine: uniform draws and exact arithmetic on them."""
 
 from __future__ import annotations
 
@@ -10,25 +10,25 @@ Range = tuple[float, float]
 
 
 class PortableRNG:
-    """Draws of a generator of their own.
+    """Random generator with its own stream.
 
     Args:
-        key: of the generator; other keys give independent draws.
+        key: integers that seed the generator; different keys give independent streams.
     """
 
     def __init__(self, *key: int) -> None:
         self.generator = np.random.Generator(np.random.PCG64(np.random.SeedSequence(key)))
 
     def uniform(self, bounds: Range) -> float:
-        """Uniform in a range."""
+        """Draw a float uniformly from a range."""
         return bounds[0] + (bounds[1] - bounds[0]) * float(self.generator.random())
 
     def integer(self, bounds: tuple[int, int]) -> int:
-        """A whole number, both bounds included."""
+        """Draw an integer uniformly, both bounds included."""
         return int(self.generator.integers(bounds[0], bounds[1] + 1))
 
     def unit_vector(self) -> tuple[float, float]:
-        """A unit vector, by rejection."""
+        """Draw a 2D unit vector by rejection sampling."""
         while True:
             x, y = self.uniform((-1, 1)), self.uniform((-1, 1))
             square = x * x + y * y
@@ -37,6 +37,6 @@ class PortableRNG:
                 return x / length, y / length
 
     def approx_normal(self, shape: tuple[int, ...]) -> Plane:
-        """Noise of mean 0 and variance 1, near normal: the sum of four uniform draws (Irwin-Hall)."""
-        one, two, three, four = (self.generator.random(shape) for _ in range(4))
-        return (one + two + three + four - 2.0) * float(np.sqrt(3.0))
+        """Draw approximately normal noise of mean 0 and variance 1: the sum of four uniform draws (Irwin-Hall)."""
+        a, b, c, d = (self.generator.random(shape) for _ in range(4))
+        return (a + b + c + d - 2.0) * float(np.sqrt(3.0))
