@@ -1,4 +1,4 @@
-"""Every network by name, FadeNet or baseline, and the weights it starts from."""
+"""Create a model, FadeNet or a timm baseline, by name, and load its initial weights."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from fadeformer.models.heat_diffusion import AttentionPool, DiffusionAttn
 
 __all__ = ["FadeNet", "create_model", "features_and_logits", "load_weights", "newly_initialized_modules"]
 
-STATE_DICT_KEYS = ("model", "state_dict", "model_state_dict")
+STATE_DICT_KEYS = ("model", "state_dict", "model_state_dict")  # of checkpoints that nest the state dict
 
 
 def create_model(
@@ -32,89 +32,90 @@ def create_model(
     drop_path: float,
     fade: Mapping[str, Any] | None,
 ) -> nn.Module:
-    """The network that the keys of `model:` in params.yaml describe.
+    """Create the model that section `model` of params.yaml describes.
 
     Args:
-        backbone: timm's name.
-        num_classes: classes or findings.
+        backbone: name of a timm model.
+        num_classes: number of classes or findings.
         image_size: side of the images, pixels.
-        in_chans: channels of the images.
-        pretrained: whether it starts from timm's published weights.
-        dropout: before the classifier.
-        drop_path: stochastic depth.
-        fade: of FadeNet: `variant` and `after_blocks`, `num_heads` and `dropout` of its layers, and `K` and `alpha`,
-            which only the published variant has; None for the plain backbone.
+        in_chans: image channels.
+        pretrained: load timm's pretrained weights.
+        dropout: dropout probability before the classifier.
+        drop_path: rate of stochastic depth.
+        fade: FadeNet options: `variant`, `after_blocks`, and `num_heads` and `dropout` of the Fade layers; `K` and
+            `alpha` apply to the published variant only. None creates the plain backbone.
 
     Raises:
-        ValueError: timm has no such model, or it cannot be what is asked for.
+        ValueError: timm has no such model, or it does not accept an option.
     """
     size, depth = {"img_size": image_size}, {"drop_path_rate": drop_path}
     if fade is not None:
         layer = dict(fade)
-        places: dict[str, Any] = {name: layer.pop(name) for name in ("variant", "after_blocks") if name in layer}
-        if places.get("variant") == "diffusion":
+        placement: dict[str, Any] = {name: layer.pop(name) for name in ("variant", "after_blocks") if name in layer}
+        if placement.get("variant") == "diffusion":
             layer = {name: value for name, value in layer.items() if name not in ("K", "alpha")}
-        options = {"in_chans": in_chans, **places, **size, **depth}
+        options = {"in_chans": in_chans, **placement, **size, **depth}
         return FadeNet(num_classes, dropout, layer, backbone, pretrained, **options)
-    plain = {"pretrained": pretrained, "num_classes": num_classes, "in_chans": in_chans, "drop_rate": dropout}
-    # a network that takes any size has no img_size; one without stochastic depth has no drop_path_rate
+    common = {"pretrained": pretrained, "num_classes": num_classes, "in_chans": in_chans, "drop_rate": dropout}
+    # Models for any image size have no img_size; models without stochastic depth have no drop_path_rate.
     attempts: list[dict[str, Any]] = [size | depth, depth]
     if drop_path == 0:
         attempts += [size, {}]
     for extra in attempts:
         try:
-            model: nn.Module = create_timm_model(backbone, **plain, **extra)
+            model: nn.Module = create_timm_model(backbone, **common, **extra)
         except TypeError as error:
             reason = error
         else:
             return model
     hint = "; set model.drop_path to 0" if "drop_path_rate" in str(reason) else ""
-    raise ValueError(f"{backbone} cannot be built as asked: {reason}{hint}") from reason
+    raise ValueError(f"{backbone} cannot be created with these options: {reason}{hint}") from reason
 
 
 def load_weights(model: nn.Module, path: Path) -> None:
-    """Reads weights from a .safetensors, or from a .pth of tensors (a published `best_model.pth` too), into a model.
+    """Load weights from a .safetensors file or a .pth state dict (such as a published `best_model.pth`) into a model.
 
-    Where the names stand one level down (under `model`, `state_dict` or `model_state_dict`, as training scripts leave
-    them), or behind the `module.` of data-parallel training, they are found there.
+    A state dict nested under `model`, `state_dict` or `model_state_dict`, as in many checkpoints, is unwrapped, and the
+    prefix `module.` of data-parallel training is removed.
 
     Raises:
-        ValueError: the file cannot be read, holds anything but tensors by name, or does not fit, with torch's reasons.
-        OSError: there is no such file.
+        ValueError: the file cannot be read, is not a state dict, or does not match the model; the message lists the
+            missing, unexpected and mismatched parameters.
+        OSError: the file does not exist.
     """
     state = _read_weights(path)
     for key in STATE_DICT_KEYS:
         if isinstance(state, Mapping) and isinstance(state.get(key), Mapping):
             state = state[key]
     if not isinstance(state, Mapping) or not all(map(_is_named_tensor, state.items())):
-        raise ValueError(f"{path}: holds no tensors by name but a {type(state).__name__}")
+        raise ValueError(f"{path}: expected a state dict (tensors by name), not {type(state).__name__}")
     if state and all(name.startswith("module.") for name in state):
         state = {name.removeprefix("module."): value for name, value in state.items()}
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
-        raise ValueError(f"{path}: does not fit the model; {' '.join(str(error).split())}") from error
+        raise ValueError(f"{path}: does not match the model; {' '.join(str(error).split())}") from error
 
 
 def features_and_logits(model: Any, images: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the inputs of the network's last layer, (B, channels), and its logits, (B, outputs).
+    """Return the inputs of the classification layer, (B, channels), and the logits, (B, outputs).
 
-    Networks with a distillation token have two last layers, one for each token; their features are the mean of both.
+    Models with a distillation token have two classification layers; their features are the mean of both inputs.
 
     Args:
-        model: FadeNet, or any classifier of timm's kind.
+        model: FadeNet, or any timm classifier.
         images: normalized, (B, C, H, W).
     """
-    places = model.forward_features(images)
-    features = model.forward_head(places, pre_logits=True)
-    # FadeNet's head is a layer of attention, which is not computed twice; other heads may be more than one linear layer
-    logits = model.classifier(features) if isinstance(model, FadeNet) else model.forward_head(places)
+    feature_map = model.forward_features(images)
+    features = model.forward_head(feature_map, pre_logits=True)
+    # FadeNet's head contains an attention layer, so it runs only once; other heads may be more than one linear layer
+    logits = model.classifier(features) if isinstance(model, FadeNet) else model.forward_head(feature_map)
     return features.flatten(1), logits
 
 
 def newly_initialized_modules(model: Any) -> list[nn.Module]:
-    """The modules that no pretrained backbone brings: the classifier, and Fade layers with their read-out."""
-    classifier = model.get_classifier()  # a tuple of two in distilled networks
+    """Return the modules that pretrained weights do not cover: the classifier, Fade layers and attention pooling."""
+    classifier = model.get_classifier()  # a tuple of two in distilled models
     fade = [module for module in model.modules() if isinstance(module, FadeAttn | DiffusionAttn | AttentionPool)]
     return [*(classifier if isinstance(classifier, tuple) else (classifier,)), *fade]
 
@@ -129,9 +130,9 @@ def _read_weights(path: Path) -> Any:
             return load_file(path)
         return torch.load(path, map_location="cpu", weights_only=True)
     except (SafetensorError, RuntimeError, EOFError, KeyError) as error:
-        raise ValueError(f"{path}: is damaged, or no file of weights ({type(error).__name__})") from error
+        raise ValueError(f"{path}: the file is damaged or contains no weights ({type(error).__name__})") from error
     except UnpicklingError as error:
         raise ValueError(
-            f"{path}: is refused, since it holds more than tensors (or no weights at all), and reading it could run any"
-            " program; save the state dict alone, best as .safetensors"
+            f"{path}: rejected, because it contains other objects than tensors and loading it could run arbitrary code;"
+            " save only the state dict, preferably as .safetensors"
         ) from error

@@ -95,7 +95,9 @@ class FadeNet(TimmViT):  # type: ignore[misc]
         self.num_classes = num_classes
         if variant == "published":
             if tuple(after_blocks) != ("last",):
-                raise ValueError("the published variant has one layer, after the last block: set after_blocks to [last]")
+                raise ValueError(
+                    "the published variant has one layer, after the last block: set after_blocks to [last]"
+                )
             self.attn = FadeAttn(self.embed_dim, **options)
         elif variant == "diffusion":
             for index in _block_indices(after_blocks, len(self.blocks)):
@@ -114,7 +116,7 @@ class FadeNet(TimmViT):  # type: ignore[misc]
         return tokens.transpose(1, 2).unflatten(2, grid)  # type: ignore[no-any-return]
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Feature map of `forward_features` to logits (B, classes), or with pre_logits to pooled features (B, width)."""
+        """Feature map to logits (B, classes), or with pre_logits to pooled features (B, width)."""
         if self.variant == "published":
             pooled = self.attn.forward_pooled(x)
         else:

@@ -1,8 +1,8 @@
-"""Backbones of our own, known to timm by name once this module is imported.
+"""fadevit_nano, a small ViT with a convolutional stem; importing this module registers it with timm.
 
-`fadevit_nano` is a small ViT for small images: a convolutional stem takes 28 pixels to 7 x 7 tokens of 128 channels,
-four blocks follow. On the rebuilt PneumoniaMNIST it learns from scratch in minutes, where a ViT with plain patches of
-the same cost stays two points of AUC behind.
+The stem turns an image of 28 pixels into 7 x 7 tokens of 128 channels; four transformer blocks follow. On the rebuilt
+PneumoniaMNIST it trains from scratch in minutes and reaches an AUC two points above a ViT of the same cost with plain
+patch embedding.
 """
 
 from __future__ import annotations
@@ -15,19 +15,19 @@ from timm.models import register_model
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-STRIDE = 4  # pixels from token to token
+STRIDE = 4  # pixels per token, along each side
 
 
 class ConvStem(nn.Module):
-    """Three 3 x 3 convolutions with batch normalisation, two of them with stride 2; the 1 x 1 is HybridEmbed's own."""
+    """Three 3 x 3 convolutions with batch normalization, two with stride 2; HybridEmbed adds a 1 x 1 projection."""
 
     def __init__(self, in_chans: int, widths: tuple[int, int, int]) -> None:
         super().__init__()
         layers: list[nn.Module] = []
-        for before, after, stride in zip((in_chans, *widths), widths, (2, 1, 2), strict=False):
+        for in_width, out_width, stride in zip((in_chans, *widths), widths, (2, 1, 2), strict=False):
             layers += [
-                nn.Conv2d(before, after, kernel_size=3, stride=stride, padding=1, bias=False),
-                nn.BatchNorm2d(after),
+                nn.Conv2d(in_width, out_width, kernel_size=3, stride=stride, padding=1, bias=False),
+                nn.BatchNorm2d(out_width),
                 nn.ReLU(inplace=True),
             ]
         self.layers = nn.Sequential(*layers)
@@ -39,19 +39,19 @@ class ConvStem(nn.Module):
 
 
 def drop_timm_factory_args(options: dict[str, Any]) -> dict[str, Any]:
-    """Arguments without those that timm's factory adds for weights of its own."""
-    added = ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir")
-    return {name: value for name, value in options.items() if name not in added}
+    """Remove the arguments that timm's factory adds for pretrained weights."""
+    factory_args = ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir")
+    return {name: value for name, value in options.items() if name not in factory_args}
 
 
 @register_model
 def fadevit_nano(
     pretrained: bool = False, img_size: int | tuple[int, int] = 28, in_chans: int = 3, **kwargs: Any
 ) -> VisionTransformer:
-    """A ViT of four blocks of 128 channels behind a convolutional stem, 0.9 M parameters.
+    """Convolutional stem and four ViT blocks of 128 channels, 0.9 M parameters.
 
     Raises:
-        ValueError: pretrained weights are asked for, of which there are none, or the size is not a multiple of 4.
+        ValueError: pretrained is true (no weights are published), or an image side is not a multiple of 4.
     """
     if pretrained:
         raise ValueError("fadevit_nano has no pretrained weights; set model.pretrained to false")

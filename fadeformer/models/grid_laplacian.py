@@ -1,16 +1,17 @@
-"""The two graphs of a patch grid, and what diffuses on them, by matrices no larger than a side of the grid.
+"""Graph Laplacians of a patch grid, applied separably along its rows and columns.
 
-The published graph joins every two patches by a Gaussian of their distance; its adjacency is the Kronecker product of
-one small matrix along the columns of the grid and one along the rows, so it is applied by two small matrix products:
+The published graph connects every pair of patches with a Gaussian weight of their distance; its adjacency matrix is the
+Kronecker product of one small matrix per side of the grid, so it is applied by two small matrix products:
 
     A_ij = exp(-|p_i - p_j|^2 / 2),  L = diag(A 1) - A,  L^ = 2 L / lambda_max(L) - I
 
-The heat graph joins the four neighbours. The discrete cosine transform diagonalises its Laplacian, reflecting borders
-included (Strang 1999, The discrete cosine transform, SIAM Review 41), with eigenvalues 4 sin^2(pi k / 2 H) along the
-rows plus the same along the columns; exp(-t Lambda^s) is then exact by two products in, a multiplication, two out.
+The heat graph connects the four neighbors. The discrete cosine transform (DCT) diagonalizes its Laplacian with
+reflecting borders (Strang 1999, The discrete cosine transform, SIAM Review 41); the eigenvalues are 4 sin^2(pi k / 2 H)
+along the rows plus the same along the columns. So exp(-t Lambda^s) is computed exactly by a DCT, an elementwise product
+and an inverse DCT.
 
-All that is held of a grid is lambda_max, one number; the small matrices are made where and when they are used, which
-costs microseconds and lets a network change its device, precision and image size, and be compiled or exported.
+Only lambda_max is cached, one number per grid size. The small matrices are computed on use, which takes microseconds
+and lets a model change its device, precision and image size, and be compiled or exported.
 """
 
 from __future__ import annotations
@@ -24,15 +25,15 @@ from numpy.typing import NDArray
 from scipy.sparse.linalg import LinearOperator, eigsh
 from torch import Tensor
 
-MAX_DENSE_PATCHES = 64  # patches; up to here lambda_max comes from the whole matrix
+MAX_DENSE_PATCHES = 64  # lambda_max is computed from the dense matrix on grids up to this size, by Lanczos above
 
 
 def rescaled_laplacian_power(v: Tensor, power: int) -> Tensor:
-    """L^^power v on the published graph.
+    """Apply the rescaled Laplacian of the published graph: L^^power v.
 
     Args:
-        v: (B, H, W, C).
-        power: 0 or more.
+        v: feature map (B, H, W, C).
+        power: exponent K, 0 or more.
 
     Returns:
         (B, H, W, C).
@@ -40,24 +41,26 @@ def rescaled_laplacian_power(v: Tensor, power: int) -> Tensor:
     if power == 0:
         return v
     batch, height, width, channels = v.shape
-    largest = largest_eigenvalue(len(range(height)), len(range(width)))  # for a tracer the grid is a constant from here
-    factor = 2 / largest if largest > 0 else 0.0  # one patch has no neighbours; L^ is then -I, as on constant maps
+    largest = largest_eigenvalue(len(range(height)), len(range(width)))  # len(range()) makes a traced size a constant
+    factor = 2 / largest if largest > 0 else 0.0  # a single patch has L = 0, so L^ = -I
     rows, columns = (factor * gaussian_kernel(height, v)), gaussian_kernel(width, v)
-    own = (torch.outer(rows.sum(dim=1), columns.sum(dim=1)) - 1).unsqueeze(-1)  # H, W, 1
+    diagonal = (torch.outer(rows.sum(dim=1), columns.sum(dim=1)) - 1).unsqueeze(
+        -1
+    )  # 2 degree / lambda_max - 1; H, W, 1
     for _ in range(power):
-        mixed = (rows @ (columns @ v).reshape(batch, height, width * channels)).reshape(v.shape)
-        v = torch.addcmul(-mixed, own, v)
+        adjacent = (rows @ (columns @ v).reshape(batch, height, width * channels)).reshape(v.shape)
+        v = torch.addcmul(-adjacent, diagonal, v)
     return v
 
 
 def rescaled_laplacian_operator(height: int, width: int, power: int) -> Tensor:
-    """L^^power on the published graph as a matrix, float64, (H W, H W)."""
-    unit = torch.eye(height * width, dtype=torch.float64).reshape(1, height, width, height * width)
-    return rescaled_laplacian_power(unit, power).reshape(height * width, height * width)
+    """Return L^^power of the published graph as a dense matrix, float64, (H W, H W)."""
+    identity = torch.eye(height * width, dtype=torch.float64).reshape(1, height, width, height * width)
+    return rescaled_laplacian_power(identity, power).reshape(height * width, height * width)
 
 
 def dct2(v: Tensor) -> Tensor:
-    """The cosine transform of a map, (B, H, W, heads, d) to the same shape: how much of each wave is in it."""
+    """Two-dimensional orthonormal DCT of a feature map, (B, H, W, heads, d) to the same shape."""
     return _apply_separable(v, dct_matrix(v.shape[1], v), dct_matrix(v.shape[2], v))
 
 
@@ -73,47 +76,48 @@ def _apply_separable(v: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
 
 
 def heat_decay(height: int, width: int, time: Tensor, exponent: Tensor) -> Tensor:
-    """What exp(-t Lambda^s) leaves of each wave of the grid: all at t = 0, only the constant one as t grows.
+    """Return the eigenvalues of exp(-t Lambda^s), the factor by which diffusion scales each DCT coefficient.
 
-    For s in (0, 1] heat spreads without ever overshooting: no value leaves the range of the map (the kernel is that of
-    a random walk whose steps are, for s < 1, long-tailed).
+    They are 1 at t = 0; as t grows, all but that of the constant component go to 0. For s in (0, 1] the kernel is
+    non-negative, so output values stay in the range of the input (it is the transition kernel of a random walk, with
+    long-tailed steps for s < 1).
 
     Args:
-        height: of the grid, patches; width likewise.
-        width: of the grid.
-        time: (heads,), 0 or more; patches squared where s is 1.
-        exponent: (heads,), above 0.
+        height: rows of the patch grid.
+        width: columns of the patch grid.
+        time: t, (heads,), 0 or more; in squared patches if s is 1.
+        exponent: s, (heads,), above 0.
 
     Returns:
-        (H, W, heads), each in [0, 1].
+        (H, W, heads), in [0, 1].
     """
-    down, across = (
+    along_rows, along_columns = (
         4 * torch.sin(torch.arange(n, device=time.device, dtype=time.dtype) * (math.pi / (2 * n))).square()
         for n in (height, width)
     )
-    eigenvalues = (down[:, None] + across)[..., None]  # H, W, 1
-    constant = eigenvalues == 0  # 0^s is 0, but its derivative by s would be a NaN
+    eigenvalues = (along_rows[:, None] + along_columns)[..., None]  # H, W, 1
+    constant = eigenvalues == 0  # 0^s is 0, but its derivative with respect to s is NaN
     powers = torch.where(constant, 1.0, eigenvalues) ** exponent
     return torch.exp(-time * torch.where(constant, 0.0, powers))
 
 
 def dct_matrix(size: int, like: Tensor) -> Tensor:
-    """The orthonormal discrete cosine transform (DCT-II), (size, size), of the type and on the device of `like`."""
+    """Return the matrix of the orthonormal DCT-II, (size, size), with the dtype and device of `like`."""
     n = torch.arange(size, device=like.device)
-    turns = n[:, None] * (2 * n + 1) % (4 * size)  # exact in integers, so that float32 loses nothing at large sizes
-    matrix = torch.cos(turns.to(like.dtype) * (math.pi / (2 * size))) * math.sqrt(2 / size)
+    phases = n[:, None] * (2 * n + 1) % (4 * size)  # reduced in integers: float32 would lose precision at large sizes
+    matrix = torch.cos(phases.to(like.dtype) * (math.pi / (2 * size))) * math.sqrt(2 / size)
     return torch.where(n[:, None] == 0, math.sqrt(1 / size), matrix)
 
 
 def gaussian_kernel(size: int, like: Tensor) -> Tensor:
-    """exp(-(i - j)^2 / 2), (size, size), of the type and on the device of `like`."""
+    """Return exp(-(i - j)^2 / 2), (size, size), with the dtype and device of `like`."""
     n = torch.arange(size, device=like.device, dtype=like.dtype)
     return torch.exp((n[:, None] - n).square() / -2)
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def largest_eigenvalue(height: int, width: int) -> float:
-    """lambda_max of the published graph's Laplacian, to the last bits of float64; 0 for a single patch."""
+    """Return lambda_max of the published graph's Laplacian, to float64 precision; 0 for a single patch."""
     return _largest_eigenvalue(height, width)
 
 
@@ -122,19 +126,19 @@ def _largest_eigenvalue(height: int, width: int) -> float:
     rows, columns = (np.exp(-(np.subtract.outer(n, n) ** 2) / 2) for n in (np.arange(height), np.arange(width)))
     degree = np.outer(rows.sum(1), columns.sum(1))
 
-    def apply(v: NDArray[np.float64]) -> NDArray[np.float64]:
+    def apply_laplacian(v: NDArray[np.float64]) -> NDArray[np.float64]:
         grid = v.reshape(height, width)
-        applied: NDArray[np.float64] = degree * grid - rows @ grid @ columns
-        return applied.ravel()
+        result: NDArray[np.float64] = degree * grid - rows @ grid @ columns
+        return result.ravel()
 
     count = height * width
     if count <= MAX_DENSE_PATCHES:
-        matrix = np.stack([apply(unit) for unit in np.eye(count)])
+        matrix = np.stack([apply_laplacian(unit) for unit in np.eye(count)])
         return max(0.0, float(np.linalg.eigvalsh(matrix)[-1])) if count > 1 else 0.0
-    # The largest wave is a checkerboard under an arch; a start near it, of the same symmetries, converges where a
-    # random one would spend its steps on the many waves that are almost as large.
+    # The leading eigenvector resembles a checkerboard times an arch. A start vector with this shape and symmetry
+    # converges; a random one converges slowly, because many eigenvalues are close to the largest.
     checkerboard = np.where(np.add.outer(np.arange(height), np.arange(width)) % 2, -1.0, 1.0)
     arches = (np.sin(np.pi * (np.arange(n) + 0.5) / n) for n in (height, width))
     start = (checkerboard * np.outer(*arches)).ravel()
-    operator = LinearOperator((count, count), matvec=apply, dtype=np.float64)
+    operator = LinearOperator((count, count), matvec=apply_laplacian, dtype=np.float64)
     return float(eigsh(operator, k=1, which="LA", v0=start, tol=1e-13, return_eigenvectors=False)[0])

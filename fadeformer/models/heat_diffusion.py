@@ -1,11 +1,11 @@
-"""A layer of fractional heat diffusion and attention that the read-out can see.
+"""Fractional heat diffusion mixed with self-attention (`DiffusionAttn`), and attention pooling.
 
     y = x + proj(concat over heads of g softmax(Q K^T / sqrt(d)) V + (1 - g) exp(-t Lambda^s) V),  Q, K, V of norm(x)
 
-Each head learns its own time t, exponent s and gate g. Lambda is the Laplacian of the grid of patches with its four
-neighbours and reflecting borders (`fadeformer.models.grid_laplacian`, exact). The residual, the normalisation and a read-out that
-weighs patches (`AttentionPool`) are what the published layer lacks: there a linear map and a mean follow the diffusion,
-and all that they leave of it is a constant (docs/explanation/fade_attention.md).
+Each head learns its own time t, exponent s and gate g. Lambda is the Laplacian of the patch grid with four neighbors
+and reflecting borders (`fadeformer.models.grid_laplacian`, exact). The published layer lacks the residual connection,
+the normalization and pooling with weights per patch (`AttentionPool`): there diffusion is followed only by a linear map
+and average pooling, which reduce it to a constant (docs/explanation/fade_attention.md).
 """
 
 from __future__ import annotations
@@ -27,25 +27,25 @@ from fadeformer.models.fade_attention import (
 )
 from fadeformer.models.grid_laplacian import dct2, heat_decay, idct2
 
-TIME_RANGE = (0.02, 20.0)  # range of t; a kernel of standard deviation sqrt(2 t) patches where s is 1
-EXPONENT_RANGE = (0.25, 1.0)  # range of s; in (0, 1] the kernel is nowhere negative
-# Adam moves a weight by about the learning rate in a step, whatever its gradient; a head's three numbers, whose natural
-# unit is 1 and not 0.02, would stay where they began.
+TIME_RANGE = (0.02, 20.0)  # range of t; with s = 1 the kernel is a Gaussian of standard deviation sqrt(2 t) patches
+EXPONENT_RANGE = (0.25, 1.0)  # range of s; in (0, 1] the kernel is non-negative
+# Adam's steps are about as large as the learning rate, for any gradient. The logits of t, s and g are of the order of
+# 1, other weights of 0.02; without this factor they would hardly move.
 LOGIT_SCALE = 10.0
 
 
 class DiffusionAttn(nn.Module):
-    """Attention and heat diffusion mixed by a gate for each head, with residual and normalisation.
+    """Attention and heat diffusion mixed by a gate per head, with residual connection and layer normalization.
 
-    Heads begin with times spread evenly over the logarithm of 0.1 to 2, so that near and far context are both there.
+    The initial times of the heads are log-spaced from 0.1 to 2, to cover short-range and long-range context.
 
     Args:
-        channels: of the map, before and after.
-        num_heads: heads.
-        dropout: of whole channels of what is added to the map.
+        channels: input and output channels.
+        num_heads: number of heads.
+        dropout: probability of dropping a channel of the residual branch.
 
     Raises:
-        ValueError: there are no heads, or they do not divide the channels.
+        ValueError: num_heads is below 1 or does not divide the channels.
     """
 
     def __init__(self, channels: int, num_heads: int = 8, dropout: float = 0.1) -> None:
@@ -76,17 +76,17 @@ class DiffusionAttn(nn.Module):
 
     @property
     def gate(self) -> Tensor:
-        """G of each head, (heads,), in (0, 1): the share of attention."""
+        """Gate g of each head, (heads,), in (0, 1): the weight of attention."""
         return torch.sigmoid(LOGIT_SCALE * self.gate_logit)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Maps (B, H, W, C) to (B, H, W, C)."""
+        """Feature map (B, H, W, C) to (B, H, W, C)."""
         batch, height, width, channels = x.shape
         q, k, v = split_heads(project(self.qkv, self.norm(x).permute(0, 3, 1, 2)), 3, self.num_heads)
         attended = functional.scaled_dot_product_attention(q, k, v)  # B, heads, N, d, as q, k and v
         values, attended = (
-            promote_to_float32(part.transpose(1, 2).reshape(batch, height, width, self.num_heads, self.head_dim))
-            for part in (v, attended)
+            promote_to_float32(heads.transpose(1, 2).reshape(batch, height, width, self.num_heads, self.head_dim))
+            for heads in (v, attended)
         )
         with disable_autocast(x.device):
             mixed = gated_heat_diffusion(values, attended, self.time, self.exponent, self.gate)  # B, H, W, heads, d
@@ -95,20 +95,20 @@ class DiffusionAttn(nn.Module):
 
 
 def gated_heat_diffusion(values: Tensor, attended: Tensor, time: Tensor, exponent: Tensor, gate: Tensor) -> Tensor:
-    """The mixture of the module's formula, g attended + (1 - g) exp(-t Lambda^s) values.
+    """Compute g attended + (1 - g) exp(-t Lambda^s) values, the term inside proj of the module's formula.
 
     Args:
         values: (B, H, W, heads, d).
-        attended: the same shape.
-        time: (heads,), as in `fadeformer.models.grid_laplacian.heat_decay`.
-        exponent: (heads,), as there.
-        gate: (heads,), in [0, 1].
+        attended: output of attention, same shape.
+        time: t, (heads,), 0 or more.
+        exponent: s, (heads,), above 0.
+        gate: g, (heads,), in [0, 1].
 
     Returns:
         (B, H, W, heads, d).
     """
     height, width = values.shape[1:3]
-    time, exponent, gate = (numbers.to(values.dtype) for numbers in (time, exponent, gate))
+    time, exponent, gate = (parameter.to(values.dtype) for parameter in (time, exponent, gate))
     decay = (1 - gate) * heat_decay(height, width, time, exponent)  # H, W, heads
     if torch.compiler.is_compiling():
         return torch.addcmul(idct2(dct2(values) * decay.unsqueeze(-1)), attended, gate[:, None])
@@ -116,35 +116,35 @@ def gated_heat_diffusion(values: Tensor, attended: Tensor, time: Tensor, exponen
 
 
 class _GatedHeatDiffusion(torch.autograd.Function):
-    """The same with a backward pass that sums over d before all else, where autograd's would sum over it last."""
+    """`gated_heat_diffusion` with a backward pass that sums over d first; autograd would sum over it last."""
 
     @staticmethod
     def forward(ctx: Any, values: Tensor, attended: Tensor, decay: Tensor, gate: Tensor) -> Tensor:
-        waves = dct2(values)
-        ctx.save_for_backward(waves, attended, decay, gate)
-        return idct2(waves * decay.unsqueeze(-1)).addcmul_(attended, gate[:, None])
+        spectrum = dct2(values)
+        ctx.save_for_backward(spectrum, attended, decay, gate)
+        return idct2(spectrum * decay.unsqueeze(-1)).addcmul_(attended, gate[:, None])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        waves, attended, decay, gate = ctx.saved_tensors
-        grad_waves = dct2(grad)
-        grad_decay = torch.linalg.vecdot(grad_waves, waves).sum(dim=0)  # H, W, heads
+        spectrum, attended, decay, gate = ctx.saved_tensors
+        grad_spectrum = dct2(grad)
+        grad_decay = torch.linalg.vecdot(grad_spectrum, spectrum).sum(dim=0)  # H, W, heads
         grad_gate = torch.linalg.vecdot(grad, attended).sum(dim=(0, 1, 2))  # heads
-        return idct2(grad_waves.mul_(decay.unsqueeze(-1))), grad * gate[:, None], grad_decay, grad_gate
+        return idct2(grad_spectrum.mul_(decay.unsqueeze(-1))), grad * gate[:, None], grad_decay, grad_gate
 
 
 class AttentionPool(nn.Module):
-    """A mean over patches with learned weights: each head scores every patch and pools its own channels.
+    """Attention pooling: each head scores every patch and averages its own channels with softmax weights.
 
-    The scores begin at zero, so it begins as the plain mean.
+    Scores are initialized to zero, so the initial state is average pooling.
 
     Args:
-        channels: of a token.
-        num_heads: heads.
+        channels: channels of a token.
+        num_heads: number of heads.
 
     Raises:
-        ValueError: there are no heads, or they do not divide the channels.
+        ValueError: num_heads is below 1 or does not divide the channels.
     """
 
     def __init__(self, channels: int, num_heads: int) -> None:

@@ -1,8 +1,8 @@
-"""MedViT, a hybrid of convolution and attention for medical images, known to timm by name once this is imported.
+"""MedViT, a convolution-attention hybrid for medical images; importing this module registers it with timm.
 
 Source: Manzari et al., "MedViT: A robust vision transformer for generalized medical image classification", Comput.
-Biol. Med. 157 (2023) 106791, arXiv:2302.09462, and the authors' code, Omid-Nejati/MedViT, whose names and shapes of
-weights this has. With BN batch normalisation and [,] concatenation over channels:
+Biol. Med. 157 (2023) 106791, arXiv:2302.09462, and the authors' code, Omid-Nejati/MedViT; parameter names and shapes
+are those of their code. With BN for batch normalization and [,] for concatenation over channels:
 
     ECB(x):   x <- embed(x);  x <- x + MHCA(x);  x + LFFN(BN(x))
     LTB(x):   x <- embed(x);  x <- x + ESA(BN(x));  y <- embed(x);  y <- y + MHCA(y);  z <- [x, y];  z + LFFN(BN(z))
@@ -12,16 +12,16 @@ weights this has. With BN batch normalisation and [,] concatenation over channel
 
 s is the hard swish, SE squeeze-and-excitation, d the channels of a head and r the spatial reduction.
 
-Paper and code differ, and the code decides here:
+Where paper and code differ, this module follows the code:
 
-- LFFN has SE and adds its own input, so a block adds BN(x) once more; the paper's figure shows neither.
-- p averages r^2 tokens that follow one another along the rows, not squares of r x r; tokens that are left over at the
-  map's end give no key. No image whose sides are multiples of 32 has any.
+- LFFN has SE and a residual connection, so a block adds BN(x) twice; the paper's figure shows neither.
+- p averages r^2 consecutive tokens in row order, not r x r squares; leftover tokens at the end of the map give no key
+  (there are none if both image sides are multiples of 32).
 - The Patch Momentum Changer, which augments features in training, is not in the code.
-- The paper has three sizes T, S and L, of 10.8, 23.6 and 45.8 M parameters and 1.3, 4.9 and 13.4 G multiply-adds; the
-  code has small, base and large, of 32.2, 45.4 and 58.7 M and 5.9, 8.4 and 10.9 G, and no tiny. Issue 19 of its
-  repository says that these three are the paper's three. No depths lead to the published T: with as few blocks as the
-  layout allows it has 15.6 M and 2.8 G. So there is no medvit_tiny; it would be an invention under a published name.
+- The paper has the sizes T, S and L, with 10.8, 23.6 and 45.8 M parameters and 1.3, 4.9 and 13.4 G multiply-adds; the
+  code has small, base and large, with 32.2, 45.4 and 58.7 M and 5.9, 8.4 and 10.9 G. Issue 19 of its repository states
+  that these are the paper's three. No choice of depths gives the published T: the smallest possible network has 15.6 M
+  parameters and 2.8 G multiply-adds. So this module defines no medvit_tiny.
 """
 
 from __future__ import annotations
@@ -40,15 +40,15 @@ from torch.utils.checkpoint import checkpoint
 
 from fadeformer.models.fadevit import drop_timm_factory_args
 
-BLOCKS_PER_GROUP = 5  # blocks of the third stage come in groups of four ECB and one LTB
+BLOCKS_PER_GROUP = 5  # the third stage repeats groups of four ECB and one LTB
 SPATIAL_REDUCTIONS = (8, 4, 2, 1)  # r of each stage; the first has no attention
-ECB_EXPANSION = 3  # hidden channels of LFFN per channel
+ECB_EXPANSION = 3  # hidden channels of LFFN / channels
 LTB_EXPANSION = 2
-ATTENTION_RATIO = 0.75  # of an LTB's channels, and of its stochastic depth
+ATTENTION_RATIO = 0.75  # ESA's fraction of an LTB's channels, and of its stochastic depth
 
 
 class ConvNormAct(nn.Module):
-    """A 3 x 3 convolution, batch normalisation and ReLU."""
+    """A 3 x 3 convolution, batch normalization and ReLU."""
 
     def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
         super().__init__()
@@ -62,14 +62,14 @@ class ConvNormAct(nn.Module):
 
 
 class PatchEmbed(nn.Module):
-    """Means of 2 x 2 if the stride is 2, then a 1 x 1 convolution and batch normalisation; nothing if none is due."""
+    """2 x 2 average pooling for stride 2, then a 1 x 1 convolution and batch normalization unless the shape is kept."""
 
     def __init__(self, in_channels: int, out_channels: int, stride: int = 1) -> None:
         super().__init__()
         self.pool = nn.AvgPool2d(2, ceil_mode=True) if stride == 2 else nn.Identity()
-        same = stride == 1 and in_channels == out_channels
-        self.conv = nn.Identity() if same else nn.Conv2d(in_channels, out_channels, kernel_size=1, bias=False)
-        self.norm = nn.Identity() if same else nn.BatchNorm2d(out_channels)
+        keep_shape = stride == 1 and in_channels == out_channels
+        self.conv = nn.Identity() if keep_shape else nn.Conv2d(in_channels, out_channels, kernel_size=1, bias=False)
+        self.norm = nn.Identity() if keep_shape else nn.BatchNorm2d(out_channels)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, in_channels, H, W) to (B, out_channels, H / stride, W / stride), rounded up."""
@@ -94,7 +94,7 @@ class MHCA(nn.Module):
 
 
 class SqueezeExcite(nn.Module):
-    """Weighs channels by what the whole map holds."""
+    """Squeeze-and-excitation: scale channels by gates computed from the global average of the feature map."""
 
     def __init__(self, channels: int, bottleneck: int) -> None:
         super().__init__()
@@ -109,7 +109,7 @@ class SqueezeExcite(nn.Module):
 
 
 class LFFN(nn.Module):
-    """Locally feed-forward network: the two linear maps of a transformer with a depthwise convolution between them."""
+    """Locally feed-forward network: a transformer's MLP with a depthwise convolution between its linear layers."""
 
     def __init__(self, channels: int, expansion: int) -> None:
         super().__init__()
@@ -121,7 +121,7 @@ class LFFN(nn.Module):
             nn.Conv2d(hidden, hidden, kernel_size=3, padding=1, groups=hidden, bias=False),
             nn.BatchNorm2d(hidden),
             nn.Hardswish(),
-            SqueezeExcite(hidden, bottleneck=expansion),  # as narrow as the authors', who divide hidden by channels
+            SqueezeExcite(hidden, bottleneck=expansion),  # hidden // channels in the authors' code
             nn.Conv2d(hidden, channels, kernel_size=1, bias=False),
             nn.BatchNorm2d(channels),
         )
@@ -132,13 +132,13 @@ class LFFN(nn.Module):
 
 
 class ESA(nn.Module):
-    """Efficient self-attention: every token asks, means of `reduction` squared tokens answer.
+    """Efficient self-attention: keys and values are computed from means of reduction^2 tokens.
 
     Args:
-        channels: of a token.
+        channels: channels of a token.
         head_dim: channels of a head.
         reduction: r; 1 for plain self-attention.
-        attn_drop: dropout of the attention's weights.
+        attn_drop: dropout of the attention weights.
         proj_drop: dropout of the output.
     """
 
@@ -160,7 +160,7 @@ class ESA(nn.Module):
         """Tokens (B, N, channels) to (B, N, channels)."""
         context = x
         if self.reduction > 1:
-            window = min(self.reduction**2, x.shape[1])  # a map smaller than that gives one key, its mean
+            window = min(self.reduction**2, x.shape[1])  # a smaller map gives one key, its mean
             context = self.norm(functional.avg_pool1d(x.transpose(1, 2), window)).transpose(1, 2)  # B, N/r^2, channels
         q, k, v = self._split_heads(self.q(x)), self._split_heads(self.k(context)), self._split_heads(self.v(context))
         out = functional.scaled_dot_product_attention(q, k, v, dropout_p=self.attn_drop if self.training else 0.0)
@@ -174,9 +174,9 @@ class ECB(nn.Module):
     """Efficient convolution block: MHCA, then LFFN.
 
     Args:
-        in_channels: of the map that it reads.
-        out_channels: of the map that it gives.
-        stride: 2 halves the map.
+        in_channels: input channels.
+        out_channels: output channels.
+        stride: 1, or 2 to halve the resolution.
         head_dim: channels of a head.
         drop_path: stochastic depth of MHCA; LFFN has none.
     """
@@ -197,16 +197,16 @@ class ECB(nn.Module):
 
 
 class LTB(nn.Module):
-    """Local transformer block: ESA on three quarters of the channels, MHCA makes the last quarter from them, then LFFN.
+    """Local transformer block: ESA computes 3/4 of the channels, MHCA the other 1/4 from them, then LFFN.
 
     Args:
-        in_channels: of the map that it reads.
-        out_channels: of the map that it gives.
-        stride: 2 halves the map.
+        in_channels: input channels.
+        out_channels: output channels.
+        stride: 1, or 2 to halve the resolution.
         head_dim: channels of a head.
         reduction: r of ESA.
-        drop_path: stochastic depth, of which ESA has three quarters and MHCA one.
-        attn_drop: dropout of the attention's weights.
+        drop_path: stochastic depth; ESA gets 3/4 of the rate, MHCA 1/4.
+        attn_drop: dropout of the attention weights.
         proj_drop: dropout of ESA's output.
     """
 
@@ -247,30 +247,30 @@ class LTB(nn.Module):
 
 
 class MedViT(nn.Module):
-    """A stem of four convolutions, four stages of blocks, batch normalisation, mean over the map, linear classifier.
+    """Four-convolution stem, four stages of blocks, batch normalization, global average pooling, linear classifier.
 
-    The first stage is all ECB; the second and the fourth end in an LTB, and so does every group of five blocks of the
-    third. An LTB gives a third more channels than the ECB of its stage. The modules have the authors' names, so their
-    weights load: `model.load_state_dict(torch.load(file)["model"])`.
+    All blocks of the first stage are ECB; the last block of the second and of the fourth stage is an LTB, and so is
+    every fifth block of the third. An LTB outputs 4/3 of the channels of its stage's ECB. Module names follow the
+    authors' code, so their weights load: `model.load_state_dict(torch.load(file)["model"])`.
 
-    Images may have any size. In training, batch normalisation needs two or more images where a map has one pixel, which
-    the fourth stage's has for images of up to 32.
+    Images may have any size. In training, batch normalization needs two or more images if a feature map has one pixel;
+    that of the fourth stage has for images of up to 32 pixels.
 
     Args:
-        depths: blocks of each stage.
+        depths: number of blocks of each stage.
         widths: channels of each stage's ECB.
         stem_widths: channels of the stem's first, second and last two convolutions.
         head_dim: channels of a head.
-        num_classes: classes or findings; 0 for no classifier.
-        in_chans: channels of the images.
+        num_classes: number of classes or findings; 0 for no classifier.
+        in_chans: image channels.
         drop_rate: dropout before the classifier.
-        drop_path_rate: stochastic depth of the last block; it grows from 0 at the first.
-        attn_drop_rate: dropout of the attention's weights.
-        proj_drop_rate: dropout of the attention's output.
+        drop_path_rate: stochastic depth of the last block; it increases linearly from 0 at the first.
+        attn_drop_rate: dropout of the attention weights.
+        proj_drop_rate: dropout of the attention output.
 
     Raises:
-        ValueError: the third stage's blocks are no whole groups, another stage has none, or heads of head_dim channels
-            do not divide a width.
+        ValueError: the depth of the third stage is not a multiple of 5, another depth is below 1, or widths cannot be
+            divided into heads.
     """
 
     def __init__(
@@ -288,11 +288,13 @@ class MedViT(nn.Module):
     ) -> None:
         super().__init__()
         if min(depths) < 1 or depths[2] % BLOCKS_PER_GROUP:
-            raise ValueError(f"depths are {depths}; each is 1 or more, and the third a multiple of {BLOCKS_PER_GROUP}")
+            raise ValueError(
+                f"depths are {depths}; each must be 1 or more, and the third a multiple of {BLOCKS_PER_GROUP}"
+            )
         if widths[0] % head_dim or any(width % (3 * head_dim) for width in widths[1:]):
             raise ValueError(
-                f"widths are {widths}; with heads of {head_dim} channels the first is a multiple of {head_dim} and each"
-                f" other one of {3 * head_dim}"
+                f"widths are {widths}; with head_dim {head_dim} the first must be a multiple of {head_dim} and the"
+                f" others of {3 * head_dim}"
             )
         first, second, last = stem_widths
         self.stem = nn.Sequential(
@@ -302,43 +304,43 @@ class MedViT(nn.Module):
             ConvNormAct(last, last, stride=2),
         )
         blocks: list[nn.Module] = []
-        before = last
+        in_width = last
         for stage, (depth, width, reduction) in enumerate(zip(depths, widths, SPATIAL_REDUCTIONS, strict=True)):
             for i in range(depth):
                 stride = 2 if stage > 0 and i == 0 else 1
                 drop_path = drop_path_rate * len(blocks) / (sum(depths) - 1)
                 group = BLOCKS_PER_GROUP if stage == 2 else depth
                 if stage > 0 and i % group == group - 1:
-                    after = 4 * width // 3
+                    out_width = 4 * width // 3
                     blocks.append(
                         LTB(
-                            before, after, stride, head_dim, reduction, drop_path,
+                            in_width, out_width, stride, head_dim, reduction, drop_path,
                             attn_drop=attn_drop_rate, proj_drop=proj_drop_rate,
                         )
                     )  # fmt: skip
                 else:
-                    after = width
-                    blocks.append(ECB(before, after, stride, head_dim, drop_path))
-                before = after
+                    out_width = width
+                    blocks.append(ECB(in_width, out_width, stride, head_dim, drop_path))
+                in_width = out_width
         self.features = nn.Sequential(*blocks)
-        self.norm = nn.BatchNorm2d(before)
+        self.norm = nn.BatchNorm2d(in_width)
         self.head_drop = nn.Dropout(drop_rate)
         self.depths = depths
-        self.num_features = before
+        self.num_features = in_width
         self.grad_checkpointing = False
         self.apply(_init_weights)
         self.reset_classifier(num_classes)
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """Images (B, in_chans, H, W) to the map (B, num_features, H / 32, W / 32), rounded up."""
+        """Images (B, in_chans, H, W) to the feature map (B, num_features, H / 32, W / 32), rounded up."""
         x = self.stem(x)
         for block in self.features:
-            recomputes = self.grad_checkpointing and torch.is_grad_enabled()
-            x = _checkpointed_forward(block, x) if recomputes else block(x)
+            checkpointing = self.grad_checkpointing and torch.is_grad_enabled()
+            x = _checkpointed_forward(block, x) if checkpointing else block(x)
         return self.norm(x)  # type: ignore[no-any-return]
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """The map of `forward_features` to logits (B, num_classes), or (B, num_features) before the classifier."""
+        """Feature map to logits (B, num_classes), or with pre_logits to pooled features (B, num_features)."""
         x = self.head_drop(x.mean(dim=(2, 3)))  # B, num_features
         return x if pre_logits else self.proj_head(x)
 
@@ -347,17 +349,17 @@ class MedViT(nn.Module):
         return self.forward_head(self.forward_features(x))
 
     def get_classifier(self) -> nn.Module:
-        """The linear classifier; an identity where there is none."""
+        """Return the linear classifier, or nn.Identity if num_classes is 0."""
         return self.proj_head[0]
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Puts a new classifier in the old one's place; none for 0 classes.
+        """Replace the classifier by a new, untrained one; 0 classes remove it.
 
         Raises:
-            ValueError: another pooling than the mean is asked for.
+            ValueError: global_pool is not avg.
         """
         if global_pool not in (None, "avg"):
-            raise ValueError(f"global_pool is {global_pool!r}; MedViT pools by the mean, avg")
+            raise ValueError(f"global_pool is {global_pool!r}; MedViT supports avg only")
         self.num_classes = num_classes
         weight = self.norm.weight
         classifier: nn.Module = nn.Identity()
@@ -367,11 +369,11 @@ class MedViT(nn.Module):
         self.proj_head = nn.Sequential(classifier)
 
     def no_weight_decay(self) -> set[str]:
-        """Names of parameters that timm's optimisers must not decay besides its own rule's: none."""
+        """Return the parameters excluded from weight decay in addition to timm's own rule: none."""
         return set()
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Regular expressions of timm's layer groups: the stem, then every block, or every stage if coarse."""
+        """Return regular expressions for timm's layer groups: the stem, then each block, or each stage if coarse."""
         blocks: list[tuple[str, tuple[int, ...] | None]] = [(r"^features\.(\d+)", None)]
         if coarse:
             ends = [sum(self.depths[: stage + 1]) for stage in range(len(self.depths))]
@@ -379,11 +381,11 @@ class MedViT(nn.Module):
                 (rf"^features\.(?:{'|'.join(map(str, range(end - depth, end)))})\.", (stage,))
                 for stage, (depth, end) in enumerate(zip(self.depths, ends, strict=True))
             ]
-        # 99999 is timm's own mark for "with the group before"
+        # 99999 is timm's marker for "same group as the last block"
         return {"stem": r"^stem", "blocks": [*blocks, (r"^norm", (99999,))]}
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Whether the backward pass computes each block's activations anew instead of keeping them."""
+        """Enable or disable activation checkpointing of each block."""
         self.grad_checkpointing = enable
 
 
@@ -393,10 +395,10 @@ def medvit_small(pretrained: bool = False, **kwargs: Any) -> MedViT:
 
     Args:
         pretrained: must be false.
-        **kwargs: passed on to MedViT, whose drop_path_rate is 0.1 here unless told.
+        **kwargs: passed on to MedViT; drop_path_rate defaults to 0.1 here.
 
     Raises:
-        ValueError: pretrained weights are asked for, or what MedViT raises.
+        ValueError: pretrained is true, or MedViT rejects an argument.
     """
     return _create_medvit("medvit_small", (3, 4, 10, 3), pretrained, {"drop_path_rate": 0.1, **kwargs})
 
@@ -407,10 +409,10 @@ def medvit_base(pretrained: bool = False, **kwargs: Any) -> MedViT:
 
     Args:
         pretrained: must be false.
-        **kwargs: passed on to MedViT, whose drop_path_rate is 0.2 here unless told.
+        **kwargs: passed on to MedViT; drop_path_rate defaults to 0.2 here.
 
     Raises:
-        ValueError: pretrained weights are asked for, or what MedViT raises.
+        ValueError: pretrained is true, or MedViT rejects an argument.
     """
     return _create_medvit("medvit_base", (3, 4, 20, 3), pretrained, {"drop_path_rate": 0.2, **kwargs})
 
@@ -421,22 +423,22 @@ def medvit_large(pretrained: bool = False, **kwargs: Any) -> MedViT:
 
     Args:
         pretrained: must be false.
-        **kwargs: passed on to MedViT, whose drop_path_rate is 0.2 here unless told.
+        **kwargs: passed on to MedViT; drop_path_rate defaults to 0.2 here.
 
     Raises:
-        ValueError: pretrained weights are asked for, or what MedViT raises.
+        ValueError: pretrained is true, or MedViT rejects an argument.
     """
     return _create_medvit("medvit_large", (3, 4, 30, 3), pretrained, {"drop_path_rate": 0.2, **kwargs})
 
 
 def _create_medvit(name: str, depths: tuple[int, int, int, int], pretrained: bool, options: dict[str, Any]) -> MedViT:
     if pretrained:
-        raise ValueError(f"{name} has no pretrained weights that timm could fetch; set model.pretrained to false")
+        raise ValueError(f"{name} has no pretrained weights in timm; set model.pretrained to false")
     return MedViT(depths=depths, **drop_timm_factory_args(options))
 
 
 def _init_weights(module: nn.Module) -> None:
-    """The authors' start for convolutions and linear layers; batch normalisation starts at 1 and 0 by itself."""
+    """Initialize convolutions and linear layers as the authors do."""
     if isinstance(module, (nn.Conv2d, nn.Linear)):
         nn.init.trunc_normal_(module.weight, std=0.02)
         if module.bias is not None:
@@ -452,15 +454,15 @@ def _checkpointed_forward(block: nn.Module, x: Tensor) -> Tensor:
 
 @contextmanager
 def _frozen_running_stats(block: nn.Module) -> Iterator[None]:
-    """While open, a block's forward pass leaves its running averages alone: the same batch must not count twice."""
+    """Freeze batch-normalization statistics while a forward pass is recomputed, so that a batch counts only once."""
     norms = [module for module in block.modules() if isinstance(module, _BatchNorm)]
-    kept = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
-    for norm, (_, batches) in zip(norms, kept, strict=True):
-        # a momentum of 0 rather than no averages at all, which would change the tensors that autograd keeps
+    saved = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
+    for norm, (_, batches) in zip(norms, saved, strict=True):
+        # momentum 0 instead of track_running_stats=False, which would change the tensors that autograd saves
         norm.momentum = 0.0
         norm.num_batches_tracked = None if batches is None else batches.clone()
     try:
         yield
     finally:
-        for norm, (momentum, batches) in zip(norms, kept, strict=True):
+        for norm, (momentum, batches) in zip(norms, saved, strict=True):
             norm.momentum, norm.num_batches_tracked = momentum, batches

@@ -1,4 +1,4 @@
-"""The state of a training on disk: written whole, the last two kept, read without running any code."""
+"""Checkpoints of the training state: written atomically, the last two kept, loaded without running code."""
 
 from __future__ import annotations
 
@@ -31,34 +31,34 @@ READ_ERRORS = (
 
 
 class CheckpointManager:
-    """Checkpoints of one training, `step-00000417.pt` and so on.
+    """Checkpoints of one training run, `step-00000417.pt` and so on.
 
     Args:
-        folder: where they lie.
-        minutes: from one to the next within an epoch.
+        folder: folder of the checkpoints.
+        minutes: interval between checkpoints within an epoch.
     """
 
     def __init__(self, folder: Path, minutes: float) -> None:
         self.folder = folder
         self.interval_seconds = 60 * minutes
         self.last_saved = time.monotonic()
-        for begun in folder.glob(".step-*"):  # by a process that was killed
-            begun.unlink()
+        for path in folder.glob(".step-*"):  # temporary files of a killed process
+            path.unlink()
 
     @property
     def paths(self) -> list[Path]:
-        """Those there are, the newest first."""
+        """Paths of the checkpoints, newest first."""
         return sorted(self.folder.glob("step-*.pt"), reverse=True)
 
     def is_due(self) -> bool:
-        """Whether the last one is older than it should be."""
+        """Return True if the last checkpoint is older than the interval."""
         return time.monotonic() - self.last_saved >= self.interval_seconds
 
     def save(self, state: Mapping[str, Any], step: int) -> None:
-        """Writes a state, and removes all but the last two.
+        """Save a state, and remove all checkpoints but the last two.
 
         Raises:
-            UserError: the disk is full; what was there before is whole.
+            UserError: the disk is full; the previous checkpoint is intact.
         """
         buffer = io.BytesIO()
         torch.save(dict(state), buffer)
@@ -68,33 +68,37 @@ class CheckpointManager:
         except OSError as error:
             if error.errno not in DISK_FULL_ERRNOS:
                 raise
-            before = f"{self.paths[0]} is whole" if self.paths else "there is none yet"
+            previous = (
+                f"the previous checkpoint, {self.paths[0]}, is intact" if self.paths else "there is no checkpoint yet"
+            )
             raise UserError(
-                f"{self.folder}: the checkpoint of step {step} could not be written ({error.strerror}); the one before,"
-                f" {before}; free some space, then run again: training goes on from there"
+                f"{self.folder}: the checkpoint of step {step} could not be written ({error.strerror});"
+                f" {previous}; free some disk space, then run again to resume"
             ) from error
         for path in self.paths[MAX_CHECKPOINTS:]:
             path.unlink()
         self.last_saved = time.monotonic()
 
     def load_latest(self) -> dict[str, Any] | None:
-        """The last state that can be read; None where there is no checkpoint. Damaged files are told and passed over.
+        """Load the newest readable state, or None without checkpoints; damaged files cause a warning.
 
         Raises:
-            UserError: there are some, and none can be read.
+            UserError: there are checkpoints, but none can be read.
         """
         for path in self.paths:
             try:
                 return _load_checkpoint(path)
             except READ_ERRORS as error:
-                warnings.warn(f"{path} is damaged ({type(error).__name__}) and passed over", stacklevel=2)
+                warnings.warn(f"{path} is damaged ({type(error).__name__}) and was skipped", stacklevel=2)
         if self.paths:
-            raise UserError(f"{self.folder}: none of the checkpoints can be read; remove the folder to train afresh")
+            raise UserError(
+                f"{self.folder}: none of the checkpoints can be read; remove the folder to restart training"
+            )
         return None
 
 
 def _load_checkpoint(path: Path) -> dict[str, Any]:
-    with zipfile.ZipFile(path) as file:  # torch does not look at the checksums that it writes
-        if (wrong := file.testzip()) is not None:
-            raise zipfile.BadZipFile(wrong)
+    with zipfile.ZipFile(path) as file:  # torch.load does not verify the checksums
+        if (damaged := file.testzip()) is not None:
+            raise zipfile.BadZipFile(damaged)
     return dict(torch.load(path, map_location="cpu", weights_only=True))

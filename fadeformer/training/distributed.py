@@ -1,4 +1,4 @@
-"""The device and the processes that a network is trained on, by Lightning Fabric."""
+"""Devices and processes of training, set up by Lightning Fabric."""
 
 from __future__ import annotations
 
@@ -36,24 +36,24 @@ def create_fabric(
     nodes: int = 1,
     find_unused_parameters: bool = False,
 ) -> Fabric:
-    """Fabric, launched: alone, or as one of the processes that torchrun has started.
+    """Create and launch Fabric: for a single process, or for one of the processes that torchrun started.
 
     Args:
         device: cpu or cuda.
         precision: 32, or bf16 or 16 for automatic mixed precision.
-        devices: processes on each node.
-        nodes: machines.
-        find_unused_parameters: whether some weights are frozen for some of the time.
+        devices: processes per node.
+        nodes: number of machines.
+        find_unused_parameters: passed to DDP; needed if some parameters are frozen part of the time.
     """
     if (device.type, precision) == ("cpu", "bf16"):
-        # With AMX, oneDNN's bfloat16 products read past a matrix whose inner size is no multiple of 32, and now and
-        # then return NaN (oneDNN issue 5717). oneDNN reads this variable when it first computes.
+        # With AMX, oneDNN's bfloat16 matrix products read out of bounds if the inner size is not a multiple of 32, and
+        # occasionally return NaN (oneDNN issue 5717). oneDNN reads this variable once, before its first computation.
         os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_BF16")
-    together = devices * nodes > 1
+    is_distributed = devices * nodes > 1
     fabric = Fabric(
         accelerator=device.type, devices=devices, num_nodes=nodes, precision=PRECISIONS[precision],
-        strategy=DDPStrategy(find_unused_parameters=find_unused_parameters) if together else "auto",
-        plugins=[TorchElasticEnvironment() if together else LightningEnvironment()],
+        strategy=DDPStrategy(find_unused_parameters=find_unused_parameters) if is_distributed else "auto",
+        plugins=[TorchElasticEnvironment() if is_distributed else LightningEnvironment()],
     )  # fmt: skip
     fabric.launch()
     return fabric
@@ -61,59 +61,62 @@ def create_fabric(
 
 def predict_distributed(
     model: nn.Module,
-    pixels: NDArray[np.uint8],
+    images: NDArray[np.uint8],
     batch_size: int,
     fabric: Fabric,
-    normalisation: Normalization,
+    normalization: Normalization,
     on_batch: Callable[[], None],
 ) -> NDArray[np.float64]:
-    """Logits of images in their order, (images, outputs), each computed once by one of the processes.
+    """Compute the logits of images, (images, outputs), in order; the images are divided among the processes.
 
     Args:
-        model: on the device; left in evaluation mode.
-        pixels: uint8, (images, height, width, channels).
-        batch_size: images at once, over all processes.
-        fabric: launched.
-        normalisation: of the images.
-        on_batch: called before each batch.
+        model: model on the device; left in evaluation mode.
+        images: uint8, (images, height, width, channels).
+        batch_size: images of a batch, over all processes.
+        fabric: launched Fabric.
+        normalization: channel means and standard deviations.
+        on_batch: callback before each batch.
     """
-    # fewer images than processes: each of them looks at all
-    world, rank = (fabric.world_size, fabric.global_rank) if len(pixels) >= fabric.world_size else (1, 0)
-    size = -(-batch_size // world)
+    # with fewer images than processes, each process predicts all of them
+    world_size, rank = (fabric.world_size, fabric.global_rank) if len(images) >= fabric.world_size else (1, 0)
+    local_batch_size = -(-batch_size // world_size)
     with fabric.autocast():
-        own = predict_logits(model, pixels[rank::world], size, fabric.device, normalisation, on_batch)
-    if world == 1:
-        return own
-    every = torch.zeros((len(pixels), own.shape[1]), dtype=torch.float64, device=fabric.device)
-    every[rank::world] = torch.from_numpy(own).to(fabric.device)
-    return cast(Tensor, fabric.all_reduce(every, reduce_op="sum")).cpu().numpy()  # all but one of each sum are 0
+        local = predict_logits(
+            model, images[rank::world_size], local_batch_size, fabric.device, normalization, on_batch
+        )
+    if world_size == 1:
+        return local
+    logits = torch.zeros((len(images), local.shape[1]), dtype=torch.float64, device=fabric.device)
+    logits[rank::world_size] = torch.from_numpy(local).to(fabric.device)
+    # an exact gather: each sum has one nonzero term
+    return cast(Tensor, fabric.all_reduce(logits, reduce_op="sum")).cpu().numpy()
 
 
 def peak_memory_mib(device: torch.device) -> float:
-    """Largest memory so far, MiB: of the GPU since the last call, or else of this process."""
+    """Return the peak memory in MiB: of the GPU since the last call, or without a GPU of this process."""
     if device.type == "cuda":
         peak: int = torch.cuda.max_memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
         return peak / MIB
-    largest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return largest / MIB if sys.platform == "darwin" else largest / 1024  # macOS counts bytes, Linux KiB
+    max_rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return max_rss / MIB if sys.platform == "darwin" else max_rss / 1024  # macOS counts bytes, Linux KiB
 
 
 @contextmanager
 def report_out_of_memory(batch_size: int, accumulate: int) -> Iterator[None]:
-    """Turns a lack of memory into a message with a remedy.
+    """Convert out-of-memory errors to a message with the settings to change.
 
     Raises:
-        UserError: the device, or the machine, has not enough.
+        UserError: the device or the machine is out of memory.
     """
     try:
         yield
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        told = str(error) or type(error).__name__  # Python's own MemoryError says nothing
-        if not isinstance(error, torch.OutOfMemoryError | MemoryError) and "allocate memory" not in told:
+        reason = str(error) or type(error).__name__  # Python's MemoryError has no message
+        if not isinstance(error, torch.OutOfMemoryError | MemoryError) and "allocate memory" not in reason:
             raise
         raise UserError(
             f"out of memory with train.batch_size {batch_size} and train.accumulate {accumulate}; set train.accumulate"
-            f" to {2 * accumulate}, which computes the step in smaller parts (batch normalization then sees one part at"
-            f" a time), or lower train.batch_size ({told.splitlines()[0][:160]})"
+            f" to {2 * accumulate}, which computes the step in smaller micro-batches (batch normalization then uses the"
+            f" statistics of one micro-batch), or lower train.batch_size ({reason.splitlines()[0][:160]})"
         ) from error

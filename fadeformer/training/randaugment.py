@@ -1,11 +1,11 @@
-"""RandAugment: each image undergoes a few operations drawn at random, all of one strength.
+"""RandAugment: random operations of one magnitude, drawn independently for each image.
 
-Cubuk et al. 2020 (arXiv:1909.13719), with the operations, strengths (31 steps), nearest neighbour and black fill of
-torchvision.transforms.RandAugment. Every kernel is torchvision's own and takes a batch, so the images that drew the
-same operation and sign go through it together. Three are of its v1, the others of its v2: where the two differ, by
-one grey level from rounding, v1 is what `RandAugment` has meant since it came out; where they agree, v2 is faster.
+Cubuk et al. 2020 (arXiv:1909.13719), with the operations, strengths (31 magnitudes), nearest-neighbor interpolation and
+black fill of torchvision.transforms.RandAugment. All kernels are torchvision's and process batches, so images with the
+same operation and sign are grouped. Three kernels are from torchvision's v1 transforms: their v2 versions differ by a
+gray level of rounding, and published results of `RandAugment` used v1. The others are equal in both, and faster in v2.
 
-Grey images undergo the same operations; Color leaves them as they are, as in torchvision.
+Grayscale images get the same operations; Color leaves them unchanged, as in torchvision.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ from torch import Tensor
 from torchvision.transforms import functional as v1  # type: ignore[import-untyped]
 from torchvision.transforms.v2 import functional as v2  # type: ignore[import-untyped]
 
-NUM_MAGNITUDES = 31  # strengths, 0 to 30
+NUM_MAGNITUDES = 31  # 0 to 30
 
 
 @dataclass(frozen=True)
 class Operation:
-    """A kernel and how its strength follows from the magnitude.
+    """A RandAugment operation and the range of its strength.
 
     Attributes:
-        apply: of a batch, uint8 (images, channels, height, width), and the strength.
+        apply: function of a batch, uint8 (images, channels, height, width), and the strength.
         weakest: strength at magnitude 0.
-        strongest: strength at magnitude 30, linear in between.
-        signed: whether the strength is negative for half of the images.
-        side: the strength is a fraction of this side, an index of (height, width); None: it is no length.
+        strongest: strength at magnitude 30; linear in between.
+        signed: True if the strength is negated for half of the images.
+        side: index into (height, width) if the strength is a fraction of that side, else None.
     """
 
     apply: Callable[[Tensor, float], Tensor]
@@ -42,13 +42,13 @@ class Operation:
     side: int | None = None
 
     def strength(self, magnitude: int, size: tuple[int, int]) -> float:
-        """At a magnitude from 0 to 30, for images of (height, width) pixels; rounded to float32 as torchvision's."""
+        """Return the strength at a magnitude (0 to 30) for images of (height, width), in float32 precision."""
         unit = 1.0 if self.side is None else size[self.side]
         return float(torch.linspace(self.min_strength, self.max_strength * unit, NUM_MAGNITUDES)[magnitude])
 
 
 def _affine(images: Tensor, shear: tuple[float, float] = (0, 0), shift: tuple[float, float] = (0, 0)) -> Tensor:
-    """Sheared by pixels per pixel (x, y) about the upper left corner, then shifted by whole pixels."""
+    """Shear by tan(angle) along (x, y) about the upper left corner, then shift by whole pixels."""
     degrees = [math.degrees(math.atan(by)) for by in shear]
     pixels = [int(by) for by in shift]
     moved: Tensor = v2.affine(images, angle=0.0, translate=pixels, scale=1.0, shear=degrees, center=[0, 0])
@@ -56,12 +56,12 @@ def _affine(images: Tensor, shear: tuple[float, float] = (0, 0), shift: tuple[fl
 
 
 def _adjust_sharpness(images: Tensor, factor: float) -> Tensor:
-    """With the channels last, as its convolution of single channels is twice as fast so on a CPU, to the same bytes."""
+    """Adjust sharpness in channels-last format, which is twice as fast on a CPU and gives identical pixels."""
     sharpened: Tensor = v1.adjust_sharpness(images.contiguous(memory_format=torch.channels_last), factor)
     return sharpened
 
 
-# In torchvision's order. On a GPU its affine kernels send their six numbers in a copy that waits for the device.
+# In torchvision's order. Its affine kernels synchronize with a GPU when they copy their matrix to it.
 OPERATIONS = {
     "Identity": Operation(lambda images, _: images),
     "ShearX": Operation(lambda images, by: _affine(images, shear=(by, 0)), 0, 0.3, signed=True),
@@ -81,35 +81,35 @@ OPERATIONS = {
 
 
 def randaugment(images: Tensor, draws: Tensor, magnitude: int) -> Tensor:
-    """As many operations on each image as `draws` has columns.
+    """Apply one random operation per column of `draws` to each image.
 
     Args:
         images: uint8, (images, height, width, channels), on any device.
         draws: uniform in [0, 1), (images, operations), on the CPU.
-        magnitude: strength, 0 to 30.
+        magnitude: magnitude of the operations, 0 to 30.
 
     Returns:
-        uint8, (images, height, width, channels), a view of channels first.
+        uint8, (images, height, width, channels), a view with channels first in memory.
     """
     table = list(OPERATIONS.values())
-    batch = images.permute(0, 3, 1, 2).contiguous()  # (images, channels, height, width), which the kernels like best
+    batch = images.permute(0, 3, 1, 2).contiguous()  # (images, channels, height, width), contiguous for the kernels
     height, width = batch.shape[2:]
     for column in draws.numpy().T:
-        drawn = (column * 2 * len(table)).astype(np.int64)  # 2 * operation + sign
-        order = np.argsort(drawn, kind="stable")
-        kinds, counts = np.unique(drawn, return_counts=True)
-        there, back = to_device(np.stack([order, np.argsort(order)]), batch.device)
-        groups = batch.index_select(0, there).tensor_split(np.cumsum(counts)[:-1].tolist())
-        done = []
-        for kind, group in zip(kinds.tolist(), groups, strict=True):
-            operation = table[kind // 2]
+        codes = (column * 2 * len(table)).astype(np.int64)  # 2 * operation + sign
+        order = np.argsort(codes, kind="stable")
+        unique_codes, counts = np.unique(codes, return_counts=True)
+        grouping, inverse = to_device(np.stack([order, np.argsort(order)]), batch.device)
+        groups = batch.index_select(0, grouping).tensor_split(np.cumsum(counts)[:-1].tolist())
+        outputs = []
+        for code, group in zip(unique_codes.tolist(), groups, strict=True):
+            operation = table[code // 2]
             strength = operation.strength(magnitude, (height, width))
-            done.append(operation.apply(group, -strength if operation.signed and kind % 2 else strength))
-        batch = torch.cat(done).index_select(0, back)
+            outputs.append(operation.apply(group, -strength if operation.signed and code % 2 else strength))
+        batch = torch.cat(outputs).index_select(0, inverse)
     return batch.permute(0, 2, 3, 1)
 
 
-def to_device(numbers: np.ndarray, device: torch.device) -> Tensor:
-    """Numbers of the host on the device, without waiting for what the device has still to do."""
-    held = torch.from_numpy(numbers)
-    return held.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else held.to(device)
+def to_device(array: np.ndarray, device: torch.device) -> Tensor:
+    """Copy an array to a device without synchronizing with it."""
+    tensor = torch.from_numpy(array)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)

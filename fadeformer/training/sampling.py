@@ -1,7 +1,7 @@
-"""Which images a batch holds, drawn from the seed and the epoch alone, and how they reach the device.
+"""Deterministic batch sampling from (seed, epoch), and prefetching of batches to the device.
 
-A thread gathers the next batches from the memory-mapped array while the device is busy with the present one; where
-there is a GPU it gathers into pinned memory, from which copying waits for nothing.
+A background thread gathers the next batches from the memory-mapped array while the device computes; for a GPU it
+gathers into pinned memory, so that copies are asynchronous.
 """
 
 from __future__ import annotations
@@ -20,28 +20,28 @@ from fadeformer.errors import UserError
 from fadeformer.tasks import Task
 
 Rows = NDArray[np.int64]
-PREFETCH_BATCHES = 2  # batches gathered before they are asked for
+PREFETCH_BATCHES = 2  # batches gathered in advance
 
 
 def derive_seed(*numbers: int) -> int:
-    """A seed for each use of randomness, unlike all others: of the seed, the epoch and so on."""
+    """Derive an independent seed from numbers such as (seed, epoch, purpose, batch)."""
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
 
 
 def sample_batches(
     labels: NDArray[np.int64], task: Task, sampling: Literal["weighted", "uniform"], batch_size: int, seed: int
 ) -> list[Rows]:
-    """The batches of an epoch: as few as hold all draws, and as even as can be, so that none is left with one image.
+    """Sample the batches of an epoch; their sizes differ by at most one, so that no small batch is left at the end.
 
     Args:
         labels: (images, labels).
-        task: what kind of classification it is.
-        sampling: weighted draws every class equally often, uniform every image once.
-        batch_size: images of a batch at most.
-        seed: of this epoch's draws.
+        task: classification task.
+        sampling: weighted draws all classes equally often, with replacement; uniform draws each image once.
+        batch_size: maximum number of images in a batch.
+        seed: seed of this epoch.
 
     Returns:
-        Rows of the images, in the order in which they are seen.
+        Row numbers of the images of each batch.
     """
     random, count = np.random.default_rng(seed), len(labels)
     if sampling == "uniform":
@@ -53,23 +53,23 @@ def sample_batches(
 
 
 def shard_slice(count: int, part: int, parts: int) -> slice:
-    """The images of one of several parts of a batch, which are as even as can be.
+    """Return the slice of one of several parts of a batch; the parts' sizes differ by at most one.
 
     Args:
         count: images of the batch.
-        part: 0 to parts - 1.
-        parts: of the batch.
+        part: number of the part, 0 to parts - 1.
+        parts: number of parts (processes or micro-batches).
     """
     return slice(count * part // parts, count * (part + 1) // parts)
 
 
-def check_batch_size(order: Sequence[Rows], devices: int, accumulate: int) -> None:
-    """Check that each part of a batch has two images or more, which batch normalization and mixing need.
+def check_batch_size(batches: Sequence[Rows], devices: int, accumulate: int) -> None:
+    """Check that each part of a batch has at least two images, which batch normalization and mixup need.
 
     Raises:
-        UserError: a batch has too few images to be divided.
+        UserError: a batch has too few images to be divided among devices and micro-batches.
     """
-    smallest, parts = min(map(len, order)), devices * accumulate
+    smallest, parts = min(map(len, batches)), devices * accumulate
     if parts > 1 and smallest < 2 * parts:
         raise UserError(
             f"a batch of {smallest} images is too small for {devices} device(s) and train.accumulate {accumulate};"
@@ -78,16 +78,16 @@ def check_batch_size(order: Sequence[Rows], devices: int, accumulate: int) -> No
 
 
 def sampling_weights(labels: NDArray[np.int64], task: Task) -> NDArray[np.float64]:
-    """How often each image is drawn, relative to the others: the inverse of how common its class is.
+    """Return sampling weights of the images: the inverse frequency of their class.
 
-    An image with several findings counts by its rarest, one with none by how many have none.
+    An image with several findings has the weight of its rarest one; images without a finding form a class.
 
     Args:
         labels: (images, labels).
-        task: what kind of classification it is.
+        task: classification task.
 
     Returns:
-        (images,), not normalised.
+        (images,), not normalized.
     """
     if not task.multi_label:
         return 1.0 / np.bincount(labels[:, 0])[labels[:, 0]]
@@ -96,13 +96,13 @@ def sampling_weights(labels: NDArray[np.int64], task: Task) -> NDArray[np.float6
     return np.where(present.any(axis=1), rarity, 1.0 / max(1, int((~present.any(axis=1)).sum())))
 
 
-def prefetch_batches(pixels: NDArray[np.uint8], order: Sequence[Rows], device: torch.device) -> Iterator[Tensor]:
-    """The images of each batch on a device, gathered before they are asked for.
+def prefetch_batches(images: NDArray[np.uint8], batches: Sequence[Rows], device: torch.device) -> Iterator[Tensor]:
+    """Yield the images of each batch on a device; the next batches are gathered in a background thread.
 
     Args:
-        pixels: uint8, (images, height, width, channels), memory-mapped.
-        order: rows of each batch.
-        device: where they go.
+        images: uint8, (images, height, width, channels), memory-mapped.
+        batches: row numbers of each batch.
+        device: target device.
 
     Yields:
         uint8, (images, height, width, channels).
@@ -110,14 +110,13 @@ def prefetch_batches(pixels: NDArray[np.uint8], order: Sequence[Rows], device: t
     pinned = device.type == "cuda"
 
     def gather(rows: Rows) -> Tensor:
-        batch = torch.empty((len(rows), *pixels.shape[1:]), dtype=torch.uint8, pin_memory=pinned)
-        np.take(pixels, rows, axis=0, out=batch.numpy(), mode="clip")  # clip: else numpy makes one copy more
+        batch = torch.empty((len(rows), *images.shape[1:]), dtype=torch.uint8, pin_memory=pinned)
+        np.take(images, rows, axis=0, out=batch.numpy(), mode="clip")  # other modes make a temporary copy
         return batch
 
     with ThreadPoolExecutor(1, "gather") as pool:
-        waiting = deque(pool.submit(gather, rows) for rows in order[:PREFETCH_BATCHES])
-        for number in range(len(order)):
-            waiting.extend(
-                pool.submit(gather, rows) for rows in order[number + PREFETCH_BATCHES : number + PREFETCH_BATCHES + 1]
-            )
-            yield waiting.popleft().result().to(device, non_blocking=True)
+        pending = deque(pool.submit(gather, rows) for rows in batches[:PREFETCH_BATCHES])
+        for number in range(len(batches)):
+            upcoming = batches[number + PREFETCH_BATCHES : number + PREFETCH_BATCHES + 1]
+            pending.extend(pool.submit(gather, rows) for rows in upcoming)
+            yield pending.popleft().result().to(device, non_blocking=True)

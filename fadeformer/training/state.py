@@ -1,4 +1,4 @@
-"""What a training is made of: the recipe, the state that changes, and the result of each epoch."""
+"""Training recipe (hyperparameters), training state, and the result of each epoch."""
 
 from __future__ import annotations
 
@@ -15,28 +15,28 @@ from fadeformer.training.optim import PlateauSchedule, create_optimizer
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a network is trained; the fields are keys of `train:` in params.yaml.
+    """Training hyperparameters; the fields are keys of `train:` in params.yaml.
 
     Attributes:
-        epochs: at most.
-        batch_size: images of one step, over all devices.
-        accumulate: parts in which a device takes its images of a step.
-        optimizer: by timm's name.
-        learning_rate: once it has warmed up.
-        weight_decay: as the optimiser means it.
-        layer_decay: each layer learns so many times as fast as the one after it.
-        schedule: of the learning rate.
-        warmup_epochs: in which the learning rate rises.
-        plateau_factor: by which a plateau multiplies it.
+        epochs: maximum number of epochs.
+        batch_size: images of an optimizer step, over all devices.
+        accumulate: micro-batches per step and device (gradient accumulation).
+        optimizer: name of a timm optimizer.
+        learning_rate: peak learning rate, after warm-up.
+        weight_decay: weight decay, as the optimizer defines it.
+        layer_decay: factor of the learning rate from each layer to the one before it.
+        schedule: learning-rate schedule.
+        warmup_epochs: epochs of linear warm-up.
+        plateau_factor: factor of the learning rate when validation loss plateaus.
         plateau_patience: epochs without improvement before that.
-        probe_epochs: at first, in which only what is new to the backbone learns.
-        label_smoothing: share of each label that is spread over the classes.
-        clip: largest norm of the gradient; None for any.
-        ema: decay of the mean of the weights that is judged and kept; 0 for the weights themselves.
-        monitor: what of val chooses the best epoch.
-        early_stopping_patience: epochs without improvement before training ends.
-        sampling: weighted draws every class equally often, uniform every image once an epoch.
-        focal_gamma: of the focal loss; 0 for cross-entropy.
+        probe_epochs: initial epochs with a frozen backbone (linear probing).
+        label_smoothing: fraction of each label that is spread over the classes.
+        clip: maximum gradient norm; None disables clipping.
+        ema: decay of the exponential moving average of the weights, which is evaluated and saved; 0 disables it.
+        monitor: validation metric that selects the best epoch.
+        early_stopping_patience: epochs without improvement before training stops.
+        sampling: weighted draws all classes equally often, uniform each image once per epoch.
+        focal_gamma: gamma of the focal loss; 0 is cross-entropy.
     """
 
     epochs: int
@@ -62,10 +62,10 @@ class Recipe:
 
 @dataclass(frozen=True)
 class EpochResult:
-    """Results of one epoch: losses, accuracies and AUC in [0, 1], and the learning rate it began with.
+    """Results of one epoch: losses, accuracies and AUC in [0, 1], and the learning rate of its first step.
 
-    What it cost: seconds of training, of training without waiting for images, and of validation, and the largest
-    memory, MiB, of the GPU or else of the process.
+    `train_seconds` includes the time spent waiting for images, `device_seconds` does not. `memory_mib` is the peak
+    memory of the GPU, or of the process if there is none.
     """
 
     epoch: int
@@ -81,30 +81,31 @@ class EpochResult:
     memory_mib: float
 
 
+# Time and memory, which are not reproducible.
 COST_FIELDS = ("train_seconds", "device_seconds", "val_seconds", "memory_mib")
 
 
 @dataclass
 class TrainingState:
-    """All that changes while a network is trained.
+    """Everything that changes during training; a checkpoint stores its `state_dict`.
 
     Attributes:
-        model: the network.
-        optimizer: of its weights.
-        plateau: what a plateau has made of the learning rate.
-        ema: mean of the weights; None if it is off.
-        epoch: epochs finished.
-        batch: batches done of the epoch that has begun; the sampler's position.
-        step: steps done in all.
-        loss: of the images seen in this epoch, summed.
-        right: right decisions on them, summed.
-        seen: images seen in this epoch.
-        train_seconds: spent on this epoch so far.
-        device_seconds: of them, without waiting for images.
-        best: highest score on val so far.
-        best_epoch: the epoch that had it.
-        best_weights: a copy of the weights it left.
-        history: results of the epochs finished.
+        model: model in training.
+        optimizer: optimizer of its parameters.
+        plateau: learning-rate multiplier of the plateau schedule.
+        ema: exponential moving average of the weights; None if it is off.
+        epoch: number of finished epochs.
+        batch: number of finished batches of the current epoch; the position of the sampler.
+        step: total number of optimizer steps.
+        loss_sum: sum of the training losses of this epoch's images so far.
+        num_correct: correct predictions among them.
+        num_seen: training images of this epoch so far.
+        train_seconds: training time of this epoch so far.
+        device_seconds: the same without waiting for images.
+        best_score: highest validation score so far; the negative loss if the loss is monitored.
+        best_epoch: epoch with this score.
+        best_weights: copy of the weights after that epoch.
+        history: results of all finished epochs.
     """
 
     model: nn.Module
@@ -114,12 +115,12 @@ class TrainingState:
     epoch: int = 0
     batch: int = 0
     step: int = 0
-    loss: float = 0.0
-    right: float = 0.0
-    seen: int = 0
+    loss_sum: float = 0.0
+    num_correct: float = 0.0
+    num_seen: int = 0
     train_seconds: float = 0.0
     device_seconds: float = 0.0
-    best: float = -math.inf
+    best_score: float = -math.inf
     best_epoch: int = 0
     best_weights: dict[str, Tensor] = field(default_factory=dict)
     history: list[EpochResult] = field(default_factory=list)
@@ -128,30 +129,31 @@ class TrainingState:
 
     @property
     def eval_model(self) -> nn.Module:
-        """The network that is judged and kept."""
+        """The model that is validated and saved: the moving average of the weights if it is on."""
         return self.model if self.ema is None else self.ema.module
 
     def end_epoch(self, result: EpochResult, score: float) -> None:
-        """Notes what an epoch came to; the weights are kept if no epoch before had as high a score."""
+        """Record the result of an epoch, and copy the weights if its score is the best so far."""
         self.epoch, self.history = result.epoch, [*self.history, result]
-        self.batch, self.seen, self.loss, self.right = 0, 0, 0.0, 0.0
+        self.batch, self.num_seen, self.loss_sum, self.num_correct = 0, 0, 0.0, 0.0
         self.train_seconds = self.device_seconds = 0.0
         self.plateau.scheduler.step(result.val_loss)
-        if score > self.best:
-            self.best, self.best_epoch = score, result.epoch
+        if score > self.best_score:
+            self.best_score, self.best_epoch = score, result.epoch
             weights = self.eval_model.state_dict()
             self.best_weights = {name: value.detach().cpu().clone() for name, value in weights.items()}
 
     def state_dict(self) -> dict[str, Any]:
-        """Tensors and plain values, as a checkpoint holds them."""
-        parts = {
-            name: None if (part := getattr(self, name)) is None else part.state_dict() for name in self.STATEFUL_FIELDS
+        """Return tensors and plain values, the content of a checkpoint."""
+        components = {
+            name: None if (component := getattr(self, name)) is None else component.state_dict()
+            for name in self.STATEFUL_FIELDS
         }
         plain = {name: value for name, value in vars(self).items() if name not in self.STATEFUL_FIELDS}
-        return {**plain, **parts, "history": [asdict(epoch) for epoch in self.history]}
+        return {**plain, **components, "history": [asdict(epoch) for epoch in self.history]}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Takes up what `state_dict` gave."""
+        """Restore the state from `state_dict`."""
         for name in self.STATEFUL_FIELDS:
             if getattr(self, name) is not None:
                 getattr(self, name).load_state_dict(state[name])
@@ -160,10 +162,10 @@ class TrainingState:
 
 
 def create_training_state(model: nn.Module, recipe: Recipe) -> TrainingState:
-    """A network, not yet trained and on its device, with all that its training needs.
+    """Create the initial training state of a model that is on its device.
 
     Raises:
-        UserError: timm knows no optimiser of that name.
+        UserError: timm has no such optimizer.
     """
     optimizer = create_optimizer(model, recipe.optimizer, recipe.learning_rate, recipe.weight_decay, recipe.layer_decay)
     ema = ModelEmaV3(model, decay=recipe.ema, use_warmup=True) if recipe.ema else None

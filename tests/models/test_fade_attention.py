@@ -160,7 +160,7 @@ def test_no_spatial_information_passes_the_published_diffusion():
             patch.setattr(
                 grid_laplacian, "gaussian_kernel", lambda size, like, power=largest: narrower(size, like) ** power
             )
-            layer._operators.clear()
+            layer._operator_cache.clear()
             pooled = layer(x).mean(dim=(2, 3))
         found.append([pooled, *torch.autograd.grad(pooled.square().sum(), list(layer.parameters()))])
     for one, two, three in zip(*found, strict=True):

@@ -198,12 +198,12 @@ def test_what_is_no_vit_is_told(backbone):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"after_blocks": (5,)}, r"after_blocks is \[5\]; it lists blocks by number, 1 to 4, or last, each once"),
+        ({"after_blocks": (5,)}, r"after_blocks is \[5\]; list blocks by number, 1 to 4, or last, each once"),
         ({"after_blocks": (0, 1)}, "1 to 4"),
         ({"after_blocks": ("first",)}, r"\[first\]"),
         ({"after_blocks": (4, "last")}, "each once"),
         ({"after_blocks": ()}, r"\[\]"),
-        ({"variant": "published", "after_blocks": (1,)}, "behind the last block only"),
+        ({"variant": "published", "after_blocks": (1,)}, "one layer, after the last block"),
         ({"variant": "difusion"}, "variant is 'difusion'"),
         ({"patch_drop_rate": 0.5}, "patch_drop_rate"),
     ],

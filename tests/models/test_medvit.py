@@ -149,9 +149,9 @@ def test_pretrained_weights_are_refused():
     ("sizes", "message"),
     [
         ({"depths": (3, 4, 8, 3)}, "the third a multiple of 5"),
-        ({"depths": (3, 0, 5, 3)}, "each is 1 or more"),
-        ({"widths": (100, 192, 384, 768)}, "the first is a multiple of 32"),
-        ({"widths": (96, 128, 384, 768)}, "each other one of 96"),
+        ({"depths": (3, 0, 5, 3)}, "each must be 1 or more"),
+        ({"widths": (100, 192, 384, 768)}, "the first must be a multiple of 32"),
+        ({"widths": (96, 128, 384, 768)}, "the others of 96"),
     ],
 )
 def test_sizes_that_cannot_be_are_told(sizes, message):

@@ -101,7 +101,7 @@ def test_a_damaged_newest_is_passed_over_and_if_none_can_be_read_this_is_told(ke
     newest, before = kept.paths
     damaged = damage(newest.read_bytes())
     newest.write_bytes(damaged)
-    with pytest.warns(UserWarning, match=rf"{newest} is damaged .* and passed over"):
+    with pytest.warns(UserWarning, match=rf"{newest} is damaged .* and was skipped"):
         found = kept.newest()
     assert same(found, some_state(1))
     before.write_bytes(damaged)
@@ -157,8 +157,8 @@ def test_a_file_that_may_not_grow_is_told_with_the_checkpoint_before(tmp_path):
     first, second = done.stdout.splitlines()
     before = tmp_path / "step-00000001.pt"
     assert f"{tmp_path}: the checkpoint of step 2 could not be written (File too large)" in first
-    assert "there is none yet" in first
-    assert f"the one before, {before} is whole; free some space, then run again" in second
+    assert "there is no checkpoint yet" in first
+    assert f"the previous checkpoint, {before}, is intact; free some disk space, then run again" in second
     assert [path.name for path in tmp_path.iterdir()] == [before.name]
     assert CheckpointManager(tmp_path, 1).load_latest() == {"epoch": 1}
 

@@ -103,7 +103,7 @@ def test_it_learns_eight_images_by_heart(task):
     )
     assert epochs[-1].train_loss < 0.2 * epochs[0].train_loss
     assert max(epoch.val_accuracy for epoch in epochs) == 1.0
-    assert -state.best == min(epoch.val_loss for epoch in epochs)
+    assert -state.best_score == min(epoch.val_loss for epoch in epochs)
 
 
 def test_the_same_seed_gives_the_same_weights_to_the_bit():
@@ -180,14 +180,14 @@ def test_a_training_stopped_anywhere_goes_on_to_the_bit(tmp_path):
     stopped = 0
     for calls in range(1, 200):
         try:
-            pieces = complete(tmp_path / "pieces", train, val, recipe, asked_to_stop=asked_after(calls % 3))
+            pieces = complete(tmp_path / "pieces", train, val, recipe, pending_signal=asked_after(calls % 3))
         except StageInterrupted:
             stopped += 1
         else:
             break
     assert stopped >= STEPS
     assert results(pieces.history) == results(whole.history)
-    assert (pieces.best, pieces.best_epoch) == (whole.best, whole.best_epoch)
+    assert (pieces.best_score, pieces.best_epoch) == (whole.best_score, whole.best_epoch)
     for name, weights in whole.best_weights.items():
         assert torch.equal(pieces.best_weights[name], weights), name
     for name, weights in whole.model.state_dict().items():
@@ -256,7 +256,7 @@ def test_outputs_that_are_not_finite_on_val_are_told(monkeypatch):
         logits[4] = np.inf
         return logits
 
-    monkeypatch.setattr(loop, "predict_together", broken)
+    monkeypatch.setattr(loop, "predict_distributed", broken)
     with pytest.raises(UserError, match="outputs on val are not finite after epoch 1, on the images image 4;"):
         run(train, val, "multi-class")
 
@@ -275,7 +275,7 @@ def test_too_little_memory_is_told_with_the_batch_size_and_a_remedy(monkeypatch)
 def test_a_val_without_two_classes_cannot_choose_by_auc():
     train = some_images(9, 3)
     only = SplitArrays(train.images[::3], train.labels[::3], train.index[::3])
-    with pytest.raises(UserError, match=r"train\.monitor is auc, .*; set it to loss"):
+    with pytest.raises(UserError, match=r"train\.monitor is auc, .* set train\.monitor to loss"):
         run(train, only, "multi-class", monitor="auc")
 
 
@@ -285,7 +285,7 @@ def test_the_epoch_is_chosen_by_what_is_asked(monitor):
     state, epochs = run(train, val, "multi-class", epochs=6, monitor=monitor, learning_rate=3e-5)
     values = [getattr(epoch, f"val_{monitor}") for epoch in epochs]
     assert len(set(values)) > 1
-    assert state.best == max(values)
+    assert state.best_score == max(values)
     assert state.best_epoch == 1 + values.index(max(values))
 
 
