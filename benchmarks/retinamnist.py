@@ -20,7 +20,7 @@ import numpy as np
 import pandas as pd
 import torch
 from ruamel.yaml import YAML
-from science import bootstrap_aucs, command_line
+from diffusion_ablation import bootstrap_aucs, command_line
 from scipy import stats
 
 from fadeformer.config import schema

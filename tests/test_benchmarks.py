@@ -18,8 +18,8 @@ from tests.models.test_fade_attention import CASES, REFERENCE, relative
 
 
 def test_the_table_of_copies_has_a_column_for_each_set_and_a_row_for_each_change(real_data, capsys, monkeypatch):
-    copies = benchmark("copies")
-    monkeypatch.setattr(sys, "argv", ["copies.py", str(real_data), "--images", "20"])
+    copies = benchmark("near_duplicates")
+    monkeypatch.setattr(sys, "argv", ["near_duplicates.py", str(real_data), "--images", "20"])
     copies.main()
     lines = capsys.readouterr().out.splitlines()
     assert [line.split(" | ")[0][2:] for line in lines[2:]] == ["other images", *copies.COPIES]
@@ -65,7 +65,7 @@ def one_thread() -> Iterator[None]:
 
 
 def test_shut_gates_leave_attention_alone():
-    model = benchmark("science").network("attention alone", classes=3, seed=0).eval()
+    model = benchmark("diffusion_ablation").network("attention alone", classes=3, seed=0).eval()
     (layer,) = (module for module in model.modules() if hasattr(module, "gate_logit"))
     images = torch.randn(2, 3, 28, 28)
     before = model(images)
@@ -76,7 +76,7 @@ def test_shut_gates_leave_attention_alone():
 
 
 def test_what_is_shut_stays_shut_in_training_and_a_row_is_left(tmp_path, monkeypatch, one_thread):
-    science = benchmark("science")
+    science = benchmark("diffusion_ablation")
     random = np.random.default_rng(0)
     images = random.integers(0, 256, (12, 28, 28, 3), dtype=np.uint8), np.arange(12)[:, None] % 3
     monkeypatch.setattr(science, "EPOCHS", {"tiny": 1})
@@ -94,7 +94,7 @@ def test_what_is_shut_stays_shut_in_training_and_a_row_is_left(tmp_path, monkeyp
 
 
 def test_the_comparison_is_paired_by_seed_and_by_image(tmp_path, capsys, monkeypatch):
-    science = benchmark("science")
+    science = benchmark("diffusion_ablation")
     random = np.random.default_rng(0)
     labels = random.integers(0, 3, 90)
     monkeypatch.setattr(science, "EPOCHS", {"retinamnist": 1})
@@ -121,7 +121,7 @@ def test_the_comparison_is_paired_by_seed_and_by_image(tmp_path, capsys, monkeyp
 
 SMALLEST = {
     "preprocess": (["--images", "40", "--side", "64", "--to", "32", "--repeats", "1"], "taken up: the same bytes"),
-    "input": (["--images", "32", "--side", "64", "--to", "32", "--repeats", "1"], "| published | "),
+    "data_loading": (["--images", "32", "--side", "64", "--to", "32", "--repeats", "1"], "| published | "),
     "gate": (["--rows", "3000"], "3 near duplicates, "),
     "promotion": (["--pairs", "10", "--sizes", "2000"], "most of those worse by 2 margins: 0.0 %"),
     "evaluation": (["coverage", "--sets", "2", "--images", "100", "--draws", "50"], "that hold the truth, %"),

@@ -1,6 +1,6 @@
 """Which altered copies of real images the data gate finds, and which other images it takes for copies.
 
-    python benchmarks/copies.py FOLDER [--images 200]
+    python benchmarks/near_duplicates.py FOLDER [--images 200]
 
 FOLDER holds `isic2019/ISIC_2019_Training_Input.zip`, `chestxray14/images_001.tar.gz`, `mednist/mednist.zip` and
 `medmnist/retinamnist.npz`; those that are missing are left out. Of each set some images are drawn, altered, and looked

@@ -1,6 +1,6 @@
 """Does a pipeline that is killed again and again come to what an uninterrupted one comes to, byte for byte?
 
-    python benchmarks/kills.py [--kills 12] [--seed 0]
+    python benchmarks/kill_and_resume.py [--kills 12] [--seed 0]
 
 Copies the working tree twice into a temporary folder, the demo made smaller, its data prepared. In one copy `make
 repro` runs undisturbed; in the other `kill -9` hits its whole process group and it is started again, which first
@@ -137,7 +137,7 @@ class Course:
 
 def printed(epochs: int, phase: str, log: str) -> int:
     """Lines of a phase so far: `writing` begins when nothing is left to train, `evaluating` with the stage."""
-    begins = {"writing": rf"epoch +{epochs}/|taken up after epoch {epochs},", "evaluating": "Running stage 'evaluate'"}
+    begins = {"writing": rf"epoch +{epochs}/|resumed after epoch {epochs},", "evaluating": "Running stage 'evaluate'"}
     found = re.search(begins[phase], log)
     return log[found.start() :].count("\n") if found else 0
 

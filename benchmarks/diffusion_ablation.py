@@ -1,7 +1,7 @@
 """Does diffusion help? Networks that differ in their Fade layer and its read-out, trained alike on real images.
 
-    python benchmarks/science.py run FOLDER RUNS       trains what is not in the folder RUNS yet
-    python benchmarks/science.py table FOLDER RUNS     mean, spread and paired tests
+    python benchmarks/diffusion_ablation.py run FOLDER RUNS       trains what is not in the folder RUNS yet
+    python benchmarks/diffusion_ablation.py table FOLDER RUNS     mean, spread and paired tests
 
 FOLDER holds `medmnist/retinamnist.npz`, `npz/pneumoniamnist.npz` and, in ISIC's layout, `isic2019/`, which is split by
 lesion. The backbone is a small ViT of 14 x 14 patches, the grid of the published model. All arms begin with the same

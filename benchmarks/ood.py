@@ -1,6 +1,6 @@
 """Which score tells images that a network knows from others: energy, largest probability, or Mahalanobis distance.
 
-    python benchmarks/unfamiliar.py PROJECT [--other FILE ...]
+    python benchmarks/ood.py PROJECT [--other FILE ...]
 
 PROJECT is a folder in which `dvc repro train` was run. Its test images stand against noise, images of one colour, their
 own negatives, their own pixels in another order, and, by `--other`, images of something else: a folder, a zip, or an

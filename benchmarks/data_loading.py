@@ -1,6 +1,6 @@
 """How fast images become augmented, normalised batches: ours against torchvision's transforms, image by image.
 
-    python benchmarks/input.py [--images 320] [--side 512] [--to 224] [--batch 32] [--repeats 5] [--device cpu]
+    python benchmarks/data_loading.py [--images 320] [--side 512] [--to 224] [--batch 32] [--repeats 5] [--device cpu]
 
 The rival is the published loader: JPEG files, each decoded by Pillow and augmented by torchvision's v1 transforms, then
 stacked. Ours reads the array that the preprocess stage left, in random order, and augments by the same recipe:
