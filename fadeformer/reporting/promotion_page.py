@@ -64,7 +64,7 @@ def ledger_row(entry: Mapping[str, Any]) -> dict[str, str]:
     """An entry of the ledger as text, by column."""
     cells = (
         str(entry["number"]), entry["time"].partition("+")[0].replace("T", " "), entry["action"], entry["version"],
-        _champion_change(entry), "" if entry["auc"] is None else f"{entry['auc']:.4f}", entry["who"], entry["reason"],
+        _champion_change(entry), "" if entry["auc"] is None else f"{entry['auc']:.4f}", entry["user"], entry["reason"],
     )  # fmt: skip
     return dict(zip(LEDGER_COLUMNS, cells, strict=True))
 

@@ -1,6 +1,6 @@
-"""`python -m pipelines.config.check`, before DVC: report a typo in params.yaml while all outputs are still there.
+"""`python -m pipelines.config.check`: validate params.yaml before DVC removes any output.
 
-It also repairs what a kill has cut off of DVC's own files, which DVC would refuse to read.
+It also repairs DVC's own files if a kill has truncated them, since DVC cannot read them then.
 """
 
 import subprocess
@@ -18,8 +18,8 @@ DVC_LOCK, DVC_RWLOCK = Path("dvc.lock"), Path(".dvc/tmp/rwlock")
 def main() -> str:
     """Repair DVC's files and check params.yaml."""
     repair_dvc_files()
-    wanted = schema.load_params(paths.PARAMS)
-    return f"{paths.PARAMS} is valid: {wanted.dataset.name}, {wanted.model.backbone}, seed {wanted.seed}"
+    config = schema.load_params(paths.PARAMS)
+    return f"{paths.PARAMS} is valid: {config.dataset.name}, {config.model.backbone}, seed {config.seed}"
 
 
 def repair_dvc_files() -> None:
@@ -34,7 +34,7 @@ def repair_dvc_files() -> None:
 
 
 def _is_mapping(text: str) -> bool:
-    """Whether DVC can read it, as YAML or JSON, or a person has to: a merge conflict is no damage."""
+    """Return True for a YAML or JSON mapping, and for a merge conflict, which the user has to resolve."""
     try:
         return "<<<<<<< " in text or isinstance(YAML(typ="safe").load(text), dict)
     except YAMLError:

@@ -1,4 +1,4 @@
-"""Changes to params.yaml that keep its comments: presets, and the parameters of a deployment run."""
+"""Override values of params.yaml and keep its comments: for presets and the parameters of deployment runs."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from fadeformer.io.atomic import atomic_write
 
 
 def apply_overrides(path: Path, changes: Mapping[str, Any]) -> None:
-    """Writes changes into params.yaml, checked first, its comments kept.
+    """Write changes to params.yaml; comments and formatting stay.
 
     Args:
-        path: params.yaml.
-        changes: nested by section, only what is to be changed.
+        path: Path of params.yaml.
+        changes: The changed keys, nested by section.
 
     Raises:
-        UserError: the result would not be valid; the file is then as it was.
+        UserError: The file or the result is invalid; the file is not changed.
     """
     yaml = YAML()
     yaml.preserve_quotes = True
     yaml.width = 1000
     yaml.representer.add_representer(type(None), lambda r, _: r.represent_scalar("tag:yaml.org,2002:null", "null"))
-    schema.load_params(path)  # whatever is wrong with it is told by key
+    schema.load_params(path)  # reports errors by key
     document = yaml.load(path)
     _merge_into_document(document, changes)
     text = io.StringIO()
@@ -43,7 +43,7 @@ def apply_overrides(path: Path, changes: Mapping[str, Any]) -> None:
 
 @contextmanager
 def temporary_overrides(path: Path, changes: Mapping[str, Any]) -> Iterator[None]:
-    """The same for the length of a block; then the file is again what it was, unless it was edited in between."""
+    """Apply overrides inside a `with` block, then restore the file unless it was edited in the block."""
     if not changes:
         yield
         return
@@ -60,36 +60,39 @@ def temporary_overrides(path: Path, changes: Mapping[str, Any]) -> Iterator[None
             print(f"{path} was edited during the run: it keeps that edit, and the run's overrides {dict(changes)}")
 
 
-def optional_section(section: type[BaseModel], key: str, present: CurrentParams) -> type[BaseModel]:
-    """A section of params.yaml of which every key may be left out; Prefect makes a form of it.
+def optional_section(section: type[BaseModel], key: str, current: CurrentParams) -> type[BaseModel]:
+    """Create a model of a section of params.yaml in which every key is optional; Prefect renders it as a form.
 
     Args:
-        section: its type.
-        key: of the section, such as `train`.
-        present: what the form begins with, and what explains it.
+        section: The section's type.
+        key: The section's key, such as `train`.
+        current: The values and comments of params.yaml: default values and descriptions of the form.
     """
     fields: dict[str, Any] = {}
     for name, field in section.model_fields.items():
-        called = f"{key}.{field.alias or name}"
-        inner = next((c for c in (field.annotation, *get_args(field.annotation)) if _is_section(c)), None)
-        if inner is not None:
-            kind: Any = optional_section(inner, called, present)
-            begins = kind() if any(other.startswith(f"{called}.") for other in present.values) else None
-            kind = kind if inner is field.annotation else kind | None
+        dotted_key = f"{key}.{field.alias or name}"
+        subsection = next((c for c in (field.annotation, *get_args(field.annotation)) if _is_section(c)), None)
+        if subsection is not None:
+            field_type: Any = optional_section(subsection, dotted_key, current)
+            default = field_type() if any(other.startswith(f"{dotted_key}.") for other in current.values) else None
+            field_type = field_type if subsection is field.annotation else field_type | None
         else:
-            kind = Annotated[field.annotation, *field.metadata] if field.metadata else field.annotation
-            begins = present.values.get(called)
-        fields[name] = (kind, Field(default=begins, alias=field.alias, description=present.comments.get(called)))
+            field_type = Annotated[field.annotation, *field.metadata] if field.metadata else field.annotation
+            default = current.values.get(dotted_key)
+        fields[name] = (
+            field_type,
+            Field(default=default, alias=field.alias, description=current.comments.get(dotted_key)),
+        )
     name = section.__name__.replace("Params", "Overrides")
     return create_model(name, __config__=ConfigDict(extra="forbid", serialize_by_alias=True), **fields)
 
 
 class CurrentParams(NamedTuple):
-    """What params.yaml says now, by dotted keys.
+    """Current contents of params.yaml, by dotted keys.
 
     Attributes:
-        values: of all that is no section.
-        told: the comment beside each key.
+        values: The values of all keys that are not sections.
+        comments: The comment of each key.
     """
 
     values: Mapping[str, Any]
@@ -97,52 +100,52 @@ class CurrentParams(NamedTuple):
 
 
 def read_current_params(path: Path) -> CurrentParams:
-    """Reads params.yaml, which must be valid."""
+    """Read values and comments of params.yaml; raises a UserError if it is invalid."""
     return CurrentParams(schema.load_params(path).as_flat_dict(), parse_comments(path.read_text(encoding="utf-8")))
 
 
 def parse_comments(text: str) -> dict[str, str]:
-    """The comment beside each key of params.yaml, by its dotted name, and those of the lines below it that go on."""
-    found: dict[str, str] = {}
-    above: list[tuple[int, str]] = []  # indents and names of the sections around a line
+    """Return the comment of each key of params.yaml, by dotted key, with its continuation lines."""
+    result: dict[str, str] = {}
+    parents: list[tuple[int, str]] = []  # indentation and names of the enclosing sections
     last = ""
     for line in text.splitlines():
         if key := re.match(r"( *)(\w+):", line):
-            while above and above[-1][0] >= len(key[1]):
-                above.pop()
-            above.append((len(key[1]), key[2]))
-            last = ".".join(name for _, name in above)
+            while parents and parents[-1][0] >= len(key[1]):
+                parents.pop()
+            parents.append((len(key[1]), key[2]))
+            last = ".".join(name for _, name in parents)
             if comment := re.search(r"\s# *(.*)", line):
-                found[last] = comment[1]
-        elif last in found and (more := re.match(r"\s+# *(.*)", line)):
-            found[last] += f" {more[1]}"
-    return found
+                result[last] = comment[1]
+        elif last in result and (more := re.match(r"\s+# *(.*)", line)):
+            result[last] += f" {more[1]}"
+    return result
 
 
 def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """Dotted keys as sections: {"train.epochs": 3} as {"train": {"epochs": 3}}."""
-    found: dict[str, Any] = {}
+    """Nest dotted keys: {"train.epochs": 3} becomes {"train": {"epochs": 3}}."""
+    result: dict[str, Any] = {}
     for key, value in flat.items():
         *sections, name = key.split(".")
-        place = found
+        parent = result
         for section in sections:
-            place = place.setdefault(section, {})
-        place[name] = value
-    return found
+            parent = parent.setdefault(section, {})
+        parent[name] = value
+    return result
 
 
-def deep_merge(below: Mapping[str, Any], *above: Mapping[str, Any]) -> dict[str, Any]:
-    """Nested values with others laid over them, section by section; of two values the later counts."""
-    found = dict(below)
-    for layer in above:
+def deep_merge(base: Mapping[str, Any], *layers: Mapping[str, Any]) -> dict[str, Any]:
+    """Merge nested mappings, key by key; later ones take precedence."""
+    result = dict(base)
+    for layer in layers:
         for key, value in layer.items():
-            both = isinstance(value, Mapping) and isinstance(found.get(key), Mapping)
-            found[key] = deep_merge(found[key], value) if both else value
-    return found
+            both = isinstance(value, Mapping) and isinstance(result.get(key), Mapping)
+            result[key] = deep_merge(result[key], value) if both else value
+    return result
 
 
 def explicit_values(section: BaseModel | None) -> dict[str, Any]:
-    """The keys of a partial section that were given."""
+    """Return the explicitly set keys of an optional section."""
     return {} if section is None else section.model_dump(exclude_unset=True, by_alias=True)
 
 
@@ -153,12 +156,12 @@ def _merge_into_document(document: Any, changes: Mapping[str, Any]) -> None:
         if isinstance(value, Mapping) and isinstance(document[key], Mapping):
             _merge_into_document(document[key], value)
         elif document[key] == value and isinstance(document[key], bool) == isinstance(value, bool):
-            continue  # it stays as it is written there
+            continue  # keep the way it is written
         elif isinstance(value, list) and isinstance(document[key], list):
             document[key][:] = value
         else:
             document[key] = value
 
 
-def _is_section(kind: Any) -> bool:
-    return isinstance(kind, type) and issubclass(kind, BaseModel)
+def _is_section(field_type: Any) -> bool:
+    return isinstance(field_type, type) and issubclass(field_type, BaseModel)

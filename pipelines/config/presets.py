@@ -1,4 +1,4 @@
-"""`python -m pipelines.config.presets NAME`: writes a recipe of pipelines/config/presets into params.yaml, its comments kept."""
+"""`python -m pipelines.config.presets NAME`: apply a preset of pipelines/config/presets to params.yaml."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ PRESET_FOLDER = Path(__file__).resolve().parent / "presets"
 
 
 def main() -> str:
-    """Applies the preset that the first argument names."""
+    """Apply the preset that is named on the command line."""
     names = sorted(path.stem for path in PRESET_FOLDER.glob("*.yaml"))
     if len(sys.argv) != 2 or sys.argv[1] not in names:
-        raise UserError(f"usage: make preset NAME=...; there are: {', '.join(names)}")
+        raise UserError(f"usage: make preset NAME=...; available presets: {', '.join(names)}")
     changes = YAML(typ="safe").load(PRESET_FOLDER / f"{sys.argv[1]}.yaml")
     overrides.apply_overrides(paths.PARAMS, changes)
-    return f"params.yaml now holds the recipe {sys.argv[1]}; `git diff params.yaml` shows what changed"
+    return f"params.yaml now has preset {sys.argv[1]}; `git diff params.yaml` shows the changes"
 
 
 if __name__ == "__main__":

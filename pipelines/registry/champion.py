@@ -1,4 +1,4 @@
-"""What the present champion says of the test images that a challenger is judged on."""
+"""Champion predictions on the challenger's test set."""
 
 from __future__ import annotations
 
@@ -15,50 +15,50 @@ from fadeformer.evaluation import predictions
 from fadeformer.evaluation.predictions import Predictions
 from fadeformer.inference import model_files
 from pipelines import paths
-from pipelines.registry import package as packaged
-from pipelines.registry import versions
+from pipelines.registry import package, versions
 from pipelines.registry.versions import ModelVersion
 
 
 def champion_predictions(champion: ModelVersion, test: Predictions) -> Predictions:
-    """The champion's predictions: those it was judged by, or where the test images are others now, new ones.
+    """Return the champion's stored predictions, or run inference with it if the test images have changed since.
 
     Args:
-        champion: the version.
-        test: the challenger's predictions.
+        champion: The champion's version.
+        test: The challenger's predictions.
 
     Raises:
-        UserError: its files are gone, or cannot be used any more.
+        UserError: The champion's files are missing or cannot be loaded.
     """
-    kept = versions.load_test_predictions(champion)
-    if kept.task.name != test.task.name or kept.classes != test.classes or kept.fingerprint() == test.fingerprint():
-        return kept  # of other classes no comparison is possible, which the gate tells
-    import torch  # takes seconds to import, and only this case needs it
+    stored = versions.load_test_predictions(champion)
+    same_classes = stored.task.name == test.task.name and stored.classes == test.classes
+    if not same_classes or stored.fingerprint() == test.fingerprint():
+        return stored  # with other classes there is no comparison, which the gate reports
+    import torch  # slow to import, and only needed here
 
     from fadeformer.inference.classifier import Classifier
 
-    told = f"champion {champion.name} version {champion.number}"
-    print(f"the test images are not those that {told} was judged on: it predicts them now")
-    package = packaged.find_data_folder(packaged.fetch_package(f"models:/{champion.name}/{champion.number}"))
+    name = f"champion {champion.name} version {champion.number}"
+    print(f"the test images have changed since {name} was evaluated: running inference with it")
+    folder = package.find_data_folder(package.fetch_package(f"models:/{champion.name}/{champion.number}"))
     try:
-        classifier = Classifier.load(model_files.find_model_files(package, told), torch.device("cpu"))
+        classifier = Classifier.load(model_files.find_model_files(folder, name), torch.device("cpu"))
     except (UserError, OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
-            f"{told} cannot predict the new test images: its package cannot be loaded ({type(error).__name__}:"
+            f"{name} cannot predict the new test images: its package cannot be loaded ({type(error).__name__}:"
             f" {error}); give this model its own promote.model_name, or roll back to another champion"
         ) from error
-    with tempfile.TemporaryDirectory() as folder:
-        pixels, index = _load_test_images(classifier.input_config, Path(folder))
-        scores = classifier.predict_proba(pixels)
+    with tempfile.TemporaryDirectory() as temporary:
+        images, index = _load_test_images(classifier.input_config, Path(temporary))
+        scores = classifier.predict_proba(images)
     rows = index.set_index("id").index.get_indexer(pd.Index(test.frame["id"]))
     return predictions.build_predictions(test.frame, test.labels, scores[rows], test.task, test.classes)
 
 
-def _load_test_images(wanted: dict[str, object], folder: Path) -> tuple[NDArray[np.uint8], pd.DataFrame]:
-    """The test images as a champion sees them, decoded anew where this run's arrays are of another kind; and rows."""
+def _load_test_images(input_config: dict[str, object], folder: Path) -> tuple[NDArray[np.uint8], pd.DataFrame]:
+    """Return the test images in the champion's input format, decoded again if necessary, and their rows."""
     meta, split = arrays.read_metadata(paths.PROCESSED), arrays.load_split(paths.PROCESSED, "test")
-    if wanted == {"image_size": meta.image_size, "channels": meta.channels, "aspect": meta.aspect}:
+    if input_config == {"image_size": meta.image_size, "channels": meta.channels, "aspect": meta.aspect}:
         return split.images, split.index
     rows = pd.read_parquet(paths.MANIFEST)
     rows = rows[rows["split"] == "test"].reset_index(drop=True)
-    return preprocess.decode_to_memmap(rows, paths.RAW, folder / "test.npy", **wanted), rows  # type: ignore[arg-type]
+    return preprocess.decode_to_memmap(rows, paths.RAW, folder / "test.npy", **input_config), rows  # type: ignore[arg-type]

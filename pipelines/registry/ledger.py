@@ -1,9 +1,9 @@
-"""Ledger of promotions: who became champion, when and why. The registry follows the ledger.
+"""Append-only ledger of promotion decisions: which version became champion, when and why.
 
-`mlruns/ledger.jsonl` only grows. A decision is on disk before an alias moves, and becomes a tag of its version once the
-registry has followed. A decision without its tag, left by a process that was killed, is carried out by the next one; a
-tag that is not in the file was made on another machine. A process holds a lock from reading the champion until the
-registry has followed. Aliases changed elsewhere are recorded as `changed outside`.
+`mlruns/ledger.jsonl` is a write-ahead log. A decision is written to disk first, then applied to the registry, and then
+stored as a tag of its version. A decision without its tag comes from a process that was killed: the next process
+applies it. A tag that is not in the file was written on another machine: it is appended. A lock is held from reading
+the champion until the registry is updated. Alias changes made outside this tool are recorded as `external change`.
 """
 
 from __future__ import annotations
@@ -27,18 +27,26 @@ from pipelines.registry import versions
 from pipelines.registry.versions import CHALLENGER, CHAMPION, PREVIOUS, Aliases, ModelVersion
 from pipelines.tracking import locations
 
-LOCK_TIMEOUT = 3600  # seconds that another promotion may take, with predictions for the champion
-REMEDY = "move it aside: its decisions are still tags of the registry's versions"
+LOCK_TIMEOUT = 3600  # seconds; another promotion may have to run inference with the champion
+REMEDY = "move it aside: its decisions are also tags of the registry's versions"
+KIND = "decision"  # of a record; others are not read
 
 
 def ledger_path() -> Path:
-    """Where the ledger is kept."""
+    """Return the path of the ledger."""
     return locations.project_folder() / "mlruns" / "ledger.jsonl"
 
 
 @dataclass(frozen=True)
 class JudgedVersion:
-    """What a decision is about: a version, its content, and what it was trained and judged on."""
+    """The model version that a decision is about.
+
+    Attributes:
+        version: Version number.
+        run_id: MLflow run in which it was trained.
+        content: Checksum of the package (`package.CONTENT_TAG`).
+        data: Identity of the data it was trained and evaluated on.
+    """
 
     version: str
     run_id: str | None
@@ -47,20 +55,21 @@ class JudgedVersion:
 
 
 class Ledger:
-    """Decisions about one registered model, and its aliases now.
+    """Decisions about one registered model, and its current aliases.
 
-    Of another registry with a model of the same name, only contents that were taken back count.
+    Decisions about a model of the same name in another registry are ignored, except that a revoked model stays revoked.
     """
 
     def __init__(self, name: str) -> None:
         self.name, self._registry, self._versions = name, versions.get_registry_id(name), versions.list_versions(name)
         known = [entry["id"] for entry in read_entries(name, repair=True)]
-        tagged = [json.loads(text) for version in self._versions.values() for text in version.ledger_entries]
-        for entry in sorted(tagged, key=lambda one: one["number"]):
+        tags = (json.loads(text) for version in self._versions.values() for text in version.ledger_entries)
+        tagged = [entry for entry in tags if entry["kind"] == KIND]
+        for entry in sorted(tagged, key=lambda entry: entry["number"]):
             if entry["id"] not in known:
                 jsonl.append_record(ledger_path(), entry)
         self._all_entries = read_entries(name)
-        for entry in self.entries[-1:]:  # the registry had followed all before it when it was written
+        for entry in self.entries[-1:]:  # an entry is only written after all earlier ones were applied
             if entry not in tagged and entry["version"] in self._versions:
                 versions.apply_ledger_entry(entry)
         self.aliases = versions.get_aliases(name)
@@ -68,73 +77,77 @@ class Ledger:
 
     @property
     def entries(self) -> list[dict[str, Any]]:
-        """Decisions in this registry, oldest first."""
+        """Decisions about the model in this registry, oldest first."""
         return [entry for entry in self._all_entries if entry["registry"] == self._registry]
 
     @property
     def champion(self) -> str | None:
-        """The present champion's version."""
+        """Version number of the current champion."""
         return self.aliases.get(CHAMPION)
 
     @property
     def champions(self) -> list[str]:
-        """Versions that were champion one after the other and were not taken back, the present one last."""
-        return [number for number in (self.entries[-1]["line"] if self.entries else []) if number in self._versions]
+        """Versions that have been champion and were not revoked, oldest first; the last one is the current champion."""
+        return [
+            number for number in (self.entries[-1]["champions"] if self.entries else []) if number in self._versions
+        ]
 
-    def champion_to_beat(self, subject: JudgedVersion) -> ModelVersion | None:
-        """The present champion; None if there is none, or if it is the subject itself."""
-        return None if self.champion in (None, subject.version) else self._versions[str(self.champion)]
+    def champion_to_beat(self, judged: JudgedVersion) -> ModelVersion | None:
+        """Return the current champion; None if there is none or if it is the judged version itself."""
+        return None if self.champion in (None, judged.version) else self._versions[str(self.champion)]
 
-    def revocation_reason(self, subject: JudgedVersion) -> str | None:
-        """Why a version with this content was taken back; None if none was, or one was forced later."""
+    def revocation_reason(self, judged: JudgedVersion) -> str | None:
+        """Return why a version with this content was revoked; None if it was not, or was promoted by force later."""
         for entry in reversed(self._all_entries):
-            if entry["action"] == "forced" and entry["content"] == subject.content:
+            if entry["action"] == "forced" and entry["content"] == judged.content:
                 return None
-            if subject.content in [one["content"] for one in entry["taken_back"]]:
+            if judged.content in [version["content"] for version in entry["revoked"]]:
                 return str(entry["reason"])
         return None
 
-    def record_decision(self, subject: JudgedVersion, decision: Decision) -> dict[str, Any]:
-        """Write down the gate's decision, or a forced one, and make the registry follow; return the entry."""
-        number, aliases, line = subject.version, dict(self.aliases), self.champions
+    def record_decision(self, judged: JudgedVersion, decision: Decision) -> dict[str, Any]:
+        """Append a decision of the gate, or a forced one, to the ledger and apply it; return the entry."""
+        number, aliases, champions = judged.version, dict(self.aliases), self.champions
         action = "forced" if decision.force_reason is not None else "promoted" if decision.promoted else "refused"
         if number == self.champion:
             action = "kept" if action == "promoted" else action
         elif decision.promoted:
-            line = [*(one for one in line if one != number), number]
-            aliases = self._aliases_after(line, out=[number])
-        elif self.revocation_reason(subject) is None:
+            champions = [*(version for version in champions if version != number), number]
+            aliases = self._aliases_after(champions, removed=[number])
+        elif self.revocation_reason(judged) is None:
             aliases[CHALLENGER] = number
-        areas = {"auc": decision.auc, "champion_auc": decision.champion_auc}
-        return self._append_entry(action, subject, aliases, line, decision.reason, **areas, **decision.to_dict())
+        aucs = {"auc": decision.auc, "champion_auc": decision.champion_auc}
+        return self._append_entry(action, judged, aliases, champions, decision.reason, **aucs, **decision.to_dict())
 
     def roll_back(self, to: str | None, reason: str) -> dict[str, Any]:
-        """Make version `to`, or else the champion before the present one, champion again; take back those after it.
+        """Make version `to`, or by default the previous champion, champion again, and revoke all later champions.
 
         Raises:
-            UserError: there is none to go back to, or `to` was not one.
+            UserError: There is no earlier champion, or `to` is not one.
         """
-        line, now = self.champions, "the present one" if self.champion is None else f"version {self.champion}"
-        earlier = line if self.champion is None else line[:-1]
+        champions, current = self.champions, "the current one" if self.champion is None else f"version {self.champion}"
+        earlier = champions if self.champion is None else champions[:-1]
         if not earlier:
-            raise UserError(f"{self.name} has no champion before {now} to go back to")
+            raise UserError(f"{self.name} has no champion before {current} to roll back to")
         target = to or earlier[-1]
         if target not in earlier:
-            was = f"champions before {now} were {', '.join(earlier)}"
-            raise UserError(f"version {target} of {self.name} is not one to go back to; {was}")
-        kept, gone = line[: line.index(target) + 1], line[line.index(target) + 1 :]
-        taken = [{"version": number, "content": self._last_judged(number).content} for number in gone]
-        aliases = self._aliases_after(kept, out=[target, *gone])
-        return self._append_entry("rolled back", self._last_judged(target), aliases, kept, reason, taken_back=taken)
+            known = f"the champions before {current} were {', '.join(earlier)}"
+            raise UserError(f"cannot roll back to version {target} of {self.name}; {known}")
+        kept, revoked = champions[: champions.index(target) + 1], champions[champions.index(target) + 1 :]
+        revoked_versions = [{"version": number, "content": self._last_judged(number).content} for number in revoked]
+        aliases = self._aliases_after(kept, removed=[target, *revoked])
+        return self._append_entry(
+            "rolled back", self._last_judged(target), aliases, kept, reason, revoked=revoked_versions
+        )
 
-    def _aliases_after(self, line: list[str], out: list[str]) -> Aliases:
-        """Champion and previous by a line of champions, and the challenger, unless it is one of `out`."""
-        aliases = dict(zip((CHAMPION, PREVIOUS), reversed(line), strict=False))
+    def _aliases_after(self, champions: list[str], removed: list[str]) -> Aliases:
+        """Return the aliases for a list of champions; the challenger stays unless its version is in `removed`."""
+        aliases = dict(zip((CHAMPION, PREVIOUS), reversed(champions), strict=False))
         challenger = self.aliases.get(CHALLENGER)
-        return aliases if challenger is None or challenger in out else {**aliases, CHALLENGER: challenger}
+        return aliases if challenger is None or challenger in removed else {**aliases, CHALLENGER: challenger}
 
     def _last_judged(self, number: str) -> JudgedVersion:
-        """A version by the last decision about it."""
+        """Return a version as recorded in the last decision about it."""
         for entry in reversed(self.entries):
             if entry["version"] == number and entry["content"] is not None:
                 return JudgedVersion(number, entry["run_id"], entry["content"], entry["data"])
@@ -145,27 +158,27 @@ class Ledger:
         changed = [name for name in sorted({*before, *self.aliases}) if before.get(name) != self.aliases.get(name)]
         if not changed:
             return
-        now, line = self.champion, self.champions
-        if now is None:
-            line = []
-        elif now in line:
-            line = line[: line.index(now) + 1]
+        champion, champions = self.champion, self.champions
+        if champion is None:
+            champions = []
+        elif champion in champions:
+            champions = champions[: champions.index(champion) + 1]
         else:
-            line = [*line, now]
-        told = ", ".join(f"{name} from {before.get(name)} to {self.aliases.get(name)}" for name in changed)
-        about = self._last_judged(str(self.aliases.get(changed[0]) or before.get(changed[0])))
-        reason, origin = f"found in the registry: {told}", {"from": before.get(CHAMPION)}
-        self._append_entry("changed outside", about, self.aliases, line, reason, **origin)
+            champions = [*champions, champion]
+        changes = ", ".join(f"{name} from {before.get(name)} to {self.aliases.get(name)}" for name in changed)
+        judged = self._last_judged(str(self.aliases.get(changed[0]) or before.get(changed[0])))
+        reason, origin = f"changed in the registry: {changes}", {"from": before.get(CHAMPION)}
+        self._append_entry("external change", judged, self.aliases, champions, reason, **origin)
 
     def _append_entry(
-        self, action: str, subject: JudgedVersion, aliases: Aliases, line: list[str], reason: str, **more: Any
+        self, action: str, judged: JudgedVersion, aliases: Aliases, champions: list[str], reason: str, **more: Any
     ) -> dict[str, Any]:
         entry = {
-            "kind": "decided", "id": uuid.uuid4().hex, "number": len(self.entries) + 1, "model": self.name,
-            "time": datetime.now(UTC).isoformat(timespec="seconds"), "who": psutil.Process().username(),
+            "kind": KIND, "id": uuid.uuid4().hex, "number": len(self.entries) + 1, "model": self.name,
+            "time": datetime.now(UTC).isoformat(timespec="seconds"), "user": psutil.Process().username(),
             "registry": self._registry, "action": action, "from": self.champion, "to": aliases.get(CHAMPION),
-            "aliases": dict(aliases), "line": line, "reason": reason, "taken_back": [], "checks": [], "auc": None,
-            "champion_auc": None, **asdict(subject), **more,
+            "aliases": dict(aliases), "champions": champions, "reason": reason, "revoked": [], "checks": [],
+            "auc": None, "champion_auc": None, **asdict(judged), **more,
         }  # fmt: skip
         jsonl.append_record(ledger_path(), entry)
         versions.apply_ledger_entry(entry)
@@ -176,22 +189,24 @@ class Ledger:
 
 @contextmanager
 def open_ledger(name: str) -> Iterator[Ledger]:
-    """The ledger of a registered model, while no other process decides about any.
+    """Lock the ledger and yield that of a registered model; no other process can record decisions until it is released.
 
     Raises:
-        UserError: another one takes too long, or the ledger is damaged.
-        Unreachable: MLflow is.
+        UserError: The lock was not released in time, or the ledger is damaged.
+        MLflowUnreachable: MLflow cannot be reached.
     """
     try:
         with FileLock(ledger_path().with_name(".ledger.lock"), timeout=LOCK_TIMEOUT):
             yield Ledger(name)
     except Timeout as error:
-        told = f"another promotion has gone on for {LOCK_TIMEOUT} s; see what it waits for, then run again"
-        raise UserError(f"{ledger_path()}: {told}") from error
+        message = (
+            f"another promotion has held the lock for {LOCK_TIMEOUT} s; check why it does not finish, then run again"
+        )
+        raise UserError(f"{ledger_path()}: {message}") from error
 
 
 def read_entries(name: str | None, *, repair: bool = False) -> list[dict[str, Any]]:
-    """Decisions about one registered model or all, oldest first; `mend` is for a process that holds the lock."""
+    """Return the decisions about one registered model, or all, oldest first; `repair` requires the lock."""
     records = jsonl.read_records(ledger_path(), REMEDY, truncate_partial=repair)
-    decided = (one for one in records if one["kind"] == "decided" and name in (None, one["model"]))
-    return sorted(decided, key=lambda entry: (entry["time"], entry["number"]))
+    decisions = (record for record in records if record["kind"] == KIND and name in (None, record["model"]))
+    return sorted(decisions, key=lambda entry: (entry["time"], entry["number"]))

@@ -1,8 +1,8 @@
-"""The model as it leaves: one folder in MLflow's store that loads in a clean environment from its own files alone.
+"""The deployable MLflow model: a folder that loads in a clean environment from its own files.
 
-`data/` has the weights as safetensors, `model.json` (network, classes, normalisation, input, calibration),
-`ood.safetensors`, `reference.parquet` (what new images are compared with) and `operating_points.json`; `code/`
-the library and `pyfunc_model.py`. Nothing is pickled, and no file tells where it was made.
+`data/` has the weights as safetensors, `model.json` (architecture, classes, normalization, input, calibration),
+`ood.safetensors` (out-of-distribution detector), `reference.parquet` (reference data for drift detection) and
+`operating_points.json`; `code/` has the library and `pyfunc_model.py`. There are no pickles and no local paths in it.
 """
 
 from __future__ import annotations
@@ -35,21 +35,21 @@ from pipelines.tracking import locations, store
 from pipelines.tracking.runs import LOGGED_MODEL_NAME
 
 PYFUNC_MODULE = Path(__file__).with_name("pyfunc_model.py")
-SERVER_TIMEOUT = 20  # seconds for MLflow's server to answer
-CONTENT_TAG = "fadeformer.content"  # tag with the checksum of what is in a package
-# What loading needs, and what these do not bring in a version of their own choice; timm imports torchvision.
+SERVER_TIMEOUT = 20  # seconds
+CONTENT_TAG = "fadeformer.content"  # tag with the checksum of a package's content
+# Packages that loading needs, pinned with their dependencies that must match; timm imports torchvision.
 REQUIREMENTS = (
     "mlflow-skinny", "numpy", "pandas", "pillow", "safetensors", "scipy", "timm", "torch", "torchvision", "tqdm"
 )  # fmt: skip
 
 
 def log_package(run_id: str) -> LoggedModel:
-    """Packages what lies in models/ and reports/operating_points.json into a run, or finds that it is there.
+    """Log models/ and reports/operating_points.json as a package of a run. Idempotent.
 
-    What a stage that was killed has left of one is deleted.
+    Incomplete packages, left by a stage that was killed, are deleted.
 
     Args:
-        run_id: of the run in which the model was trained.
+        run_id: The MLflow run in which the model was trained.
     """
     client = MlflowClient()
     content = compute_content_checksum()
@@ -59,27 +59,29 @@ def log_package(run_id: str) -> LoggedModel:
             client.delete_logged_model(model.model_id)
         elif model.tags.get(CONTENT_TAG) == content:
             return model
-    made = client.create_logged_model(
+    created = client.create_logged_model(
         experiment, name=LOGGED_MODEL_NAME, source_run_id=run_id, tags={CONTENT_TAG: content}
     )
     with tempfile.TemporaryDirectory() as temporary:
         package = Path(temporary) / LOGGED_MODEL_NAME
-        _write_package(package, Model(artifact_path=LOGGED_MODEL_NAME, run_id=run_id, model_id=made.model_id), content)
-        client.log_model_artifacts(made.model_id, str(package))
-    client.log_outputs(run_id, [LoggedModelOutput(made.model_id, 0)])
-    return client.finalize_logged_model(made.model_id, LoggedModelStatus.READY)
+        _write_package(
+            package, Model(artifact_path=LOGGED_MODEL_NAME, run_id=run_id, model_id=created.model_id), content
+        )
+        client.log_model_artifacts(created.model_id, str(package))
+    client.log_outputs(run_id, [LoggedModelOutput(created.model_id, 0)])
+    return client.finalize_logged_model(created.model_id, LoggedModelStatus.READY)
 
 
 def fetch_package(name: str) -> Path:
-    """The folder of a package, downloaded where it does not lie on this machine.
+    """Return the local folder of a package, which is downloaded if necessary.
 
     Args:
-        name: `models:/NAME@champion`, `models:/NAME/VERSION`, `models:/m-ID` or `runs:/ID/model`, in this project's
-            store or where MLFLOW_TRACKING_URI says; or a package's folder.
+        name: `models:/NAME@champion`, `models:/NAME/VERSION`, `models:/m-ID` or `runs:/ID/model`, in the project's
+            store or that of MLFLOW_TRACKING_URI; or a package's folder.
 
     Raises:
-        UserError: there is no such model, no store of this project, or it is none of this project's models.
-        Unreachable: MLflow is.
+        UserError: There is no such model or no store, or it is not a package of this pipeline.
+        MLflowUnreachable: MLflow cannot be reached.
     """
     folder = _download_model(name) if re.match(r"\w+:/", name) else Path(name)
     if not folder.is_dir():
@@ -89,10 +91,10 @@ def fetch_package(name: str) -> Path:
 
 
 def _download_model(uri: str) -> Path:
-    """Where the files of a model in the store lie: in a local store where they are, else brought here."""
+    """Return the folder of a model's files: in place in a local store, else downloaded."""
     if not locations.store_exists():
         raise UserError(
-            f"{locations.display_address()}: no MLflow store is there; run `dvc repro`, or set MLFLOW_TRACKING_URI"
+            f"{locations.display_address()}: there is no MLflow store; run `dvc repro`, or set MLFLOW_TRACKING_URI"
         )
     store.check_reachable(SERVER_TIMEOUT)
     store.connect()
@@ -101,49 +103,50 @@ def _download_model(uri: str) -> Path:
     except (MlflowException, OSError) as error:
         reason = str(error).strip().splitlines()[0][:300]
         raise UserError(
-            f"{uri}: MLflow at {locations.display_address()} has no such model ({reason}); `make ui` shows what there is"
+            f"{uri}: MLflow at {locations.display_address()} has no such model ({reason}); `make ui` shows all models"
         ) from error
 
 
 def load_pyfunc(folder: Path, config: dict[str, Any]) -> PyFuncModel:
-    """The model of a package's folder, some of its settings changed; its code is the package's own."""
+    """Load a package with MLflow and with the package's own code; `config` overrides `pyfunc_model.DEFAULT_CONFIG`."""
     return mlflow.pyfunc.load_model(str(folder), model_config=config)
 
 
 def find_data_folder(folder: Path) -> Path:
-    """Where the weights of a package lie.
+    """Return the folder `data/` of a package, which has the weights.
 
     Raises:
-        UserError: the folder is no package of this project's.
+        UserError: The folder is not a package of this pipeline.
     """
     try:
-        flavour = Model.load(folder).flavors["python_function"]
-        if flavour["loader_module"] != PYFUNC_MODULE.stem:
+        flavor = Model.load(folder).flavors["python_function"]
+        if flavor["loader_module"] != PYFUNC_MODULE.stem:
             raise KeyError
     except (MlflowException, OSError, KeyError) as error:
-        raise UserError(f"{folder}: is no package of this pipeline's; `dvc repro promote` makes one") from error
-    return Path(folder, flavour["data"])
+        raise UserError(f"{folder}: not a package of this pipeline; `dvc repro promote` creates one") from error
+    return Path(folder, flavor["data"])
 
 
 def compute_content_checksum() -> str:
-    """SHA-256 of the weights, the architecture, what the network knows and the operating points."""
-    parts = (paths.WEIGHTS, paths.ARCHITECTURE, paths.OOD_STATISTICS, paths.OPERATING_POINTS)
-    return hashlib.sha256("".join(checksum(part, "sha256") for part in parts).encode()).hexdigest()
+    """Return the SHA-256 of weights, model.json, out-of-distribution detector and operating points."""
+    files = (paths.WEIGHTS, paths.ARCHITECTURE, paths.OOD_STATISTICS, paths.OPERATING_POINTS)
+    return hashlib.sha256("".join(checksum(file, "sha256") for file in files).encode()).hexdigest()
 
 
 def _write_package(package: Path, model: Model, content: str) -> None:
-    """Makes the folder. `mlflow.pyfunc.log_model` would write into it where MLflow keeps it, so it could not move."""
-    import torch  # takes seconds, and who finds that a package is there already needs none of it
+    """Write the folder. Not with `mlflow.pyfunc.log_model`, which writes absolute paths of the store into it."""
+    import torch  # slow to import, and not needed if the package already exists
     from safetensors.torch import save_file
 
     from pipelines.registry import pyfunc_model
 
-    described = read_json(paths.ARCHITECTURE)
-    data, code = (package.with_name("parts") / name for name in ("model", "code"))
+    model_metadata = read_json(paths.ARCHITECTURE)
+    data, code = (package.with_name("staging") / name for name in ("model", "code"))
     data.mkdir(parents=True)
     save_file(torch.load(paths.WEIGHTS, weights_only=True), data / model_files.WEIGHTS_FILE)
     for path in (paths.ARCHITECTURE, paths.OPERATING_POINTS, paths.OOD_STATISTICS, paths.REFERENCE):
         shutil.copyfile(path, data / path.name)
+    example = _example_image(model_metadata["input"]["image_size"], model_metadata["input"]["channels"])
     library = Path(fadeformer.__file__).parent
     shutil.copytree(library, code / library.name, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copyfile(PYFUNC_MODULE, code / PYFUNC_MODULE.name)
@@ -153,22 +156,16 @@ def _write_package(package: Path, model: Model, content: str) -> None:
         loader_module=PYFUNC_MODULE.stem,
         data_path=str(data),
         code_paths=[str(code / library.name), str(code / PYFUNC_MODULE.name)],
-        signature=pyfunc_model.model_signature(tuple(described["classes"])),
-        input_example=pd.DataFrame(
-            {
-                pyfunc_model.IMAGE_INPUT: [
-                    _example_image(described["input"]["image_size"], described["input"]["channels"])
-                ]
-            }
-        ),
+        signature=pyfunc_model.model_signature(tuple(model_metadata["classes"])),
+        input_example=pd.DataFrame({pyfunc_model.IMAGE_INPUT: [example]}),
         pip_requirements=[f"{name}=={version(name).partition('+')[0]}" for name in REQUIREMENTS],
         model_config=pyfunc_model.DEFAULT_CONFIG,
-        metadata={"content": content, "classes": described["classes"], "input": described["input"]},
+        metadata={"content": content, "classes": model_metadata["classes"], "input": model_metadata["input"]},
     )
 
 
 def _example_image(side: int, channels: int) -> bytes:
-    """An image that shows what the input looks like, as PNG."""
+    """Return a black image as PNG, the input example of the package."""
     buffer = BytesIO()
     pixels = np.zeros((side, side, 3) if channels == 3 else (side, side), np.uint8)
     Image.fromarray(pixels).save(buffer, "PNG")

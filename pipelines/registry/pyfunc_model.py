@@ -1,7 +1,7 @@
-"""The model as MLflow serves it. MLflow imports this file, as module `served`, from the package's own folder.
+"""The MLflow pyfunc model. MLflow imports this file as module `pyfunc_model` from the package's own `code/` folder.
 
-The package's one input is called `image` and is of type object: MLflow lets through what an image may be (a file's
-bytes, base64 text, pixels), and the model itself tells what is wrong with one (docs/how-to/serve.md).
+The only input is `image`, of type object, so that MLflow accepts every supported image encoding (the bytes of a file,
+base64 text, pixels); the model itself validates each image and reports errors (docs/how-to/serve.md).
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ from fadeformer.inference.classifier import Classifier
 from fadeformer.inference.pixels import prepare_images
 
 IMAGE_INPUT = "image"
-PROBABILITY_PREFIX = "probability."  # column of a class's calibrated score
-POSITIVE_PREFIX = "positive."  # column of whether it reaches the operating point
+PROBABILITY_PREFIX = "probability."  # column of a class: its calibrated probability
+POSITIVE_PREFIX = "positive."  # column of a class: whether it reaches the threshold of the operating point
 DECISION_COLUMN = "decision"
-# May be given anew to `mlflow.pyfunc.load_model(..., model_config=)`, or as JSON in SERVING_MODEL_CONFIG to a server.
+# Override with `mlflow.pyfunc.load_model(..., model_config=)`, or for a server as JSON in SERVING_MODEL_CONFIG.
 DEFAULT_CONFIG = {
-    "max_pixels": 25_000_000,  # of one image, so that a small file cannot fill the memory
-    "batch_size": 256,  # images that go through the network at once
+    "max_pixels": 25_000_000,  # of one image: limits the memory that a small compressed file can claim
+    "batch_size": 256,  # images per forward pass
 }
 
 
 def model_signature(classes: tuple[str, ...]) -> ModelSignature:
-    """What goes in and comes out, one row per image."""
+    """Return the signature of inputs and outputs; one row per image."""
     return ModelSignature(
         inputs=Schema([TensorSpec(np.dtype(object), (-1,), IMAGE_INPUT)]),
         outputs=Schema(
@@ -49,14 +49,14 @@ def model_signature(classes: tuple[str, ...]) -> ModelSignature:
 
 
 class PyfuncClassifier:
-    """What `mlflow.pyfunc.load_model` hands requests to.
+    """The model object behind `mlflow.pyfunc.load_model`.
 
-    It computes on the CPU, so that its scores do not depend on the machine that serves them.
+    Inference runs on the CPU, so that scores do not depend on the serving machine.
 
     Args:
-        classifier: of the package.
-        max_pixels: of one image.
-        batch_size: images that go through the network at once.
+        classifier: The classifier of the package.
+        max_pixels: Largest number of pixels of an image.
+        batch_size: Images per forward pass.
     """
 
     def __init__(self, classifier: Classifier, max_pixels: int, batch_size: int) -> None:
@@ -65,44 +65,44 @@ class PyfuncClassifier:
         self.batch_size = batch_size
 
     def get_raw_model(self) -> Classifier:
-        """Return the classifier, for arrays of the network's size: `get_raw_model().scores(pixels)`."""
+        """Return the classifier, for arrays of the model's input size: `get_raw_model().predict_proba(images)`."""
         return self.classifier
 
     def predict(self, data: dict[str, Any], params: dict[str, Any] | None = None) -> pd.DataFrame:
         """Return a table of one row per image: probabilities, which of them are positive, and the decision.
 
         Args:
-            data: under `image`, what `fadeformer.inference.pixels.prepare_images` takes.
-            params: `operating_point`, by name.
+            data: Images under the key `image`, as `fadeformer.inference.pixels.prepare_images` accepts them.
+            params: The name of the operating point under the key `operating_point`; by default `youden`.
 
         Raises:
-            MlflowException: the request is at fault, which a server answers with status 400; `reason` says why.
+            MlflowException: The request is invalid. A server answers with status 400; `reason` is the message.
         """
         try:
             point = self.classifier.operating_point((params or {}).get("operating_point", "youden"))
-            pixels = prepare_images(data[IMAGE_INPUT], **self.classifier.input_config, max_pixels=self.max_pixels)
+            images = prepare_images(data[IMAGE_INPUT], **self.classifier.input_config, max_pixels=self.max_pixels)
         except UserError as error:
             raise MlflowException(str(error), BAD_REQUEST, reason=str(error)) from None
-        scores = self.classifier.predict_proba(pixels, self.batch_size)
+        scores = self.classifier.predict_proba(images, self.batch_size)
         positive = point.is_positive(scores)
         return pd.DataFrame(
             {
-                **{f"{PROBABILITY_PREFIX}{name}": scores[:, place] for place, name in enumerate(point.classes)},
-                **{f"{POSITIVE_PREFIX}{name}": positive[:, place] for place, name in enumerate(point.classes)},
+                **{f"{PROBABILITY_PREFIX}{name}": scores[:, column] for column, name in enumerate(point.classes)},
+                **{f"{POSITIVE_PREFIX}{name}": positive[:, column] for column, name in enumerate(point.classes)},
                 DECISION_COLUMN: point.format_decisions(scores),
             }
         )
 
 
 def _load_pyfunc(data_path: str, model_config: dict[str, Any] | None = None) -> PyfuncClassifier:
-    """What MLflow calls to load the model."""
+    """Load the model; MLflow calls this function."""
     settings = {**DEFAULT_CONFIG, **(model_config or {})}
-    wrong = [
+    invalid = [
         name for name, value in settings.items() if name not in DEFAULT_CONFIG or type(value) is not int or value < 1
     ]
-    if wrong:
+    if invalid:
         raise ValueError(
-            f"model_config: {', '.join(wrong)}: only {' and '.join(DEFAULT_CONFIG)}, whole numbers above 0"
+            f"model_config: invalid {', '.join(invalid)}; keys are {' and '.join(DEFAULT_CONFIG)}, values integers > 0"
         )
     files = model_files.find_model_files(Path(data_path), "the package")
     return PyfuncClassifier(Classifier.load(files, torch.device("cpu")), **settings)

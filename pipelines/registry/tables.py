@@ -1,4 +1,4 @@
-"""The gate's verdicts and the ledger as tables on the terminal."""
+"""Print promotion checks and the ledger as tables on the terminal."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from fadeformer.promotion.decision import FAILED, NOT_EVALUATED, PASSED, Decisio
 from fadeformer.reporting import promotion_page
 
 STYLES = {PASSED: "green", FAILED: "bold red", NOT_EVALUATED: "yellow"}
-PLAIN_WIDTH = 120  # columns where nobody looks at a terminal
+PLAIN_WIDTH = 120  # columns if stdout is not a terminal
 
 
 def print_decision(decision: Decision) -> None:
-    """Prints each rule, and of a rule that did not pass each part that was the reason."""
+    """Print status and details of each promotion check."""
     table = _create_table("check", "status", "details")
     for check in decision.checks:
         table.add_row(check.requirement, Text(check.status, STYLES[check.status]), check.details)
@@ -26,7 +26,7 @@ def print_decision(decision: Decision) -> None:
 
 
 def print_ledger(entries: Iterable[Mapping[str, Any]]) -> None:
-    """Prints the ledger, a decision a row, the oldest first."""
+    """Print the ledger, one decision per row, oldest first."""
     table = _create_table("Model", *promotion_page.LEDGER_COLUMNS)
     for entry in entries:
         table.add_row(entry["model"], *promotion_page.ledger_row(entry).values())

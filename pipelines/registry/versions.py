@@ -22,28 +22,25 @@ from pipelines.tracking.store import MLflowUnreachable, translate_mlflow_errors
 
 CHAMPION, CHALLENGER, PREVIOUS = "champion", "challenger", "previous"
 ALIAS_NAMES = (CHAMPION, CHALLENGER, PREVIOUS)
-FORCED_TAG, ROLLED_BACK_TAG = "forced", "rolled_back"  # tags that stay for ever, with the reason
+FORCED_TAG, ROLLED_BACK_TAG = "forced", "rolled_back"  # permanent tags of a version; their value is the reason
 REGISTRY_ID_TAG = "fadeformer.registry"  # tag of a registered model
-LEDGER_TAG_PREFIX, GATE_TAG_PREFIX = (
-    "ledger.",
-    "gate.",
-)  # what tags with an entry of the ledger, or a rule's verdict, begin with
-CELL_SEPARATOR = " | &emsp;"  # between cells of a table: MLflow's page sets them edge to edge
-MAX_DESCRIPTION_LENGTH = 5000  # characters of a description that MLflow keeps in a database other than SQLite
-TRUNCATION_NOTE = "\n\nThe rest stands in `model_card.md` of the run."
+LEDGER_TAG_PREFIX, GATE_TAG_PREFIX = "ledger.", "gate."  # tags with an entry of the ledger, and with a check's result
+CELL_SEPARATOR = " | &emsp;"  # MLflow's page renders table cells without space between them
+MAX_DESCRIPTION_LENGTH = 5000  # characters, in databases other than SQLite
+TRUNCATION_NOTE = "\n\nTruncated: the whole card is the artifact `model_card.md` of the run."
 
 Aliases = dict[str, str]
 
 
 @dataclass(frozen=True)
 class ModelVersion:
-    """A registered version and the run in which it was trained.
+    """A version of a registered model.
 
     Attributes:
-        name: of the registered model.
-        number: of the version.
-        run_id: MLflow's.
-        entries: what the ledger says of it, each as JSON.
+        name: Name of the registered model.
+        number: Version number.
+        run_id: MLflow run in which it was trained.
+        ledger_entries: The ledger's entries about it, each as JSON.
     """
 
     name: str
@@ -54,57 +51,57 @@ class ModelVersion:
 
 @translate_mlflow_errors()
 def list_versions(name: str) -> dict[str, ModelVersion]:
-    """All versions of a registered model by number; none where there is no such model."""
-    found = {}
-    for one in mlflow.search_model_versions(filter_string=f"name = '{name}'"):
-        entries = tuple(text for key, text in one.tags.items() if key.startswith(LEDGER_TAG_PREFIX))
-        found[str(one.version)] = ModelVersion(name, str(one.version), str(one.run_id), entries)
-    return found
+    """Return all versions of a registered model by number; empty if there is no such model."""
+    result = {}
+    for version in mlflow.search_model_versions(filter_string=f"name = '{name}'"):
+        entries = tuple(text for key, text in version.tags.items() if key.startswith(LEDGER_TAG_PREFIX))
+        result[str(version.version)] = ModelVersion(name, str(version.version), str(version.run_id), entries)
+    return result
 
 
 @translate_mlflow_errors()
 def get_aliases(name: str) -> Aliases:
-    """The versions under the aliases of this project, by alias; none where there is no such model."""
+    """Return the version numbers of this project's aliases, by alias; empty if there is no such model."""
     models = MlflowClient().search_registered_models(f"name = '{name}'")
-    return {alias: str(one.aliases[alias]) for one in models for alias in ALIAS_NAMES if alias in one.aliases}
+    return {alias: str(model.aliases[alias]) for model in models for alias in ALIAS_NAMES if alias in model.aliases}
 
 
 @translate_mlflow_errors()
 def get_registry_id(name: str) -> str | None:
-    """What tells a registered model from one of the same name in another registry, or after it was deleted; a tag.
+    """Return the unique id of a registered model, a tag that is created on first use; None if there is no such model.
 
-    None where there is no such model.
+    It differs between models of the same name in different registries, and after a model was deleted and created again.
     """
     models = MlflowClient().search_registered_models(f"name = '{name}'")
     if not models:
         return None
     if REGISTRY_ID_TAG in models[0].tags:
         return str(models[0].tags[REGISTRY_ID_TAG])
-    made = uuid.uuid4().hex
-    MlflowClient().set_registered_model_tag(name, REGISTRY_ID_TAG, made)
-    return made
+    registry_id = uuid.uuid4().hex
+    MlflowClient().set_registered_model_tag(name, REGISTRY_ID_TAG, registry_id)
+    return registry_id
 
 
 @translate_mlflow_errors()
 def register_version(name: str, run_id: str, model_id: str) -> ModelVersion:
-    """Registers a package of a run (`pipelines.registry.package`) as a new version, or finds the version that it already is."""
+    """Register a run's package (`pipelines.registry.package`) as a new version. Idempotent."""
     client = MlflowClient()
     if not client.search_registered_models(f"name = '{name}'"):
         client.create_registered_model(name)
     source = f"models:/{model_id}"
-    for known in client.search_model_versions(f"name = '{name}' and run_id = '{run_id}'"):
-        if known.source == source:
-            return ModelVersion(name, str(known.version), run_id)
-    made = client.create_model_version(name, source, run_id, model_id=model_id)
-    return ModelVersion(name, str(made.version), run_id)
+    for existing in client.search_model_versions(f"name = '{name}' and run_id = '{run_id}'"):
+        if existing.source == source:
+            return ModelVersion(name, str(existing.version), run_id)
+    created = client.create_model_version(name, source, run_id, model_id=model_id)
+    return ModelVersion(name, str(created.version), run_id)
 
 
 def load_test_predictions(version: ModelVersion) -> Predictions:
-    """What a version predicted on its test images.
+    """Download a version's predictions on test from its run.
 
     Raises:
-        UserError: its run does not hold them.
-        Unreachable: MLflow, or where it keeps files, is.
+        UserError: The run has no predictions.
+        MLflowUnreachable: MLflow or its artifact store cannot be reached.
     """
     with tempfile.TemporaryDirectory() as folder:
         try:
@@ -124,7 +121,7 @@ def load_test_predictions(version: ModelVersion) -> Predictions:
 
 @translate_mlflow_errors()
 def set_description(version: ModelVersion, card: str) -> None:
-    """Makes a model card a version's description; its first lines where the store takes no more."""
+    """Set a version's description to its model card, truncated at a line if the store refuses the full text."""
     client, text = MlflowClient(), re.sub(r" \| (?!---)", CELL_SEPARATOR, card)
     try:
         client.update_model_version(version.name, version.number, text)
@@ -137,26 +134,27 @@ def set_description(version: ModelVersion, card: str) -> None:
 
 @translate_mlflow_errors()
 def apply_ledger_entry(entry: Mapping[str, Any]) -> None:
-    """Makes aliases and tags what an entry of the ledger says, wherever a process that was killed has left them.
+    """Set aliases and tags to the state of a ledger entry. Idempotent, so it also completes a killed attempt.
 
-    The champion moves first, and in one step: there is no moment in which the alias is gone. What an entry says of
-    a version that was deleted since is left out.
+    The champion alias moves first and in one step, so it always exists. Versions that were deleted since are skipped.
     """
     client, name = MlflowClient(), str(entry["model"])
-    there, now = list_versions(name), get_aliases(name)
+    existing, current = list_versions(name), get_aliases(name)
     for alias in ALIAS_NAMES:
-        wanted = entry["aliases"].get(alias)
-        if wanted in there and now.get(alias) != wanted:
-            client.set_registered_model_alias(name, alias, wanted)
-        elif wanted is None and alias in now:
+        target = entry["aliases"].get(alias)
+        if target in existing and current.get(alias) != target:
+            client.set_registered_model_alias(name, alias, target)
+        elif target is None and alias in current:
             client.delete_registered_model_alias(name, alias)
     number = str(entry["version"])
-    for gone in entry["taken_back"]:
-        if gone["version"] in there:
-            client.set_model_version_tag(name, gone["version"], ROLLED_BACK_TAG, str(entry["reason"]))
-    if number not in there:
+    for revoked in entry["revoked"]:
+        if revoked["version"] in existing:
+            client.set_model_version_tag(name, revoked["version"], ROLLED_BACK_TAG, str(entry["reason"]))
+    if number not in existing:
         return
-    tags = {f"{GATE_TAG_PREFIX}{r['name']}": f"{r['status']}: {r['requirement']}: {r['details']}" for r in entry["checks"]}
+    tags = {
+        f"{GATE_TAG_PREFIX}{c['name']}": f"{c['status']}: {c['requirement']}: {c['details']}" for c in entry["checks"]
+    }
     if tags:
         for stale in client.get_model_version(name, number).tags.keys() - tags.keys():
             if stale.startswith(GATE_TAG_PREFIX):

@@ -73,7 +73,7 @@ def _fit_with_torchrun(folder: Path, devices: int) -> None:
 
 @task(name="write the model", persist_result=False)
 def write_model(training_folder: Path, folder: Path) -> dict[str, Any]:
-    """Write the weights of the best epoch, model.json, the history and what is fitted to them; return a summary."""
+    """Write the weights of the best epoch, model.json, history and post-training statistics; return a summary."""
     state = CheckpointManager(training_folder, 1).load_latest()
     if state is None:
         raise UserError(

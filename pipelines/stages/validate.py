@@ -86,7 +86,7 @@ def main() -> str:
 
 
 def propose_split() -> str:
-    """Write a split file without leakage, which the user may adopt, and return what it changes."""
+    """Write a split file without leakage, which the user may adopt, and return a summary of the changes."""
     config = schema.load_params(paths.PARAMS)
     card = dataset_card.read_card(paths.RAW)
     data = build_manifest(card, config)

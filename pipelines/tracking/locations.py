@@ -1,4 +1,4 @@
-"""Where runs are kept: the project's folder, its own MLflow store, or a server; told without loading MLflow."""
+"""Locations of the project and its MLflow store or server; does not import MLflow."""
 
 from __future__ import annotations
 
@@ -6,52 +6,50 @@ import os
 import re
 from pathlib import Path
 
-WORKSPACES = Path(".cache/runs")  # where deployment runs have their working copies
-WORKSPACE_MARKER = Path(".cache/copy.json")  # in a copy: of what it is one
+WORKSPACES = Path(".cache/runs")  # workspaces of deployment runs
+WORKSPACE_MARKER = Path(".cache/copy.json")  # in a workspace: the repository and commit it was cloned from
 
 
 def project_folder() -> Path:
-    """The project's folder; an experiment of DVC or a deployment run in a copy below it belongs to the real one."""
+    """Return the project's root; for a DVC experiment or a deployment run, that of the project it was copied from."""
     here = Path.cwd()
-    homes = [parent.parent for parent in here.parents if parent.name == ".dvc"]
-    homes += [one.parents[len(WORKSPACES.parts)] for one in (here, *here.parents) if (one / WORKSPACE_MARKER).is_file()]
-    return min(homes, key=lambda home: len(home.parts), default=here)
+    roots = [parent.parent for parent in here.parents if parent.name == ".dvc"]
+    workspaces = [folder for folder in (here, *here.parents) if (folder / WORKSPACE_MARKER).is_file()]
+    roots += [workspace.parents[len(WORKSPACES.parts)] for workspace in workspaces]
+    return min(roots, key=lambda root: len(root.parts), default=here)
 
 
 def local_store_uri() -> str:
-    """The project's own store, as `MLFLOW_TRACKING_URI` would name it."""
+    """Return the tracking URI of the project's own store."""
     return f"sqlite:///{project_folder() / 'mlruns' / 'mlflow.db'}?timeout=60"
 
 
 def remote_store_uri() -> str | None:
-    """What `MLFLOW_TRACKING_URI` names; MLflow itself sets it to what was connected before."""
-    named = os.environ.get("MLFLOW_TRACKING_URI")
-    return named if named and named != local_store_uri() else None
+    """Return `MLFLOW_TRACKING_URI`; None if it is the project's own store (MLflow sets the variable on connecting)."""
+    uri = os.environ.get("MLFLOW_TRACKING_URI")
+    return uri if uri and uri != local_store_uri() else None
 
 
 def tracking_uri() -> str:
-    """What `MLFLOW_TRACKING_URI` has to name for a process in another folder to use the same store."""
+    """Return the tracking URI with which a process in another folder uses the same store."""
     return remote_store_uri() or local_store_uri()
 
 
 def store_exists() -> bool:
-    """Whether there is a store: a server that is named, or the project's own once a stage has made it."""
+    """Return True if a remote store is configured, or if a stage has already created the project's own."""
     return remote_store_uri() is not None or (project_folder() / "mlruns" / "mlflow.db").exists()
 
 
 def display_address() -> str:
-    """Where MLflow keeps its runs, for people; without a password."""
-    named = remote_store_uri()
-    return (
-        re.sub("(?<=://)[^/]*@", "", named).partition("?")[0].rstrip("/") if named else str(project_folder() / "mlruns")
-    )
+    """Return the location of the store for messages, without credentials."""
+    uri = remote_store_uri()
+    return re.sub("(?<=://)[^/]*@", "", uri).partition("?")[0].rstrip("/") if uri else str(project_folder() / "mlruns")
 
 
 def ui_url() -> str | None:
-    """Where a browser finds the pages of the MLflow server; None for a store without one.
+    """Return the URL of the MLflow server for a browser; None for a store without a server.
 
-    That is the server's address, unless `FADEFORMER_MLFLOW_PAGES` names another: within a network of containers a
-    server has a name that no browser knows.
+    `FADEFORMER_MLFLOW_PAGES` overrides it: in a container network the server's host name is unknown to browsers.
     """
     if not tracking_uri().startswith("http"):
         return None

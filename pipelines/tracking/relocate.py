@@ -1,7 +1,7 @@
-"""Lets an MLflow store of this project's that was moved or copied find its artifacts: MLflow keeps absolute addresses.
+"""Rewrite the artifact URIs of an MLflow store that was moved or copied, since MLflow stores absolute paths.
 
-Stages and commands do this by themselves. A copy of this file, which needs nothing but Python, lies in each mlruns/ for
-those who take that folder alone to where the project is not: `python mlruns/relocate.py`.
+Stages and commands do this automatically. Each mlruns/ has a copy of this file, which needs only Python, for moving
+that folder without the project: `python mlruns/relocate.py`.
 """
 
 import sqlite3
@@ -15,31 +15,31 @@ ARTIFACT_COLUMNS = {
 }  # fmt: skip
 
 
-def rewrite_artifact_uris(database: Path, before: str, now: str) -> None:
-    """Changes the beginning of every address of artifacts, in one transaction."""
-    if before == now:
+def rewrite_artifact_uris(database: Path, old: str, new: str) -> None:
+    """Replace the prefix `old` of all artifact URIs in the database by `new`, in one transaction."""
+    if old == new:
         return
     with closing(sqlite3.connect(database, timeout=60)) as connection, connection:
         for table, columns in ARTIFACT_COLUMNS.items():
             for column in columns:
                 connection.execute(
-                    f"update {table} set {column} = ? || substr({column}, ?) where substr({column}, 1, ?) = ?",  # noqa: S608  names of ours
-                    (now, len(before) + 1, len(before), before),
+                    f"update {table} set {column} = ? || substr({column}, ?) where substr({column}, 1, ?) = ?",  # noqa: S608  constant names
+                    (new, len(old) + 1, len(old), old),
                 )
 
 
 def main() -> None:
-    """Mends the store in whose folder this file lies."""
+    """Fix the store in the folder of this file."""
     folder = Path(__file__).resolve().parent
-    database, now = folder / "mlflow.db", (folder / "artifacts").as_uri()
+    database, new = folder / "mlflow.db", (folder / "artifacts").as_uri()
     if not database.is_file():
-        raise SystemExit(f"{database} is not there; run the relocate.py that lies in mlruns/")
+        raise SystemExit(f"{database} not found; run the relocate.py that is in mlruns/")
     with closing(sqlite3.connect(database, timeout=60)) as connection:
-        found = connection.execute("select artifact_location from experiments where name = ?", (EXPERIMENT,)).fetchone()
-    if found is None or not found[0].startswith("file:"):
-        raise SystemExit(f"{database} has no experiment {EXPERIMENT} whose artifacts lie in a folder")
-    rewrite_artifact_uris(database, found[0], now)
-    print(f"artifacts are found in {folder / 'artifacts'}")
+        row = connection.execute("select artifact_location from experiments where name = ?", (EXPERIMENT,)).fetchone()
+    if row is None or not row[0].startswith("file:"):
+        raise SystemExit(f"{database} has no experiment {EXPERIMENT} with artifacts in a local folder")
+    rewrite_artifact_uris(database, row[0], new)
+    print(f"artifact paths now point to {folder / 'artifacts'}")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""MLflow runs: what a run of the pipeline leaves in its one run.
+"""MLflow runs: start, find and tag them, and log metrics, parameters and artifacts.
 
-Functions raise `store.Unreachable` while MLflow cannot be reached, and UserError if it has no such run.
+Functions raise `store.MLflowUnreachable` if MLflow cannot be reached, and a UserError if the run does not exist.
 """
 
 from __future__ import annotations
@@ -37,61 +37,65 @@ from pipelines.tracking.store import REFUSAL_CODES, connect, translate_mlflow_er
 
 SOURCE_NAME = "python -m pipelines train"
 LOGGED_MODEL_NAME = "model"  # name of the logged model in its run
-IDENTITY_TAG = "fadeformer.training"  # tag with the name that a training, or a sweep, gave itself before it had a run
+IDENTITY_TAG = "fadeformer.training"  # tag with the id of a training or sweep, which it has before its run is created
 TRIAL_TAG = "fadeformer.trial"  # tag with the number of a trial of a sweep
-TRIAL_VARIABLE = "FADEFORMER_TRIAL"  # what a trial's stages are told: the sweep's run and the trial's number
+TRIAL_VARIABLE = "FADEFORMER_TRIAL"  # environment variable of a trial: SWEEP_RUN_ID/TRIAL_NUMBER
 
 
 @contextmanager
 def start_run(run_id: str | None = None) -> Iterator[str]:
-    """A new MLflow run, or more of an old one; gives its id. It ends as finished, or as failed by an error."""
+    """Start a new MLflow run or continue one, and yield its id; it ends as FINISHED, or FAILED on an error."""
     connect()
     if run_id is not None:
-        check_run_exists(run_id, "`dvc repro -f train` makes one for this model")
+        check_run_exists(run_id, "`dvc repro -f train` creates one for this model")
     with translate_mlflow_errors(), mlflow.start_run(run_id=run_id) as active:
         yield active.info.run_id
 
 
 @translate_mlflow_errors()
 def check_run_exists(run_id: str, remedy: str) -> None:
-    """Raise UserError with a remedy if MLflow has no such run any more."""
+    """Raise a UserError with `remedy` if the run does not exist or was deleted."""
     try:
-        lost = MlflowClient().get_run(run_id).info.lifecycle_stage != "active"
+        is_missing = MlflowClient().get_run(run_id).info.lifecycle_stage != "active"
     except MlflowException as error:
         if error.error_code not in REFUSAL_CODES:
             raise
-        lost = True
-    if lost:
+        is_missing = True
+    if is_missing:
         raise UserError(f"MLflow at {locations.display_address()} has no run {run_id}, or it was deleted; {remedy}")
 
 
 @translate_mlflow_errors()
 def get_experiment_id(run_id: str) -> str:
-    """The id of a run's experiment."""
+    """Return the id of a run's experiment."""
     return str(MlflowClient().get_run(run_id).info.experiment_id)
 
 
 @translate_mlflow_errors()
-def find_or_create_run(experiment: str, identity: str, began: int, tags: Mapping[str, str]) -> str:
-    """The id of the one run of a training or a sweep, which is made where there is none.
+def find_or_create_run(experiment: str, identity: str, start_time: int, tags: Mapping[str, str]) -> str:
+    """Return the id of the run of a training or a sweep; the run is created if it does not exist.
 
     Args:
-        experiment: its id.
-        identity: what it called itself; a run with that tag is its own.
-        began: ms since 1970.
-        tags: of which the run has those of MLflow's own at once.
+        experiment: Id of the experiment.
+        identity: Id of the training or sweep, the value of `IDENTITY_TAG`.
+        start_time: Milliseconds since 1970.
+        tags: Tags of the run. Only MLflow's own (`mlflow.*`) are set here.
     """
     client = MlflowClient()
-    found = client.search_runs([experiment], f"tags.`{IDENTITY_TAG}` = '{identity}'", order_by=["start_time", "run_id"])
-    if found:
-        return str(found[0].info.run_id)
-    own = {name: value for name, value in tags.items() if name.startswith("mlflow.")}
-    return str(client.create_run(experiment, start_time=began, tags={IDENTITY_TAG: identity, **own}).info.run_id)
+    existing = client.search_runs(
+        [experiment], f"tags.`{IDENTITY_TAG}` = '{identity}'", order_by=["start_time", "run_id"]
+    )
+    if existing:
+        return str(existing[0].info.run_id)
+    mlflow_tags = {name: value for name, value in tags.items() if name.startswith("mlflow.")}
+    return str(
+        client.create_run(experiment, start_time=start_time, tags={IDENTITY_TAG: identity, **mlflow_tags}).info.run_id
+    )
 
 
 @translate_mlflow_errors()
 def set_status(run_id: str, status: str) -> None:
-    """Sets a run's status: RUNNING, or with the time of its end FINISHED, FAILED or KILLED."""
+    """Set a run's status: RUNNING, or FINISHED, FAILED or KILLED together with its end time."""
     if status == "RUNNING":
         MlflowClient().update_run(run_id, status)
     else:
@@ -99,7 +103,7 @@ def set_status(run_id: str, status: str) -> None:
 
 
 def training_tags(meta: ArrayMetadata) -> dict[str, str]:
-    """The identity of data and code as a run's tags, MLflow's own (user, program) among them."""
+    """Return the tags of a training run: data, code, and MLflow's own (user, source)."""
     card = meta.dataset
     return add_mlflow_tags(
         {
@@ -108,7 +112,7 @@ def training_tags(meta: ArrayMetadata) -> dict[str, str]:
             "dataset.sha256": card["sha256"],
             "dataset.note": card["note"],
             "dataset.split": meta.split,
-            MLFLOW_SOURCE_NAME: SOURCE_NAME,  # else the path of this program on this machine
+            MLFLOW_SOURCE_NAME: SOURCE_NAME,  # otherwise MLflow stores a local path
             **launch_tags(),
             **_git_tags(),
             **_dvc_tags(),
@@ -118,7 +122,7 @@ def training_tags(meta: ArrayMetadata) -> dict[str, str]:
 
 @translate_mlflow_errors()
 def log_provenance(run_id: str, params: Mapping[str, Any], tags: Mapping[str, str], card: Mapping[str, Any]) -> None:
-    """Leaves parameters, tags and the data set of a card in a run; once more changes nothing."""
+    """Log parameters, tags and the data set to a run. Idempotent."""
     client = MlflowClient()
     client.log_batch(
         run_id,
@@ -132,13 +136,13 @@ def log_provenance(run_id: str, params: Mapping[str, Any], tags: Mapping[str, st
 
 @translate_mlflow_errors()
 def log_metric_points(run_id: str, points: Iterable[tuple[str, float, int, int]]) -> None:
-    """Log (metric, value, ms since 1970, step) in order, in calls as large as MLflow takes."""
+    """Log points (metric, value, milliseconds since 1970, step), in order."""
     MlflowClient().log_batch(run_id, metrics=[Metric(*point) for point in points])
 
 
 def log_epochs(run_id: str, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Log rows of a history: `epoch`, `time` in ms since 1970, and metrics; missing values are left out."""
-    for row in rows:  # one call each, so that MLflow has all of an epoch or nothing
+    """Log rows of a history: `epoch`, `time` in milliseconds since 1970, and metrics; missing values are skipped."""
+    for row in rows:  # one call per epoch, which MLflow stores atomically
         points = [
             (sanitize_metric_name(name), float(value), row["time"], row["epoch"])
             for name, value in row.items()
@@ -149,24 +153,24 @@ def log_epochs(run_id: str, rows: Sequence[Mapping[str, Any]]) -> None:
 
 @translate_mlflow_errors()
 def logged_epochs(run_id: str) -> set[int]:
-    """The epochs that a run has."""
+    """Return the epochs that a run has metrics of."""
     return {point.step for point in MlflowClient().get_metric_history(run_id, "learning_rate")}
 
 
 def log_params_as_tags(section: str, settings: Mapping[str, Any]) -> None:
-    """Tags the run with a section of params.yaml as it is now, which may differ from when the model was trained."""
+    """Set a section of params.yaml as tags: unlike parameters, they may change after the training."""
     mlflow.set_tags({f"{section}.{name}": str(value) for name, value in settings.items()})
 
 
 def log_metrics(metrics: Mapping[str, Any]) -> None:
-    """Logs numbers of a nested dictionary under dotted names; leaves out what is no number, or is there already."""
+    """Log the numbers of a nested dictionary under dotted names; other and already logged values are skipped."""
     run = mlflow.active_run()
-    there = MlflowClient().get_run(run.info.run_id).data.metrics if run else {}  # of a stage that was killed at its end
-    mlflow.log_metrics({name: value for name, value in flatten_metrics(metrics).items() if there.get(name) != value})
+    logged = MlflowClient().get_run(run.info.run_id).data.metrics if run else {}  # by a stage that was killed
+    mlflow.log_metrics({name: value for name, value in flatten_metrics(metrics).items() if logged.get(name) != value})
 
 
 def flatten_metrics(metrics: Mapping[str, Any]) -> dict[str, float]:
-    """The finite numbers of a nested dictionary under dotted names that MLflow allows."""
+    """Return the finite numbers of a nested dictionary by dotted names that MLflow allows."""
     values = pd.json_normalize(dict(metrics)).iloc[0].to_dict() if metrics else {}
     return {
         sanitize_metric_name(str(name)): float(value)
@@ -177,7 +181,7 @@ def flatten_metrics(metrics: Mapping[str, Any]) -> dict[str, float]:
 
 @translate_mlflow_errors()
 def log_artifacts(*paths: Path, artifact_path: str | None = None) -> None:
-    """Log files, and the files of folders, as artifacts."""
+    """Log files and folders as artifacts."""
     for path in paths:
         if path.is_dir():
             mlflow.log_artifacts(str(path), artifact_path)
@@ -186,16 +190,16 @@ def log_artifacts(*paths: Path, artifact_path: str | None = None) -> None:
 
 
 def add_mlflow_tags(tags: Mapping[str, str]) -> dict[str, str]:
-    """Tags with MLflow's own, but for where git's repository is: a path of this machine, or an address with a token."""
-    found: dict[str, str] = resolve_tags(tags)
-    found.pop(MLFLOW_GIT_REPO_URL, None)
-    return found
+    """Add MLflow's own tags, except the git repository: a local path, or a URL that may include a token."""
+    result: dict[str, str] = resolve_tags(tags)
+    result.pop(MLFLOW_GIT_REPO_URL, None)
+    return result
 
 
 def launch_tags() -> dict[str, str]:
-    """What whoever started this called it, a deployment run or a DVC experiment, and of which sweep it is a trial.
+    """Return the run name that a deployment run or a DVC experiment has set, and the sweep that the run is a trial of.
 
-    Without a name MLflow makes up one.
+    Without a name MLflow generates one.
     """
     name = os.environ.get("MLFLOW_RUN_NAME") or os.environ.get("DVC_EXP_NAME")
     sweep, _, number = os.environ.get(TRIAL_VARIABLE, "").partition("/")
@@ -226,5 +230,5 @@ def _dvc_tags() -> dict[str, str]:
 
 
 def sanitize_metric_name(name: str) -> str:
-    """A metric's name in the characters that MLflow allows."""
+    """Replace the characters of a metric's name that MLflow does not allow by spaces."""
     return "".join(c if c.isalnum() or c in "_-./ " else " " for c in name)

@@ -1,4 +1,4 @@
-"""MLflow's store, a server's or the project's own: created once, checked, connected to."""
+"""Create, check and connect to the MLflow store: the project's own or that of a server."""
 
 from __future__ import annotations
 
@@ -22,49 +22,51 @@ from fadeformer.errors import TransientError, UserError
 from pipelines.tracking import locations, relocate
 from pipelines.tracking.relocate import EXPERIMENT
 
-REFUSAL_CODES = {"RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"}  # the same request again would be in vain
+REFUSAL_CODES = {"RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"}  # of MLflow: a retry would fail again
 DEFAULT_PORTS = {"postgresql": 5432, "mysql": 3306, "mssql": 1433}
-LOCK_TIMEOUT = 60  # seconds in which another process creates the store
+LOCK_TIMEOUT = 60  # seconds; another process may be creating the store
 
 
 class MLflowUnreachable(TransientError):  # noqa: N818
-    """MLflow cannot be reached, or cannot write now.
+    """MLflow cannot be reached or cannot write at the moment.
 
     Attributes:
-        reason: in a few words.
-        remedy: likewise.
+        reason: The cause, in a few words.
+        remedy: The fix, in a few words.
     """
 
     def __init__(self, reason: Exception | str) -> None:
-        if isinstance(reason, Exception):  # that of the database's driver is shorter than SQLAlchemy's
+        if isinstance(reason, Exception):  # the database driver's message is shorter than SQLAlchemy's
             reason = getattr(reason, "orig", None) or getattr(reason.__cause__, "orig", None) or reason
         self.reason = (str(reason).strip() or type(reason).__name__).splitlines()[0][:200]
         self.remedy = "start it" if locations.remote_store_uri() else "repair mlruns/"
-        other = ", or unset MLFLOW_TRACKING_URI to use this project's mlruns/" if locations.remote_store_uri() else ""
+        alternative = (
+            ", or unset MLFLOW_TRACKING_URI to use this project's mlruns/" if locations.remote_store_uri() else ""
+        )
         super().__init__(
-            f"MLflow at {locations.display_address()} cannot be used; {self.remedy}{other} ({self.reason})"
+            f"MLflow at {locations.display_address()} cannot be used; {self.remedy}{alternative} ({self.reason})"
         )
 
 
 @contextmanager
 def translate_mlflow_errors() -> Iterator[None]:
-    """Raise errors of MLflow as Unreachable, or as UserError if it refuses a request."""
+    """Raise MLflow's errors as `MLflowUnreachable`, or as `UserError` if MLflow refuses a request."""
     try:
         yield
     except (MlflowException, SQLAlchemyError, requests.RequestException) as error:
         refused = isinstance(error, MlflowException) and error.error_code in REFUSAL_CODES
-        if isinstance(error, requests.HTTPError) and error.response is not None:  # of a file
+        if isinstance(error, requests.HTTPError) and error.response is not None:  # of an artifact
             refused = error.response.status_code == requests.codes.not_found
         if refused:
-            said = str(error).strip().splitlines()[0][:500]
-            raise UserError(f"MLflow at {locations.display_address()} refuses: {said}") from error
+            reason = str(error).strip().splitlines()[0][:500]
+            raise UserError(f"MLflow at {locations.display_address()} refuses: {reason}") from error
         raise MLflowUnreachable(error) from error
 
 
 def check_reachable(timeout: float) -> None:
-    """Raise Unreachable if a server or its database does not answer in time; MLflow itself tries for minutes.
+    """Raise `MLflowUnreachable` if a server or its database does not answer in time; MLflow itself retries for minutes.
 
-    The project's own store is a file, and always there.
+    The project's own store is a local file and needs no check.
     """
     address = urlsplit(locations.remote_store_uri() or "")
     try:
@@ -92,22 +94,22 @@ def connect() -> str:
         The id of the experiment.
 
     Raises:
-        Unreachable: the store cannot be reached.
-        UserError: it is none, or its experiment was deleted.
+        MLflowUnreachable: The store cannot be reached.
+        UserError: It is not an MLflow store, or its experiment was deleted.
     """
     logging.getLogger("mlflow").setLevel(logging.WARNING)
     for name in ("mlflow.store", "urllib3"):
-        logging.getLogger(name).setLevel(logging.CRITICAL)  # their errors are raised, too
+        logging.getLogger(name).setLevel(logging.CRITICAL)  # their errors are also raised
     store, server = locations.project_folder() / "mlruns", locations.remote_store_uri()
     mlflow.set_tracking_uri(server or locations.local_store_uri())
     try:
         store.mkdir(exist_ok=True)
-        # Two processes that create a database break its migration.
+        # Concurrent creation would break the database migration.
         with FileLock(store / ".lock", timeout=LOCK_TIMEOUT):
             if not server:
                 if not (store / "mlflow.db").exists():
                     _create_database(store / "mlflow.db")
-                shutil.copyfile(relocate.__file__, store / "relocate.py")  # for whoever moves that folder alone
+                shutil.copyfile(relocate.__file__, store / "relocate.py")  # for moving that folder without the project
             location = None if server else (store / "artifacts").as_uri()
             experiment = mlflow.get_experiment_by_name(EXPERIMENT)
             if experiment is None:
@@ -119,15 +121,15 @@ def connect() -> str:
     if experiment is not None and experiment.lifecycle_stage != "active":
         raise UserError(
             f"MLflow's experiment {EXPERIMENT} was deleted; restore it with `mlflow experiments restore"
-            f" --experiment-id {experiment.experiment_id}`, or remove mlruns/mlflow.db to begin anew"
+            f" --experiment-id {experiment.experiment_id}`, or remove mlruns/mlflow.db to start with an empty store"
         )
     return str(mlflow.set_experiment(EXPERIMENT).experiment_id)
 
 
 def _create_database(database: Path) -> None:
-    """Create MLflow's database under another name first: MLflow cannot use one whose creation was killed."""
+    """Create MLflow's database atomically, since MLflow cannot use one whose creation was killed."""
     unfinished = database.with_name(f".{database.name}.new")
-    for left in database.parent.glob(f"{unfinished.name}*"):
-        left.unlink()
+    for leftover in database.parent.glob(f"{unfinished.name}*"):
+        leftover.unlink()
     MlflowClient(f"sqlite:///{unfinished}").search_experiments()
     unfinished.rename(database)

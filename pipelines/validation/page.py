@@ -43,7 +43,7 @@ class Picture(NamedTuple):
 
 
 class PicturePair(NamedTuple):
-    """Two images to show side by side; `note` says what they have in common."""
+    """Two images to show side by side; `note` is their relation."""
 
     note: str
     pictures: tuple[Picture, Picture]

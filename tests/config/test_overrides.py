@@ -50,7 +50,7 @@ def test_a_preset_keeps_every_comment_and_null(tmp_path):
 
 def test_an_unknown_preset_lists_those_there_are(monkeypatch):
     monkeypatch.setattr("sys.argv", ["preset", "papper"])
-    with pytest.raises(UserError, match="there are: paper"):
+    with pytest.raises(UserError, match="available presets: paper"):
         presets.main()
 
 

@@ -149,7 +149,7 @@ def test_a_case(case):
 
 def test_who_when_what_and_why_are_told():
     entry = decide("told", registered("told", 1)[0], GOOD)
-    assert {"who", "time", "from", "to", "data", "checks", "reason", "auc"} <= entry.keys()
+    assert {"user", "time", "from", "to", "data", "checks", "reason", "auc"} <= entry.keys()
     assert (entry["from"], entry["to"], entry["data"]) == (None, "1", {"name": "phantom"})
     assert entry["checks"][0]["details"] == "0.95"
     assert entry["time"].endswith("+00:00")
@@ -183,14 +183,14 @@ def test_forced_stays_marked_when_it_is_judged_again():
 def test_there_is_nothing_to_go_back_to():
     subjects = registered("alone", 3)
     decide("alone", subjects[0], GOOD)
-    with pytest.raises(UserError, match="alone has no champion before version 1 to go back to"):
+    with pytest.raises(UserError, match="alone has no champion before version 1 to roll back to"):
         roll_back("alone")
     play("alone", [(R, "2"), (P, "3")], subjects)
     with pytest.raises(
-        UserError, match="version 2 of alone is not one to go back to; champions before version 3 were 1"
+        UserError, match="cannot roll back to version 2 of alone; the champions before version 3 were 1"
     ):
         roll_back("alone", "2")
-    with pytest.raises(UserError, match="version 3 of alone is not one to go back to"):
+    with pytest.raises(UserError, match="cannot roll back to version 3 of alone"):
         roll_back("alone", "3")
 
 
@@ -202,15 +202,15 @@ def test_other_hands_are_noted():
     client.set_registered_model_alias("hands", "mine", "3")  # none of ours
     entry = decide("hands", subjects[2], GOOD)
     outside = ledger.read_entries("hands")[1]
-    assert outside["action"] == "changed outside"
-    assert outside["reason"] == "found in the registry: champion from 1 to 2"
+    assert outside["action"] == "external change"
+    assert outside["reason"] == "changed in the registry: champion from 1 to 2"
     assert (outside["from"], outside["to"]) == ("1", "2")
     assert (entry["from"], entry["to"], entry["aliases"]["previous"]) == ("2", "3", "2")
     client.delete_registered_model_alias("hands", "mine")
     agree("hands")
     client.delete_registered_model_alias("hands", "champion")
     assert decide("hands", subjects[0], BAD)["from"] is None
-    assert ledger.read_entries("hands")[3]["reason"] == "found in the registry: champion from 3 to None"
+    assert ledger.read_entries("hands")[3]["reason"] == "changed in the registry: champion from 3 to None"
 
 
 def test_a_champion_that_was_deleted_is_none_to_go_back_to():
@@ -255,7 +255,7 @@ def test_a_torn_line_is_cut_and_a_damaged_ledger_is_told():
     subjects = registered("torn", 2)
     decide("torn", subjects[0], GOOD)
     with ledger.ledger_path().open("ab") as file:
-        file.write(b'{"kind": "decided", "mod')
+        file.write(b'{"kind": "decision", "mod')
     assert len(ledger.read_entries("torn")) == 1  # a reader leaves it alone
     decide("torn", subjects[1], GOOD)
     agree("torn")

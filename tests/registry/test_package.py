@@ -167,6 +167,6 @@ def test_a_model_that_is_not_there_is_told(uri):
 def test_without_a_store_none_is_made(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    with pytest.raises(UserError, match="no MLflow store is there; run `dvc repro`"):
+    with pytest.raises(UserError, match="there is no MLflow store; run `dvc repro`"):
         packaged.fetch_package("models:/a@champion")
     assert not list(tmp_path.iterdir())

@@ -62,7 +62,7 @@ def test_of_a_long_card_there_is_what_a_database_takes(monkeypatch):
     lines = found.splitlines()
     assert 4900 < len(found) <= 5000
     assert lines[:-2] == [f"line {number}" for number in range(len(lines) - 2)]
-    assert lines[-2:] == ["", "The rest stands in `model_card.md` of the run."]
+    assert lines[-2:] == ["", "Truncated: the whole card is the artifact `model_card.md` of the run."]
     with pytest.raises(UserError):
         versions.set_description(versions.ModelVersion("nobody", "1", one.run_id), "short")
 

@@ -101,7 +101,7 @@ def test_a_finished_training_that_is_taken_up_again_is_not_removed_meanwhile(
     with resume.open_training_folder() as folder:
         resume.remove_finished("same")
         assert (folder / resume.FINGERPRINT).is_file()
-    assert "going on with the training" in capsys.readouterr().out
+    assert "resuming the unfinished training" in capsys.readouterr().out
     resume.remove_finished("same")
     assert not folder.exists()
 
@@ -115,10 +115,10 @@ def test_a_training_that_another_process_is_at_is_not_told_as_left(
         copy("two")
         seed(2)
         train("of two")
-        assert "training afresh" not in capsys.readouterr().out
+        assert "training from the start" not in capsys.readouterr().out
     seed(3)
     train("of three")
-    assert "training afresh" in capsys.readouterr().out
+    assert "training from the start" in capsys.readouterr().out
 
 
 def test_the_very_same_training_is_begun_once(
@@ -127,7 +127,7 @@ def test_the_very_same_training_is_begun_once(
     monkeypatch.setattr(resume, "LOCK_TIMEOUT", 0)
     copy("one")
     seed(1)
-    told = "another process trains the very same"
+    told = "another process runs the same training"
     with resume.open_training_folder(), pytest.raises(TransientError, match=told), resume.open_training_folder():
         pass
 
