@@ -135,7 +135,7 @@ class Cluster:
             below = psutil.Process(process.pid).children(recursive=True)
             process.terminate()
             try:
-                process.wait(60)
+                process.wait(10)
             except subprocess.TimeoutExpired:  # a worker that hangs when told so just after a run has ended
                 process.kill()
                 process.wait()

@@ -141,7 +141,7 @@ def test_files_of_each_lie_in_the_object_store(cluster, killed):
 
 def test_ledger_aliases_and_tags_agree(cluster, killed):
     records = jsonl.read_records(cluster.home / "mlruns" / "ledger.jsonl", "")
-    entries = sorted((one for one in records if one["kind"] == "decided"), key=lambda one: one["number"])
+    entries = sorted((one for one in records if one["kind"] == "decision"), key=lambda one: one["number"])
     assert [entry["number"] for entry in entries] == list(range(1, len(entries) + 1))
     for before, after in itertools.pairwise(entries):
         assert after["from"] == before["to"]
@@ -193,7 +193,7 @@ def test_the_run_of_the_lost_machine_went_on_from_its_checkpoint_on_another(clus
     (other,) = [name for name in WORKERS if "epoch  12/12" in cluster.log(name)]
     assert other != killed
     printed = cluster.log(other)
-    assert "going on with the training that was begun" in printed
+    assert "resuming the unfinished training" in printed
     assert "epoch   1/12" not in printed
     assert "epoch   2/12" not in printed
 

@@ -15,12 +15,14 @@ import pytest
 from PIL import Image
 from ruamel.yaml import YAML
 
+from fadeformer.io import jsonl
 from tests.conftest import Project
 from tests.pipeline.cluster import PATIENCE, answers, soon
 from tests.postgresql import free_port
 
 pytestmark = pytest.mark.pipeline
 CELL, TRIAL = "seed=1", "seeds-000"  # names of runs: the only one of a grid, and the only trial of a sweep
+WATCH = ("--watch", "--watch-interval", "1")  # seconds, else 5
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +37,10 @@ def started(project: Project, address: str) -> Iterator[Callable[..., Path]]:
 
     def start(*command: str) -> Path:
         log = project.folder.parent / f"{command[0]}-{command[1]}.log"
-        environment = {**project.environment, "PREFECT_API_URL": address, "PREFECT_WORKER_QUERY_SECONDS": "2"}
+        environment = {
+            **project.environment, "PREFECT_API_URL": address, "PREFECT_WORKER_QUERY_SECONDS": "2",
+            "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # eight processes, of which no page here asks anything
+        }  # fmt: skip
         with log.open("w") as file:
             process = subprocess.Popen(command, cwd=project.folder, env=environment, stdout=file, stderr=file)
         running.append(process)
@@ -63,7 +68,7 @@ def grid(project: Project, address: str, started) -> str:
     )  # changes what is there
     started("prefect", "worker", "start", "--pool", "local")
     options = ("--param", 'vary={"seed": [1]}', "--param", 'fixed={"train.epochs": 1}', "--flow-run-name", "grid")
-    return project.run("prefect", "deployment", "run", "grid/benchmark", *options, "--watch", PREFECT_API_URL=address)
+    return project.run("prefect", "deployment", "run", "grid/benchmark", *options, *WATCH, PREFECT_API_URL=address)
 
 
 @pytest.fixture(scope="module")
@@ -132,15 +137,20 @@ def artifacts(address: str, name: str) -> dict[str, str]:
     return {artifact["key"]: artifact["data"] for artifact in found}
 
 
+def experiment_ref(project: Project, run: str) -> tuple[str, str]:
+    """Name and commit of the DVC experiment of a run, from git, which answers sooner than `dvc exp list`."""
+    listed = project.run("git", "for-each-ref", "--format=%(refname:lstrip=4) %(objectname)", "refs/exps/*/*/*")
+    (found,) = [line.split() for line in listed.splitlines() if line.startswith(f"{run}-")]
+    name, commit = found
+    return name, commit
+
+
 def experiment(project: Project, run: str) -> str:
-    """Name of the DVC experiment of a run."""
-    (name,) = [name for name in project.run("dvc", "exp", "list", "--name-only").split() if name.startswith(f"{run}-")]
-    return name
+    return experiment_ref(project, run)[0]
 
 
 def commit_of(project: Project, run: str) -> str:
-    name = experiment(project, run)
-    return project.run("git", "for-each-ref", "--format=%(objectname)", f"refs/exps/*/*/{name}").strip()
+    return experiment_ref(project, run)[1]
 
 
 def model_of(project: Project, run: str) -> list[dict]:
@@ -150,7 +160,9 @@ def model_of(project: Project, run: str) -> list[dict]:
 
 
 def history(project: Project) -> list[dict]:
-    return list(map(json.loads, project.run("fadeformer", "registry", "history", "--json").splitlines()[:-1]))
+    """The decisions of the ledger, which `fadeformer registry history` tells (test_promotion.py)."""
+    records = jsonl.read_records(project.folder / "mlruns" / "ledger.jsonl", "")
+    return sorted((record for record in records if record["kind"] == "decision"), key=lambda record: record["number"])
 
 
 def test_a_grid_shows_a_table_of_its_runs(grid, address):
@@ -163,8 +175,8 @@ def test_a_grid_shows_a_table_of_its_runs(grid, address):
 
 def test_parameters_and_results_are_an_experiment_and_the_users_folder_is_unchanged(project, grid):
     changed = project.run("git", "diff", "--unified=0", f"main..{commit_of(project, CELL)}", "--", "params.yaml")
-    lines = [line.split("#")[0].split() for line in changed.splitlines() if line.startswith(("+ ", "- ", "+s", "-s"))]
-    assert lines == [["-seed:", "42"], ["+seed:", "1"], ["-", "epochs:", "6"], ["+", "epochs:", "1"]]
+    found = [line.split("#")[0].split() for line in changed.splitlines() if line.startswith(("+ ", "- ", "+s", "-s"))]
+    assert found == [["-seed:", "42"], ["+seed:", "1"], ["-", "epochs:", "6"], ["+", "epochs:", "1"]]
     assert project.run("git", "status", "--short") == ""
     assert not (project.folder / "models").exists()
     assert [entry["action"] for entry in history(project)] == ["promoted"]
@@ -208,7 +220,7 @@ def test_a_sweep_runs_its_trials_on_the_server(project, trial, address):
 
 def test_its_best_is_evaluated_and_judged_without_another_training(project, trial, address):
     trained = len(ask(address, "flow_runs", flows={"name": {"any_": ["train"]}}))
-    command = ("deployment", "run", "evaluation/evaluate", "--param", f"of={experiment(project, TRIAL)}", "--watch")
+    command = ("deployment", "run", "evaluation/evaluate", "--param", f"of={experiment(project, TRIAL)}", *WATCH)
     narrow = ("--param", 'evaluate={"confidence": 0.9}', "--flow-run-name", "narrow")
     project.run("prefect", *command, *narrow, PREFECT_API_URL=address)
     assert {"metrics", "verdict", "experiment"} <= set(artifacts(address, "narrow"))
@@ -290,7 +302,7 @@ def test_drift_fails_a_run(project, grid, address):
     pixels = np.load(project.folder / "data/processed/test.npy")
     for number, image in enumerate(pixels):
         Image.fromarray(255 - image).save(scans / f"{number}.png")
-    output = project.run("prefect", "deployment", "run", "drift/local", "--watch", check=False, PREFECT_API_URL=address)
+    output = project.run("prefect", "deployment", "run", "drift/local", *WATCH, check=False, PREFECT_API_URL=address)
     assert project.code != 0
     assert "Failed" in output
     last = max(ask(address, "flow_runs"), key=lambda run: run["created"])

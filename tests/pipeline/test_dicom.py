@@ -38,7 +38,7 @@ def scans(tmp_path):
 
 
 def test_no_name_and_no_number_of_a_patient_is_in_anything_that_is_left(project: Project, scans):
-    project.change(dataset={"name": "folder", "root": str(scans)}, preprocess={"image_size": 32}, train={"epochs": 1})
+    project.change(dataset={"name": "folder", "root": str(scans)}, preprocess={"image_size": 16}, train={"epochs": 1})
     output = project.stages()
     rows = pd.read_parquet(project.folder / "data/manifest.parquet")
     assert rows["group"].nunique() == 40

@@ -15,27 +15,43 @@ import numpy as np
 import pandas as pd
 import psutil
 import pytest
+import torch
 
+from fadeformer.training.checkpoints import CheckpointManager
 from fadeformer.training.state import COST_FIELDS
-from tests.conftest import EVERY_CORE, Kept, Project
+from tests.conftest import EVERY_CORE, Kept, Project, read
 from tests.postgresql import free_port
 
 pytestmark = pytest.mark.pipeline
 
 OFTEN = {"epochs": 6, "checkpoint_minutes": 1e-6, "batch_size": 32, "device": "cpu"}  # a checkpoint after each step
 SELDOM = {**OFTEN, "epochs": 2, "checkpoint_minutes": 5}
+# A network without batch normalization and dropout, and an optimizer that rounding affects little.
+STEADY = {
+    "model": {"backbone": "vit_tiny_patch16_224", "fade": None, "dropout": 0.0, "drop_path": 0.0},
+    "train": {**SELDOM, "optimizer": "sgd", "learning_rate": 0.02},
+}
 STEPS = 5  # of an epoch: 140 images
 RESULTS = ("models/best_model.pth", "models/history.csv")
 
 
 @pytest.fixture(scope="module")
-def pieces(project: Project, kept: Kept, prefect_server: str) -> Project:
-    """A project whose next stage is train, without any run in MLflow; its flows report to a server that is running."""
+def whole(project: Project, kept: Kept) -> Path:
+    """A folder with what the same training has left that was never interrupted, with a checkpoint after each epoch."""
     kept.give(project)
+    folder = project.folder.parent / "whole"
+    folder.mkdir()
+    shutil.copytree(project.folder / "models", folder / "models")
+    shutil.move(project.folder / "mlruns", folder / "mlruns")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pieces(project: Project, whole: Path, prefect_server: str) -> Project:
+    """A project whose next stage is train, without any run in MLflow; its flows report to a server that is running."""
     project.environment["PREFECT_API_URL"] = prefect_server
     project.change(train=OFTEN)
     project.commit("often")
-    shutil.rmtree(project.folder / "mlruns")
     return project
 
 
@@ -45,19 +61,9 @@ def own_server(pieces: Project, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(pieces.environment, "PREFECT_API_URL")
 
 
-@pytest.fixture(scope="module")
-def whole(pieces: Project, tmp_path_factory: pytest.TempPathFactory) -> Project:
-    """A copy of it, whose training is never interrupted."""
-    project = Project(tmp_path_factory.mktemp("whole"))
-    project.environment["PREFECT_API_URL"] = pieces.environment["PREFECT_API_URL"]
-    shutil.copytree(pieces.folder, project.folder)
-    project.run("dvc", "repro", "train", **EVERY_CORE)
-    return project
-
-
 def begun(project: Project) -> list[Path]:
     """Trainings that have not ended."""
-    folders = sorted(path.parent for path in project.folder.glob(".cache/train/[!.]*/made_of.json"))
+    folders = sorted(path.parent for path in project.folder.glob(".cache/train/[!.]*/fingerprint.json"))
     return [folder for folder in folders if not (folder / "finished.json").exists()]
 
 
@@ -95,47 +101,35 @@ def wait_for_step(project: Project, process: subprocess.Popen, wanted: int) -> N
     assert step(project) >= wanted
 
 
-def told_to_mlflow(project: Project) -> tuple[pd.DataFrame, dict[str, str]]:
-    """Every metric that is not a cost, in the order in which MLflow was told, and the runs with their status."""
-    with closing(sqlite3.connect(project.folder / "mlruns" / "mlflow.db")) as store:
+def killed(project: Project, reached: int) -> None:
+    """Kills a training soon after a step."""
+    with running(project, "dvc", "repro", "train", **EVERY_CORE) as process:
+        wait_for_step(project, process, reached)
+        time.sleep(0.1 * np.random.default_rng(reached).random())
+        os.killpg(process.pid, signal.SIGKILL)
+
+
+def told_to_mlflow(folder: Path) -> tuple[pd.DataFrame, dict[str, str]]:
+    """Every metric of training that is not a cost, in the order in which MLflow was told, and the runs' status."""
+    with closing(sqlite3.connect(folder / "mlruns" / "mlflow.db")) as store:
         metrics = pd.read_sql("select run_uuid, key, step, value, timestamp from metrics", store)
         runs = dict(store.execute("select run_uuid, status from runs order by start_time"))
-    metrics = metrics[~metrics["key"].isin(COST_FIELDS) & ~metrics["key"].str.startswith("seconds.")]
+    metrics = metrics[~metrics["key"].isin(COST_FIELDS) & ~metrics["key"].str.contains(".", regex=False)]
     return metrics.sort_values(["timestamp", "step", "key"], kind="stable"), runs
 
 
-def test_a_training_killed_anytime_ends_the_same(whole, pieces):
-    moments = np.random.default_rng(0)
-    for reached in (1, 22):
-        with running(pieces, "dvc", "repro", "train", **EVERY_CORE) as process:
-            wait_for_step(pieces, process, reached)
-            time.sleep(0.1 * moments.random())
-            os.killpg(process.pid, signal.SIGKILL)
-    output = pieces.run("dvc", "repro", "train", **EVERY_CORE)
-    assert "going on with the training that was begun in .cache/train/" in output
-    assert re.search(r"taken up after epoch \d, batch \d of the next, step (2[2-9]|30)", output)
-    for name in RESULTS:
-        assert (pieces.folder / name).read_bytes() == (whole.folder / name).read_bytes(), name
-    assert not begun(pieces)
-    (metrics, runs), (expected, _) = told_to_mlflow(pieces), told_to_mlflow(whole)
-    assert list(runs.values()) == ["FINISHED"]
-    assert not metrics.duplicated(["key", "step"]).any()
-    assert metrics["step"].max() == OFTEN["epochs"]
-    columns = ["key", "step", "value"]
-    both = [table[columns].sort_values(columns[:2]).reset_index(drop=True) for table in (metrics, expected)]
-    pd.testing.assert_frame_equal(*both, check_exact=True)
-    in_time = metrics[metrics["key"] == "val_loss"]["step"]
-    assert in_time.is_monotonic_increasing
+def test_a_training_is_killed_in_its_first_step(pieces):
+    """The tests after it interrupt the same training again; one of them tells what it comes to."""
+    killed(pieces, 1)
+    assert len(begun(pieces)) == 1
 
 
 @pytest.mark.usefixtures("interruptible", "own_server")
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_leaves_a_checkpoint_and_no_process(pieces, number):
+@pytest.mark.parametrize(("number", "reached"), [(signal.SIGTERM, 7), (signal.SIGINT, 14)])
+def test_a_signal_leaves_a_checkpoint_and_no_process(pieces, number, reached):
     """A signal to `make repro`."""
-    forget(pieces)
-    pieces.change(train={**OFTEN, "weight_decay": 0.03})
-    with running(pieces, "make", "--assume-old", "install", "repro") as process:
-        wait_for_step(pieces, process, 5)
+    with running(pieces, "make", "--assume-old", "install", "repro", **EVERY_CORE) as process:
+        wait_for_step(pieces, process, reached)
         below = psutil.Process(process.pid).children(recursive=True)
         if number == signal.SIGINT:
             os.killpg(process.pid, number)  # as a terminal does
@@ -148,70 +142,98 @@ def test_a_signal_leaves_a_checkpoint_and_no_process(pieces, number):
     )
     assert "Traceback" not in output
     assert psutil.wait_procs(below, timeout=10)[1] == []
-    assert list(told_to_mlflow(pieces)[1].values())[-1] == "KILLED"
+    assert list(told_to_mlflow(pieces.folder)[1].values()) == ["KILLED"]
 
 
-def test_other_parameters_train_afresh_and_say_so(pieces):
-    """The one before was stopped and is kept."""
+@pytest.fixture(scope="module")
+def away(pieces: Project) -> str:
+    """What a training prints that finds no MLflow, and has other parameters than the one that was stopped."""
     assert len(begun(pieces)) == 1
-    stopped = list(told_to_mlflow(pieces)[1])[-1]
-    pieces.change(train={**OFTEN, "weight_decay": 0.03, "learning_rate": 0.002, "epochs": 1})
-    output = pieces.run("python", "-m", "pipelines", "train")
-    assert "training afresh, not from the checkpoint in .cache/train/" in output
-    assert "train.learning_rate is 0.002, was 0.001" in output
-    assert "taken up" not in output
-    assert len(begun(pieces)) == 1
-    pieces.change(train={**OFTEN, "weight_decay": 0.03, "learning_rate": 0.001})
-    assert "taken up after epoch" in pieces.run("python", "-m", "pipelines", "train")
-    assert not begun(pieces)
-    metrics, runs = told_to_mlflow(pieces)
-    assert runs[stopped] == "FINISHED"
-    assert not metrics.duplicated(["run_uuid", "key", "step"]).any()
-
-
-def test_a_model_that_dvc_has_not_noted_yet_is_not_trained_again(pieces):
-    """The stage was killed after its last line; DVC removes models/ and runs it again."""
-    before = [(pieces.folder / name).read_bytes() for name in ("models/best_model.pth", "models/run.json")]
-    (pieces.folder / ".models.killed").mkdir()
-    shutil.rmtree(pieces.folder / "models")
-    output = pieces.run("python", "-m", "pipelines", "train")
-    assert "epoch   1/" not in output
-    assert [(pieces.folder / name).read_bytes() for name in ("models/best_model.pth", "models/run.json")] == before
-    assert not (pieces.folder / ".models.killed").exists()
-
-
-def test_without_mlflow_training_goes_on_and_is_told_later(pieces):
+    pieces.change(**STEADY)
     nobody = f"http://127.0.0.1:{free_port()}"
-    forget(pieces)
-    pieces.change(train=SELDOM)
-    before = told_to_mlflow(pieces)[1]
     output = pieces.run("python", "-m", "pipelines", "train", check=False, MLFLOW_TRACKING_URI=nobody)
     assert pieces.code == os.EX_TEMPFAIL
-    assert output.count("cannot be reached: training goes on") == 1
-    assert "Traceback" not in output
-    assert re.search(r"^train: .*the training is finished and kept in", output, re.MULTILINE), output
-    output = pieces.run("python", "-m", "pipelines", "train")
-    assert "epoch   1/2" not in output
-    metrics, runs = told_to_mlflow(pieces)
-    (new,) = runs.keys() - before.keys()
+    return output
+
+
+@pytest.fixture(scope="module")
+def back(pieces: Project, away: str) -> str:
+    """What that stage prints when it is run twice more and finds MLflow.
+
+    The second time is that of a stage that was killed after its last line, before DVC noted its model.
+    """
+    shutil.rmtree(pieces.folder / "models", ignore_errors=True)  # as DVC does
+    (pieces.folder / ".models.killed").mkdir()
+    output = pieces.run("python", "-m", "pipelines", "train", "train")
+    shutil.copytree(pieces.folder / "models", pieces.folder.parent / "steady")
+    return output
+
+
+def test_other_parameters_train_afresh_and_say_so(pieces, away):
+    """The one before was stopped and is kept; below it goes on."""
+    assert "training from the start, not from the checkpoint in .cache/train/" in away
+    assert "model.backbone is vit_tiny_patch16_224, was fadevit_nano" in away
+    assert "resumed after epoch" not in away
+
+
+def test_without_mlflow_training_goes_on_and_is_told_later(pieces, away, back):
+    assert away.count("cannot be reached: training continues") == 1
+    assert "Traceback" not in away
+    assert re.search(r"^train: .*the training is finished and kept in", away, re.MULTILINE), away
+    assert "epoch   1/2" in away
+    assert "epoch   1/2" not in back
+    metrics, runs = told_to_mlflow(pieces.folder)
+    new = read(pieces, "models/run.json")["mlflow_run_id"]
+    assert list(runs.values()) == ["KILLED", "FINISHED"]
     assert runs[new] == "FINISHED"
     told = metrics[metrics["run_uuid"] == new]
     assert sorted(told.loc[told["key"] == "val_loss", "step"]) == [1, 2]
 
 
+def test_a_model_that_dvc_has_not_noted_yet_is_not_trained_again(pieces, back):
+    lines = re.findall(r"^train: .*; MLflow run \w+$", back, re.MULTILINE)
+    assert len(lines) == 2
+    assert lines[0] == lines[1]
+    assert "epoch   1/" not in back
+    (note,) = (pieces.folder / ".cache" / "train").glob("*/finished.json")
+    trained = CheckpointManager(note.parent, 1).load_latest()["best_weights"]
+    model = torch.load(pieces.folder / "models" / "best_model.pth", weights_only=True)
+    torch.testing.assert_close(model, dict(trained), rtol=0, atol=0)
+    assert not (pieces.folder / ".models.killed").exists()
+
+
+def test_a_training_interrupted_anytime_ends_the_same(whole, pieces):
+    """After a kill in the first step, two signals, another training in between, and a kill in the fifth epoch."""
+    pieces.run("git", "checkout", "--quiet", "params.yaml")
+    killed(pieces, 22)
+    output = pieces.run("dvc", "repro", "train", **EVERY_CORE)
+    assert "resuming the unfinished training in .cache/train/" in output
+    assert re.search(r"resumed after epoch \d, batch \d of the next epoch, step (2[2-9]|30)", output)
+    for name in RESULTS:
+        assert (pieces.folder / name).read_bytes() == (whole / name).read_bytes(), name
+    assert not begun(pieces)
+    (metrics, runs), (expected, _) = told_to_mlflow(pieces.folder), told_to_mlflow(whole)
+    assert not metrics.duplicated(["run_uuid", "key", "step"]).any()
+    mine = read(pieces, "models/run.json")["mlflow_run_id"]
+    assert list(runs) == [mine, *(runs.keys() - {mine})]
+    assert list(runs.values()) == ["FINISHED", "FINISHED"]
+    metrics = metrics[metrics["run_uuid"] == mine]
+    assert metrics["step"].max() == OFTEN["epochs"]
+    columns = ["key", "step", "value"]
+    both = [table[columns].sort_values(columns[:2]).reset_index(drop=True) for table in (metrics, expected)]
+    pd.testing.assert_frame_equal(*both, check_exact=True)
+    in_time = metrics[metrics["key"] == "val_loss"]["step"]
+    assert in_time.is_monotonic_increasing
+
+
 @pytest.fixture(scope="module")
-def steady(pieces: Project) -> pd.DataFrame:
-    """The history of one process: no batch normalization, no dropout, and an optimizer that rounding affects little."""
-    pieces.change(
-        model={"backbone": "vit_tiny_patch16_224", "fade": None, "dropout": 0.0, "drop_path": 0.0},
-        train={**SELDOM, "optimizer": "sgd", "learning_rate": 0.02},
-    )
-    pieces.run("python", "-m", "pipelines", "train")
-    return pd.read_csv(pieces.folder / "models" / "history.csv")
+def steady(pieces: Project, back: str) -> pd.DataFrame:
+    """The history of one process."""
+    return pd.read_csv(pieces.folder.parent / "steady" / "history.csv")
 
 
 def test_two_processes_come_to_the_history_of_one(pieces, steady):
-    pieces.change(train={"devices": 2})
+    pieces.change(model=STEADY["model"], train={**STEADY["train"], "devices": 2})
     pieces.run("python", "-m", "pipelines", "train")
     found = pd.read_csv(pieces.folder / "models" / "history.csv")
     assert found["epoch"].tolist() == steady["epoch"].tolist()
@@ -250,7 +272,7 @@ def test_another_process_does_not_train_the_same_and_sigterm_reaches_all(pieces,
         wait_for_step(pieces, process, STEPS)
         output = pieces.run("python", "-m", "pipelines", "train", check=False, PREFECT_API_URL=prefect_server)
         assert pieces.code == os.EX_TEMPFAIL
-        assert "another process trains the very same; wait until it has ended" in output
+        assert "another process runs the same training; wait until it has finished" in output
         below = psutil.Process(process.pid).children(recursive=True)
         process.terminate()
         output, _ = process.communicate(timeout=60)

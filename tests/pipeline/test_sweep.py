@@ -17,6 +17,7 @@ from mlflow import MlflowClient
 from mlflow.entities import Run
 
 from fadeformer.config import schema
+from pipelines.cli import main
 from tests.conftest import Project, ran
 from tests.pipeline.test_deployment import soon
 
@@ -27,7 +28,7 @@ sampler: random
 startup_trials: 1
 warmup_epochs: 1
 seed: 2
-fixed: {train.epochs: 40, train.early_stopping_patience: 40, train.monitor: auc}
+fixed: {train.epochs: 24, train.early_stopping_patience: 24, train.monitor: auc}
 space:
   train.learning_rate: [0.003, 1.0e-9]
 """
@@ -41,11 +42,11 @@ def swept(interruptible: None, reproduced: Project) -> str:
     shutil.copy(project.folder / "params.yaml", project.folder / "small.yaml")
     command = ["fadeformer", "sweep", "rates.yaml"]
     with subprocess.Popen(command, cwd=project.folder, env=project.environment, stdout=subprocess.PIPE) as process:
-        soon(lambda: "epoch   3/40" in logs(project), 300)
+        soon(lambda: "epoch   3/24" in logs(project), 300)
         os.kill(process.pid, signal.SIGINT)
         assert process.wait(120) == 128 + signal.SIGINT
     assert not below(project.folder)  # DVC and the stage
-    assert "epoch  40/40" not in logs(project)
+    assert "epoch  24/24" not in logs(project)
     return project.run(*command)
 
 
@@ -83,11 +84,11 @@ def test_it_is_resumed_and_stops_what_is_worse(project, swept):
     assert re.match(r"trial 2: stopped at epoch \d+, worse than the median of the others", lines[4])
     assert re.match(r"sweep: 1 of 2 trials ran to their end, 1 were stopped early; no image of test", lines[5])
     assert len(lines) == 7
-    assert "going on with the training that was begun" in logs(project)
+    assert "resuming the unfinished training" in logs(project)
     assert (
-        "epoch   2/40" not in (file := next((project.folder / ".cache/sweeps/rates").glob("rates-000-*"))).read_text()
+        "epoch   2/24" not in (file := next((project.folder / ".cache/sweeps/rates").glob("rates-000-*"))).read_text()
     )
-    assert "epoch  40/40" in file.read_text()
+    assert "epoch  24/24" in file.read_text()
     assert not below(project.folder)
     assert not list((project.folder / ".dvc/tmp/exps/standalone").glob("tmp*"))
     assert project.run("git", "stash", "list") == ""
@@ -115,26 +116,30 @@ def test_the_table_of_all_trials_lies_in_the_run_of_the_sweep(project, runs):
     assert "params_train.learning_rate" in table[0]
 
 
-def test_the_best_is_evaluated_without_another_training(project, swept):
+def test_the_best_is_evaluated_without_another_training(project, swept, shared_server):
     command = swept.splitlines()[-1]
     assert command.startswith("dvc exp run --set-param=")
     assert ran(project.run(*shlex.split(command))) == ["evaluate", "promote"]
     found, small = (schema.load_params(project.folder / file).as_flat_dict() for file in ("params.yaml", "small.yaml"))
     changed = {key: value for key, value in found.items() if small[key] != value}
     assert changed == {
-        "train.epochs": 40,
-        "train.early_stopping_patience": 40,
+        "train.epochs": 24,
+        "train.early_stopping_patience": 24,
         "train.monitor": "auc",
         "train.learning_rate": 0.003,
     }
-    assert len((project.folder / "models/history.csv").read_text().splitlines()) == 41
+    assert len((project.folder / "models/history.csv").read_text().splitlines()) == 25
     assert json.loads((project.folder / "reports/promotion.json").read_text())["version"] == "2"
 
 
-def test_the_same_file_with_other_values_is_refused(project, swept):
+def test_the_same_file_with_other_values_is_refused(project, swept, prefect_server, monkeypatch, capfd):
+    monkeypatch.chdir(project.folder)
+    monkeypatch.setenv("PREFECT_API_URL", prefect_server)  # else the command starts one
     shutil.copy(project.folder / "small.yaml", project.folder / "params.yaml")
     (project.folder / "rates.yaml").write_text(RATES.replace("1.0e-9", "1.0e-8"))
-    output = project.run("fadeformer", "sweep", "rates.yaml", check=False)
-    assert project.code == 1
+    with pytest.raises(SystemExit) as ended:
+        main.main(["sweep", "rates.yaml"])
+    assert ended.value.code == 1
+    output = capfd.readouterr().err
     assert "the sweep rates was started with another space; give this one another name:" in output
     assert "Traceback" not in output
