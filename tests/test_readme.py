@@ -15,7 +15,6 @@ from PIL import Image
 
 from pipelines.experiments import space
 from tests.conftest import ROOT, SMALL, Kept, Project, clone
-from tests.experiments.test_grid import TINY as GRID
 from tests.pipeline.cluster import answers, soon
 from tests.postgresql import free_port
 
@@ -29,9 +28,9 @@ preset: null
 reference: fadenet
 seeds: [42]
 common: {}
-sets:
+datasets:
   phantom: {title: Phantom, accuracy: accuracy, params: {}}
-networks:
+models:
   fadenet: {title: FadeNet, params: {}}
   vit: {title: plain, params: {model: {fade: null}, train: {epochs: 1}}}
 """
@@ -94,7 +93,7 @@ PRINTED = {
         "40 images, 0 of them unreadable"
     ),
     "make help": "test-integration",
-    "make tables GRID=cpu DATA=../data JOBS=2": "phantom/vit/42: finished before",
+    "make tables GRID=cpu DATA=../data JOBS=2": "phantom/vit/42: finished earlier",
     "pre-commit install": "pre-commit installed",
 }
 

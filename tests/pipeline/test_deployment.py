@@ -215,12 +215,12 @@ def test_the_form_has_the_values_bounds_and_comments_of_params_yaml(grid, addres
 def test_a_sweep_runs_its_trials_on_the_server(project, trial, address):
     assert run_named(address, TRIAL)["state_type"] == "COMPLETED"
     assert set(artifacts(address, TRIAL)) == {"experiment"}
-    assert f"\nprefect deployment run evaluation/evaluate --param of={experiment(project, TRIAL)}\n" in trial
+    assert f"\nprefect deployment run evaluation/evaluate --param experiment={experiment(project, TRIAL)}\n" in trial
 
 
 def test_its_best_is_evaluated_and_judged_without_another_training(project, trial, address):
     trained = len(ask(address, "flow_runs", flows={"name": {"any_": ["train"]}}))
-    command = ("deployment", "run", "evaluation/evaluate", "--param", f"of={experiment(project, TRIAL)}", *WATCH)
+    command = ("deployment", "run", "evaluation/evaluate", "--param", f"experiment={experiment(project, TRIAL)}", *WATCH)
     narrow = ("--param", 'evaluate={"confidence": 0.9}', "--flow-run-name", "narrow")
     project.run("prefect", *command, *narrow, PREFECT_API_URL=address)
     assert {"metrics", "verdict", "experiment"} <= set(artifacts(address, "narrow"))
