@@ -51,7 +51,7 @@ ui: install  ## MLflow on this project's runs and models, at http://127.0.0.1:50
 	  --backend-store-uri "sqlite:///mlruns/mlflow.db?timeout=60" --artifacts-destination mlruns/artifacts
 
 deploy: install  ## this project's deployments, on the Prefect server of PREFECT_API_URL: make deploy GPUS=2
-	python -m pipelines.orchestration.deploy --at-once $(or $(GPUS),1)
+	python -m pipelines.orchestration.deploy --concurrency $(or $(GPUS),1)
 
 preset: install  ## write a recipe into params.yaml: make preset NAME=paper
 	python -m pipelines.config.presets $(NAME)

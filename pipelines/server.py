@@ -1,4 +1,4 @@
-"""The Prefect server that flows report to: the one of `PREFECT_API_URL`, or a temporary one.
+"""The Prefect server that flows report to: the one at `PREFECT_API_URL`, or a temporary one.
 
 `python -m pipelines.server COMMAND...` runs a command, such as `dvc repro`, with one server for all its stages.
 """
@@ -16,13 +16,14 @@ import psutil
 
 from fadeformer.errors import TransientError, UserError
 from pipelines import runner
+from pipelines.environment import configure_environment
 
 STARTUP_TIMEOUT = 120  # seconds; the first start creates Prefect's database
-CLIENT_RETRIES = "2"  # of a request; more only delay the end of a flow whose temporary server died
-NO_UI_URL = ""  # Prefect prints no link to a page that is gone when the command ends
-FLUSH_TIMEOUT = 5.0  # seconds for the last logs and events of flows
-POLL_INTERVAL = 1.0  # seconds between two looks at the processes below a command
-GROUP_EXIT_TIMEOUT = 1.0  # seconds within which a SIGTERM to the whole process group has ended the command
+CLIENT_RETRIES = "2"  # per request; more would only delay a flow whose temporary server has died
+NO_UI_URL = ""  # stops Prefect from printing links to pages that are gone when the command exits
+FLUSH_TIMEOUT = 5.0  # seconds to send the last logs and events of flows
+POLL_INTERVAL = 1.0  # seconds between two listings of a command's child processes
+GROUP_EXIT_TIMEOUT = 1.0  # seconds for the command to exit if its whole process group received SIGTERM
 
 
 @contextmanager
@@ -30,17 +31,19 @@ def temporary_server() -> Iterator[str]:
     """Provide a Prefect server for the block and its child processes, and yield its URL.
 
     Raises:
-        PassingError: The server does not answer.
+        TransientError: The server does not answer.
         UserError: The temporary server does not start.
     """
-    given = os.environ.get("PREFECT_API_URL")
-    if given and not is_reachable(given):
-        raise TransientError(f"PREFECT_API_URL is {given}, but no Prefect server answers there; start it, or unset it")
-    with nullcontext(given) if given else _launch_server() as url:
+    existing = os.environ.get("PREFECT_API_URL")
+    if existing and not is_reachable(existing):
+        raise TransientError(
+            f"PREFECT_API_URL is {existing}, but no Prefect server answers there; start it, or unset the variable"
+        )
+    with nullcontext(existing) if existing else _launch_server() as url:
         try:
             yield url
         except httpx.TransportError as error:
-            raise TransientError(f"the Prefect server at {url} does not answer any more; run again") from error
+            raise TransientError(f"the Prefect server at {url} no longer answers; run again") from error
 
 
 @contextmanager
@@ -51,7 +54,7 @@ def _launch_server() -> Iterator[str]:
     from prefect.settings import PREFECT_API_URL, PREFECT_CLIENT_MAX_RETRIES, PREFECT_UI_URL, temporary_settings
 
     server = SubprocessASGIServer()
-    # Blocked in the server too: whoever signals the process group, flows can still report their end to it.
+    # The server inherits the mask: it survives signals to the process group, so flows can report their final state.
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
     try:
         try:
@@ -81,7 +84,7 @@ def _launch_server() -> Iterator[str]:
 
 
 def is_reachable(url: str) -> bool:
-    """Whether a Prefect server answers at a URL."""
+    """Return True if a Prefect server answers at a URL."""
     try:
         return httpx.get(f"{url.rstrip('/')}/health", timeout=5).status_code == httpx.codes.OK
     except (httpx.HTTPError, httpx.InvalidURL):
@@ -89,24 +92,23 @@ def is_reachable(url: str) -> bool:
 
 
 def run_command(command: Sequence[str]) -> NoReturn:
-    """Run a command with a Prefect server and exit with its status; SIGTERM reaches every process below this one."""
+    """Run a command with a Prefect server and exit with its status; SIGTERM is passed on to all its descendants."""
+    configure_environment()
     with temporary_server():
         process = psutil.Popen(command)
-        below = [process]
+        processes = [process]
         try:
             while process.poll() is None:
-                below = [process, *process.children(recursive=True)]  # they may outlive the command
+                processes = [process, *process.children(recursive=True)]  # children may outlive the command
                 with suppress(psutil.TimeoutExpired):
                     process.wait(POLL_INTERVAL)
         except KeyboardInterrupt as error:  # Ctrl-C reaches them from the terminal
-            if (
-                isinstance(error, runner.Terminated)
-                and process not in psutil.wait_procs([process], GROUP_EXIT_TIMEOUT)[0]
-            ):
-                for one in below:
+            terminated = isinstance(error, runner.Terminated)
+            if terminated and process not in psutil.wait_procs([process], GROUP_EXIT_TIMEOUT)[0]:
+                for descendant in processes:
                     with suppress(psutil.NoSuchProcess):
-                        one.terminate()
-            psutil.wait_procs(below)
+                        descendant.terminate()
+            psutil.wait_procs(processes)
         status = process.wait()
     sys.exit(status if status >= 0 else 128 - status)
 

@@ -89,7 +89,7 @@ def test_a_stage_alone_has_a_server_and_fails_within_seconds_when_that_dies(star
     process, (server,) = started("stage.py", seconds=1)
     server.kill()
     output = process.communicate(timeout=60)[0]
-    assert re.search(r"^evaluate: the Prefect server at \S+ does not answer any more; run again$", output, re.MULTILINE)
+    assert re.search(r"^evaluate: the Prefect server at \S+ no longer answers; run again$", output, re.MULTILINE)
     assert "Traceback" not in output
     assert process.returncode == os.EX_TEMPFAIL
 

@@ -1,4 +1,4 @@
-"""`fadeformer drift`: whether new images are like those that a model was made with."""
+"""`fadeformer drift`: detect drift of new images from the training data of a model."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from pipelines.runner import CommandResult
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Which images, which model, and where to write."""
+    """Add images, model and output folder."""
     parser.add_argument("paths", nargs="+", metavar="PATH", help="image, DICOM file, folder, zip or pattern")
     parser.add_argument("--model", required=True, help=resolve.MODEL_HELP)
     parser.add_argument(
-        "--out", type=Path, default=Path("reports/drift"), metavar="DIR", help="folder (default: reports/drift)"
+        "--out", type=Path, default=Path("reports/drift"), metavar="DIR", help="output folder (default: reports/drift)"
     )
     parser.add_argument(
-        "--most", type=int, default=5000, metavar="N", help="images that are looked at, drawn from more (default: 5000)"
+        "--max-images", type=int, default=5000, metavar="N", help="sample size if there are more images (default: 5000)"
     )
 
 
 def run(arguments: argparse.Namespace) -> CommandResult:
-    """Compares, and writes a page and the same as JSON."""
-    return drift_check.check_drift(arguments.paths, arguments.model, arguments.out, arguments.most)
+    """Compare the images with the training data; write a page and a JSON file."""
+    return drift_check.check_drift(arguments.paths, arguments.model, arguments.out, arguments.max_images)

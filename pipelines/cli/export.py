@@ -1,4 +1,4 @@
-"""`fadeformer export`: a packaged model as one graph, from uint8 images to calibrated scores."""
+"""`fadeformer export`: export a packaged model as one graph, from uint8 images to calibrated scores."""
 
 from __future__ import annotations
 
@@ -14,21 +14,22 @@ from pipelines.registry import package
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Which model, and what to make of it."""
+    """Add model, format and output file."""
     parser.add_argument("model", help="models:/NAME@champion, models:/NAME/VERSION, or the folder of a package")
     parser.add_argument(
-        "--format", required=True, choices=["onnx", "program"], help="program: what torch.export.load reads"
+        "--format", required=True, choices=["onnx", "program"], help="program: file for torch.export.load"
     )
-    parser.add_argument("--out", required=True, type=Path, help="the file: .onnx or .pt2")
+    parser.add_argument("--out", required=True, type=Path, help="output file: .onnx or .pt2")
 
 
 def run(arguments: argparse.Namespace) -> str:
-    """Writes the file and tells how near its scores are."""
+    """Export the model; return a summary with the largest difference between the scores of both."""
     suffix = {"onnx": ".onnx", "program": ".pt2"}[arguments.format]
-    if arguments.out.suffix != suffix:  # torch refuses or changes others
-        raise UserError(f"--out {arguments.out}: the name of a file of this format ends with {suffix}")
-    files = model_files.find_model_files(
-        package.find_data_folder(package.fetch_package(arguments.model)), arguments.model
-    )
+    if arguments.out.suffix != suffix:  # torch rejects or changes other suffixes
+        raise UserError(f"--out {arguments.out}: the file name of this format must end with {suffix}")
+    folder = package.find_data_folder(package.fetch_package(arguments.model))
+    files = model_files.find_model_files(folder, arguments.model)
     difference = export.export_model(Classifier.load(files, torch.device("cpu")), arguments.format, arguments.out)
-    return f"{arguments.out} gives the scores of {arguments.model}, to {difference:.1g} on random images"
+    return (
+        f"{arguments.out}: scores of {arguments.model}, with a difference of at most {difference:.1g} on random images"
+    )

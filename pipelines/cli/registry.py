@@ -1,4 +1,4 @@
-"""`fadeformer registry history`: what was decided about the models of this project."""
+"""`fadeformer registry history`: show the decisions on the models of this project."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from fadeformer.errors import UserError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Of which model, and how to print it."""
-    parser.add_argument("what", choices=["history"], help="the ledger: who became champion, when and why")
+    """Add action, model and output format."""
+    parser.add_argument("action", choices=["history"], help="show the ledger: which version became champion, when, why")
     parser.add_argument("--model", metavar="NAME", help="registered model (default: all)")
-    parser.add_argument("--json", action="store_true", help="whole entries, one a line")
+    parser.add_argument("--json", action="store_true", help="print complete entries as JSON Lines")
 
 
 def run(arguments: argparse.Namespace) -> str:
-    """Prints the ledger."""
+    """Print the ledger."""
     from pipelines.registry import ledger, tables
 
     entries = ledger.read_entries(arguments.model)
     if not entries:
-        of = f" about {arguments.model}" if arguments.model else ""
-        raise UserError(f"{ledger.ledger_path()}: nothing was decided{of} yet; `dvc repro` decides")
+        model = f" on {arguments.model}" if arguments.model else ""
+        raise UserError(f"{ledger.ledger_path()}: no decision{model} yet; run `dvc repro`")
     if arguments.json:
         for entry in entries:
             print(json.dumps(entry, ensure_ascii=False))

@@ -1,4 +1,4 @@
-"""`fadeformer sweep`: search the values of params.yaml that train best, judged by val alone."""
+"""`fadeformer sweep`: search hyperparameters in params.yaml by their metric on val."""
 
 from __future__ import annotations
 
@@ -23,26 +23,26 @@ from pipelines.tracking import runs, store
 
 STUDIES_FOLDER = Path("mlruns/sweeps")
 LOGS_FOLDER = Path(".cache/sweeps")
-EVALUATE_DEPLOYMENT = "evaluation/evaluate"  # the deployment
+EVALUATE_DEPLOYMENT = "evaluation/evaluate"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Which values."""
-    parser.add_argument("space", type=Path, metavar="SPACE.yaml", help="what to vary; docs/how-to/sweeps.md")
+    """Add the search space."""
+    parser.add_argument("space", type=Path, metavar="SPACE.yaml", help="search space; see docs/how-to/sweeps.md")
 
 
 def run(arguments: argparse.Namespace) -> str:
-    """Search, from wherever an earlier search of that name has stopped."""
-    present = schema.load_params(paths.PARAMS)
-    plan = space.load_sweep_config(arguments.space, present)
-    metric, _ = space.objective_of(plan, present)
-    with runners.open_runner(LOGS_FOLDER / plan.name) as runner:
-        study, storage = sweep.open_study(Path.cwd() / STUDIES_FOLDER, plan, present)
-        space_of = {f"space.{key}": str(of_key) for key, of_key in plan.space.items()}
-        parent = sweep_runs.start_sweep_run(plan.name, study.user_attrs[sweep.IDENTITY_ATTRIBUTE], space_of)
+    """Run the sweep, or resume an interrupted one of the same name."""
+    base = schema.load_params(paths.PARAMS)
+    config = space.load_sweep_config(arguments.space, base)
+    metric, _ = space.objective_of(config, base)
+    with runners.open_runner(LOGS_FOLDER / config.name) as runner:
+        study, storage = sweep.open_study(Path.cwd() / STUDIES_FOLDER, config, base)
+        params = {f"space.{key}": str(definition) for key, definition in config.space.items()}
+        parent = sweep_runs.start_sweep_run(config.name, study.user_attrs[sweep.IDENTITY_ATTRIBUTE], params)
 
-        def values(number: int, result: RunResult | None) -> Mapping[int, float]:
-            """Of a trial that runs from MLflow; none while that is away."""
+        def read_history(number: int, result: RunResult | None) -> Mapping[int, float]:
+            """Read the metric of a running trial from MLflow; empty while MLflow is unreachable."""
             if result:
                 return result.metric_history(metric)
             with suppress(store.MLflowUnreachable):
@@ -50,46 +50,46 @@ def run(arguments: argparse.Namespace) -> str:
             return {}
 
         if study.trials:
-            left = sum(one.state == TrialState.RUNNING for one in study.trials)
-            print(f"{plan.name}: {len(study.trials) - left} trials have ended, {left} are resumed", flush=True)
+            unfinished = sum(trial.state == TrialState.RUNNING for trial in study.trials)
+            finished = len(study.trials) - unfinished
+            print(f"{config.name}: {finished} trials are finished, {unfinished} are resumed", flush=True)
         try:
-            trials = sweep.SweepPlan(plan, present, study, storage, parent, values)
-            engine.execute(trials, runner, plan.at_once)
+            plan = sweep.SweepPlan(config, base, study, storage, parent, read_history)
+            engine.execute(plan, runner, config.parallel_trials)
         except BaseException:
             with suppress(store.MLflowUnreachable):
                 runs.set_status(parent, "KILLED")
             raise
-        on_a_server = isinstance(runner, runners.PrefectRunner)
-        return _finish(plan, present, study, parent, metric, on_a_server=on_a_server)
+        on_server = isinstance(runner, runners.PrefectRunner)
+        return _finish(config, base, study, parent, metric, on_server=on_server)
 
 
 def _finish(
-    plan: SweepConfig, present: Params, study: optuna.Study, parent: str, metric: str, *, on_a_server: bool
+    config: SweepConfig, base: Params, study: optuna.Study, parent: str, metric: str, *, on_server: bool
 ) -> str:
     """Log the result to MLflow; return a summary with the command that evaluates the best trial."""
-    made = [one for one in study.trials if sweep.REPEATED_ATTRIBUTE not in one.user_attrs]
-    done = [one for one in made if one.state == TrialState.COMPLETE]
-    if not done:
+    trials = [trial for trial in study.trials if sweep.REPEATED_ATTRIBUTE not in trial.user_attrs]
+    completed = sum(trial.state == TrialState.COMPLETE for trial in trials)
+    if not completed:
         runs.set_status(parent, "FAILED")
-        raise UserError(f"none of the {len(made)} trials of {plan.name} has ended well")
-    best, stopped = study.best_trial, sum(one.state == TrialState.PRUNED for one in made)
+        raise UserError(f"none of the {len(trials)} trials of {config.name} has completed")
+    best, pruned = study.best_trial, sum(trial.state == TrialState.PRUNED for trial in trials)
     value = float(study.best_value)
     sweep_runs.finish_sweep_run(parent, metric, value, best.params, study.trials_dataframe())
     command = (
-        f"prefect deployment run {EVALUATE_DEPLOYMENT} --param of={best.user_attrs[sweep.RUN_ATTRIBUTE]}"
-        if on_a_server
-        else _evaluation_command(present, {**plan.fixed, **best.params})
+        f"prefect deployment run {EVALUATE_DEPLOYMENT} --param experiment={best.user_attrs[sweep.RUN_ATTRIBUTE]}"
+        if on_server
+        else _evaluation_command(base, {**config.fixed, **best.params})
     )
     return (
-        f"{len(done)} of {len(made)} trials ran to their end, {stopped} were stopped early; no image of test"
-        f" was looked at. The best is trial {best.number}: {metric} {value:.4f} with"
-        f" {sweep.format_values(best.params)}. This evaluates and judges it, without another training:\n{command}"
+        f"{completed} of {len(trials)} trials completed, {pruned} were pruned; test data were not used."
+        f" The best is trial {best.number}: {metric} {value:.4f} with {sweep.format_values(best.params)}."
+        f" To evaluate it without training again, run:\n{command}"
     )
 
 
-def _evaluation_command(present: Params, values: Mapping[str, Any]) -> str:
+def _evaluation_command(base: Params, values: Mapping[str, Any]) -> str:
     """Return the command that runs the pipeline with a trial's values; DVC restores its training from the cache."""
-    changed = runners.diff_params(present.as_nested_dict(), space.params_with_overrides(present, values))
-    return shlex.join(
-        ["dvc", "exp", "run", *[f"--set-param={key}={runners.hydra_literal(value)}" for key, value in changed]]
-    )
+    changes = runners.diff_params(base.as_nested_dict(), space.params_with_overrides(base, values))
+    options = [f"--set-param={key}={runners.hydra_literal(value)}" for key, value in changes]
+    return shlex.join(["dvc", "exp", "run", *options])

@@ -1,1 +1,1 @@
-"""Many runs of the pipeline with overrides of params.yaml: one engine, for grids and for sweeps."""
+"""Experiments of many pipeline runs with overrides of params.yaml: grids and hyperparameter sweeps."""

@@ -1,7 +1,7 @@
-"""The scheduler of many runs: starts them, some at a time, skips those that are finished, and reports how each ended.
+"""Scheduler for many pipeline runs: starts them, a few in parallel, skips finished ones, and records their status.
 
-A plan (a list or a sweep) says which run comes next. A runner executes them: DVC on this machine, or Prefect's workers.
-A finished run is a DVC experiment whose name ends in a digest of everything that decides its results.
+A plan (a list or a sweep) yields the next run. A runner executes runs: DVC on this machine, or Prefect's workers.
+A finished run is a DVC experiment whose name ends in a digest of all parameters that determine its results.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from fadeformer.io.atomic import checksum
 from pipelines.experiments import results
 from pipelines.experiments.results import RunResult
 
-POLL_INTERVAL = 2.0  # seconds between two looks at the runs
-DATA_SECTIONS = ("dataset", "split", "validate", "preprocess")  # sections of params.yaml that decide the images
-TRAINING_SECTIONS = (*DATA_SECTIONS, "seed", "model", "augment", "train")  # and the model
+POLL_INTERVAL = 2.0  # seconds between two status checks
+DATA_SECTIONS = ("dataset", "split", "validate", "preprocess")  # sections of params.yaml that determine the images
+TRAINING_SECTIONS = (*DATA_SECTIONS, "seed", "model", "augment", "train")  # ... and the model
 
 
 @dataclass(frozen=True)
@@ -30,9 +30,9 @@ class PipelineRun:
     """One run of the pipeline.
 
     Attributes:
-        name: of the DVC experiment.
-        values: all of params.yaml, nested.
-        until: the last stage: preprocess, train or evaluate; empty for a run that is never taken from its experiment.
+        name: Name of the DVC experiment.
+        params: All of params.yaml, nested.
+        last_stage: preprocess, train or evaluate; empty if the results are not read from the DVC experiment.
         trial: MLflow run of the sweep and number of the trial, such as `RUN/3`; empty for other runs.
     """
 
@@ -44,7 +44,7 @@ class PipelineRun:
 
 @dataclass(frozen=True)
 class RunStatus:
-    """State of a run (a scheduled one is running), why it failed, and the experiment of a completed one."""
+    """State of a run (scheduled runs count as running), reason of a failure, and result of a completed run."""
 
     state: Literal["Running", "Completed", "Stopped", "Failed"]
     message: str = ""
@@ -55,34 +55,34 @@ class Runner(Protocol):
     """Executes runs."""
 
     def start(self, run: PipelineRun) -> None:
-        """Start a run, or find it where an earlier command has started it."""
+        """Start a run, or find it if an earlier command has started it."""
 
     def status(self, run: PipelineRun) -> RunStatus:
-        """Return the status of a run that was started."""
+        """Return the status of a started run."""
 
     def stop(self, runs: Iterable[PipelineRun]) -> None:
-        """Ask runs to stop; training writes a checkpoint first."""
+        """Request that runs stop; training writes a checkpoint first."""
 
 
 class Plan(Protocol):
-    """Decides which runs there are."""
+    """Yields the runs of an experiment."""
 
     def next_run(self) -> PipelineRun | None:
-        """Return the next run; None if there is none."""
+        """Return the next run, or None if there are no more."""
 
     def should_prune(self, run: PipelineRun) -> bool:
-        """Return True if a run is not worth its remaining epochs."""
+        """Return True if a run should be stopped early."""
         return False
 
     def on_run_end(self, run: PipelineRun, status: RunStatus) -> None:
-        """Take note of how a run ended."""
+        """Record the final status of a run."""
 
 
 class ListPlan(Plan):
-    """A plan of runs that are known from the start, by any key.
+    """Plan with a fixed list of runs, by key.
 
     Attributes:
-        statuses: of the runs that have ended, by key.
+        statuses: Status of each finished run, by key.
     """
 
     def __init__(self, runs: Mapping[str, PipelineRun]) -> None:
@@ -95,26 +95,28 @@ class ListPlan(Plan):
         return next(self._waiting, None)
 
     def on_run_end(self, run: PipelineRun, status: RunStatus) -> None:
-        """Keep the status; the other runs go on."""
+        """Record and print the status; a failure does not stop the other runs."""
         self.statuses[self._keys[run]] = status
         print(f"{self._keys[run]}: {status.message or status.state.lower()}", flush=True)
 
 
 def execute(plan: Plan, runner: Runner, max_parallel: int) -> None:
-    """Run everything that a plan asks for.
+    """Execute all runs of a plan.
+
+    A signal or an error stops all runs, except a `TransientError`: the runner's server is unreachable, its runs
+    continue, and the next call finds them.
 
     Args:
-        plan: says what.
-        runner: executes it. A signal or an error stops all runs, except a `PassingError`: their server is away, they
-            go on, and the next call finds them.
-        max_parallel: runs side by side.
+        plan: Yields the runs.
+        runner: Executes them.
+        max_parallel: Maximum number of parallel runs.
     """
     running: list[PipelineRun] = []
     try:
         while True:
             while len(running) < max_parallel and (run := plan.next_run()):
                 if run.last_stage and (result := results.find_result(run.name)):
-                    plan.on_run_end(run, RunStatus("Completed", "finished before", result))
+                    plan.on_run_end(run, RunStatus("Completed", "finished earlier", result))
                 else:
                     runner.start(run)
                     running.append(run)
@@ -129,8 +131,8 @@ def execute(plan: Plan, runner: Runner, max_parallel: int) -> None:
                 running.remove(run)
                 if status.state == "Completed" and run.last_stage:
                     result = results.find_result(run.name)
-                    lost = RunStatus("Failed", "it left no DVC experiment in this repository")
-                    status = RunStatus("Completed", result=result) if result else lost
+                    missing = RunStatus("Failed", "the run left no DVC experiment in this repository")
+                    status = RunStatus("Completed", result=result) if result else missing
                 plan.on_run_end(run, status)
             time.sleep(POLL_INTERVAL)
     except TransientError:
@@ -141,10 +143,10 @@ def execute(plan: Plan, runner: Runner, max_parallel: int) -> None:
 
 
 def params_digest(config: Params, sections: Iterable[str] = TRAINING_SECTIONS) -> str:
-    """Fingerprint of sections of params.yaml, and of the content of a user's own file."""
+    """Hash sections of params.yaml, and the content of the dataset if it is a single file; 8 hexadecimal digits."""
     values = config.as_nested_dict()
-    chosen = {name: values[name] for name in sections}
+    hashed = {name: values[name] for name in sections}
     root = Path(config.dataset.root)
     if root.is_file():
-        chosen["content"] = checksum(root, "sha256")
-    return hashlib.sha256(json.dumps(chosen, sort_keys=True).encode()).hexdigest()[:8]
+        hashed["content"] = checksum(root, "sha256")
+    return hashlib.sha256(json.dumps(hashed, sort_keys=True).encode()).hexdigest()[:8]

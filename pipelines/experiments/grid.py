@@ -1,4 +1,4 @@
-"""Grids: data sets x networks x seeds, as a YAML file of overrides of params.yaml, and their runs."""
+"""Grid definition: datasets x models x seeds, in a YAML file with overrides of params.yaml, and the runs of a grid."""
 
 from __future__ import annotations
 
@@ -19,48 +19,50 @@ from pipelines.experiments import engine
 from pipelines.experiments.engine import PipelineRun
 
 GRIDS_FOLDER = Path(__file__).resolve().parent
-DATA_PLACEHOLDER = "{data}"  # in a value of a grid: the folder that --data names
-Slug = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")]  # part of the name of a DVC experiment
+DATA_PLACEHOLDER = "{data}"  # in the values of a grid: stands for the folder of the option --data
+Slug = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")]  # becomes a part of the DVC experiment's name
 
 
 class GridDataset(ConfigModel):
-    """One data set, with overrides of params.yaml."""
+    """One dataset, with overrides of params.yaml."""
 
     title: str
-    accuracy: Literal["accuracy", "balanced_accuracy"]  # which of them the tables show
+    accuracy: Literal["accuracy", "balanced_accuracy"]  # the one that the tables show
     params: dict[str, Any]
 
 
 class GridModel(ConfigModel):
-    """One network; its overrides are of how it is built and trained."""
+    """One model, with overrides of its architecture, augmentation and training."""
 
     title: str
     params: dict[str, Any]
 
 
 class Grid(ConfigModel):
-    """The whole. Of two overrides the later counts: preset, common, set, network."""
+    """A grid file. Later overrides win: preset, common, dataset, model."""
 
     preset: str | None
     common: dict[str, Any]
     reference: Slug
     seeds: Annotated[list[int], Field(min_length=1)]
-    sets: Annotated[dict[Slug, GridDataset], Field(min_length=1)]
-    networks: Annotated[dict[Slug, GridModel], Field(min_length=1)]
+    datasets: Annotated[dict[Slug, GridDataset], Field(min_length=1)]
+    models: Annotated[dict[Slug, GridModel], Field(min_length=1)]
 
     @model_validator(mode="after")
     def _check_models(self) -> Grid:
-        if self.reference not in self.networks:
-            raise ValueError(f"reference is {self.reference}, but the networks are {', '.join(self.networks)}")
-        for name, network in self.networks.items():
-            if other := network.params.keys() - {"model", "augment", "train"}:
-                raise ValueError(f"networks.{name}.params changes {', '.join(sorted(other))}, but all share the images")
+        if self.reference not in self.models:
+            raise ValueError(f"reference is {self.reference}, but the models are {', '.join(self.models)}")
+        for name, model in self.models.items():
+            if other := model.params.keys() - {"model", "augment", "train"}:
+                raise ValueError(
+                    f"models.{name}.params changes {', '.join(sorted(other))}, but all models must get the same images"
+                )
         return self
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One training: of a network on a set, from a seed."""
+    """One training run: a model on a dataset with a seed."""
 
     dataset: str
     model: str
@@ -71,65 +73,65 @@ class Cell:
 
 
 def find_grid(name: str) -> Path:
-    """Return the file of a grid: a path, or the name of one that is shipped."""
-    shipped = GRIDS_FOLDER / f"{name}.yaml"
-    path = shipped if shipped.is_file() else Path(name)
+    """Return the file of a grid, given its path or the name of an included grid."""
+    included = GRIDS_FOLDER / f"{name}.yaml"
+    path = included if included.is_file() else Path(name)
     if not path.is_file():
-        names = ", ".join(sorted(each.stem for each in GRIDS_FOLDER.glob("*.yaml")))
-        raise UserError(f"{name}: no such grid; name a YAML file, or one of: {names}")
+        names = ", ".join(sorted(file.stem for file in GRIDS_FOLDER.glob("*.yaml")))
+        raise UserError(f"{name}: no such grid; give a YAML file, or one of: {names}")
     return path
 
 
 def load_grid(path: Path) -> Grid:
-    """Read and check a grid."""
+    """Read and validate a grid file."""
     return schema.validate_model(schema.read_yaml(path), Grid, str(path))
 
 
 def iter_cells(grid: Grid) -> Iterator[Cell]:
-    """All cells, set after set and seed after seed."""
-    for images in grid.sets:
+    """Iterate over all cells: dataset by dataset, in it seed by seed, in it model by model."""
+    for dataset in grid.datasets:
         for seed in grid.seeds:
-            for network in grid.networks:
-                yield Cell(images, network, seed)
+            for model in grid.models:
+                yield Cell(dataset, model, seed)
 
 
 def plan_runs(name: str, grid: Grid, data: Path | None) -> tuple[dict[str, PipelineRun], dict[Cell, PipelineRun]]:
-    """Return the runs that prepare the images of each set, and those of the cells.
+    """Return the runs that preprocess each dataset, and the runs of the cells.
 
-    A cell is trained again if the parameters that decide its training, or its data, have changed. Another version of
-    the code is reported in the tables and is no reason: a comment would train the whole grid again.
+    A cell is trained again if its parameters or its data have changed. A new version of the code does not train it
+    again, because every changed comment would; the tables report the version instead.
 
     Args:
-        name: of the grid.
-        grid: its definition.
-        data: what `{data}` in it stands for.
+        name: Name of the grid.
+        grid: Definition of the grid.
+        data: Folder that replaces `{data}` in the grid.
 
     Raises:
-        UserError: the parameters of a set or a cell are not valid.
+        UserError: The parameters of a dataset or a cell are not valid.
     """
     recipe = schema.read_yaml(presets.PRESET_FOLDER / f"{grid.preset}.yaml") if grid.preset else {}
     base = overrides.deep_merge(schema.load_params(paths.PARAMS).as_nested_dict(), recipe, grid.common)
 
-    def run(key: str, until: str, sections: tuple[str, ...], *changes: Mapping[str, Any]) -> PipelineRun:
+    def create_run(key: str, last_stage: str, sections: tuple[str, ...], *changes: Mapping[str, Any]) -> PipelineRun:
         values = _fill_placeholder(overrides.deep_merge(base, *changes), key, data)
         config = schema.parse_params(values, f"{paths.PARAMS} with the overrides of {key}")
-        return PipelineRun(
-            f"{name}-{key.replace('/', '-')}-{engine.params_digest(config, sections)}", config.as_nested_dict(), until
-        )
+        digest = engine.params_digest(config, sections)
+        return PipelineRun(f"{name}-{key.replace('/', '-')}-{digest}", config.as_nested_dict(), last_stage)
 
-    prepared = {
-        name: run(name, "preprocess", engine.DATA_SECTIONS, images.params) for name, images in grid.sets.items()
+    preprocessing = {
+        key: create_run(key, "preprocess", engine.DATA_SECTIONS, dataset.params)
+        for key, dataset in grid.datasets.items()
     }
-    trained = {}
+    training = {}
     for cell in iter_cells(grid):
-        changes = (grid.sets[cell.dataset].params, grid.networks[cell.model].params, {"seed": cell.seed})
-        trained[cell] = run(str(cell), "evaluate", engine.TRAINING_SECTIONS, *changes)
-    return prepared, trained
+        changes = (grid.datasets[cell.dataset].params, grid.models[cell.model].params, {"seed": cell.seed})
+        training[cell] = create_run(str(cell), "evaluate", engine.TRAINING_SECTIONS, *changes)
+    return preprocessing, training
 
 
 def _fill_placeholder(values: Mapping[str, Any], key: str, data: Path | None) -> Any:
-    """The same with `{data}` replaced."""
+    """Replace `{data}` in nested values."""
     text = json.dumps(values, default=str)
     if DATA_PLACEHOLDER in text and data is None:
-        raise UserError(f"{key} needs the folder of its files: give it with --data FOLDER")
+        raise UserError(f"{key} needs the folder with its files; add --data FOLDER")
     return json.loads(text.replace(DATA_PLACEHOLDER, json.dumps(str(data))[1:-1]))

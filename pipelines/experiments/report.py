@@ -1,4 +1,4 @@
-"""Tables 1 to 3 as Markdown, the first two from the predictions of the cells alone."""
+"""Tables 1 to 3 of a grid as Markdown; the first two are computed from the predictions only."""
 
 from __future__ import annotations
 
@@ -13,76 +13,78 @@ from fadeformer.models.complexity import ModelCost
 from pipelines.experiments.grid import Grid
 
 PUBLISHED_COLUMNS = ("dataset", "resolution", "method", "auc", "accuracy", "balanced_accuracy", "comparable", "reason")
-PredictionsByModel = Mapping[
-    tuple[str, str], Mapping[int, Predictions]
-]  # predictions on test by set and network, by seed
+# Test predictions by (dataset, model) and by seed.
+PredictionsByModel = Mapping[tuple[str, str], Mapping[int, Predictions]]
 MIB = 2**20
 
 
 def render_tables(
     grid: Grid, trained: PredictionsByModel, costs: Mapping[tuple[int, str], ModelCost], published: pd.DataFrame
 ) -> list[str]:
-    """The three tables, each with its heading and what it shows.
+    """Render the three tables as Markdown, each with its heading and explanation.
 
     Args:
-        grid: what was asked for.
-        trained: what is finished.
-        costs: of Table 3, by side of the images and network.
-        published: rows of PUBLISHED; `dataset` is the name of a set in the grid, numbers are in [0, 1] or NaN.
+        grid: Definition of the grid.
+        trained: Test predictions of the finished cells.
+        costs: Costs for Table 3, by side of the images and model.
+        published: Rows with `PUBLISHED_COLUMNS`; `dataset` is a key of `grid.datasets`, scores are in [0, 1] or NaN.
     """
     return [_metrics_table(grid, trained, published), _differences_table(grid, trained), _costs_table(grid, costs)]
 
 
 def _metrics_table(grid: Grid, trained: PredictionsByModel, published: pd.DataFrame) -> str:
     rows = []
-    for name, images in grid.sets.items():
-        kind: model_comparison.MetricName = images.accuracy
-        for network, described in grid.networks.items():
-            found = list(trained.get((name, network), {}).values())
-            if found:
-                cells = [_format_mean(model_comparison.mean_over_seeds(found, measure)) for measure in ("auc", kind)]
-                rows.append([images.title, described.title, str(len(found)), *cells, ""])
+    for name, dataset in grid.datasets.items():
+        accuracy: model_comparison.MetricName = dataset.accuracy
+        for key, model in grid.models.items():
+            by_seed = list(trained.get((name, key), {}).values())
+            if by_seed:
+                means = [model_comparison.mean_over_seeds(by_seed, metric) for metric in ("auc", accuracy)]
+                rows.append([dataset.title, model.title, str(len(by_seed)), *map(_format_mean, means), ""])
         for row in published[published["dataset"] == name].to_dict("records"):
             note = "comparable" if row["comparable"] else f"not comparable: {row['reason']}"
             method = f"published: {row['method']}, {row['resolution']}"
-            rows.append([images.title, method, "", _format_number(row["auc"]), _format_number(row[kind]), note])
-    sets = [images.title for images in grid.sets.values() if images.accuracy == "balanced_accuracy"]
-    second = f"Accuracy is balanced accuracy on: {'; '.join(sets)}. " if sets else ""
+            scores = [_format_number(row["auc"]), _format_number(row[accuracy])]
+            rows.append([dataset.title, method, "", *scores, note])
+    balanced = [dataset.title for dataset in grid.datasets.values() if dataset.accuracy == "balanced_accuracy"]
+    balanced_note = f"Accuracy is balanced accuracy on: {'; '.join(balanced)}. " if balanced else ""
     return _render_section(
         "Table 1: AUC and accuracy on test",
-        "Mean over seeds (95 % interval over other test images, the trainings as they are) ± standard deviation from"
-        f" seed to seed. {second}The interval of an AUC is DeLong's for the mean of all trainings' AUCs, that of an"
-        " accuracy Wilson's for as many images as would be as sure; patients and lesions count whole.",
-        ["set", "network", "seeds", "AUC", "accuracy", "published numbers"], rows,
+        "Mean over seeds (95 % confidence interval for new test images and the given trained models) ± standard"
+        f" deviation between seeds. {balanced_note}Intervals of AUCs are DeLong's, for the mean AUC of all trained"
+        " models; those of accuracies are Wilson's, at the effective sample size. Images of one patient or lesion count"
+        " as one cluster.",
+        ["dataset", "model", "seeds", "AUC", "accuracy", "published numbers"], rows,
     )  # fmt: skip
 
 
 def _differences_table(grid: Grid, trained: PredictionsByModel) -> str:
     rows = []
-    for name, images in grid.sets.items():
+    for name, dataset in grid.datasets.items():
         first = trained.get((name, grid.reference), {})
-        kind: model_comparison.MetricName = images.accuracy
-        for network, described in grid.networks.items():
-            second = trained.get((name, network), {})
+        accuracy: model_comparison.MetricName = dataset.accuracy
+        for key, model in grid.models.items():
+            second = trained.get((name, key), {})
             seeds = first.keys() & second.keys()
-            if network != grid.reference and seeds:
-                title = f"{grid.networks[grid.reference].title} - {described.title}"
+            if key != grid.reference and seeds:
+                title = f"{grid.models[grid.reference].title} - {model.title}"
                 cells = [
                     cell
-                    for measure in ("auc", kind)
-                    for cell in _format_difference(model_comparison.metric_difference(first, second, measure))
+                    for metric in ("auc", accuracy)
+                    for cell in _format_difference(model_comparison.metric_difference(first, second, metric))
                 ]
-                rows.append([images.title, title, str(len(seeds)), *cells])
+                rows.append([dataset.title, title, str(len(seeds)), *cells])
     return _render_section(
         "Table 2: paired differences on the same test images",
-        "What one training of the first is ahead of one of the second, the mean over seeds (not of an ensemble), with"
-        " its 95 % interval over other test images **and** other trainings: the variance over images (DeLong's, paired,"
-        " for AUCs) and that from seed to seed are added, and Student's t has the degrees of freedom of the sum; with a"
-        " single seed it is over test images alone. Standard errors of either kind stand beside it. In simulations such"
-        " an interval holds the truth in 93 to 99 % with three seeds, with two in 89 to 98 %. No correction for the"
-        f" {2 * len(rows)} differences is made: about one in twenty leaves zero out by chance.",
+        "Difference between one trained model of the first kind and one of the second, mean over seeds (no ensemble),"
+        " with a 95 % confidence interval for new test images **and** new training runs: the variance between images"
+        " (for AUCs DeLong's, paired) and the variance between seeds are added, and Student's t uses the degrees of"
+        " freedom of the sum. With a single seed the interval is for new test images only. The standard errors of both"
+        " parts are in the next column. In simulations the coverage was 93 to 99 % with three seeds and 89 to 98 % with"
+        f" two. There is no correction for the {2 * len(rows)} comparisons: about one interval in twenty excludes zero"
+        " by chance.",
         [
-            "set", "difference", "seeds", "AUC", "standard error: images, seeds", "accuracy",
+            "dataset", "difference", "seeds", "AUC", "standard error: images, seeds", "accuracy",
             "standard error: images, seeds",
         ],
         rows,
@@ -92,23 +94,22 @@ def _differences_table(grid: Grid, trained: PredictionsByModel) -> str:
 def _costs_table(grid: Grid, costs: Mapping[tuple[int, str], ModelCost]) -> str:
     rows = [
         [
-            f"{side} x {side}", grid.networks[network].title, f"{cost.num_parameters / 1e6:.2f}",
+            f"{side} x {side}", grid.models[model].title, f"{cost.num_parameters / 1e6:.2f}",
             f"{cost.flops / 2e9:.4g}", f"{cost.peak_memory_bytes / MIB:.0f}", f"{cost.images_per_second:.0f}",
         ]
-        for (side, network), cost in costs.items()
+        for (side, model), cost in costs.items()
     ]  # fmt: skip
-    one = next(iter(costs.values()), None)
-    batches = (
-        ""
-        if one is None
-        else f" MACs and memory are of {one.batch_size} images, speed of {one.timed_batch_size} at once."
-    )
+    batches = ""
+    for cost in list(costs.values())[:1]:  # all costs have the same batch sizes
+        batches = (
+            f" MACs and memory are for batches of {cost.batch_size} images, throughput for {cost.timed_batch_size}."
+        )
     return _render_section(
-        "Table 3: what the networks cost",
-        "Parameters in millions, multiply-adds (half of torch's FLOPs, attention counted), of the forward pass in"
-        f" float32 with the classes of the first set of that size.{batches} Memory is what the pass takes beyond"
-        " weights and input; speed is the median of interleaved rounds.",
-        ["images", "network", "M parameters", "G MACs", "memory, MiB", "images/s"], rows,
+        "Table 3: computational cost of the models",
+        "Parameters in millions and multiply-adds (half of torch's FLOPs, attention included) of the forward pass in"
+        f" float32, with the number of classes of the first dataset of that image size.{batches} Memory is the peak in"
+        " addition to weights and input; throughput is the median of interleaved rounds.",
+        ["images", "model", "M parameters", "G MACs", "memory, MiB", "images/s"], rows,
     )  # fmt: skip
 
 
@@ -118,19 +119,20 @@ def _render_section(title: str, text: str, header: Sequence[str], rows: Sequence
     return "\n".join([f"## {title}", "", text, "", *lines])
 
 
-def _format_mean(found: model_comparison.SeedMean | None) -> str:
-    if found is None:
+def _format_mean(mean: model_comparison.SeedMean | None) -> str:
+    if mean is None:
         return "undefined"
-    spread = "" if found.std is None else f" ± {found.std:.4f}"
-    return format_with_interval(found.value, found.interval) + spread
+    std = "" if mean.std is None else f" ± {mean.std:.4f}"
+    return format_with_interval(mean.value, mean.interval) + std
 
 
-def _format_difference(found: model_comparison.MetricDifference | None) -> list[str]:
-    if found is None:
+def _format_difference(difference: model_comparison.MetricDifference | None) -> list[str]:
+    if difference is None:
         return ["undefined", ""]
-    interval = "" if found.interval is None else f" ({found.interval[0]:+.4f} to {found.interval[1]:+.4f})"
-    seeds = "one seed" if found.seed_se is None else f"{found.seed_se:.4f}"
-    return [f"{found.value:+.4f}{interval}", f"{found.image_se:.4f}, {seeds}"]
+    bounds = difference.interval
+    interval = "" if bounds is None else f" ({bounds[0]:+.4f} to {bounds[1]:+.4f})"
+    seed_se = "one seed" if difference.seed_se is None else f"{difference.seed_se:.4f}"
+    return [f"{difference.value:+.4f}{interval}", f"{difference.image_se:.4f}, {seed_se}"]
 
 
 def _format_number(value: float) -> str:

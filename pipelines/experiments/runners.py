@@ -1,4 +1,4 @@
-"""How runs are executed: by `dvc exp run --temp` on this machine, or by a deployment on a Prefect server."""
+"""Runners, which execute runs: `dvc exp run --temp` on this machine, or a deployment on a Prefect server."""
 
 from __future__ import annotations
 
@@ -29,18 +29,18 @@ from pipelines.experiments.engine import PipelineRun, Runner, RunStatus
 from pipelines.tracking.runs import TRIAL_VARIABLE
 
 DEPLOYMENT = "experiment/run"
-STOP_TIMEOUT = 60.0  # seconds that runs may take to stop: training writes a checkpoint
+STOP_TIMEOUT = 60.0  # seconds for runs to stop: training writes a checkpoint first
 
 
 @contextmanager
 def open_runner(logs: Path) -> Iterator[Runner]:
-    """Prefect's workers if `PREFECT_API_URL` names a server, else DVC, with one temporary Prefect server for all runs.
+    """Yield a runner: Prefect's workers if `PREFECT_API_URL` is set, else DVC with one temporary Prefect server.
 
     Args:
-        logs: folder for what runs of DVC print. It is locked until this process and all these runs have ended.
+        logs: Folder for the logs of DVC's runs; it stays locked until this process and all runs have exited.
 
     Raises:
-        PassingError: the folder is locked.
+        TransientError: The folder is locked.
     """
     logs.mkdir(parents=True, exist_ok=True)
     with (logs / ".lock").open("w") as lock:
@@ -49,56 +49,56 @@ def open_runner(logs: Path) -> Iterator[Runner]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise TransientError(
-                f"another command works on {logs.name}, or runs that it started go on; repeat this one when they have"
-                " ended"
+                f"another command for {logs.name}, or a run that it started, is still active; try again when they have"
+                " finished"
             ) from error
-        configured = bool(os.environ.get("PREFECT_API_URL"))  # before the temporary server sets it
+        configured = bool(os.environ.get("PREFECT_API_URL"))  # read before the temporary server sets it
         with server.temporary_server():
             if configured:
                 yield PrefectRunner(DEPLOYMENT, flow_parameters)
                 return
-            local = DvcRunner(logs)
+            dvc_runner = DvcRunner(logs)
             try:
-                yield local
+                yield dvc_runner
             finally:
-                local.wait()
+                dvc_runner.wait()
 
 
 def flow_parameters(run: PipelineRun) -> dict[str, Any]:
-    """Parameters of the deployment for a run."""
-    return {"values": run.params, "until": run.last_stage, "trial": run.trial}
+    """Return the parameters of the deployment `experiment/run` for a run."""
+    return {"values": run.params, "last_stage": run.last_stage, "trial": run.trial}
 
 
 class DvcRunner:
-    """Runs `dvc exp run --temp` for each run, in a process group of its own.
+    """Executes each run with `dvc exp run --temp`, in a separate process group.
 
     Args:
-        logs: folder of what each run prints.
+        logs: Folder for the log of each run.
     """
 
     def __init__(self, logs: Path) -> None:
         self.logs = logs
-        site = str(Path.cwd() / ".cache/dvc")  # .dvc/config names it relative to this folder
-        self._environment = {**os.environ, "DVC_SITE_CACHE_DIR": site, "PYTHONUNBUFFERED": "1"}
+        site_cache = str(Path.cwd() / ".cache/dvc")  # in .dvc/config it is relative to the working directory
+        self._environment = {**os.environ, "DVC_SITE_CACHE_DIR": site_cache, "PYTHONUNBUFFERED": "1"}
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
         self._stopped: set[str] = set()
 
     def start(self, run: PipelineRun) -> None:
         """Start a run."""
-        present = schema.load_params(paths.PARAMS).as_nested_dict()
-        options = [f"--set-param={key}={hydra_literal(value)}" for key, value in diff_params(present, run.params)]
+        base = schema.load_params(paths.PARAMS).as_nested_dict()
+        options = [f"--set-param={key}={hydra_literal(value)}" for key, value in diff_params(base, run.params)]
         options += [f"--copy-paths={path}" for path in untracked_inputs(run.params)]
         command = [sys.executable, "-m", "dvc", "--wait-for-lock", "exp", "run", "--temp", "--name", run.name]
         with self._log(run).open("wb") as log:
             self._processes[run.name] = subprocess.Popen(
                 [*command, *options, run.last_stage], stdin=subprocess.DEVNULL, stdout=log, stderr=log,
                 env=self._environment | ({TRIAL_VARIABLE: run.trial} if run.trial else {}),
-                start_new_session=True,  # Ctrl-C reaches this process alone, which stops its runs
+                start_new_session=True,  # Ctrl-C reaches only this process, which then stops its runs
                 close_fds=False,  # DVC inherits the lock
             )  # fmt: skip
 
     def status(self, run: PipelineRun) -> RunStatus:
-        """Return the status of a run that was started."""
+        """Return the status of a started run."""
         code = self._processes[run.name].poll()
         if code is None:
             return RunStatus("Running")
@@ -107,18 +107,18 @@ class DvcRunner:
         if run.name in self._stopped:
             return RunStatus("Stopped")
         log = self._log(run)
-        last = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()][-2:]
-        return RunStatus("Failed", "\n".join([f"exit status {code}; {log} ends with:", *last]))
+        last_lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()][-2:]
+        return RunStatus("Failed", "\n".join([f"exit status {code}; {log} ends with:", *last_lines]))
 
     def stop(self, runs: Iterable[PipelineRun]) -> None:
-        """Interrupt runs: DVC waits for its stage, which writes a checkpoint, and removes its temporary folder."""
+        """Interrupt runs; DVC waits until training has written a checkpoint, then removes its temporary folder."""
         for run in runs:
             if run.name not in self._stopped:
                 self._stopped.add(run.name)
                 _send_signal(self._processes[run.name], signal.SIGINT)
 
     def wait(self) -> None:
-        """Return when all processes have ended; those that take too long are killed."""
+        """Wait until all processes have exited; kill them after `STOP_TIMEOUT` seconds."""
         deadline = time.monotonic() + STOP_TIMEOUT
         for process in self._processes.values():
             try:
@@ -136,36 +136,37 @@ def _send_signal(process: subprocess.Popen[bytes], number: signal.Signals) -> No
 
 
 class PrefectRunner:
-    """Runs a deployment on the server of `PREFECT_API_URL` for each run.
+    """Executes each run with a deployment on the server at `PREFECT_API_URL`.
 
     Args:
-        deployment: its name.
-        parameters: of the deployment for a run.
-        key: of whoever starts the runs: with the same key, a run of the same name is started only once. Without one,
-            it is started again after it has ended.
+        deployment: Name of the deployment.
+        parameters: Returns the parameters of the deployment for a run.
+        idempotency_key: Starts a run of a given name only once per key; without a key, a finished run starts again.
     """
 
-    def __init__(self, deployment: str, parameters: Callable[[PipelineRun], dict[str, Any]], key: str = "") -> None:
-        self._deployment, self._parameters, self._key = deployment, parameters, key
+    def __init__(
+        self, deployment: str, parameters: Callable[[PipelineRun], dict[str, Any]], idempotency_key: str = ""
+    ) -> None:
+        self._deployment, self._parameters, self._key = deployment, parameters, idempotency_key
         self.flow_run_ids: dict[str, Any] = {}
 
     def start(self, run: PipelineRun) -> None:
-        """Start a run, or find it where an earlier command has started it."""
-        over = [StateType.COMPLETED, StateType.FAILED, StateType.CANCELLED, StateType.CANCELLING]
+        """Start a run, or find it if an earlier command has started it."""
+        finished = [StateType.COMPLETED, StateType.FAILED, StateType.CANCELLED, StateType.CANCELLING]
         unfinished = filters.FlowRunFilter(
             name=filters.FlowRunFilterName(any_=[run.name]),
-            state=filters.FlowRunFilterState(type=filters.FlowRunFilterStateType(not_any_=over)),
+            state=filters.FlowRunFilterState(type=filters.FlowRunFilterStateType(not_any_=finished)),
         )
         with _translate_server_errors(), get_client(sync_client=True) as client:
-            known = [] if self._key else client.read_flow_runs(flow_run_filter=unfinished, limit=1)
-            started: Any = known[0] if known else run_deployment(  # which the types say is a coroutine
+            existing = [] if self._key else client.read_flow_runs(flow_run_filter=unfinished, limit=1)
+            flow_run: Any = existing[0] if existing else run_deployment(  # typed as a coroutine, but is none here
                 self._deployment, parameters=self._parameters(run), flow_run_name=run.name, timeout=0,
                 idempotency_key=f"{self._key}/{run.name}" if self._key else None, as_subflow=False,
             )  # fmt: skip
-            self.flow_run_ids[run.name] = started.id
+            self.flow_run_ids[run.name] = flow_run.id
 
     def status(self, run: PipelineRun) -> RunStatus:
-        """Return the status of a run; a crashed run counts as running, since an automation reschedules it."""
+        """Return the status of a run; a crashed run counts as running, because an automation reschedules it."""
         with _translate_server_errors(), get_client(sync_client=True) as client:
             state = client.read_flow_run(self.flow_run_ids[run.name]).state or Pending()
         if state.type is StateType.CANCELLED:
@@ -175,7 +176,7 @@ class PrefectRunner:
         return RunStatus("Completed" if state.type is StateType.COMPLETED else "Running")
 
     def stop(self, runs: Iterable[PipelineRun]) -> None:
-        """Cancel runs; Prefect leaves those that have ended as they are."""
+        """Cancel runs; has no effect on finished ones."""
         with _translate_server_errors(), get_client(sync_client=True) as client:
             for run in runs:
                 client.set_flow_run_state(self.flow_run_ids[run.name], Cancelling())
@@ -183,33 +184,33 @@ class PrefectRunner:
 
 @contextmanager
 def _translate_server_errors() -> Iterator[None]:
-    """Raise PassingError where Prefect's server does not answer."""
+    """Raise errors of Prefect's client as UserError, or as TransientError if the server does not answer."""
     try:
         yield
     except ObjectNotFound as error:
         raise UserError(f"the Prefect server has no such run or deployment; run `make deploy` ({error})") from error
     except httpx.TransportError as error:
         raise TransientError(
-            f"the Prefect server does not answer ({error or type(error).__name__}); its runs go on: start it, then"
+            f"the Prefect server does not answer ({error or type(error).__name__}); its runs continue: start it, then"
             " repeat the command"
         ) from error
 
 
-def diff_params(present: Mapping[str, Any], values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted keys whose values differ; a section with other keys is replaced as a whole."""
+def diff_params(base: Mapping[str, Any], values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield dotted keys and values that differ from `base`; a section with other keys is yielded as one value."""
     for key, value in values.items():
-        before = present[key]
-        if isinstance(value, Mapping) and isinstance(before, Mapping) and value.keys() == before.keys():
-            yield from diff_params(before, value, f"{prefix}{key}.")
-        elif value != before or isinstance(value, bool) != isinstance(before, bool):
+        base_value = base[key]
+        if isinstance(value, Mapping) and isinstance(base_value, Mapping) and value.keys() == base_value.keys():
+            yield from diff_params(base_value, value, f"{prefix}{key}.")
+        elif value != base_value or isinstance(value, bool) != isinstance(base_value, bool):
             yield f"{prefix}{key}", value
 
 
 def hydra_literal(value: Any) -> str:
-    """A value in the grammar of DVC's `--set-param`: JSON, but for the keys of a section.
+    """Format a value in the Hydra grammar of DVC's `--set-param`: JSON with unquoted keys.
 
     Raises:
-        UserError: a text holds a character that the grammar has another use for.
+        UserError: A string contains characters with a special meaning in that grammar.
     """
     if isinstance(value, Mapping):
         return "{" + ",".join(f"{key}:{hydra_literal(inner)}" for key, inner in value.items()) + "}"
@@ -220,14 +221,14 @@ def hydra_literal(value: Any) -> str:
 
 
 def untracked_inputs(values: Mapping[str, Any]) -> list[str]:
-    """What a run needs of this folder that git may not have: the user's own images, splits, weights and checksums."""
+    """List input files that git may not track: the user's images, splits and weights, and the recorded checksums."""
     dataset = values["dataset"]
-    own = [dataset["root"]] if dataset["name"] in ("folder", "npz") else []
-    named = [
-        *own,
+    images = [dataset["root"]] if dataset["name"] in ("folder", "npz") else []
+    names = [
+        *images,
         values["split"]["adopted"],
         values["model"]["weights"],
         str(paths.DATASET_LOCK),
         str(paths.HASH_SALT),
     ]
-    return [name for name in named if not Path(name).is_absolute() and Path(name).exists()]
+    return [name for name in names if not Path(name).is_absolute() and Path(name).exists()]

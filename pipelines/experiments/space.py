@@ -1,4 +1,4 @@
-"""SPACE.yaml: what a sweep varies, how many trials it makes, and which of them are not worth their last epochs."""
+"""Search space of a sweep (SPACE.yaml): varied keys, number of trials, sampler and early stopping of trials."""
 
 from __future__ import annotations
 
@@ -15,32 +15,28 @@ from fadeformer.errors import UserError
 from pipelines.config import overrides
 
 Distribution = CategoricalDistribution | FloatDistribution | IntDistribution
-POST_TRAINING_SECTIONS = (
-    "evaluate.",
-    "promote.",
-)  # sections that change nothing of a trial, which ends with its training
+POST_TRAINING_SECTIONS = ("evaluate.", "promote.")  # no effect on a trial, which stops after training
 
 
 class SweepConfig(ConfigModel):
-    """What SPACE.yaml says; only `trials` and `space` are required.
+    """Content of SPACE.yaml; only `trials` and `space` are required.
 
     Attributes:
-        name: of the sweep; else that of the file.
-        trials: all in all, those that are stopped early and those that fail among them, but not those whose values
-            were tried before.
-        at_once: trials that run side by side.
-        sampler: `tpe` learns from the trials before, `random` does not.
-        pruner: `median` stops a trial whose best is worse than the median of the others at the same epoch.
-        startup_trials: run to their end before one is stopped, and are drawn at random.
-        warmup_epochs: of each trial in which it is not stopped.
-        seed: of the sampler.
-        fixed: keys of params.yaml that are the same in every trial, by dotted names.
-        space: keys of params.yaml, and of each a list of values, or the arguments of a distribution of Optuna.
+        name: Name of the sweep; by default the name of the file.
+        trials: Number of trials, including pruned and failed ones, but not those that repeat the values of another.
+        parallel_trials: Maximum number of parallel trials.
+        sampler: `tpe` uses the results of previous trials, `random` does not.
+        pruner: `median` stops a trial whose best value is worse than the median of the others at the same epoch.
+        startup_trials: Number of trials with random values that run to completion before trials are pruned.
+        warmup_epochs: Epochs of each trial before it can be pruned.
+        seed: Seed of the sampler.
+        fixed: Dotted keys of params.yaml with one value for all trials.
+        space: Dotted keys of params.yaml, each with a list of values or the arguments of an Optuna distribution.
     """
 
     name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]*$")]
     trials: Annotated[int, Field(ge=1)]
-    at_once: Annotated[int, Field(ge=1)] = 1
+    parallel_trials: Annotated[int, Field(ge=1)] = 1
     sampler: Literal["tpe", "random"] = "tpe"
     pruner: Literal["median", "none"] = "median"
     startup_trials: Annotated[int, Field(ge=0)] = 5
@@ -50,67 +46,77 @@ class SweepConfig(ConfigModel):
     space: Annotated[dict[str, Any], Field(min_length=1)]
 
 
-def load_sweep_config(path: Path, present: Params) -> SweepConfig:
-    """Read and check SPACE.yaml.
+def load_sweep_config(path: Path, base: Params) -> SweepConfig:
+    """Read and validate SPACE.yaml.
 
     Args:
-        path: the file.
-        present: params.yaml, in which every end of a range and every choice must be valid.
+        path: The file.
+        base: Content of params.yaml; every bound of a range and every choice must be valid in it.
+
+    Raises:
+        UserError: The file is not valid.
     """
     values = schema.read_yaml(path)
     if isinstance(values, Mapping):
         values = {"name": path.stem.lower().replace("_", "-").replace(" ", "-"), **values}
-    plan = schema.validate_model(values, SweepConfig, str(path))
-    for key, of_key in plan.space.items():
+    config = schema.validate_model(values, SweepConfig, str(path))
+    for key, definition in config.space.items():
         if key.startswith(POST_TRAINING_SECTIONS):
-            raise UserError(f"{path}: space.{key} changes nothing in a trial, which ends with its training")
+            raise UserError(f"{path}: space.{key} has no effect on a trial, which stops after training")
         if key == "train.monitor":
-            raise UserError(f"{path}: space.{key} is what trials are compared by; set it in fixed or in params.yaml")
+            raise UserError(
+                f"{path}: space.{key} cannot vary, because trials are compared by it; set it in fixed or in params.yaml"
+            )
         try:
-            found = parse_distribution(of_key)
+            distribution = parse_distribution(definition)
         except (TypeError, ValueError) as error:
             raise UserError(
-                f"{path}: space.{key} is {of_key!r}, but should be a list of two or more values, or a range such as"
+                f"{path}: space.{key} is {definition!r}, but should be a list of two or more values, or a range such as"
                 f" {{low: 1.0e-4, high: 0.1, log: true}} ({error})"
             ) from error
-        for value in found.choices if isinstance(found, CategoricalDistribution) else (found.low, found.high):
-            params_with_overrides(present, {**plan.fixed, key: value}, str(path))
-    return plan
+        if isinstance(distribution, CategoricalDistribution):
+            values_to_check: tuple[Any, ...] = distribution.choices
+        else:
+            values_to_check = (distribution.low, distribution.high)
+        for value in values_to_check:
+            params_with_overrides(base, {**config.fixed, key: value}, str(path))
+    return config
 
 
-def parse_distribution(of_key: Any) -> Distribution:
-    """The distribution of Optuna for a key: of whole numbers where its ends and step are.
+def parse_distribution(definition: Any) -> Distribution:
+    """Create the Optuna distribution of a key; an integer one if its bounds and step are integers.
 
     Raises:
-        TypeError, ValueError: there is none.
+        TypeError, ValueError: The definition is not valid.
     """
-    if isinstance(of_key, list):
-        if len(of_key) < 2 or not all(isinstance(one, bool | int | float | str | None) for one in of_key):
-            raise ValueError("not a list of two or more numbers, texts, true, false or null")
-        return CategoricalDistribution(of_key)
-    numbers = [of_key[name] for name in ("low", "high", "step") if name in of_key]
-    return (IntDistribution if all(isinstance(one, int) for one in numbers) else FloatDistribution)(**of_key)
+    if isinstance(definition, list):
+        if len(definition) < 2 or not all(isinstance(value, bool | int | float | str | None) for value in definition):
+            raise ValueError("not a list of two or more numbers, strings, true, false or null")
+        return CategoricalDistribution(definition)
+    numbers = [definition[name] for name in ("low", "high", "step") if name in definition]
+    is_integer = all(isinstance(number, int) for number in numbers)
+    return (IntDistribution if is_integer else FloatDistribution)(**definition)
 
 
-def objective_of(plan: SweepConfig, present: Params) -> tuple[str, Literal["maximize", "minimize"]]:
-    """By which a trial is judged, and what is better: that by which its training chooses the epoch that it keeps."""
-    monitor = plan.fixed.get("train.monitor", present.train.monitor)
+def objective_of(config: SweepConfig, base: Params) -> tuple[str, Literal["maximize", "minimize"]]:
+    """Return the metric and direction that rank trials: the metric by which training selects its best epoch."""
+    monitor = config.fixed.get("train.monitor", base.train.monitor)
     return f"val_{monitor}", "minimize" if monitor == "loss" else "maximize"
 
 
-def params_with_overrides(present: Params, changes: Mapping[str, Any], source: str = "params.yaml") -> dict[str, Any]:
-    """All of params.yaml with some keys changed, nested.
+def params_with_overrides(base: Params, changes: Mapping[str, Any], source: str = "params.yaml") -> dict[str, Any]:
+    """Return all of params.yaml, nested, with some keys overridden.
 
     Args:
-        present: params.yaml.
-        changes: by dotted names.
-        source: of the changes, for the message.
+        base: Content of params.yaml.
+        changes: Values by dotted keys.
+        source: Origin of the changes, for error messages.
 
     Raises:
-        UserError: the result would not be valid.
+        UserError: The result is not valid.
     """
     values = overrides.deep_merge(
-        present.as_nested_dict(), *(overrides.unflatten({key: value}) for key, value in changes.items())
+        base.as_nested_dict(), *(overrides.unflatten({key: value}) for key, value in changes.items())
     )
     schema.parse_params(values, source)
     return values

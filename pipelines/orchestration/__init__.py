@@ -1,1 +1,1 @@
-"""orchestration."""
+"""Prefect deployments: flows, workspaces, artifacts, and the set-up of a Prefect server."""

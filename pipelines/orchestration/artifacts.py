@@ -1,4 +1,4 @@
-"""Artifacts on the page of a deployment run in Prefect: metrics, the verdict of the registry gate, and links."""
+"""Prefect artifacts of a deployment run: metrics, the decision of the promotion gate, and links."""
 
 from __future__ import annotations
 
@@ -21,33 +21,32 @@ RUN_URL = "{server}/#/experiments/{experiment}/runs/{run}"
 
 
 def publish_metrics() -> None:
-    """The overall measures of val and test, the latter with intervals, as a table."""
-    numbers, bounds = read_json(paths.METRICS), read_json(paths.INTERVALS)["test"]["overall"]
+    """Publish the overall metrics of val and test as a table, those of test with confidence intervals."""
+    metrics, intervals = read_json(paths.METRICS), read_json(paths.INTERVALS)["test"]["overall"]
     rows = [
         {
-            "measure": name.replace("_", " "),
-            "test": format_with_interval(value, bounds.get(name)),
-            "val": format_with_interval(of_val, None),
+            "metric": name.replace("_", " "),
+            "test": format_with_interval(value, intervals.get(name)),
+            "val": format_with_interval(val_value, None),
         }
-        for (name, value), of_val in zip(
-            numbers["test"]["overall"].items(), numbers["val"]["overall"].values(), strict=True
+        for (name, value), val_value in zip(
+            metrics["test"]["overall"].items(), metrics["val"]["overall"].values(), strict=True
         )
     ]
-    create_table_artifact(rows, key="metrics", description="Numbers of test with their intervals, and of val")
+    create_table_artifact(rows, key="metrics", description="Metrics on test with confidence intervals, and on val")
 
 
 def publish_decision() -> None:
-    """The decision of the registry gate, rule by rule."""
-    create_markdown_artifact(
-        format_decision(read_json(paths.PROMOTION)), key="verdict", description="The registry gate"
-    )
+    """Publish the decision of the promotion gate, check by check."""
+    text = format_decision(read_json(paths.PROMOTION))
+    create_markdown_artifact(text, key="verdict", description="The promotion gate")
 
 
 def format_decision(promotion: Mapping[str, Any]) -> str:
-    """The same as Markdown.
+    """Format the decision of the promotion gate as Markdown.
 
     Args:
-        promotion: as reports/promotion.json has it.
+        promotion: Content of reports/promotion.json.
     """
     forced = " by force" if promotion["forced"] else ""
     rows = [(check["requirement"], check["status"], check["details"]) for check in promotion["checks"]]
@@ -55,30 +54,30 @@ def format_decision(promotion: Mapping[str, Any]) -> str:
     return "\n".join(
         [
             f"# {promotion['model']} version {promotion['version']}: {promotion['decision']}{forced}",
-            "", promotion["reason"], "", "| rule | verdict | figures |", "| --- | --- | --- |",
+            "", promotion["reason"], "", "| check | status | details |", "| --- | --- | --- |",
             *(f"| {row} |" for row in cells),
         ]
     )  # fmt: skip
 
 
 def publish_links() -> None:
-    """The MLflow run and the report in it, where MLflow is a server with pages."""
+    """Publish links to the MLflow run and its report, if MLflow has a server with a UI."""
     server = locations.ui_url()
-    if server is None or not paths.RUN.is_file():  # a run that ends before training
+    if server is None or not paths.RUN.is_file():  # the run ended before training
         return
     run = read_json(paths.RUN)
     run_id = run["mlflow_run_id"]
-    page = RUN_URL.format(server=server, experiment=run["mlflow_experiment_id"], run=run_id)
-    create_link_artifact(page, key="mlflow-run", link_text="MLflow run", description=f"MLflow run {run_id}")
-    if paths.REPORT.is_file():  # a trial of a sweep has none
-        create_link_artifact(f"{page}/artifacts/{paths.REPORT.name}", key="report", link_text="Report")
+    url = RUN_URL.format(server=server, experiment=run["mlflow_experiment_id"], run=run_id)
+    create_link_artifact(url, key="mlflow-run", link_text="MLflow run", description=f"MLflow run {run_id}")
+    if paths.REPORT.is_file():  # sweep trials have no report
+        create_link_artifact(f"{url}/artifacts/{paths.REPORT.name}", key="report", link_text="Report")
 
 
 def publish_experiment(name: str) -> None:
-    """How to have parameters and results in a workspace: that of the repository, or one's own clone of it."""
+    """Publish the commands that bring the parameters and results of this run into a working copy."""
     repository = read_json(locations.WORKSPACE_MARKER)["repository"]
     text = f"`dvc exp apply {name}`"
-    if (Path(repository) / ".git").exists():  # the folder that was deployed from: the experiment is there already
+    if (Path(repository) / ".git").exists():  # deployed from this folder, so it already has the experiment
         text += " in the repository that this was deployed from"
     else:
         text = f"`dvc exp pull {repository} {name}`, then {text}"
@@ -86,15 +85,13 @@ def publish_experiment(name: str) -> None:
 
 
 def read_run_summary(flow_run_id: UUID) -> dict[str, str]:
-    """Test AUC and decision of another run, from the artifacts that it left."""
+    """Read the test AUC and the promotion decision of another run from its artifacts."""
     with get_client(sync_client=True) as client:
-        found = client.read_artifacts(
-            artifact_filter=ArtifactFilter(flow_run_id=ArtifactFilterFlowRunId(any_=[flow_run_id]))
-        )
-    by_key = {artifact.key: str(artifact.data) for artifact in found}
-    shown = {}
+        of_run = ArtifactFilter(flow_run_id=ArtifactFilterFlowRunId(any_=[flow_run_id]))
+        by_key = {item.key: str(item.data) for item in client.read_artifacts(artifact_filter=of_run)}
+    summary = {}
     if "metrics" in by_key:
-        shown["test AUC"] = next(row["test"] for row in json.loads(by_key["metrics"]) if row["measure"] == "auc")
+        summary["test AUC"] = next(row["test"] for row in json.loads(by_key["metrics"]) if row["metric"] == "auc")
     if "verdict" in by_key:
-        shown["decision"] = by_key["verdict"].splitlines()[0].removeprefix("# ")
-    return shown
+        summary["decision"] = by_key["verdict"].splitlines()[0].removeprefix("# ")
+    return summary

@@ -1,7 +1,7 @@
 """`make deploy`: set up a Prefect server for this project's deployments; idempotent.
 
-It creates a work pool, a queue for trainings that runs as many at a time as there are GPUs, the limit that keeps
-promotions apart, the automations of automations.yaml, and the deployments of prefect.yaml.
+It creates a work pool, a queue that limits concurrent trainings to the number of GPUs, the concurrency limit that
+serializes promotions, the automations of automations.yaml, and the deployments of prefect.yaml.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from ruamel.yaml import YAML
 
 from fadeformer.errors import TransientError, UserError
 from pipelines import runner, server
+from pipelines.environment import configure_environment
 from pipelines.orchestration.flows import PROMOTION_LIMIT
 
 WORK_POOL, TRAINING_QUEUE = "local", "training"
@@ -26,15 +27,18 @@ AUTOMATIONS = Path(__file__).with_name("automations.yaml")
 
 
 def main() -> str:
-    """Create or update the deployments on the server of `PREFECT_API_URL`."""
+    """Create or update the deployments on the server at `PREFECT_API_URL`."""
+    configure_environment()
     parser = argparse.ArgumentParser(prog="python -m pipelines.orchestration.deploy", description=__doc__)
-    parser.add_argument("--at-once", type=int, default=1, metavar="N", help="trainings at a time, such as GPUs (1)")
-    at_once = parser.parse_args().at_once
-    if at_once < 1:
-        raise UserError("--at-once is 1 or more")
+    parser.add_argument(
+        "--concurrency", type=int, default=1, metavar="N", help="concurrent trainings: the number of GPUs (default: 1)"
+    )
+    concurrency = parser.parse_args().concurrency
+    if concurrency < 1:
+        raise UserError(f"--concurrency is {concurrency}; it must be 1 or more")
     address = os.environ.get("PREFECT_API_URL")
     if not address:
-        raise UserError("PREFECT_API_URL is not set; `prefect server start`, then set it to that server's address")
+        raise UserError("PREFECT_API_URL is not set; run `prefect server start`, then set it to the server's address")
     if not server.is_reachable(address):
         raise TransientError(f"PREFECT_API_URL is {address}, but no Prefect server answers there; start it")
     with get_client(sync_client=True) as client:
@@ -46,21 +50,21 @@ def main() -> str:
             queue = client.create_work_queue(TRAINING_QUEUE, work_pool_name=WORK_POOL)
         except ObjectAlreadyExists:
             queue = client.read_work_queue_by_name(TRAINING_QUEUE, work_pool_name=WORK_POOL)
-        client.update_work_queue(queue.id, concurrency_limit=at_once)
+        client.update_work_queue(queue.id, concurrency_limit=concurrency)
         client.upsert_global_concurrency_limit_by_name(PROMOTION_LIMIT, 1)
         for automation in map(AutomationCore.model_validate, YAML(typ="safe").load(AUTOMATIONS)):
-            for known in client.read_automations_by_name(automation.name):
-                client.delete_automation(known.id)
+            for existing in client.read_automations_by_name(automation.name):
+                client.delete_automation(existing.id)
             client.create_automation(automation)
     _run_prefect("deploy", "--all")
-    return f"{address} has the deployments of prefect.yaml; {at_once} at a time in the queue {TRAINING_QUEUE}"
+    return f"{address} has the deployments of prefect.yaml; the queue {TRAINING_QUEUE} runs {concurrency} at a time"
 
 
-def _run_prefect(*words: str) -> None:
+def _run_prefect(*arguments: str) -> None:
     program = Path(sys.executable).with_name("prefect")
-    done = subprocess.run([str(program), "--no-prompt", *words], capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        raise UserError(f"`prefect {' '.join(words)}` failed:\n{done.stderr}{done.stdout}".rstrip())
+    process = subprocess.run([str(program), "--no-prompt", *arguments], capture_output=True, text=True, check=False)
+    if process.returncode != 0:
+        raise UserError(f"`prefect {' '.join(arguments)}` failed:\n{process.stderr}{process.stdout}".rstrip())
 
 
 if __name__ == "__main__":

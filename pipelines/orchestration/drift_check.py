@@ -1,4 +1,4 @@
-"""Drift of new images: predict them and compare them with what a model was made with."""
+"""Drift check: predict new images and compare them with the training data of the model."""
 
 from __future__ import annotations
 
@@ -19,51 +19,55 @@ from pipelines.registry import resolve
 from pipelines.runner import CommandResult
 
 EXIT_DRIFT = 4  # exit status
-SAMPLING_SEED = 0  # of the choice among too many images
+SAMPLING_SEED = 0  # for the sample of images, if there are more than `max_images`
 
 
-def check_drift(named: list[str], model: str, out: Path, most: int) -> CommandResult:
-    """Likewise.
+def check_drift(names: list[str], model: str, out: Path, max_images: int) -> CommandResult:
+    """Compare new images with the training data of a model; write a page and `drift.json`.
 
     Args:
-        named: paths and patterns.
-        model: as `named_model.HELP` tells.
-        out: folder, which is made anew.
-        most: images that are looked at.
+        names: Paths and patterns of the images.
+        model: Name or folder of the model, in one of the forms of `resolve.MODEL_HELP`.
+        out: Output folder; an existing one is replaced.
+        max_images: Number of images to sample if there are more.
+
+    Raises:
+        UserError: `max_images` is too small, or the images or the model cannot be read.
     """
-    if most < drift.MIN_IMAGES:
-        raise UserError(f"--most is {most}; at least {drift.MIN_IMAGES} images are needed")
-    images, _ = inputs.list_inputs(named)
-    if len(images) > most:
-        images = [
-            images[place] for place in np.sort(np.random.default_rng(SAMPLING_SEED).permutation(len(images))[:most])
-        ]
+    if max_images < drift.MIN_IMAGES:
+        raise UserError(f"--max-images is {max_images}; at least {drift.MIN_IMAGES} images are needed")
+    images, _ = inputs.list_inputs(names)
+    if len(images) > max_images:
+        chosen = np.random.default_rng(SAMPLING_SEED).permutation(len(images))[:max_images]
+        images = [images[index] for index in np.sort(chosen)]
     files = resolve.find_model_files(model)
-    known = reference.read(files.reference, model)
-    new, unreadable = _compute_features(files, images)
-    found = drift.detect_drift(known, new)
-    called = named[0] if len(named) == 1 else f"{named[0]} and {len(named) - 1} more"
+    reference_table = reference.read(files.reference, model)
+    new_table, unreadable = _compute_features(files, images)
+    result = drift.detect_drift(reference_table, new_table)
+    source = names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
     with atomic_folder(out) as folder:
-        text = drift_page.render_drift_page(found, known, new, model=model, images=called, unreadable=unreadable)
-        (folder / "index.html").write_text(text, encoding="utf-8")
-        write_json(
-            folder / "drift.json", {"model": model, "unreadable": unreadable, "drifted": found.drifted, **asdict(found)}
+        page = drift_page.render_drift_page(
+            result, reference_table, new_table, model=model, images=source, unreadable=unreadable
         )
-    left = f", {unreadable:,} unreadable" if unreadable else ""
-    what = f"DRIFT of {', '.join(found.drifted)}" if found.drifted else "no drift"
-    return CommandResult(
-        f"{what} in {found.images:,} images{left}; {out / 'index.html'}", EXIT_DRIFT if found.drifted else 0
-    )
+        (folder / "index.html").write_text(page, encoding="utf-8")
+        write_json(
+            folder / "drift.json",
+            {"model": model, "unreadable": unreadable, "drifted": result.drifted, **asdict(result)},
+        )
+    skipped = f", {unreadable:,} unreadable" if unreadable else ""
+    outcome = f"DRIFT of {', '.join(result.drifted)}" if result.drifted else "no drift"
+    summary = f"{outcome} in {result.images:,} images{skipped}; {out / 'index.html'}"
+    return CommandResult(summary, EXIT_DRIFT if result.drifted else 0)
 
 
 def _compute_features(files: ModelFiles, images: list[inputs.InputImage]) -> tuple[pd.DataFrame, int]:
-    """The columns of `fadeformer.monitoring.reference` of new images, and how many could not be read."""
+    """Compute the columns of `fadeformer.monitoring.reference` for new images, and count the unreadable images."""
     classifier = resolve.load_classifier(files)
-    familiar = ood.read(files.ood, files.metadata["ood"]["threshold"])
-    point = classifier.operating_point(OPERATING_POINT_NAMES[0])  # decisions are not compared
-    parts = batch.predict_chunks(
-        classifier, familiar, point, images, threads=None, extra_columns=reference.image_statistics
+    detector = ood.read(files.ood, files.metadata["ood"]["threshold"])
+    point = classifier.operating_point(OPERATING_POINT_NAMES[0])  # any: decisions are not compared
+    chunks = batch.predict_chunks(
+        classifier, detector, point, images, threads=None, extra_columns=reference.image_statistics
     )
-    rows = pd.concat(parts, ignore_index=True)
+    rows = pd.concat(chunks, ignore_index=True)
     names = {name: f"{reference.SCORE_PREFIX}{name}" for name in classifier.classes}
     return rows.rename(columns={**names, "ood_distance": reference.OOD_DISTANCE}), int(rows["error"].notna().sum())

@@ -1,7 +1,7 @@
-"""The flows of deployments: the whole pipeline, its last stages again, a grid of pipelines, and the watch for drift.
+"""Prefect flows of the deployments: the pipeline, its last stages alone, a grid of pipelines, and the drift check.
 
-In a workspace (`pipelines.orchestration.workspace`) the parameters and results of a run become a DVC experiment; in the user's own
-folder params.yaml is restored after the run.
+In a workspace (`pipelines.orchestration.workspace`) the parameters and results of a run become a DVC experiment; in the
+user's own folder params.yaml is restored after the run.
 """
 
 from __future__ import annotations
@@ -26,16 +26,18 @@ from fadeformer.config import schema
 from fadeformer.errors import UserError
 from pipelines import paths
 from pipelines.config import check, overrides
+from pipelines.environment import configure_environment
 from pipelines.orchestration import artifacts, workspace
 from pipelines.orchestration.dvc_task import pull_results, push_experiment, reproduce
 from pipelines.stages import STAGES
 
-PROMOTION_LIMIT = "fadeformer-promote"  # Prefect's concurrency limit that keeps promotions on several machines apart
-# Prefect makes a model of a flow's arguments, of which one has the name of a section, and of a method of models.
+PROMOTION_LIMIT = "fadeformer-promote"  # Prefect concurrency limit that serializes promotions on all machines
+configure_environment()  # Prefect's workers load this file as the entry point of a run
+# Prefect makes a pydantic model of a flow's arguments; `validate` is a section and also a method of such models.
 warnings.filterwarnings("ignore", 'Field name "validate"', UserWarning)
-CURRENT_PARAMS = overrides.read_current_params(
-    Path(__file__).parents[2] / paths.PARAMS
-)  # defaults of the forms in Prefect's UI
+# Defaults and comments for the forms in Prefect's UI. Prefect builds the parameter schema from the flow's signature,
+# when it loads this file to deploy or to run it, so params.yaml has to be read at import.
+CURRENT_PARAMS = overrides.read_current_params(Path(__file__).parents[2] / paths.PARAMS)
 DatasetOverrides: Any = overrides.optional_section(schema.DatasetParams, "dataset", CURRENT_PARAMS)
 SplitOverrides: Any = overrides.optional_section(schema.SplitParams, "split", CURRENT_PARAMS)
 ValidateOverrides: Any = overrides.optional_section(schema.ValidateParams, "validate", CURRENT_PARAMS)
@@ -60,139 +62,142 @@ def pipeline(
     train: TrainOverrides = TrainOverrides(),
     evaluate: EvaluateOverrides = EvaluateOverrides(),
     promote: PromoteOverrides = PromoteOverrides(),
-    hours: Hours | None = None,
+    stage_timeout_hours: Hours | None = None,
 ) -> None:
-    """From download to promote; each argument overrides keys of its section of params.yaml for this run.
+    """The pipeline from download to promote; each argument overrides keys of its section of params.yaml for this run.
 
     Args:
-        seed: of training.
-        dataset: which images.
-        split: training, validation and test images.
-        validate: limits of data validation.
-        preprocess: arrays that training reads.
-        model: the network.
-        augment: random changes to each training image.
-        train: how to train.
-        evaluate: predictions, numbers, figures.
-        promote: the registry gate.
-        hours: time limit of a stage, which then stops with a checkpoint; no limit if not given.
+        seed: Training seed.
+        dataset: Data set and its source.
+        split: Training, validation and test split.
+        validate: Limits of data validation.
+        preprocess: Image size and arrays that training reads.
+        model: Architecture and pretrained weights.
+        augment: Data augmentation.
+        train: Optimizer, schedule and training loop.
+        evaluate: Predictions, metrics and figures.
+        promote: Promotion gate.
+        stage_timeout_hours: Time limit of a stage, which then stops with a checkpoint; no limit by default.
     """
     sections = {
         "dataset": dataset, "split": split, "validate": validate, "preprocess": preprocess, "model": model,
         "augment": augment, "train": train, "evaluate": evaluate, "promote": promote,
     }  # fmt: skip
     changes: dict[str, Any] = {name: overrides.explicit_values(section) for name, section in sections.items()}
-    _run_stages(STAGES, {"seed": seed, **changes}, hours)
+    _run_stages(STAGES, {"seed": seed, **changes}, stage_timeout_hours)
 
 
 @flow(name="evaluation", persist_result=False, log_prints=True)
-def evaluation(of: str, evaluate: EvaluateOverrides = EvaluateOverrides(), hours: Hours | None = None) -> None:
-    """Evaluate a model of an earlier run again, and decide about its promotion.
+def evaluation(
+    experiment: str, evaluate: EvaluateOverrides = EvaluateOverrides(), stage_timeout_hours: Hours | None = None
+) -> None:
+    """Evaluate the model of an earlier run again and decide on its promotion.
 
     Args:
-        of: DVC experiment or commit with the model.
-        evaluate: overrides of predictions, numbers, figures.
-        hours: time limit of a stage.
+        experiment: DVC experiment or commit with the model.
+        evaluate: Predictions, metrics and figures.
+        stage_timeout_hours: Time limit of a stage.
     """
-    _run_stages(("evaluate", "promote"), {"evaluate": overrides.explicit_values(evaluate)}, hours, of)
+    changes = {"evaluate": overrides.explicit_values(evaluate)}
+    _run_stages(("evaluate", "promote"), changes, stage_timeout_hours, experiment)
 
 
 @flow(name="promotion", persist_result=False, log_prints=True)
-def promotion(of: str, promote: PromoteOverrides = PromoteOverrides(), hours: Hours | None = None) -> None:
-    """Decide again about the promotion of a model that an earlier run has evaluated.
+def promotion(
+    experiment: str, promote: PromoteOverrides = PromoteOverrides(), stage_timeout_hours: Hours | None = None
+) -> None:
+    """Run the promotion gate again for a model that an earlier run has evaluated.
 
     Args:
-        of: DVC experiment or commit with the model.
-        promote: overrides of the registry gate.
-        hours: time limit of a stage.
+        experiment: DVC experiment or commit with the model.
+        promote: Promotion gate.
+        stage_timeout_hours: Time limit of a stage.
     """
-    _run_stages(("promote",), {"promote": overrides.explicit_values(promote)}, hours, of)
+    _run_stages(("promote",), {"promote": overrides.explicit_values(promote)}, stage_timeout_hours, experiment)
 
 
 @flow(name="grid", persist_result=False, log_prints=True)
 def grid(
     vary: dict[str, list[Any]], fixed: dict[str, Any] | None = None, deployment: str = "pipeline/train"
 ) -> State[None]:
-    """A run of the whole pipeline for each combination of some values, side by side on the workers; then a table.
+    """Grid search: run the pipeline for each combination of values, in parallel on the workers; then show a table.
 
     Args:
-        vary: keys of params.yaml and their values, such as {"train.learning_rate": [0.001, 0.0003], "seed": [1, 2]}.
-        fixed: keys that are the same in every run, such as {"train.epochs": 30}.
-        deployment: which is run.
+        vary: Keys of params.yaml and their values, such as {"train.learning_rate": [0.001, 0.0003], "seed": [1, 2]}.
+        fixed: Keys that are the same in every run, such as {"train.epochs": 30}.
+        deployment: Name of the deployment to run.
     """
-    from pipelines.experiments import engine, runners  # with DVC and MLflow, which no other flow loads
+    from pipelines.experiments import engine, runners  # they import DVC and MLflow, which other flows do not need
 
     rows = [dict(zip(vary, values, strict=True)) for values in itertools.product(*vary.values())]
     if not rows:
-        raise UserError("vary names no values; a grid is such as {'seed': [1, 2, 3]}")
-    named = {", ".join(f"{key}={value}" for key, value in row.items()): row for row in rows}
-    plan = engine.ListPlan(
-        {
-            name: engine.PipelineRun(name, overrides.unflatten({**(fixed or {}), **row}), "")
-            for name, row in named.items()
-        }
-    )
+        raise UserError("vary has no values; give a list for each key, such as {'seed': [1, 2, 3]}")
+    combinations = {", ".join(f"{key}={value}" for key, value in row.items()): row for row in rows}
+    runs = {
+        name: engine.PipelineRun(name, overrides.unflatten({**(fixed or {}), **row}), "")
+        for name, row in combinations.items()
+    }
+    plan = engine.ListPlan(runs)
     runner = runners.PrefectRunner(deployment, lambda run: dict(run.params), str(flow_run.id))
-    engine.execute(plan, runner, max_parallel=len(named))
+    engine.execute(plan, runner, max_parallel=len(runs))
     table = []
-    for name, row in named.items():
+    for name, row in combinations.items():
         state = plan.statuses[name].state
-        table.append(
-            {
-                **row,
-                "state": state,
-                **(artifacts.read_run_summary(runner.flow_run_ids[name]) if state == "Completed" else {}),
-            }
-        )
+        summary = artifacts.read_run_summary(runner.flow_run_ids[name]) if state == "Completed" else {}
+        table.append({**row, "state": state, **summary})
     create_table_artifact(table, key="grid", description=f"{len(table)} runs of {deployment}")
     failed = [row for row in table if row["state"] != "Completed"]
     if failed:
-        return Failed(message=f"{len(failed)} of {len(table)} runs did not end Completed")
+        return Failed(message=f"{len(failed)} of {len(table)} runs did not complete")
     return Completed(message=f"{len(table)} runs")
 
 
 @flow(name="experiment", persist_result=False, log_prints=True)
-def experiment(values: dict[str, Any], until: str = "evaluate", trial: str = "", hours: Hours | None = None) -> None:
-    """One run of a grid or a sweep, which no model is registered of: `fadeformer tables` and `sweep` start them.
+def experiment(
+    values: dict[str, Any], last_stage: str = "evaluate", trial: str = "", stage_timeout_hours: Hours | None = None
+) -> None:
+    """One run of a grid or sweep, without promotion: `fadeformer tables` and `fadeformer sweep` start these runs.
 
     Args:
-        values: of params.yaml, by section.
-        until: the last stage; a trial ends with train, so that no image of test judges it.
-        trial: MLflow run of a sweep and number of the trial.
-        hours: that a stage may take.
+        values: All of params.yaml, by section.
+        last_stage: Last stage to run; sweep trials stop after train, so that test data cannot influence the search.
+        trial: MLflow run of the sweep and number of the trial.
+        stage_timeout_hours: Time limit of a stage.
     """
     if trial:
-        from pipelines.tracking.runs import TRIAL_VARIABLE  # takes a while to import
+        from pipelines.tracking.runs import TRIAL_VARIABLE  # imports MLflow, which takes seconds
 
         os.environ[TRIAL_VARIABLE] = trial
-    _run_stages(STAGES[: STAGES.index(until) + 1], values, hours)
+    _run_stages(STAGES[: STAGES.index(last_stage) + 1], values, stage_timeout_hours)
 
 
 @flow(name="drift", persist_result=False, log_prints=True)
-def drift(images: list[str], model: str, out: str = "reports/drift", most: int = 5000) -> State[None]:
-    """Whether new images are like those that a model was made with; the run fails where they are not.
+def drift(images: list[str], model: str, out: str = "reports/drift", max_images: int = 5000) -> State[None]:
+    """Compare new images with the training data of a model; the run fails if they have drifted.
 
     Args:
-        images: files, folders, zips or patterns.
-        model: such as models:/NAME@champion.
-        out: folder for the page.
-        most: images that are looked at, drawn from more.
+        images: Files, folders, zip archives or patterns.
+        model: Model, such as models:/NAME@champion.
+        out: Output folder.
+        max_images: Number of images to sample if there are more.
     """
-    from pipelines.orchestration.drift_check import check_drift  # torch, which the pipeline's own flow does without
+    from pipelines.orchestration.drift_check import check_drift  # imports torch, which other flows do not need
 
-    ended = check_drift(images, model, Path(out), most)
-    print(ended.summary)
-    return Failed(message=ended.summary) if ended.status else Completed(message=ended.summary)
+    result = check_drift(images, model, Path(out), max_images)
+    print(result.summary)
+    return Failed(message=result.summary) if result.status else Completed(message=result.summary)
 
 
-def _run_stages(stages: Sequence[str], changes: Mapping[str, Any], hours: float | None, of: str | None = None) -> None:
-    """Bring stages up to date and show their results."""
-    with _prepared_folder(changes, of, stages if stages[-1] != STAGES[-1] else ()):
+def _run_stages(
+    stages: Sequence[str], changes: Mapping[str, Any], timeout_hours: float | None, revision: str | None = None
+) -> None:
+    """Bring stages up to date and publish their results as artifacts."""
+    with _prepared_folder(changes, revision, stages if stages[-1] != STAGES[-1] else ()):
         for stage in stages:
-            # One promotion at a time, on all machines; in the user's own folder a file lock is enough.
-            alone = stage == "promote" and workspace.is_workspace()
-            with concurrency(PROMOTION_LIMIT, strict=True) if alone else nullcontext():
-                reproduce.with_options(timeout_seconds=hours and hours * 3600)(stage)
+            # One promotion at a time on all machines; in the user's own folder a file lock is enough.
+            is_exclusive = stage == "promote" and workspace.is_workspace()
+            with concurrency(PROMOTION_LIMIT, strict=True) if is_exclusive else nullcontext():
+                reproduce.with_options(timeout_seconds=timeout_hours and timeout_hours * 3600)(stage)
         if "evaluate" in stages:
             artifacts.publish_metrics()
         if "promote" in stages:
@@ -200,27 +205,28 @@ def _run_stages(stages: Sequence[str], changes: Mapping[str, Any], hours: float 
 
 
 @contextmanager
-def _prepared_folder(changes: Mapping[str, Any], of: str | None, stages: Sequence[str]) -> Iterator[None]:
-    """Prepare the current folder for a run, params.yaml changed; save a workspace as an experiment at the end.
+def _prepared_folder(changes: Mapping[str, Any], revision: str | None, stages: Sequence[str]) -> Iterator[None]:
+    """Prepare the current folder for a run with overrides of params.yaml; push a workspace as an experiment on success.
 
     Args:
-        changes: by section.
-        of: experiment or commit to start from.
-        stages: whose results there are at the end; empty for all.
+        changes: Overrides by section.
+        revision: Experiment or commit to start from.
+        stages: Stages whose results to push; empty for all.
     """
     if not workspace.is_workspace():
-        if of is not None:
-            raise UserError(f"{of} is evaluated in a workspace; here use `dvc exp apply {of}` and `dvc repro`")
-        with (
-            FileLock(".prefect/pipeline.lock"),
-            overrides.temporary_overrides(paths.PARAMS, changes),
-        ):  # one run in a folder
+        if revision is not None:
+            raise UserError(
+                f"{revision} can be evaluated only in a workspace; in this folder run `dvc exp apply {revision}`,"
+                " then `dvc repro`"
+            )
+        # The lock: one run at a time in a folder.
+        with FileLock(".prefect/pipeline.lock"), overrides.temporary_overrides(paths.PARAMS, changes):
             check.repair_dvc_files()
             yield
         return
     with workspace.exclusive_lock():
-        if of is not None:
-            workspace.restore_revision(of)
+        if revision is not None:
+            workspace.restore_revision(revision)
         overrides.apply_overrides(paths.PARAMS, changes)
         pull_results()
         yield

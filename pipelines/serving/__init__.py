@@ -1,1 +1,1 @@
-"""serving."""
+"""Serving a packaged model over HTTP."""

@@ -58,7 +58,7 @@ def inside(project, monkeypatch) -> None:
 def test_the_champion_is_exported(project, expected, capsys):
     onnxruntime = pytest.importorskip("onnxruntime")
     main.main(["export", CHAMPION, "--format", "onnx", "--out", "champion.onnx"])
-    assert capsys.readouterr().out.startswith(f"export: champion.onnx gives the scores of {CHAMPION}, to ")
+    assert capsys.readouterr().out.startswith(f"export: champion.onnx: scores of {CHAMPION}, with a difference of at most ")
     session = onnxruntime.InferenceSession(project / "champion.onnx", providers=["CPUExecutionProvider"])
     (scores,) = session.run(["scores"], {"images": images(2)})
     np.testing.assert_allclose(scores, expected, atol=1e-5)
@@ -70,7 +70,7 @@ def test_the_champion_is_exported(project, expected, capsys):
     [
         (("export", "models:/nothing@champion", "--format", "onnx", "--out", "x.onnx"), "has no such model"),
         (("export", "nowhere", "--format", "onnx", "--out", "x.onnx"), "nowhere: no such folder"),
-        (("export", "models", "--format", "onnx", "--out", "x.onnx"), "models: is no package of this pipeline's"),
+        (("export", "models", "--format", "onnx", "--out", "x.onnx"), "models: not a package of this pipeline"),
         (("export", CHAMPION, "--format", "program", "--out", "x.onnx"), "ends with .pt2"),
         (("serve", CHAMPION, "--max-images", "0"), "whole numbers above 0"),
     ],
@@ -106,4 +106,4 @@ def test_the_champion_is_served_and_its_log_tells_nothing_of_requests(project, e
     finally:
         os.killpg(process.pid, signal.SIGTERM)
         process.wait(30)
-    assert log.read_text().splitlines() == [f"serve: {CHAMPION} at {address}/invocations", "serve: ended"]
+    assert log.read_text().splitlines() == [f"serve: {CHAMPION} at {address}/invocations", "serve: stopped"]

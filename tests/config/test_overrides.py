@@ -111,7 +111,11 @@ def test_a_form_that_is_sent_as_it_begins_changes_nothing(tmp_path):
     begins = {name: of["default"] for name, of in flows.pipeline.parameters.properties.items() if "default" in of}
     sent = flows.pipeline.validate_parameters(begins)
     assert {"seed", "dataset", "train", "promote"} <= {name for name, value in sent.items() if value is not None}
-    changes = {name: overrides.explicit_values(value) for name, value in sent.items() if name not in ("seed", "hours")}
+    changes = {
+        name: overrides.explicit_values(value)
+        for name, value in sent.items()
+        if name not in ("seed", "stage_timeout_hours")
+    }
     assert changes["train"]["epochs"] == schema.load_params(path).train.epochs
     assert changes["model"]["fade"]["K"] == schema.load_params(path).model.fade.K
     overrides.apply_overrides(path, {**changes, "seed": sent["seed"]})

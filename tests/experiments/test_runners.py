@@ -1,4 +1,4 @@
-"""Runs by `dvc exp run --temp`: what it is told of params.yaml, and how a run ends."""
+"""Runners: overrides passed to `dvc exp run --temp`, status of runs, and runs on a Prefect server."""
 
 import shutil
 import signal
@@ -32,69 +32,69 @@ values = st.none() | st.booleans() | st.integers(-(10**6), 10**6) | st.floats(-1
         {"dataset.mirror": "/a b/it's=,{1}", "dataset.classes": ["x y", "z"], "augment.erasing_scale": [0.1, 0.2]},
     ],
 )
-def test_dvc_writes_the_values_of_a_run_into_params_yaml(tmp_path, changes):
+def test_dvc_writes_run_params_to_params_yaml(tmp_path, changes):
     path = tmp_path / "params.yaml"
     shutil.copy(ROOT / "params.yaml", path)
-    present = schema.load_params(path).as_nested_dict()
+    base = schema.load_params(path).as_nested_dict()
     target = schema.load_params(path).as_nested_dict()
     for key, value in changes.items():
         section, name = key.split(".")
         target[section][name] = value
-    found = list(runners.diff_params(present, target))
-    assert dict(found) == changes
-    apply_overrides(path, [f"{key}={runners.hydra_literal(value)}" for key, value in found])
-    assert schema.load_params(path).as_nested_dict() == schema.parse_params(target, "it").as_nested_dict()
-    apply_overrides(
-        path, [f"{key}={runners.hydra_literal(value)}" for key, value in runners.diff_params(target, present)]
-    )
-    assert schema.load_params(path).as_nested_dict()["model"] == present["model"]
+    differences = list(runners.diff_params(base, target))
+    assert dict(differences) == changes
+    apply_overrides(path, [f"{key}={runners.hydra_literal(value)}" for key, value in differences])
+    assert schema.load_params(path).as_nested_dict() == schema.parse_params(target, "params.yaml").as_nested_dict()
+    restored = runners.diff_params(target, base)
+    apply_overrides(path, [f"{key}={runners.hydra_literal(value)}" for key, value in restored])
+    assert schema.load_params(path).as_nested_dict()["model"] == base["model"]
 
 
 @given(st.lists(values, max_size=4))
-def test_dvc_reads_any_value_as_it_was_written(tmp_path_factory, listed):
+def test_dvc_reads_back_any_value(tmp_path_factory, listed):
     path = tmp_path_factory.getbasetemp() / "values.yaml"
     path.write_text("a: null\n")
     apply_overrides(path, [f"a={runners.hydra_literal(listed)}"])
     assert schema.read_yaml(path) == {"a": listed}
 
 
-def test_a_text_that_dvc_would_change_is_refused():
+def test_strings_that_dvc_would_change_are_rejected():
     for value in ("a\\b", "${HOME}", ["a", "\\"]):
         with pytest.raises(UserError, match="cannot be passed to DVC"):
             runners.hydra_literal(value)
 
 
-def test_runs_that_a_killed_command_left_keep_the_next_one_out(tmp_path, monkeypatch):
-    monkeypatch.setenv("PREFECT_API_URL", "http://there")
+def test_lock_is_held_until_child_processes_exit(tmp_path, monkeypatch):
+    monkeypatch.setenv("PREFECT_API_URL", "http://prefect.invalid")
     monkeypatch.setattr(runners.server, "temporary_server", nullcontext)
     with runners.open_runner(tmp_path / "rates"):
-        left = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE, close_fds=False)
-    with pytest.raises(TransientError, match="works on rates, or runs that it started go on"):
+        child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE, close_fds=False)
+    with pytest.raises(TransientError, match="another command for rates, or a run that it started, is still active"):
         runners.open_runner(tmp_path / "rates").__enter__()
-    left.communicate()
+    child.communicate()
     with runners.open_runner(tmp_path / "rates") as runner:
         assert isinstance(runner, runners.PrefectRunner)
 
 
 @pytest.fixture
 def runner(tmp_path, monkeypatch) -> runners.DvcRunner:
-    """Whose runs are a program that goes on until it is interrupted, as DVC does."""
+    """A runner whose runs are a program that runs until it is interrupted, as DVC does."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "logs").mkdir()
     runner = runners.DvcRunner(tmp_path / "logs")
-    started = subprocess.Popen
+    popen = subprocess.Popen
 
-    def begin(command, **options):
+    def start(command, **options):
         code = "import time\nprint('ready')\ntry:\n    time.sleep(60)\nexcept KeyboardInterrupt:\n    exit(1)"
-        return started([sys.executable, "-c", code], **options)
+        return popen([sys.executable, "-c", code], **options)
 
     shutil.copy(ROOT / "params.yaml", tmp_path)
-    monkeypatch.setattr(runners.subprocess, "Popen", begin)
+    monkeypatch.setattr(runners.subprocess, "Popen", start)
     return runner
 
 
-def test_a_run_that_is_stopped_is_no_failure_and_leaves_no_process(interruptible, runner, config):
-    first, second = PipelineRun("first", config.nested(), "train"), PipelineRun("second", config.nested(), "train")
+def test_stopped_run_differs_from_failed_run(interruptible, runner, config):
+    params = config.as_nested_dict()
+    first, second = PipelineRun("first", params, "train"), PipelineRun("second", params, "train")
     for run in (first, second):
         runner.start(run)
         while "ready" not in (runner.logs / f"{run.name}.log").read_text():
@@ -111,19 +111,19 @@ def test_a_run_that_is_stopped_is_no_failure_and_leaves_no_process(interruptible
     assert failed.message == f"exit status -9; {runner.logs / 'second.log'} ends with:\nready"
 
 
-def test_a_users_own_files_that_git_does_not_have_are_copied(tmp_path, monkeypatch, config):
+def test_untracked_inputs_are_listed(tmp_path, monkeypatch, config):
     monkeypatch.chdir(tmp_path)
-    own = config.nested()
-    assert runners.untracked_inputs(own) == []
+    params = config.as_nested_dict()
+    assert runners.untracked_inputs(params) == []
     (tmp_path / "scans").mkdir()
     (tmp_path / "dataset.lock").touch()
-    own["dataset"] |= {"name": "folder", "root": "scans"}
-    assert runners.untracked_inputs(own) == ["scans", "dataset.lock"]
+    params["dataset"] |= {"name": "folder", "root": "scans"}
+    assert runners.untracked_inputs(params) == ["scans", "dataset.lock"]
 
 
 @pytest.fixture
 def deployment(prefect_server):
-    """Name of a deployment that no worker serves."""
+    """Name of a deployment without a worker."""
     with temporary_settings({PREFECT_API_URL: prefect_server}):
         with get_client(sync_client=True) as client:
             client.create_deployment(
@@ -132,8 +132,9 @@ def deployment(prefect_server):
         yield "experiment/run"
 
 
-def test_a_run_on_a_server_is_found_again_until_it_has_ended(deployment, config):
-    run, runner = PipelineRun("one", config.nested()), runners.PrefectRunner(deployment, runners.flow_parameters)
+def test_unfinished_run_on_server_is_reused(deployment, config):
+    run = PipelineRun("one", config.as_nested_dict())
+    runner = runners.PrefectRunner(deployment, runners.flow_parameters)
     runner.start(run)
     first = runner.flow_run_ids["one"]
     assert runner.status(run).state == "Running"
@@ -146,8 +147,8 @@ def test_a_run_on_a_server_is_found_again_until_it_has_ended(deployment, config)
     assert runner.flow_run_ids["one"] != first
 
 
-def test_a_run_with_a_key_is_started_once(deployment, config):
-    run, ids = PipelineRun("two", config.nested()), []
+def test_idempotency_key_starts_run_once(deployment, config):
+    run, ids = PipelineRun("two", config.as_nested_dict()), []
     for key in ("grid", "grid", "other"):
         runner = runners.PrefectRunner(deployment, runners.flow_parameters, key)
         runner.start(run)
@@ -156,10 +157,10 @@ def test_a_run_with_a_key_is_started_once(deployment, config):
     assert ids[0] == ids[1] != ids[2]
 
 
-def test_without_a_deployment_or_a_server_there_is_one_message(deployment, config):
-    run = PipelineRun("three", config.nested())
+def test_missing_deployment_or_server_is_reported(deployment, config):
+    run = PipelineRun("three", config.as_nested_dict())
     with pytest.raises(UserError, match="no such run or deployment; run `make deploy`"):
         runners.PrefectRunner("experiment/none", runners.flow_parameters).start(run)
-    nowhere = temporary_settings({PREFECT_API_URL: "http://127.0.0.1:9/api", PREFECT_CLIENT_MAX_RETRIES: 0})
-    with nowhere, pytest.raises(TransientError, match="its runs"):
+    unreachable = temporary_settings({PREFECT_API_URL: "http://127.0.0.1:9/api", PREFECT_CLIENT_MAX_RETRIES: 0})
+    with unreachable, pytest.raises(TransientError, match="its runs continue"):
         runners.PrefectRunner(deployment, runners.flow_parameters).start(run)

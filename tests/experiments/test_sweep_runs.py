@@ -1,4 +1,4 @@
-"""MLflow's runs of a sweep: one for it, and one below for each trial."""
+"""MLflow runs of a sweep: one parent run, and one child run per trial."""
 
 import pandas as pd
 import pytest
@@ -11,7 +11,7 @@ pytestmark = pytest.mark.usefixtures("own_store")
 SPACE = {"space.train.learning_rate": "low=0.001 high=0.1"}
 
 
-def test_a_sweep_has_one_run_and_another_where_its_study_was_begun_anew():
+def test_sweep_has_one_run_per_study():
     first = sweep_runs.start_sweep_run("rates", "one", SPACE)
     assert sweep_runs.start_sweep_run("rates", "one", SPACE) == first
     assert sweep_runs.start_sweep_run("rates", "two", SPACE) != first
@@ -25,7 +25,7 @@ def test_a_sweep_has_one_run_and_another_where_its_study_was_begun_anew():
     assert [file.path for file in MlflowClient().list_artifacts(first)] == ["trials.csv"]
 
 
-def test_the_metric_of_a_trial_is_that_of_its_run_below_the_sweep():
+def test_trial_history_comes_from_its_child_run():
     sweep, client = sweep_runs.start_sweep_run("fresh", "four", SPACE), MlflowClient()
     assert sweep_runs.trial_metric_history(sweep, 0, "val_auc") == {}
     tags = {"mlflow.parentRunId": sweep, runs.TRIAL_TAG: "0"}
@@ -36,7 +36,7 @@ def test_the_metric_of_a_trial_is_that_of_its_run_below_the_sweep():
     assert sweep_runs.trial_metric_history(sweep, 1, "val_auc") == {}
 
 
-def test_no_tag_tells_where_the_repository_lies(monkeypatch, tmp_path):
-    where = {"mlflow.source.git.repoURL": str(tmp_path)}
-    monkeypatch.setattr(runs, "resolve_tags", lambda tags: {**tags, **where})
+def test_no_tag_contains_the_repository_url(monkeypatch, tmp_path):
+    repository = {"mlflow.source.git.repoURL": str(tmp_path)}
+    monkeypatch.setattr(runs, "resolve_tags", lambda tags: {**tags, **repository})
     assert runs.add_mlflow_tags({"a": "b"}) == {"a": "b"}

@@ -70,7 +70,7 @@ def test_every_image_has_a_row_with_the_scores_of_the_model(fixed, images, tmp_p
     assert predict(images, "--model", fixed, "--out", tmp_path / "p.csv") == 0
     told = capsys.readouterr().out
     assert "predict: 40 images, 0 of them unreadable" in told
-    assert "1 other files left out" in told
+    assert "1 other files skipped" in told
     table = pd.read_csv(tmp_path / "p.csv")
     assert list(table) == ["name", *CLASSES, "decision", "ood_distance", "is_ood", "error"]
     assert table["name"].tolist() == sorted(p.relative_to(images).as_posix() for p in images.rglob("*.png"))
@@ -134,7 +134,7 @@ def test_dicom_is_read_without_a_word_of_the_patient(fixed, images, tmp_path, ca
     for given in (scans, tmp_path / "scans.zip"):
         out = tmp_path / f"{given.name}.csv"
         assert predict(given, "--model", fixed, "--out", out) == 3
-        assert "1 other files left out" in capsys.readouterr().out
+        assert "1 other files skipped" in capsys.readouterr().out
         table = pd.read_csv(out)
         assert table["name"].tolist() == ["IM0001", "a.dcm", "series.dcm"]
         assert table["red"][0] == table["red"][1]
@@ -191,7 +191,7 @@ def test_the_model_s_own_points_or_a_file_of_them_decide(images, tmp_path, capsy
     assert ((table["decision"] == "b") == (table["b"] >= limit)).all()
     assert table["decision"].nunique() == 2
     shutil.move(folder / "operating_points.json", tmp_path / "points.json")
-    more = ("--operating-points", tmp_path / "points.json", "--point", "specificity")
+    more = ("--operating-points", tmp_path / "points.json", "--operating-point", "specificity")
     predict(images, "--model", folder, "--out", out, *more)
     assert set(pd.read_csv(out)["decision"]) == {"a"}
 
@@ -235,7 +235,7 @@ def test_killed_and_started_again_it_ends_with_the_same_bytes(fixed, tmp_path, e
     monkeypatch.setattr(InputImage, "read", lambda self, before=InputImage.read: read.append(self.name) or before(self))
     capsys.readouterr()
     assert predict(folder, *words, "--out", out) == 3
-    assert "rows, and is gone on with" in capsys.readouterr().out
+    assert "rows; resuming" in capsys.readouterr().out
     assert min(read) >= "128.bmp"  # what was done is not read again
     assert out.read_bytes() == whole.read_bytes()
     assert not parts.exists()
@@ -251,7 +251,7 @@ def test_what_was_begun_with_another_image_is_begun_afresh(fixed, images, tmp_pa
     assert (tmp_path / ".p.csv.parts" / "000000.parquet").exists()
     Image.fromarray(np.full((28, 28, 3), 7, np.uint8)).save(images / "00.png")
     assert predict(images, "--model", fixed, "--out", out) == 0
-    assert "begun with other images, model or options, and is begun afresh" in capsys.readouterr().out
+    assert "is from other images, another model or other options; starting again" in capsys.readouterr().out
     predict(images, "--model", fixed, "--out", whole)
     assert out.read_bytes() == whole.read_bytes()
 
@@ -338,4 +338,4 @@ def test_a_disk_that_takes_no_more_is_told_and_what_was_done_is_kept(
         assert told in refused(capsys, images, "--model", fixed, "--out", tmp_path / "p.csv")
     assert not (tmp_path / "p.csv").exists()
     assert predict(images, "--model", fixed, "--out", tmp_path / "p.csv") == 0
-    assert "32 rows, and is gone on with" in capsys.readouterr().out
+    assert "32 rows; resuming" in capsys.readouterr().out

@@ -79,7 +79,7 @@ def of_evaluate(point: str, classes: list[str], kind: str) -> Answers:
 
 
 def of_command(point: str, classes: list[str], kind: str) -> Answers:
-    options = ("--operating-points", paths.OPERATING_POINTS, "--point", point, "--out", "predictions.parquet")
+    options = ("--operating-points", paths.OPERATING_POINTS, "--operating-point", point, "--out", "predictions.parquet")
     main.main(["predict", "images", "--model", "models", *map(str, options)])
     table = pd.read_parquet("predictions.parquet")
     return table[classes].to_numpy(), table["decision"].tolist()

@@ -136,11 +136,11 @@ def test_more_images_than_wanted_are_drawn_from(folder, capsys):
     for number in range(20, 60):
         Image.fromarray(images(1)[0]).save(folder / "same" / f"{number}.png")
     with pytest.raises(SystemExit):
-        main.main(["drift", "same", "--model", "models", "--most", "25"])
+        main.main(["drift", "same", "--model", "models", "--max-images", "25"])
     assert "in 25 images; reports/drift/index.html" in capsys.readouterr().out
     with pytest.raises(SystemExit):
-        main.main(["drift", "same", "--model", "models", "--most", "5"])
-    assert "--most is 5; at least 20 images are needed" in capsys.readouterr().err
+        main.main(["drift", "same", "--model", "models", "--max-images", "5"])
+    assert "--max-images is 5; at least 20 images are needed" in capsys.readouterr().err
 
 
 def test_a_model_without_numbers_is_told(folder, capsys):

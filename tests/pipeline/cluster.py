@@ -88,7 +88,7 @@ class Cluster:
         self._prepare_repository()
         for address in (f"{self.prefect}/health", f"{self.mlflow}/health"):
             soon(lambda address=address: answers(address), PATIENCE, self.tell)
-        self.run("python", "-m", "pipelines.orchestration.deploy", "--at-once", "2")
+        self.run("python", "-m", "pipelines.orchestration.deploy", "--concurrency", "2")
         for name in ("worker-1", "worker-2"):
             self.start_worker(name, "training")
 

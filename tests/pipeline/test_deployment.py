@@ -64,7 +64,7 @@ def grid(project: Project, address: str, started) -> str:
     soon(lambda: answers(f"{address}/health"), tell=log.read_text)
     project.run("python", "-m", "pipelines.orchestration.deploy", PREFECT_API_URL=address)
     project.run(
-        "python", "-m", "pipelines.orchestration.deploy", "--at-once", "2", PREFECT_API_URL=address
+        "python", "-m", "pipelines.orchestration.deploy", "--concurrency", "2", PREFECT_API_URL=address
     )  # changes what is there
     started("prefect", "worker", "start", "--pool", "local")
     options = ("--param", 'vary={"seed": [1]}', "--param", 'fixed={"train.epochs": 1}', "--flow-run-name", "grid")
@@ -185,7 +185,7 @@ def test_parameters_and_results_are_an_experiment_and_the_users_folder_is_unchan
 def test_the_page_of_a_run_shows_numbers_verdict_and_experiment(project, grid, address):
     shown = artifacts(address, CELL)
     assert set(shown) == {"metrics", "verdict", "experiment"}  # MLflow has no server here, and so no page
-    assert "auc" in [row["measure"] for row in json.loads(shown["metrics"])]
+    assert "auc" in [row["metric"] for row in json.loads(shown["metrics"])]
     assert shown["verdict"].startswith("# fadenet-phantom version 1: promoted")
     assert experiment(project, CELL) in shown["experiment"]
 
@@ -197,7 +197,7 @@ def test_the_server_has_every_flow_and_task_by_its_name(grid, address):
     assert {run["state_type"] for run in runs} == {"COMPLETED"}
     tasks = {task["name"].rsplit("-", 1)[0] for task in ask(address, "task_runs")}
     assert tasks == {
-        "bring results", "keep results",
+        "pull results", "push results",
         "download", "validate", "preprocess", "train", "evaluate", "promote", "fit the network", "write the model",
         "predict", "compute metrics", "explain", "draw figures", "write the report",
         "log the evaluation to MLflow",
@@ -273,7 +273,7 @@ def test_a_browser_shows_form_stages_numbers_and_verdict_of_a_run(grid, address,
     tab.get_by_text("promote", exact=True).first.wait_for()
     screenshot(tab, "prefect-run")
     tab.get_by_text("Artifacts", exact=True).click()
-    tab.get_by_text("Numbers of test with their intervals, and of val").wait_for()
+    tab.get_by_text("Metrics on test with confidence intervals, and on val").wait_for()
     tab.get_by_text("verdict", exact=True).click()
     tab.get_by_role("cell", name="data validation passed").wait_for()
     assert tab.get_by_text("fadenet-phantom version 1: promoted").is_visible()

@@ -77,7 +77,7 @@ def test_the_champion_sees_them_as_it_is_used_to(reproduced, monkeypatch, tmp_pa
 def test_by_force_with_a_reason_and_never_forgotten(reproduced):
     output = reproduced.run("fadeformer", "promote", "--force", check=False)
     assert reproduced.code == 1
-    assert "promote: --reason is missing; say in words why" in output
+    assert "promote: --reason is missing; describe why" in output
     output = reproduced.run("fadeformer", "promote", "--force", "--reason", "the old one cannot read DICOM")
     assert f"PROMOTED {NAME} version 2 is champion (FORCED: the old one cannot read DICOM; without force: " in output
     found = decision(reproduced)
@@ -115,7 +115,7 @@ def test_the_history_is_told(reproduced):
     assert "5 decisions in" in output
     output = reproduced.run("fadeformer", "registry", "history", "--model", "nobody", check=False)
     assert reproduced.code == 1
-    assert "nothing was decided about nobody yet; `dvc repro` decides" in output
+    assert "no decision on nobody yet; run `dvc repro`" in output
 
 
 def test_scores_that_are_no_numbers_are_refused(reproduced):

@@ -77,12 +77,12 @@ def runs(project: Project, swept: str) -> dict[str, Run]:
 
 def test_it_is_resumed_and_stops_what_is_worse(project, swept):
     lines = swept.splitlines()
-    assert lines[0] == "rates: 0 trials have ended, 1 are resumed"
+    assert lines[0] == "rates: 0 trials are finished, 1 are resumed"
     assert re.match(r"trial 0: 0\.\d{4}, the best so far", lines[1])
     assert lines[2] == "trial 1: train.learning_rate=0.003 was tried before and is not run again"
     assert lines[3] == "trial 2: train.learning_rate=1e-09"
-    assert re.match(r"trial 2: stopped at epoch \d+, worse than the median of the others", lines[4])
-    assert re.match(r"sweep: 1 of 2 trials ran to their end, 1 were stopped early; no image of test", lines[5])
+    assert re.match(r"trial 2: pruned at epoch \d+, worse than the median of the other trials", lines[4])
+    assert re.match(r"sweep: 1 of 2 trials completed, 1 were pruned; test data were not used", lines[5])
     assert len(lines) == 7
     assert "resuming the unfinished training" in logs(project)
     assert (
