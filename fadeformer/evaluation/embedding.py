@@ -1,4 +1,4 @@
-"""Where images lie by what the classifier sees of them, in the two directions of most spread (principal components)."""
+"""Two-dimensional PCA projection of penultimate features."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from sklearn.decomposition import PCA
 
 
 def pca_projection(features: NDArray[np.float32], ids: pd.Series) -> pd.DataFrame:
-    """Two coordinates of each image.
+    """Project features on their first two principal components.
 
     Args:
         features: (images, channels), at least 2 of each.
-        ids: of the images.
+        ids: image ids, (images,).
 
     Returns:
-        Columns id, x, y; `attrs["explained"]` is the share of the variance along each.
+        Table with columns id, x, y; `attrs["explained"]` holds the two explained variance ratios.
     """
-    wide = features.astype(np.float64)
-    fitted = PCA(2, svd_solver="covariance_eigh" if len(wide) > wide.shape[1] else "full").fit(wide)
-    found = pd.DataFrame(fitted.transform(wide), columns=["x", "y"])
-    found.insert(0, "id", ids.to_numpy())
-    found.attrs["explained"] = np.nan_to_num(fitted.explained_variance_ratio_).tolist()
-    return found
+    values = features.astype(np.float64)
+    pca = PCA(2, svd_solver="covariance_eigh" if len(values) > values.shape[1] else "full").fit(values)
+    coordinates = pd.DataFrame(pca.transform(values), columns=["x", "y"])
+    coordinates.insert(0, "id", ids.to_numpy())
+    coordinates.attrs["explained"] = np.nan_to_num(pca.explained_variance_ratio_).tolist()
+    return coordinates

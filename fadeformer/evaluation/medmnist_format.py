@@ -1,4 +1,4 @@
-"""MedMNIST's standard result file, which `python -m medmnist evaluate` reads (medmnist 3.0.2, `evaluator.py`)."""
+"""Result file in the MedMNIST format, for `python -m medmnist evaluate` (medmnist 3.0.2, `evaluator.py`)."""
 
 from __future__ import annotations
 
@@ -9,29 +9,29 @@ import pandas as pd
 from fadeformer.evaluation.metrics import medmnist_accuracy, medmnist_auc
 from fadeformer.evaluation.predictions import Predictions
 
-README_TEXT = "Scores as `python -m medmnist evaluate` reads them, of MedMNIST's sets in their published split only.\n"
+README_TEXT = "Scores for `python -m medmnist evaluate`; only for MedMNIST data sets in their published split.\n"
 
 
 def write(predictions: Predictions, folder: Path, *, flag: str, size: int, split: str, run: str) -> Path | None:
-    """Writes one split's scores: no heading, and in each row an image's index in the published arrays and its scores.
+    """Write the scores of one split: no header; per row the index in the published arrays and the scores.
 
     Args:
-        predictions: of one split of a MedMNIST set as it is published, the index behind the last / of each id.
-        folder: where the file goes.
-        flag: MedMNIST's name of the set.
+        predictions: of one published split of a MedMNIST data set; the index follows the last / of each id.
+        folder: output folder.
+        flag: MedMNIST name of the data set.
         size: side of an image, pixels.
         split: train, val or test.
-        run: what tells this file from those of other runs.
+        run: suffix that identifies the run.
 
     Returns:
-        Its path, or None where the official AUC does not exist, since a class is absent: the name holds it.
+        The path, or None if the official AUC, which is part of the file name, is undefined because a class is absent.
     """
-    area = medmnist_auc(predictions.labels, predictions.scores, predictions.task.name)
-    if area is None:
+    auc = medmnist_auc(predictions.labels, predictions.scores, predictions.task.name)
+    if auc is None:
         return None
-    share = medmnist_accuracy(predictions.labels, predictions.scores, predictions.task.name)
-    of_size = "" if size == 28 else f"_{size}"
-    path = folder / f"{flag}{of_size}_{split}_[AUC]{area:.3f}_[ACC]{share:.3f}@{run}.csv"
+    accuracy = medmnist_accuracy(predictions.labels, predictions.scores, predictions.task.name)
+    size_suffix = "" if size == 28 else f"_{size}"
+    path = folder / f"{flag}{size_suffix}_{split}_[AUC]{auc:.3f}_[ACC]{accuracy:.3f}@{run}.csv"
     index = predictions.frame["id"].str.rpartition("/")[2].astype(int)
     pd.DataFrame(predictions.scores, index=index).sort_index().to_csv(path, header=False)
     return path

@@ -1,15 +1,15 @@
-"""Measures of several trainings of a network, and paired differences of two networks, on the same test images.
+"""Metrics of several training runs of a model, and paired differences of two models on the same test images.
 
-What is told is the mean over seeds: what one training comes to, not what an ensemble of all does. Two things make it
-unsure, and they are kept apart. Other test images: the covariance of all trainings' numbers over the images, of AUCs
-after DeLong (`fadeformer.evaluation.intervals.delong`), of accuracies by how much each image moves them (their linear parts, summed over a
-patient or lesion before they are squared; exact for accuracy, first order for balanced accuracy). Other trainings: the
-variance of the numbers from seed to seed.
+Reported is the mean over seeds: the expected metric of a single run, not that of an ensemble. There are two sources of
+variance. Test images: the covariance of the runs' metrics over the images, for AUC after DeLong
+(`fadeformer.evaluation.intervals.delong`), for accuracies from the influence of each image, summed per patient or
+lesion before squaring (exact for accuracy, first order for balanced accuracy). Training: the variance from seed to
+seed.
 
-The interval of one network's mean speaks of other test images only, its trainings as they are; the spread over seeds
-stands beside it. The interval of a difference holds both: the two variances are added, and Student's t has the degrees
-of freedom of their sum (Satterthwaite 1946, doi:10.2307/3002019). What of a seed is chance of the images counts in
-both, so that it is a little too wide rather than too narrow.
+The interval of one model's mean covers the test images only, with the runs fixed; its standard deviation over seeds is
+reported separately. The interval of a difference covers both: the variances are added, and Student's t has the degrees
+of freedom of the sum (Satterthwaite 1946, doi:10.2307/3002019). The variance over seeds contains some variance of the
+images, so this interval is slightly conservative.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ METRICS: tuple[MetricName, ...] = get_args(MetricName)
 
 @dataclass(frozen=True)
 class SeedMean:
-    """A measure over the seeds of one network.
+    """Mean of a metric over the seeds of one model.
 
     Attributes:
-        value: the mean, in [0, 1].
-        spread: standard deviation from seed to seed; None of a single one.
-        interval: of the mean over other test images, the trainings as they are; None where it is not known.
-        seeds: how many trainings.
+        value: mean, in [0, 1].
+        std: standard deviation over seeds; None for a single seed.
+        interval: of the mean, over test images with the runs fixed; None if undefined.
+        num_seeds: number of runs.
     """
 
     value: float
@@ -51,14 +51,14 @@ class SeedMean:
 
 @dataclass(frozen=True)
 class MetricDifference:
-    """Of two networks: the mean over seeds of first less second, on the same images.
+    """Mean over seeds of the metric of the first model minus that of the second, on the same images.
 
     Attributes:
         value: in [-1, 1].
-        of_images: standard error that other test images make.
-        of_seeds: standard error that other trainings make; None of a single seed.
-        interval: over both, or over test images alone where there is a single seed; None where it is not known.
-        seeds: trainings of each that are compared, those of the same seed with each other.
+        image_se: standard error due to the test images.
+        seed_se: standard error due to the training seeds; None for a single seed.
+        interval: over images and seeds, or images only for a single seed; None if undefined.
+        num_seeds: number of compared pairs of runs with equal seeds.
     """
 
     value: float
@@ -68,140 +68,142 @@ class MetricDifference:
     num_seeds: int
 
 
-def mean_over_seeds(trainings: Sequence[Predictions], measure: MetricName, confidence: float = 0.95) -> SeedMean | None:
-    """What one training of a network comes to.
+def mean_over_seeds(runs: Sequence[Predictions], metric: MetricName, confidence: float = 0.95) -> SeedMean | None:
+    """Average a metric over the seeds of one model.
 
     Args:
-        trainings: predictions of one split, one for each seed, of the same images.
-        measure: one of MEASURES.
-        confidence: of the interval.
+        runs: predictions on one split, one per seed, on the same images.
+        metric: one of METRICS.
+        confidence: level of the interval.
 
     Returns:
-        None where the measure is undefined: no class has both positives and negatives.
+        None if the metric is undefined: no class has both positives and negatives.
 
     Raises:
-        ValueError: the images are not the same.
+        ValueError: the images differ.
     """
-    trainings = align(trainings)
-    values = _metric_values(trainings, measure)
+    runs = align(runs)
+    values = _metric_values(runs, metric)
     if not np.isfinite(values).all():
         return None
-    value, count = float(values.mean()), len(trainings)
-    spread = float(values.std(ddof=1)) if count > 1 else None
-    if measure == "auc":
-        found = _average_over_seeds(_estimate_aucs(trainings), count)
-        interval = delong.mean_auc_interval(found, list(range(len(found.areas))), confidence)
+    value, num_seeds = float(values.mean()), len(runs)
+    std = float(values.std(ddof=1)) if num_seeds > 1 else None
+    if metric == "auc":
+        estimates = _average_over_seeds(_estimate_aucs(runs), num_seeds)
+        interval = delong.mean_auc_interval(estimates, list(range(len(estimates.areas))), confidence)
     else:
-        interval = _proportion_interval(
-            value, float(_covariance(trainings, measure).mean()), _group_codes(trainings[0]), confidence
-        )
-    return SeedMean(value, spread, interval, count)
+        variance = float(_covariance(runs, metric).mean())
+        interval = _proportion_interval(value, variance, _group_codes(runs[0]), confidence)
+    return SeedMean(value, std, interval, num_seeds)
 
 
 def metric_difference(
-    first: Mapping[int, Predictions], second: Mapping[int, Predictions], measure: MetricName, confidence: float = 0.95
+    first: Mapping[int, Predictions], second: Mapping[int, Predictions], metric: MetricName, confidence: float = 0.95
 ) -> MetricDifference | None:
-    """How much better the first network is, in one training of each.
+    """Compare two models: the metric of the first minus that of the second, averaged over common seeds.
 
     Args:
-        first: predictions of one split by seed.
-        second: of the other network, on the same images; compared are the seeds that both have.
-        measure: one of MEASURES.
-        confidence: of the interval.
+        first: predictions of one model on one split, by seed.
+        second: predictions of the other model on the same images, by seed.
+        metric: one of METRICS.
+        confidence: level of the interval.
 
     Returns:
-        None where the measure is undefined.
+        None if the metric is undefined.
 
     Raises:
-        ValueError: the images are not the same, or there is no common seed.
+        ValueError: the images differ, or there is no common seed.
     """
     seeds = sorted(first.keys() & second.keys())
     if not seeds:
-        raise ValueError("no seed was trained of both networks")
-    both = align([*(first[seed] for seed in seeds), *(second[seed] for seed in seeds)])
-    values = _metric_values(both, measure)
+        raise ValueError("the models have no training seed in common")
+    runs = align([*(first[seed] for seed in seeds), *(second[seed] for seed in seeds)])
+    values = _metric_values(runs, metric)
     if not np.isfinite(values).all():
         return None
-    count = len(seeds)
-    gaps = values[:count] - values[count:]
-    contrast = np.repeat([1 / count, -1 / count], count)
-    of_images = max(0.0, float(contrast @ _covariance(both, measure) @ contrast))
-    of_seeds = float(gaps.var(ddof=1)) / count if count > 1 else 0.0
-    value, variance = float(gaps.mean()), of_images + of_seeds
+    num_seeds = len(seeds)
+    differences = values[:num_seeds] - values[num_seeds:]
+    contrast = np.repeat([1 / num_seeds, -1 / num_seeds], num_seeds)
+    image_variance = max(0.0, float(contrast @ _covariance(runs, metric) @ contrast))
+    seed_variance = float(differences.var(ddof=1)) / num_seeds if num_seeds > 1 else 0.0
+    value, variance = float(differences.mean()), image_variance + seed_variance
     interval = None
     if math.isfinite(variance):
-        degrees = variance**2 / (of_seeds**2 / (count - 1)) if of_seeds > 0 else math.inf
-        half = float(t.ppf((1 + confidence) / 2, degrees)) * math.sqrt(variance)
-        interval = (value - half, value + half)
-    return MetricDifference(value, math.sqrt(of_images), math.sqrt(of_seeds) if count > 1 else None, interval, count)
+        degrees = variance**2 / (seed_variance**2 / (num_seeds - 1)) if seed_variance > 0 else math.inf
+        half_width = float(t.ppf((1 + confidence) / 2, degrees)) * math.sqrt(variance)
+        interval = (value - half_width, value + half_width)
+    seed_se = math.sqrt(seed_variance) if num_seeds > 1 else None
+    return MetricDifference(value, math.sqrt(image_variance), seed_se, interval, num_seeds)
 
 
-def align(trainings: Sequence[Predictions]) -> list[Predictions]:
-    """The same predictions, all in order of the images' ids.
+def align(runs: Sequence[Predictions]) -> list[Predictions]:
+    """Sort the predictions of several runs by image id.
 
     Raises:
-        ValueError: they are not of the same images with the same labels.
+        ValueError: images, labels, task or classes differ.
     """
-    if len({(each.fingerprint(), each.task.name, each.classes) for each in trainings}) != 1:
-        raise ValueError("the predictions are of different images, labels or classes, and cannot be compared")
+    if len({(run.fingerprint(), run.task.name, run.classes) for run in runs}) != 1:
+        raise ValueError("the predictions differ in images, labels or classes and cannot be compared")
     return [
-        Predictions(each.frame.sort_values("id", kind="stable", ignore_index=True), each.task, each.classes)
-        for each in trainings
+        Predictions(run.frame.sort_values("id", kind="stable", ignore_index=True), run.task, run.classes)
+        for run in runs
     ]
 
 
-def _metric_values(trainings: Sequence[Predictions], measure: MetricName) -> Floats:
-    """The measure of each training, (trainings,), as `fadeformer.evaluation.weighted_metrics` defines it."""
-    once = np.ones((1, len(trainings[0].frame)))
-    return np.array([WeightedMetrics(each).compute(once).overall[measure][0] for each in trainings])
+def _metric_values(runs: Sequence[Predictions], metric: MetricName) -> Floats:
+    """Compute the metric of each run, (runs,)."""
+    unit_weights = np.ones((1, len(runs[0].frame)))
+    return np.array([WeightedMetrics(run).compute(unit_weights).overall[metric][0] for run in runs])
 
 
-def _covariance(trainings: Sequence[Predictions], measure: MetricName) -> Floats:
-    """Of the measures of all trainings over other test images, (trainings, trainings)."""
-    if measure == "auc":
-        found = _estimate_aucs(trainings)
-        curves = len(found.areas) // len(trainings)
-        over_classes = np.kron(np.eye(len(trainings)), np.full(curves, 1 / curves))  # trainings, curves of all
-        return np.asarray(over_classes @ found.covariance @ over_classes.T)
-    groups = _group_codes(trainings[0])
-    parts = np.stack([_influence(WeightedMetrics(each), measure) for each in trainings], axis=1)  # images, trainings
-    sums = np.stack([np.bincount(groups, column) for column in parts.T], axis=1)  # groups, trainings
+def _covariance(runs: Sequence[Predictions], metric: MetricName) -> Floats:
+    """Estimate the covariance of the runs' metrics over test images, (runs, runs)."""
+    if metric == "auc":
+        estimates = _estimate_aucs(runs)
+        curves = len(estimates.areas) // len(runs)
+        class_mean = np.kron(np.eye(len(runs)), np.full(curves, 1 / curves))  # runs, runs * curves
+        return np.asarray(class_mean @ estimates.covariance @ class_mean.T)
+    groups = _group_codes(runs[0])
+    influence = np.stack([_influence(WeightedMetrics(run), metric) for run in runs], axis=1)  # images, runs
+    sums = np.stack([np.bincount(groups, column) for column in influence.T], axis=1)  # groups, runs
     count = len(sums)
     return np.asarray(sums.T @ sums) * (count / (count - 1) if count > 1 else math.nan)
 
 
-def _estimate_aucs(trainings: Sequence[Predictions]) -> delong.AUCEstimates:
-    """The curves whose mean is the AUC, of the first training, then of the next: trainings x curves."""
-    measures = [WeightedMetrics(each) for each in trainings]
-    judged = np.flatnonzero(measures[0].evaluable)
-    if measures[0].is_exclusive and measures[0].truth.shape[1] == 2:
-        judged = judged[-1:]  # of two classes the last one's
-    curves = [(each.truth[:, c], each.scores[:, c]) for each in measures for c in judged]
+def _estimate_aucs(runs: Sequence[Predictions]) -> delong.AUCEstimates:
+    """Estimate the class AUCs that the mean AUC averages, run by run: runs * curves."""
+    metrics = [WeightedMetrics(run) for run in runs]
+    classes = np.flatnonzero(metrics[0].evaluable)
+    if metrics[0].is_exclusive and metrics[0].truth.shape[1] == 2:
+        classes = classes[-1:]  # binary: the AUC of the last class
+    curves = [(run.truth[:, c], run.scores[:, c]) for run in metrics for c in classes]
     truths, scores = zip(*curves, strict=True)
-    return delong.estimate_aucs(truths, scores, _group_codes(trainings[0]))
+    return delong.estimate_aucs(truths, scores, _group_codes(runs[0]))
 
 
-def _average_over_seeds(found: delong.AUCEstimates, trainings: int) -> delong.AUCEstimates:
-    """The mean of each class's curves over the trainings. It has no more degrees of freedom than one training's has."""
-    curves = len(found.areas) // trainings
-    mean = np.kron(np.full(trainings, 1 / trainings), np.eye(curves))  # curves, curves of all trainings
-    degrees = found.degrees_of_freedom.reshape(trainings, curves).min(axis=0)
-    return delong.AUCEstimates(mean @ found.areas, mean @ found.covariance @ mean.T, found.min_groups[:curves], degrees)
+def _average_over_seeds(estimates: delong.AUCEstimates, num_seeds: int) -> delong.AUCEstimates:
+    """Average each class AUC over the seeds; the degrees of freedom are the smallest of the runs."""
+    curves = len(estimates.areas) // num_seeds
+    mean = np.kron(np.full(num_seeds, 1 / num_seeds), np.eye(curves))  # curves, num_seeds * curves
+    degrees = estimates.degrees_of_freedom.reshape(num_seeds, curves).min(axis=0)
+    covariance = mean @ estimates.covariance @ mean.T
+    return delong.AUCEstimates(mean @ estimates.areas, covariance, estimates.min_groups[:curves], degrees)
 
 
-def _influence(measures: WeightedMetrics, measure: MetricName) -> Floats:
-    """By how much each image moves an accuracy, (images,); they sum to 0."""
-    if measure == "accuracy":
-        return np.asarray((measures.correct - measures.correct.mean()) / len(measures.correct))
-    truth, right = measures.truth, measures.predicted == measures.truth
-    sides = [truth] if measures.is_exclusive else [truth, ~truth]  # recall, and of findings specificity too
-    counted = truth.any(axis=0) if measures.is_exclusive else measures.evaluable
-    found = np.zeros(len(truth))
-    for c in np.flatnonzero(counted):
+def _influence(metrics: WeightedMetrics, metric: MetricName) -> Floats:
+    """Compute the influence of each image on an accuracy, (images,); the values sum to 0."""
+    if metric == "accuracy":
+        return np.asarray((metrics.correct - metrics.correct.mean()) / len(metrics.correct))
+    truth, is_correct = metrics.truth, metrics.predicted == metrics.truth
+    sides = [truth] if metrics.is_exclusive else [truth, ~truth]  # recall; multi-label: also specificity
+    averaged = truth.any(axis=0) if metrics.is_exclusive else metrics.evaluable
+    influence = np.zeros(len(truth))
+    for c in np.flatnonzero(averaged):
         for side in sides:
-            of = side[:, c]
-            found[of] += (right[of, c] - right[of, c].mean()) / (of.sum() * counted.sum() * len(sides))
-    return found
+            rows = side[:, c]
+            weight = rows.sum() * averaged.sum() * len(sides)
+            influence[rows] += (is_correct[rows, c] - is_correct[rows, c].mean()) / weight
+    return influence
 
 
 def _group_codes(predictions: Predictions) -> NDArray[np.int64]:
@@ -211,10 +213,9 @@ def _group_codes(predictions: Predictions) -> NDArray[np.int64]:
 def _proportion_interval(
     value: float, variance: float, groups: NDArray[np.int64], confidence: float
 ) -> tuple[float, float] | None:
-    """Interval of a mean of shares: Wilson's for as many images as would be as sure; None of one without variance."""
-    count = int(groups.max()) + 1
+    """Compute a Wilson interval for the effective sample size of a mean proportion; None without variance."""
+    num_groups = int(groups.max()) + 1
     if not variance > 0 or not math.isfinite(variance):
         return None
-    return proportions.score_interval(
-        value, value * (1 - value) / variance, float(t.ppf((1 + confidence) / 2, count - 1))
-    )
+    effective_size = value * (1 - value) / variance
+    return proportions.score_interval(value, effective_size, float(t.ppf((1 + confidence) / 2, num_groups - 1)))

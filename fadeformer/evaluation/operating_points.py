@@ -1,7 +1,7 @@
-"""Operating points: above which score an image is called positive, chosen on val and judged on test; net benefit.
+"""Operating points (decision thresholds), selected on val and evaluated on test, and net benefit.
 
-A point is chosen for each class against the rest, or each finding; of two classes for the last one. A threshold lies
-half way between two scores of val, so that none of them stands on it.
+There is one threshold per class (one against the rest) or finding; in binary tasks only for the last class. A threshold
+is the midpoint of two adjacent val scores, so that no val score is equal to it.
 """
 
 from __future__ import annotations
@@ -24,112 +24,113 @@ from fadeformer.tasks import one_versus_rest
 Floats = NDArray[np.float64]
 Truth = NDArray[np.bool_]
 
-THRESHOLD_PROBABILITIES = np.arange(1, 100) / 100  # at which net benefit is told
+THRESHOLD_PROBABILITIES = np.arange(1, 100) / 100  # of the decision curves
 
 
-def choose_threshold(truth: Truth, score: Floats, rule: str, least: float | None) -> float | None:
-    """The score from which on an image is called positive.
+def choose_threshold(truth: Truth, score: Floats, rule: str, target: float | None) -> float | None:
+    """Choose the minimum score of a positive decision.
 
     Args:
-        truth: which images are positive, (images,).
+        truth: True for positives, (images,).
         score: (images,), in [0, 1].
-        rule: `youden` (the largest sum of sensitivity and specificity, Youden 1950), `sensitivity` (as specific as it
-            can be with at least that sensitivity) or `specificity` (the other way round).
-        least: sensitivity or specificity that is asked for.
+        rule: `youden` (maximum of sensitivity + specificity, Youden 1950), `sensitivity` (maximum specificity at a
+            sensitivity of at least `target`) or `specificity` (the reverse).
+        target: minimum sensitivity or specificity; None for `youden`.
 
     Returns:
-        None where there are no positives, or no negatives.
+        None if there are no positives or no negatives.
     """
     if truth.all() or not truth.any():
         return None
-    false, true, scores = roc_curve(truth, score, drop_intermediate=False)
+    fpr, tpr, thresholds = roc_curve(truth, score, drop_intermediate=False)
     if rule == "youden":
-        place = int(np.argmax(true - false))
+        index = int(np.argmax(tpr - fpr))
     elif rule == "sensitivity":
-        place = int(np.argmax(true >= least))  # the first, of the highest threshold
+        index = int(np.argmax(tpr >= target))  # the first one has the highest threshold
     else:
-        place = int(np.flatnonzero(1 - false >= least)[-1])
-    if place == 0:  # roc_curve begins where nothing is positive
-        return float(np.nextafter(max(1.0, scores[1]), np.inf))
-    above, below = float(scores[place]), float(scores[place + 1]) if place + 1 < len(scores) else 0.0
-    middle = (above + below) / 2
-    return middle if below < middle else above  # neighbours that no number lies between
+        index = int(np.flatnonzero(1 - fpr >= target)[-1])
+    if index == 0:  # roc_curve starts with a threshold above all scores
+        return float(np.nextafter(max(1.0, thresholds[1]), np.inf))
+    above, below = float(thresholds[index]), float(thresholds[index + 1]) if index + 1 < len(thresholds) else 0.0
+    midpoint = (above + below) / 2
+    return midpoint if below < midpoint else above  # adjacent floating-point numbers have no midpoint
 
 
 def select_operating_points(
-    val: Predictions, test: Predictions, wanted: Mapping[str, float | None], confidence: float
+    val: Predictions, test: Predictions, targets: Mapping[str, float | None], confidence: float
 ) -> dict[str, dict[str, Any]]:
-    """Thresholds by val, and what they give on test with intervals.
+    """Select thresholds on val and evaluate them on test, with intervals.
 
     Args:
-        val: images that choose the thresholds.
-        test: images that judge them.
-        wanted: rules, and the least value that each asks for.
-        confidence: of the intervals.
+        val: predictions for the selection.
+        test: predictions for the evaluation.
+        targets: target value by rule, see `choose_threshold`.
+        confidence: level of the intervals.
 
     Returns:
-        By rule and class: `threshold`, `on_val` (sensitivity, specificity) and `on_test`, where each share has `value`,
-        `low` and `high`; None for a class that val or test cannot judge.
+        By rule and class: `threshold`, `on_val` (sensitivity, specificity) and `on_test`, where each proportion has
+        `value`, `low` and `high`; None for a class without positives or without negatives in val or test.
     """
     count = len(val.classes)
-    truth_val, truth = (one_versus_rest(part.labels, count, part.task) for part in (val, test))
+    val_truth, test_truth = (one_versus_rest(split.labels, count, split.task) for split in (val, test))
     groups = bootstrap.encode_groups(test.frame["group"])
-    found: dict[str, dict[str, Any]] = {}
-    for rule, least in wanted.items():
-        found[rule] = {}
+    points: dict[str, dict[str, Any]] = {}
+    for rule, target in targets.items():
+        points[rule] = {}
         for c in curve_classes(val):
-            name, score, of_class = val.classes[c], test.scores[:, c], truth[:, c]
-            limit = choose_threshold(truth_val[:, c], val.scores[:, c], rule, least)
-            if limit is None or of_class.all() or not of_class.any():
-                found[rule][name] = None
+            name, truth = val.classes[c], test_truth[:, c]
+            threshold = choose_threshold(val_truth[:, c], val.scores[:, c], rule, target)
+            if threshold is None or truth.all() or not truth.any():
+                points[rule][name] = None
                 continue
-            called = score >= limit
-            parts = _numerators_and_denominators(of_class, called)
+            predicted = test.scores[:, c] >= threshold
+            on_val = _numerators_and_denominators(val_truth[:, c], val.scores[:, c] >= threshold)
+            on_test = _numerators_and_denominators(truth, predicted)
             bounds = {
-                "sensitivity": proportion_interval(called, of_class, groups, confidence),
-                "specificity": proportion_interval(~called, ~of_class, groups, confidence),
-                "positive_predictive_value": predictive_value_interval(called, of_class, groups, confidence),
-                "negative_predictive_value": predictive_value_interval(~called, ~of_class, groups, confidence),
+                "sensitivity": proportion_interval(predicted, truth, groups, confidence),
+                "specificity": proportion_interval(~predicted, ~truth, groups, confidence),
+                "positive_predictive_value": predictive_value_interval(predicted, truth, groups, confidence),
+                "negative_predictive_value": predictive_value_interval(~predicted, ~truth, groups, confidence),
             }
-            on_val = _numerators_and_denominators(truth_val[:, c], val.scores[:, c] >= limit)
-            found[rule][name] = {
-                "threshold": limit,
-                "on_val": {share: _proportion(*on_val[share]) for share in ("sensitivity", "specificity")},
-                "on_test": {share: _with_bounds(_proportion(*part), bounds[share]) for share, part in parts.items()},
+            points[rule][name] = {
+                "threshold": threshold,
+                "on_val": {key: _proportion(*on_val[key]) for key in ("sensitivity", "specificity")},
+                "on_test": {key: _with_bounds(_proportion(*counts), bounds[key]) for key, counts in on_test.items()},
             }
-    return found
+    return points
 
 
 def net_benefit(predictions: Predictions) -> pd.DataFrame:
-    """Decision curves (Vickers and Elkin 2006, doi:10.1177/0272989X06295361) of the classes that can be judged.
+    """Compute decision curves (Vickers and Elkin 2006, doi:10.1177/0272989X06295361).
 
-    At a threshold probability p, true positives less p / (1 - p) times the false ones, per image: of the model, and of
-    calling all images positive. Calling none positive gives 0.
+    The net benefit at threshold probability p is (true positives - p / (1 - p) * false positives) / images, of the
+    model and of treating all images as positive; treating none has net benefit 0. Classes without positives or without
+    negatives are left out.
 
     Returns:
-        Columns class, probability, model, all.
+        Table with columns class, probability, model, all.
     """
     truth = one_versus_rest(predictions.labels, len(predictions.classes), predictions.task)
-    parts = [pd.DataFrame({"class": pd.Series(dtype="str"), **dict.fromkeys(("probability", "model", "all"), 0.0)})]
+    tables = [pd.DataFrame({"class": pd.Series(dtype="str"), **dict.fromkeys(("probability", "model", "all"), 0.0)})]
     for c in curve_classes(predictions):
         if truth[:, c].all() or not truth[:, c].any():
             continue
-        called = predictions.scores[:, c][:, None] >= THRESHOLD_PROBABILITIES  # images, probabilities
+        predicted = predictions.scores[:, c][:, None] >= THRESHOLD_PROBABILITIES  # images, probabilities
         odds, prevalence = THRESHOLD_PROBABILITIES / (1 - THRESHOLD_PROBABILITIES), truth[:, c].mean()
-        of_model = called[truth[:, c]].sum(axis=0) - odds * called[~truth[:, c]].sum(axis=0)
+        benefit = predicted[truth[:, c]].sum(axis=0) - odds * predicted[~truth[:, c]].sum(axis=0)
         columns = {
-            "class": predictions.classes[c], "probability": THRESHOLD_PROBABILITIES, "model": of_model / len(truth),
+            "class": predictions.classes[c], "probability": THRESHOLD_PROBABILITIES, "model": benefit / len(truth),
             "all": prevalence - odds * (1 - prevalence),
         }  # fmt: skip
-        parts.append(pd.DataFrame(columns))
-    return pd.concat(parts[1:] or parts, ignore_index=True)
+        tables.append(pd.DataFrame(columns))
+    return pd.concat(tables[1:] or tables, ignore_index=True)
 
 
-def _numerators_and_denominators(truth: Truth, called: Truth) -> dict[str, tuple[Truth, Truth]]:
-    """Of each share what is counted, and of what."""
+def _numerators_and_denominators(truth: Truth, predicted: Truth) -> dict[str, tuple[Truth, Truth]]:
+    """Return the masks of numerator and denominator of each proportion."""
     return {
-        "sensitivity": (called, truth), "specificity": (~called, ~truth),
-        "positive_predictive_value": (truth, called), "negative_predictive_value": (~truth, ~called),
+        "sensitivity": (predicted, truth), "specificity": (~predicted, ~truth),
+        "positive_predictive_value": (truth, predicted), "negative_predictive_value": (~truth, ~predicted),
     }  # fmt: skip
 
 
@@ -137,6 +138,6 @@ def _proportion(hits: Truth, trials: Truth) -> float | None:
     return float(hits[trials].mean()) if trials.any() else None
 
 
-def _with_bounds(value: float | None, bound: Interval) -> dict[str, float | None]:
-    low, high = (None, None) if bound is None else bound
+def _with_bounds(value: float | None, bounds: Interval) -> dict[str, float | None]:
+    low, high = (None, None) if bounds is None else bounds
     return {"value": value, "low": low, "high": high}

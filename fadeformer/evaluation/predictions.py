@@ -1,9 +1,9 @@
-"""Model and arrays to the predictions table, the hinge of the pipeline: every number and figure is made from it.
+"""Predictions table, from which all metrics and figures are computed.
 
 `predictions.parquet` has one row per image: `split`, `id`, `group`, the labels (`label`, or `label_0 ... label_{L-1}`
-for multi-label tasks), one score per class (`score_0 ... score_{C-1}`, float64), the same before calibration (`raw_0
-...`), and what is known of the image beside its label (`subgroup_sex` and the like). The task and the names of the
-classes travel in the table's metadata, so that the file can be read without any other.
+in multi-label tasks), one score per class (`score_0 ... score_{C-1}`, float64), the scores before calibration (`raw_0
+...`) and subgroup columns (such as `subgroup_sex`). Task and class names are stored in the table metadata, so the file
+is self-contained.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ SUBGROUP_PREFIX = "subgroup_"
 
 @dataclass(frozen=True)
 class Predictions:
-    """Labels and scores of some images.
+    """Labels and scores of a set of images.
 
     Attributes:
-        frame: the table as described above.
-        task: what kind of classification it is.
-        classes: the name of each class or finding, in the order of the scores.
+        frame: table as described in the module docstring.
+        task: classification task.
+        classes: names of the classes or findings, in the order of the scores.
     """
 
     frame: pd.DataFrame
@@ -48,27 +48,27 @@ class Predictions:
 
     @property
     def subgroups(self) -> pd.DataFrame:
-        """What is known of each image beside its label, a column by name."""
-        found = self.frame.filter(regex=f"^{SUBGROUP_PREFIX}")
-        return found.rename(columns=lambda name: name.removeprefix(SUBGROUP_PREFIX))
+        """Subgroup columns, without their prefix."""
+        columns = self.frame.filter(regex=f"^{SUBGROUP_PREFIX}")
+        return columns.rename(columns=lambda name: name.removeprefix(SUBGROUP_PREFIX))
 
     def select_split(self, split: str) -> Predictions:
-        """The rows of one split, in their order."""
+        """Return the rows of one split, in order."""
         return self.select_rows((self.frame["split"] == split).to_numpy())
 
     def select_rows(self, rows: NDArray[np.bool_]) -> Predictions:
-        """Some of the rows, in their order."""
+        """Return the rows of a mask, in order."""
         return Predictions(self.frame[rows].reset_index(drop=True), self.task, self.classes)
 
     def before_calibration(self) -> Predictions:
-        """The same with the scores as the network gave them."""
+        """Return a copy whose scores are those before calibration."""
         frame = self.frame.copy()
         for c in range(len(self.classes)):
             frame[f"score_{c}"] = frame[f"raw_{c}"]
         return Predictions(frame, self.task, self.classes)
 
     def fingerprint(self) -> str:
-        """SHA-256 of the ids and labels, in order of id: two tables with the same one judge the same images."""
+        """Return the SHA-256 of ids and labels, sorted by id; equal for predictions on the same test set."""
         columns = ["id", *self.task.label_columns(len(self.classes))]
         rows = self.frame[columns].sort_values("id", kind="stable")
         return hashlib.sha256(rows.to_csv(index=False).encode()).hexdigest()
@@ -83,16 +83,16 @@ def build_predictions(
     raw: NDArray[np.float64] | None = None,
     subgroups: pd.DataFrame | None = None,
 ) -> Predictions:
-    """Joins what is known of the images with their scores.
+    """Build a predictions table.
 
     Args:
         index: columns `split`, `id`, `group`, one row per image.
         labels: (images, labels).
         scores: (images, classes).
-        task: what kind of classification it is.
-        classes: names in the order of the scores.
-        raw: scores before calibration, likewise; None where there was none.
-        subgroups: what else is known of the images, one row each.
+        task: classification task.
+        classes: class names, in the order of the scores.
+        raw: scores before calibration, (images, classes); None without calibration.
+        subgroups: subgroup columns, one row per image.
     """
     frame = index[["split", "id", "group"]].reset_index(drop=True)
     for column, values in zip(task.label_columns(len(classes)), labels.T, strict=True):
@@ -107,21 +107,21 @@ def build_predictions(
 
 
 def write(predictions: Predictions, path: Path) -> None:
-    """Writes the table as parquet."""
+    """Write the table as Parquet."""
     frame = predictions.frame.copy()
     frame.attrs = {"task": predictions.task.name, "classes": list(predictions.classes)}
     frame.to_parquet(path, index=False)
 
 
 def read(path: Path) -> Predictions:
-    """Reads a table that `write` wrote.
+    """Read a table that `write` wrote.
 
     Raises:
-        UserError: the file is not such a table.
+        UserError: the file is not a predictions table.
     """
     try:
         frame = pd.read_parquet(path)
         task, classes = TASKS[frame.attrs["task"]], tuple(frame.attrs["classes"])
     except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{path}: not a predictions table ({error}); run `dvc repro evaluate` to make it") from error
+        raise UserError(f"{path}: not a predictions table ({error}); run `dvc repro evaluate` to create it") from error
     return Predictions(frame, task, classes)

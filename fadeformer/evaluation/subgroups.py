@@ -1,11 +1,10 @@
-"""Every measure of every subgroup (age band, sex, view, site, centre), and where a subgroup is worse than the whole.
+"""Metrics of every subgroup (age band, sex, view, site, center) and tests for worse performance.
 
-A subgroup is compared with the whole by measures that do not follow from how common its classes are: AUC, sensitivity
-and specificity of each class, and their means over the classes that the subgroup can judge. Both are measured on the
-same bootstrap samples, so that the comparison is paired. The largest of all standardised shortfalls in a sample, of its
-deviation from what was found, tells what chance alone brings forth among as many comparisons (Westfall and Young 1993,
-ISBN 978-0-471-55761-6; the single-step maxT). The spread of a share is at least what the whole's share would give so
-few patients: a bootstrap takes none of five for certain.
+A subgroup is compared with all images by metrics that do not depend on prevalence: AUC, sensitivity and specificity of
+each class, and their means over the classes that are evaluable in the subgroup. Subgroup and overall values come from
+the same bootstrap resamples, so the comparison is paired. P-values are adjusted for all comparisons by the single-step
+maxT procedure (Westfall and Young 1993, ISBN 978-0-471-55761-6). The variance of a proportion is at least the binomial
+variance of the overall proportion for the number of patients: the bootstrap gives 0 of 5 a variance of zero.
 """
 
 from __future__ import annotations
@@ -31,184 +30,202 @@ Floats = NDArray[np.float64]
 AGE_COLUMN = "age"
 UNKNOWN = "unknown"
 ALL_CLASSES = "macro average"
-MAX_AUTO_VALUES = 12  # of a column that is taken without being named
-MAX_VALUES = 50  # of one that is named
-MIN_GROUPS = 20  # patients, lesions or single images in a subgroup that is compared with the whole
-MIN_CASES = 10  # positives, and negatives, of what is compared
+MAX_AUTO_VALUES = 12  # distinct values of a column selected by `auto`
+MAX_VALUES = 50  # distinct values of a column selected by name
+MIN_GROUPS = 20  # patients, lesions or single images in a compared subgroup
+MIN_CASES = 10  # positives for sensitivity, negatives for specificity, both for AUC
 COMPARED_METRICS = ("auc", "recall", "specificity")
 
 
-def select_columns(known: pd.DataFrame, wanted: str | Sequence[str]) -> pd.DataFrame:
-    """The columns that images are divided by.
+def select_columns(metadata: pd.DataFrame, selection: str | Sequence[str]) -> pd.DataFrame:
+    """Select the columns that define subgroups.
 
     Args:
-        known: what is known of the images beside split, id, group and labels.
-        wanted: `auto` (age, and every column with 2 to 12 values), or names.
+        metadata: columns of the image index other than split, id, group and labels.
+        selection: `auto` (age, and every column with 2 to 12 values), or column names.
 
     Raises:
-        UserError: a name is of no column, or of one with too many values.
+        UserError: a column does not exist or has too many values.
     """
-    if wanted == "auto":
-        counts = {name: known[name].nunique() for name in known.columns}
-        return known[[name for name, n in counts.items() if (name == AGE_COLUMN and n) or 1 < n <= MAX_AUTO_VALUES]]
-    for name in wanted:
-        if name not in known:
-            there = ", ".join(known.columns) or "none"
-            raise UserError(f"params.yaml: evaluate.subgroups names {name}, but of these images is known: {there}")
-        if name != AGE_COLUMN and (count := known[name].nunique()) > MAX_VALUES:
-            raise UserError(f"params.yaml: evaluate.subgroups: {name} has {count} values, too many to be subgroups")
-    return known[list(wanted)]
+    if selection == "auto":
+        counts = {name: metadata[name].nunique() for name in metadata.columns}
+        return metadata[[name for name, n in counts.items() if (name == AGE_COLUMN and n) or 1 < n <= MAX_AUTO_VALUES]]
+    for name in selection:
+        if name not in metadata:
+            available = ", ".join(metadata.columns) or "none"
+            raise UserError(f"params.yaml: evaluate.subgroups: unknown column {name}; available: {available}")
+        if name != AGE_COLUMN and (count := metadata[name].nunique()) > MAX_VALUES:
+            raise UserError(
+                f"params.yaml: evaluate.subgroups: {name} has {count} values; at most {MAX_VALUES} are allowed"
+            )
+    return metadata[list(selection)]
 
 
-def assign_subgroups(known: pd.DataFrame, age_bands: Sequence[float]) -> dict[str, pd.Series[Any]]:
-    """The subgroup of each image, by column; ages in bands, named by their first and last year."""
-    found = {}
-    for name in known.columns:
-        values = known[name]
+def assign_subgroups(metadata: pd.DataFrame, age_bands: Sequence[float]) -> dict[str, pd.Series[Any]]:
+    """Return the subgroup of each image by column; age bands are named by their first and last year."""
+    subgroups = {}
+    for name in metadata.columns:
+        values = metadata[name]
         if name == AGE_COLUMN:
             values = _assign_age_bands(pd.to_numeric(values, errors="coerce"), age_bands)
         text = values.astype("string").fillna(UNKNOWN)
         order = values.cat.categories if name == AGE_COLUMN else sorted(text[text != UNKNOWN].unique())
-        found[str(name)] = text.astype(pd.CategoricalDtype([*map(str, order), UNKNOWN], ordered=True))
-    return found
+        subgroups[str(name)] = text.astype(pd.CategoricalDtype([*map(str, order), UNKNOWN], ordered=True))
+    return subgroups
 
 
-def _assign_age_bands(ages: pd.Series[Any], first: Sequence[float]) -> pd.Series[Any]:
-    edges = [-np.inf, *first, np.inf]
-    bands = [f"{low:g} to {high - 1:g}" for low, high in itertools.pairwise(first)]
-    return pd.cut(ages, edges, right=False, labels=[f"under {first[0]:g}", *bands, f"{first[-1]:g} and over"])
+def _assign_age_bands(ages: pd.Series[Any], starts: Sequence[float]) -> pd.Series[Any]:
+    edges = [-np.inf, *starts, np.inf]
+    bands = [f"{low:g} to {high - 1:g}" for low, high in itertools.pairwise(starts)]
+    return pd.cut(ages, edges, right=False, labels=[f"under {starts[0]:g}", *bands, f"{starts[-1]:g} and over"])
+
+
+class _Subgroup:
+    """One subgroup: its column, value, rows (a mask of all images), predictions and metrics."""
+
+    def __init__(self, column: str, value: str, rows: NDArray[np.bool_], predictions: Predictions) -> None:
+        self.column, self.value, self.rows = column, value, rows
+        self.predictions = predictions.select_rows(rows)
+        self.metrics = WeightedMetrics(self.predictions)
 
 
 def evaluate_subgroups(
     predictions: Predictions, age_bands: Sequence[float], *, n_resamples: int, seed: int, confidence: float
 ) -> tuple[dict[str, Any], dict[str, dict[str, dict[str, Any]]]]:
-    """Every number of every subgroup with its interval, and the comparisons with the whole.
+    """Compute all metrics of every subgroup with intervals, and compare them with all images.
 
     Args:
         predictions: of one split.
-        age_bands: first year of each.
-        n_resamples: samples of the bootstrap.
+        age_bands: first year of each age band.
+        n_resamples: number of bootstrap resamples.
         seed: of the bootstrap.
-        confidence: of the intervals; a subgroup is worse where p is below 1 less that.
+        confidence: level of the intervals; a subgroup is worse if p < 1 - confidence.
 
     Returns:
-        The intervals of the whole, as `summary.intervals` gives them, from the same samples; and by column and value:
-        `images`, `groups`, `overall` and `per_class` (as `summary.summarise`), `intervals`, and `compared`, a list of
-        `measure`, `class`, `value`, `whole` (on the same classes), `p` (adjusted for all comparisons), `worse`. A
-        subgroup of fewer than 20 patients or lesions is not compared with the whole.
+        The intervals of all images, equal to `summary.confidence_intervals`; and by column and value: `images`,
+        `groups`, `overall` and `per_class` (as in `summary.summarize`), `intervals`, and `comparisons`, a list of
+        `metric`, `class`, `value`, `overall` (on the same classes), `p` (adjusted for all comparisons) and `worse`.
+        Subgroups of fewer than `MIN_GROUPS` patients or lesions are not compared.
     """
-    divisions = assign_subgroups(predictions.subgroups, age_bands)
-    cells = [
-        (column, str(value), (of == value).to_numpy())
-        for column, of in divisions.items()
-        for value in of.cat.categories
-        if (of == value).any()
+    assignments = assign_subgroups(predictions.subgroups, age_bands)
+    subgroups = [
+        _Subgroup(column, str(value), (assigned == value).to_numpy(), predictions)
+        for column, assigned in assignments.items()
+        for value in assigned.cat.categories
+        if (assigned == value).any()
     ]
-    whole, groups = WeightedMetrics(predictions), bootstrap.encode_groups(predictions.frame["group"])
-    parts = [predictions.select_rows(rows) for _, _, rows in cells]
-    measures = [WeightedMetrics(part) for part in parts]
+    overall, groups = WeightedMetrics(predictions), bootstrap.encode_groups(predictions.frame["group"])
 
-    def measure(weights: bootstrap.Weights) -> list[MetricSamples]:
-        of_parts = (of.compute(weights[:, rows]) for of, (_, _, rows) in zip(measures, cells, strict=True))
-        return [whole.compute(weights), *of_parts]
+    def compute(weights: bootstrap.Weights) -> list[MetricSamples]:
+        return [
+            overall.compute(weights),
+            *(subgroup.metrics.compute(weights[:, subgroup.rows]) for subgroup in subgroups),
+        ]
 
-    stratum = bootstrap.assign_strata(whole.truth, groups)
-    with np.errstate(invalid="ignore", divide="ignore"):  # a sample may have no image of a subgroup
-        sampled = bootstrap.map_resamples(measure, groups, stratum, n_resamples, seed)
-    of_whole, *of_parts = (summary.concat_samples(some) for some in zip(*sampled, strict=True))
-    once = whole.compute(np.ones((1, len(groups))))
-    found: dict[str, dict[str, dict[str, Any]]] = {column: {} for column in divisions}
+    stratum = bootstrap.assign_strata(overall.truth, groups)
+    with np.errstate(invalid="ignore", divide="ignore"):  # a resample may have no image of a subgroup
+        chunks = bootstrap.map_resamples(compute, groups, stratum, n_resamples, seed)
+    overall_samples, *subgroup_samples = (summary.concat_samples(parts) for parts in zip(*chunks, strict=True))
+    overall_point = overall.compute(np.ones((1, len(groups))))
+    results: dict[str, dict[str, dict[str, Any]]] = {column: {} for column in assignments}
     tests: list[_SubgroupTest] = []
-    for (column, value, rows), part, of, samples in zip(cells, parts, measures, of_parts, strict=True):
-        of_part = np.unique(groups[rows], return_inverse=True)[1]
-        count = int(of_part.max()) + 1
-        told = summary.summarize(part)
-        bounds = summary.intervals_from_samples(of, predictions.classes, of_part, samples, confidence)
-        compared: list[dict[str, Any]] = []
-        if count >= MIN_GROUPS and len(part.frame) < len(predictions.frame):
-            point = of.compute(np.ones((1, int(rows.sum()))))
-            for test in _build_tests(predictions.classes, of, of_part, (point, once), (samples, of_whole)):
-                tests.append(test)
-                compared.append(test.result)
-        found[column][value] = {
-            "images": told["images"], "groups": count, "overall": told["overall"], "per_class": told["per_class"],
-            "intervals": {"overall": bounds["overall"], "per_class": bounds["per_class"]}, "comparisons": compared,
+    for subgroup, samples in zip(subgroups, subgroup_samples, strict=True):
+        metrics, rows = subgroup.metrics, subgroup.rows
+        subgroup_groups = np.unique(groups[rows], return_inverse=True)[1]
+        num_groups = int(subgroup_groups.max()) + 1
+        values = summary.summarize(subgroup.predictions)
+        bounds = summary.intervals_from_samples(metrics, predictions.classes, subgroup_groups, samples, confidence)
+        subgroup_tests: list[_SubgroupTest] = []
+        if num_groups >= MIN_GROUPS and len(subgroup.predictions.frame) < len(predictions.frame):
+            point = metrics.compute(np.ones((1, int(rows.sum()))))
+            subgroup_tests = _build_tests(
+                predictions.classes, metrics, subgroup_groups, (point, overall_point), (samples, overall_samples)
+            )
+        tests += subgroup_tests
+        results[subgroup.column][subgroup.value] = {
+            "images": values["images"], "groups": num_groups, "overall": values["overall"],
+            "per_class": values["per_class"],
+            "intervals": {"overall": bounds["overall"], "per_class": bounds["per_class"]},
+            "comparisons": [test.result for test in subgroup_tests],
         }  # fmt: skip
     _adjust_p_values(tests, 1 - confidence)
-    return summary.intervals_from_samples(whole, predictions.classes, groups, of_whole, confidence), found
+    intervals = summary.intervals_from_samples(overall, predictions.classes, groups, overall_samples, confidence)
+    return intervals, results
 
 
-def underperforming(found: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> list[dict[str, Any]]:
-    """The comparisons of `compare` in which a subgroup is worse beyond chance, with `column` and `subgroup`."""
+def underperforming(subgroups: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> list[dict[str, Any]]:
+    """List the comparisons with a significantly worse subgroup, with `column` and `subgroup` added."""
     return [
-        {"column": column, "subgroup": value, **one}
-        for column, values in found.items()
-        for value, of in values.items()
-        for one in of["comparisons"]
-        if one["worse"]
+        {"column": column, "subgroup": value, **comparison}
+        for column, values in subgroups.items()
+        for value, subgroup in values.items()
+        for comparison in subgroup["comparisons"]
+        if comparison["worse"]
     ]
 
 
 class _SubgroupTest:
-    """A shortfall (whole less subgroup), its samples and the least variance that they have; what is told of it."""
+    """Test of one shortfall (overall minus subgroup): its resamples, the lower bound of their variance, the result."""
 
-    def __init__(self, measure: str, of_class: str, values: tuple[float, float], samples: Floats, least: float) -> None:
-        value, whole = values
-        self.shortfall, self.samples, self.min_variance = whole - value, samples, least
+    def __init__(
+        self, metric: str, class_name: str, values: tuple[float, float], samples: Floats, min_variance: float
+    ) -> None:
+        value, overall = values
+        self.shortfall, self.samples, self.min_variance = overall - value, samples, min_variance
         self.result: dict[str, Any] = {
-            "metric": measure, "class": of_class, "value": value, "overall": whole, "p": None, "worse": False
+            "metric": metric, "class": class_name, "value": value, "overall": overall, "p": None, "worse": False
         }  # fmt: skip
 
 
 def _build_tests(
     classes: Sequence[str],
-    of: WeightedMetrics,
+    metrics: WeightedMetrics,
     groups: NDArray[np.int64],
     points: tuple[MetricSamples, MetricSamples],
     samples: tuple[MetricSamples, MetricSamples],
 ) -> list[_SubgroupTest]:
-    """Of a subgroup; points and samples are its own and those of the whole."""
-    cases = {"recall": of.truth, "specificity": ~of.truth}
-    enough = {key: truth.sum(axis=0) >= MIN_CASES for key, truth in cases.items()}
-    enough["auc"] = enough["recall"] & enough["specificity"]
-    shown = [len(classes) - 1] if of.is_exclusive and len(classes) == 2 else list(range(len(classes)))
-    found = []
-    for key in COMPARED_METRICS:
-        inside = [c for c in shown if enough[key][c]]
-        if not inside:
+    """Build the tests of one subgroup; points and samples are (subgroup, all images)."""
+    cases = {"recall": metrics.truth, "specificity": ~metrics.truth}
+    has_enough = {name: truth.sum(axis=0) >= MIN_CASES for name, truth in cases.items()}
+    has_enough["auc"] = has_enough["recall"] & has_enough["specificity"]
+    candidates = [len(classes) - 1] if metrics.is_exclusive and len(classes) == 2 else list(range(len(classes)))
+    tests = []
+    for name in COMPARED_METRICS:
+        columns = [c for c in candidates if has_enough[name][c]]
+        if not columns:
             continue
-        value, whole = (point.per_class[key][0, inside] for point in points)
-        of_part, of_whole = (part.per_class[key][:, inside] for part in samples)
-        least = np.zeros(len(inside))
-        if key in cases:
-            patients = np.array([len(np.unique(groups[cases[key][:, c]])) for c in inside])
-            least = whole * (1 - whole) / patients
-        for place, c in enumerate(inside):
-            values = float(value[place]), float(whole[place])
-            found.append(
-                _SubgroupTest(key, classes[c], values, of_whole[:, place] - of_part[:, place], float(least[place]))
-            )
-        if len(inside) > 1:
-            means = float(value.mean()), float(whole.mean())
-            shortfalls = of_whole.mean(axis=1) - of_part.mean(axis=1)
-            found.append(_SubgroupTest(key, ALL_CLASSES, means, shortfalls, float(least.sum() / len(inside) ** 2)))
-    return found
+        value, overall = (point.per_class[name][0, columns] for point in points)
+        value_samples, overall_samples = (sample.per_class[name][:, columns] for sample in samples)
+        min_variance = np.zeros(len(columns))
+        if name in cases:
+            patients = np.array([len(np.unique(groups[cases[name][:, c]])) for c in columns])
+            min_variance = overall * (1 - overall) / patients
+        for i, c in enumerate(columns):
+            shortfalls = overall_samples[:, i] - value_samples[:, i]
+            point = float(value[i]), float(overall[i])
+            tests.append(_SubgroupTest(name, classes[c], point, shortfalls, float(min_variance[i])))
+        if len(columns) > 1:
+            means = float(value.mean()), float(overall.mean())
+            shortfalls = overall_samples.mean(axis=1) - value_samples.mean(axis=1)
+            variance_of_mean = float(min_variance.sum() / len(columns) ** 2)
+            tests.append(_SubgroupTest(name, ALL_CLASSES, means, shortfalls, variance_of_mean))
+    return tests
 
 
-def _adjust_p_values(tests: list[_SubgroupTest], level: float) -> None:
-    """Sets p and verdict of each test; without a spread, or with too few samples that are defined, it has none."""
+def _adjust_p_values(tests: list[_SubgroupTest], alpha: float) -> None:
+    """Set `p` and `worse` of each test; `p` stays None without variance or with too few defined resamples."""
     usable = []
     for test in tests:
         defined = np.isfinite(test.samples)
         if defined.mean() < MIN_DEFINED_FRACTION:
             continue
-        spread = math.sqrt(max(float(np.var(test.samples[defined], ddof=1)), test.min_variance))
-        if spread > 0:
-            deviation = np.where(defined, (test.samples - test.shortfall) / spread, -np.inf)
-            usable.append((test, test.shortfall / spread, deviation))
+        std = math.sqrt(max(float(np.var(test.samples[defined], ddof=1)), test.min_variance))
+        if std > 0:
+            deviations = np.where(defined, (test.samples - test.shortfall) / std, -np.inf)
+            usable.append((test, test.shortfall / std, deviations))
     if not usable:
         return
-    largest: Floats = np.stack([deviation for _, _, deviation in usable]).max(axis=0)  # of each sample
-    for test, standardised, _ in usable:
-        test.result["p"] = float((1 + (largest >= standardised).sum()) / (1 + len(largest)))
-        test.result["worse"] = test.result["p"] < level
+    largest: Floats = np.stack([deviations for _, _, deviations in usable]).max(axis=0)  # per resample
+    for test, standardized, _ in usable:
+        test.result["p"] = float((1 + (largest >= standardized).sum()) / (1 + len(largest)))
+        test.result["worse"] = test.result["p"] < alpha

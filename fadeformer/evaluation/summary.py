@@ -1,8 +1,7 @@
-"""Predictions to numbers with their uncertainty, as nested plain values.
+"""Metrics with confidence intervals, as nested plain values.
 
-A class or finding without positives or without negatives is left out of means, and named. Macro precision, recall and
-F1 are those of scikit-learn with what is undefined counted as 0, as the published results have them. No number is ever
-a NaN: what is undefined is None.
+Means leave out classes without positives or without negatives, which are listed. Macro precision, recall and F1 are
+those of scikit-learn with `zero_division=0`, as in the published results. Undefined values are None, never NaN.
 """
 
 from __future__ import annotations
@@ -22,129 +21,131 @@ from fadeformer.evaluation.intervals.proportions import predictive_value_interva
 from fadeformer.evaluation.predictions import Predictions
 from fadeformer.evaluation.weighted_metrics import MetricSamples, WeightedMetrics
 
-NUM_HALF_SAMPLES = 200  # samples of half of the images
-CALIBRATION_METRICS = ("loss", "brier", "calibration_error")  # what calibration is for
+NUM_HALF_SAMPLES = 200  # for the bias correction of average precision
+CALIBRATION_METRICS = ("loss", "brier", "calibration_error")  # reported before and after calibration
 
 
 def summarize(predictions: Predictions) -> dict[str, Any]:
-    """Every number of some predictions.
+    """Compute all metrics.
 
     Returns:
-        `images`, `overall`, `per_class` by class name, and `not_judged`: the classes that lack positives or negatives.
+        `images`, `overall`, `per_class` by class name, and `not_evaluated`: classes without positives or negatives.
     """
-    measures = WeightedMetrics(predictions)
-    found = measures.compute(np.ones((1, len(predictions.frame))))
-    support = measures.truth.sum(axis=0)
+    metrics = WeightedMetrics(predictions)
+    point = metrics.compute(np.ones((1, len(predictions.frame))))
+    support = metrics.truth.sum(axis=0)
     per_class = {
         name: {
             "support": int(support[c]),
-            "prevalence": float(support[c] / len(measures.truth)),
-            **{key: _finite_or_none(values[0, c]) for key, values in found.per_class.items()},
+            "prevalence": float(support[c] / len(metrics.truth)),
+            **{key: _finite_or_none(values[0, c]) for key, values in point.per_class.items()},
         }
         for c, name in enumerate(predictions.classes)
     }
     return {
-        "images": len(measures.truth),
-        "overall": {key: _finite_or_none(values[0]) for key, values in found.overall.items()},
+        "images": len(metrics.truth),
+        "overall": {key: _finite_or_none(values[0]) for key, values in point.overall.items()},
         "per_class": per_class,
         "not_evaluated": [name for name, values in per_class.items() if values["auc"] is None],
     }
 
 
 def confidence_intervals(predictions: Predictions, *, n_resamples: int, seed: int, confidence: float) -> dict[str, Any]:
-    """The interval of every number of `summarise`.
+    """Compute the confidence interval of every metric of `summarize`.
 
-    AUCs have DeLong's, proportions Wilson's, precision one that follows from two of these; all else that of a bootstrap
-    that draws patients or lesions whole, class by class: its percentiles, wider where a class has few; for average
-    precisions and the pooled AUC its spread on the scale of log odds (Boyd et al. 2013,
-    doi:10.1007/978-3-642-40994-3_29), less what half of the images have too much, as the average precision of few
-    images is too high and that of samples that repeat images more so. The calibration error has none: it is too high in
-    every sample, by more than its spread (docs/reference/evaluation.md).
+    AUCs have DeLong intervals, proportions Wilson intervals, and precision an interval derived from those of
+    sensitivity and specificity. All other metrics use a stratified cluster bootstrap of patients or lesions: percentile
+    intervals, wider for classes with few groups; for average precision and the pooled AUC a normal interval on the
+    logit scale (Boyd et al. 2013, doi:10.1007/978-3-642-40994-3_29) with a half-sample bias correction, because average
+    precision is biased upward in small samples and more so in resamples with repeated images. The calibration error has
+    no interval: every resample overestimates it by more than its standard deviation (docs/reference/evaluation.md).
 
     Args:
         predictions: of one split.
-        n_resamples: samples of the bootstrap.
+        n_resamples: number of bootstrap resamples.
         seed: of the bootstrap.
-        confidence: such as 0.95.
+        confidence: level of the intervals, such as 0.95.
 
     Returns:
-        `groups`, how many patients or lesions there are, and `overall` and `per_class` with (low, high), or None where
-        there is none, as of a perfect number by bootstrap, whose samples are all alike.
+        `groups`, the number of patients, lesions or single images, and `overall` and `per_class` with (low, high). None
+        if there is no interval, as for a perfect bootstrapped metric, whose resamples are all identical.
     """
-    measures, groups = WeightedMetrics(predictions), bootstrap.encode_groups(predictions.frame["group"])
-    stratum = bootstrap.assign_strata(measures.truth, groups)
-    parts = bootstrap.map_resamples(measures.compute, groups, stratum, n_resamples, seed)
-    return intervals_from_samples(measures, predictions.classes, groups, concat_samples(parts), confidence)
+    metrics, groups = WeightedMetrics(predictions), bootstrap.encode_groups(predictions.frame["group"])
+    stratum = bootstrap.assign_strata(metrics.truth, groups)
+    chunks = bootstrap.map_resamples(metrics.compute, groups, stratum, n_resamples, seed)
+    return intervals_from_samples(metrics, predictions.classes, groups, concat_samples(chunks), confidence)
 
 
-def concat_samples(parts: Sequence[MetricSamples]) -> MetricSamples:
-    """Measures of some samples and of others as those of all."""
+def concat_samples(chunks: Sequence[MetricSamples]) -> MetricSamples:
+    """Concatenate chunks of samples."""
 
-    def together(kind: str) -> dict[str, NDArray[np.float64]]:
-        return {name: np.concatenate([getattr(part, kind)[name] for part in parts]) for name in getattr(parts[0], kind)}
+    def concat(chunk_values: Sequence[Mapping[str, NDArray[np.float64]]]) -> dict[str, NDArray[np.float64]]:
+        return {name: np.concatenate([values[name] for values in chunk_values]) for name in chunk_values[0]}
 
-    return MetricSamples(together("overall"), together("per_class"))
+    return MetricSamples(concat([chunk.overall for chunk in chunks]), concat([chunk.per_class for chunk in chunks]))
 
 
 def intervals_from_samples(
-    measures: WeightedMetrics,
+    metrics: WeightedMetrics,
     classes: Sequence[str],
     groups: NDArray[np.int64],
     samples: MetricSamples,
     confidence: float,
 ) -> dict[str, Any]:
-    """Likewise, where the samples are there already.
+    """Compute the intervals of `confidence_intervals` from given bootstrap samples.
 
     Args:
-        measures: of the predictions.
-        classes: names in the order of the scores.
-        groups: number of each image's patient or lesion, from 0 without a gap, (images,).
-        samples: of the bootstrap.
-        confidence: such as 0.95.
+        metrics: of the predictions.
+        classes: class names, in the order of the scores.
+        groups: group code of each image, consecutive from 0, (images,).
+        samples: bootstrap samples of all metrics.
+        confidence: level of the intervals, such as 0.95.
     """
-    count = int(groups.max()) + 1
-    point, stratum = measures.compute(np.ones((1, len(groups)))), bootstrap.assign_strata(measures.truth, groups)
-    with np.errstate(invalid="ignore", divide="ignore"):  # half of a few may have no image of a class
-        half = measures.compute_areas(bootstrap.half_sample_weights(groups, stratum, NUM_HALF_SAMPLES, 0))
-    in_stratum = max(min(count, 2), count // len(np.unique(stratum)))
+    num_groups = int(groups.max()) + 1
+    point, stratum = metrics.compute(np.ones((1, len(groups)))), bootstrap.assign_strata(metrics.truth, groups)
+    with np.errstate(invalid="ignore", divide="ignore"):  # a half-sample may have no image of a class
+        half = metrics.compute_areas(bootstrap.half_sample_weights(groups, stratum, NUM_HALF_SAMPLES, 0))
+    groups_per_stratum = max(min(num_groups, 2), num_groups // len(np.unique(stratum)))
     overall = {
         name: _bootstrap_interval(
-            name, float(point.overall[name][0]), values, half.overall.get(name), in_stratum, confidence
+            name, float(point.overall[name][0]), values, half.overall.get(name), groups_per_stratum, confidence
         )
         for name, values in samples.overall.items()
     }
-    rarer = [
-        min(len(np.unique(groups[measures.truth[:, c]])), len(np.unique(groups[~measures.truth[:, c]])))
+    min_groups = [
+        min(len(np.unique(groups[metrics.truth[:, c]])), len(np.unique(groups[~metrics.truth[:, c]])))
         for c in range(len(classes))
     ]
     per_class: dict[str, dict[str, Interval]] = {name: {} for name in classes}
     for key, values in samples.per_class.items():
         for c, name in enumerate(classes):
             value = float(point.per_class[key][0, c])
-            of_half = half.per_class[key][:, c] if key in half.per_class else None
-            drawn_from = rarer[c] if of_half is None else count
-            per_class[name][key] = _bootstrap_interval(key, value, values[:, c], of_half, drawn_from, confidence)
-    if measures.is_exclusive:
-        every = np.ones(len(groups), dtype=bool)
-        overall["accuracy"] = proportion_interval(measures.correct.astype(bool), every, groups, confidence)
+            half_values = half.per_class[key][:, c] if key in half.per_class else None
+            effective_groups = min_groups[c] if half_values is None else num_groups
+            per_class[name][key] = _bootstrap_interval(
+                key, value, values[:, c], half_values, effective_groups, confidence
+            )
+    if metrics.is_exclusive:
+        all_images = np.ones(len(groups), dtype=bool)
+        overall["accuracy"] = proportion_interval(metrics.correct.astype(bool), all_images, groups, confidence)
     for c, name in enumerate(classes):
-        truth, decided = measures.truth[:, c], measures.predicted[:, c]
-        for key, (hits, trials) in {"recall": (decided, truth), "specificity": (~decided, ~truth)}.items():
+        truth, predicted = metrics.truth[:, c], metrics.predicted[:, c]
+        for key, (hits, trials) in {"recall": (predicted, truth), "specificity": (~predicted, ~truth)}.items():
             per_class[name][key] = proportion_interval(hits, trials, groups, confidence)
-        per_class[name]["precision"] = predictive_value_interval(decided, truth, groups, confidence)
+        per_class[name]["precision"] = predictive_value_interval(predicted, truth, groups, confidence)
         per_class[name]["auc"] = None
-    judged = np.flatnonzero(measures.evaluable).tolist()
+    evaluable = np.flatnonzero(metrics.evaluable).tolist()
     overall["auc"] = None
-    if len(judged):
-        found = delong.estimate_aucs(
-            [measures.truth[:, c] for c in judged], [measures.scores[:, c] for c in judged], groups
+    if len(evaluable):
+        estimates = delong.estimate_aucs(
+            [metrics.truth[:, c] for c in evaluable], [metrics.scores[:, c] for c in evaluable], groups
         )
-        for place, row in enumerate(judged):
-            per_class[classes[row]]["auc"] = delong.mean_auc_interval(found, [place], confidence)
-        exclusive_two = measures.is_exclusive and len(classes) == 2
-        averaged = [len(judged) - 1] if exclusive_two else list(range(len(judged)))
-        overall["auc"] = delong.mean_auc_interval(found, averaged, confidence)
-    return {"groups": count, "overall": overall, "per_class": per_class}
+        for curve, c in enumerate(evaluable):
+            per_class[classes[c]]["auc"] = delong.mean_auc_interval(estimates, [curve], confidence)
+        is_binary = metrics.is_exclusive and len(classes) == 2
+        averaged = [len(evaluable) - 1] if is_binary else list(range(len(evaluable)))
+        overall["auc"] = delong.mean_auc_interval(estimates, averaged, confidence)
+    return {"groups": num_groups, "overall": overall, "per_class": per_class}
 
 
 def collect_metrics(
@@ -154,14 +155,14 @@ def collect_metrics(
     subgroups: Mapping[str, Any],
     points: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """The numbers to compare runs by, as `metrics.json` and MLflow have them.
+    """Collect the content of `metrics.json`, which is also logged to MLflow.
 
     Args:
-        test: of `summarise`.
-        val: likewise.
-        uncalibrated: of test, likewise, by the scores before calibration.
-        subgroups: of `fadeformer.evaluation.subgroups.evaluate_subgroups`.
-        points: of `fadeformer.evaluation.operating_points.select_operating_points`.
+        test: output of `summarize` on test.
+        val: output of `summarize` on val.
+        uncalibrated: output of `summarize` on test with the scores before calibration.
+        subgroups: output of `fadeformer.evaluation.subgroups.evaluate_subgroups`.
+        points: output of `fadeformer.evaluation.operating_points.select_operating_points`.
     """
     return {
         "val": {"overall": val["overall"], "per_class": val["per_class"]},
@@ -170,28 +171,28 @@ def collect_metrics(
             "per_class": test["per_class"],
             "before_calibration": {key: uncalibrated["overall"][key] for key in CALIBRATION_METRICS},
             "subgroups": {
-                column: {value: {"images": of["images"], **of["overall"]} for value, of in values.items()}
+                column: {value: {"images": group["images"], **group["overall"]} for value, group in values.items()}
                 for column, values in subgroups.items()
             },
             "operating_points": {
                 rule: {
-                    name: {"threshold": point["threshold"], **{k: s["value"] for k, s in point["on_test"].items()}}
-                    for name, point in of_classes.items()
+                    name: {"threshold": point["threshold"], **{k: v["value"] for k, v in point["on_test"].items()}}
+                    for name, point in by_class.items()
                     if point is not None
                 }
-                for rule, of_classes in points.items()
+                for rule, by_class in points.items()
             },
         },
     }
 
 
 def published_results(test: Mapping[str, Any], history: pd.DataFrame, config: Mapping[str, Any]) -> dict[str, Any]:
-    """The published `results.json`, by its keys.
+    """Return the content of `results.json`, with the keys of the published results.
 
     Args:
-        test: of `summarise`.
+        test: output of `summarize` on test.
         history: one row per epoch.
-        config: what the run was made with.
+        config: parameters of the run.
     """
     names = ("loss", "accuracy", "precision", "recall", "f1", "auc")
     columns = {
@@ -217,15 +218,16 @@ def _bootstrap_interval(
     if bounds is None or name == "calibration_error" or np.ptp(samples[np.isfinite(samples)]) == 0:
         return None
     if half is not None and 0 < value < 1:
-        spread, of_half = _log_odds(samples), _log_odds(half)
-        too_high = float(of_half.mean()) - logit(value) if len(of_half) else 0.0
-        reach = bootstrap.critical_value(groups, confidence) * spread.std(ddof=1) if len(spread) > 1 else math.inf
-        return float(expit(logit(value) - too_high - reach)), float(expit(logit(value) - too_high + reach))
+        sample_logits, half_logits = _log_odds(samples), _log_odds(half)
+        bias = float(half_logits.mean()) - logit(value) if len(half_logits) else 0.0
+        std = sample_logits.std(ddof=1) if len(sample_logits) > 1 else math.inf
+        half_width = bootstrap.critical_value(groups, confidence) * std
+        return float(expit(logit(value) - bias - half_width)), float(expit(logit(value) - bias + half_width))
     return bounds
 
 
 def _log_odds(samples: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Of those samples that have some."""
+    """Return the finite log odds of samples."""
     return np.asarray(logit(samples[(samples > 0) & (samples < 1)]))
 
 

@@ -1,6 +1,7 @@
-"""The areas under a curve, from scores that are sorted once: of images that each weigh so much, many samples at a time.
+"""ROC AUC and average precision of weighted samples, from scores that are sorted once.
 
-Counts are whole numbers, so an AUC is exact but for its last division, whatever the order of the images.
+Evaluates many bootstrap resamples at a time. Weights are integers, so an AUC is exact up to its final division and does
+not depend on the order of the images.
 """
 
 from __future__ import annotations
@@ -15,31 +16,31 @@ Truth = NDArray[np.bool_]
 
 
 class RankedScores:
-    """One curve's scores in order.
+    """Sorted scores of one curve.
 
     Args:
-        truth: which scores belong to positives, (scores,).
+        truth: True for the scores of positives, (scores,).
         score: (scores,).
-        rows: the image of each score.
+        rows: image index of each score, (scores,).
     """
 
     def __init__(self, truth: Truth, score: Floats, rows: NDArray[np.int64]) -> None:
         order = np.argsort(score, kind="stable")
         truth, score, rows = truth[order], score[order], rows[order]
         self.negatives, self.positives = rows[~truth], rows[truth]
-        values, self.first = np.unique(score[truth], return_index=True)  # of positives that share a score
+        values, self.first = np.unique(score[truth], return_index=True)  # first positive of each distinct score
         below = np.searchsorted(score[~truth], values, side="left")
         up_to = np.searchsorted(score[~truth], values, side="right")
-        # negatives are counted in stretches between two positives, which are few, not one by one
+        # negatives are summed in runs between two positives, of which there are few, not one by one
         edges = np.unique(np.concatenate([[0], below, up_to]))
         self.starts = edges[edges < len(self.negatives)]
         self.below, self.up_to = np.searchsorted(edges, below), np.searchsorted(edges, up_to)
 
     def auc_and_ap(self, weights: NDArray[np.floating[Any]]) -> tuple[Floats, Floats]:
-        """Area under the ROC curve, ties counted half, and average precision, both (samples,)."""
-        stretches = np.add.reduceat(np.take(weights, self.negatives, axis=1), self.starts, axis=1)
+        """Compute ROC AUC (ties count half) and average precision, both (samples,), for weights (samples, images)."""
+        runs = np.add.reduceat(np.take(weights, self.negatives, axis=1), self.starts, axis=1)
         negatives = np.zeros((len(weights), len(self.starts) + 1))
-        np.cumsum(stretches, axis=1, out=negatives[:, 1:])
+        np.cumsum(runs, axis=1, out=negatives[:, 1:])
         below, all_negatives = negatives[:, self.below], negatives[:, -1:]
         positives = np.take(weights, self.positives, axis=1)
         if len(self.first) < len(self.positives):
@@ -48,8 +49,8 @@ class RankedScores:
         up_to = np.cumsum(positives, axis=1)
         all_positives = up_to[:, -1:]
         area = (positives * (below + negatives[:, self.up_to])).sum(axis=1, keepdims=True) / 2
-        true = all_positives - up_to + positives  # positives at each threshold or above
-        false = all_negatives - below
-        precision = np.divide(true, true + false, out=np.zeros_like(true), where=true > 0)
-        average = (positives * precision).sum(axis=1, keepdims=True)
-        return (area / (all_positives * all_negatives))[:, 0], (average / all_positives)[:, 0]
+        tp = all_positives - up_to + positives  # true positives at each threshold
+        fp = all_negatives - below
+        precision = np.divide(tp, tp + fp, out=np.zeros_like(tp), where=tp > 0)
+        precision_sum = (positives * precision).sum(axis=1, keepdims=True)
+        return (area / (all_positives * all_negatives))[:, 0], (precision_sum / all_positives)[:, 0]

@@ -100,7 +100,7 @@ def test_the_same_set_size_and_split_compare():
 def test_another_size_does_not_compare():
     row = found(published.comparison_table(meta(size=224)), "ResNet-18")
     assert not row["comparable"]
-    assert row["reason"] == "its images are of 28 pixels, ours of 224"
+    assert row["reason"] == "its images have 28 pixels, ours 224"
     assert found(published.comparison_table(meta(size=224)), "ViT-B/16 end-to-end", "224")["comparable"]
     assert not found(published.comparison_table(meta(size=128)), "ViT-B/16 end-to-end", "224")["comparable"]
     enlarged = published.comparison_table(meta(image_size=224))  # they stay images of 28 pixels
@@ -111,14 +111,14 @@ def test_another_size_does_not_compare():
 def test_images_that_were_reduced_here_compare_with_none():
     seen = published.comparison_table(meta(size=224, image_size=28))
     assert not seen["comparable"].any()
-    assert seen["reason"].str.contains("ours were reduced from 224 to 28 pixels").all()
+    assert seen["reason"].str.contains("ours were downsized from 224 to 28 pixels").all()
 
 
 @pytest.mark.parametrize("split", [MADE.format("retinamnist"), ADOPTED])
 def test_another_split_compares_with_none(split):
     seen = published.comparison_table(meta(split=split))
     assert not seen["comparable"].any()
-    assert seen["reason"].str.startswith(f"ours is the split {split}").all()
+    assert seen["reason"].str.startswith(f"ours uses the split {split}").all()
 
 
 @pytest.mark.parametrize("size", [28, 64, 128, 224])
@@ -127,9 +127,9 @@ def test_a_checkpoint_chosen_on_test_or_a_recalled_score_never_compares(name, si
     seen = published.comparison_table(meta(name, size))
     assert not seen.empty
     for flawed, reason in (
-        (seen["selection"] == "test", "its checkpoint was chosen on test"),
+        (seen["selection"] == "test", "its checkpoint was selected on test"),
         (seen["origin"] == "recalled", "recalled, not checked against its source"),
-        (seen["split"] == "unknown", "its split is not told"),
+        (seen["split"] == "unknown", "its split is not reported"),
     ):
         assert not seen.loc[flawed, "comparable"].any()
         assert seen.loc[flawed, "reason"].str.contains(reason).all()
@@ -142,9 +142,9 @@ def test_a_choice_that_is_not_told_is_a_caveat():
     seen = published.comparison_table(meta())
     row = found(seen, "Google AutoML Vision")
     assert row["comparable"]
-    assert row["caveat"].startswith("what its checkpoint was chosen on is not told; trained by a service")
+    assert row["caveat"].startswith("its checkpoint selection is not reported; trained by a service")
     silent = seen["selection"] == "unknown"
-    assert seen["caveat"].str.startswith("what its checkpoint was chosen on is not told").equals(silent)
+    assert seen["caveat"].str.startswith("its checkpoint selection is not reported").equals(silent)
     quoted = found(published.comparison_table(meta("octmnist")), "MedViT-L, enlarged to 224")
     assert quoted["comparable"]
     assert "quoted by others" in quoted["caveat"]
@@ -155,13 +155,13 @@ def test_radiographs_compare_on_the_test_images_of_nih():
     assert seen.loc[seen["comparable"], "method"].tolist() == ["DenseNet-121", "Swin-T"]
     assert published.comparison_table(nih(image_size=384))["comparable"].sum() == 2
     assert not published.comparison_table(nih(image_size=224))["comparable"].any()
-    assert "its split is another one" in found(seen, "CheXNet (DenseNet-121)")["reason"]
+    assert "it uses another split" in found(seen, "CheXNet (DenseNet-121)")["reason"]
 
 
 @pytest.mark.parametrize(
     "changed",
     [
-        {"counts": {"train": 78_484, "val": 11_212, "test": 22_424}},  # split.anew, by the same kind of name
+        {"counts": {"train": 78_484, "val": 11_212, "test": 22_424}},  # split.resplit, by the same kind of name
         {"split": ADOPTED},
         {"split": "chestxray14-0123456789ab.csv (SHA-256 0123abcd)"},  # adopted, and so perhaps edited
     ],
@@ -169,7 +169,7 @@ def test_radiographs_compare_on_the_test_images_of_nih():
 def test_radiographs_of_another_split_compare_with_none(changed):
     seen = published.comparison_table(nih(**changed))
     assert not seen["comparable"].any()
-    assert seen["reason"].str.startswith("ours is the split ").all()
+    assert seen["reason"].str.startswith("ours uses the split ").all()
 
 
 @pytest.mark.parametrize("name", ["isic2019", "chestxray14"])
@@ -185,13 +185,13 @@ def test_a_sample_or_another_edition_is_another_data_set(name):
     seen = published.comparison_table(ours)
     assert not seen.empty
     assert not seen["comparable"].any()
-    assert seen["reason"].str.startswith("ours is not the whole data set as published").all()
+    assert seen["reason"].str.startswith("ours is not the complete published data set").all()
 
 
 def test_images_that_were_left_out_make_another_data_set_and_of_ones_own_images_nothing_is_published():
     seen = published.comparison_table(meta(counts={"train": 1080, "val": 120, "test": 399}))
     assert not seen["comparable"].any()
-    assert seen["reason"].str.startswith("ours is not the whole data set").all()
+    assert seen["reason"].str.startswith("ours is not the complete published data set").all()
     assert published.comparison_table(meta("own-retinamnist")).empty
 
 
@@ -204,4 +204,4 @@ def test_isic_has_no_published_split_and_so_nothing_to_compare_with():
     seen = published.comparison_table(ours)
     assert not seen["comparable"].any()
     assert not seen["reason"].str.contains("not the whole").any()
-    assert seen["reason"].str.contains(r"its split is (?:another one|not told)").all()
+    assert seen["reason"].str.contains(r"(?:it uses another split|its split is not reported)").all()

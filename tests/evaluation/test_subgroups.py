@@ -45,10 +45,10 @@ def test_columns_are_taken_by_themselves_if_they_divide_the_images_into_few_part
 
 
 def test_a_column_that_is_not_there_or_has_too_many_values_is_named():
-    with pytest.raises(UserError, match=r"evaluate.subgroups names view, but of these images is known: age, sex"):
+    with pytest.raises(UserError, match=r"evaluate.subgroups: unknown column view; available: age, sex"):
         subgroups.select_columns(KNOWN, ["view"])
     many = pd.DataFrame({"id": [str(i) for i in range(51)]})
-    with pytest.raises(UserError, match="id has 51 values, too many"):
+    with pytest.raises(UserError, match="id has 51 values; at most 50"):
         subgroups.select_columns(many, ["id"])
 
 

@@ -1,8 +1,8 @@
-"""Bootstrap samples as weights: how often each image is drawn, its patient or lesion whole, class by class.
+"""Stratified cluster bootstrap: resamples as weights, the count of each image.
 
-A sample draws as many groups of each stratum as there are, so that a class is hardly ever lost. The stratum of a group
-is the rarest class or finding that any of its images has; few groups join the stratum of the next rarest, since a group
-that is drawn in every sample would be taken for certain.
+Groups (patients or lesions) are drawn as a whole, and within strata so that a class is rarely lost. The stratum of a
+group is the rarest class or finding of its images. Strata with few groups are merged with the next rarest: a group that
+is in every resample would contribute no variance.
 """
 
 from __future__ import annotations
@@ -18,103 +18,106 @@ from numpy.typing import NDArray
 from scipy.stats import norm, t
 
 GroupCodes = NDArray[np.int64]
-Weights = NDArray[np.float32]  # whole numbers, and sums of them up to 2**24, are exact
+Weights = NDArray[np.float32]  # integers; sums are exact up to 2**24
 Result = TypeVar("Result")
 Interval = tuple[float, float] | None
 
-MIN_DEFINED_FRACTION = 0.95  # share of samples in which a measure must be defined for an interval
-MIN_STRATUM_GROUPS = 5  # groups of a stratum
-MAX_WEIGHTS = 2**20  # weights at once: 4 MiB of them
+MIN_DEFINED_FRACTION = 0.95  # of the resamples, for an interval
+MIN_STRATUM_GROUPS = 5
+MAX_WEIGHTS = 2**20  # per chunk of resamples, 4 MiB
 
 
 def encode_groups(column: pd.Series[Any]) -> GroupCodes:
-    """Number of each image's group, from 0 without a gap; an image without one stands alone."""
+    """Encode groups as consecutive integers from 0; an image without a group is its own group."""
     codes = pd.factorize(column)[0].astype(np.int64)
-    alone = codes < 0
-    codes[alone] = codes.max(initial=-1) + 1 + np.arange(alone.sum())
+    ungrouped = codes < 0
+    codes[ungrouped] = codes.max(initial=-1) + 1 + np.arange(ungrouped.sum())
     return codes
 
 
 def assign_strata(truth: NDArray[np.bool_], groups: GroupCodes) -> GroupCodes:
-    """Stratum of each group, (groups,).
+    """Assign each group to a stratum, (groups,).
 
     Args:
-        truth: which classes or findings each image has, (images, classes).
-        groups: number of each image's group, from 0 without a gap, (images,).
+        truth: classes or findings of each image as a mask, (images, classes).
+        groups: group code of each image, consecutive from 0, (images,).
     """
-    common = np.argsort(-truth.sum(axis=0), kind="stable")  # classes, the rarest last
-    rarity = np.empty(len(common), dtype=np.int64)
-    rarity[common] = np.arange(1, len(common) + 1)
-    found = np.zeros(int(groups.max()) + 1, dtype=np.int64)
-    np.maximum.at(found, groups, (truth * rarity).max(axis=1))
-    values = np.unique(found)
+    order = np.argsort(-truth.sum(axis=0), kind="stable")  # classes, the rarest last
+    rarity = np.empty(len(order), dtype=np.int64)
+    rarity[order] = np.arange(1, len(order) + 1)
+    strata = np.zeros(int(groups.max()) + 1, dtype=np.int64)
+    np.maximum.at(strata, groups, (truth * rarity).max(axis=1))
+    values = np.unique(strata)
     for rarer, value in zip(values[:0:-1], values[-2::-1], strict=True):
-        if (found == rarer).sum() < MIN_STRATUM_GROUPS:
-            found[found == rarer] = value
-    if (
-        len(values) > 1 and (found == values[0]).sum() < MIN_STRATUM_GROUPS
-    ):  # the most common have none to join but the next
-        found[found == values[0]] = found[found > values[0]].min(initial=values[-1])
-    return found
+        if (strata == rarer).sum() < MIN_STRATUM_GROUPS:
+            strata[strata == rarer] = value
+    # the most common stratum has no more common one: it is merged with the next rarer one
+    if len(values) > 1 and (strata == values[0]).sum() < MIN_STRATUM_GROUPS:
+        strata[strata == values[0]] = strata[strata > values[0]].min(initial=values[-1])
+    return strata
 
 
-def bootstrap_weights(groups: GroupCodes, stratum: GroupCodes, draws: int, seed: np.random.SeedSequence) -> Weights:
-    """How often each image is in each of some samples, (draws, images)."""
-    random = np.random.default_rng(seed)
-    drawn = np.zeros((draws, len(stratum)), dtype=np.float32)
-    for value in np.unique(stratum):
-        members = np.flatnonzero(stratum == value)
-        for row in drawn:
-            row[members] = np.bincount(random.integers(len(members), size=len(members)), minlength=len(members))
-    return drawn[:, groups]
+def bootstrap_weights(
+    groups: GroupCodes, strata: GroupCodes, n_resamples: int, seed: np.random.SeedSequence
+) -> Weights:
+    """Draw bootstrap resamples and return the count of each image, (n_resamples, images)."""
+    rng = np.random.default_rng(seed)
+    weights = np.zeros((n_resamples, len(strata)), dtype=np.float32)
+    for value in np.unique(strata):
+        members = np.flatnonzero(strata == value)
+        for row in weights:
+            row[members] = np.bincount(rng.integers(len(members), size=len(members)), minlength=len(members))
+    return weights[:, groups]
 
 
-def half_sample_weights(groups: GroupCodes, stratum: GroupCodes, draws: int, seed: int) -> Weights:
-    """Weights of 1 for half of the groups of each stratum and 0 for the others, (draws, images).
+def half_sample_weights(groups: GroupCodes, strata: GroupCodes, n_resamples: int, seed: int) -> Weights:
+    """Draw half-samples: weight 1 for half of the groups of each stratum, 0 for the others, (n_resamples, images).
 
-    No image is there twice. What is too high by c / n in n images is so by 2 c / n in half of them, and so by as much
-    more there as here. Of an odd number as often one more as one less is drawn.
+    No image is repeated. A bias of c / n in n images is 2 c / n in half of them, so the excess over the full sample
+    estimates the bias. For an odd number of groups the half is alternately rounded down and up.
     """
-    random = np.random.default_rng(seed)
-    drawn = np.zeros((draws, len(stratum)), dtype=np.float32)
-    for value in np.unique(stratum):
-        members = np.flatnonzero(stratum == value)
-        for number, row in enumerate(drawn):
-            row[random.permutation(members)[: (len(members) + number % 2) // 2]] = 1
-    return drawn[:, groups]
+    rng = np.random.default_rng(seed)
+    weights = np.zeros((n_resamples, len(strata)), dtype=np.float32)
+    for value in np.unique(strata):
+        members = np.flatnonzero(strata == value)
+        for index, row in enumerate(weights):
+            row[rng.permutation(members)[: (len(members) + index % 2) // 2]] = 1
+    return weights[:, groups]
 
 
 def map_resamples(
-    measure: Callable[[Weights], Result], groups: GroupCodes, stratum: GroupCodes, draws: int, seed: int
+    function: Callable[[Weights], Result], groups: GroupCodes, strata: GroupCodes, n_resamples: int, seed: int
 ) -> list[Result]:
-    """Calls a function with the weights of `draws` samples, some at a time, on all cores; the same for any number.
+    """Apply a function to chunks of bootstrap weights in parallel; the result does not depend on the number of cores.
 
     Args:
-        measure: of weights (samples, images).
-        groups: number of each image's group, (images,).
-        stratum: of each group, (groups,).
-        draws: samples in all.
-        seed: of the draws.
+        function: of weights (samples, images).
+        groups: group code of each image, (images,).
+        strata: stratum of each group, (groups,).
+        n_resamples: number of resamples in total.
+        seed: of the bootstrap.
+
+    Returns:
+        One result per chunk.
     """
-    size = max(1, min(draws, MAX_WEIGHTS // len(groups)))
-    sizes = [min(size, draws - start) for start in range(0, draws, size)]
+    size = max(1, min(n_resamples, MAX_WEIGHTS // len(groups)))
+    sizes = [min(size, n_resamples - start) for start in range(0, n_resamples, size)]
     seeds = np.random.SeedSequence(seed).spawn(len(sizes))
     with ThreadPoolExecutor(os.cpu_count()) as workers:
-        return list(
-            workers.map(lambda part: measure(bootstrap_weights(groups, stratum, *part)), zip(sizes, seeds, strict=True))
-        )
+        chunks = zip(sizes, seeds, strict=True)
+        return list(workers.map(lambda chunk: function(bootstrap_weights(groups, strata, *chunk)), chunks))
 
 
 def percentile_interval(samples: NDArray[np.float64], groups: int, confidence: float) -> Interval:
-    """The middle of bootstrap samples, wider for few groups (Hesterberg 2015, doi:10.1080/00031305.2015.1089789).
+    """Compute a percentile interval, expanded for few groups (Hesterberg 2015, doi:10.1080/00031305.2015.1089789).
 
     Args:
-        samples: of a measure, (samples,).
-        groups: that were drawn from.
-        confidence: such as 0.95.
+        samples: bootstrap samples of a metric, (samples,).
+        groups: number of groups that were drawn from.
+        confidence: level of the interval, such as 0.95.
 
     Returns:
-        None where too few samples are defined, or there is one group only.
+        None if the metric is undefined in too many resamples, or there is a single group.
     """
     defined = samples[np.isfinite(samples)]
     if len(defined) < MIN_DEFINED_FRACTION * len(samples) or groups < 2:
@@ -125,5 +128,5 @@ def percentile_interval(samples: NDArray[np.float64], groups: int, confidence: f
 
 
 def critical_value(groups: int, confidence: float) -> float:
-    """By how many standard deviations of the samples an interval reaches either way: a little more than Student's t."""
+    """Return the half-width of an interval in standard deviations: Student's t, times sqrt(groups / (groups - 1))."""
     return float(np.sqrt(groups / (groups - 1)) * t.ppf((1 + confidence) / 2, groups - 1))

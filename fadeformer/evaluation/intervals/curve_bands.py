@@ -1,7 +1,7 @@
-"""How far ROC and precision-recall curves may lie from the truth: pointwise bands from bootstrap samples.
+"""Pointwise bootstrap confidence bands of ROC and precision-recall curves.
 
-A sample's curve is read at fixed false positive rates, or at fixed sensitivities; the band is the interval of what was
-read (Fawcett 2006, doi:10.1016/j.patrec.2005.10.010, calls it vertical averaging).
+The curve of each resample is evaluated at fixed false positive rates, or fixed sensitivities, and the band is the
+interval of these values (vertical averaging, Fawcett 2006, doi:10.1016/j.patrec.2005.10.010).
 """
 
 from __future__ import annotations
@@ -20,72 +20,72 @@ from fadeformer.tasks import one_versus_rest
 
 Floats = NDArray[np.float64]
 
-NUM_RESAMPLES = 500  # samples: a band is looked at, not read
+NUM_RESAMPLES = 500  # enough for a figure
 CURVE_GRID = np.linspace(0, 1, 101)
-MAX_THRESHOLDS = 200  # of a curve in each sample, by positives, and as many by negatives
+MAX_THRESHOLDS = 200  # per curve and resample, at positives, and as many at negatives
 
 
 def compute_bands(predictions: Predictions, *, seed: int, confidence: float) -> pd.DataFrame:
-    """Bands of every curve that can be drawn.
+    """Compute the bands of the curves of all evaluable classes.
 
     Args:
         predictions: of one split.
         seed: of the bootstrap.
-        confidence: of the interval at each point.
+        confidence: level of the interval at each point.
 
     Returns:
-        Columns class, curve (roc or pr), x (false positive rate, or sensitivity), low and high.
+        Table with columns class, curve (roc or pr), x (false positive rate or sensitivity), low and high.
     """
     truth = one_versus_rest(predictions.labels, len(predictions.classes), predictions.task)
     groups = bootstrap.encode_groups(predictions.frame["group"])
-    stratum = bootstrap.assign_strata(truth, groups)
-    shown = [c for c in curve_classes(predictions) if truth[:, c].any() and not truth[:, c].all()]
-    curves = [_Curve(truth[:, c], predictions.scores[:, c]) for c in shown]
-    parts = bootstrap.map_resamples(
-        lambda weights: [curve.evaluate(weights) for curve in curves], groups, stratum, NUM_RESAMPLES, seed
+    strata = bootstrap.assign_strata(truth, groups)
+    classes = [c for c in curve_classes(predictions) if truth[:, c].any() and not truth[:, c].all()]
+    curves = [_Curve(truth[:, c], predictions.scores[:, c]) for c in classes]
+    chunks = bootstrap.map_resamples(
+        lambda weights: [curve.evaluate(weights) for curve in curves], groups, strata, NUM_RESAMPLES, seed
     )
     tables = [pd.DataFrame({"class": pd.Series(dtype="str"), "curve": "", "x": 0.0, "low": 0.0, "high": 0.0})]
-    for place, c in enumerate(shown):
+    for index, c in enumerate(classes):
         for kind, name in enumerate(("roc", "pr")):
-            read = np.concatenate([part[place][kind] for part in parts])
-            bounds = [bootstrap.percentile_interval(column, len(stratum), confidence) for column in read.T]
-            known = [(x, *bound) for x, bound in zip(CURVE_GRID, bounds, strict=True) if bound is not None]
-            rows = pd.DataFrame(known, columns=["x", "low", "high"])
+            values = np.concatenate([chunk[index][kind] for chunk in chunks])
+            bounds = [bootstrap.percentile_interval(column, len(strata), confidence) for column in values.T]
+            defined = [(x, *bound) for x, bound in zip(CURVE_GRID, bounds, strict=True) if bound is not None]
+            rows = pd.DataFrame(defined, columns=["x", "low", "high"])
             tables.append(rows.assign(**{"class": predictions.classes[c], "curve": name}))
     return pd.concat(tables[1:] or tables, ignore_index=True)[["class", "curve", "x", "low", "high"]]
 
 
 class _Curve:
-    """Images in falling order of score, counted between a few thresholds."""
+    """Images sorted by decreasing score, counted between a limited number of thresholds."""
 
     def __init__(self, truth: NDArray[np.bool_], score: Floats) -> None:
         self.order = np.argsort(-score, kind="stable")
-        positive, falling = truth[self.order], score[self.order]
-        ends = np.flatnonzero(np.append(falling[1:] < falling[:-1], True))  # the last image of each score
+        positive, score = truth[self.order], score[self.order]
+        ends = np.flatnonzero(np.append(score[1:] < score[:-1], True))  # the last image of each distinct score
         ranks = [np.flatnonzero(side) for side in (positive, ~positive)]
-        wanted = np.concatenate([rank[np.linspace(0, len(rank) - 1, MAX_THRESHOLDS).astype(int)] for rank in ranks])
-        chosen = np.unique(np.append(ends[np.searchsorted(ends, wanted)], len(falling) - 1))
-        self.starts = np.append(0, chosen[:-1] + 1)
+        candidates = np.concatenate([rank[np.linspace(0, len(rank) - 1, MAX_THRESHOLDS).astype(int)] for rank in ranks])
+        thresholds = np.unique(np.append(ends[np.searchsorted(ends, candidates)], len(score) - 1))
+        self.starts = np.append(0, thresholds[:-1] + 1)
         self.positive = positive
 
     def evaluate(self, weights: NDArray[np.floating[Any]]) -> tuple[Floats, Floats]:
-        """Sensitivity by false positive rate, and precision by sensitivity, both (samples, points)."""
-        drawn = np.take(weights, self.order, axis=1)
-        true = np.cumsum(np.add.reduceat(drawn * self.positive, self.starts, axis=1), axis=1, dtype=np.float64)
-        false = np.cumsum(np.add.reduceat(drawn * ~self.positive, self.starts, axis=1), axis=1, dtype=np.float64)
+        """Return sensitivity at fixed FPR and precision at fixed sensitivity, both (samples, points)."""
+        ordered = np.take(weights, self.order, axis=1)
+        tp = np.cumsum(np.add.reduceat(ordered * self.positive, self.starts, axis=1), axis=1, dtype=np.float64)
+        fp = np.cumsum(np.add.reduceat(ordered * ~self.positive, self.starts, axis=1), axis=1, dtype=np.float64)
         with np.errstate(divide="ignore", invalid="ignore"):
-            sensitivity, fpr = true / true[:, -1:], false / false[:, -1:]
-            precision = true / (true + false)
+            sensitivity, fpr = tp / tp[:, -1:], fp / fp[:, -1:]
+            precision = tp / (tp + fp)
         roc, pr = np.full((2, len(weights), len(CURVE_GRID)), np.nan)
-        for row, (of_true, of_false) in enumerate(zip(sensitivity, fpr, strict=True)):
-            if np.isfinite(of_true[-1]) and np.isfinite(of_false[-1]):
-                roc[row] = np.interp(CURVE_GRID, np.append(0, of_false), np.append(0, of_true))
-                reached = np.searchsorted(of_true, CURVE_GRID, side="left").clip(max=len(of_true) - 1)
-                pr[row] = precision[row, reached]
+        for row, (row_sensitivity, row_fpr) in enumerate(zip(sensitivity, fpr, strict=True)):
+            if np.isfinite(row_sensitivity[-1]) and np.isfinite(row_fpr[-1]):
+                roc[row] = np.interp(CURVE_GRID, np.append(0, row_fpr), np.append(0, row_sensitivity))
+                index = np.searchsorted(row_sensitivity, CURVE_GRID, side="left").clip(max=len(row_sensitivity) - 1)
+                pr[row] = precision[row, index]
         return roc, pr
 
 
 def read(path: Path) -> pd.DataFrame:
-    """What `bands` gave, from a CSV; classes may be called 0, or NA."""
-    numbers = dict.fromkeys(("x", "low", "high"), "")
-    return pd.read_csv(path, dtype={"class": str}, keep_default_na=False, na_values=numbers)
+    """Read the table of `compute_bands` from a CSV file; class names such as 0 or NA stay text."""
+    na_values = dict.fromkeys(("x", "low", "high"), "")
+    return pd.read_csv(path, dtype={"class": str}, keep_default_na=False, na_values=na_values)

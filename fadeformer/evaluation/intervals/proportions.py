@@ -1,4 +1,4 @@
-"""Intervals of a proportion, of images that stand alone and of several of one patient or lesion."""
+"""Confidence intervals of proportions, for independent and for clustered images (several per patient or lesion)."""
 
 from __future__ import annotations
 
@@ -12,102 +12,108 @@ Truth = NDArray[np.bool_]
 
 
 def wilson_interval(hits: int, trials: int, confidence: float = 0.95) -> tuple[float, float]:
-    """Wilson's score interval (1927, doi:10.2307/2276774), which holds its level in small samples and near 0 and 1."""
+    """Compute the Wilson score interval (1927, doi:10.2307/2276774); accurate in small samples and near 0 and 1."""
     return score_interval(hits / trials, trials, float(norm.ppf((1 + confidence) / 2)))
 
 
 def proportion_interval(
     hits: Truth, trials: Truth, groups: NDArray[np.int64], confidence: float
 ) -> tuple[float, float] | None:
-    """Interval of the share of hits among trials.
+    """Compute the interval of the proportion of hits among trials.
 
-    Where images stand alone it is Wilson's. Else it is Wilson's for as many images as would be as sure if they stood
-    alone (Franco et al. 2019, doi:10.1093/jssam/smy019), with Student's t: the variance is that of a ratio of sums over
-    groups; where all or none are hits, which has no variance, a group counts as one image. Mistakes of a patient may
-    make up for one another, so that there are more such images than there are, but not more than twice as many: the
-    variance of a few groups may be small by chance.
+    Independent images have a Wilson interval. Clustered images have one for the effective sample size, with Student's t
+    (Franco et al. 2019, doi:10.1093/jssam/smy019): the variance is that of a ratio of sums over groups; proportions of
+    0 or 1 have no variance, and the number of groups is the effective size. Negative correlation within groups can make
+    the effective size larger than the number of images; it is limited to twice that number, as the variance of a few
+    groups can be small by chance.
 
     Args:
-        hits: which images are counted, (images,).
-        trials: of which images, (images,).
-        groups: number of each image's patient or lesion, (images,).
-        confidence: such as 0.95.
+        hits: mask of the counted images, (images,).
+        trials: mask of the images in the denominator, (images,).
+        groups: group code of each image, (images,).
+        confidence: level of the interval, such as 0.95.
 
     Returns:
-        None where there are no trials, or several of a single group.
+        None without trials, or with several trials in a single group.
     """
     counts = np.bincount(groups[trials])
-    found = np.bincount(groups[trials & hits], minlength=len(counts))[counts > 0]
+    group_hits = np.bincount(groups[trials & hits], minlength=len(counts))[counts > 0]
     counts = counts[counts > 0]
     if not len(counts):
         return None
-    images, clusters, share = int(counts.sum()), len(counts), float(found.sum() / counts.sum())
-    if images == clusters:
-        return wilson_interval(int(found.sum()), images, confidence)
-    if clusters == 1:
+    images, num_groups, value = int(counts.sum()), len(counts), float(group_hits.sum() / counts.sum())
+    if images == num_groups:
+        return wilson_interval(int(group_hits.sum()), images, confidence)
+    if num_groups == 1:
         return None
-    variance = clusters / (clusters - 1) * float(((found - share * counts) ** 2).sum()) / images**2
-    if share in (0.0, 1.0):
-        effective = float(clusters)
+    variance = num_groups / (num_groups - 1) * float(((group_hits - value * counts) ** 2).sum()) / images**2
+    if value in (0.0, 1.0):
+        effective_size = float(num_groups)
     else:
-        effective = min(2.0 * images, share * (1 - share) / variance) if variance > 0 else float(images)
-    return score_interval(share, effective, float(t.ppf((1 + confidence) / 2, clusters - 1)))
+        effective_size = min(2.0 * images, value * (1 - value) / variance) if variance > 0 else float(images)
+    return score_interval(value, effective_size, float(t.ppf((1 + confidence) / 2, num_groups - 1)))
 
 
 def predictive_value_interval(
-    called: Truth, truth: Truth, groups: NDArray[np.int64], confidence: float
+    predicted: Truth, truth: Truth, groups: NDArray[np.int64], confidence: float
 ) -> tuple[float, float] | None:
-    """Interval of the share of positives among what was called positive, in images of the same mix.
+    """Compute the interval of a predictive value (precision) at fixed prevalence.
 
-    A threshold decides how many images the share is of, so that Wilson's interval would be too wide. It is 1 / (1 +
-    ratio of false and true positives), and that ratio the one of false positive rate and sensitivity times a fixed one:
-    the method of variance estimates recovery takes its limits from theirs (Donner and Zou 2012,
-    doi:10.1177/0962280210383082; of predictive values Mercaldo et al. 2007, doi:10.1002/sim.2677), which are those of
-    `share_interval`, with the correlation of the two counts over patients or lesions.
+    The number of predicted positives is random, so a Wilson interval would be too wide. The predictive value is
+    1 / (1 + false positives / true positives), and this ratio is FPR / sensitivity times a constant. The limits follow
+    from those of FPR and sensitivity (`proportion_interval`) by the method of variance estimates recovery (MOVER;
+    Donner and Zou 2012, doi:10.1177/0962280210383082; for predictive values Mercaldo et al. 2007,
+    doi:10.1002/sim.2677), with the correlation of the two counts over groups.
 
     Args:
-        called: which images are called positive, (images,).
-        truth: which are, (images,).
-        groups: number of each image's patient or lesion, (images,).
-        confidence: such as 0.95.
+        predicted: mask of the predicted positives, (images,).
+        truth: mask of the positives, (images,).
+        groups: group code of each image, (images,).
+        confidence: level of the interval, such as 0.95.
 
     Returns:
-        None where nothing is called positive, or one of the two rates has no interval.
+        None without predicted positives, or if one of the two rates has no interval.
     """
-    of_true, of_false = (proportion_interval(called, of, groups, confidence) for of in (truth, ~truth))
-    if of_true is None or of_false is None or not called.any():
+    tpr_bounds, fpr_bounds = (proportion_interval(predicted, rows, groups, confidence) for rows in (truth, ~truth))
+    if tpr_bounds is None or fpr_bounds is None or not predicted.any():
         return None
     positives, negatives = int(truth.sum()), int((~truth).sum())
-    true, false = (called & truth).sum() / positives, (called & ~truth).sum() / negatives
-    together = _correlation(called, truth, groups)
-    low = _ratio_bound(false, of_false[0], true, of_true[1], together)
-    high = _ratio_bound(false, of_false[1], true, of_true[0], together)
+    tpr, fpr = (predicted & truth).sum() / positives, (predicted & ~truth).sum() / negatives
+    correlation = _correlation(predicted, truth, groups)
+    low = _ratio_bound(fpr, fpr_bounds[0], tpr, tpr_bounds[1], correlation)
+    high = _ratio_bound(fpr, fpr_bounds[1], tpr, tpr_bounds[0], correlation)
     return 1 / (1 + high * negatives / positives), 1 / (1 + low * negatives / positives)
 
 
-def _ratio_bound(above: float, above_bound: float, below: float, below_bound: float, correlation: float) -> float:
-    """A limit of above / below: the lower one of a lower bound above and an upper one below, or the other way round."""
-    scale = below_bound * (2 * below - below_bound)
+def _ratio_bound(
+    numerator: float, numerator_bound: float, denominator: float, denominator_bound: float, correlation: float
+) -> float:
+    """Return a limit of a ratio: the lower one for a lower numerator and an upper denominator bound, or vice versa."""
+    scale = denominator_bound * (2 * denominator - denominator_bound)
     if scale == 0:
         return math.inf
-    middle = above * below - correlation * (above - above_bound) * (below_bound - below)
-    spread = middle * middle - above_bound * below_bound * (2 * above - above_bound) * (2 * below - below_bound)
-    return (middle + math.copysign(math.sqrt(max(0.0, spread)), above_bound - above)) / scale
+    covariance = correlation * (numerator - numerator_bound) * (denominator_bound - denominator)
+    center = numerator * denominator - covariance
+    discriminant = center * center - numerator_bound * denominator_bound * (2 * numerator - numerator_bound) * (
+        2 * denominator - denominator_bound
+    )
+    return (center + math.copysign(math.sqrt(max(0.0, discriminant)), numerator_bound - numerator)) / scale
 
 
-def _correlation(called: Truth, truth: Truth, groups: NDArray[np.int64]) -> float:
-    """Of the true and the false positives of a patient or lesion, each less what its images lead to expect."""
-    surplus = []
-    for of in (truth, ~truth):
-        images, found = (np.bincount(groups[rows], minlength=int(groups.max()) + 1) for rows in (of, of & called))
-        surplus.append(found - images * (found.sum() / images.sum()))
-    size = math.sqrt(float((surplus[0] ** 2).sum() * (surplus[1] ** 2).sum()))
-    return float(surplus[0] @ surplus[1]) / size if size > 0 else 0.0
+def _correlation(predicted: Truth, truth: Truth, groups: NDArray[np.int64]) -> float:
+    """Correlate the true and false positives of each group, after subtracting their expectation."""
+    residuals = []
+    for mask in (truth, ~truth):
+        images, hits = (np.bincount(groups[rows], minlength=int(groups.max()) + 1) for rows in (mask, mask & predicted))
+        residuals.append(hits - images * (hits.sum() / images.sum()))
+    norm_product = math.sqrt(float((residuals[0] ** 2).sum() * (residuals[1] ** 2).sum()))
+    return float(residuals[0] @ residuals[1]) / norm_product if norm_product > 0 else 0.0
 
 
-def score_interval(share: float, trials: float, quantile: float) -> tuple[float, float]:
-    """Wilson's interval of a share of so many trials, which need be no whole number, for a quantile of the error."""
+def score_interval(value: float, trials: float, quantile: float) -> tuple[float, float]:
+    """Compute the Wilson interval of a proportion for a (possibly fractional) number of trials and a critical value."""
     square = quantile * quantile
-    middle = (share + square / (2 * trials)) / (1 + square / trials)
-    half = quantile / (1 + square / trials) * math.sqrt(share * (1 - share) / trials + square / (4 * trials * trials))
-    return max(0.0, middle - half), min(1.0, middle + half)
+    center = (value + square / (2 * trials)) / (1 + square / trials)
+    std = math.sqrt(value * (1 - value) / trials + square / (4 * trials * trials))
+    half_width = quantile / (1 + square / trials) * std
+    return max(0.0, center - half_width), min(1.0, center + half_width)
