@@ -1,8 +1,8 @@
-"""The pointing game: whether the largest value of a map lies on the lesion (Zhang et al. 2018).
+"""Pointing game: is the maximum of an attribution map inside the bounding box of the lesion?
 
-"Top-down neural attention by excitation backprop", Int. J. Comput. Vis. 126, doi:10.1007/s11263-017-1059-x. A case is
-an image with one of its findings, of which there are one or more boxes: x, y, w, h, that is left and upper edge, width
-and height, in pixels of the array (`fadeformer.data.boxes` brings them there).
+Zhang et al. 2018, "Top-down neural attention by excitation backprop", Int. J. Comput. Vis. 126,
+doi:10.1007/s11263-017-1059-x. A case is an (image, finding) pair with one or more boxes x, y, w, h: left and upper
+edge, width and height in pixels of the preprocessed image (`fadeformer.data.boxes`).
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ from fadeformer.explain.attribution import FloatArray, is_constant
 from fadeformer.explain.sanity_checks import available_methods
 from fadeformer.inference.classifier import Classifier
 
-MAX_CASES = 1000  # cases at most; NIH has 984 boxes
+MAX_CASES = 1000  # NIH has 984 boxes
 METHOD_NAMES = {"grad_cam": "Grad-CAM", "attention": "Attention part", "laplacian": "Laplacian part"}
 
 
 @dataclass(frozen=True)
 class PointingHits:
-    """Where the map of each case points; arrays of (cases,).
+    """Outcome of each case, arrays of shape (cases,).
 
     Attributes:
-        hit: whether it is largest inside a box.
-        chance: the share of the places of its grid at which it would be; NaN where no box is in the array.
-        constant: whether it has one value everywhere, and so points nowhere: no hit.
+        hit: True if the maximum of the map is inside a box.
+        chance: fraction of the grid positions inside a box, NaN if no box is inside the image.
+        constant: True if the map has one value everywhere and so no maximum; this counts as no hit.
     """
 
     hit: NDArray[np.bool_]
@@ -43,17 +43,17 @@ class PointingHits:
 
 @dataclass(frozen=True)
 class PointingScore:
-    """How often maps point at the right place.
+    """Hit rate of the pointing game.
 
     Attributes:
-        hits: cases whose map is largest inside a box.
-        cases: that were judged.
-        share: hits of them; None if there are none.
-        interval: of the share; None likewise, or if all cases are of one patient.
-        chance: the share to expect of maps that point anywhere on their grid; None likewise.
-        constant: judged cases whose map has one value everywhere: no hits.
-        unreachable: judged cases in whose boxes no middle of a patch lies, so that no map of this grid could hit.
-        outside: cases that are not judged, since nothing of their boxes is in the array (aspect `crop`).
+        hits: number of cases whose map has its maximum inside a box.
+        cases: number of evaluated cases.
+        share: hits / cases; None without any case.
+        interval: confidence interval of `share`; None without any case or if all cases are of one patient.
+        chance: expected hit rate of a random grid position; None without any case.
+        constant: evaluated cases with a constant map, which count as no hit.
+        unreachable: evaluated cases with no patch center inside a box, which no map on this grid can hit.
+        outside: cases left out because their boxes are entirely outside the image (aspect `crop`).
     """
 
     hits: int
@@ -67,61 +67,62 @@ class PointingScore:
 
 
 def find_hits(maps: FloatArray, boxes: Sequence[ArrayLike], side: int, margin: float = 0.0) -> PointingHits:
-    """Whether each map is largest inside one of its boxes.
+    """Test for each map whether its maximum is inside one of the case's boxes.
 
-    The map's largest value stands at the middle of its patch, and so does that of its bilinear upsampling; of equal
-    ones the first in reading order counts.
+    The maximum is located at the center of its patch, as in the bilinearly upsampled map; of several maxima, the first
+    in row-major order counts.
 
     Args:
-        maps: (cases, height, width), of a grid of patches or upsampled.
-        boxes: of each case, (boxes, 4), in pixels of the array; NaN where nothing of a box is in it.
-        side: of the arrays that the maps were made from, pixels.
-        margin: pixels of the array around a box that count as well; Zhang et al. allow 15 pixels of the original.
+        maps: maps on the patch grid or upsampled, (cases, height, width).
+        boxes: boxes of each case, (boxes, 4), in pixels of the preprocessed image; NaN for a box outside it.
+        side: side of the preprocessed images in pixels.
+        margin: pixels around a box that also count as a hit; Zhang et al. allow 15 pixels of the original image.
 
     Raises:
-        ValueError: boxes do not fit the maps, or are no boxes.
+        ValueError: the number of box arrays is not that of the maps, or their shape is not (boxes, 4).
     """
-    given = [np.asarray(of, dtype=np.float64) for of in boxes]
-    if len(given) != len(maps) or any(of.ndim != 2 or of.shape[1] != len(BOX_COLUMNS) for of in given):
-        raise ValueError(
-            f"{len(maps)} maps need as many tables of boxes, rows of x, y, w and h; there are {len(given)}"
-        )
+    box_arrays = [np.asarray(array, dtype=np.float64) for array in boxes]
+    if len(box_arrays) != len(maps) or any(
+        array.ndim != 2 or array.shape[1] != len(BOX_COLUMNS) for array in box_arrays
+    ):
+        raise ValueError(f"{len(maps)} maps need as many box arrays of shape (boxes, 4), got {len(box_arrays)}")
     height, width = maps.shape[1:]
-    down, across = ((np.arange(n) + 0.5) * side / n for n in (height, width))  # middles of the patches
+    row_centers, column_centers = ((np.arange(n) + 0.5) * side / n for n in (height, width))  # patch centers
     constant = is_constant(maps)
     hit, chance = np.zeros(len(maps), dtype=bool), np.full(len(maps), np.nan)
-    for case, (one, all_boxes) in enumerate(zip(maps, given, strict=True)):
-        kept = all_boxes[np.isfinite(all_boxes).all(axis=1)]
-        if not len(kept):
+    for case, (heatmap, all_boxes) in enumerate(zip(maps, box_arrays, strict=True)):
+        visible = all_boxes[np.isfinite(all_boxes).all(axis=1)]
+        if not len(visible):
             continue
-        x, y, w, h = kept.T[..., None]  # each boxes, 1
-        in_rows = (down >= y - margin) & (down < y + h + margin)  # boxes, height
-        in_columns = (across >= x - margin) & (across < x + w + margin)  # boxes, width
+        x, y, w, h = visible.T[..., None]  # each (boxes, 1)
+        in_rows = (row_centers >= y - margin) & (row_centers < y + h + margin)  # boxes, height
+        in_columns = (column_centers >= x - margin) & (column_centers < x + w + margin)  # boxes, width
         inside = (in_rows[:, :, None] & in_columns[:, None, :]).any(axis=0)  # height, width
         chance[case] = inside.mean()
-        hit[case] = not constant[case] and inside.flat[one.argmax()]
+        hit[case] = not constant[case] and inside.flat[heatmap.argmax()]
     return PointingHits(hit, chance, constant)
 
 
-def score_hits(of: PointingHits, groups: NDArray[np.int64], confidence: float) -> PointingScore:
-    """Counts the cases.
+def score_hits(outcomes: PointingHits, groups: NDArray[np.int64], confidence: float) -> PointingScore:
+    """Compute the hit rate with its confidence interval.
 
     Args:
-        of: the cases.
-        groups: number of each case's patient or lesion, (cases,); one image can be several cases.
-        confidence: of the interval, which is Wilson's, or where cases share a patient what `share_interval` says.
+        outcomes: outcome of each case.
+        groups: group index (patient or lesion) of each case, (cases,); one image can have several cases.
+        confidence: confidence level; the interval is Wilson's, or adjusted for clustering if cases share a group
+            (`proportion_interval`).
     """
-    judged = np.isfinite(of.chance)
-    cases, hits = int(judged.sum()), int(of.hit[judged].sum())
+    evaluated = np.isfinite(outcomes.chance)
+    cases, hits = int(evaluated.sum()), int(outcomes.hit[evaluated].sum())
     return PointingScore(
         hits=hits,
         cases=cases,
         share=hits / cases if cases else None,
-        interval=proportion_interval(of.hit, judged, groups, confidence),
-        chance=float(of.chance[judged].mean()) if cases else None,
-        constant=int(of.constant[judged].sum()),
-        unreachable=int((of.chance[judged] == 0).sum()),
-        outside=int((~judged).sum()),
+        interval=proportion_interval(outcomes.hit, evaluated, groups, confidence),
+        chance=float(outcomes.chance[evaluated].mean()) if cases else None,
+        constant=int(outcomes.constant[evaluated].sum()),
+        unreachable=int((outcomes.chance[evaluated] == 0).sum()),
+        outside=int((~evaluated).sum()),
     )
 
 
@@ -133,81 +134,81 @@ def evaluate_pointing(
     classes: Sequence[str],
     confidence: float,
 ) -> dict[str, Any] | None:
-    """The pointing game of each explanation that a network has, over all findings and for each.
+    """Play the pointing game with each attribution method, overall and per finding.
 
-    A map is of the finding that the box is of, whatever the network thought of it. Of more than `MOST` cases, so many
-    are judged that are spread evenly over the images.
+    A map explains the finding of its box, whatever the network predicted. If there are more than `MAX_CASES` cases, an
+    evenly spaced sample is evaluated.
 
     Args:
         classifier: the model.
-        boxes: of these images, as `fadeformer.data.arrays.read_boxes` gives them.
+        boxes: boxes of these images, from `fadeformer.data.arrays.read_boxes`.
         index: `id` and `group` of each image.
-        pixels: uint8, (images, side, side, channels).
+        pixels: images, uint8, (images, side, side, channels).
         classes: names of the findings.
-        confidence: of the intervals.
+        confidence: confidence level of the intervals.
 
     Returns:
-        `confidence`, `known` and `cases` (of an image and a finding: how many there are, and how many were looked at),
-        `images` (of these) and `methods`: by key, its `name`, `overall` and `per_class`, which are `Pointing`s as plain
-        values. None if there are no boxes.
+        A dictionary for JSON: `confidence`, `total_cases`, `cases` (evaluated), `images` (evaluated) and `methods`, for
+        each its `name`, `overall` and `per_class` with the fields of `PointingScore`. None if there are no boxes.
 
     Raises:
-        ValueError: the network cannot be explained.
+        ValueError: the network has no spatial feature map.
     """
     if boxes.empty:
         return None
-    row_of = pd.Series(np.arange(len(index)), index=index["id"])
-    pairs = np.stack([row_of.loc[boxes["id"]].to_numpy(), boxes["class"].to_numpy(dtype=np.int64)], axis=1)
+    row_by_id = pd.Series(np.arange(len(index)), index=index["id"])
+    pairs = np.stack([row_by_id.loc[boxes["id"]].to_numpy(), boxes["class"].to_numpy(dtype=np.int64)], axis=1)
     cases, case_of = np.unique(pairs, axis=0, return_inverse=True)
-    known = len(cases)
-    chosen = np.unique(np.linspace(0, known - 1, min(known, MAX_CASES)).round().astype(int))
-    rows, of_finding = cases[chosen].T
-    values = boxes[BOX_COLUMNS].to_numpy(dtype=np.float64)
-    places = [values[case_of == case] for case in chosen]
+    total_cases = len(cases)
+    sample = np.unique(np.linspace(0, total_cases - 1, min(total_cases, MAX_CASES)).round().astype(int))
+    rows, findings = cases[sample].T
+    box_values = boxes[BOX_COLUMNS].to_numpy(dtype=np.float64)
+    case_boxes = [box_values[case_of == case] for case in sample]
     groups = encode_groups(index["group"])[rows]
-    given = np.array(pixels[rows]), classifier.normalization, of_finding
+    inputs = np.array(pixels[rows]), classifier.normalization, findings
     methods: dict[str, Any] = {}
     for name, method in available_methods(classifier.model).items():
-        of = find_hits(method(classifier.model, *given), places, pixels.shape[1])
+        hits = find_hits(method(classifier.model, *inputs), case_boxes, pixels.shape[1])
         methods[name] = {
             "name": METHOD_NAMES[name],
-            "overall": asdict(score_hits(of, groups, confidence)),
+            "overall": asdict(score_hits(hits, groups, confidence)),
             "per_class": {
                 classes[label]: asdict(
-                    score_hits(_select_cases(of, of_finding == label), groups[of_finding == label], confidence)
+                    score_hits(_select_cases(hits, findings == label), groups[findings == label], confidence)
                 )
-                for label in np.unique(of_finding)
+                for label in np.unique(findings)
             },
         }
     return {
-        "confidence": confidence, "total_cases": known, "cases": len(chosen), "images": len(np.unique(rows)),
+        "confidence": confidence, "total_cases": total_cases, "cases": len(sample), "images": len(np.unique(rows)),
         "methods": methods,
     }  # fmt: skip
 
 
-def _select_cases(of: PointingHits, rows: NDArray[np.bool_]) -> PointingHits:
-    return PointingHits(of.hit[rows], of.chance[rows], of.constant[rows])
+def _select_cases(hits: PointingHits, rows: NDArray[np.bool_]) -> PointingHits:
+    return PointingHits(hits.hit[rows], hits.chance[rows], hits.constant[rows])
 
 
-def describe_results(found: dict[str, Any]) -> list[str]:
-    """What `points_at_boxes` found, for a reader."""
-    some = f", spread over the {found['total_cases']:,} that are known" if found["cases"] < found["known"] else ""
-    told = [
-        f"Where people drew boxes: {found['cases']:,} findings in {found['images']:,} test images{some}; a map points"
-        " where it is largest (the pointing game, Zhang et al. 2018)."
+def describe_results(results: dict[str, Any]) -> list[str]:
+    """Describe the results of `evaluate_pointing` in sentences for the report."""
+    total = results["total_cases"]
+    sampled = f", an evenly spaced sample of {total:,}" if results["cases"] < total else ""
+    sentences = [
+        f"Pointing game with hand-drawn boxes (Zhang et al. 2018): {results['cases']:,} findings in"
+        f" {results['images']:,} test images{sampled}. A map hits if its maximum is inside a box of the finding."
     ]
-    for of in found["methods"].values():
-        name, one = of["name"], of["overall"]
-        if one["share"] is None:
-            told.append(f"{name}: no box lies in the part of an image that the network sees.")
+    for method in results["methods"].values():
+        name, score = method["name"], method["overall"]
+        if score["share"] is None:
+            sentences.append(f"{name}: no box is in the part of an image that the network sees.")
             continue
         bounds = ""
-        if one["interval"] is not None:
-            low, high = (f"{100 * bound:.0f}" for bound in one["interval"])
-            bounds = f" ({100 * found['confidence']:g} % interval {low} to {high} %)"
-        beyond = one["interval"] is not None and one["interval"][0] > one["chance"]
-        told.append(
-            f"{name} points into the box in {100 * one['share']:.0f} % of {one['cases']:,}{bounds}, where pointing"
-            f" anywhere would in {100 * one['chance']:.0f} %: {'more' if beyond else 'NOT SURELY MORE'} than chance."
+        if score["interval"] is not None:
+            low, high = (f"{100 * bound:.0f}" for bound in score["interval"])
+            bounds = f" ({100 * results['confidence']:g} % interval {low} to {high} %)"
+        is_above_chance = score["interval"] is not None and score["interval"][0] > score["chance"]
+        sentences.append(
+            f"{name} hits in {100 * score['share']:.0f} % of {score['cases']:,} cases{bounds}; the chance level is"
+            f" {100 * score['chance']:.0f} %: {'above' if is_above_chance else 'NOT CLEARLY ABOVE'} chance."
         )
-    return told
+    return sentences

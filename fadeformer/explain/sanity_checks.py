@@ -1,13 +1,13 @@
-"""Whether an explanation depends on what the network has learned.
+"""Sanity check of attribution methods: do the maps depend on the learned weights?
 
-The model parameter randomisation test of Adebayo et al. 2018, "Sanity checks for saliency maps" (arXiv:1810.03292):
-maps of the trained network are compared with maps of the same network whose weights are random. A method whose maps
-hardly change explains the image, or the architecture, but not the network.
+This is the model parameter randomization test of Adebayo et al. 2018, "Sanity checks for saliency maps"
+(arXiv:1810.03292): maps of the trained network are compared with maps of the same network with random weights. If the
+maps of a method hardly change, they explain the image or the architecture, but not the trained network.
 
-Random is here: the values of each weight tensor are shuffled. Nothing learned outlives that but the tensor's
-distribution of values, and with it the scale of what goes through the network; it needs no knowledge of how each kind
-of layer is initialised, and weights that no layer can reset (tokens, positions, scales) take part. A tensor of one
-value, such as FadeAttn's alpha, keeps it, and running statistics of batch normalisation are left alone.
+Weights are randomized by shuffling the values of each tensor. This destroys everything learned except the distribution
+of values, and so keeps the scale of the activations; it works for all layer types and also for parameters without a
+reset method (tokens, position embeddings, scales). A tensor with a single value, such as FadeAttn's alpha, and the
+running statistics of batch normalization do not change.
 """
 
 from __future__ import annotations
@@ -28,21 +28,21 @@ from fadeformer.models.fadenet import FadeNet
 
 AttributionMethod = Callable[[nn.Module, NDArray[np.uint8], Normalization, NDArray[np.int64]], FloatArray]
 
-SIMILARITY_LIMIT = 0.5  # our own: the paper looks at the fall of the correlation and draws no line
+SIMILARITY_LIMIT = 0.5  # our choice: the paper plots the correlation and sets no threshold
 
 
 @dataclass(frozen=True)
 class RandomizationResult:
-    """How alike a method's maps are before and after the weights were randomised.
+    """Similarity of a method's maps before and after the weights were randomized.
 
     Attributes:
-        rho: mean over images of Spearman's rank correlation of the absolute maps; None if no image could be judged.
-        magnitude: mean of its absolute value, likewise: maps that turned into their opposite have not changed.
-        limit: below which magnitude counts as changed.
-        depends_on_weights: whether it does; not so if no image could be judged.
-        images: that could be judged.
-        constant: images that could not, since a map of them has one value everywhere.
-        steps: what was randomised, one after the other and each with all before it, and magnitude after it.
+        rho: mean over images of Spearman's rank correlation of the absolute maps (None: no valid image).
+        magnitude: mean absolute rank correlation, so that inverted maps count as unchanged (None: no valid image).
+        limit: the maps depend on the weights if `magnitude` is below this.
+        depends_on_weights: result of the check; False without any valid image.
+        images: number of valid images.
+        constant: number of images left out because one of their maps is constant.
+        steps: (name, magnitude) after each cumulative randomization step.
     """
 
     rho: float | None
@@ -55,18 +55,18 @@ class RandomizationResult:
 
 
 def available_methods(model: nn.Module) -> dict[str, AttributionMethod]:
-    """The explanations that a model has, by name: Grad-CAM, and for the published FadeNet its two maps."""
+    """Return the attribution methods of a model by name: Grad-CAM, and the two branches of the published FadeNet."""
     methods: dict[str, AttributionMethod] = {"grad_cam": grad_cam}
     if isinstance(model, FadeNet) and model.variant == "published":
-        methods["attention"] = lambda *given: fade_attribution(*given).attention
-        methods["laplacian"] = lambda *given: fade_attribution(*given).laplacian
+        methods["attention"] = lambda *inputs: fade_attribution(*inputs).attention
+        methods["laplacian"] = lambda *inputs: fade_attribution(*inputs).laplacian
     return methods
 
 
 def model_randomization_test(
     model: nn.Module,
     pixels: NDArray[np.uint8],
-    normalisation: Normalization,
+    normalization: Normalization,
     classes: NDArray[np.int64],
     *,
     methods: Mapping[str, AttributionMethod] | None = None,
@@ -74,62 +74,65 @@ def model_randomization_test(
     cascade: bool = False,
     limit: float = SIMILARITY_LIMIT,
 ) -> dict[str, RandomizationResult]:
-    """Compares maps of a trained model with those of a copy of it whose weights are random.
+    """Compare maps of a trained model with those of a copy with randomized weights.
 
-    The model and the global random state stay as they are. The same seed gives the same numbers, and a cascade ends in
-    the same network as the test of all weights at once.
+    The model and the global random state are not modified. The same seed gives the same results, and the last step of a
+    cascade is the same network as without a cascade.
 
     Args:
-        model: trained, in evaluation mode.
-        pixels: uint8, (images, side, side, channels).
-        normalisation: of the images.
-        classes: (images,), which output is explained for each image, for both networks.
-        methods: by name, each from these four to maps (images, height, width); `methods_of` the model by default.
-        seed: of the shuffling.
-        cascade: whether weights are randomised part by part from the classifier down, with a step for each. Parts are
-            the model's direct modules, and the members of a sequence of them, in the reverse order of registration.
-        limit: of `Randomisation`.
+        model: trained model in evaluation mode.
+        pixels: images, uint8, (images, side, side, channels).
+        normalization: normalization of the images.
+        classes: index of the output to explain for each image, (images,).
+        methods: functions of these four arguments that return maps (images, height, width), by name; by default
+            `available_methods(model)`.
+        seed: random seed.
+        cascade: True to randomize the modules one after the other from the classifier down, with one step per module.
+            These are the model's direct children, or the members of a `Sequential` or `ModuleList`, in reverse order.
+        limit: see `RandomizationResult`.
 
     Raises:
-        ValueError: a method cannot explain the model, or images and classes do not fit.
+        ValueError: a method cannot explain the model, or images and classes do not match.
     """
     methods = available_methods(model) if methods is None else methods
-    trained = {name: method(model, pixels, normalisation, classes) for name, method in methods.items()}
-    other = copy.deepcopy(model)
+    trained = {name: method(model, pixels, normalization, classes) for name, method in methods.items()}
+    randomized = copy.deepcopy(model)
     generator = torch.Generator().manual_seed(seed)
-    alike: dict[str, list[tuple[str, FloatArray]]] = {name: [] for name in methods}
-    parts = _parameter_groups(other)
-    for number, (part, parameters) in enumerate(parts, start=1):
+    correlations: dict[str, list[tuple[str, FloatArray]]] = {name: [] for name in methods}
+    groups = _parameter_groups(randomized)
+    for number, (group, parameters) in enumerate(groups, start=1):
         _shuffle_values(parameters, generator)
-        if cascade or number == len(parts):
+        if cascade or number == len(groups):
             for name, method in methods.items():
-                found = rank_correlations(trained[name], method(other, pixels, normalisation, classes))
-                alike[name].append((part if cascade else "all weights", found))
-    return {name: _summarize(steps, limit) for name, steps in alike.items()}
+                step = rank_correlations(trained[name], method(randomized, pixels, normalization, classes))
+                correlations[name].append((group if cascade else "all weights", step))
+    return {name: _summarize(steps, limit) for name, steps in correlations.items()}
 
 
 def rank_correlations(maps: FloatArray, others: FloatArray) -> FloatArray:
-    """Spearman's rank correlation of the absolute values of each two maps, (images, H, W) to (images,); NaN if constant."""
+    """Compute Spearman's rank correlation of the absolute maps, (images, H, W) to (images,); NaN for constant maps."""
     maps, others = np.abs(maps), np.abs(others)
-    found = np.full(len(maps), np.nan)
+    correlations = np.full(len(maps), np.nan)
     for i in np.flatnonzero(~is_constant(maps) & ~is_constant(others)):
-        found[i] = spearmanr(maps[i].ravel(), others[i].ravel()).statistic
-    return found
+        correlations[i] = spearmanr(maps[i].ravel(), others[i].ravel()).statistic
+    return correlations
 
 
 def _parameter_groups(model: nn.Module) -> list[tuple[str, list[Tensor]]]:
-    """Weights by part of the model, from the last to the first; the model's own (tokens, positions) come last."""
+    """Group the parameters by module from last to first; the model's direct parameters (tokens, ...) come last."""
     modules: list[tuple[str, nn.Module]] = []
     for name, child in model.named_children():
         members = child.named_children() if isinstance(child, nn.Sequential | nn.ModuleList) else ()
         modules += [(f"{name}.{member}", module) for member, module in members] or [(name, child)]
-    left = {id(parameter): parameter for parameter in model.parameters()}
-    parts: list[tuple[str, list[Tensor]]] = []
-    for name, module in [*reversed(modules), ("the model's own", model)]:
-        own: list[Tensor] = [left.pop(id(parameter)) for parameter in module.parameters() if id(parameter) in left]
-        if own:
-            parts.append((name, own))
-    return parts
+    remaining = {id(parameter): parameter for parameter in model.parameters()}
+    groups: list[tuple[str, list[Tensor]]] = []
+    for name, module in [*reversed(modules), ("direct parameters", model)]:
+        parameters: list[Tensor] = [
+            remaining.pop(id(parameter)) for parameter in module.parameters() if id(parameter) in remaining
+        ]
+        if parameters:
+            groups.append((name, parameters))
+    return groups
 
 
 def _shuffle_values(parameters: Iterable[Tensor], generator: torch.Generator) -> None:
@@ -149,10 +152,10 @@ def _summarize(steps: list[tuple[str, FloatArray]], limit: float) -> Randomizati
         depends_on_weights=magnitude is not None and magnitude < limit,
         images=int(np.isfinite(last).sum()),
         constant=int(np.isnan(last).sum()),
-        steps=tuple((name, _finite_mean(np.abs(found))) for name, found in steps),
+        steps=tuple((name, _finite_mean(np.abs(correlations))) for name, correlations in steps),
     )
 
 
 def _finite_mean(values: FloatArray) -> float | None:
-    judged = values[np.isfinite(values)]
-    return float(judged.mean()) if len(judged) else None
+    finite = values[np.isfinite(values)]
+    return float(finite.mean()) if len(finite) else None

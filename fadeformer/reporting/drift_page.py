@@ -1,4 +1,4 @@
-"""The page about drift, and its figure."""
+"""HTML page of a drift check, with a figure of the distributions."""
 
 from __future__ import annotations
 
@@ -20,80 +20,80 @@ from fadeformer.reporting.tables import Table
 MAX_COLUMNS = 12  # columns in the figure
 DPI = 110
 RULE = (
-    "A column drifts where the Kolmogorov-Smirnov test says so (p below {alpha:g}, corrected for all columns) and the"
-    " largest distance of the two distribution functions is at least {large:g}: among many images the smallest"
-    " difference is beyond chance."
+    "A column counts as drifted if the Kolmogorov-Smirnov test is significant (p below {alpha:g} after correction for"
+    " multiple testing) and the KS distance is at least {min_distance:g}, because with many images even negligible"
+    " differences are significant."
 )
 
 
 def render_drift_page(
-    found: DriftResult, known: pd.DataFrame, new: pd.DataFrame, *, model: str, images: str, unreadable: int
+    result: DriftResult, reference: pd.DataFrame, new: pd.DataFrame, *, model: str, images: str, unreadable: int
 ) -> str:
-    """Writes the page.
+    """Render the drift page.
 
     Args:
-        found: what has moved.
-        known: of `fadeformer.monitoring.reference.build_reference`.
-        new: the same columns of the new images.
-        model: how it was named.
-        images: likewise.
-        unreadable: images that were left out.
+        result: the result of the drift check.
+        reference: reference statistics, from `fadeformer.monitoring.reference.build_reference`.
+        new: the same columns for the new images.
+        model: name of the model as given by the user.
+        images: path of the new images as given by the user.
+        unreadable: number of images that could not be read.
     """
     png = BytesIO()
-    plot_distributions(found, known, new).savefig(png, dpi=DPI, format="png", metadata={"Software": None})
-    what = ", ".join(found.drifted)
-    area = format_with_interval(found.auc, found.interval)
-    apart = "can be told apart from" if found.features_drifted else "are like"
+    plot_distributions(result, reference, new).savefig(png, dpi=DPI, format="png", metadata={"Software": None})
+    drifted = ", ".join(result.drifted)
+    auc = format_with_interval(result.auc, result.interval)
+    feature_status = "drifted" if result.features_drifted else "no drift"
     return rendering.load_template("drift.html").render(
         title=f"Drift of {images}",
-        good=not found.drifted,
-        verdict="Drift." if found.drifted else "No drift.",
+        good=not result.drifted,
+        status="Drift." if result.drifted else "No drift.",
         outcome=(
-            f"These have moved: {what}." if found.drifted else "Scores, features and pixels are like those of val."
+            f"Drifted: {drifted}." if result.drifted else "Scores, features and pixels are distributed as those of val."
         ),
         unreadable=unreadable,
-        compared=_comparison_table(found, len(known), model),
-        rule=RULE.format(alpha=drift.ALPHA, large=drift.MIN_KS_DISTANCE),
-        columns=_column_table(found),
+        comparison=_comparison_table(result, len(reference), model),
+        rule=RULE.format(alpha=drift.ALPHA, min_distance=drift.MIN_KS_DISTANCE),
+        columns=_column_table(result),
         features=(
-            f"A logistic regression tells new images from known ones by what the classifier sees with an AUC of {area}"
-            f" (0.5: not at all). The new images {apart} the known ones: they count as others from"
-            f" {drift.MIN_CLASSIFIER_AUC:g}, where the interval lies above 0.5."
+            f"A logistic regression on the penultimate features separates new images from reference images with an AUC"
+            f" of {auc} (0.5: not at all): {feature_status}. The features count as drifted if the AUC is at least"
+            f" {drift.MIN_CLASSIFIER_AUC:g} and its confidence interval is above 0.5."
         ),
         png=base64.b64encode(png.getvalue()).decode(),
     )
 
 
-def _comparison_table(found: DriftResult, known: int, model: str) -> Table:
-    of_val = f"{known:,} of val, whose numbers are kept with the model"
-    return Table(("", ""), [("Model", model), ("Known images", of_val), ("New images", f"{found.images:,}")])
+def _comparison_table(result: DriftResult, num_reference: int, model: str) -> Table:
+    reference = f"{num_reference:,} from val; their statistics are stored with the model"
+    return Table(("", ""), [("Model", model), ("Reference images", reference), ("New images", f"{result.images:,}")])
 
 
-def _column_table(found: DriftResult) -> Table:
+def _column_table(result: DriftResult) -> Table:
     rows: list[tuple[str, ...]] = [
         (
-            c.name, f"{c.reference:.4g}", f"{c.new:.4g}", f"{c.distance:.3f}", f"{c.p:.2g}",
-            "**drifted**" if c.drifted else "",
+            column.name, f"{column.reference:.4g}", f"{column.new:.4g}", f"{column.distance:.3f}", f"{column.p:.2g}",
+            "**drifted**" if column.drifted else "",
         )
-        for c in found.columns
+        for column in result.columns
     ]  # fmt: skip
-    return Table(("Column", "Median known", "Median new", "Distance", "p", "Verdict"), rows)
+    return Table(("Column", "Median reference", "Median new", "KS distance", "p", "Status"), rows)
 
 
-def plot_distributions(found: DriftResult, known: pd.DataFrame, new: pd.DataFrame) -> Figure:
-    """Distribution functions of the columns that moved furthest; arguments are those of `page`."""
-    shown = found.columns[:MAX_COLUMNS]
+def plot_distributions(result: DriftResult, reference: pd.DataFrame, new: pd.DataFrame) -> Figure:
+    """Plot the empirical distribution functions of the columns with the largest drift."""
+    shown = result.columns[:MAX_COLUMNS]
     figure, plots = panel_grid(len(shown), panel_inches=2.1, single_panel_inches=4.2, share_x=False)
     for axes, column in zip(plots, shown, strict=True):
-        for rows, colour, style in ((known, COLORS[0], "-"), (new, COLORS[1], "--")):
+        for rows, color, style in ((reference, COLORS[0], "-"), (new, COLORS[1], "--")):
             values = np.sort(rows[column.name].dropna().to_numpy())
-            axes.plot(values, np.arange(1, len(values) + 1) / len(values), color=colour, linestyle=style)
+            axes.plot(values, np.arange(1, len(values) + 1) / len(values), color=color, linestyle=style)
         axes.set_title(wrap_name(column.name), fontsize=8, fontweight="bold" if column.drifted else "normal")
         axes.set(ylim=(0, 1))
         axes.locator_params(axis="x", nbins=3)
         axes.tick_params(labelsize=8)
     handles = [
-        Line2D([], [], color=COLORS[0], label="known"),
+        Line2D([], [], color=COLORS[0], label="reference"),
         Line2D([], [], color=COLORS[1], linestyle="--", label="new"),
     ]
     figure.legend(handles=handles, loc="outside upper center", ncols=2, frameon=False, fontsize=9)

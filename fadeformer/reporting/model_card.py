@@ -1,4 +1,4 @@
-"""The model card (Mitchell et al. 2019, arXiv:1810.03993): what a model is, of which data, how good, and for what."""
+"""Model card in Markdown (Mitchell et al. 2019, arXiv:1810.03993): intended use, data, model, results, limitations."""
 
 from __future__ import annotations
 
@@ -6,17 +6,17 @@ from fadeformer.reporting import tables
 from fadeformer.reporting.tables import ReportInputs, Table
 
 INTENDED_USE = (
-    "To try and to compare methods on images of the kind and population below. Not a medical device: no decision about"
-    " a patient may rest on it. Images of other scanners, populations or views are out of its scope."
+    "Research and comparison of methods on images of the kind and population below. Not a medical device: do not use it"
+    " for decisions about patients. Images from other scanners, populations or views are out of scope."
 )
-ESCAPED_BAR = "\\|"  # in a cell
+ESCAPED_BAR = "\\|"  # within a table cell
 
 
-def render_model_card(of: ReportInputs) -> str:
-    """Writes the card in Markdown."""
-    note, test = of.meta.dataset["note"], of.summary["test"]
+def render_model_card(results: ReportInputs) -> str:
+    """Render the model card as Markdown."""
+    note, test = results.meta.dataset["note"], results.summary["test"]
     lines = [
-        f"# {of.model_metadata['model']['backbone']} on {of.meta.dataset['name']}",
+        f"# {results.model_metadata['model']['backbone']} on {results.meta.dataset['name']}",
         "",
         *([f"> **{note}**", ""] if note else []),
         "## Intended use",
@@ -25,37 +25,45 @@ def render_model_card(of: ReportInputs) -> str:
         "",
         "## Data",
         "",
-        *_markdown_table(tables.data(of)),
+        *_markdown_table(tables.data(results)),
         "",
         "## Model",
         "",
-        *_markdown_table(tables.model(of)),
+        *_markdown_table(tables.model(results)),
         "",
-        f"## Results on {test['images']:,} test images of the split {of.meta.split}",
+        f"## Results on {test['images']:,} test images of the split {results.meta.split}",
         "",
-        *_markdown_table(tables.metrics(of)),
+        *_markdown_table(tables.metrics(results)),
         "",
-        *_markdown_table(tables.per_class(of)),
+        *_markdown_table(tables.per_class(results)),
         "",
-        "## Operating points, chosen on validation and judged on test",
+        "## Operating points, chosen on validation and evaluated on test",
         "",
-        *_markdown_table(tables.operating_points(of)),
+        *_markdown_table(tables.operating_points(results)),
         "",
-        *_subgroup_section(of),
-        "## Limits",
+        *_subgroup_section(results),
+        "## Limitations",
         "",
-        " ".join(tables.limitations(of)),
+        " ".join(tables.limitations(results)),
         "",
     ]
     return "\n".join(lines)
 
 
-def _subgroup_section(of: ReportInputs) -> list[str]:
-    if not of.subgroups:
+def _subgroup_section(results: ReportInputs) -> list[str]:
+    if not results.subgroups:
         return [tables.NO_SUBGROUPS, ""]
-    verdict, sentences = tables.subgroup_findings(of)
-    listed = ["", *(f"- {sentence}" for sentence in sentences)] if sentences else []
-    return ["## Subgroups of the test images", "", *_markdown_table(tables.subgroups(of)), "", verdict, *listed, ""]
+    summary, findings = tables.subgroup_findings(results)
+    bullets = ["", *(f"- {sentence}" for sentence in findings)] if findings else []
+    return [
+        "## Subgroups of the test images",
+        "",
+        *_markdown_table(tables.subgroups(results)),
+        "",
+        summary,
+        *bullets,
+        "",
+    ]
 
 
 def _markdown_table(table: Table) -> list[str]:

@@ -1,4 +1,4 @@
-"""The page of a decision of the gate: its rules with their verdicts and figures, and what was decided before."""
+"""HTML page of a promotion decision: the gate's checks with their results, and the ledger of earlier decisions."""
 
 from __future__ import annotations
 
@@ -9,59 +9,62 @@ from typing import Any
 from fadeformer.reporting import rendering
 from fadeformer.reporting.tables import Table
 
-MAX_ENTRIES = 200  # decisions of the ledger, the newest
-LEDGER_COLUMNS = ("No.", "Time (UTC)", "Decision", "Version", "Champion", "AUC", "By", "Reason")  # of the ledger
+MAX_ENTRIES = 200  # the newest entries of the ledger
+LEDGER_COLUMNS = ("No.", "Time (UTC)", "Decision", "Version", "Champion", "AUC", "By", "Reason")
 OUTCOME_LABELS = {"passed": "passed", "failed": "**failed**", "not evaluated": "not evaluated"}
 
 
 @dataclass(frozen=True)
-class RuleDetails(Table):
-    """What a rule found of each class, finding or subgroup, and the rule in words."""
+class CheckDetails(Table):
+    """Results of a check per class, finding or subgroup, with the requirement as caption."""
 
     caption: str
 
 
-def render_promotion_page(told: Mapping[str, Any], entries: Sequence[Mapping[str, Any]]) -> str:
-    """Writes the page.
+def render_promotion_page(decision: Mapping[str, Any], entries: Sequence[Mapping[str, Any]]) -> str:
+    """Render the promotion page.
 
     Args:
-        told: what `reports/promotion.json` holds.
-        entries: of the ledger about this model, oldest first.
+        decision: content of `reports/promotion.json`.
+        entries: ledger entries of this model, oldest first.
     """
-    promoted, version = told["decision"] == "promoted", f"{told['model']} version {told['version']}"
-    held = " and ".join(told["aliases"])
-    stays = f"It stays {held}." if held else "It gets no alias."
+    is_promoted, version = decision["decision"] == "promoted", f"{decision['model']} version {decision['version']}"
+    aliases = " and ".join(decision["aliases"])
+    alias_note = f"It stays {aliases}." if aliases else "It gets no alias."
     head = ("Check", "Status", "Details")
-    return rendering.load_template("verdict.html").render(
+    return rendering.load_template("promotion.html").render(
         title=f"Decision about {version}",
-        model=told["model"],
-        good=promoted,
-        verdict="Promoted." if promoted else "Refused.",
-        outcome=f"{version} is champion." if promoted else stays,
-        forced=told["reason"] if told["forced"] else None,
-        rules=Table(head, [(rule["requirement"], OUTCOME_LABELS[rule["status"]], rule["details"]) for rule in told["checks"]]),
-        parts=[
-            RuleDetails(
+        model=decision["model"],
+        good=is_promoted,
+        status="Promoted." if is_promoted else "Refused.",
+        outcome=f"{version} is champion." if is_promoted else alias_note,
+        forced=decision["reason"] if decision["forced"] else None,
+        checks=Table(
+            head,
+            [(check["requirement"], OUTCOME_LABELS[check["status"]], check["details"]) for check in decision["checks"]],
+        ),
+        details=[
+            CheckDetails(
                 ("", "Status", "Details"),
-                [(part["name"], OUTCOME_LABELS[part["status"]], part["details"]) for part in rule["items"]],
-                rule["requirement"][0].upper() + rule["requirement"][1:],
+                [(item["name"], OUTCOME_LABELS[item["status"]], item["details"]) for item in check["items"]],
+                check["requirement"][0].upper() + check["requirement"][1:],
             )
-            for rule in told["checks"]
-            if rule["items"]
+            for check in decision["checks"]
+            if check["items"]
         ],
         history=ledger_table(entries),
     )
 
 
 def ledger_table(entries: Sequence[Mapping[str, Any]]) -> Table:
-    """The ledger, the newest first."""
+    """Return the ledger as a table, newest entry first."""
     return Table(
         tuple(LEDGER_COLUMNS), [tuple(ledger_row(entry).values()) for entry in reversed(entries[-MAX_ENTRIES:])]
     )
 
 
 def ledger_row(entry: Mapping[str, Any]) -> dict[str, str]:
-    """An entry of the ledger as text, by column."""
+    """Return a ledger entry as text cells by column."""
     cells = (
         str(entry["number"]), entry["time"].partition("+")[0].replace("T", " "), entry["action"], entry["version"],
         _champion_change(entry), "" if entry["auc"] is None else f"{entry['auc']:.4f}", entry["user"], entry["reason"],
@@ -70,6 +73,6 @@ def ledger_row(entry: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _champion_change(entry: Mapping[str, Any]) -> str:
-    """The champion before and after a decision, or the one that stayed."""
+    """Format the champion version before and after a decision, or the unchanged one."""
     before, after = entry["from"] or "none", entry["to"] or "none"
     return str(after) if before == after else f"{before} → {after}"

@@ -1,4 +1,4 @@
-"""The report: one page that needs nothing but itself, with the verdict first and how to repeat it last."""
+"""HTML report: a self-contained page from the key findings to instructions for reproducing the run."""
 
 from __future__ import annotations
 
@@ -21,25 +21,25 @@ from fadeformer.reporting.tables import ReportInputs
 GOOD, BAD, PLAIN = "good", "bad", "plain"
 TRAINING_FIGURES = ("training_curves",)
 FIGURES = {
-    "training_curves": ("Training", "Loss, accuracy and AUC by epoch, on train and validation; marked: the one kept."),
-    "confusion_matrix": ("Confusion matrix", "How many images of each class were called what, on test."),
-    "roc_curves": ("ROC curves", "Sensitivity against 1 - specificity of each class, with the interval as a band."),
-    "pr_curves": ("Precision-recall curves", "Precision against sensitivity of each class; dotted: its prevalence."),
-    "reliability": ("Reliability", "Share that came true against the score, before and after calibration."),
+    "training_curves": ("Training", "Train and validation loss, accuracy and AUC by epoch, with the selected epoch."),
+    "confusion_matrix": ("Confusion matrix", "Number of test images by true and predicted class."),
+    "roc_curves": ("ROC curves", "Sensitivity against 1 - specificity of each class, with a confidence band."),
+    "pr_curves": ("Precision-recall curves", "Precision against recall of each class; dotted: its prevalence."),
+    "reliability": ("Reliability diagram", "Observed frequency against the score, before and after calibration."),
     "score_histograms": ("Scores", "Scores of the images with and without each class."),
-    "decision_curves": ("Decision curves", "Net benefit of the model by threshold probability, beside all and none."),
-    "auc_forest": ("AUC of each class", "AUC of each class with its interval and number of images, the best first."),
-    "subgroup_forest": ("Subgroups", "AUC and balanced accuracy of each subgroup with intervals, beside all images."),
-    "embedding": ("Map of the features", "Where test images lie by what the classifier sees of them, by label."),
+    "decision_curves": ("Decision curves", "Net benefit by threshold probability: model, treat all, treat none."),
+    "auc_forest": ("AUC by class", "AUC of each class with confidence interval and number of images, best first."),
+    "subgroup_forest": ("Subgroups", "AUC and balanced accuracy of each subgroup with intervals, and of all images."),
+    "embedding": ("Feature embedding", "PCA of the penultimate features of the test images, by label."),
 }  # fmt: skip
-MAX_PAIRED_CLASSES = 5  # classes up to which two figures beside each other can be read
+MAX_PAIRED_CLASSES = 5  # with more classes, figures are too wide for two columns
 GALLERY_CAPTION = (
-    "Most confident mistakes", "The test images that were called wrongly with the highest score, with what was called."
+    "Most confident errors", "The misclassified test images with the highest scores, and their predicted classes."
 )  # fmt: skip
 
 
 class _ParamsRepresenter(RoundTripRepresenter):
-    """YAML as params.yaml has it: null where there is nothing, lists in one line."""
+    """YAML in the style of params.yaml: explicit null, lists on one line."""
 
     def represent_none(self, data: None) -> ScalarNode:
         return self.represent_scalar("tag:yaml.org,2002:null", "null")
@@ -54,7 +54,7 @@ _ParamsRepresenter.add_representer(list, _ParamsRepresenter.represent_list)
 
 @dataclass(frozen=True)
 class EmbeddedFigure:
-    """A picture in the page: an anchor, title, caption, and the PNG as base64."""
+    """Figure in the page: anchor, title, caption and the PNG in base64."""
 
     name: str
     title: str
@@ -63,108 +63,113 @@ class EmbeddedFigure:
 
 
 def render_report(
-    of: ReportInputs,
+    results: ReportInputs,
     uncalibrated: Mapping[str, Any],
     published: pd.DataFrame,
-    explained: Mapping[str, Any],
+    explanations: Mapping[str, Any],
     figures: Mapping[str, bytes],
     run_id: str,
 ) -> str:
-    """Writes the page.
+    """Render the HTML report.
 
     Args:
-        of: what the model card is made of too.
-        uncalibrated: of `fadeformer.evaluation.summary.summarize`, of test, by the scores before calibration.
-        published: of `fadeformer.evaluation.published.comparison_table`.
-        explained: what `reports/explanations.json` holds: `sentences`, and `pointing` where boxes are known.
-        figures: PNG by name; that of the subgroups may be missing.
-        run_id: MLflow's, of the training.
+        results: the results, as for the model card.
+        uncalibrated: test metrics of the uncalibrated scores, from `fadeformer.evaluation.summary.summarize`.
+        published: published scores, from `fadeformer.evaluation.published.comparison_table`.
+        explanations: content of `reports/explanations.json`: `sentences`, and `pointing` or None.
+        figures: PNG bytes by figure name; `subgroup_forest` is optional.
+        run_id: MLflow run id of the training.
     """
-    drawn = {
+    embedded = {
         name: EmbeddedFigure(name, *FIGURES.get(name, GALLERY_CAPTION), base64.b64encode(png).decode())
         for name, png in figures.items()
     }
     stream, yaml = StringIO(), YAML()
     yaml.Representer = _ParamsRepresenter
-    yaml.dump(of.model_metadata["params"], stream)
-    verdict, worse = tables.subgroup_findings(of) if of.subgroups else ("", [])
+    yaml.dump(results.model_metadata["params"], stream)
+    subgroup_summary, underperforming = tables.subgroup_findings(results) if results.subgroups else ("", [])
     return rendering.load_template("report.html").render(
-        title=f"{of.model_metadata['model']['backbone']} on {of.meta.dataset['name']}",
-        note=of.meta.dataset["note"],
+        title=f"{results.model_metadata['model']['backbone']} on {results.meta.dataset['name']}",
+        note=results.meta.dataset["note"],
         intended=INTENDED_USE,
-        verdicts=key_findings(of, uncalibrated, published),
-        data=tables.data(of),
-        model=tables.model(of),
-        numbers=tables.metrics(of),
-        classes=tables.per_class(of),
-        operating=tables.operating_points(of),
-        subgroups=tables.subgroups(of) if of.subgroups else None,
-        subgroups_verdict=verdict,
-        worse=worse,
+        findings=key_findings(results, uncalibrated, published),
+        data=tables.data(results),
+        model=tables.model(results),
+        metrics=tables.metrics(results),
+        per_class=tables.per_class(results),
+        operating_points=tables.operating_points(results),
+        subgroups=tables.subgroups(results) if results.subgroups else None,
+        subgroup_summary=subgroup_summary,
+        underperforming=underperforming,
         comparable=tables.published(published, comparable=True),
         not_comparable=tables.published(published, comparable=False),
-        limits=tables.limitations(of),
-        explained=explained["sentences"],
-        pointing=tables.pointing_game(explained["pointing"]) if explained["pointing"] else None,
-        training=[drawn[name] for name in TRAINING_FIGURES],
-        undivided=tables.NO_SUBGROUPS,
-        many=len(of.meta.classes) > MAX_PAIRED_CLASSES,
-        figures=[drawn[name] for name in FIGURES if name not in TRAINING_FIGURES and name in drawn],
-        gallery=drawn["gallery"],
-        images=of.summary["test"]["images"],
-        split=of.meta.split,
+        limitations=tables.limitations(results),
+        explanations=explanations["sentences"],
+        pointing=tables.pointing_game(explanations["pointing"]) if explanations["pointing"] else None,
+        training=[embedded[name] for name in TRAINING_FIGURES],
+        no_subgroups=tables.NO_SUBGROUPS,
+        has_many_classes=len(results.meta.classes) > MAX_PAIRED_CLASSES,
+        figures=[embedded[name] for name in FIGURES if name not in TRAINING_FIGURES and name in embedded],
+        gallery=embedded["gallery"],
+        images=results.summary["test"]["images"],
+        split=results.meta.split,
         params=stream.getvalue(),
         run_id=run_id,
     )
 
 
-def key_findings(of: ReportInputs, uncalibrated: Mapping[str, Any], published: pd.DataFrame) -> list[tuple[str, str]]:
-    """What a reader should know first: sentences, each `good`, `bad` or `plain`. Arguments are those of `report`."""
-    meta, test, intervals, confidence = of.meta, of.summary["test"], of.intervals, of.operating_points["confidence"]
+def key_findings(
+    results: ReportInputs, uncalibrated: Mapping[str, Any], published: pd.DataFrame
+) -> list[tuple[str, str]]:
+    """Return the key findings as (`good`, `bad` or `plain`, sentence); arguments as for `render_report`."""
+    meta, test, intervals = results.meta, results.summary["test"], results.intervals
+    confidence = results.operating_points["confidence"]
     overall, bounds = test["overall"], intervals["overall"]
-    area = format_with_interval(overall["auc"], bounds["auc"])
-    balanced = format_with_interval(overall["balanced_accuracy"], bounds["balanced_accuracy"])
+    auc = format_with_interval(overall["auc"], bounds["auc"])
+    balanced_accuracy = format_with_interval(overall["balanced_accuracy"], bounds["balanced_accuracy"])
     groups = intervals["groups"]
-    of_groups = f" of {groups:,} patients or lesions" if groups < test["images"] else ""
-    chance = bounds["auc"] is None or bounds["auc"][0] <= 0.5
-    found = [
+    group_text = f" of {groups:,} patients or lesions" if groups < test["images"] else ""
+    is_chance = bounds["auc"] is None or bounds["auc"][0] <= 0.5
+    findings = [
         (
-            BAD if chance else PLAIN,
-            f"AUC {area}, balanced accuracy {balanced} on {test['images']:,} test images{of_groups}"
-            f" ({100 * confidence:g} % intervals)" + ("; chance alone is not ruled out." if chance else "."),
+            BAD if is_chance else PLAIN,
+            f"AUC {auc}, balanced accuracy {balanced_accuracy} on {test['images']:,} test images{group_text}"
+            f" ({100 * confidence:g} % intervals)" + ("; not significantly better than chance." if is_chance else "."),
         )
     ]
-    before, after = (part["overall"]["calibration_error"] for part in (uncalibrated, test))
+    before, after = (summary["overall"]["calibration_error"] for summary in (uncalibrated, test))
     if before is not None and after is not None:
-        changed = f"calibration error {after:.3f}, {before:.3f} before calibration on validation."
-        found.append((GOOD if after <= before else PLAIN, changed[0].upper() + changed[1:]))
-    if of.subgroups:
-        verdict, worse = tables.subgroup_findings(of)
-        compared = any(one["comparisons"] for values in of.subgroups.values() for one in values.values())
-        told_of = f"{len(worse)} measures of subgroups are worse than the whole beyond chance." if worse else verdict
-        found.append((BAD if worse else GOOD if compared else PLAIN, told_of))
+        sentence = f"Calibration error {after:.3f}, {before:.3f} before calibration on validation."
+        findings.append((GOOD if after <= before else PLAIN, sentence))
+    if results.subgroups:
+        sentence, worse = tables.subgroup_findings(results)
+        is_compared = any(group["comparisons"] for values in results.subgroups.values() for group in values.values())
+        if worse:
+            sentence = f"{len(worse)} subgroup metrics are significantly worse than overall."
+        findings.append((BAD if worse else GOOD if is_compared else PLAIN, sentence))
     else:
-        found.append((PLAIN, tables.NO_SUBGROUPS))
-    found.append(_compare_with_published(overall["auc"], bounds["auc"], published))
+        findings.append((PLAIN, tables.NO_SUBGROUPS))
+    findings.append(_compare_with_published(overall["auc"], bounds["auc"], published))
     if test["not_evaluated"]:
-        found.append((BAD, f"Not evaluated, for want of images with or without: {', '.join(test['not_evaluated'])}."))
-    if meta.cross_split_duplicates:
-        found.append((BAD, f"{meta.cross_split_duplicates} images stand in two splits, so the numbers may flatter."))
-    return found
+        names = ", ".join(test["not_evaluated"])
+        findings.append((BAD, f"Not evaluated, without positive or without negative images: {names}."))
+    if count := meta.cross_split_duplicates:
+        findings.append((BAD, f"{count} images are in two splits, so the metrics may be optimistic."))
+    return findings
 
 
 def _compare_with_published(
-    area: float | None, bound: tuple[float, float] | None, published: pd.DataFrame
+    auc: float | None, interval: tuple[float, float] | None, published: pd.DataFrame
 ) -> tuple[str, str]:
     rows = published[published["comparable"] & published["auc"].notna()]
     if published.empty:
-        return PLAIN, "No scores are published of this data set."
-    if rows.empty or area is None or bound is None:
-        return PLAIN, f"None of the {len(published)} published scores known of this data set may be compared with ours."
-    low, high = bound
+        return PLAIN, "There are no published scores for this data set."
+    if rows.empty or auc is None or interval is None:
+        return PLAIN, f"None of the {len(published)} published scores for this data set is comparable with this model."
+    low, high = interval
     above, below = int((rows["auc"] > high).sum()), int((rows["auc"] < low).sum())
     return (
         BAD if above == len(rows) else GOOD if below > above else PLAIN,
-        f"Published AUCs that may be compared: {below} below the interval of ours, {above} above it and"
-        f" {len(rows) - below - above} in it.",
+        f"Comparable published AUCs: {below} below this model's confidence interval, {above} above it and"
+        f" {len(rows) - below - above} inside it.",
     )

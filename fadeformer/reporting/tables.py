@@ -1,4 +1,4 @@
-"""The tables that model card and report share: what the model is, of which data, and how good, cell by cell as text."""
+"""Tables shared by the model card and the report: data, model, metrics and limitations as text cells."""
 
 from __future__ import annotations
 
@@ -26,27 +26,27 @@ CLASS_METRICS = {
     "f1": "F1",
 }  # fmt: skip
 SUBGROUP_METRICS = ("auc", "balanced_accuracy", "recall", "specificity", "calibration_error")
-NO_SUBGROUPS = "The images are not divided into subgroups: nothing is known to divide them by, or it was not asked for."
+NO_SUBGROUPS = "No subgroup analysis: the data set has no subgroup columns, or the analysis is switched off."
 TESTED_METRICS = {"auc": "AUC", "recall": "sensitivity", "specificity": "specificity"}
 PUBLISHED_METRICS = {"auc": "AUC", "accuracy": "Accuracy", "balanced_accuracy": "Balanced accuracy"}
 OPERATING_METRICS = ("Sensitivity", "Specificity", "Positive predictive value", "Negative predictive value")
 CHECKPOINT_RULES = {
-    "loss": "of the lowest validation loss", "accuracy": "of the highest validation accuracy",
-    "auc": "of the highest validation AUC",
+    "loss": "lowest validation loss", "accuracy": "highest validation accuracy",
+    "auc": "highest validation AUC",
 }  # fmt: skip
 
 
 @dataclass(frozen=True)
 class ReportInputs:
-    """What model card and report are made of.
+    """Everything that the model card and the report are rendered from.
 
     Attributes:
-        meta: of the arrays the model was trained and judged on.
-        described: what `models/model.json` holds.
-        summary: of `fadeformer.evaluation.summary.summarize`, by split.
-        intervals: of `fadeformer.evaluation.summary.confidence_intervals`, of test.
-        operating: what `reports/operating_points.json` holds: `wanted`, `confidence` and `points`.
-        subgroups: of `fadeformer.evaluation.subgroups.evaluate_subgroups`, of test.
+        meta: metadata of the preprocessed arrays.
+        model_metadata: content of `models/model.json`.
+        summary: metrics by split, from `fadeformer.evaluation.summary.summarize`.
+        intervals: confidence intervals on test, from `fadeformer.evaluation.summary.confidence_intervals`.
+        operating_points: content of `reports/operating_points.json`: `targets`, `confidence` and `points`.
+        subgroups: results on test, from `fadeformer.evaluation.subgroups.evaluate_subgroups`.
     """
 
     meta: ArrayMetadata
@@ -59,29 +59,29 @@ class ReportInputs:
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of text under a head; a cell may hold Markdown's marks of code and of strong words.
+    """Table of text cells, which may contain Markdown for code and bold.
 
     Attributes:
-        head: of each column; empty strings where the rows name themselves.
-        rows: as many cells each.
+        head: column headers; empty strings for a table without headers.
+        rows: cells of each row, as many as headers.
     """
 
     head: tuple[str, ...]
     rows: list[tuple[str, ...]]
 
 
-def data(of: ReportInputs) -> Table:
-    """What the model was trained and judged on."""
-    meta, card = of.meta, of.meta.dataset
-    names = {"classes" if not meta.task.multi_label else "findings": ", ".join(meta.classes)}
+def data(results: ReportInputs) -> Table:
+    """Return the table of the data that the model was trained and evaluated on."""
+    meta, card = results.meta, results.meta.dataset
+    class_names = {"classes" if not meta.task.multi_label else "findings": ", ".join(meta.classes)}
     return Table(
         ("", ""),
         [
             ("Data set", f"{card['name']} ({card['file']})"),
             ("SHA-256", f"`{card['sha256']}`"),
-            ("Licence", str(card["licence"])),
+            ("License", str(card["license"])),
             ("Task", str(card["task"])),
-            *((key.capitalize(), value) for key, value in names.items()),
+            *((key.capitalize(), value) for key, value in class_names.items()),
             ("Images", ", ".join(f"{split} {count:,}" for split, count in meta.counts.items())),
             ("Split", meta.split),
             ("Input", f"{meta.image_size} x {meta.image_size} pixels, {meta.channels} channel(s), uint8"),
@@ -89,42 +89,42 @@ def data(of: ReportInputs) -> Table:
     )
 
 
-def model(of: ReportInputs) -> Table:
-    """What the model is, and how it was trained."""
-    meta, described = of.meta, of.model_metadata
-    network, settings = described["model"], described["params"]
-    fade = network["fade"]
+def model(results: ReportInputs) -> Table:
+    """Return the table of the model's architecture and training settings."""
+    meta, metadata = results.meta, results.model_metadata
+    architecture, params = metadata["model"], metadata["params"]
+    fade = architecture["fade"]
     return Table(
         ("", ""),
         [
-            ("Backbone", f"{network['backbone']}, {_weight_origin(described)}"),
+            ("Backbone", f"{architecture['backbone']}, {_weight_origin(metadata)}"),
             ("Fade layers", "none: the plain backbone" if fade is None else _format_fade_config(fade)),
-            ("Training", ", ".join(f"{key} {value}" for key, value in settings["train"].items())),
-            ("Seed", str(settings["seed"])),
-            ("Calibration", _format_calibration(described, meta.task)),
-            ("Weights kept", f"epoch {described['best_epoch']}, {CHECKPOINT_RULES[settings['train']['monitor']]}"),
+            ("Training", ", ".join(f"{key} {value}" for key, value in params["train"].items())),
+            ("Seed", str(params["seed"])),
+            ("Calibration", _format_calibration(metadata, meta.task)),
+            ("Weights kept", f"epoch {metadata['best_epoch']}, {CHECKPOINT_RULES[params['train']['monitor']]}"),
         ],
     )
 
 
-def metrics(of: ReportInputs) -> Table:
-    """Every number over all classes."""
-    test, val = of.summary["test"]["overall"], of.summary["val"]["overall"]
+def metrics(results: ReportInputs) -> Table:
+    """Return the table of overall metrics."""
+    test, val = results.summary["test"]["overall"], results.summary["val"]["overall"]
     return Table(
-        ("", f"Test ({100 * of.operating_points['confidence']:g} % interval)", "Validation"),
+        ("", f"Test ({100 * results.operating_points['confidence']:g} % interval)", "Validation"),
         [
-            (label, format_with_interval(test[key], of.intervals["overall"][key]), _format_value(val[key]))
+            (label, format_with_interval(test[key], results.intervals["overall"][key]), _format_value(val[key]))
             for key, label in METRIC_LABELS.items()
             if key in test
         ],
     )
 
 
-def per_class(of: ReportInputs) -> Table:
-    """Numbers of each class or finding."""
-    pairs = zip(of.summary["test"]["per_class"].items(), of.intervals["per_class"].values(), strict=True)
+def per_class(results: ReportInputs) -> Table:
+    """Return the table of metrics per class or finding."""
+    pairs = zip(results.summary["test"]["per_class"].items(), results.intervals["per_class"].values(), strict=True)
     return Table(
-        ("Class" if not of.meta.task.multi_label else "Finding", *CLASS_METRICS.values()),
+        ("Class" if not results.meta.task.multi_label else "Finding", *CLASS_METRICS.values()),
         [
             (
                 name,
@@ -136,50 +136,55 @@ def per_class(of: ReportInputs) -> Table:
     )
 
 
-def operating_points(of: ReportInputs) -> Table:
-    """Thresholds and what they give."""
-    operating = of.operating_points
+def operating_points(results: ReportInputs) -> Table:
+    """Return the table of operating points: thresholds and their test metrics."""
+    points_data = results.operating_points
     rules = {"youden": "largest sensitivity + specificity"}
-    rules |= {name: f"{name} at least {least:g}" for name, least in operating["targets"].items() if least is not None}
+    rules |= {
+        name: f"{name} at least {target:g}" for name, target in points_data["targets"].items() if target is not None
+    }
     rows = []
-    for rule, of_classes in operating["points"].items():
-        for name, point in of_classes.items():
-            shares = [] if point is None else list(point["on_test"].values())
+    for rule, points in points_data["points"].items():
+        for name, point in points.items():
+            values = [] if point is None else list(point["on_test"].values())
             cells = [
-                format_with_interval(s["value"], None if s["low"] is None else (s["low"], s["high"])) for s in shares
+                format_with_interval(s["value"], None if s["low"] is None else (s["low"], s["high"])) for s in values
             ]
-            limit = "not evaluated" if point is None else f"{point['threshold']:.4f}"
-            rows.append((rules[rule], name, limit, *(cells or [""] * len(OPERATING_METRICS))))
-    return Table(("Rule on validation", "Positive", "Score from", *OPERATING_METRICS), rows)
+            threshold = "not evaluated" if point is None else f"{point['threshold']:.4f}"
+            rows.append((rules[rule], name, threshold, *(cells or [""] * len(OPERATING_METRICS))))
+    return Table(("Rule on validation", "Positive", "Threshold", *OPERATING_METRICS), rows)
 
 
-def subgroups(of: ReportInputs) -> Table:
-    """Numbers of each subgroup."""
+def subgroups(results: ReportInputs) -> Table:
+    """Return the table of metrics per subgroup."""
     rows = [
         (
-            column, value, f"{one['images']:,}", f"{one['groups']:,}",
-            *(format_with_interval(one["overall"][key], one["intervals"]["overall"][key]) for key in SUBGROUP_METRICS),
+            column, value, f"{subgroup['images']:,}", f"{subgroup['groups']:,}",
+            *(
+                format_with_interval(subgroup["overall"][key], subgroup["intervals"]["overall"][key])
+                for key in SUBGROUP_METRICS
+            ),
         )
-        for column, values in of.subgroups.items()
-        for value, one in values.items()
+        for column, values in results.subgroups.items()
+        for value, subgroup in values.items()
     ]  # fmt: skip
     return Table(
         ("", "Value", "Images", "Patients or lesions", *(METRIC_LABELS[key] for key in SUBGROUP_METRICS)), rows
     )
 
 
-def subgroup_findings(of: ReportInputs) -> tuple[str, list[str]]:
-    """Whether a subgroup is worse than the whole, and a sentence for each measure in which one is."""
-    tests = sum(len(one["comparisons"]) for values in of.subgroups.values() for one in values.values())
-    verdicts = [
-        f"{one['column']} {one['subgroup']}: {TESTED_METRICS[one['metric']]} {_class_phrase(one['class'])} {one['value']:.3f}, in the"
-        f" whole {one['overall']:.3f} (adjusted p {one['p']:.2g})"
-        for one in underperforming(of.subgroups)
+def subgroup_findings(results: ReportInputs) -> tuple[str, list[str]]:
+    """Summarize the subgroup tests in a sentence, and describe each subgroup that is significantly worse."""
+    tests = sum(len(subgroup["comparisons"]) for values in results.subgroups.values() for subgroup in values.values())
+    findings = [
+        f"{row['column']} {row['subgroup']}: {TESTED_METRICS[row['metric']]} {_class_phrase(row['class'])}"
+        f" {row['value']:.3f}, overall {row['overall']:.3f} (adjusted p {row['p']:.2g})"
+        for row in underperforming(results.subgroups)
     ]
-    told_of = f"Compared with the whole in {tests:,} measures, and adjusted for that many:"
     if not tests:
-        return "No subgroup has images enough to be compared with the whole.", []
-    return f"{told_of} {'worse beyond chance are' if verdicts else 'none is worse beyond chance.'}", verdicts
+        return "Too few patients to compare subgroups with the overall metrics.", []
+    tested = f"{tests:,} comparisons of subgroups with the overall metrics, corrected for multiple testing:"
+    return f"{tested} {'significantly worse are' if findings else 'none is significantly worse.'}", findings
 
 
 def _class_phrase(name: str) -> str:
@@ -187,11 +192,11 @@ def _class_phrase(name: str) -> str:
 
 
 def published(rows: pd.DataFrame, *, comparable: bool) -> Table:
-    """Published scores beside which ours may stand, or those that may not, with why.
+    """Return the table of published scores: the comparable ones with caveats, or the others with reasons.
 
     Args:
-        rows: of `fadeformer.evaluation.published.comparison_table`.
-        comparable: which of them.
+        rows: from `fadeformer.evaluation.published.comparison_table`.
+        comparable: True for the comparable scores.
     """
     cells = []
     for row in rows[rows["comparable"] == comparable].to_dict("records"):
@@ -199,68 +204,72 @@ def published(rows: pd.DataFrame, *, comparable: bool) -> Table:
         cells.append(
             (row["method"], row["resolution"], *scores, row["caveat" if comparable else "reason"], row["source"])
         )
-    head = ("Method", "Pixels", *PUBLISHED_METRICS.values(), "To bear in mind" if comparable else "Why not", "Source")
+    head = ("Method", "Pixels", *PUBLISHED_METRICS.values(), "Caveat" if comparable else "Reason", "Source")
     return Table(head, cells)
 
 
-def pointing_game(found: Mapping[str, Any]) -> Table:
-    """How often each explanation points into boxes, of each finding, in %.
+def pointing_game(results: Mapping[str, Any]) -> Table:
+    """Return the table of pointing game hit rates in %, overall and per finding.
 
     Args:
-        found: of `fadeformer.explain.pointing_game.evaluate_pointing`.
+        results: from `fadeformer.explain.pointing_game.evaluate_pointing`.
     """
-    methods = list(found["methods"].values())
-    parts = [("all", [of["overall"] for of in methods])]
-    parts += [(name, [of["per_class"][name] for of in methods]) for name in methods[0]["per_class"]]
+    methods = list(results["methods"].values())
+    groups = [("all", [method["overall"] for method in methods])]
+    groups += [(name, [method["per_class"][name] for method in methods]) for name in methods[0]["per_class"]]
     rows = []
-    for name, each in parts:
-        shares = [_format_percent(of["share"], of["interval"]) for of in each]
-        rows.append((name, f"{each[0]['cases']:,}", _format_percent(each[0]["chance"]), *shares))
-    return Table(("Finding", "Images with a box", "Anywhere", *(of["name"] for of in methods)), rows)
+    for name, scores in groups:
+        rates = [_format_percent(method["share"], method["interval"]) for method in scores]
+        rows.append((name, f"{scores[0]['cases']:,}", _format_percent(scores[0]["chance"]), *rates))
+    return Table(("Finding", "Cases", "Chance level", *(method["name"] for method in methods)), rows)
 
 
-def limitations(of: ReportInputs) -> list[str]:
-    """What a reader must bear in mind, in sentences that may hold Markdown's marks."""
-    meta, test, groups = of.meta, of.summary["test"], of.intervals["groups"]
-    found = [
-        "The validation images chose the epoch, so their numbers flatter.",
-        "Intervals tell what other test images would do, not another training.",
+def limitations(results: ReportInputs) -> list[str]:
+    """List the limitations of the results in sentences that may contain Markdown."""
+    meta, test, groups = results.meta, results.summary["test"], results.intervals["groups"]
+    sentences = [
+        "The validation images were used to select the epoch, so their metrics are optimistic.",
+        "Confidence intervals cover the sampling of test images, not the variation between training runs.",
     ]
     if groups < test["images"]:
-        found.append(f"The test images come from {groups:,} patients or lesions, and so few are the intervals made of.")
-    if test["not_evaluated"]:
-        found.append(f"Not evaluated, for want of positives or negatives: {', '.join(test['not_evaluated'])}.")
-    if meta.cross_split_duplicates:
-        found.append(
-            f"**{meta.cross_split_duplicates} images stand in two splits**, as validate.max_cross_split_duplicates"
-            " allowed: the numbers may flatter."
+        sentences.append(
+            f"The test images come from {groups:,} patients or lesions; the intervals resample these, not images."
         )
-    return found
+    if test["not_evaluated"]:
+        sentences.append(
+            f"Not evaluated, without positive or without negative images: {', '.join(test['not_evaluated'])}."
+        )
+    if meta.cross_split_duplicates:
+        sentences.append(
+            f"**{meta.cross_split_duplicates} images are in two splits**, as allowed by"
+            " validate.max_cross_split_duplicates: the metrics may be optimistic."
+        )
+    return sentences
 
 
 def _format_fade_config(fade: Mapping[str, Any]) -> str:
-    """What decides the layers: `K` and `alpha` are the published variant's alone, `after_blocks` the other's."""
+    """Format the used settings: only `published` uses `K` and `alpha`, only `diffusion` uses `after_blocks`."""
     unused = ("after_blocks",) if fade["variant"] == "published" else ("K", "alpha")
-    told = {key: value for key, value in fade.items() if key not in unused}
+    used = {key: value for key, value in fade.items() if key not in unused}
     return ", ".join(
-        f"{key} {', '.join(map(str, value)) if isinstance(value, list) else value}" for key, value in told.items()
+        f"{key} {', '.join(map(str, value)) if isinstance(value, list) else value}" for key, value in used.items()
     )
 
 
-def _weight_origin(described: Mapping[str, Any]) -> str:
-    weights = described["weights"]
+def _weight_origin(metadata: Mapping[str, Any]) -> str:
+    weights = metadata["weights"]
     if weights is not None:
         return f"from the weights of {weights['file']} (SHA-256 `{weights['sha256']}`)"
-    return "pretrained" if described["model"]["pretrained"] else "from random weights"
+    return "pretrained" if metadata["model"]["pretrained"] else "from random weights"
 
 
-def _format_calibration(described: Mapping[str, Any], task: Task) -> str:
-    found = from_dict(described["calibration"])
-    if found == IDENTITY:
-        return "none: scores as the network gives them"
+def _format_calibration(metadata: Mapping[str, Any], task: Task) -> str:
+    calibration = from_dict(metadata["calibration"])
+    if calibration == IDENTITY:
+        return "none: uncalibrated scores"
     if task.multi_label:
-        return "vector scaling of each finding, fitted on validation"
-    return f"temperature {1 / found.slope[0]:.3g}, fitted on validation"
+        return "vector scaling per finding, fitted on validation"
+    return f"temperature {1 / calibration.slope[0]:.3g}, fitted on validation"
 
 
 def _format_percent(share: float | None, bounds: tuple[float, float] | None = None) -> str:

@@ -117,7 +117,7 @@ def test_the_two_views_of_the_laplacian_differ_but_not_in_their_sum():
     ("backbone", "fade"), [("fadevit_nano", DIFFUSION), ("fadevit_nano", None), ("resnet18", None)]
 )
 def test_other_networks_have_no_fade_maps(backbone, fade):
-    with pytest.raises(ValueError, match="only a FadeNet of the variant published has fade maps; use grad_cam"):
+    with pytest.raises(ValueError, match="fade_attribution needs a FadeNet of variant published; use grad_cam"):
         fade_attribution(network(backbone, fade), noise(), GREY, CLASSES)
 
 
@@ -172,13 +172,13 @@ def test_a_network_without_a_map_of_places_is_told(backbone):
     side = 240 if "240" in backbone else 224
     model = network(backbone, None, side)
     before = state_of(model)
-    with pytest.raises(ValueError, match="are no map of places, which Grad-CAM needs"):
+    with pytest.raises(ValueError, match="have no spatial positions, which Grad-CAM needs"):
         grad_cam(model, noise(1, side), GREY, CLASSES[:1])
     assert_same_state(state_of(model), before)
 
 
 def test_a_module_that_is_none_of_timms_is_told():
-    with pytest.raises(ValueError, match="Linear is no network of timm's kind"):
+    with pytest.raises(ValueError, match="Linear lacks timm's methods"):
         grad_cam(torch.nn.Linear(3, 3).eval(), noise(), GREY, CLASSES)
 
 
@@ -186,10 +186,10 @@ def test_a_module_that_is_none_of_timms_is_told():
 @pytest.mark.parametrize(
     ("classes", "message"),
     [
-        (np.array([0, 1]), r"one integer for each of 1 or more images, not int64 \(2,\)"),
-        (np.array([0.0, 1, 2, 0, 1]), "one integer for each"),
-        (np.array([0, 1, -1, 0, 1]), "classes holds -1"),
-        (np.array([0, 1, 3, 0, 1]), "classes holds 3, but the model has 3 outputs"),
+        (np.array([0, 1]), r"one integer per image and at least one image, not int64 \(2,\)"),
+        (np.array([0.0, 1, 2, 0, 1]), "one integer per image"),
+        (np.array([0, 1, -1, 0, 1]), "classes contains -1"),
+        (np.array([0, 1, 3, 0, 1]), "classes contains 3, but the model has 3 outputs"),
     ],
 )
 def test_classes_that_do_not_fit_are_told(explain, classes, message):

@@ -75,7 +75,7 @@ def test_a_box_between_the_middles_of_patches_cannot_be_hit():
 
 @pytest.mark.parametrize("boxes", [[], [[(0, 0, 1, 1)]] * 2, [[(0, 0, 1)]], [(0, 0, 1, 1)]])
 def test_what_does_not_fit_is_told(boxes):
-    with pytest.raises(ValueError, match="1 maps need as many tables of boxes"):
+    with pytest.raises(ValueError, match="1 maps need as many box arrays"):
         find_hits(peaks((0, 0)), boxes, 28)
 
 
@@ -132,12 +132,12 @@ def test_what_was_found_is_told_in_sentences_and_a_table(tmp_path):
     nowhere = boxes.assign(id="i3", x=np.nan).iloc[:1].assign(**{"class": 0})
     found = evaluate_pointing(model, pd.concat([boxes, nowhere]), INDEX, PIXELS, FINDINGS, 0.95)
     told = pointing_game.describe_results(found)
-    assert told[0].startswith("Where people drew boxes: 41 findings in 40 test images;")
-    (cam,) = [sentence for sentence in told if sentence.startswith("Grad-CAM points into the box in ")]
-    assert " % of 40 (95 % interval " in cam
-    assert cam.endswith("where pointing anywhere would in 2 %: more than chance.")
+    assert told[0].startswith("Pointing game with hand-drawn boxes (Zhang et al. 2018): 41 findings in 40 test images.")
+    (cam,) = [sentence for sentence in told if sentence.startswith("Grad-CAM hits in ")]
+    assert " % of 40 cases (95 % interval " in cam
+    assert cam.endswith("the chance level is 2 %: above chance.")
     table = tables.pointing_game(found)
-    assert table.head == ("Finding", "Images with a box", "Anywhere", "Grad-CAM", "Attention part", "Laplacian part")
+    assert table.head == ("Finding", "Cases", "Chance level", "Grad-CAM", "Attention part", "Laplacian part")
     assert [row[:3] for row in table.rows] == [("all", "40", "2"), ("a", "0", "undefined"), ("c", "40", "2")]
     assert table.rows[1][3:] == ("undefined",) * 3
 
@@ -153,7 +153,7 @@ def test_the_stage_writes_what_was_found_beside_the_other_explanations(tmp_path,
     )
     predictions.write(test, paths.PREDICTIONS)
     monkeypatch.setattr(evaluate, "load_classifier", lambda: model)
-    monkeypatch.setattr(evaluate.arrays, "read", lambda folder, split: SplitArrays(PIXELS, labels, INDEX))
+    monkeypatch.setattr(evaluate.arrays, "load_split", lambda folder, split: SplitArrays(PIXELS, labels, INDEX))
     maps, seconds = evaluate.explain.fn(3, 0, 0.95)
     assert {of.shape for of in maps.values()} == {(3, *PIXELS.shape[1:3])}
     assert read_json(paths.EXPLANATIONS)["pointing"] is None
@@ -162,7 +162,7 @@ def test_the_stage_writes_what_was_found_beside_the_other_explanations(tmp_path,
     _, seconds = evaluate.explain.fn(3, 0, 0.95)
     written = read_json(paths.EXPLANATIONS)
     assert written["pointing"]["methods"]["grad_cam"]["per_class"]["c"]["cases"] == 40
-    assert sum("points into the box" in sentence for sentence in written["sentences"]) == 3
+    assert sum(" hits in " in sentence for sentence in written["sentences"]) == 3
     assert set(written["randomization"]) == set(written["pointing"]["methods"])
     assert seconds > 0
 
@@ -174,5 +174,5 @@ def test_as_many_cases_as_the_bound_allows_spread_over_the_images(tmp_path, monk
     found = evaluate_pointing(model, boxes, INDEX, PIXELS, FINDINGS, 0.95)
     assert (found["total_cases"], found["cases"], found["images"]) == (40, 7, 7)
     assert list(found["methods"]) == ["grad_cam"]
-    assert "7 findings in 7 test images, spread over the 40 that are known;" in pointing_game.describe_results(found)[0]
+    assert "7 findings in 7 test images, an evenly spaced sample of 40." in pointing_game.describe_results(found)[0]
     assert evaluate_pointing(model, boxes.iloc[:0], INDEX, PIXELS, FINDINGS, 0.95) is None

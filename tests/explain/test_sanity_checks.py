@@ -68,7 +68,7 @@ def test_a_cascade_goes_from_the_classifier_down_and_ends_where_all_at_once_ends
         steps = [part for part, _ in told.steps]
         assert steps == [
             "classifier", "attn", "norm", "blocks.3", "blocks.2", "blocks.1", "blocks.0", "patch_embed",
-            "the model's own",
+            "direct parameters",
         ]  # fmt: skip
         assert told.steps[-1][1] == told.magnitude == whole[name].magnitude
         assert whole[name].steps == (("all weights", told.magnitude),)

@@ -28,7 +28,7 @@ def drawn(count: int, seed: int, *, brighter: float = 0.0, features: float = 0.0
     return pd.DataFrame({**columns, **{f"feature {n}": column for n, column in enumerate(seen.T)}})
 
 
-def test_images_of_the_same_kind_are_rarely_called_others():
+def test_false_alarms_are_rare():
     alarms = [drift.detect_drift(drawn(200, seed), drawn(150, 1000 + seed)).drifted for seed in range(60)]
     assert sum(map(bool, alarms)) <= 4
 
@@ -40,7 +40,7 @@ def test_images_of_the_same_kind_are_rarely_called_others():
         ({"brighter": -1.0, "features": 0.8}, ["image brightness", "features"]),
     ],
 )  # fmt: skip
-def test_what_has_moved_is_named(moved, found):
+def test_drifted_columns_are_listed(moved, found):
     result = drift.detect_drift(drawn(400, 0), drawn(300, 1, **moved))
     assert result.drifted == found
     assert result.images == 300
@@ -48,7 +48,7 @@ def test_what_has_moved_is_named(moved, found):
         assert result.columns[0].name == found[0]
 
 
-def test_a_difference_that_is_certain_and_small_is_no_drift():
+def test_small_significant_difference_is_no_drift():
     result = drift.detect_drift(drawn(20_000, 0), drawn(20_000, 1, brighter=0.1))
     brightness = next(column for column in result.columns if column.name == "image brightness")
     assert brightness.p < 1e-6
@@ -56,7 +56,7 @@ def test_a_difference_that_is_certain_and_small_is_no_drift():
     assert result.drifted == []
 
 
-def test_what_could_not_be_read_is_left_out_and_too_few_are_told():
+def test_unreadable_images_are_dropped_too_few_rejected():
     new = drawn(40, 1)
     new.loc[:9, "image contrast"] = np.nan
     assert drift.detect_drift(drawn(40, 0), new).images == 30
@@ -67,7 +67,7 @@ def test_what_could_not_be_read_is_left_out_and_too_few_are_told():
         drift.detect_drift(drawn(10, 0), drawn(40, 1))
 
 
-def test_statistics_are_those_of_the_pixels():
+def test_image_statistics_match_pixels():
     pixels = np.zeros((3, 4, 4, 3), np.uint8)
     pixels[1] = 255
     pixels[2, :, ::2, 0] = 90
@@ -81,7 +81,7 @@ def test_statistics_are_those_of_the_pixels():
     assert "image red" not in reference.image_statistics(pixels[..., :1], np.ones((3, 2), np.float32))
 
 
-def test_at_most_so_many_images_are_kept():
+def test_reference_is_limited_to_max_images():
     count = reference.MAX_IMAGES + 5
     pixels, scores = np.zeros((count, 2, 2, 1), np.uint8), np.zeros((count, 1))
     kept = reference.build_reference(pixels, scores, np.arange(count), np.zeros((count, 2), np.float32), ("mass",))
@@ -89,12 +89,12 @@ def test_at_most_so_many_images_are_kept():
     assert kept[reference.OOD_DISTANCE].is_monotonic_increasing
 
 
-def test_the_page_tells_all_of_it():
+def test_page_reports_drift():
     known, new = drawn(100, 0), drawn(90, 1, brighter=2.0)
     text = drift_page.render_drift_page(
         drift.detect_drift(known, new), known, new, model="models", images="scans <1>", unreadable=2
     )
-    assert "These have moved: image brightness." in text
+    assert "Drifted: image brightness." in text
     assert "Drift of scans &lt;1&gt;" in text
     assert "images could not be read" in text
     assert "<strong>drifted</strong>" in text
@@ -118,7 +118,7 @@ def folder(tmp_path, monkeypatch):
     return tmp_path
 
 
-def test_the_command_tells_by_page_json_and_status(folder, capsys):
+def test_command_writes_page_json_and_exit_status(folder, capsys):
     main.main(["drift", "same", "--model", "models", "--out", "out"])
     assert "drift: no drift in 20 images; out/index.html" in capsys.readouterr().out
     with pytest.raises(SystemExit) as ended:
@@ -132,7 +132,7 @@ def test_the_command_tells_by_page_json_and_status(folder, capsys):
     assert str(folder) not in (folder / "out" / "index.html").read_text()
 
 
-def test_more_images_than_wanted_are_drawn_from(folder, capsys):
+def test_max_images_draws_subset(folder, capsys):
     for number in range(20, 60):
         Image.fromarray(images(1)[0]).save(folder / "same" / f"{number}.png")
     with pytest.raises(SystemExit):
@@ -143,7 +143,7 @@ def test_more_images_than_wanted_are_drawn_from(folder, capsys):
     assert "--max-images is 5; at least 20 images are needed" in capsys.readouterr().err
 
 
-def test_a_model_without_numbers_is_told(folder, capsys):
+def test_missing_reference_data_is_reported(folder, capsys):
     (folder / "models" / "reference.parquet").unlink()
     with pytest.raises(SystemExit):
         main.main(["drift", "same", "--model", "models"])

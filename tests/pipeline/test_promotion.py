@@ -83,7 +83,7 @@ def test_by_force_with_a_reason_and_never_forgotten(reproduced):
     found = decision(reproduced)
     assert (found["decision"], found["forced"], found["ledger_entry"]) == ("promoted", True, 3)
     assert aliases(reproduced) == {"champion": "2", "previous": "1"}
-    assert "By force:" in (reproduced.folder / "reports/promotion.html").read_text()
+    assert "Forced:" in (reproduced.folder / "reports/promotion.html").read_text()
     client = MlflowClient(f"sqlite:///{reproduced.folder}/mlruns/mlflow.db")
     assert client.get_model_version(NAME, "2").tags["forced"].startswith("FORCED: the old one cannot read DICOM")
 

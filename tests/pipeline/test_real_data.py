@@ -68,7 +68,7 @@ def test_the_radiographs_of_nih_by_finding(project: Project, real_data, tmp_path
     assert metrics["test"]["overall"]["auc"] == pytest.approx(
         sum(a for a in judged.values() if a) / (14 - len(without))
     )
-    assert f"Not judged, for want of positives or negatives: {', '.join(without)}." in card
+    assert f"Not evaluated, without positive or without negative images: {', '.join(without)}." in card
     expectations = read(project, "reports/validation/validation.json")["expectations"]
     warned = [one["sentence"] for one in expectations if not one["passed"]]
     assert all(any(f" {name} (it has 0)" in sentence for sentence in warned) for name in without)

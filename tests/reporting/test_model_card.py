@@ -40,7 +40,7 @@ def card(
     summary, bounds = summarize(table), confidence_intervals(table, n_resamples=100, seed=0, confidence=0.9)
     dataset = {
         "name": "own", "file": "own.npz", "sha256": "5e1f", "task": task, "classes": list(classes),
-        "licence": "CC BY 4.0", "note": note,
+        "license": "CC BY 4.0", "note": note,
     }  # fmt: skip
     described = {
         "model": {"backbone": "fadevit_nano", "pretrained": False, "fade": fade},
@@ -67,11 +67,11 @@ def test_it_names_data_model_and_numbers(task):
     assert "epoch 4" in text
     assert "## Results on 3 test images" in text
     assert ("| Finding |" in text) == TASKS[task].multi_label
-    calibrated = "vector scaling of each finding" if TASKS[task].multi_label else "temperature 2"
+    calibrated = "vector scaling per finding" if TASKS[task].multi_label else "temperature 2"
     assert f"| Calibration | {calibrated}, fitted on validation |" in text
     assert "| sex | F | 2 | 2 |" in text
     assert NO_SUBGROUPS not in text
-    assert "No subgroup has images enough to be compared with the whole." in text  # of three images
+    assert "Too few patients to compare subgroups with the overall metrics." in text  # of three images
 
 
 def test_without_subgroups_a_sentence_stands_in_their_place():
@@ -103,13 +103,13 @@ def test_it_tells_the_layers_and_where_the_weights_came_from():
 
 
 def test_leaks_that_were_allowed_are_told():
-    assert "**8 images stand in two splits**" in card("binary-class", leaks=8)
+    assert "**8 images are in two splits**" in card("binary-class", leaks=8)
     assert "two splits" not in card("binary-class")
 
 
 def test_what_cannot_be_judged_is_named():
     text = card("binary-class", labels=np.ones((3, 1), int))
-    assert "Not judged, for want of positives or negatives: normal, pneumonia." in text
+    assert "Not evaluated, without positive or without negative images: normal, pneumonia." in text
     assert "| AUC | undefined | undefined |" in text
 
 

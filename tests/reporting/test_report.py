@@ -52,7 +52,7 @@ def made(name: str, *, images: int = 200, skill: float = 2.0, leaks: int = 0, kn
     counts = {"train": 1000, "val": len(val.frame), "test": len(test.frame)}
     dataset = {
         "name": name, "file": f"{name}.npz", "sha256": "5e" * 32, "task": of.task, "classes": list(classes),
-        "licence": "CC BY 4.0", "note": "", "size": 28, "counts": counts,
+        "license": "CC BY 4.0", "note": "", "size": 28, "counts": counts,
     }  # fmt: skip
     meta = ArrayMetadata(dataset, 28, 1, counts, "published", leaks, [0.5], [0.2], "squash")
     intervals, found = subgroups.evaluate_subgroups(test, [0, 40, 80], n_resamples=100, seed=0, confidence=0.95)
@@ -102,19 +102,19 @@ def test_the_verdict_tells_numbers_calibration_subgroups_and_published_scores():
     assert sentences[0].startswith("AUC 0.")
     assert "on 100 test images (95 % intervals)." in sentences[0]
     assert any(sentence.startswith("Calibration error 0.") for sentence in sentences)
-    assert any("none is worse beyond chance" in sentence for sentence in sentences)
-    (beside,) = [sentence for sentence in sentences if "Published AUCs that may be compared" in sentence]
+    assert any("none is significantly worse" in sentence for sentence in sentences)
+    (beside,) = [sentence for sentence in sentences if "Comparable published AUCs" in sentence]
     assert told[beside] == "good"  # a skill that no published method has
 
 
 def test_the_verdict_warns_of_chance_leaks_and_classes_that_are_not_judged():
     told = verdicts(made("breastmnist", images=60, skill=0.0, leaks=3, known=False))
     assert next(iter(told.values())) == "bad"
-    assert "chance alone is not ruled out" in next(iter(told))
-    assert told["3 images stand in two splits, so the numbers may flatter."] == "bad"
+    assert "not significantly better than chance" in next(iter(told))
+    assert told["3 images are in two splits, so the metrics may be optimistic."] == "bad"
     assert tables.NO_SUBGROUPS in told
-    without = next(sentence for sentence in verdicts(made("chestmnist")) if sentence.startswith("Not judged"))
-    assert without == f"Not judged, for want of images with or without: {DATASETS['chestmnist'].classes[3]}."
+    without = next(sentence for sentence in verdicts(made("chestmnist")) if sentence.startswith("Not evaluated"))
+    assert without == f"Not evaluated, without positive or without negative images: {DATASETS['chestmnist'].classes[3]}."
 
 
 def test_what_stands_in_the_page_is_escaped_and_nothing_points_outside(tmp_path):
@@ -143,17 +143,17 @@ def test_how_often_maps_point_into_boxes_stands_below_the_gallery(tmp_path):
     of = {"name": "Grad-CAM", "overall": one, "per_class": {"mass": one, "nodule": none}}
     told = {"sentences": ["It points."], "pointing": {"methods": {"grad_cam": of}}}
     text = page(made("chestmnist"), tmp_path, told).read_text()
-    assert "How often maps point into the box of a finding" not in page(made("chestmnist"), tmp_path).read_text()
-    cells = re.findall(r"<t[hd]\b[^>]*>([^<]*)", text[text.index("How often maps point into the box of a finding") :])
+    assert "Pointing game: hit rates" not in page(made("chestmnist"), tmp_path).read_text()
+    cells = re.findall(r"<t[hd]\b[^>]*>([^<]*)", text[text.index("Pointing game: hit rates") :])
     assert cells == [
-        "Finding", "Images with a box", "Anywhere", "Grad-CAM", "all", "20", "7", "50 (30 to 70)", "mass", "20", "7",
+        "Finding", "Cases", "Chance level", "Grad-CAM", "all", "20", "7", "50 (30 to 70)", "mass", "20", "7",
         "50 (30 to 70)", "nodule", "0", "undefined", "undefined",
     ]  # fmt: skip
 
 
 def test_marks_of_markdown_are_html_in_the_page_and_all_else_is_escaped(tmp_path):
     text = page(made("bloodmnist", leaks=2), tmp_path).read_text()
-    assert "<strong>2 images stand in two splits</strong>" in text
+    assert "<strong>2 images are in two splits</strong>" in text
     assert f"<code>{'5e' * 32}</code>" in text
     body = re.sub(r"base64,[^\"]*", "", text)
     assert "**" not in body
@@ -190,7 +190,7 @@ def test_the_page_in_a_browser(browser, written, width):
     assert tab.evaluate("[...document.querySelectorAll('table')].every(table => table.caption)")
     wide = "[...document.querySelectorAll('caption span')].map(of => of.getBoundingClientRect().right)"
     assert max(tab.evaluate(wide)) <= width  # a caption wraps, however far its table scrolls
-    assert tab.evaluate("document.querySelectorAll('h2')[0].textContent") == "Verdict"
+    assert tab.evaluate("document.querySelectorAll('h2')[0].textContent") == "Key findings"
     # the keyboard: first the way past the links, then the links, each to a place that is there
     tab.keyboard.press("Tab")
     assert tab.evaluate("document.activeElement.className") == "skip"

@@ -70,7 +70,7 @@ def fetch_files(
     Args:
         files: files to download, with distinct names.
         folder: destination folder, also for partial files.
-        hint: what the user can do if a download fails; ends the error message.
+        hint: advice to the user if a download fails; ends the error message.
         max_workers: maximum number of simultaneous downloads.
 
     Returns:

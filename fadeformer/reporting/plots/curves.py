@@ -1,6 +1,6 @@
-"""ROC and precision-recall curves with their bands; each function returns a matplotlib figure.
+"""ROC and precision-recall curves with confidence bands; each function returns a matplotlib figure.
 
-Up to three curves share a plot; of more classes each has a panel, since bands that overlap tell nothing.
+Up to three curves share one plot; with more classes each gets a panel, because overlapping bands are unreadable.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ BAND_ALPHA = 0.18  # opacity
 def roc_curves(
     predictions: Predictions, summary: Mapping[str, Any], intervals: Mapping[str, Any], bands: pd.DataFrame
 ) -> Figure:
-    """Sensitivity against 1 - specificity of every class, with its AUC and bands.
+    """Plot the ROC curve of each class with its AUC and confidence band.
 
     Args:
-        predictions: of one split.
-        summary: of `fadeformer.evaluation.summary.summarize`.
-        intervals: of `fadeformer.evaluation.summary.confidence_intervals`.
-        bands: of `fadeformer.evaluation.intervals.curve_bands.compute_bands`.
+        predictions: predictions on one split.
+        summary: from `fadeformer.evaluation.summary.summarize`.
+        intervals: from `fadeformer.evaluation.summary.confidence_intervals`.
+        bands: from `fadeformer.evaluation.intervals.curve_bands.compute_bands`.
     """
     points = roc_curve_points(predictions).rename(columns={"fpr": "x", "tpr": "y"})
     labels = {
@@ -51,7 +51,7 @@ def roc_curves(
 def pr_curves(
     predictions: Predictions, summary: Mapping[str, Any], intervals: Mapping[str, Any], bands: pd.DataFrame
 ) -> Figure:
-    """Precision against sensitivity of every class, with its average precision and bands; dotted: its prevalence.
+    """Plot the precision-recall curve of each class with average precision, confidence band and prevalence (dotted).
 
     Arguments are those of `roc_curves`.
     """
@@ -62,11 +62,11 @@ def pr_curves(
     }
     figure, plots = _plot_curves(points, bands[bands["curve"] == "pr"], labels, legend_loc="lower left")
     names = list(points["class"].unique())
-    for place, name in enumerate(names):
+    for index, name in enumerate(names):
         prevalence = summary["per_class"][name]["prevalence"]
-        axes = plots[place] if len(plots) > 1 else plots[0]
-        colour = COLORS[place % len(COLORS)] if len(plots) == 1 else CHANCE_STYLE["color"]
-        axes.axhline(prevalence, color=colour, linestyle=CHANCE_STYLE["linestyle"], linewidth=1)
+        axes = plots[index] if len(plots) > 1 else plots[0]
+        color = COLORS[index % len(COLORS)] if len(plots) == 1 else CHANCE_STYLE["color"]
+        axes.axhline(prevalence, color=color, linestyle=CHANCE_STYLE["linestyle"], linewidth=1)
     mean = _mean_label(summary, intervals, "average_precision", "AP", len(labels))
     return _add_labels(
         figure, f"Precision-recall{mean}", summary, ("Recall (sensitivity)", "Precision (positive predictive value)"),
@@ -82,11 +82,13 @@ def _class_values(summary: Mapping[str, Any], intervals: Mapping[str, Any], key:
     }
 
 
-def _mean_label(summary: Mapping[str, Any], intervals: Mapping[str, Any], key: str, what: str, count: int) -> str:
+def _mean_label(
+    summary: Mapping[str, Any], intervals: Mapping[str, Any], key: str, metric: str, num_classes: int
+) -> str:
     value = summary["overall"][key]
-    if value is None or count < 3:
-        return ": no class can be judged" if value is None else ""
-    return f", mean {what} {format_with_interval(value, intervals['overall'][key])}"
+    if value is None or num_classes < 3:
+        return ": no class can be evaluated" if value is None else ""
+    return f", mean {metric} {format_with_interval(value, intervals['overall'][key])}"
 
 
 def _plot_curves(
@@ -97,23 +99,27 @@ def _plot_curves(
     legend_loc: Literal["lower right", "lower left"],
 ) -> tuple[Figure, list[Axes]]:
     names = list(points["class"].unique())
-    together = len(names) <= MAX_SHARED_CURVES
-    figure, plots = panel_grid(1 if together else len(names), panel_inches=2.2, single_panel_inches=4.6)
-    for place, name in enumerate(names):
-        axes = plots[0 if together else place]
-        colour = COLORS[place % len(COLORS)] if together else COLORS[0]
-        of_class, band = points[points["class"] == name], bands[bands["class"] == name]
-        what, value = labels[name]
-        style = LINE_STYLES[place] if together else "-"
-        axes.fill_between(band["x"], band["low"], band["high"], color=colour, alpha=BAND_ALPHA, linewidth=0)
+    is_shared = len(names) <= MAX_SHARED_CURVES
+    figure, plots = panel_grid(1 if is_shared else len(names), panel_inches=2.2, single_panel_inches=4.6)
+    for index, name in enumerate(names):
+        axes = plots[0 if is_shared else index]
+        color = COLORS[index % len(COLORS)] if is_shared else COLORS[0]
+        class_points, band = points[points["class"] == name], bands[bands["class"] == name]
+        metric, value = labels[name]
+        style = LINE_STYLES[index] if is_shared else "-"
+        axes.fill_between(band["x"], band["low"], band["high"], color=color, alpha=BAND_ALPHA, linewidth=0)
         axes.plot(
-            of_class["x"], of_class["y"], color=colour, linestyle=style, label=f"{wrap_name(name)}\n{what} {value}"
+            class_points["x"],
+            class_points["y"],
+            color=color,
+            linestyle=style,
+            label=f"{wrap_name(name)}\n{metric} {value}",
         )
-        if not together:
+        if not is_shared:
             axes.set_title(f"{wrap_name(name)}\n{value}", fontsize=8)
-    if together and names:
+    if is_shared and names:
         plots[0].legend(loc=legend_loc, fontsize=8, framealpha=0.85)
-    ticks = [0, 0.25, 0.5, 0.75, 1] if together else [0, 0.5, 1]
+    ticks = [0, 0.25, 0.5, 0.75, 1] if is_shared else [0, 0.5, 1]
     for axes in plots:
         axes.set(xlim=(-0.01, 1.01), ylim=(-0.01, 1.01), aspect="equal", xticks=ticks, yticks=ticks)
         axes.tick_params(labelsize=8)
@@ -130,8 +136,8 @@ def _add_labels(
         Line2D([], [], color=COLORS[0], label="curve"), Patch(color=COLORS[0], alpha=BAND_ALPHA, label="interval"),
         Line2D([], [], **CHANCE_STYLE, label=dotted_label),
     ]  # fmt: skip
-    left_out = ", ".join(wrap_name(name).replace("\n", " ") for name in summary["not_evaluated"])
-    lines = [title, *textwrap.wrap(f"not evaluated: {left_out}", 80)] if left_out else [title]
+    not_evaluated = ", ".join(wrap_name(name).replace("\n", " ") for name in summary["not_evaluated"])
+    lines = [title, *textwrap.wrap(f"not evaluated: {not_evaluated}", 80)] if not_evaluated else [title]
     figure.legend(
         handles=handles, loc="outside upper center", ncols=3, frameon=False, fontsize=8, title="\n".join(lines),
         title_fontsize=10,

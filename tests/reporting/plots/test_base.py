@@ -112,7 +112,7 @@ def test_counts_of_a_confusion_matrix_are_those_of_the_images():
 
 def test_training_curves_mark_the_epoch_that_was_kept():
     left, right = base.training_curves(HISTORY, 2).axes
-    assert "kept: epoch 2" in [text.get_text() for text in left.get_legend().get_texts()]
+    assert "selected: epoch 2" in [text.get_text() for text in left.get_legend().get_texts()]
     assert len(right.lines) == 4
     assert len(base.training_curves(HISTORY.assign(val_auc=np.nan), 2).axes[1].lines) == 3
 

@@ -107,4 +107,4 @@ def test_a_gallery_of_no_mistakes_says_so():
     p = made("binary-class", 2, 20, 0)
     wrong = error_gallery.most_confident_errors(p, 12).iloc[:0]
     figure = cases.case_gallery(wrong, np.zeros((0, 28, 28, 1), np.uint8), {})
-    assert figure.texts[0].get_text() == "No test image is wrong"
+    assert figure.texts[0].get_text() == "No errors on test"
