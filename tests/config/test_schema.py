@@ -1,4 +1,4 @@
-"""params.yaml: what is wrong in it is told by key, with the nearest valid one."""
+"""Validation of params.yaml: messages contain the key and the closest valid one."""
 
 import copy
 
@@ -10,11 +10,11 @@ from fadeformer.config import schema
 from fadeformer.errors import UserError
 from tests.conftest import ROOT
 
-SHIPPED = schema.load_params(ROOT / "params.yaml").as_nested_dict()
+DEFAULTS = schema.load_params(ROOT / "params.yaml").as_nested_dict()
 
 
-def changed(path: str, value: object) -> dict:
-    values = copy.deepcopy(SHIPPED)
+def with_value(path: str, value: object) -> dict:
+    values = copy.deepcopy(DEFAULTS)
     section = values
     *parents, last = path.split(".")
     for parent in parents:
@@ -35,25 +35,25 @@ def changed(path: str, value: object) -> dict:
         ),
         ("model.fade.variant", "difusion", "model.fade.variant is 'difusion', but should be"),
         ("model.fade.variant", "difusion", "did you mean diffusion?"),
-        ("model.fade.after_blocks", [1], "after_blocks is [1]; the published variant stands last: set it to [last]"),
-        ("model.fade.after_blocks", ["first"], "after_blocks is [first]; it lists blocks by number, from 1, or last"),
-        ("model.fade.after_blocks", [0], "after_blocks is [0]; it lists blocks by number, from 1, or last"),
-        ("model.fade.after_blocks", [], "after_blocks is []; it lists blocks"),
+        ("model.fade.after_blocks", [1], "after_blocks is [1]; the published variant follows the last block: set"),
+        ("model.fade.after_blocks", ["first"], "after_blocks is [first]; it must list block numbers from 1, or last"),
+        ("model.fade.after_blocks", [0], "after_blocks is [0]; it must list block numbers from 1, or last"),
+        ("model.fade.after_blocks", [], "after_blocks is []; it must list block numbers"),
         (
             "model.weights",
             "models/best_model.pth",
-            "model.weights is models/best_model.pth, but training makes models/",
+            "model.weights is models/best_model.pth, but training recreates models/",
         ),
-        ("train.epochs", "12", "train.epochs is '12', but should be a valid integer (it stands as text"),
+        ("train.epochs", "12", "train.epochs is '12', but should be a valid integer (the YAML has it as text"),
         ("train.epochs", True, "train.epochs is True, but should be a valid integer"),
         ("train.epochs", 0, "train.epochs is 0, but should be greater than or equal to 1"),
-        ("train.learning_rate", "1e-3", "is '1e-3', but should be a valid number (it stands as text"),
+        ("train.learning_rate", "1e-3", "is '1e-3', but should be a valid number (the YAML has it as text"),
         ("dataset.name", "retinamist", "did you mean retinamnist?"),
         ("dataset.root", "", "dataset.root is '', but should"),
-        ("dataset.classes", ["a", "b", "a"], "dataset.classes names a class twice"),
+        ("dataset.classes", ["a", "b", "a"], "dataset.classes has a duplicate name"),
         ("promote.model_name", "fadenet-{datset}", "promote.model_name is 'fadenet-{datset}', but should"),
         ("promote.min_auc", 2, "promote.min_auc is 2, but should be less than or equal to 1"),
-        ("augment.erasing_scale", [0.3, 0.1], "the smallest area comes first"),
+        ("augment.erasing_scale", [0.3, 0.1], "the smaller fraction comes first"),
         ("train.devices", "two", "train.devices is 'two', but should be 'auto' or a valid integer"),
         ("train.devices", 0, "train.devices is 0, but should be 'auto' or greater than or equal to 1"),
         ("train.class_weights", "auot", "train.class_weights is 'auot', but should be 'none' or 'auto' or a valid"),
@@ -62,28 +62,28 @@ def changed(path: str, value: object) -> dict:
         ("train.class_weights", {"mel": "x"}, "train.class_weights.mel is 'x', but should be a valid number"),
         ("train.precision", "fp32", "train.precision is 'fp32', but should be 'auto', 32, 'bf16' or 16"),
         ("train.monitor", "acuracy", "did you mean accuracy?"),
-        ("train.warmup_epochs", 20, "train.warmup_epochs (20) leave nothing of train.epochs (20)"),
+        ("train.warmup_epochs", 20, "train.warmup_epochs (20) leave no epoch of train.epochs (20)"),
         ("augment.horizontal_flip", "never", "augment.horizontal_flip is 'never', but should be a valid number or"),
         ("augment.horizontal_flip", 2, "augment.horizontal_flip is 2, but should be less than or equal to 1 or 'auto'"),
         ("model", 3, "model is 3, but should be a section with the keys backbone, pretrained"),
     ],
 )
-def test_a_wrong_value_is_named(path, value, message):
+def test_invalid_values_are_reported_by_key(path, value, message):
     with pytest.raises(UserError) as error:
-        schema.parse_params(changed(path, value), "params.yaml")
+        schema.parse_params(with_value(path, value), "params.yaml")
     assert message in str(error.value)
     assert str(error.value).startswith("params.yaml: ")
 
 
-def test_a_size_that_medmnist_does_not_publish_is_named():
-    values = changed("dataset.name", "bloodmnist")
+def test_unpublished_medmnist_size_is_rejected():
+    values = with_value("dataset.name", "bloodmnist")
     values["dataset"]["size"] = 32
     with pytest.raises(UserError, match="published at 28, 64, 128 and 224"):
         schema.parse_params(values, "params.yaml")
 
 
-def test_every_wrong_key_is_told_at_once():
-    values = changed("train.epochs", 0)
+def test_all_invalid_keys_are_reported_together():
+    values = with_value("train.epochs", 0)
     del values["seed"]
     with pytest.raises(UserError) as error:
         schema.parse_params(values, "params.yaml")
@@ -93,7 +93,7 @@ def test_every_wrong_key_is_told_at_once():
 
 @given(st.sampled_from(sorted(schema.load_params(ROOT / "params.yaml").as_flat_dict())))
 def test_no_key_has_a_default(path):
-    values = copy.deepcopy(SHIPPED)
+    values = copy.deepcopy(DEFAULTS)
     section = values
     *parents, last = path.split(".")
     for parent in parents:
@@ -103,21 +103,26 @@ def test_no_key_has_a_default(path):
         schema.parse_params(values, "params.yaml")
 
 
-def test_whole_numbers_are_taken_for_fractions():
-    assert schema.parse_params(changed("promote.min_auc", 1), "params.yaml").promote.min_auc == 1.0
+def test_integers_are_accepted_as_floats():
+    assert schema.parse_params(with_value("promote.min_auc", 1), "params.yaml").promote.min_auc == 1.0
 
 
-def test_every_key_is_commented(config):
+def test_every_params_key_has_a_comment(config):
     lines = (ROOT / "params.yaml").read_text().splitlines()
-    for path in config.flat():
+    for path in config.as_flat_dict():
         last = path.split(".")[-1]
         assert any(line.strip().startswith(f"{last}:") and "#" in line for line in lines), f"{path} has no comment"
 
 
 @pytest.mark.parametrize(
-    ("text", "message"), [("a: [1", "is not valid YAML"), ("", "must hold the keys"), ("- 1", "must hold the keys")]
+    ("text", "message"),
+    [
+        ("a: [1", "is not valid YAML"),
+        ("", "must be a mapping with the keys"),
+        ("- 1", "must be a mapping with the keys"),
+    ],
 )
-def test_a_file_that_is_no_mapping_is_told(tmp_path, text, message):
+def test_yaml_without_mapping_is_rejected(tmp_path, text, message):
     (tmp_path / "params.yaml").write_text(text)
     with pytest.raises(UserError, match=message):
         schema.load_params(tmp_path / "params.yaml")

@@ -1,4 +1,4 @@
-"""Archives in MedMNIST's layout, made for tests, and data sets as the stages bring and read them."""
+"""Archives in MedMNIST's layout, and datasets as the download and validate stages read them."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -18,18 +18,18 @@ COUNTS = {"train": 60, "val": 20, "test": 30}
 
 @pytest.fixture
 def archive(tmp_path: Path) -> Callable[..., Path]:
-    """Writes an archive of random images; arrays given by name replace those it would have."""
+    """Write an .npz archive of random images; keyword arguments replace its arrays."""
 
     def make(name: str = "scans.npz", *, classes: int = 3, channels: int = 3, size: int = 16, **arrays: object) -> Path:
         random = np.random.default_rng(0)
         shape = (size, size, 3) if channels == 3 else (size, size)
-        made: dict[str, object] = {}
+        contents: dict[str, object] = {}
         for split, count in COUNTS.items():
-            made[f"{split}_images"] = random.integers(0, 256, (count, *shape), dtype=np.uint8)
-            made[f"{split}_labels"] = (np.arange(count) % classes).astype(np.uint8)[:, None]
-        made |= arrays
+            contents[f"{split}_images"] = random.integers(0, 256, (count, *shape), dtype=np.uint8)
+            contents[f"{split}_labels"] = (np.arange(count) % classes).astype(np.uint8)[:, None]
+        contents |= arrays
         path = tmp_path / name
-        np.savez_compressed(path, **{key: value for key, value in made.items() if value is not None})
+        np.savez_compressed(path, **{key: value for key, value in contents.items() if value is not None})
         return path
 
     return make
@@ -37,29 +37,27 @@ def archive(tmp_path: Path) -> Callable[..., Path]:
 
 @pytest.fixture
 def fetched(tmp_path: Path, config: Params) -> Callable[..., tuple[DatasetCard, Path]]:
-    """Brings the data set that params.yaml would with some keys changed, into an empty folder."""
+    """Fetch the dataset of params.yaml, with some keys changed, into an empty folder."""
 
     def fetch(**changes: object) -> tuple[DatasetCard, Path]:
         folder = tmp_path / "raw"
         folder.mkdir(exist_ok=True)
-        beside = {"downloads": tmp_path / "downloads", "lock": tmp_path / "dataset.lock", "salt": tmp_path / "salt"}
-        return registry.fetch_dataset(
-            **{**config.dataset.model_dump(), **changes}, **beside, destination=folder
-        ), folder
+        files = {"downloads": tmp_path / "downloads", "lock": tmp_path / "dataset.lock", "salt": tmp_path / "salt"}
+        return registry.fetch_dataset(**{**config.dataset.model_dump(), **changes}, **files, destination=folder), folder
 
     return fetch
 
 
 def scene(seed: int, side: int = 48) -> np.ndarray:
-    """A smooth color image, unlike that of any other seed."""
+    """Smooth RGB image, different for every seed."""
     coarse = np.random.default_rng(seed).integers(0, 256, (6, 6, 3), dtype=np.uint8)
     return np.asarray(Image.fromarray(coarse).resize((side, side), Image.Resampling.BICUBIC))
 
 
-def built(facts: DatasetCard, folder: Path, kept: Path, **changes: object) -> Manifest:
-    """The manifest as params.yaml would have it made."""
+def build_default_manifest(card: DatasetCard, folder: Path, split_folder: Path, **changes: object) -> Manifest:
+    """Build the manifest with the settings of params.yaml."""
     settings = {
-        "near_duplicate_similarity": 0.975, "anew": False, "shares": [0.7, 0.1, 0.2], "seed": 0, "adopted": None,
-        "kept": kept,
+        "near_duplicate_similarity": 0.975, "resplit": False, "fractions": [0.7, 0.1, 0.2], "seed": 0,
+        "split_file": None, "split_folder": split_folder,
     }  # fmt: skip
-    return manifest.build_manifest(facts, folder, **{**settings, **changes})
+    return manifest.build_manifest(card, folder, **{**settings, **changes})

@@ -30,8 +30,8 @@ from pipelines import paths
 from pipelines.config import overrides
 from pipelines.stages import download, validate
 from tests.conftest import ROOT
-from tests.data.dicom.test_dicom_image import BLACK, made, shipped
-from tests.data.test_decode import png, saved
+from tests.data.dicom.test_dicom_image import BLACK, make_dicom, pydicom_file
+from tests.data.test_decode import encode_image, png
 
 TABLE = ROOT / "docs/reference/bad_data.md"
 SCANS = Path("scans")
@@ -50,7 +50,7 @@ def write_scans() -> None:
         split, name = tuple(GROUPS)[seed // 6], ("benign", "malignant")[seed % 2]
         path = SCANS / split / name / f"{seed:02}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(saved(pixels(seed), "PNG"))
+        path.write_bytes(encode_image(pixels(seed), "PNG"))
 
 
 def case(title: str) -> Callable[[Callable[[], object]], Callable[[], object]]:
@@ -71,32 +71,34 @@ def one_file(title: str, data: bytes, name: str = "train/benign/x.png") -> None:
     CASES[title] = corrupt
 
 
-PNG, JPEG = saved(pixels(99), "PNG"), saved(pixels(99), "JPEG", quality=95)
+PNG, JPEG = encode_image(pixels(99), "PNG"), encode_image(pixels(99), "JPEG", quality=95)
 one_file("an empty file", b"")
 one_file("a truncated JPEG", JPEG[:-200], "train/benign/x.jpg")
 one_file("a truncated PNG", PNG[:-200])
 one_file("a PNG with a wrong checksum", PNG[:60] + bytes([PNG[60] ^ 1]) + PNG[61:])
-one_file("a login page saved as an image", b"<!DOCTYPE html><html>", "train/benign/x.jpg")
+one_file("a login page encode_image as an image", b"<!DOCTYPE html><html>", "train/benign/x.jpg")
 one_file("a text file named as an image", b"no image")
 one_file("a git-lfs pointer", b"version https://git-lfs.github.com/spec/v1\n")
 one_file("a PDF", b"%PDF-1.7\n")
 one_file("an image of 3.6 gigapixels in 100 bytes", png(60_000, 60_000, 8, 0, b""))
-TWO = saved(Image.fromarray(pixels(0)), "GIF", save_all=True, append_images=[Image.fromarray(pixels(1))])
+TWO = encode_image(Image.fromarray(pixels(0)), "GIF", save_all=True, append_images=[Image.fromarray(pixels(1))])
 one_file("an animation", TWO, "train/benign/x.gif")
-one_file("a floating-point TIFF", saved(Image.fromarray(np.ones((40, 40), np.float32)), "TIFF"), "train/benign/x.tif")
-one_file("a blank image", saved(np.full((40, 40, 3), 7, np.uint8), "PNG"))
-one_file("a truncated DICOM file", shipped("MR_truncated.dcm"), "train/benign/x.dcm")
-one_file("a DICOM radiotherapy plan", shipped("rtplan.dcm"), "train/benign/x.dcm")
-one_file("a DICOM file without pixel data", shipped("MR_small.dcm")[:1000], "train/benign/x.dcm")
-OTHER = made(BLACK, pydicom.uid.JPEGLosslessSV1, PixelData=encapsulate([JPEG]))
-VIDEO = made(BLACK, pydicom.uid.MPEG4HP41, PixelData=encapsulate([b"1234"]))
+one_file(
+    "a floating-point TIFF", encode_image(Image.fromarray(np.ones((40, 40), np.float32)), "TIFF"), "train/benign/x.tif"
+)
+one_file("a blank image", encode_image(np.full((40, 40, 3), 7, np.uint8), "PNG"))
+one_file("a truncated DICOM file", pydicom_file("MR_truncated.dcm"), "train/benign/x.dcm")
+one_file("a DICOM radiotherapy plan", pydicom_file("rtplan.dcm"), "train/benign/x.dcm")
+one_file("a DICOM file without pixel data", pydicom_file("MR_small.dcm")[:1000], "train/benign/x.dcm")
+OTHER = make_dicom(BLACK, pydicom.uid.JPEGLosslessSV1, PixelData=encapsulate([JPEG]))
+VIDEO = make_dicom(BLACK, pydicom.uid.MPEG4HP41, PixelData=encapsulate([b"1234"]))
 one_file("a DICOM file with a wrong frame size", OTHER, "train/benign/x.dcm")
 one_file("a DICOM video", VIDEO, "train/benign/x.dcm")
 one_file("a PNG named as DICOM", PNG, "train/benign/x.dcm")
 one_file("an image outside the class folders", PNG, "x.png")
 one_file("an image in a subfolder of a class", PNG, "train/benign/left/x.png")
 one_file("a class only in train", PNG, "train/unclear/x.png")
-one_file("names that differ only in case", saved(pixels(98), "PNG"), "train/benign/00.PNG")
+one_file("names that differ only in case", encode_image(pixels(98), "PNG"), "train/benign/00.PNG")
 
 
 @case("no folder")

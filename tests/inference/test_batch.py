@@ -20,7 +20,7 @@ from fadeformer.inference import batch, ood
 from fadeformer.inference.inputs import InputImage
 from pipelines.cli import main
 from tests.conftest import ROOT
-from tests.data.dicom.test_dicom_image import made as dicom_file
+from tests.data.dicom.test_dicom_image import make_dicom as dicom_file
 from tests.packages import load, write_model
 
 CLASSES = ["red", "green", "blue"]
@@ -66,7 +66,7 @@ def refused(capsys, *words):
     return capsys.readouterr().err.strip()
 
 
-def test_every_image_has_a_row_with_the_scores_of_the_model(fixed, images, tmp_path, capsys):
+def test_table_has_model_scores_of_every_image(fixed, images, tmp_path, capsys):
     assert predict(images, "--model", fixed, "--out", tmp_path / "p.csv") == 0
     told = capsys.readouterr().out
     assert "predict: 40 images, 0 of them unreadable" in told
@@ -88,7 +88,7 @@ def test_every_image_has_a_row_with_the_scores_of_the_model(fixed, images, tmp_p
     assert table["error"].isna().all()
 
 
-def test_any_number_of_threads_and_both_formats_hold_the_same(fixed, images, tmp_path):
+def test_thread_count_and_format_change_nothing(fixed, images, tmp_path):
     for threads in (1, 3):
         predict(images, "--model", fixed, "--out", tmp_path / f"{threads}.csv", "--threads", threads)
     assert (tmp_path / "1.csv").read_bytes() == (tmp_path / "3.csv").read_bytes()
@@ -98,7 +98,7 @@ def test_any_number_of_threads_and_both_formats_hold_the_same(fixed, images, tmp
     assert written["decision"].tolist() == csv["decision"].tolist()
 
 
-def test_zips_files_and_patterns_give_the_same_scores_under_their_names(fixed, images, tmp_path, monkeypatch):
+def test_zip_file_and_pattern_inputs_agree(fixed, images, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with zipfile.ZipFile("scans.zip", "w") as packed:
         for path in sorted(images.rglob("*.*")):
@@ -119,7 +119,7 @@ def test_zips_files_and_patterns_give_the_same_scores_under_their_names(fixed, i
     assert tables["twice"].index.tolist() == [f"images/0{n}.png" for n in (0, 2, 4, 6, 8)]
 
 
-def test_dicom_is_read_without_a_word_of_the_patient(fixed, images, tmp_path, capsys):
+def test_dicom_output_has_no_patient_data(fixed, images, tmp_path, capsys):
     scans = tmp_path / "scans"
     scans.mkdir()
     grey = np.arange(64 * 64, dtype=np.uint16).reshape(64, 64)
@@ -143,7 +143,7 @@ def test_dicom_is_read_without_a_word_of_the_patient(fixed, images, tmp_path, ca
             assert word not in out.read_text()
 
 
-def test_files_that_cannot_be_read_have_a_reason_and_the_rest_is_written(fixed, images, tmp_path, capsys):
+def test_unreadable_files_have_error_others_scores(fixed, images, tmp_path, capsys):
     whole = (images / "00.png").read_bytes()
     bad = {"cut.png": whole[:200], "empty.png": b"", "page.png": b"<html>", "text.dcm": b"hello"}
     for name, data in bad.items():
@@ -164,7 +164,7 @@ def test_files_that_cannot_be_read_have_a_reason_and_the_rest_is_written(fixed, 
     assert good[CLASSES].sum(axis=1).to_numpy() == pytest.approx(1)
 
 
-def test_a_damaged_member_of_a_zip_is_told_and_the_others_are_read(fixed, images, tmp_path):
+def test_damaged_zip_member_has_error(fixed, images, tmp_path):
     with zipfile.ZipFile(tmp_path / "a.zip", "w") as packed:
         for name in ("00.png", "02.png", "04.png"):
             packed.write(images / name, name)
@@ -177,7 +177,7 @@ def test_a_damaged_member_of_a_zip_is_told_and_the_others_are_read(fixed, images
     assert table["error"].notna().sum() == 1
 
 
-def test_the_model_s_own_points_or_a_file_of_them_decide(images, tmp_path, capsys):
+def test_operating_points_from_model_or_file_decide(images, tmp_path, capsys):
     folder = model(tmp_path / "two", "binary", classes=["a", "b"])
     out = tmp_path / "p.csv"
     predict(images, "--model", folder, "--out", out)
@@ -210,7 +210,7 @@ main.main()
 
 
 @pytest.mark.parametrize("ending", ["csv", "parquet"])
-def test_killed_and_started_again_it_ends_with_the_same_bytes(fixed, tmp_path, ending, monkeypatch, capsys):
+def test_resume_after_kill_gives_identical_file(fixed, tmp_path, ending, monkeypatch, capsys):
     monkeypatch.setattr(batch, "CHUNK_SIZE", 2 * batch.BATCH_SIZE)
     folder = tmp_path / "many"
     folder.mkdir()
@@ -241,7 +241,7 @@ def test_killed_and_started_again_it_ends_with_the_same_bytes(fixed, tmp_path, e
     assert not parts.exists()
 
 
-def test_what_was_begun_with_another_image_is_begun_afresh(fixed, images, tmp_path, monkeypatch, capsys):
+def test_changed_image_discards_partial_results(fixed, images, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(batch, "CHUNK_SIZE", batch.BATCH_SIZE)
     out, whole = tmp_path / "p.csv", tmp_path / "whole.csv"
     with monkeypatch.context() as patch:
@@ -265,7 +265,7 @@ def _fails_at(name, rows):
     return fail
 
 
-def test_explain_writes_an_overlay_for_each_image(fixed, images, tmp_path):
+def test_explain_writes_overlay_per_image(fixed, images, tmp_path):
     (images / "bad.png").write_bytes(b"")
     before = predict(images, "--model", fixed, "--out", tmp_path / "plain.csv")
     folder = tmp_path / "maps"
@@ -280,18 +280,18 @@ def test_explain_writes_an_overlay_for_each_image(fixed, images, tmp_path):
         assert found.width < 2.5 * found.height  # Grad-CAM alone
 
 
-def test_an_overlay_never_leaves_its_folder(tmp_path):
+def test_overlay_path_stays_in_folder(tmp_path):
     assert overlays.overlay_path(tmp_path, "../a/./b.png") == tmp_path / "__" / "a" / "b.png.png"
     assert overlays.overlay_path(tmp_path, "/scans/b.png") == tmp_path / "scans" / "b.png.png"
 
 
-def test_a_class_that_is_called_as_a_column_is_refused(images, tmp_path, capsys):
+def test_reserved_class_name_is_rejected(images, tmp_path, capsys):
     folder = model(tmp_path / "odd", classes=["name", "b", "c"])
     told = refused(capsys, images, "--model", folder, "--out", tmp_path / "p.csv")
     assert "class name 'name' is reserved for a column" in told
 
 
-def test_errors_of_use_are_one_message_each(fixed, images, tmp_path, capsys, monkeypatch):
+def test_usage_errors_are_one_message(fixed, images, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     (tmp_path / "none").mkdir()
@@ -321,7 +321,7 @@ def test_errors_of_use_are_one_message_each(fixed, images, tmp_path, capsys, mon
 
 
 @pytest.mark.parametrize(("number", "told"), [(28, "No space left on device; free some"), (13, "Permission denied")])
-def test_a_disk_that_takes_no_more_is_told_and_what_was_done_is_kept(
+def test_full_disk_keeps_partial_results(
     fixed, images, tmp_path, capsys, monkeypatch, number, told
 ):
     monkeypatch.setattr(batch, "CHUNK_SIZE", batch.BATCH_SIZE)

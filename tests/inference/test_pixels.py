@@ -16,7 +16,7 @@ from tests.packages import images, png
 pixels_of = partial(pixels.prepare_images, image_size=16, channels=3, aspect="pad", max_pixels=10_000)
 
 
-def test_files_text_and_pixels_of_an_image_are_the_same():
+def test_bytes_base64_and_arrays_agree():
     expected = images(3)
     files = [png(image) for image in expected]
     for given in (
@@ -34,7 +34,7 @@ def test_files_text_and_pixels_of_an_image_are_the_same():
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "I;16"])
-def test_a_file_of_any_size_and_mode_becomes_what_preprocess_makes_of_it(mode):
+def test_file_matches_preprocess(mode):
     big = np.random.default_rng(1).integers(0, 256, (40, 23, 3), dtype=np.uint8)
     image = Image.fromarray(big).convert("L").convert("I;16") if mode == "I;16" else Image.fromarray(big).convert(mode)
     buffer = io.BytesIO()
@@ -44,7 +44,7 @@ def test_a_file_of_any_size_and_mode_becomes_what_preprocess_makes_of_it(mode):
 
 
 @pytest.mark.parametrize("shape", [(2, 40, 23, 3), (2, 40, 23, 1), (2, 40, 23), (2, 16, 16)])
-def test_pixels_of_another_size_are_made_to_fit_as_files_are(shape):
+def test_arrays_are_resized_like_files(shape):
     given = np.random.default_rng(2).integers(0, 256, shape, dtype=np.uint8)
     np.testing.assert_array_equal(pixels_of(given), pixels_of([png(image) for image in given]))
 
@@ -68,12 +68,12 @@ def test_pixels_of_another_size_are_made_to_fit_as_files_are(shape):
         ([b""], "image 0: the file is empty"),
         (["no base64!"], "image 0: is not valid base64"),
         (["ü"], "image 0: is not valid base64"),
-        ([None], "image 0: is neither bytes"),
-        ([1.5], "image 0: is neither bytes"),
+        ([None], "image 0: is neither file bytes"),
+        ([1.5], "image 0: is neither file bytes"),
         ([[[1, 2], [3]]], "image 0: is not an array: its rows differ in length"),
         (np.array([png(images(1)[0])]), "numpy dtype S"),
     ],
 )
-def test_what_cannot_be_used_is_told_with_its_place(given, reason):
+def test_invalid_image_is_reported_with_index(given, reason):
     with pytest.raises(UserError, match=reason):
         pixels_of(given)

@@ -1,11 +1,11 @@
-"""Files and folders appear whole, or what was there before stays."""
+"""Atomic writes: files and folders appear completely, or the previous content stays."""
 
 import pytest
 
 from fadeformer.io.atomic import atomic_folder, atomic_write, checksum, read_json, write_json
 
 
-def test_a_file_appears_when_the_block_ends(tmp_path):
+def test_atomic_write_creates_file_on_exit(tmp_path):
     path = tmp_path / "new" / "a.txt"
     with atomic_write(path) as temporary:
         temporary.write_text("one")
@@ -14,21 +14,21 @@ def test_a_file_appears_when_the_block_ends(tmp_path):
     assert [entry.name for entry in path.parent.iterdir()] == ["a.txt"]
 
 
-def fail_in(manager):
+def raise_in(manager):
     with manager as temporary:
-        (temporary / "part" if temporary.is_dir() else temporary).write_text("part")
+        (temporary / "partial" if temporary.is_dir() else temporary).write_text("partial")
         raise ZeroDivisionError
 
 
-def test_an_error_leaves_what_was_there(tmp_path):
+def test_error_keeps_the_previous_content(tmp_path):
     path, folder = tmp_path / "a.txt", tmp_path / "folder"
     path.write_text("old")
     folder.mkdir()
     (folder / "old").write_text("old")
     with pytest.raises(ZeroDivisionError):
-        fail_in(atomic_write(path))
+        raise_in(atomic_write(path))
     with pytest.raises(ZeroDivisionError):
-        fail_in(atomic_folder(folder))
+        raise_in(atomic_folder(folder))
     assert path.read_text() == "old"
     assert sorted(entry.relative_to(tmp_path).as_posix() for entry in tmp_path.rglob("*")) == [
         "a.txt",
@@ -37,7 +37,7 @@ def test_an_error_leaves_what_was_there(tmp_path):
     ]
 
 
-def test_a_folder_takes_the_place_of_the_old_one(tmp_path):
+def test_atomic_folder_replaces_the_old_folder(tmp_path):
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "old").write_text("old")
     with atomic_folder(tmp_path / "folder") as temporary:
@@ -45,7 +45,7 @@ def test_a_folder_takes_the_place_of_the_old_one(tmp_path):
     assert [entry.name for entry in (tmp_path / "folder").iterdir()] == ["new"]
 
 
-def test_json_has_the_same_bytes_and_no_nan(tmp_path):
+def test_json_is_deterministic_and_rejects_nan(tmp_path):
     write_json(tmp_path / "a.json", {"b": 0.1, "a": [None, "é"]})
     assert (tmp_path / "a.json").read_bytes() == '{\n  "b": 0.1,\n  "a": [\n    null,\n    "é"\n  ]\n}\n'.encode()
     assert read_json(tmp_path / "a.json") == {"b": 0.1, "a": [None, "é"]}
@@ -54,6 +54,6 @@ def test_json_has_the_same_bytes_and_no_nan(tmp_path):
     assert not (tmp_path / "b.json").exists()
 
 
-def test_a_checksum_is_the_known_one(tmp_path):
+def test_checksum_matches_known_md5(tmp_path):
     (tmp_path / "a").write_bytes(b"abc")
     assert checksum(tmp_path / "a", "md5") == "900150983cd24fb0d6963f7d28e17f72"

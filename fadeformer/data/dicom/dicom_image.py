@@ -233,7 +233,7 @@ def _decoder_name(syntax: uid.UID) -> str:
     remedy = (
         "it is a video; export its frames" if syntax in uid.MPEGTransferSyntaxes else "convert it with gdcmconv --raw"
     )
-    name = f"{syntax.name} ({syntax})" if syntax in uid.AllTransferSyntaxes else "of an unknown type"
+    name = f"{syntax.name} ({syntax})" if syntax in uid.AllTransferSyntaxes else "(unknown)"
     raise _UnsupportedError(f"its transfer syntax {name} is not supported; {remedy}")
 
 

@@ -18,7 +18,7 @@ from fadeformer.errors import UserError
 from pipelines import paths
 from pipelines.config import overrides
 from pipelines.stages import preprocess
-from tests.data.conftest import built
+from tests.data.conftest import build_default_manifest
 
 PATIENTS = 60
 HEAD = (
@@ -129,7 +129,7 @@ def test_a_part_of_the_archives_is_a_part_of_the_images_and_ages_of_several_hund
 
 def test_val_is_taken_from_train_val_by_patient_and_test_stays(fetch, tmp_path):
     facts, folder = fetch()
-    rows = built(facts, folder, tmp_path / "splits").rows
+    rows = build_default_manifest(facts, folder, tmp_path / "splits").rows
     assert set(rows.loc[rows["split"] == "test", "id"]) == set(names()[90:])
     assert rows.groupby("group")["split"].nunique().max() == 1
     # 0.7 : 0.1 of the 90
@@ -140,7 +140,7 @@ def test_val_is_taken_from_train_val_by_patient_and_test_stays(fetch, tmp_path):
 
 def test_the_authors_split_gives_way_to_one_made_anew(fetch, tmp_path):
     facts, folder = fetch()
-    rows = built(facts, folder, tmp_path / "splits", resplit=True).rows
+    rows = build_default_manifest(facts, folder, tmp_path / "splits", resplit=True).rows
     assert rows["split"].value_counts().to_dict() == {"train": 84, "test": 24, "val": 12}
     assert rows.groupby("group")["split"].nunique().max() == 1
     assert set(rows.loc[rows["split"] == "test", "id"]) != set(names()[90:])
@@ -240,7 +240,7 @@ def preprocessed(facts, folder, tmp_path, monkeypatch, small):
     monkeypatch.chdir(tmp_path)
     paths.RAW.parent.mkdir()
     shutil.move(folder, paths.RAW)
-    found = built(facts, paths.RAW, tmp_path / "splits")
+    found = build_default_manifest(facts, paths.RAW, tmp_path / "splits")
     found.rows.attrs["split"] = found.split
     found.rows.to_parquet(paths.MANIFEST)
     preprocess.main()
@@ -287,7 +287,7 @@ def test_nihs_boxes_on_the_real_sample(fetched, real_data, tmp_path, monkeypatch
 
 def test_the_real_sample(fetched, real_data, tmp_path):
     facts, folder = fetched(name="chestxray14", mirror=str(real_data / "chestxray14"), edition="other", archives=[1])
-    rows = built(facts, folder, tmp_path / "splits").rows
+    rows = build_default_manifest(facts, folder, tmp_path / "splits").rows
     assert (len(rows), rows["group"].nunique()) == (1000, 264)
     assert rows["split"].value_counts()["test"] == 251
     assert rows.groupby("group")["split"].nunique().max() == 1

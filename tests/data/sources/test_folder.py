@@ -14,8 +14,8 @@ from fadeformer.data import manifest
 from fadeformer.data.sources import folder as source
 from fadeformer.data.sources import user_table
 from fadeformer.errors import UserError
-from tests.data.conftest import built
-from tests.data.dicom.test_dicom_image import made, shipped
+from tests.data.conftest import build_default_manifest
+from tests.data.dicom.test_dicom_image import make_dicom, pydicom_file
 
 
 def picture(seed: int) -> bytes:
@@ -68,7 +68,7 @@ def test_folders_of_splits_and_classes(scans, fetch):
 def test_folders_of_classes_get_a_split(scans, fetch, tmp_path):
     facts, folder = fetch(scans(IN_CLASSES))
     assert (facts.task, facts.classes) == ("binary-class", ("benign", "malignant"))
-    rows = built(facts, folder, tmp_path / "splits").rows
+    rows = build_default_manifest(facts, folder, tmp_path / "splits").rows
     assert rows.groupby(["split", "label"]).size().to_dict() == {
         (s, c): n for s, n in (("train", 21), ("val", 3), ("test", 6)) for c in range(2)
     }
@@ -77,7 +77,7 @@ def test_folders_of_classes_get_a_split(scans, fetch, tmp_path):
 def test_train_and_test_alone_give_up_some_of_train_for_val(scans, fetch, tmp_path):
     names = [f"{split}/{name}/{i}.png" for split in ("train", "test") for name in ("a", "b") for i in range(16)]
     facts, folder = fetch(scans(names))
-    rows = built(facts, folder, tmp_path / "splits").rows
+    rows = build_default_manifest(facts, folder, tmp_path / "splits").rows
     assert rows["split"].value_counts().to_dict() == {"test": 32, "train": 28, "val": 4}
 
 
@@ -131,9 +131,21 @@ def test_columns_of_findings_are_told_by_the_classes(scans, fetch):
         (["0.png"], "path,label,Label\n0.png,a,b\n", "has two columns label"),
         (["0.png"], "path,label\n0.png,a,lower left\n", "line 2 has 3 fields, but there are 2 columns; put text with"),
         (["0.png"], 'path,label\n"0.png,a\n', "labels.csv cannot be read as a table"),
-        (["0.png", "1.png"], "path,label\n0.png,a\n1.png,a\n", "all images have the label a; there must be at least two"),
-        (["0.png", "1.png"], "path,label\n0.png,\n1.png,NA\n", "no image has a label; there must be at least two classes"),
-        (["0.png", "1.png"], "path,label\n0.png,Benign\n1.png,benign\n", "the classes Benign and benign differ only in case or spaces"),
+        (
+            ["0.png", "1.png"],
+            "path,label\n0.png,a\n1.png,a\n",
+            "all images have the label a; there must be at least two",
+        ),
+        (
+            ["0.png", "1.png"],
+            "path,label\n0.png,\n1.png,NA\n",
+            "no image has a label; there must be at least two classes",
+        ),
+        (
+            ["0.png", "1.png"],
+            "path,label\n0.png,Benign\n1.png,benign\n",
+            "the classes Benign and benign differ only in case or spaces",
+        ),
         (["train/0.png", "x.png"], "path,label\ntrain/0.png,a\nx.png,b\n", "x.png is in none of the folders train"),
     ],
 )
@@ -169,10 +181,7 @@ def test_headings_and_cells_are_read_as_people_write_them(scans, fetch):
     assert rows["split"].tolist() == ["train_val", "train_val", "test", None]
     assert rows["own_index"].tolist() == [9] * 4
     assert "own_id" not in rows  # may tell who a patient is
-    assert (
-        "The group is the column Patient ID. Columns removed because they may identify a patient: id."
-        in facts.note
-    )
+    assert "The group is the column Patient ID. Columns removed because they may identify a patient: id." in facts.note
 
 
 def test_columns_that_a_manifest_has_itself_are_kept_under_another_name(scans, fetch, tmp_path):
@@ -180,7 +189,7 @@ def test_columns_that_a_manifest_has_itself_are_kept_under_another_name(scans, f
     extra = ("height", "mode", "sha256", "problem", "contrast", "index", "member", "label_left")
     lines = [f"{n},{'ab'[i % 2]}," + ",".join(["1.5"] * len(extra)) for i, n in enumerate(names)]
     facts, folder = fetch(scans(names, "\n".join(["path,label," + ",".join(extra), *lines])))
-    rows = built(facts, folder, tmp_path / "splits").rows
+    rows = build_default_manifest(facts, folder, tmp_path / "splits").rows
     assert (rows[[f"own_{name}" for name in extra]] == 1.5).all(axis=None)
     assert rows["problem"].isna().all()
     assert {*user_table.RESERVED_COLUMNS} >= {*rows.columns} - {f"own_{name}" for name in extra}
@@ -208,7 +217,7 @@ def test_a_label_that_is_none_is_told_as_it_stands_there(scans, fetch):
 def scan(patient: str | None, seed: int = 0, frames: int = 1, **elements: object) -> bytes:
     pixels = np.random.default_rng(seed).integers(0, 255, (20, 24), dtype=np.uint8)
     many = {"NumberOfFrames": frames, "PixelData": b"".join((pixels ^ frame).tobytes() for frame in range(frames))}
-    return made(pixels, **({"PatientID": patient} if patient else {}), **(many if frames > 1 else {}), **elements)
+    return make_dicom(pixels, **({"PatientID": patient} if patient else {}), **(many if frames > 1 else {}), **elements)
 
 
 @pytest.fixture
@@ -220,8 +229,8 @@ def dicom_folder(tmp_path):
         path = root / "ab"[number % 2] / names[number if number in (1, 2) else 0]
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(scan(f"patient {number // 2}", number, PatientSex="F", PatientAge="054Y"))
-    (root / "DICOMDIR").write_bytes(shipped("DICOMDIR"))
-    (root / "a" / "report").write_bytes(shipped("reportsi.dcm"))
+    (root / "DICOMDIR").write_bytes(pydicom_file("DICOMDIR"))
+    (root / "a" / "report").write_bytes(pydicom_file("reportsi.dcm"))
     return root
 
 
@@ -265,7 +274,7 @@ def test_frames_of_one_file_stay_together_even_if_it_names_nobody(tmp_path, fetc
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(scan(None, number, frames=6))
     facts, folder = fetch(tmp_path / "scans")
-    rows = built(facts, folder, tmp_path / "splits").rows
+    rows = build_default_manifest(facts, folder, tmp_path / "splits").rows
     assert len(rows) == 48
     assert rows["group"].nunique() == 8
     assert rows.groupby("group")["split"].nunique().max() == 1
@@ -276,7 +285,7 @@ def test_many_damaged_images_are_no_copies_of_each_other(scans, fetch, tmp_path)
     root = scans(names, "\n".join(["path,label,group", *(f"{n},{i % 2},p{i // 4}" for i, n in enumerate(names))]))
     for i in range(0, 40, 4):
         (root / names[i]).write_bytes(b"")
-    found = built(*fetch(root), tmp_path / "splits")
+    found = build_default_manifest(*fetch(root), tmp_path / "splits")
     assert len(set(manifest.leakage_clusters(found.rows, found.near_duplicates))) == 10
     assert set(found.rows["split"]) == {"train", "val", "test"}
 
@@ -286,7 +295,7 @@ def test_other_labels_of_the_same_images_have_another_split(scans, fetch, tmp_pa
     kept = []
     for rule in (lambda i: i % 2, lambda i: i // 20):
         root = scans(names, "\n".join(["path,label", *(f"{n},{rule(i)}" for i, n in enumerate(names))]))
-        found = built(*fetch(root), tmp_path / "splits")
+        found = build_default_manifest(*fetch(root), tmp_path / "splits")
         kept.append(found.split)
         assert found.rows.groupby("split")["label"].mean().between(0.4, 0.6).all()
     assert kept[0] != kept[1]
@@ -315,14 +324,16 @@ def test_grades_in_an_order_are_told_by_the_user(fetch, scans):
 def test_a_disk_without_room_is_told_before_anything_is_copied(fetch, scans, monkeypatch):
     root = scans(IN_CLASSES)
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(10, 10, 0))
-    with pytest.raises(UserError, match=r"not enough disk space for the copy of the images: .*B are needed, but only 0\.00B"):
+    with pytest.raises(
+        UserError, match=r"not enough disk space for the copy of the images: .*B are needed, but only 0\.00B"
+    ):
         fetch(root)
 
 
 def test_mednist(fetch, real_data, tmp_path):
     facts, folder = fetch(real_data / "mednist" / "mednist.zip")
     assert len(facts.classes) == 6
-    rows = built(facts, folder, tmp_path / "splits").rows
+    rows = build_default_manifest(facts, folder, tmp_path / "splits").rows
     assert len(rows) == 1800
     assert rows["problem"].isna().all()
     assert pd.crosstab(rows["label"], rows["split"]).loc[:, "train"].between(205, 215).all()

@@ -11,8 +11,8 @@ from fadeformer.data import manifest
 from fadeformer.data.download import lockfile
 from fadeformer.data.sources import isic2019
 from fadeformer.errors import UserError
-from tests.data.conftest import built
-from tests.data.test_decode import saved
+from tests.data.conftest import build_default_manifest
+from tests.data.test_decode import encode_image
 
 LESIONS = 60
 
@@ -28,7 +28,7 @@ def mirror(tmp_path):
         archive.writestr("ISIC_2019_Training_Input/LICENSE.txt", "CC BY-NC 4.0")
         for name in names:
             pixels = np.asarray(Image.fromarray(random.integers(0, 256, (6, 8, 3), dtype=np.uint8)).resize((40, 30)))
-            archive.writestr(f"ISIC_2019_Training_Input/{name}.jpg", saved(pixels, "JPEG", quality=95))
+            archive.writestr(f"ISIC_2019_Training_Input/{name}.jpg", encode_image(pixels, "JPEG", quality=95))
     columns = [*isic2019.DIAGNOSES, isic2019.UNKNOWN_DIAGNOSIS]
     truth = pd.DataFrame(np.eye(9)[[i // 2 % 8 for i in range(len(names))]], columns=columns)
     truth.insert(0, "image", names)
@@ -72,7 +72,7 @@ def test_a_row_says_what_the_three_files_know(fetch):
 
 def test_the_split_keeps_lesions_whole_and_is_written_down_and_used_again(fetch, tmp_path):
     facts, folder = fetch()
-    found = built(facts, folder, tmp_path / "splits")
+    found = build_default_manifest(facts, folder, tmp_path / "splits")
     rows = found.rows
     assert rows.groupby("group")["split"].nunique().max() == 1
     counts = rows["split"].value_counts()  # of 8 classes of 7 or 8 lesions, which cannot be parted evenly
@@ -81,7 +81,7 @@ def test_the_split_keeps_lesions_whole_and_is_written_down_and_used_again(fetch,
     assert dict(zip(kept["id"], kept["split"], strict=True)) == dict(zip(rows["id"], rows["split"], strict=True))
     kept["split"] = kept["split"].to_numpy()[::-1]  # a hand has changed it: it is data, and not made again
     kept.to_csv(tmp_path / "splits" / found.split, index=False)
-    again = built(facts, folder, tmp_path / "splits").rows
+    again = build_default_manifest(facts, folder, tmp_path / "splits").rows
     assert dict(zip(again["id"], again["split"], strict=True)) == dict(zip(kept["id"], kept["split"], strict=True))
 
 
@@ -183,13 +183,13 @@ def test_an_image_that_is_not_in_the_archive_is_named(fetch, mirror, tmp_path):
         for name, data in held.items():
             archive.writestr(name, data)
     facts, folder = fetch()
-    rows = built(facts, folder, tmp_path / "splits").rows
+    rows = build_default_manifest(facts, folder, tmp_path / "splits").rows
     assert rows.set_index("id")["problem"].dropna().to_dict() == {"ISIC_0009999": "no such file in the archive"}
 
 
 def test_the_real_sample(fetched, real_data, tmp_path):
     facts, folder = fetched(name="isic2019", mirror=str(real_data / "isic2019"), edition="other")
-    found = built(facts, folder, tmp_path / "splits")
+    found = build_default_manifest(facts, folder, tmp_path / "splits")
     rows = found.rows
     assert len(rows) == 10015
     assert rows["problem"].isna().all()

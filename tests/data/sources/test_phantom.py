@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from fadeformer.data.dataset_card import SPLITS
 from fadeformer.data.sources.phantom import generate, patients
-from tests.data.conftest import built
+from tests.data.conftest import build_default_manifest
 
 
 def digest(made: dict) -> str:
@@ -101,7 +101,7 @@ def test_age_sex_and_site_of_a_slide_reach_the_manifest_and_leave_images_and_ids
     facts, folder = fetched(name="phantom", images=200, size=16, seed=3)
     with np.load(folder / "phantom.npz") as archive:
         assert digest(dict(archive)) == digest(generate.draw_dataset(200, 16, 3))
-    rows = built(facts, folder, tmp_path / "splits").rows
+    rows = build_default_manifest(facts, folder, tmp_path / "splits").rows
     assert (
         rows["id"]
         .str.startswith(f"phantom-{hashlib.sha256((folder / 'phantom.npz').read_bytes()).hexdigest()[:8]}/")
