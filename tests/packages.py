@@ -1,4 +1,4 @@
-"""Small models as `train` and `evaluate` leave them, but untrained: what is packaged, served and exported in tests."""
+"""Small untrained models with the files of `train` and `evaluate`, for tests of packages, serving and export."""
 
 import io
 import json
@@ -48,13 +48,13 @@ def write_model(
     fade: dict | None = FADE,
     classes: list[str] | None = None,
 ) -> Path:
-    """Writes models/ and reports/operating_points.json into a folder, which it returns.
+    """Write models/ and reports/operating_points.json to a folder and return it.
 
-    At the point `sensitivity` everything is positive; at `specificity` no class has a threshold.
+    At the operating point `sensitivity` everything is positive; at `specificity` no class has a threshold.
     """
-    task, head, of_kind, calibration = KINDS[kind]
+    task, head, default_classes, calibration = KINDS[kind]
     if classes is None:
-        classes = of_kind
+        classes = default_classes
     else:
         calibration = {"slope": [1.0], "offset": [0.0]}
     torch.manual_seed(0)
@@ -62,41 +62,41 @@ def write_model(
         "backbone": backbone, "num_classes": len(classes) - (head == "cumulative"), "image_size": side,
         "in_chans": channels, "pretrained": False, "dropout": 0.1, "drop_path": 0.0, "fade": fade,
     }  # fmt: skip
-    model, seen = create_model(**network).eval(), images(20, side, channels)
-    for weight in model.parameters():  # an untrained network says the same of every image
+    model, inputs = create_model(**network).eval(), images(20, side, channels)
+    for weight in model.parameters():  # an untrained network predicts nearly the same for every image
         if weight.ndim:
             weight.data += 0.1 * torch.randn_like(weight)
     with torch.no_grad():
-        logits = model(Normalization((0.5,) * channels, (0.25,) * channels)(torch.from_numpy(seen)))
-    model.get_classifier().bias.data -= logits.mean(dim=0)  # so that no decision is the same for every image
-    described = {
+        logits = model(Normalization((0.5,) * channels, (0.25,) * channels)(torch.from_numpy(inputs)))
+    model.get_classifier().bias.data -= logits.mean(dim=0)  # so that decisions differ between images
+    metadata = {
         "model": network, "task": task, "head": head, "classes": classes, "calibration": calibration,
         "normalize": {"mean": [0.5] * channels, "std": [0.25] * channels}, "precision": "32", "weights": None,
         "params": {"train": {"device": "cpu"}}, "best_epoch": 1, "dataset": "drawn",
         "input": {"image_size": side, "channels": channels, "aspect": aspect},
     }  # fmt: skip
-    judged = classes[1:] if kind == "binary" else classes
+    positive_classes = classes[1:] if kind == "binary" else classes
     (folder / "models").mkdir(parents=True)
     (folder / "reports").mkdir()
     weights = folder / "models" / TRAINED_WEIGHTS_FILE
     torch.save(model.state_dict(), weights)
-    classifier = Classifier(described, weights)
-    _, scores, features = classifier.predict(seen)
-    middle = np.median(scores, axis=0)
+    classifier = Classifier(metadata, weights)
+    _, scores, features = classifier.predict(inputs)
+    medians = np.median(scores, axis=0)
     labels = np.zeros((20, len(classes) if kind == "findings" else 1), np.int64)
-    known = ood.fit_detector(features, labels, classifier.task, features)
-    ood.write(known, folder / "models" / OOD_FILE)
-    described["ood"] = {"threshold": known.threshold}
-    distances = known.distance(features)
-    reference.build_reference(seen, scores, distances, features, tuple(classes)).to_parquet(
+    detector = ood.fit_detector(features, labels, classifier.task, features)
+    ood.write(detector, folder / "models" / OOD_FILE)
+    metadata["ood"] = {"threshold": detector.threshold}
+    distances = detector.distance(features)
+    reference.build_reference(inputs, scores, distances, features, tuple(classes)).to_parquet(
         folder / "models" / REFERENCE_FILE
     )
     points = {
-        "youden": {name: {"threshold": middle[classes.index(name)]} for name in judged},
-        "sensitivity": {name: {"threshold": 0.0} for name in judged},
-        "specificity": dict.fromkeys(judged),
+        "youden": {name: {"threshold": medians[classes.index(name)]} for name in positive_classes},
+        "sensitivity": {name: {"threshold": 0.0} for name in positive_classes},
+        "specificity": dict.fromkeys(positive_classes),
     }
-    (folder / "models" / METADATA_FILE).write_text(json.dumps(described))
+    (folder / "models" / METADATA_FILE).write_text(json.dumps(metadata))
     (folder / "reports" / OPERATING_POINTS_FILE).write_text(
         json.dumps({"targets": {}, "confidence": 0.95, "points": points})
     )
@@ -105,33 +105,35 @@ def write_model(
 
 @contextmanager
 def project_with_store(folder: Path) -> Iterator[Path]:
-    """A project's folder with a model, in which what is in the block runs, and MLflow's store of its own there."""
-    before = mlflow.get_tracking_uri()
+    """Create a project with a model and its own MLflow store in `folder`; the `with` block runs in it."""
+    previous_uri = mlflow.get_tracking_uri()
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(write_model(folder))
         patch.delenv("MLFLOW_TRACKING_URI", raising=False)
         store.connect()
         yield folder
-    mlflow.set_tracking_uri(before)
+    mlflow.set_tracking_uri(previous_uri)
 
 
 def load(folder: Path) -> Classifier:
-    """The classifier, with its operating points, that `write_model` wrote into a folder, or a package."""
-    own = folder / "reports" / OPERATING_POINTS_FILE
+    """Load the classifier and operating points of `write_model`, or of a package."""
+    points_file = folder / "reports" / OPERATING_POINTS_FILE
     files = model_files.find_model_files(
-        folder / "models" if own.exists() else folder, "it", own if own.exists() else None
+        folder / "models" if points_file.exists() else folder,
+        "the model",
+        points_file if points_file.exists() else None,
     )
     return Classifier.load(files, torch.device("cpu"))
 
 
 def images(count: int, side: int = 16, channels: int = 3) -> np.ndarray:
-    """Random images of random colours, uint8, (images, side, side, channels)."""
-    draw = np.random.default_rng(0)
-    return (draw.random((count, side, side, channels)) * draw.random((count, 1, 1, channels)) * 256).astype(np.uint8)
+    """Return random images of random colors, uint8, (count, side, side, channels)."""
+    rng = np.random.default_rng(0)
+    return (rng.random((count, side, side, channels)) * rng.random((count, 1, 1, channels)) * 256).astype(np.uint8)
 
 
 def png(pixels: np.ndarray) -> bytes:
-    """A file of one image."""
+    """Encode an image as PNG."""
     buffer = io.BytesIO()
     Image.fromarray(pixels.squeeze()).save(buffer, "PNG")
     return buffer.getvalue()

@@ -1,4 +1,4 @@
-"""A stage ends in its summary, or in one message and a non-zero exit."""
+"""Running a stage: it prints a summary, or one error message with a non-zero exit status."""
 
 import os
 import re
@@ -14,7 +14,7 @@ from pipelines import runner
 from tests.conftest import ROOT
 
 
-def raising(error: BaseException):
+def raise_error(error: BaseException):
     def main() -> str:
         raise error
 
@@ -22,35 +22,35 @@ def raising(error: BaseException):
 
 
 @pytest.fixture
-def ending(capsys):
-    """Runs a stage that ends early; gives its message and exit status."""
+def run_and_exit(capsys):
+    """Return a function that runs a failing stage and returns its message and exit status."""
 
     def run(main) -> tuple[str, int]:
-        with pytest.raises(SystemExit) as caught:
+        with pytest.raises(SystemExit) as raised:
             runner.run("train", main)
-        return capsys.readouterr().err.strip("\n"), caught.value.code
+        return capsys.readouterr().err.strip("\n"), raised.value.code
 
     return run
 
 
-def test_the_summary_is_printed(capsys):
+def test_summary_is_printed(capsys):
     runner.run("download", lambda: "three images")
     assert capsys.readouterr().out == "download: three images\n"
 
 
-def test_a_command_may_end_well_with_a_status_of_its_own(capsys):
-    with pytest.raises(SystemExit) as ended:
+def test_command_can_return_its_own_exit_status(capsys):
+    with pytest.raises(SystemExit) as exited:
         runner.run("predict", lambda: runner.CommandResult("two images, one of them unreadable", 3))
-    assert ended.value.code == 3
+    assert exited.value.code == 3
     assert capsys.readouterr().out == "predict: two images, one of them unreadable\n"
     runner.run("predict", lambda: runner.CommandResult("two images", 0))
 
 
-def test_an_error_for_people_is_the_message_and_the_exit_is_not_0(ending):
-    assert ending(raising(UserError("lower the learning rate"))) == ("train: lower the learning rate", 1)
+def test_user_error_is_one_message_and_status_1(run_and_exit):
+    assert run_and_exit(raise_error(UserError("lower the learning rate"))) == ("train: lower the learning rate", 1)
 
 
-def test_a_reader_that_has_enough_of_the_output_is_no_error():
+def test_closed_stdout_exits_silently():
     code = "from pipelines import runner\nrunner.run('registry', lambda: '\\n'.join(map(str, range(200_000))))"
     with subprocess.Popen(
         [sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -61,39 +61,39 @@ def test_a_reader_that_has_enough_of_the_output_is_no_error():
     assert process.returncode == 128 + signal.SIGPIPE
 
 
-def test_another_pipe_that_breaks_is_one():
+def test_other_broken_pipe_is_raised():
     with pytest.raises(BrokenPipeError):
-        runner.run("train", raising(BrokenPipeError()))
+        runner.run("train", raise_error(BrokenPipeError()))
 
 
-def test_an_error_of_the_program_keeps_its_traceback():
+def test_unexpected_error_keeps_its_traceback():
     with pytest.raises(ZeroDivisionError):
-        runner.run("train", raising(ZeroDivisionError()))
+        runner.run("train", raise_error(ZeroDivisionError()))
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="the system has no /dev/full")
-def test_a_full_disk_is_told_with_a_remedy(ending):
-    message, status = ending(lambda: str(Path("/dev/full").write_text("x")))
+def test_full_disk_is_reported_with_a_remedy(run_and_exit):
+    message, status = run_and_exit(lambda: str(Path("/dev/full").write_text("x")))
     assert "train: No space left on device; free some space, then run again" in message
     assert status == 1
 
 
-def test_a_folder_that_may_not_be_written_is_named(tmp_path, ending):
+def test_unwritable_path_is_named(tmp_path, run_and_exit):
     (tmp_path / "file").write_text("")
-    message, status = ending(lambda: str((tmp_path / "file" / "models").mkdir()))
-    assert "file/models: Not a directory; mend the path" in message
+    message, status = run_and_exit(lambda: str((tmp_path / "file" / "models").mkdir()))
+    assert "file/models: Not a directory; fix the path" in message
     assert status == 1
 
 
-def test_an_interruption_is_told_and_the_exit_is_that_of_its_signal(ending):
-    assert ending(raising(KeyboardInterrupt())) == ("train: interrupted", 130)
+def test_interruption_exits_with_signal_status(run_and_exit):
+    assert run_and_exit(raise_error(KeyboardInterrupt())) == ("train: interrupted", 130)
     for number in (signal.SIGTERM, signal.SIGINT):
-        told = f"stopped by {number.name} after step 417; run again to go on from there"
-        assert ending(raising(StageInterrupted(told, number))) == (f"train: {told}", 128 + number)
+        message = f"stopped by {number.name} after step 417; run again to resume from there"
+        assert run_and_exit(raise_error(StageInterrupted(message, number))) == (f"train: {message}", 128 + number)
 
 
-# A stage of its own process. It forgives any error, as readers of damaged images do.
-READS = """
+# A stage in a separate process that catches every Exception, as readers of damaged images do.
+READER = """
 import time
 from pipelines import runner
 def main():
@@ -107,8 +107,10 @@ runner.run("download", main)
 """
 
 
-def test_sigterm_ends_a_stage_with_one_line():
-    process = subprocess.Popen([sys.executable, "-c", READS], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+def test_sigterm_stops_a_stage_with_one_line():
+    process = subprocess.Popen(
+        [sys.executable, "-c", READER], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
     assert process.stdout.readline() == "ready\n"
     process.terminate()
     output, errors = process.communicate(timeout=60)
@@ -117,32 +119,34 @@ def test_sigterm_ends_a_stage_with_one_line():
 
 
 @pytest.mark.parametrize("arguments", [[], ["trian"], ["train", "now"]])
-def test_an_unknown_stage_is_told(arguments):
-    done = subprocess.run([sys.executable, "-m", "pipelines", *arguments], capture_output=True, text=True, check=False)
-    assert done.returncode != 0
-    assert "usage: python -m pipelines {download,validate,preprocess,train,evaluate,promote}" in done.stderr
+def test_unknown_stage_prints_usage(arguments):
+    process = subprocess.run(
+        [sys.executable, "-m", "pipelines", *arguments], capture_output=True, text=True, check=False
+    )
+    assert process.returncode != 0
+    assert "usage: python -m pipelines {download,validate,preprocess,train,evaluate,promote}" in process.stderr
 
 
-SLOW = {"dvc", "great_expectations", "mlflow", "pandas", "prefect", "scipy", "sklearn", "torch"}  # to be loaded
+SLOW_MODULES = {"dvc", "great_expectations", "mlflow", "pandas", "prefect", "scipy", "sklearn", "torch"}  # libraries
 
 
 @pytest.mark.parametrize(
-    ("name", "needed"),
+    ("name", "allowed"),
     [
-        ("stages.download", SLOW - {"torch"}), ("stages.validate", SLOW - {"torch"}),
-        ("stages.preprocess", SLOW - {"torch"}), ("stages.promote", SLOW - {"torch"}),
-        ("orchestration.workspace", set()), ("orchestration.flows", {"prefect"}),  # every run of a deployment loads them first
+        ("stages.download", SLOW_MODULES - {"torch"}), ("stages.validate", SLOW_MODULES - {"torch"}),
+        ("stages.preprocess", SLOW_MODULES - {"torch"}), ("stages.promote", SLOW_MODULES - {"torch"}),
+        ("orchestration.workspace", set()), ("orchestration.flows", {"prefect"}),  # loaded first by every deployment run
     ],
 )  # fmt: skip
-def test_what_needs_no_torch_does_not_wait_for_it(name, needed):
+def test_module_does_not_import_slow_libraries(name, allowed):
     code = f"import sys, pipelines.__main__, pipelines.{name}; print(*sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert SLOW & set(done.stdout.split()) <= needed
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert SLOW_MODULES & set(process.stdout.split()) <= allowed
 
 
-def test_of_several_stages_the_first_that_fails_is_the_last(tmp_path):
+def test_first_failing_stage_stops_the_others(tmp_path):
     command = [sys.executable, "-m", "pipelines", "download", "validate"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 1
-    assert re.findall(r"^(\w+): params\.yaml: cannot be read", done.stderr, re.MULTILINE) == ["download"]
+    process = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert process.returncode == 1
+    assert re.findall(r"^(\w+): params\.yaml: cannot be read", process.stderr, re.MULTILINE) == ["download"]

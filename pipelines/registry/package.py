@@ -148,7 +148,7 @@ def _write_package(package: Path, model: Model, content: str) -> None:
         shutil.copyfile(path, data / path.name)
     example = _example_image(model_metadata["input"]["image_size"], model_metadata["input"]["channels"])
     library = Path(fadeformer.__file__).parent
-    shutil.copytree(library, code / library.name, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(library, code / library.name, ignore=shutil.ignore_patterns("__pycache__", "*.md"))
     shutil.copyfile(PYFUNC_MODULE, code / PYFUNC_MODULE.name)
     mlflow.pyfunc.save_model(
         package,

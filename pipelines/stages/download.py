@@ -8,6 +8,7 @@ from fadeformer.data.sources import registry
 from fadeformer.data.sources.folder import iter_dicom_names
 from fadeformer.io.atomic import atomic_folder
 from pipelines import paths, runner
+from pipelines.environment import configure_environment
 from pipelines.tracking import locations
 
 
@@ -33,6 +34,7 @@ def list_hashed_names() -> str:
 
 
 if __name__ == "__main__":
+    configure_environment()
     parser = argparse.ArgumentParser(prog="python -m pipelines.stages.download", description=__doc__)
     parser.add_argument("--names", action="store_true", help="print which DICOM file each hashed name belongs to")
     runner.run("download", list_hashed_names if parser.parse_args().names else main)

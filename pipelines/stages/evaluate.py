@@ -98,7 +98,7 @@ def compute_metrics(settings: dict[str, Any]) -> dict[str, float]:
     """
     table = predictions.read(paths.PREDICTIONS)
     val, test = table.select_split("val"), table.select_split("test")
-    metadata, meta = read_json(paths.ARCHITECTURE), arrays.read_metadata(paths.PROCESSED)
+    model_metadata, meta = read_json(paths.ARCHITECTURE), arrays.read_metadata(paths.PROCESSED)
     summaries = {"val": summary.summarize(val), "test": summary.summarize(test)}
     start, confidence = time.perf_counter(), settings["confidence"]
     intervals, subgroup_metrics = subgroups.evaluate_subgroups(
@@ -120,7 +120,7 @@ def compute_metrics(settings: dict[str, Any]) -> dict[str, float]:
     )
     # Balanced accuracy is only comparable on the same split, so results.json stores both.
     balanced = {"value": summaries["test"]["overall"]["balanced_accuracy"], "split": meta.split}
-    config = {**metadata["params"], "evaluate": settings}
+    config = {**model_metadata["params"], "evaluate": settings}
     results = summary.published_results(summaries["test"], pd.read_csv(paths.HISTORY), config)
     write_json(paths.RESULTS, {**results, "test_balanced_accuracy": balanced})
     with atomic_write(paths.MODEL_CARD) as path:
@@ -136,7 +136,7 @@ def compute_metrics(settings: dict[str, Any]) -> dict[str, float]:
         (folder / "about.txt").write_text(medmnist_format.README_TEXT, encoding="utf-8")  # DVC warns of an empty folder
         flag = meta.dataset["name"]
         if flag.endswith("mnist") and not flag.startswith("own-") and meta.split == "published":
-            file_info = {"size": meta.dataset["size"], "run": str(metadata["params"]["seed"])}
+            file_info = {"size": meta.dataset["size"], "run": str(model_metadata["params"]["seed"])}
             for split, split_predictions in (("val", val), ("test", test)):
                 medmnist_format.write(split_predictions, folder, flag=flag, split=split, **file_info)
     return dict(summaries["test"]["overall"])

@@ -17,6 +17,7 @@ from fadeformer.data.sources.user_table import UNPARSED_LABEL
 from fadeformer.errors import UserError
 from fadeformer.io.atomic import atomic_folder, atomic_write, write_json
 from pipelines import paths, runner
+from pipelines.environment import configure_environment
 from pipelines.validation import page, suite
 
 MAX_LINES = 20  # per check in a message; offending_rows.csv has all rows
@@ -274,6 +275,7 @@ def _low_contrast_warning(rows: pd.DataFrame) -> str:
 
 
 if __name__ == "__main__":
+    configure_environment()
     parser = argparse.ArgumentParser(prog="python -m pipelines.stages.validate", description=__doc__)
     parser.add_argument(
         "--fix", action="store_true", help="write a proposed split without leakage; nothing else is changed"

@@ -1,4 +1,4 @@
-"""Damaged files of DVC are repaired before it runs; what a person has to decide stays."""
+"""Repair of damaged DVC files; merge conflicts are left to the user."""
 
 import subprocess
 from pathlib import Path
@@ -16,7 +16,7 @@ stages:
 
 @pytest.fixture
 def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A project whose two stages were run, its dvc.lock committed; the test works in it."""
+    """A project whose two stages have run, with dvc.lock committed; the test runs in it."""
     monkeypatch.setenv("DVC_NO_ANALYTICS", "true")
     monkeypatch.chdir(tmp_path)
     (tmp_path / "dvc.yaml").write_text(STAGES)
@@ -34,7 +34,7 @@ def repro() -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.parametrize("committed", [True, False])
-def test_damaged_files_of_dvc_are_repaired_and_no_stage_runs_twice(project, capsys, committed):
+def test_repaired_dvc_files_do_not_rerun_stages(project, capsys, committed):
     if not committed:
         subprocess.run(["git", "rm", "--quiet", "--cached", "dvc.lock"], check=True)
     lock = (project / "dvc.lock").read_text()
@@ -46,8 +46,8 @@ def test_damaged_files_of_dvc_are_repaired_and_no_stage_runs_twice(project, caps
         ".dvc/tmp/rwlock was damaged and is removed",
         f"dvc.lock was damaged and is {'restored from git' if committed else 'removed'}",
     ]
-    done = repro()
-    assert done.returncode == 0, done.stderr
+    process = repro()
+    assert process.returncode == 0, process.stderr
     assert (project / "dvc.lock").read_text() == lock
     assert (project / "runs").read_text() == "first\nsecond\n"
 
@@ -55,7 +55,7 @@ def test_damaged_files_of_dvc_are_repaired_and_no_stage_runs_twice(project, caps
 @pytest.mark.parametrize(
     "lock", ["schema: '2.0'\nstages: {}\n", "<<<<<<< HEAD\nschema: '2.0'\n=======\n>>>>>>> other\n"]
 )
-def test_other_files_stay(tmp_path, monkeypatch, capsys, lock):
+def test_valid_and_conflicted_files_are_not_changed(tmp_path, monkeypatch, capsys, lock):
     monkeypatch.chdir(tmp_path)
     check.repair_dvc_files()
     assert not [*tmp_path.iterdir()]

@@ -1,4 +1,4 @@
-"""Presets and overrides change values of params.yaml and nothing else of it."""
+"""Presets and overrides change values of params.yaml and nothing else."""
 
 import re
 import shutil
@@ -20,7 +20,7 @@ def comments(text: str) -> list[str]:
     return re.findall(r"#.*", text)
 
 
-def test_the_paper_preset_is_the_published_recipe(tmp_path, monkeypatch):
+def test_paper_preset_is_the_published_configuration(tmp_path, monkeypatch):
     shutil.copy(ROOT / "params.yaml", tmp_path)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.argv", ["preset", "paper"])
@@ -40,7 +40,7 @@ def test_the_paper_preset_is_the_published_recipe(tmp_path, monkeypatch):
     assert {key: flat[key] for key in published} == published
 
 
-def test_a_preset_keeps_every_comment_and_null(tmp_path):
+def test_preset_keeps_comments_and_nulls(tmp_path):
     path = tmp_path / "params.yaml"
     shutil.copy(ROOT / "params.yaml", path)
     overrides.apply_overrides(path, YAML(typ="safe").load(ROOT / "pipelines/config/presets/paper.yaml"))
@@ -48,13 +48,13 @@ def test_a_preset_keeps_every_comment_and_null(tmp_path):
     assert "mirror: null" in path.read_text()
 
 
-def test_an_unknown_preset_lists_those_there_are(monkeypatch):
+def test_unknown_preset_lists_the_available_ones(monkeypatch):
     monkeypatch.setattr("sys.argv", ["preset", "papper"])
     with pytest.raises(UserError, match="available presets: paper"):
         presets.main()
 
 
-def test_a_wrong_change_leaves_the_file_as_it_was(tmp_path):
+def test_invalid_override_does_not_change_the_file(tmp_path):
     path = tmp_path / "params.yaml"
     shutil.copy(ROOT / "params.yaml", path)
     for changes in ({"train": {"epochs": 0}}, {"train": {"epoch": 1}}):
@@ -63,7 +63,7 @@ def test_a_wrong_change_leaves_the_file_as_it_was(tmp_path):
         assert path.read_bytes() == (ROOT / "params.yaml").read_bytes()
 
 
-def test_applied_changes_end_with_the_block_also_after_an_error(tmp_path):
+def test_temporary_overrides_are_restored_after_an_error(tmp_path):
     path = tmp_path / "params.yaml"
     shutil.copy(ROOT / "params.yaml", path)
 
@@ -77,7 +77,7 @@ def test_applied_changes_end_with_the_block_also_after_an_error(tmp_path):
     assert path.read_bytes() == (ROOT / "params.yaml").read_bytes()
 
 
-def test_an_edit_during_the_run_is_kept(tmp_path, capsys):
+def test_edit_during_the_run_is_kept(tmp_path, capsys):
     path = tmp_path / "params.yaml"
     shutil.copy(ROOT / "params.yaml", path)
     with overrides.temporary_overrides(path, {"train": {"epochs": 3}}):
@@ -86,30 +86,32 @@ def test_an_edit_during_the_run_is_kept(tmp_path, capsys):
     assert "was edited during the run" in capsys.readouterr().out
 
 
-def test_a_broken_file_is_told_before_a_preset_touches_it(tmp_path):
+def test_invalid_yaml_is_reported_before_any_change(tmp_path):
     (tmp_path / "params.yaml").write_text("a: [1")
     with pytest.raises(UserError, match="is not valid YAML"):
         overrides.apply_overrides(tmp_path / "params.yaml", {})
 
 
 @given(epochs=st.integers(1, 1000), dropout=st.floats(0, 0.99))
-def test_a_deployment_form_gives_only_what_was_filled_in(epochs, dropout):
+def test_explicit_values_are_the_filled_in_fields(epochs, dropout):
     assert overrides.explicit_values(flows.TrainOverrides(epochs=epochs)) == {"epochs": epochs}
     assert overrides.explicit_values(flows.ModelOverrides(fade={"dropout": dropout})) == {"fade": {"dropout": dropout}}
 
 
-@pytest.mark.parametrize("wrong", [{"epochs": 0}, {"epoch": 1}, {"schedule": "linear"}])
-def test_a_deployment_form_refuses_what_params_yaml_would(wrong):
+@pytest.mark.parametrize("values", [{"epochs": 0}, {"epoch": 1}, {"schedule": "linear"}])
+def test_deployment_form_rejects_invalid_values(values):
     with pytest.raises(ValidationError):
-        flows.TrainOverrides(**wrong)
+        flows.TrainOverrides(**values)
 
 
-def test_a_form_that_is_sent_as_it_begins_changes_nothing(tmp_path):
-    """As Prefect's page sends it: every value that is in sight."""
+def test_form_with_default_values_changes_nothing(tmp_path):
+    """Prefect's page sends every visible value."""
     path = tmp_path / "params.yaml"
     shutil.copy(ROOT / "params.yaml", path)
-    begins = {name: of["default"] for name, of in flows.pipeline.parameters.properties.items() if "default" in of}
-    sent = flows.pipeline.validate_parameters(begins)
+    defaults = {
+        name: field["default"] for name, field in flows.pipeline.parameters.properties.items() if "default" in field
+    }
+    sent = flows.pipeline.validate_parameters(defaults)
     assert {"seed", "dataset", "train", "promote"} <= {name for name, value in sent.items() if value is not None}
     changes = {
         name: overrides.explicit_values(value)

@@ -1,4 +1,4 @@
-"""Versions and their aliases in a real store, with models that are only a row of it."""
+"""Versions, aliases and runs in a real MLflow store, with models that have no files."""
 
 import os
 import subprocess
@@ -18,63 +18,63 @@ from tests.conftest import ROOT
 pytestmark = pytest.mark.usefixtures("own_store")
 
 
-def version(name: str) -> versions.ModelVersion:
+def register_empty_version(name: str) -> versions.ModelVersion:
     with runs.start_run() as run_id:
         client = MlflowClient()
         experiment = client.get_run(run_id).info.experiment_id
-        made = client.create_logged_model(experiment, name=runs.LOGGED_MODEL_NAME, source_run_id=run_id)
-        client.finalize_logged_model(made.model_id, "READY")
-    return versions.register_version(name, run_id, made.model_id)
+        logged_model = client.create_logged_model(experiment, name=runs.LOGGED_MODEL_NAME, source_run_id=run_id)
+        client.finalize_logged_model(logged_model.model_id, "READY")
+    return versions.register_version(name, run_id, logged_model.model_id)
 
 
-def test_a_package_is_one_version_and_another_package_of_the_run_another():
-    first = version("c")
+def test_registering_a_package_twice_is_idempotent():
+    first = register_empty_version("c")
     client = MlflowClient()
-    known = client.get_model_version("c", first.number).source.removeprefix("models:/")
-    assert versions.register_version("c", first.run_id, known) == first
+    model_id = client.get_model_version("c", first.number).source.removeprefix("models:/")
+    assert versions.register_version("c", first.run_id, model_id) == first
     other = client.create_logged_model(client.get_run(first.run_id).info.experiment_id, source_run_id=first.run_id)
     assert versions.register_version("c", first.run_id, other.model_id).number == "2"
-    assert versions.register_version("c", first.run_id, known) == first
+    assert versions.register_version("c", first.run_id, model_id) == first
 
 
-def test_a_model_that_is_not_registered_has_no_versions_and_no_aliases():
+def test_unregistered_model_has_no_versions_or_aliases():
     assert versions.list_versions("nobody") == {}
     assert versions.get_aliases("nobody") == {}
 
 
-def test_a_card_is_the_description():
-    one = version("card")
-    versions.set_description(one, "| a | b |\n| --- | --- |")
-    assert MlflowClient().get_model_version("card", one.number).description == "| a | &emsp;b |\n| --- | --- |"
+def test_model_card_becomes_the_description():
+    version = register_empty_version("card")
+    versions.set_description(version, "| a | b |\n| --- | --- |")
+    assert MlflowClient().get_model_version("card", version.number).description == "| a | &emsp;b |\n| --- | --- |"
 
 
-def test_of_a_long_card_there_is_what_a_database_takes(monkeypatch):
+def test_long_model_card_is_truncated_at_a_line(monkeypatch):
     def update(client, name, number, text):
         if len(text) > 5000:
             raise MlflowException("value too long for type character varying(5000)")
-        whole(client, name, number, text)
+        real_update(client, name, number, text)
 
-    whole = MlflowClient.update_model_version
+    real_update = MlflowClient.update_model_version
     monkeypatch.setattr(MlflowClient, "update_model_version", update)
-    one = version("long")
-    versions.set_description(one, "".join(f"line {number}\n" for number in range(1000)))
-    found = MlflowClient().get_model_version("long", one.number).description
-    lines = found.splitlines()
-    assert 4900 < len(found) <= 5000
+    version = register_empty_version("long")
+    versions.set_description(version, "".join(f"line {number}\n" for number in range(1000)))
+    description = MlflowClient().get_model_version("long", version.number).description
+    lines = description.splitlines()
+    assert 4900 < len(description) <= 5000
     assert lines[:-2] == [f"line {number}" for number in range(len(lines) - 2)]
     assert lines[-2:] == ["", "Truncated: the whole card is the artifact `model_card.md` of the run."]
     with pytest.raises(UserError):
-        versions.set_description(versions.ModelVersion("nobody", "1", one.run_id), "short")
+        versions.set_description(versions.ModelVersion("nobody", "1", version.run_id), "short")
 
 
-def test_a_champion_whose_predictions_are_gone_is_told():
+def test_champion_without_predictions_is_reported():
     with runs.start_run() as run_id:
         pass
     with pytest.raises(UserError, match=r"champion f version 1: MLflow run \w+ has no predictions.parquet"):
         versions.load_test_predictions(versions.ModelVersion("f", "1", run_id))
 
 
-def test_a_run_that_is_not_in_the_store_is_told():
+def test_unknown_run_is_reported():
     with (
         pytest.raises(UserError, match=r"MLflow at .* has no run 0123, or it was deleted; `dvc repro -f train`"),
         runs.start_run("0123"),
@@ -82,9 +82,9 @@ def test_a_run_that_is_not_in_the_store_is_told():
         pass
 
 
-def test_a_store_whose_making_was_killed_is_made_again(tmp_path, monkeypatch):
-    """MLflow itself gives up on a database that has some of its tables."""
-    before = mlflow.get_tracking_uri()
+def test_store_is_created_again_after_a_kill(tmp_path, monkeypatch):
+    """MLflow cannot use a database that has only some of its tables."""
+    previous_uri = mlflow.get_tracking_uri()
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("MLFLOW_TRACKING_URI")
     code = (
@@ -97,18 +97,18 @@ def test_a_store_whose_making_was_killed_is_made_again(tmp_path, monkeypatch):
     )
     killed = subprocess.run([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": str(ROOT)}, check=False)
     assert killed.returncode == -9
-    left = list((tmp_path / "mlruns").glob(".mlflow.db.new*"))
-    assert left
+    leftovers = list((tmp_path / "mlruns").glob(".mlflow.db.new*"))
+    assert leftovers
     assert not (tmp_path / "mlruns" / "mlflow.db").exists()
     mlflow_store.connect()
     with runs.start_run() as run_id:
         pass
     assert MlflowClient().get_run(run_id).info.status == "FINISHED"
     assert not list((tmp_path / "mlruns").glob(".mlflow.db.new*"))
-    mlflow.set_tracking_uri(before)
+    mlflow.set_tracking_uri(previous_uri)
 
 
-def test_numbers_that_are_there_are_not_logged_again():
+def test_already_logged_metrics_are_not_logged_again():
     with runs.start_run() as run_id:
         runs.log_metrics({"test": {"auc": 0.5, "loss": 1.0, "name": "x"}})
     with runs.start_run(run_id):
@@ -118,21 +118,21 @@ def test_numbers_that_are_there_are_not_logged_again():
     assert [point.value for point in client.get_metric_history(run_id, "test.loss")] == [1.0, 0.75]
 
 
-def test_a_run_ends_as_failed_by_an_error():
-    failed = []
+def test_error_sets_run_status_to_failed():
+    run_ids = []
 
     def fail() -> None:
         with runs.start_run() as run_id:
-            failed.append(run_id)
+            run_ids.append(run_id)
             raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
         fail()
-    assert MlflowClient().get_run(failed[0]).info.status == "FAILED"
+    assert MlflowClient().get_run(run_ids[0]).info.status == "FAILED"
 
 
-def test_an_experiment_in_a_copy_of_dvc_belongs_to_the_real_store(tmp_path, monkeypatch):
-    copy = tmp_path / ".dvc" / "tmp" / "exps" / "one"
-    copy.mkdir(parents=True)
-    monkeypatch.chdir(copy)
+def test_dvc_experiment_uses_the_projects_store(tmp_path, monkeypatch):
+    workspace = tmp_path / ".dvc" / "tmp" / "exps" / "one"
+    workspace.mkdir(parents=True)
+    monkeypatch.chdir(workspace)
     assert locations.project_folder() == tmp_path

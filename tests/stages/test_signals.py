@@ -1,4 +1,4 @@
-"""Signals during training: the first asks it to stop, a second stops it at once."""
+"""Signals during training: the first requests a stop, the second interrupts immediately."""
 
 import os
 import signal
@@ -12,27 +12,27 @@ from pipelines.stages import signals
 
 @pytest.fixture(autouse=True)
 def handlers():
-    """What handles signals is afterwards what it was before."""
-    before = [signal.getsignal(name) for name in signals.STOP_SIGNALS]
+    """Check that the signal handlers are restored."""
+    previous = [signal.getsignal(name) for name in signals.STOP_SIGNALS]
     yield
-    assert [signal.getsignal(name) for name in signals.STOP_SIGNALS] == before
+    assert [signal.getsignal(name) for name in signals.STOP_SIGNALS] == previous
 
 
 @pytest.mark.parametrize("number", signals.STOP_SIGNALS)
-def test_a_signal_is_noticed_and_nothing_is_broken_off(number):
-    with signals.catch_stop_signals() as asked:
-        assert asked() == 0
+def test_first_signal_is_recorded_without_interrupting(number):
+    with signals.catch_stop_signals() as pending_signal:
+        assert pending_signal() == 0
         os.kill(os.getpid(), number)
-        assert asked() == number
+        assert pending_signal() == number
 
 
-def test_a_second_signal_leaves_at_once():
+def test_second_signal_interrupts_immediately():
     def train() -> None:
         with signals.catch_stop_signals():
             os.kill(os.getpid(), signal.SIGTERM)
             os.kill(os.getpid(), signal.SIGINT)
             time.sleep(5)
 
-    with pytest.raises(StageInterrupted, match="stopped by SIGTERM at once; run again to resume") as told:
+    with pytest.raises(StageInterrupted, match="stopped by SIGTERM at once; run again to resume") as caught:
         train()
-    assert told.value.signal_number == signal.SIGTERM
+    assert caught.value.signal_number == signal.SIGTERM

@@ -1,4 +1,4 @@
-"""History of a training in MLflow: real stores, a real server that dies, and trainings that are killed."""
+"""Journal of a training: real MLflow stores, a server that is killed, and trainings that are killed."""
 
 import json
 import math
@@ -43,16 +43,16 @@ METRICS = ("learning_rate", "loss")
 
 @pytest.fixture(autouse=True)
 def connection(monkeypatch):
-    """No test leaves another its store."""
-    before = mlflow.get_tracking_uri()
+    """Restore the tracking URI after each test."""
+    previous = mlflow.get_tracking_uri()
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "")
     yield
-    mlflow.set_tracking_uri(before)
+    mlflow.set_tracking_uri(previous)
 
 
 @pytest.fixture(scope="module")
-def empty(tmp_path_factory) -> Path:
-    """A project with an MLflow store in which there is nothing but the experiment."""
+def empty_project(tmp_path_factory) -> Path:
+    """A project with an MLflow store that has only the experiment."""
     folder = tmp_path_factory.mktemp("empty")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
@@ -63,31 +63,31 @@ def empty(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def project(tmp_path, monkeypatch) -> Path:
-    """A folder with that of a training, in which the test runs."""
+    """A project with the folder of a training; the test runs in it."""
     monkeypatch.chdir(tmp_path)
     FOLDER.mkdir(parents=True)
     return tmp_path
 
 
 @pytest.fixture
-def store(empty, project) -> Path:
-    """The database of a copy of that store."""
-    shutil.copytree(empty / "mlruns", project / "mlruns")
+def store(empty_project, project) -> Path:
+    """The database of a copy of the empty store."""
+    shutil.copytree(empty_project / "mlruns", project / "mlruns")
     return project / "mlruns" / "mlflow.db"
 
 
-def ask(database: Path, query: str) -> list[tuple]:
+def query_rows(database: Path, query: str) -> list[tuple]:
     with closing(sqlite3.connect(database)) as connection:
         return connection.execute(query).fetchall()
 
 
-def points(database: Path) -> list[tuple[str, int, float, int]]:
-    """Metric, step, value and time of each row, in the order in which they came."""
-    return ask(database, "select key, step, value, timestamp from metrics order by rowid")
+def stored_points(database: Path) -> list[tuple[str, int, float, int]]:
+    """Return metric, step, value and time of each logged point, in order of insertion."""
+    return query_rows(database, "select key, step, value, timestamp from metrics order by rowid")
 
 
-def expected() -> list[tuple[str, int, float, int]]:
-    """The same as the history has it."""
+def history_points() -> list[tuple[str, int, float, int]]:
+    """Return the same points from the journal's history."""
     rows = pd.read_csv(FOLDER / "history.csv", float_precision="round_trip").to_dict("records")
     return [
         (name, row["epoch"], value, row["time"])
@@ -97,16 +97,16 @@ def expected() -> list[tuple[str, int, float, int]]:
     ]
 
 
-def measured(epoch: int) -> dict[str, float | None]:
+def epoch_metrics(epoch: int) -> dict[str, float | None]:
     return {"epoch": epoch, "learning_rate": 0.1 / epoch, "loss": 1 / epoch}
 
 
-def begun(epochs: int = 0) -> Journal:
-    book = Journal(FOLDER)
-    book.start(PARAMS, META)
+def start_journal(epochs: int = 0) -> Journal:
+    training_journal = Journal(FOLDER)
+    training_journal.start(PARAMS, META)
     for epoch in range(1, epochs + 1):
-        book.add_epoch(measured(epoch))
-    return book
+        training_journal.add_epoch(epoch_metrics(epoch))
+    return training_journal
 
 
 def run_in_store() -> mlflow.entities.Run:
@@ -114,81 +114,83 @@ def run_in_store() -> mlflow.entities.Run:
     return found
 
 
-def test_a_run_has_what_a_training_leaves(store, monkeypatch):
+def test_run_has_params_tags_dataset_and_metrics(store, monkeypatch):
     monkeypatch.setenv("DVC_EXP_NAME", "puffy-daks")
     monkeypatch.setenv("MLFLOW_RUN_NAME", "first")
-    book = begun(epochs=2)
-    book.flush()
-    ours = run_in_store()
-    assert book.finalize() == ours.info.run_id
-    assert ours.info.run_name == "first"
-    assert ours.info.status == "RUNNING"
-    assert ours.data.params == {"train.lr": "0.1", "seed": "1"}
-    assert ours.data.tags.items() >= {
+    training_journal = start_journal(epochs=2)
+    training_journal.flush()
+    run = run_in_store()
+    assert training_journal.finalize() == run.info.run_id
+    assert run.info.run_name == "first"
+    assert run.info.status == "RUNNING"
+    assert run.data.params == {"train.lr": "0.1", "seed": "1"}
+    assert run.data.tags.items() >= {
         "dataset.name": "dots", "dataset.size": "16", "dataset.sha256": "ab" * 32, "dataset.note": "made up",
         "dataset.split": "published", "git.revision": "not a git repository", "dvc.lock": "not run by DVC",
-        "mlflow.user": ours.info.user_id, "mlflow.source.type": "LOCAL",
+        "mlflow.user": run.info.user_id, "mlflow.source.type": "LOCAL",
         "mlflow.source.name": "python -m pipelines train",
     }.items()  # fmt: skip
-    assert ours.info.user_id != "unknown"
-    (dataset,) = ours.inputs.dataset_inputs
+    assert run.info.user_id != "unknown"
+    (dataset,) = run.inputs.dataset_inputs
     assert (dataset.dataset.name, dataset.dataset.digest) == ("dots", "ab" * 16)
     assert json.loads(dataset.dataset.source)["tags"]["file"] == "dots.npz"
     assert [(tag.key, tag.value) for tag in dataset.tags] == [("mlflow.data.context", "training")]
     note = read_json(FOLDER / "run.json")
-    assert ours.data.tags[runs.IDENTITY_TAG] == note["identity"]
-    assert ours.info.start_time == note["time"]
-    assert [(key, step) for key, step, _, _ in points(store)] == [(key, epoch) for epoch in (1, 2) for key in METRICS]
-    assert points(store) == expected()
+    assert run.data.tags[runs.IDENTITY_TAG] == note["identity"]
+    assert run.info.start_time == note["time"]
+    assert [(key, step) for key, step, _, _ in stored_points(store)] == [
+        (key, epoch) for epoch in (1, 2) for key in METRICS
+    ]
+    assert stored_points(store) == history_points()
     assert mlflow.active_run() is None
 
 
-def test_an_epoch_that_is_computed_again_stands_as_it_was(store):
-    begun(epochs=2).flush()
+def test_repeated_epoch_is_not_overwritten(store):
+    start_journal(epochs=2).flush()
     before, first = (FOLDER / "history.csv").read_bytes(), run_in_store()
     again = Journal(FOLDER)
     again.start({"seed": 2}, META)
-    again.add_epoch({**measured(2), "loss": 7.0})
+    again.add_epoch({**epoch_metrics(2), "loss": 7.0})
     assert (FOLDER / "history.csv").read_bytes() == before
-    again.add_epoch(measured(3))
+    again.add_epoch(epoch_metrics(3))
     assert again.finalize() == first.info.run_id
-    assert points(store) == expected()
-    assert len(expected()) == 6
+    assert stored_points(store) == history_points()
+    assert len(history_points()) == 6
 
 
-def test_a_resumed_training_has_the_same_run_running_again(store):
-    begun(epochs=1).close("KILLED")
+def test_resumed_training_sets_its_run_to_running(store):
+    start_journal(epochs=1).close("KILLED")
     assert run_in_store().info.status == "KILLED"
     Journal(FOLDER).flush()
     assert run_in_store().info.status == "RUNNING"
 
 
-def test_a_metric_that_is_undefined_is_left_out(store):
-    book = begun()
-    book.add_epoch({**measured(1), "auc": None})
-    book.add_epoch({**measured(2), "auc": 0.1 + 0.2})
-    book.finalize()
-    assert [(step, value) for key, step, value, _ in points(store) if key == "auc"] == [(2, 0.1 + 0.2)]
+def test_undefined_metric_is_not_logged(store):
+    training_journal = start_journal()
+    training_journal.add_epoch({**epoch_metrics(1), "auc": None})
+    training_journal.add_epoch({**epoch_metrics(2), "auc": 0.1 + 0.2})
+    training_journal.finalize()
+    assert [(step, value) for key, step, value, _ in stored_points(store) if key == "auc"] == [(2, 0.1 + 0.2)]
     assert Journal(FOLDER).finalize()
-    assert points(store) == expected()
+    assert stored_points(store) == history_points()
 
 
-def test_more_than_mlflow_takes_in_one_call(store):
-    book = Journal(FOLDER)
-    book.start({f"p{i}": i for i in range(250)}, META)
+def test_large_batches_are_logged_completely(store):
+    training_journal = Journal(FOLDER)
+    training_journal.start({f"p{i}": i for i in range(250)}, META)
     for epoch in range(1, 121):
-        book.add_epoch(measured(epoch) | {f"m{i}": i + epoch for i in range(10)})
-    book.finalize()
-    assert points(store) == expected()
-    assert len(expected()) == 120 * 12
+        training_journal.add_epoch(epoch_metrics(epoch) | {f"m{i}": i + epoch for i in range(10)})
+    training_journal.finalize()
+    assert stored_points(store) == history_points()
+    assert len(history_points()) == 120 * 12
     assert len(run_in_store().data.params) == 250
 
 
-# A killed process is followed by another, which asks MLflow what it has.
+# After a kill, the next process asks MLflow for the logged epochs.
 
 
-def ended(function, *arguments) -> int:
-    """The exit status of a process which does that, negative for a signal."""
+def exit_status_of(function, *arguments) -> int:
+    """Run a function in a new process and return its exit status, negative for a signal."""
     process = FORK.Process(target=function, args=arguments)
     process.start()
     process.join(60)
@@ -196,17 +198,17 @@ def ended(function, *arguments) -> int:
 
 
 def train(epochs: int = 4, permits=None) -> None:
-    """As a stage would: resumes from its last checkpoint, which is older than the last epoch in the history.
+    """Train like the stage: resume from the last checkpoint, which is older than the last epoch in the history.
 
-    With permits it waits for one before each epoch, so that it cannot end before it is killed.
+    With `permits` it acquires one before each epoch, so that it cannot finish before it is killed.
     """
-    book, checkpoint = begun(), FOLDER / "checkpoint.json"
-    book.flush()
+    training_journal, checkpoint = start_journal(), FOLDER / "checkpoint.json"
+    training_journal.flush()
     for epoch in range(read_json(checkpoint) + 1 if checkpoint.is_file() else 1, epochs + 1):
         if permits is not None:
             permits.acquire()
-        book.add_epoch({**measured(epoch), "loss": time.perf_counter()})  # never twice the same
-        book.flush()
+        training_journal.add_epoch({**epoch_metrics(epoch), "loss": time.perf_counter()})  # differs at each repetition
+        training_journal.flush()
         write_json(checkpoint, epoch)
     Journal(FOLDER).finalize()
 
@@ -214,132 +216,133 @@ def train(epochs: int = 4, permits=None) -> None:
 def train_and_die(module, name: str, call: int, before: bool) -> None:
     real, calls = getattr(module, name), []
 
-    def deadly(*arguments):
+    def dying_function(*arguments):
         calls.append(1)
         result = None if before and len(calls) == call else real(*arguments)
         if len(calls) == call:
             os.kill(os.getpid(), signal.SIGKILL)
         return result
 
-    setattr(module, name, deadly)  # in a process of its own
+    setattr(module, name, dying_function)  # this is a separate process
     train()
 
 
 def check_trained(store: Path, epochs: int = 4) -> None:
-    """One run, and each step in it once, in order and as it was first measured."""
-    assert ask(store, "select count(*) from runs") == [(1,)]
-    assert [(key, step) for key, step, _, _ in points(store)] == [
+    """Check that there is one run with each step once, in order and with the values of the first attempt."""
+    assert query_rows(store, "select count(*) from runs") == [(1,)]
+    assert [(key, step) for key, step, _, _ in stored_points(store)] == [
         (key, epoch) for epoch in range(1, epochs + 1) for key in METRICS
     ]
-    assert points(store) == expected()
-    assert ask(store, "select count(*) from inputs") == [(1,)]
-    assert ask(store, "select count(*) from params") == [(len(PARAMS),)]
+    assert stored_points(store) == history_points()
+    assert query_rows(store, "select count(*) from inputs") == [(1,)]
+    assert query_rows(store, "select count(*) from params") == [(len(PARAMS),)]
 
 
 @pytest.mark.parametrize("before", [True, False], ids=["before", "after"])
 @pytest.mark.parametrize(
     ("module", "name", "call"),
     [
-        (runs, "open_run", 1), (runs, "mark", 1), (runs, "log_origin", 1), (runs, "log_points", 1),
-        (runs, "log_points", 3), (journal, "write_json", 1), (journal, "write_json", 2), (os, "fsync", 5),
+        (runs, "find_or_create_run", 1), (runs, "set_status", 1), (runs, "log_provenance", 1),
+        (runs, "log_metric_points", 1), (runs, "log_metric_points", 3), (journal, "write_json", 1),
+        (journal, "write_json", 2), (os, "fsync", 5),
     ],
     ids=lambda value: getattr(value, "__name__", str(value)),
 )  # fmt: skip
-def test_a_training_killed_there_goes_on_in_the_same_run(store, module, name, call, before):
-    assert ended(train_and_die, module, name, call, before) == -signal.SIGKILL
-    assert ended(train) == 0
+def test_killed_training_resumes_in_the_same_run(store, module, name, call, before):
+    assert exit_status_of(train_and_die, module, name, call, before) == -signal.SIGKILL
+    assert exit_status_of(train) == 0
     check_trained(store)
 
 
-def test_a_training_killed_again_and_again_goes_on_in_the_same_run(store):
-    moments, epochs, checkpoint = np.random.default_rng(0), 60, FOLDER / "checkpoint.json"
+def test_repeatedly_killed_training_resumes_in_one_run(store):
+    rng, epochs, checkpoint = np.random.default_rng(0), 60, FOLDER / "checkpoint.json"
     for _ in range(8):
         reached = read_json(checkpoint) if checkpoint.is_file() else 0
-        new = int(moments.integers(1, 5))
+        new = int(rng.integers(1, 5))
         process = FORK.Process(target=train, args=(epochs, FORK.Semaphore(new + 2)))
         process.start()
         while not checkpoint.is_file() or read_json(checkpoint) < reached + new:
             assert process.is_alive()
             time.sleep(0.001)
-        time.sleep(moments.uniform(0, 0.05))
+        time.sleep(rng.uniform(0, 0.05))
         process.kill()
         process.join()
-    assert 0 < len(points(store)) < 2 * epochs
-    assert ended(train, epochs) == 0
+    assert 0 < len(stored_points(store)) < 2 * epochs
+    assert exit_status_of(train, epochs) == 0
     check_trained(store, epochs)
 
 
-# An error that does not pass by itself is one message.
+# Permanent errors are reported as one message.
 
 
-def deleted(run_id: str) -> None:
+def delete_run(run_id: str) -> None:
     MlflowClient().delete_run(run_id)
 
 
-def gone(run_id: str) -> None:
+def drop_rows(run_id: str) -> None:
     for table in ("metrics", "latest_metrics", "params", "tags", "runs"):
         with closing(sqlite3.connect("mlruns/mlflow.db")) as connection, connection:
             connection.execute(f"delete from {table}")  # noqa: S608
 
 
 @pytest.mark.parametrize("resumed", [True, False], ids=["resumed", "same process"])
-@pytest.mark.parametrize("do", [deleted, gone])
-def test_a_run_that_is_gone_is_reported_and_made_again_as_the_message_says(store, do, resumed):
-    book = begun(epochs=1)
-    run_id = book.finalize()
-    do(run_id)
-    book = Journal(FOLDER) if resumed else book
-    book.add_epoch(measured(2))
+@pytest.mark.parametrize("remove_run", [delete_run, drop_rows])
+def test_missing_run_is_reported_and_can_be_recreated(store, remove_run, resumed):
+    training_journal = start_journal(epochs=1)
+    run_id = training_journal.finalize()
+    remove_run(run_id)
+    training_journal = Journal(FOLDER) if resumed else training_journal
+    training_journal.add_epoch(epoch_metrics(2))
     message = (
         rf"MLflow at {store.parent} has no run {run_id}, or it was deleted; restore it .* or remove {FOLDER}/run.json"
     )
-    for method in (book.flush, book.finalize):
+    for method in (training_journal.flush, training_journal.finalize):
         with pytest.raises(UserError, match=message) as raised:
             method()
         assert not isinstance(raised.value, TransientError)
     (FOLDER / "run.json").unlink()
-    assert begun().finalize() != run_id
-    assert points(store)[-4:] == expected()
+    assert start_journal().finalize() != run_id
+    assert stored_points(store)[-4:] == history_points()
 
 
-def test_a_deleted_experiment_is_reported(store):
-    begun(epochs=1).finalize()
+def test_deleted_experiment_is_reported(store):
+    start_journal(epochs=1).finalize()
     MlflowClient().delete_experiment("1")
     with pytest.raises(UserError, match="experiment fadeformer was deleted; restore it"):
         Journal(FOLDER).flush()
 
 
-def test_another_mlflow_than_before_is_reported(store, empty, monkeypatch, tmp_path):
-    run_id = begun(epochs=1).finalize()
-    other = shutil.copytree(empty / "mlruns", tmp_path / "other") / "mlflow.db"
+def test_run_in_another_store_is_reported(store, empty_project, monkeypatch, tmp_path):
+    run_id = start_journal(epochs=1).finalize()
+    other = shutil.copytree(empty_project / "mlruns", tmp_path / "other") / "mlflow.db"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{other}")
-    with pytest.raises(UserError, match=rf"sqlite:///{other} has no run {run_id}.* set MLFLOW_TRACKING_URI as it was"):
+    with pytest.raises(UserError, match=rf"sqlite:///{other} has no run {run_id}.* set MLFLOW_TRACKING_URI as before"):
         Journal(FOLDER).flush()
-    assert points(other) == []
+    assert stored_points(other) == []
 
 
-def test_a_project_that_moved_has_its_run(store, monkeypatch):
-    run_id = begun(epochs=1).finalize()
+def test_moved_project_keeps_its_run(store, monkeypatch):
+    run_id = start_journal(epochs=1).finalize()
     monkeypatch.chdir(shutil.copytree(Path.cwd(), store.parents[2] / f"{store.parents[1].name}-moved"))
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "")
-    assert begun(epochs=2).finalize() == run_id
-    assert points(Path("mlruns/mlflow.db")) == expected()
-    assert len(expected()) == 4
+    assert start_journal(epochs=2).finalize() == run_id
+    assert stored_points(Path("mlruns/mlflow.db")) == history_points()
+    assert len(history_points()) == 4
 
 
-def test_no_password_is_shown(monkeypatch):
+def test_display_address_hides_credentials(monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://me:secret@example.org:5000/mlflow/?token=secret")
     assert locations.display_address() == "http://example.org:5000/mlflow"
 
 
-# MLflow may come back.
+# Transient errors are retried.
 
 
-class Failing(BaseHTTPRequestHandler):
-    asked = 0
+class FailingHandler(BaseHTTPRequestHandler):
+    requests = 0
 
     def do_GET(self) -> None:
-        Failing.asked += 1
+        FailingHandler.requests += 1
         self.send_response(503)
         self.send_header("Retry-After", "600")
         self.end_headers()
@@ -350,80 +353,85 @@ class Failing(BaseHTTPRequestHandler):
         pass
 
 
-@pytest.fixture(params=["refuses", "says nothing", "fails", "database"])
-def away(request, project, monkeypatch) -> str:
-    """The address of an MLflow that cannot be reached, in one way or another."""
-    with socket.create_server(("127.0.0.1", 0)) as silent, HTTPServer(("127.0.0.1", 0), Failing) as failing:
-        port = {"says nothing": silent.getsockname()[1], "fails": failing.server_port}.get(request.param)
-        if request.param == "fails":
-            threading.Thread(target=failing.serve_forever, daemon=True).start()
+@pytest.fixture(params=["refused", "timeout", "status 503", "database"])
+def unreachable_uri(request, project, monkeypatch) -> str:
+    """The URI of an MLflow server or database that cannot be reached."""
+    with (
+        socket.create_server(("127.0.0.1", 0)) as silent_server,
+        HTTPServer(("127.0.0.1", 0), FailingHandler) as failing_server,
+    ):
+        port = {"timeout": silent_server.getsockname()[1], "status 503": failing_server.server_port}.get(request.param)
+        if request.param == "status 503":
+            threading.Thread(target=failing_server.serve_forever, daemon=True).start()
         if port is None:
-            with socket.create_server(("127.0.0.1", 0)) as closed:
-                port = closed.getsockname()[1]
+            with socket.create_server(("127.0.0.1", 0)) as closed_port:
+                port = closed_port.getsockname()[1]
         scheme = "postgresql" if request.param == "database" else "http"
         uri = f"{scheme}://127.0.0.1:{port}"
         monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
         yield uri
-        if request.param == "fails":
-            failing.shutdown()
+        if request.param == "status 503":
+            failing_server.shutdown()
 
 
-def test_a_training_goes_on_without_mlflow(away, monkeypatch, capfd):
+def test_training_continues_without_mlflow(unreachable_uri, monkeypatch, capfd):
     monkeypatch.setattr(journal, "TIMEOUT", 1)
-    tries: list[float] = []
+    attempts: list[float] = []
     check = mlflow_store.check_reachable
-    monkeypatch.setattr(mlflow_store, "check_reachable", lambda timeout: tries.append(timeout) or check(timeout))
-    Failing.asked = 0
-    book = begun()
+    monkeypatch.setattr(mlflow_store, "check_reachable", lambda timeout: attempts.append(timeout) or check(timeout))
+    FailingHandler.requests = 0
+    training_journal = start_journal()
     for epoch in range(1, 100):
-        book.add_epoch(measured(epoch))
-        book.flush()
-    assert len(tries) == 1  # and no more within the pause
-    book.close("KILLED")
+        training_journal.add_epoch(epoch_metrics(epoch))
+        training_journal.flush()
+    assert len(attempts) == 1  # no further one within RETRY_INTERVAL
+    training_journal.close("KILLED")
     with pytest.raises(
-        TransientError, match=rf"{away} cannot be reached.* finished and kept in {FOLDER}: start it, then run"
+        TransientError,
+        match=rf"{unreachable_uri} cannot be reached.* finished and stored in {FOLDER}: start it, then run",
     ):
         Journal(FOLDER).finalize()
-    assert Failing.asked <= 3
+    assert FailingHandler.requests <= 3
     printed = capfd.readouterr()
     first, last = printed.out.splitlines()
     assert first.startswith(
-        f"MLflow at {away} cannot be reached: training continues, and its metrics are stored in {FOLDER}/history.csv"
+        f"MLflow at {unreachable_uri} cannot be reached: training continues, and its metrics are stored in"
+        f" {FOLDER}/history.csv"
     )
-    assert last.startswith(f"MLflow at {away} does not show the status KILLED: ")
+    assert last.startswith(f"MLflow at {unreachable_uri} does not show the status KILLED: ")
     assert printed.err == ""
-    assert len(expected()) == 2 * 99
+    assert len(history_points()) == 2 * 99
 
 
-def test_after_the_pause_it_is_tried_again(project, monkeypatch, capsys):
+def test_flush_retries_after_the_interval(project, monkeypatch, capsys):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
-    tries, clock = [], [0.0]
+    attempts, clock = [], [0.0]
     monkeypatch.setattr(
         mlflow_store,
         "check_reachable",
-        lambda timeout, real=mlflow_store.check_reachable: tries.append(1) or real(timeout),
+        lambda timeout, real=mlflow_store.check_reachable: attempts.append(1) or real(timeout),
     )
     monkeypatch.setattr(journal.time, "monotonic", lambda: clock[0])
-    book = begun(epochs=1)
+    training_journal = start_journal(epochs=1)
     for clock[0] in (0, 59, 61, 119, 122):
-        book.flush()
-    assert len(tries) == 3
+        training_journal.flush()
+    assert len(attempts) == 3
     assert len(capsys.readouterr().out.splitlines()) == 1
 
 
-def test_a_read_only_store_is_waited_for(store, monkeypatch, capfd):
+def test_read_only_store_counts_as_unreachable(store, monkeypatch, capfd):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///file:{store}?mode=ro&uri=true")
-    begun(epochs=1).flush()
+    start_journal(epochs=1).flush()
     printed = capfd.readouterr()
     assert printed.out.strip().endswith("(attempt to write a readonly database)")
     assert printed.err == ""
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "")
     Journal(FOLDER).finalize()
-    assert points(store) == expected()
+    assert stored_points(store) == history_points()
 
 
 class Server:
-    """`mlflow server`, which can be killed and started again."""
+    """A process of `mlflow server` that can be killed and restarted."""
 
     def __init__(self, folder: Path) -> None:
         self.database = folder / "served.db"
@@ -459,27 +467,27 @@ class Server:
 
 
 @pytest.mark.server
-def test_a_server_that_comes_late_and_dies_in_between(project, monkeypatch, capfd):
+def test_server_that_starts_late_and_restarts(project, monkeypatch, capfd):
     monkeypatch.setattr(journal, "RETRY_INTERVAL", 0)
     server = Server(project)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", server.uri)
     try:
-        book = begun(epochs=2)
-        book.flush()
+        training_journal = start_journal(epochs=2)
+        training_journal.flush()
         server.start()
-        book.flush()
-        assert points(server.database) == expected()
+        training_journal.flush()
+        assert stored_points(server.database) == history_points()
         server.kill()
         for epoch in (3, 4):
-            book.add_epoch(measured(epoch))
-            book.flush()
+            training_journal.add_epoch(epoch_metrics(epoch))
+            training_journal.flush()
         server.start()
-        book.add_epoch(measured(5))
-        book.flush()
-        assert Journal(FOLDER).finalize() == book.finalize()
-        assert points(server.database) == expected()
-        assert len(expected()) == 2 * 5
-        assert ask(server.database, "select count(*) from runs") == [(1,)]
+        training_journal.add_epoch(epoch_metrics(5))
+        training_journal.flush()
+        assert Journal(FOLDER).finalize() == training_journal.finalize()
+        assert stored_points(server.database) == history_points()
+        assert len(history_points()) == 2 * 5
+        assert query_rows(server.database, "select count(*) from runs") == [(1,)]
     finally:
         server.kill()
     lines = capfd.readouterr().out.splitlines()

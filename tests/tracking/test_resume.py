@@ -1,4 +1,4 @@
-"""Trainings that have begun, of runs side by side: each finds its own again, and none takes another's from it."""
+"""Folders of unfinished trainings: concurrent runs resume their own training and do not remove others."""
 
 import json
 import shutil
@@ -13,9 +13,9 @@ from fadeformer.errors import TransientError
 from pipelines import paths
 from pipelines.tracking import locations, resume
 
-AT_ONCE = 4
+NUM_PROCESSES = 4
 ROUNDS = 25
-# A run of its own process: trains, has its model noted, and forgets, while others do the same.
+# A run in a separate process: it trains, marks the training as finished, and removes it, concurrently with others.
 RUN = f"""
 import os, sys
 from pipelines.tracking import resume
@@ -29,8 +29,8 @@ for number in range({ROUNDS}):
 
 
 @pytest.fixture
-def copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Path]:
-    """Goes to a working copy of a deployment run, which is made first; "" is the project itself."""
+def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Path]:
+    """Change to the workspace of a deployment run, which is created first; "" is the project itself."""
 
     def go_to(name: str) -> Path:
         folder = tmp_path / locations.WORKSPACES / name if name else tmp_path
@@ -45,58 +45,58 @@ def copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Pat
 
 @pytest.fixture
 def seed(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
-    """Sets what the next training is made of."""
+    """Set the fingerprint of the next training."""
     return lambda seed: monkeypatch.setattr(resume, "compute_fingerprint", lambda: {"seed": seed})
 
 
 def train(run_id: str) -> Path:
-    """A training that ends: its folder."""
+    """Run a training to its end and return its folder."""
     with resume.open_training_folder() as folder:
         resume.mark_finished(folder, run_id)
     return folder
 
 
-def test_what_another_run_has_finished_stays_until_that_run_forgets_it(
-    copy: Callable[[str], Path], seed: Callable[[int], None]
+def test_finished_training_stays_until_its_run_removes_it(
+    workspace: Callable[[str], Path], seed: Callable[[int], None]
 ) -> None:
-    copy("one")
+    workspace("one")
     seed(1)
-    one = train("of one")
-    copy("two")
+    first = train("run of one")
+    workspace("two")
     seed(2)
-    train("of two")
-    resume.remove_finished("of two")
-    assert (one / resume.FINISHED_MARKER).is_file()
-    copy("one")
-    resume.remove_finished("of one")
-    assert not any(path.is_dir() for path in one.parent.iterdir())
+    train("run of two")
+    resume.remove_finished("run of two")
+    assert (first / resume.FINISHED_MARKER).is_file()
+    workspace("one")
+    resume.remove_finished("run of one")
+    assert not any(path.is_dir() for path in first.parent.iterdir())
 
 
 @pytest.mark.parametrize(("before", "after"), [("", ""), ("one", "one"), ("gone", "two")])
-def test_what_is_finished_and_nobody_can_need_goes_when_the_next_begins(
-    copy: Callable[[str], Path], seed: Callable[[int], None], before: str, after: str
+def test_stale_finished_training_is_removed_by_the_next(
+    workspace: Callable[[str], Path], seed: Callable[[int], None], before: str, after: str
 ) -> None:
-    left_in = copy(before)
+    folder = workspace(before)
     seed(1)
-    left = train("before")
-    copy(after)
+    training = train("before")
+    workspace(after)
     if after != before:
-        shutil.rmtree(left_in)
+        shutil.rmtree(folder)
     seed(2)
     assert train("after").is_dir()
-    assert not left.exists()
+    assert not training.exists()
 
 
-def test_a_finished_training_that_is_taken_up_again_is_not_removed_meanwhile(
-    copy: Callable[[str], Path],
+def test_finished_training_in_use_is_not_removed(
+    workspace: Callable[[str], Path],
     seed: Callable[[int], None],
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    copy("one")
+    workspace("one")
     seed(1)
     train("same")
-    copy("two")
+    workspace("two")
     monkeypatch.setattr(resume, "LOCK_TIMEOUT", 0)
     with resume.open_training_folder() as folder:
         resume.remove_finished("same")
@@ -106,65 +106,65 @@ def test_a_finished_training_that_is_taken_up_again_is_not_removed_meanwhile(
     assert not folder.exists()
 
 
-def test_a_training_that_another_process_is_at_is_not_told_as_left(
-    copy: Callable[[str], Path], seed: Callable[[int], None], capsys: pytest.CaptureFixture[str]
+def test_running_training_is_not_reported_as_unfinished(
+    workspace: Callable[[str], Path], seed: Callable[[int], None], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    copy("one")
+    workspace("one")
     seed(1)
     with resume.open_training_folder():
-        copy("two")
+        workspace("two")
         seed(2)
-        train("of two")
+        train("run of two")
         assert "training from the start" not in capsys.readouterr().out
     seed(3)
-    train("of three")
+    train("run of three")
     assert "training from the start" in capsys.readouterr().out
 
 
-def test_the_very_same_training_is_begun_once(
-    copy: Callable[[str], Path], seed: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
+def test_same_training_cannot_run_twice(
+    workspace: Callable[[str], Path], seed: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(resume, "LOCK_TIMEOUT", 0)
-    copy("one")
+    workspace("one")
     seed(1)
-    told = "another process runs the same training"
-    with resume.open_training_folder(), pytest.raises(TransientError, match=told), resume.open_training_folder():
+    message = "another process runs the same training"
+    with resume.open_training_folder(), pytest.raises(TransientError, match=message), resume.open_training_folder():
         pass
 
 
-def test_half_of_a_training_that_was_being_removed_is_never_gone_on_with(
-    copy: Callable[[str], Path], seed: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
+def test_partially_removed_training_is_not_resumed(
+    workspace: Callable[[str], Path], seed: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    copy("one")
+    workspace("one")
     seed(1)
     folder = train("one")
 
-    def killed(folder: Path) -> None:
+    def kill_during_removal(folder: Path) -> None:
         (folder / resume.FINISHED_MARKER).unlink()
         raise KeyboardInterrupt
 
-    def remove_half() -> None:
+    def interrupt_removal() -> None:
         with monkeypatch.context() as patch:
-            patch.setattr(resume.shutil, "rmtree", killed)
+            patch.setattr(resume.shutil, "rmtree", kill_during_removal)
             with pytest.raises(KeyboardInterrupt):
                 resume.remove_finished("one")
 
     (folder / "step-00000001.pt").touch()
-    remove_half()
-    with resume.open_training_folder() as again:
-        assert again == folder
-        assert json.loads((again / resume.FINGERPRINT).read_text()) == {"seed": 1}
-        assert {path.name for path in again.iterdir()} == {resume.FINGERPRINT}
-        resume.mark_finished(again, "one")
-    remove_half()
+    interrupt_removal()
+    with resume.open_training_folder() as resumed:
+        assert resumed == folder
+        assert json.loads((resumed / resume.FINGERPRINT).read_text()) == {"seed": 1}
+        assert {path.name for path in resumed.iterdir()} == {resume.FINGERPRINT}
+        resume.mark_finished(resumed, "one")
+    interrupt_removal()
     seed(2)
     assert train("two").is_dir()
     assert not folder.exists()
 
 
-def test_runs_that_begin_and_end_at_once_do_not_fail(copy: Callable[[str], Path], tmp_path: Path) -> None:
-    copies = [str(copy(f"run-{number}")) for number in range(AT_ONCE)]
-    runs = [subprocess.Popen([sys.executable, "-c", RUN, folder], stderr=subprocess.PIPE) for folder in copies]
-    told = [run.communicate()[1].decode() for run in runs]
-    assert [(run.returncode, text) for run, text in zip(runs, told, strict=True)] == [(0, "")] * AT_ONCE
+def test_concurrent_runs_do_not_interfere(workspace: Callable[[str], Path], tmp_path: Path) -> None:
+    workspaces = [str(workspace(f"run-{number}")) for number in range(NUM_PROCESSES)]
+    runs = [subprocess.Popen([sys.executable, "-c", RUN, folder], stderr=subprocess.PIPE) for folder in workspaces]
+    errors = [run.communicate()[1].decode() for run in runs]
+    assert [(run.returncode, text) for run, text in zip(runs, errors, strict=True)] == [(0, "")] * NUM_PROCESSES
     assert not any(path.is_dir() for path in (tmp_path / paths.UNFINISHED_TRAININGS).iterdir())
