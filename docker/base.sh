@@ -1,9 +1,9 @@
 #!/bin/sh
-# Makes a base for the Dockerfiles out of Debian's own packages, where no image registry can be reached:
+# Build a base image for the Dockerfiles from Debian packages, if no image registry is reachable:
 #
 #     docker/base.sh localhost/python:3.11-bookworm    # then: make images BASE=localhost/python:3.11-bookworm
 #
-# Wants root, debootstrap and buildah; MIRROR names another mirror of Debian than debootstrap's own.
+# Needs root, debootstrap and buildah. MIRROR sets another Debian mirror than the default of debootstrap.
 set -eu
 image=${1:?usage: docker/base.sh IMAGE}
 root=$(mktemp -d)

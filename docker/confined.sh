@@ -1,17 +1,17 @@
 #!/usr/bin/env bash
-# Runs an image as docker/compose.yaml does, where buildah is but no container engine: as the image's user, without
-# capabilities, with a read-only root, a tmpfs at /tmp, FOLDER at /work, and no network but this machine's loopback.
+# Run an image like docker/compose.yaml, but with buildah instead of a container engine: as the image's user, without
+# capabilities, with a read-only root, a tmpfs at /tmp, FOLDER at /work, and no network except loopback.
 #
 #     docker/confined.sh localhost/fadeformer-trainer FOLDER [COMMAND ...]
 #
-# Wants root. Variables whose names begin with MLFLOW, PREFECT, FADEFORMER, AWS or PG are passed on. NETWORK=host keeps
-# the network, for a server that is to be asked from outside.
+# Needs root. Passes on variables whose names start with MLFLOW, PREFECT, FADEFORMER, AWS or PG. NETWORK=host keeps the
+# network, for servers that must be reachable from outside.
 set -eu
 [ $# -ge 2 ] || { echo "usage: docker/confined.sh IMAGE FOLDER [COMMAND ...]" >&2; exit 2; }
 image=$1 work=$2
 shift 2
 configured() { buildah inspect --type image --format "$1" "$image"; }
-# Entry point and command have no blanks within their words.
+# The words of entry point and command contain no spaces.
 [ $# -gt 0 ] || set -- $(configured '{{range .Docker.Config.Cmd}}{{.}} {{end}}')
 set -- $(configured '{{range .Docker.Config.Entrypoint}}{{.}} {{end}}') "$@"
 user=$(configured '{{.Docker.Config.User}}')
@@ -30,7 +30,7 @@ unshare --mount --pid --fork --kill-child $([ "${NETWORK:-none}" = host ] || ech
   mount -t tmpfs -o mode=1777,nosuid,nodev,noexec tmpfs "$root/tmp"
   [ ! -d "$root/work" ] || mount --bind "$work" "$root/work"
   for name in $(compgen -e); do [[ " $passed " == *" $name "* ]] || export -n "$name"; done
-  for one in $environment; do export "${one?}"; done
+  for setting in $environment; do export "${setting?}"; done
   exec /usr/sbin/chroot "$root" setpriv --reuid "${user%:*}" --regid "${user#*:}" --clear-groups \
     --no-new-privs --inh-caps=-all --bounding-set=-all env --chdir "$directory" "$@"
 ' bash "$@"

@@ -1,4 +1,4 @@
-"""Passwords that a container is started with: it does not start where one is missing, short, or known to everybody."""
+"""Validation of the passwords of a container: it does not start if one is missing, short or common."""
 
 from __future__ import annotations
 
@@ -8,34 +8,34 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-SHORTEST = 12  # characters, as MLflow asks of its accounts
-# A password that consists of such words, digits and signs is known to everybody: password1234, Change-Me-2026!, ...
-WORDS = (
+MIN_LENGTH = 12  # characters; MLflow requires the same for its accounts
+# A password of only such words, digits and punctuation is common: password1234, Change-Me-2026!, ...
+COMMON_WORDS = (
     "admin", "administrator", "change", "default", "dummy", "example", "fadeformer", "guest", "iloveyou", "it", "key",
     "letmein", "me", "minio", "mlflow", "my", "none", "now", "null", "pass", "passw", "passwd", "password", "pg",
     "postgres", "postgresql", "prefect", "qwerty", "replace", "root", "rustfs", "seaweedfs", "secret", "super", "test",
     "the", "this", "todo", "trainer", "user", "welcome", "worker", "your",
 )  # fmt: skip
-KNOWN = re.compile(f"(?:{'|'.join(WORDS)})+")
-COUNTED = "01234567890123456789", "98765432109876543210"  # 123456789012 and the like
+COMMON_PATTERN = re.compile(f"(?:{'|'.join(COMMON_WORDS)})+")
+DIGIT_SEQUENCES = "01234567890123456789", "98765432109876543210"  # contain 123456789012 etc.
 
 
 def require(program: str, names: Iterable[str]) -> None:
-    """Ends the process with one message unless each secret is there and good.
+    """Exit with one message unless all secrets are valid.
 
-    A secret stands in the variable of its name, or in the file that NAME_FILE names, from which it is then taken.
+    A secret is in the environment variable NAME, or in the file named by NAME_FILE, from which it is loaded into NAME.
 
     Args:
-        program: what does not start, for people.
-        names: of the variables.
+        program: Name of the program for the message.
+        names: Names of the variables.
     """
-    wrong = [told for name in names if (told := _take(name))]
-    if wrong:
-        sys.exit(f"{program} does not start: {'; '.join(wrong)}")
+    problems = [problem for name in names if (problem := _load(name))]
+    if problems:
+        sys.exit(f"{program} does not start: {'; '.join(problems)}")
 
 
-def _take(name: str) -> str | None:
-    """Puts a secret into its variable; tells what is wrong with it, never the secret itself."""
+def _load(name: str) -> str | None:
+    """Load a secret into its variable; return a problem without the secret itself, or None."""
     file = os.environ.get(f"{name}_FILE")
     if file:
         try:
@@ -44,21 +44,21 @@ def _take(name: str) -> str | None:
             return f"{name}_FILE names {file}, which cannot be read ({type(error).__name__})"
     value = os.environ.get(name, "")
     if not value:
-        return f"{name} is missing; set it, or let {name}_FILE name a file that holds it"
+        return f"{name} is missing; set it, or set {name}_FILE to a file that contains it"
     if name.endswith("AUTH_STRING"):
         user, _, value = value.partition(":")
         if not user or not value:
-            return f"{name} is not of the form USER:PASSWORD"
-    if _known(value):
-        return f"{name} is a password that everybody knows; choose another, such as `openssl rand -hex 24` gives"
-    if len(value) < SHORTEST:
-        return f"{name} has fewer than {SHORTEST} characters"
+            return f"{name} does not have the form USER:PASSWORD"
+    if _is_common(value):
+        return f"{name} is a common password; choose another, for example with `openssl rand -hex 24`"
+    if len(value) < MIN_LENGTH:
+        return f"{name} has fewer than {MIN_LENGTH} characters"
     return None
 
 
-def _known(password: str) -> bool:
-    plain = password.lower().translate(str.maketrans("@$", "as"))
-    for spelt in (plain, plain.replace("0", "o")):
-        if KNOWN.fullmatch(re.sub("[^a-z]", "", spelt)):
+def _is_common(password: str) -> bool:
+    normalized = password.lower().translate(str.maketrans("@$", "as"))
+    for spelling in (normalized, normalized.replace("0", "o")):
+        if COMMON_PATTERN.fullmatch(re.sub("[^a-z]", "", spelling)):
             return True
-    return len(set(password)) < 4 or any(password in digits for digits in COUNTED)
+    return len(set(password)) < 4 or any(password in digits for digits in DIGIT_SEQUENCES)

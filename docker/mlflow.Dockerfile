@@ -1,20 +1,20 @@
-# MLflow's server with accounts, its database in PostgreSQL and its files in an object store, which it alone speaks to.
-# The root may be read-only: a tmpfs at /tmp is all that is written to. docs/how-to/containers.md lists the variables.
+# MLflow server with authentication, a PostgreSQL database, and artifacts in an object store, which only it uses.
+# The root can be read-only: only /tmp, a tmpfs, is written to. docs/how-to/containers.md lists the variables.
 
-# Any image with Python 3.11; name one by its digest to build from the same bytes again.
+# Any image with Python 3.11; use a digest for reproducible builds.
 ARG BASE=docker.io/library/python:3.11-slim-bookworm
 
 FROM ${BASE} AS build
 WORKDIR /src
 COPY docker/mlflow.lock ./
-# The lock is complete, so nothing is resolved; pip itself has nothing to do in a server.
+# The lock file is complete, so dependencies are not resolved. A server does not need pip.
 RUN python3.11 -m venv /opt/venv \
  && /opt/venv/bin/pip install --no-cache-dir --no-deps --requirement mlflow.lock \
  && /opt/venv/bin/pip uninstall --yes pip setuptools \
  && MLFLOW_DISABLE_TELEMETRY=true /opt/venv/bin/python -c "import boto3, psycopg, mlflow.server.auth"
 
 FROM ${BASE}
-# tini passes signals on, to the server's workers too.
+# tini passes on signals, also to the server's workers.
 RUN apt-get update \
  && apt-get install --yes --no-install-recommends 'tini=0.19.*' \
  && rm -rf /var/lib/apt/lists/* /var/cache/apt/* \

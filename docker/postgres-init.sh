@@ -1,6 +1,6 @@
 #!/bin/sh
-# A database for MLflow and one for Prefect, each with an owner that sees nothing of the other. PostgreSQL's image runs
-# this once, when its volume is empty. Passwords come from the environment, not from psql's arguments.
+# Create a database for MLflow and one for Prefect, each with an owner without access to the other. The PostgreSQL image
+# runs this once, when its volume is empty. Passwords come from the environment, not from the arguments of psql.
 set -eu
 psql --set ON_ERROR_STOP=1 --no-psqlrc --quiet --username postgres --dbname postgres <<'SQL'
 \getenv mlflow MLFLOW_DB_PASSWORD

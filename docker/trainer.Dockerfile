@@ -1,17 +1,17 @@
-# The pipeline as an image: `trainer` runs any command (`dvc repro`), `worker` is a Prefect worker with a health check.
-# The root may be read-only: a volume at /work, owned by user 10001, and a tmpfs at /tmp are all that is written to.
-# Built from the project's folder; docs/how-to/containers.md tells how.
+# Image of the pipeline: `trainer` runs any command (`dvc repro`), `worker` is a Prefect worker with a health check.
+# The root can be read-only: only /work, a volume of user 10001, and /tmp, a tmpfs, are written to.
+# Build it in the project's folder; see docs/how-to/containers.md.
 
-# Any image with Debian's tools and Python 3.11; name one by its digest to build from the same bytes again.
+# Any Debian image with Python 3.11; use a digest for reproducible builds.
 ARG BASE=docker.io/library/python:3.11-slim-bookworm
 
 FROM ${BASE} AS build
-# Address of PyTorch's wheels without CUDA, a tenth of the size (its installation page has it); empty: those with CUDA.
+# Index URL of PyTorch's CPU wheels (see its installation page), a tenth of the size; empty: wheels with CUDA.
 ARG TORCH_INDEX=
 WORKDIR /src
 COPY pyproject.toml requirements.lock ./
-# What the project needs to run, in the versions of the lock; what only its tests and checks need stays out. Torch comes
-# first and alone, so that its index is asked for nothing else.
+# Runtime dependencies in the locked versions, without those of tests and checks. Torch is installed separately, so that
+# its index is used for nothing else.
 RUN python3.11 -m venv /opt/venv \
  && python3.11 -c "import tomllib; project = tomllib.load(open('pyproject.toml', 'rb'))['project']; \
 print(*project['dependencies'], sep='\n')" > runtime.txt \
@@ -19,7 +19,7 @@ print(*project['dependencies'], sep='\n')" > runtime.txt \
  && /opt/venv/bin/pip install --no-cache-dir ${TORCH_INDEX:+--no-deps --index-url "${TORCH_INDEX}"} \
     --constraint requirements.lock --requirement torch.txt \
  && /opt/venv/bin/pip install --no-cache-dir --constraint requirements.lock --requirement runtime.txt
-# Editable, as `make install` does: modules are those of the working copy, of which DVC knows the checksums.
+# Editable, like `make install`: modules are imported from the working copy, whose checksums DVC tracks.
 WORKDIR /work
 COPY pyproject.toml README.md LICENSE ./
 COPY fadeformer fadeformer
@@ -27,8 +27,8 @@ COPY pipelines pipelines
 RUN /opt/venv/bin/pip install --no-cache-dir --no-deps --editable . && /opt/venv/bin/pip check
 
 FROM ${BASE} AS trainer
-# tini passes signals on and takes note of processes that end; git names the code and keeps experiments, in a volume
-# that may belong to root and be writable by a group, which git would not trust.
+# tini passes on signals and reaps zombie processes. git identifies the code and stores experiments; safe.directory,
+# because the volume may belong to root and be group-writable.
 RUN apt-get update \
  && apt-get install --yes --no-install-recommends 'git=1:2.*' 'tini=0.19.*' \
  && rm -rf /var/lib/apt/lists/* /var/cache/apt/* \
@@ -53,7 +53,7 @@ ENTRYPOINT ["tini", "--", "python", "/opt/start/trainer_start.py"]
 CMD ["dvc", "repro"]
 
 FROM trainer AS worker
-# For the health check alone; Kubernetes asks from outside and sets 0.0.0.0.
+# Only for the health check; Kubernetes checks from outside and sets 0.0.0.0.
 ENV PREFECT_WORKER_WEBSERVER_HOST=127.0.0.1
 HEALTHCHECK --interval=30s --timeout=10s --start-period=120s --retries=3 \
     CMD ["python", "-c", "from urllib.request import urlopen; urlopen('http://127.0.0.1:8080/health')"]

@@ -1,4 +1,4 @@
-"""`fadeformer serve` and `fadeformer export` as a user runs them, in a project whose champion is a small package."""
+"""`fadeformer serve` and `fadeformer export`, as a user runs them, in a project with a small champion."""
 
 import json
 import os
@@ -13,8 +13,7 @@ import pytest
 from mlflow import MlflowClient
 
 from pipelines.cli import main
-from pipelines.registry import package as packaged
-from pipelines.registry import versions
+from pipelines.registry import package, versions
 from pipelines.tracking import runs
 from tests.conftest import ROOT
 from tests.packages import images, load, png, project_with_store
@@ -30,63 +29,64 @@ def project(tmp_path_factory) -> Path:
     with project_with_store(tmp_path_factory.mktemp("project")) as folder:
         with runs.start_run() as run_id:
             pass
-        versions.register_version("fadenet-phantom", run_id, packaged.log_package(run_id).model_id)
+        versions.register_version("fadenet-phantom", run_id, package.log_package(run_id).model_id)
         MlflowClient().set_registered_model_alias("fadenet-phantom", "champion", "1")
     return folder
 
 
 @pytest.fixture(scope="module")
 def expected(project) -> np.ndarray:
-    (package,) = project.glob("mlruns/artifacts/models/*/artifacts")
-    return load(packaged.find_data_folder(package)).predict_proba(images(2))
+    (folder,) = project.glob("mlruns/artifacts/models/*/artifacts")
+    return load(package.find_data_folder(folder)).predict_proba(images(2))
 
 
 def environment(project: Path) -> dict[str, str]:
-    kept = {name: value for name, value in os.environ.items() if name != "MLFLOW_TRACKING_URI"}
-    return {**kept, "PYTHONPATH": str(ROOT), "HOME": str(project)}
+    inherited = {name: value for name, value in os.environ.items() if name != "MLFLOW_TRACKING_URI"}
+    return {**inherited, "PYTHONPATH": str(ROOT), "HOME": str(project)}
 
 
 @pytest.fixture
-def inside(project, monkeypatch) -> None:
-    """The test runs in the project's folder, as a user whose home it is."""
+def inside_project(project, monkeypatch) -> None:
+    """Run the test in the project's folder, which is also the home folder."""
     monkeypatch.chdir(project)
     monkeypatch.setenv("HOME", str(project))
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
 
 
-@pytest.mark.usefixtures("inside")
-def test_the_champion_is_exported(project, expected, capsys):
+@pytest.mark.usefixtures("inside_project")
+def test_exported_champion_has_the_same_scores(project, expected, capsys):
     onnxruntime = pytest.importorskip("onnxruntime")
     main.main(["export", CHAMPION, "--format", "onnx", "--out", "champion.onnx"])
-    assert capsys.readouterr().out.startswith(f"export: champion.onnx: scores of {CHAMPION}, with a difference of at most ")
+    output = capsys.readouterr().out
+    assert output.startswith(f"export: champion.onnx: scores of {CHAMPION}, with a difference of at most ")
     session = onnxruntime.InferenceSession(project / "champion.onnx", providers=["CPUExecutionProvider"])
     (scores,) = session.run(["scores"], {"images": images(2)})
     np.testing.assert_allclose(scores, expected, atol=1e-5)
-    assert not (project / ".cache" / "Microsoft").exists()  # where onnxruntime would note an identity of this machine
+    assert not (project / ".cache" / "Microsoft").exists()  # onnxruntime would store a machine identifier there
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("arguments", "message"),
     [
         (("export", "models:/nothing@champion", "--format", "onnx", "--out", "x.onnx"), "has no such model"),
         (("export", "nowhere", "--format", "onnx", "--out", "x.onnx"), "nowhere: no such folder"),
         (("export", "models", "--format", "onnx", "--out", "x.onnx"), "models: not a package of this pipeline"),
-        (("export", CHAMPION, "--format", "program", "--out", "x.onnx"), "ends with .pt2"),
-        (("serve", CHAMPION, "--max-images", "0"), "whole numbers above 0"),
+        (("export", CHAMPION, "--format", "program", "--out", "x.onnx"), "must end with .pt2"),
+        (("serve", CHAMPION, "--max-images", "0"), "must be 1 or more"),
     ],
 )
-@pytest.mark.usefixtures("inside")
-def test_what_cannot_be_is_told_in_one_line(project, words, told, capsys):
-    with pytest.raises(SystemExit) as ended:
-        main.main(list(words))
-    assert ended.value.code == 1
-    message = capsys.readouterr().err
-    assert told in message
-    assert "Traceback" not in message
+@pytest.mark.usefixtures("inside_project")
+def test_invalid_arguments_are_reported(project, arguments, message, capsys):
+    with pytest.raises(SystemExit) as error:
+        main.main(list(arguments))
+    assert error.value.code == 1
+    output = capsys.readouterr().err
+    assert message in output
+    assert "Traceback" not in output
     assert not list(project.glob("x.*"))
 
 
-def test_the_champion_is_served_and_its_log_tells_nothing_of_requests(project, expected):
+def test_served_champion_does_not_log_requests(project, expected):
     port = free_port()
     address, log = f"http://127.0.0.1:{port}", project / "serve.log"
     with log.open("w") as file:
@@ -99,10 +99,10 @@ def test_the_champion_is_served_and_its_log_tells_nothing_of_requests(project, e
         assert process.poll() is None, log.read_text()
         for image, scores in zip(images(2), expected, strict=True):
             request = Request(f"{address}/invocations?patient=Jane", png(image), {"content-type": "image/png"})
-            with urlopen(request, timeout=60) as answer:
-                (row,) = json.load(answer)["predictions"]
-            found = [row["probability.benign"], row["probability.malignant"]]
-            np.testing.assert_allclose(found, scores, atol=1e-6)
+            with urlopen(request, timeout=60) as response:
+                (row,) = json.load(response)["predictions"]
+            served_scores = [row["probability.benign"], row["probability.malignant"]]
+            np.testing.assert_allclose(served_scores, scores, atol=1e-6)
     finally:
         os.killpg(process.pid, signal.SIGTERM)
         process.wait(30)

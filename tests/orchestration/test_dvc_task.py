@@ -1,4 +1,4 @@
-"""A stage as a task: a failure that may pass is repeated once; a stage that takes too long is asked to stop."""
+"""The Prefect task of a stage: retries of transient failures, timeouts, and output."""
 
 import os
 import subprocess
@@ -14,11 +14,11 @@ from tests.conftest import ROOT
 
 STAGES = """
 stages:
-  shut: {cmd: "python fails.py UserError"}
-  later: {cmd: "if [ -e once ]; then echo later; else touch once; python fails.py TransientError; fi"}
-  dies: {cmd: "kill -9 $$"}
-  talks: {cmd: "python talks.py"}
-  long: {cmd: "trap 'echo kept > checkpoint; exit 143' TERM; sleep 60 & wait"}
+  invalid: {cmd: "python fails.py UserError"}
+  transient: {cmd: "if [ -e once ]; then echo success; else touch once; python fails.py TransientError; fi"}
+  killed: {cmd: "kill -9 $$"}
+  prints: {cmd: "python prints.py"}
+  slow: {cmd: "trap 'echo saved > checkpoint; exit 143' TERM; sleep 60 & wait"}
 """
 FAILS = """
 import sys
@@ -26,19 +26,19 @@ from fadeformer import errors
 from pipelines import runner
 
 def main() -> str:
-    raise getattr(errors, sys.argv[1])("the data gate is shut")
+    raise getattr(errors, sys.argv[1])("data validation failed")
 
 runner.run("validate", main)
 """
 # Succeeds only if its output is read before it exits.
-TALKS = """
+PRINTS = """
 import sys, time
 from pathlib import Path
 print("epoch 1")
 deadline = time.monotonic() + 60
-while not Path("seen").exists():
+while not Path("received").exists():
     if time.monotonic() > deadline:
-        sys.exit("nobody saw it")
+        sys.exit("no output was received")
     time.sleep(0.05)
 """
 IN_A_FLOW = """
@@ -47,7 +47,7 @@ from pipelines.orchestration.dvc_task import reproduce
 
 @flow(persist_result=False)
 def once():
-    for stage, seconds in (("later", None), ("shut", None), ("dies", None), ("long", 5)):
+    for stage, seconds in (("transient", None), ("invalid", None), ("killed", None), ("slow", 5)):
         task = reproduce.with_options(retry_delay_seconds=0, timeout_seconds=seconds)
         print("STATE", stage, task(stage, return_state=True).name, flush=True)
 
@@ -57,10 +57,10 @@ once()
 
 @pytest.fixture
 def stages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with some stages, in which the test works."""
+    """A folder with some stages, which is the current directory."""
     (tmp_path / "dvc.yaml").write_text(STAGES)
     (tmp_path / "fails.py").write_text(FAILS)
-    (tmp_path / "talks.py").write_text(TALKS)
+    (tmp_path / "prints.py").write_text(PRINTS)
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.setenv("DVC_NO_ANALYTICS", "true")
     subprocess.run(["dvc", "init", "--quiet", "--no-scm"], cwd=tmp_path, check=True)
@@ -69,33 +69,36 @@ def stages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.mark.usefixtures("stages")
-def test_a_failure_names_the_stage_and_its_last_lines():
-    with pytest.raises(UserError, match=r"^stage shut failed:\n(.*\n)*validate: the data gate is shut\n"):
-        reproduce.fn("shut")
+def test_failure_contains_the_last_lines_of_output():
+    with pytest.raises(UserError, match=r"^stage invalid failed:\n(.*\n)*validate: data validation failed\n"):
+        reproduce.fn("invalid")
 
 
-def test_a_failure_is_repeated_once_unless_it_needs_a_person_or_took_too_long(stages, prefect_server):
+def test_only_transient_failures_are_retried(stages, prefect_server):
     environment = {**os.environ, "PREFECT_API_URL": prefect_server}
-    done = subprocess.run(  # not in this process, whose threads later tests would fork
+    process = subprocess.run(  # in a new process, because later tests fork and Prefect starts threads
         [sys.executable, "-c", IN_A_FLOW], env=environment, capture_output=True, text=True, check=False
     )
-    output = done.stdout
+    output = process.stdout
     states = [line for line in output.splitlines() if line.startswith("STATE")]
-    assert states == ["STATE later Completed", "STATE shut Failed", "STATE dies Failed", "STATE long TimedOut"]
-    assert [output.count(f"Running stage '{stage}'") for stage in ("later", "shut", "dies", "long")] == [2, 1, 2, 1]
-    assert (stages / "checkpoint").read_text() == "kept\n"
+    assert states == [
+        "STATE transient Completed", "STATE invalid Failed", "STATE killed Failed", "STATE slow TimedOut",
+    ]  # fmt: skip
+    names = ("transient", "invalid", "killed", "slow")
+    assert [output.count(f"Running stage '{name}'") for name in names] == [2, 1, 2, 1]
+    assert (stages / "checkpoint").read_text() == "saved\n"
 
 
-def test_the_output_of_a_stage_is_printed_while_it_runs(stages, monkeypatch):
+def test_output_is_printed_while_the_stage_runs(stages, monkeypatch):
     monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)
     lines = []
 
-    def see(line: str) -> None:
+    def receive(line: str) -> None:
         lines.append(line)
         if line == "epoch 1":
-            (stages / "seen").touch()
+            (stages / "received").touch()
 
-    monkeypatch.setattr(dvc_task, "print", see, raising=False)
-    reproduce.fn("talks")
-    assert lines[0].startswith("Running stage 'talks'")
+    monkeypatch.setattr(dvc_task, "print", receive, raising=False)
+    reproduce.fn("prints")
+    assert lines[0].startswith("Running stage 'prints'")
     assert "epoch 1" in lines

@@ -1,4 +1,4 @@
-"""The workspace of a deployment run: at its commit, beside others, and its results come back as an experiment."""
+"""Workspaces of deployment runs: clones at a commit, locking, and results as DVC experiments."""
 
 import shutil
 import subprocess
@@ -41,21 +41,20 @@ def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def copy(repository: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Path]:
-    """Makes a copy and works in it."""
+def check_out(repository: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
+    """Checks out a workspace for a run of a given name, which becomes the current directory."""
+    monkeypatch.chdir(repository)  # restored after the test
 
-    monkeypatch.chdir(repository)  # restored at the end
-
-    def make(name: str, address: str = str(repository)) -> Path:
+    def create(name: str, address: str = str(repository)) -> Path:
         monkeypatch.setenv("PREFECT__RUNTIME__FLOW_RUN__ID", name)
         return Path(workspace.check_out(address, run(repository, "git", "rev-parse", "HEAD").strip())["directory"])
 
-    return make
+    return create
 
 
 @pytest.fixture(scope="module", autouse=True)
-def quiet() -> Iterator[None]:
-    """DVC reports nothing of a project that does not tell it so itself."""
+def no_analytics() -> Iterator[None]:
+    """Disable the usage statistics of DVC, which this project does not disable itself."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DVC_NO_ANALYTICS", "true")
         yield
@@ -65,17 +64,17 @@ def run(folder: Path, *command: str) -> str:
     return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True).stdout
 
 
-def test_a_copy_is_at_its_commit_and_belongs_to_the_project(copy, repository):
+def test_workspace_is_at_its_commit(check_out, repository):
     commit = run(repository, "git", "rev-parse", "HEAD").strip()
-    assert copy("one").parent == repository / ".cache" / "runs"
+    assert check_out("one").parent == repository / ".cache" / "runs"
     assert workspace.is_workspace()
     assert run(Path.cwd(), "git", "rev-parse", "HEAD").strip() == commit
     assert locations.project_folder() == repository
 
 
-def test_a_run_that_is_started_again_finds_what_it_left(copy):
-    (copy("again") / "half.txt").write_text("half")
-    assert (copy("again") / "half.txt").read_text() == "half"
+def test_restarted_run_reuses_its_workspace(check_out):
+    (check_out("again") / "partial.txt").write_text("partial")
+    assert (check_out("again") / "partial.txt").read_text() == "partial"
 
 
 FLOW = """
@@ -83,52 +82,52 @@ import subprocess, sys, time
 from pipelines.orchestration import workspace
 
 with workspace.exclusive_lock():
-    print("working", flush=True)
+    print("locked", flush=True)
     dvc = "import pathlib, time; print('child', flush=True)\\nwhile not pathlib.Path('go').exists(): time.sleep(0.05)"
     subprocess.run([sys.executable, "-c", dvc], close_fds=False)
 """
 
 
-def test_a_second_start_waits_for_the_processes_of_the_first_also_if_only_their_flow_was_killed(copy):
-    folder = copy("lost")
+def test_second_start_waits_for_processes_of_the_first(check_out):
+    folder = check_out("lost")
     command = [sys.executable, "-c", FLOW]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as first:
-        assert [first.stdout.readline(), first.stdout.readline()] == ["working\n", "child\n"]
+        assert [first.stdout.readline(), first.stdout.readline()] == ["locked\n", "child\n"]
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as second:
             assert "waiting until it has finished" in second.stdout.readline()
             first.kill()
             time.sleep(0.5)
             assert second.poll() is None
             (folder / "go").touch()
-            assert second.stdout.readline() == "working\n"
+            assert second.stdout.readline() == "locked\n"
 
 
-def test_a_copy_goes_once_its_run_has_ended_well_and_another_begins(copy, repository):
-    left = copy("unfinished")
-    ended = copy("ended")
+def test_next_run_removes_finished_workspaces(check_out, repository):
+    unfinished = check_out("unfinished")
+    finished = check_out("finished")
     workspace.FINISHED_MARKER.touch()
-    copy("next")
-    assert left.exists()
-    assert not ended.exists()
+    check_out("next")
+    assert unfinished.exists()
+    assert not finished.exists()
 
 
 @pytest.mark.parametrize("scheme", ["", "file://"])
-def test_what_a_run_made_comes_back_as_an_experiment(copy, repository, monkeypatch, scheme):
+def test_results_are_pushed_as_an_experiment(check_out, repository, monkeypatch, scheme):
     if scheme:  # from a git server, Prefect clones without the contents of other commits
         monkeypatch.setenv("FADEFORMER_HOME", str(repository))
         run(repository, "git", "config", "uploadpack.allowFilter", "true")
     name = f"tidy-name{len(scheme)}"
-    folder = copy(f"kept{scheme[:4]}", f"{scheme}{repository}")
+    folder = check_out(f"kept{scheme[:4]}", f"{scheme}{repository}")
     (folder / "params.yaml").write_text("seed: 2\n")
     run(folder, "dvc", "repro", "--quiet")
     assert workspace.push_experiment(name) == name
     assert name in run(repository, "dvc", "exp", "list", "--name-only")
     run(repository, "dvc", "exp", "apply", name)
-    assert (repository / "doubled.txt").read_text() == "seed: 2\n"  # by the cache they share
+    assert (repository / "doubled.txt").read_text() == "seed: 2\n"  # from the shared cache
     run(repository, "git", "checkout", "--quiet", "--", ".")
     (repository / "source.txt").write_text(f"changed {scheme}\n")
     run(repository, "git", "commit", "--quiet", "--all", "--message", "change a dependency")
-    other = copy(f"of the experiment{scheme[:4]}", f"{scheme}{repository}")
+    other = check_out(f"restored{scheme[:4]}", f"{scheme}{repository}")
     assert not scheme or run(other, "git", "config", "remote.origin.promisor") == "true\n"
     assert (other / "source.txt").read_text() == f"changed {scheme}\n"
     workspace.restore_revision(name)
@@ -140,24 +139,24 @@ def test_what_a_run_made_comes_back_as_an_experiment(copy, repository, monkeypat
     assert (other / "params.yaml").read_text() == "seed: 1\n"
 
 
-def test_results_go_to_dvcs_remote_and_come_back_from_it(copy, repository, tmp_path):
-    run(repository, "dvc", "remote", "add", "--local", "--default", "there", str(tmp_path / "remote"))
+def test_results_are_pushed_to_and_pulled_from_the_remote(check_out, repository, tmp_path):
+    run(repository, "dvc", "remote", "add", "--local", "--default", "storage", str(tmp_path / "remote"))
     try:
-        folder = copy("pushed")
+        folder = check_out("pushed")
         assert workspace.has_remote()
-        workspace.pull_results()  # of which nothing is there yet
+        workspace.pull_results()  # the remote is still empty
         (folder / "params.yaml").write_text("seed: 3\n")
         run(folder, "dvc", "repro", "--quiet")
         workspace.push_experiment("pushed")
         shutil.rmtree(repository / ".dvc" / "cache")
-        other = copy("pulled")
+        other = check_out("pulled")
         workspace.restore_revision("pushed")
         workspace.pull_results()
         assert "Running stage" not in run(other, "dvc", "repro", "--pull")
         assert (other / "doubled.txt").read_text() == "seed: 3\n"
     finally:
-        run(repository, "dvc", "remote", "remove", "--local", "there")
-    copy("without")
+        run(repository, "dvc", "remote", "remove", "--local", "storage")
+    check_out("without")
     assert not workspace.has_remote()
 
 
@@ -170,7 +169,7 @@ def test_results_go_to_dvcs_remote_and_come_back_from_it(copy, repository, tmp_p
         ("https://me:secret@example.org/x.git", 1, "credential helper"),
     ],
 )
-def test_no_workspace_is_made(repository, monkeypatch, address, starts, message):
+def test_invalid_workspace_is_rejected(repository, monkeypatch, address, starts, message):
     monkeypatch.chdir(repository)
     monkeypatch.setenv("PREFECT__RUNTIME__FLOW_RUN__ID", "refused")
     monkeypatch.setenv("PREFECT__RUNTIME__FLOW_RUN__RUN_COUNT", str(starts))
@@ -179,12 +178,12 @@ def test_no_workspace_is_made(repository, monkeypatch, address, starts, message)
     assert "secret" not in str(error.value)
 
 
-def test_a_workspace_belongs_to_a_run(repository):
+def test_workspace_needs_a_deployment_run(repository):
     with pytest.raises(UserError, match="prefect deployment run"):
         workspace.check_out(str(repository), "main")
 
 
-def test_an_experiment_that_is_not_there_is_an_error(copy):
-    copy("searching")
-    with pytest.raises(UserError, match="could not resolve nothing-of-it"):
-        workspace.restore_revision("nothing-of-it")
+def test_missing_experiment_is_reported(check_out):
+    check_out("searching")
+    with pytest.raises(UserError, match="could not resolve no-such-experiment"):
+        workspace.restore_revision("no-such-experiment")
