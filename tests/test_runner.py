@@ -135,7 +135,7 @@ SLOW_MODULES = {"dvc", "great_expectations", "mlflow", "pandas", "prefect", "sci
     [
         ("stages.download", SLOW_MODULES - {"torch"}), ("stages.validate", SLOW_MODULES - {"torch"}),
         ("stages.preprocess", SLOW_MODULES - {"torch"}), ("stages.promote", SLOW_MODULES - {"torch"}),
-        ("orchestration.workspace", set()), ("orchestration.flows", {"prefect"}),  # loaded first by every deployment run
+        ("orchestration.workspace", set()), ("orchestration.flows", {"prefect"}),  # for each deployment run
     ],
 )  # fmt: skip
 def test_module_does_not_import_slow_libraries(name, allowed):
