@@ -1,4 +1,4 @@
-"""Figures: everything named, nothing on top of anything else, the same bytes each time."""
+"""Figures: complete labels without overlap, and reproducible files."""
 
 import itertools
 
@@ -13,7 +13,7 @@ from fadeformer.evaluation.intervals import curve_bands
 from fadeformer.evaluation.predictions import Predictions
 from fadeformer.io import formatting
 from fadeformer.reporting.plots import base, curves
-from tests.evaluation.test_metrics import made
+from tests.evaluation.test_metrics import random_predictions
 
 HISTORY = pd.DataFrame(
     {
@@ -23,7 +23,7 @@ HISTORY = pd.DataFrame(
 )  # fmt: skip
 
 
-def overlapping(labels: list) -> list[tuple[str, str]]:
+def find_overlaps(labels: list) -> list[tuple[str, str]]:
     boxes = [(label.get_text(), label.get_window_extent()) for label in labels if label.get_text()]
     return [(a, b) for (a, one), (b, two) in itertools.combinations(boxes, 2) if one.shrunk(0.95, 0.95).overlaps(two)]
 
@@ -35,82 +35,82 @@ TASKS = [
 
 
 @pytest.mark.parametrize(("task", "classes"), TASKS)
-def test_every_class_of_a_confusion_matrix_is_named_and_no_label_covers_another(task, classes):
-    p = made(task, classes, 400, 0)
+def test_confusion_matrix_labels_do_not_overlap(task, classes):
+    p = random_predictions(task, classes, 400, 0)
     drawn = base.confusion_matrix(p)
     FigureCanvasAgg(drawn).draw()
     axes = drawn.axes[0]
     labels = [*axes.get_xticklabels(), *axes.get_yticklabels()]
     assert set(p.classes) <= {label.get_text().replace("\n", " ") for label in labels}
-    assert not overlapping([label for label in axes.get_xticklabels() if label.get_visible()])
-    assert not overlapping([label for label in axes.get_yticklabels() if label.get_visible()])
+    assert not find_overlaps([label for label in axes.get_xticklabels() if label.get_visible()])
+    assert not find_overlaps([label for label in axes.get_yticklabels() if label.get_visible()])
 
 
 @pytest.mark.parametrize("figure", [curves.roc_curves, curves.pr_curves])
 @pytest.mark.parametrize(("task", "classes"), TASKS)
-def test_every_curve_has_a_name_a_number_with_its_interval_and_a_band(figure, task, classes):
-    p = made(task, classes, 400, 0)
-    found, bounds = summary.summarize(p), summary.confidence_intervals(p, n_resamples=100, seed=0, confidence=0.9)
-    drawn = figure(p, found, bounds, curve_bands.compute_bands(p, seed=0, confidence=0.9))
+def test_curves_have_name_value_interval_and_band(figure, task, classes):
+    p = random_predictions(task, classes, 400, 0)
+    metrics, bounds = summary.summarize(p), summary.confidence_intervals(p, n_resamples=100, seed=0, confidence=0.9)
+    drawn = figure(p, metrics, bounds, curve_bands.compute_bands(p, seed=0, confidence=0.9))
     FigureCanvasAgg(drawn).draw()
     key = "auc" if figure is curves.roc_curves else "average_precision"
     shown = p.classes[-1:] if classes == 2 else p.classes
-    told = {
-        name: formatting.format_with_interval(found["per_class"][name][key], bounds["per_class"][name][key])
+    values = {
+        name: formatting.format_with_interval(metrics["per_class"][name][key], bounds["per_class"][name][key])
         for name in shown
     }
     if classes == 2:
         (entry,) = drawn.axes[0].get_legend().get_texts()
-        assert all(part in entry.get_text() for part in (shown[0], told[shown[0]]))
+        assert all(part in entry.get_text() for part in (shown[0], values[shown[0]]))
     else:
-        assert [axes.get_title() for axes in drawn.axes if axes.lines] == [f"{n}\n{t}" for n, t in told.items()]
+        assert [axes.get_title() for axes in drawn.axes if axes.lines] == [f"{n}\n{t}" for n, t in values.items()]
     assert all(axes.collections for axes in drawn.axes if axes.lines)
     titles = [axes.title for axes in drawn.axes if axes.lines]
-    assert not overlapping([*titles, *drawn.legends[0].get_texts(), drawn.legends[0].get_title(), drawn._supxlabel])
+    assert not find_overlaps([*titles, *drawn.legends[0].get_texts(), drawn.legends[0].get_title(), drawn._supxlabel])
 
 
 @pytest.mark.parametrize("name", ["bloodmnist", "dermamnist", "tissuemnist"])
-def test_long_names_stay_inside(name):
-    p = made("multi-class", len(DATASETS[name].classes), 300, 1)
+def test_long_names_stay_inside_the_figure(name):
+    p = random_predictions("multi-class", len(DATASETS[name].classes), 300, 1)
     p = type(p)(p.frame, p.task, DATASETS[name].classes)
     drawn = base.confusion_matrix(p)
     FigureCanvasAgg(drawn).draw()
     axes = drawn.axes[0]
-    assert not overlapping(list(axes.get_yticklabels()))
-    assert not overlapping(list(axes.get_xticklabels()))
+    assert not find_overlaps(list(axes.get_yticklabels()))
+    assert not find_overlaps(list(axes.get_xticklabels()))
     assert axes.get_tightbbox().x0 >= 0
     assert axes.get_tightbbox().y0 >= 0
 
 
-def test_classes_that_are_called_by_digits_keep_their_bands(tmp_path):
-    p = made("ordinal-regression", 5, 400, 0)
+def test_numeric_class_names_keep_their_bands(tmp_path):
+    p = random_predictions("ordinal-regression", 5, 400, 0)
     p = Predictions(p.frame, p.task, ("0", "1", "2", "NA", "1.50"))
     curve_bands.compute_bands(p, seed=0, confidence=0.9).to_csv(tmp_path / "bands.csv", index=False)
-    found, bounds = summary.summarize(p), summary.confidence_intervals(p, n_resamples=100, seed=0, confidence=0.9)
-    drawn = curves.roc_curves(p, found, bounds, curve_bands.read(tmp_path / "bands.csv"))
-    found = [axes.collections for axes in drawn.axes if axes.lines]
-    assert len(found) == 5
-    for (band,) in found:
+    metrics, bounds = summary.summarize(p), summary.confidence_intervals(p, n_resamples=100, seed=0, confidence=0.9)
+    drawn = curves.roc_curves(p, metrics, bounds, curve_bands.read(tmp_path / "bands.csv"))
+    collections = [axes.collections for axes in drawn.axes if axes.lines]
+    assert len(collections) == 5
+    for (band,) in collections:
         assert len(band.get_paths()[0].vertices) > 100
 
 
 @pytest.mark.parametrize("figure", [curves.roc_curves, curves.pr_curves])
-def test_a_class_that_is_not_there_is_named_as_not_judged(figure):
-    p = made("multi-class", 3, 50, 0, absent=1)
-    found, bounds = summary.summarize(p), summary.confidence_intervals(p, n_resamples=100, seed=0, confidence=0.9)
-    drawn = figure(p, found, bounds, curve_bands.compute_bands(p, seed=0, confidence=0.9))
+def test_absent_class_is_marked_not_evaluated(figure):
+    p = random_predictions("multi-class", 3, 50, 0, absent=1)
+    metrics, bounds = summary.summarize(p), summary.confidence_intervals(p, n_resamples=100, seed=0, confidence=0.9)
+    drawn = figure(p, metrics, bounds, curve_bands.compute_bands(p, seed=0, confidence=0.9))
     assert "not evaluated: class 1" in drawn.legends[0].get_title().get_text()
 
 
-def test_counts_of_a_confusion_matrix_are_those_of_the_images():
-    p = made("multi-class", 3, 90, 0)
+def test_confusion_matrix_counts_all_images():
+    p = random_predictions("multi-class", 3, 90, 0)
     cells = [text.get_text().split("\n")[0] for text in base.confusion_matrix(p).axes[0].texts]
     assert sum(int(cell) for cell in cells) == 90
     hits = int((p.scores.argmax(axis=1) == p.labels[:, 0]).sum())
     assert sum(int(cells[i]) for i in (0, 4, 8)) == hits
 
 
-def test_training_curves_mark_the_epoch_that_was_kept():
+def test_training_curves_mark_the_selected_epoch():
     left, right = base.training_curves(HISTORY, 2).axes
     assert "selected: epoch 2" in [text.get_text() for text in left.get_legend().get_texts()]
     assert len(right.lines) == 4
@@ -118,7 +118,7 @@ def test_training_curves_mark_the_epoch_that_was_kept():
 
 
 @pytest.mark.parametrize("dpi", [50, 100])
-def test_a_figure_is_saved_with_the_same_bytes(tmp_path, dpi):
+def test_saved_figures_are_reproducible(tmp_path, dpi):
     for name in ("a.png", "b.png"):
-        base.save_figure(base.confusion_matrix(made("multi-class", 4, 100, 0)), tmp_path / name, dpi)
+        base.save_figure(base.confusion_matrix(random_predictions("multi-class", 4, 100, 0)), tmp_path / name, dpi)
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
