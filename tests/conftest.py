@@ -1,4 +1,4 @@
-"""Shared by all tests: the project's own params.yaml made small, copies of the project, and the real data beside it."""
+"""Shared fixtures: params.yaml with small values, copies of the project, servers, a browser, and real datasets."""
 
 import hashlib
 import importlib.util
@@ -26,16 +26,18 @@ from pipelines.stages import STAGES
 from pipelines.tracking import store
 from tests import CORES
 
-# No deadline: how fast a machine is says nothing about the code. Always the same examples, so that a test fails or not.
+# No deadline, because the speed of a machine is not tested. Fixed examples make failures reproducible.
 hypothesis.settings.register_profile("project", deadline=None, derandomize=True, max_examples=40)
 hypothesis.settings.load_profile("project")
 
 ROOT = Path(__file__).parents[1]
 REAL_DATA = ROOT.parent / "shared" / "datasets"
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
-EVERY_CORE = {"OMP_NUM_THREADS": str(CORES)}  # where the same bytes are asked for, whichever thread comes first
-# The shipped params.yaml, made small: every key that is not here keeps its value.
-SMALL = {
+ALL_CORES = {
+    "OMP_NUM_THREADS": str(CORES)
+}  # for tests that compare bytes: the number of threads changes floating-point sums
+# Overrides of params.yaml that make all stages fast.
+SMALL_PARAMS = {
     "dataset": {"images": 200, "size": 16},
     "train": {"epochs": 6, "batch_size": 32, "device": "cpu"},
     "evaluate": {"figure_dpi": 50},
@@ -49,15 +51,15 @@ SMALL = {
 }
 
 
-# Files whose tests take longest, longest first: a worker that started one of them last would keep the others waiting.
-LONGEST = (
+# The slowest test files, slowest first, so that no worker starts one of them last.
+SLOWEST = (
     "test_readme.py", "pipeline/test_cluster.py", "pipeline/test_deployment.py", "pipeline/test_resume.py",
     "pipeline/test_sweep.py", "containers/test_images.py", "pipeline/test_first_run.py", "pipeline/test_reproduce.py",
     "pipeline/test_real_data.py", "pipeline/test_promotion.py", "pipeline/test_errors.py", "pipeline/test_dicom.py",
     "test_server.py", "data/test_bad_data.py", "data/test_manifest.py", "test_benchmarks.py",
     "reporting/test_report.py",
 )  # fmt: skip
-# What a test needs, by the fixtures that it uses, directly or not.
+# Markers by (direct or indirect) fixture.
 MARKERS = {
     "prefect_server": "server", "started": "server", "cluster": "server", "browser": "browser", "built": "container",
     "real_data": "real_data",
@@ -66,68 +68,68 @@ MARKERS = {
 
 @pytest.hookimpl(tryfirst=True)  # before pytest selects by marker
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark tests by what they need, and put the files that take longest first; the tests of a file keep their order."""
+    """Add markers, and sort slow files first; the order in a file is kept."""
     for item in items:
         for fixture in MARKERS.keys() & set(item.fixturenames):
             item.add_marker(MARKERS[fixture])
-    rank = {ROOT / "tests" / name: place for place, name in enumerate(LONGEST)}
+    rank = {ROOT / "tests" / name: index for index, name in enumerate(SLOWEST)}
     items.sort(key=lambda item: rank.get(item.path, len(rank)))
 
 
 @pytest.fixture
 def config() -> Params:
-    """params.yaml as it is shipped."""
+    """Parsed params.yaml."""
     return schema.load_params(ROOT / "params.yaml")
 
 
 @pytest.fixture
 def small_params(tmp_path: Path) -> Path:
-    """A copy of params.yaml that makes every stage quick."""
+    """Path of a copy of params.yaml with `SMALL_PARAMS`."""
     path = tmp_path / "params.yaml"
     shutil.copy(ROOT / "params.yaml", path)
-    overrides.apply_overrides(path, SMALL)
+    overrides.apply_overrides(path, SMALL_PARAMS)
     return path
 
 
 @pytest.fixture
 def without_data_docs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The data gate writes no pages of great-expectations, which take most of its time."""
+    """Skip the pages of Great Expectations, which take most of the time of data validation."""
     monkeypatch.setattr("great_expectations.checkpoint.UpdateDataDocsAction.run", lambda *_, **__: {})
 
 
 @pytest.fixture
 def real_data(request: pytest.FixtureRequest) -> Path:
-    """The folder of real data sets; the test is skipped where there is none, and fails where CI says there must be."""
+    """Folder with real datasets; without it the test is skipped, or fails if FADEFORMER_REAL_DATA is `required`."""
     if not REAL_DATA.is_dir():
         if os.environ.get("FADEFORMER_REAL_DATA") == "required":
-            pytest.fail(f"{REAL_DATA} is not there, but FADEFORMER_REAL_DATA requires it")
-        pytest.skip("the real data sets do not lie beside this project")
+            pytest.fail(f"{REAL_DATA} does not exist, but FADEFORMER_REAL_DATA requires it")
+        pytest.skip("needs the real datasets next to this project")
     return REAL_DATA
 
 
 @pytest.fixture(scope="module")
 def interruptible() -> Iterator[None]:
-    """Processes that a test starts receive SIGINT, also where the tests run in the background of a shell."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    """Let child processes receive SIGINT, which is ignored if pytest runs in the background of a shell."""
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
-    signal.signal(signal.SIGINT, before)
+    signal.signal(signal.SIGINT, handler)
 
 
 @pytest.fixture
 def in_background() -> Iterator[Callable[..., subprocess.Popen[str]]]:
-    """Starts Python with arguments, in a process group of its own; what is left of it ends with the test."""
-    running = []
+    """Start Python in a new process group, which is killed at the end of the test."""
+    processes = []
 
     def start(*arguments: str, cwd: Path, env: dict[str, str], **streams: int) -> subprocess.Popen[str]:
         process = subprocess.Popen(
             [sys.executable, *arguments], cwd=cwd, env=env, text=True, start_new_session=True,
             **{"stdout": subprocess.PIPE, **streams},
         )  # fmt: skip
-        running.append(process)
+        processes.append(process)
         return process
 
     yield start
-    for process in running:
+    for process in processes:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
         process.communicate()
@@ -135,7 +137,7 @@ def in_background() -> Iterator[Callable[..., subprocess.Popen[str]]]:
 
 @pytest.fixture(scope="module")
 def own_store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """An MLflow store of a module, in whose folder its tests run; each of them uses another model name."""
+    """MLflow store in a temporary current directory, shared by a module: each test must use another model name."""
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tmp_path_factory.mktemp("store"))
         patch.delenv("MLFLOW_TRACKING_URI", raising=False)
@@ -143,8 +145,8 @@ def own_store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         yield
 
 
-def benchmark(name: str) -> ModuleType:
-    """The module of a benchmark."""
+def load_benchmark(name: str) -> ModuleType:
+    """Import a benchmark as a module."""
     spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
@@ -153,7 +155,7 @@ def benchmark(name: str) -> ModuleType:
 
 
 class Project:
-    """A copy of the project in its own git repository, whose commands run as a user's would."""
+    """A copy of the project in a separate git repository, with a clean environment for its commands."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder / "project"
@@ -169,17 +171,17 @@ class Project:
         }  # fmt: skip
 
     def run(self, *command: str, check: bool = True, timeout: float = 500, **environment: str) -> str:
-        """Runs a command in the project's folder and returns all it printed; `code` keeps its exit status."""
-        done = subprocess.run(
+        """Run a command in the project's folder and return its output; `code` is its exit status."""
+        process = subprocess.run(
             command, cwd=self.folder, env={**self.environment, **environment}, text=True, timeout=timeout,
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False,
         )  # fmt: skip
-        self.code = done.returncode
-        assert not check or done.returncode == 0, f"{' '.join(command)} exited with {done.returncode}:\n{done.stdout}"
-        return done.stdout
+        self.code, output = process.returncode, process.stdout
+        assert not check or self.code == 0, f"{' '.join(command)} exited with {self.code}:\n{output}"
+        return output
 
     def change(self, **sections: object) -> None:
-        """Changes keys of params.yaml."""
+        """Change keys of params.yaml."""
         overrides.apply_overrides(self.folder / "params.yaml", sections)
 
     def commit(self, message: str) -> None:
@@ -187,135 +189,135 @@ class Project:
         self.run("git", "commit", "--quiet", "-m", message)
 
     def stages(self, *names: str) -> str:
-        """Run stages in one process, all by default, without DVC: dvc.lock stays as it is."""
-        return self.run("python", "-m", "pipelines", *(names or STAGES), **EVERY_CORE)
+        """Run stages (default: all) in one process without DVC; dvc.lock is not changed."""
+        return self.run("python", "-m", "pipelines", *(names or STAGES), **ALL_CORES)
 
     def make(self, *arguments: str, **options: object) -> str:
-        """Runs make with the environment that is there already."""
+        """Run make with the existing environment."""
         return self.run("make", "--old-file=.venv/installed", *arguments, **options)
 
 
-def ran(output: str) -> list[str]:
-    """Names of the stages that DVC ran."""
+def stages_run(output: str) -> list[str]:
+    """Names of the stages in the output of `dvc repro`."""
     return re.findall(r"Running stage '(\w+)'", output)
 
 
-def read(project: Project, name: str) -> Any:
-    """The content of a JSON file of a project."""
+def read_json_file(project: Project, name: str) -> Any:
+    """Content of a JSON file of a project."""
     return json.loads((project.folder / name).read_text())
 
 
-def known() -> list[str]:
-    """Tracked files of the project, and untracked ones that git does not ignore; without dvc.lock."""
-    listing = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
-    listed = subprocess.run(listing, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
-    return sorted(name for name in {*listed} - {"dvc.lock"} if (ROOT / name).is_file())
+def list_project_files() -> list[str]:
+    """List tracked and untracked files of the project, without ignored ones and dvc.lock."""
+    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
+    output = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    return sorted(name for name in {*output.splitlines()} - {"dvc.lock"} if (ROOT / name).is_file())
 
 
 def clone(folder: Path) -> Project:
-    """Copies what git knows of the project, as it lies in the working tree, into a repository of its own."""
+    """Copy the project's files from the working tree to a new repository."""
     project = Project(folder)
-    for name in known():
+    for name in list_project_files():
         (project.folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, project.folder / name)
     project.run("git", "init", "--quiet", "--initial-branch=main")
     project.run("git", "config", "user.name", "Test")
     project.run("git", "config", "user.email", "test@example.org")
-    project.commit("the project as it is")
+    project.commit("initial commit")
     return project
 
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory: pytest.TempPathFactory) -> Project:
-    """A copy of the project with small params.yaml, committed; shared by the tests of a module."""
+    """Copy of the project with small parameters, committed; shared by the tests of a module."""
     copy = clone(tmp_path_factory.mktemp("project"))
-    copy.change(**SMALL)
-    copy.commit("small")
+    copy.change(**SMALL_PARAMS)
+    copy.commit("small parameters")
     return copy
 
 
-class Kept:
-    """A reproduced project: the first module that needs one makes it, later modules and sessions copy it.
+class ReproducedProject:
+    """Cache of a project after `make repro`, which the first module creates and later modules and sessions copy.
 
     Args:
-        folder: where it is kept.
+        folder: Location of the cached project.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.lock = folder, FileLock(folder.with_suffix(".lock"))
 
-    def give(self, project: Project) -> None:
-        """Brings a project to where it is after one `make repro`."""
+    def restore_to(self, project: Project) -> None:
+        """Bring a project to its state after `make repro`."""
         with self.lock:
             if self.folder.is_dir():
                 shutil.rmtree(project.folder)
                 shutil.copytree(self.folder, project.folder, symlinks=True)
             else:
-                project.make("repro", **EVERY_CORE)
-                self.take(project)
+                project.make("repro", **ALL_CORES)
+                self.save(project)
 
-    def take(self, project: Project) -> None:
-        """Keeps a copy of a project that was reproduced, if none is kept yet."""
+    def save(self, project: Project) -> None:
+        """Cache a reproduced project, unless there is one."""
         with self.lock:
             if not self.folder.is_dir():
-                begun = self.folder.with_suffix(".begun")
-                shutil.rmtree(begun, ignore_errors=True)  # of a session that was killed
-                shutil.copytree(project.folder, begun, symlinks=True)
-                begun.rename(self.folder)
+                partial = self.folder.with_suffix(".partial")
+                shutil.rmtree(partial, ignore_errors=True)  # left by a killed session
+                shutil.copytree(project.folder, partial, symlinks=True)
+                partial.rename(self.folder)
 
 
 @pytest.fixture(scope="session")
-def kept(pytestconfig: pytest.Config) -> Kept:
-    """In pytest's cache, under a digest of the project's files; those of other digests are removed."""
+def reproduced_project(pytestconfig: pytest.Config) -> ReproducedProject:
+    """Reproduced project in pytest's cache, named after a digest of the project's files; others are removed."""
     digest = hashlib.sha256(sys.version.encode())
-    for name in known():
+    for name in list_project_files():
         digest.update(name.encode() + (ROOT / name).read_bytes())
     folder = pytestconfig.cache.mkdir("reproduced") / digest.hexdigest()[:16]
     for other in folder.parent.glob("*"):
         if other.stem != folder.name:
             shutil.rmtree(other) if other.is_dir() else other.unlink(missing_ok=True)
-    return Kept(folder)
+    return ReproducedProject(folder)
 
 
 @pytest.fixture(scope="module")
-def reproduced(project: Project, kept: Kept) -> Project:
-    """The same after one `make repro`; its tests run in their order, each from where the one before left it."""
-    kept.give(project)
+def reproduced(project: Project, reproduced_project: ReproducedProject) -> Project:
+    """The project after `make repro`; tests of a module run in order and change it one after the other."""
+    reproduced_project.restore_to(project)
     return project
 
 
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    """Chromium, driven by playwright; the test is skipped where there is none, and fails where CI asks for one."""
+    """Chromium with playwright; without it the test is skipped, or fails if FADEFORMER_BROWSER is `required`."""
     if CHROMIUM is None:
         if os.environ.get("FADEFORMER_BROWSER") == "required":
-            pytest.fail("no Chromium on this machine, and FADEFORMER_BROWSER asks for one")
+            pytest.fail("Chromium is not installed, but FADEFORMER_BROWSER requires it")
         pytest.skip("needs Chromium (apt-get install chromium)")
-    from playwright.sync_api import sync_playwright  # only where there is a browser
+    from playwright.sync_api import sync_playwright  # not needed without a browser
 
     with sync_playwright() as driver:
-        kept = str(tmp_path_factory.mktemp("chromium"))  # else it leaves folders in the user's home
-        started = driver.chromium.launch(
+        home = str(tmp_path_factory.mktemp("chromium"))  # otherwise Chromium leaves folders in the home folder
+        chromium = driver.chromium.launch(
             executable_path=CHROMIUM, args=["--no-sandbox", "--disable-dev-shm-usage"],
-            env={**os.environ, "HOME": kept, "XDG_CONFIG_HOME": kept, "XDG_CACHE_HOME": kept},
+            env={**os.environ, "HOME": home, "XDG_CONFIG_HOME": home, "XDG_CACHE_HOME": home},
         )  # fmt: skip
-        yield started
-        started.close()
+        yield chromium
+        chromium.close()
 
 
 @pytest.fixture(scope="session")
 def prefect_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """Address of a server for tests that are not about how a project starts and ends its own, which takes long."""
+    """URL of a shared Prefect server: starting one takes long, and most tests do not test that."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PREFECT_HOME", str(tmp_path_factory.mktemp("prefect")))
         with server.temporary_server() as url:
-            patch.delenv("PREFECT_API_URL")  # the tests that use it set it for their project
+            patch.delenv("PREFECT_API_URL")  # tests set it for their project
             yield url
 
 
 @pytest.fixture
 def shared_server(project: Project, prefect_server: str) -> Iterator[None]:
-    """The flows of the project run on that server, for one test."""
+    """Let the project use the shared Prefect server in one test."""
     project.environment["PREFECT_API_URL"] = prefect_server
     yield
     del project.environment["PREFECT_API_URL"]

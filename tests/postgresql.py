@@ -1,4 +1,4 @@
-"""A PostgreSQL server of the tests' own, from Debian's package: on loopback, with a password, stopped and started."""
+"""Temporary PostgreSQL server from the Debian package: on loopback, with a password, can be stopped and restarted."""
 
 import os
 import shutil
@@ -19,7 +19,7 @@ def free_port() -> int:
 
 
 def require() -> None:
-    """Skips the test where PostgreSQL is not installed, unless CI says that it must be."""
+    """Skip the test without PostgreSQL, or fail if FADEFORMER_POSTGRESQL is `required`."""
     if not PROGRAMS:
         if os.environ.get("FADEFORMER_POSTGRESQL") == "required":
             pytest.fail("PostgreSQL is not installed, but FADEFORMER_POSTGRESQL requires it")
@@ -27,10 +27,10 @@ def require() -> None:
 
 
 class PostgreSQL:
-    """A server that runs; its administrator is `postgres`.
+    """A running server with the administrator `postgres`.
 
     Args:
-        password: of the administrator; nobody gets in without one.
+        password: Password of the administrator.
     """
 
     def __init__(self, password: str) -> None:
@@ -38,7 +38,7 @@ class PostgreSQL:
         self.folder = Path(tempfile.mkdtemp(prefix="fadeformer-postgresql-", dir="/tmp"))
         self.log = self.folder / "log"
         self._user = {}
-        if os.geteuid() == 0:  # it does not run as root
+        if os.geteuid() == 0:  # PostgreSQL refuses to run as root
             shutil.chown(self.folder, "postgres", "postgres")
             self._user = {"user": "postgres", "group": "postgres", "extra_groups": []}
         self.environment = {
@@ -49,8 +49,8 @@ class PostgreSQL:
             file.flush()
             if self._user:
                 shutil.chown(file.name, "postgres")
-            words = ("--auth=scram-sha-256", f"--pwfile={file.name}", "--username=postgres", "--no-sync")
-            self._run("initdb", "--encoding=UTF8", "--locale=C.UTF-8", *words)
+            options = ("--auth=scram-sha-256", f"--pwfile={file.name}", "--username=postgres", "--no-sync")
+            self._run("initdb", "--encoding=UTF8", "--locale=C.UTF-8", *options)
         self.start()
 
     def start(self) -> None:
@@ -58,12 +58,20 @@ class PostgreSQL:
         self._run("pg_ctl", "--wait", "--log", str(self.log), "--options", options, "start")
 
     def stop(self) -> None:
-        """As when the machine loses its power."""
+        """Stop immediately, as in a power failure."""
         self._run("pg_ctl", "--mode", "immediate", "stop")
 
-    def ask(self, statement: str, *words: str) -> subprocess.CompletedProcess[str]:
-        """Has the administrator run a statement."""
-        command = [str(PROGRAMS[-1] / "psql"), "--no-psqlrc", "--username", "postgres", *words, "--command", statement]
+    def execute(self, statement: str, *options: str) -> subprocess.CompletedProcess[str]:
+        """Execute a statement as the administrator."""
+        command = [
+            str(PROGRAMS[-1] / "psql"),
+            "--no-psqlrc",
+            "--username",
+            "postgres",
+            *options,
+            "--command",
+            statement,
+        ]
         return subprocess.run(command, env=self.environment, check=True, capture_output=True, text=True)
 
     def remove(self) -> None:
@@ -71,6 +79,6 @@ class PostgreSQL:
             self.stop()
         shutil.rmtree(self.folder)
 
-    def _run(self, program: str, *words: str) -> None:
-        command = [str(PROGRAMS[-1] / program), "--pgdata", str(self.folder / "data"), *words]
+    def _run(self, program: str, *arguments: str) -> None:
+        command = [str(PROGRAMS[-1] / program), "--pgdata", str(self.folder / "data"), *arguments]
         subprocess.run(command, check=True, cwd=self.folder, stdout=subprocess.DEVNULL, timeout=120, **self._user)

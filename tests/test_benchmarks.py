@@ -1,4 +1,4 @@
-"""The benchmarks' rivals are what they are said to be, and the tables hold a row for each."""
+"""Benchmarks run on little data, and their baselines are correct."""
 
 import itertools
 import json
@@ -13,59 +13,59 @@ import torch
 from sklearn.metrics import roc_auc_score
 
 from fadeformer.models.fade_attention import FadeAttn
-from tests.conftest import benchmark
-from tests.models.test_fade_attention import CASES, REFERENCE, relative
+from tests.conftest import load_benchmark
+from tests.models.test_fade_attention import CASES, REFERENCE, relative_error
 
 
-def test_the_table_of_copies_has_a_column_for_each_set_and_a_row_for_each_change(real_data, capsys, monkeypatch):
-    copies = benchmark("near_duplicates")
+def test_near_duplicate_table_covers_datasets_and_alterations(real_data, capsys, monkeypatch):
+    near_duplicates = load_benchmark("near_duplicates")
     monkeypatch.setattr(sys, "argv", ["near_duplicates.py", str(real_data), "--images", "20"])
-    copies.main()
+    near_duplicates.main()
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split(" | ")[0][2:] for line in lines[2:]] == ["other images", *copies.COPIES]
-    assert all(line.count("|") == 2 + len(copies.SETS) for line in lines)
+    assert [line.split(" | ")[0][2:] for line in lines[2:]] == ["other images", *near_duplicates.COPIES]
+    assert all(line.count("|") == 2 + len(near_duplicates.DATASETS) for line in lines)
     assert "| JPEG, quality 75 | 1.000 | 1.000 | 1.000 | 1.000 |" in lines
 
 
 @pytest.fixture(scope="module")
-def bench() -> ModuleType:
-    module = benchmark("fadenet")
+def fadenet_benchmark() -> ModuleType:
+    module = load_benchmark("fadenet")
     module.CHANNELS, module.GRIDS, module.SIDES = 32, {(3, 4): 2, (5, 5): 1}, (2, 3)
     return module
 
 
 @pytest.mark.parametrize(("name", "heads", "power"), CASES)
-def test_the_rival_is_the_published_algorithm(bench, name, heads, power):
+def test_baseline_matches_published_layer(fadenet_benchmark, name, heads, power):
     numbers = np.load(REFERENCE / f"fadeattn_{name}.npz")
     layer = FadeAttn(numbers["x"].shape[1], heads, power).eval()
     layer.load_state_dict({key: torch.from_numpy(numbers[key]) for key in layer.state_dict()})
-    assert relative(bench.Published(layer)(torch.from_numpy(numbers["x"])), numbers["y"]) < 1e-5
+    assert relative_error(fadenet_benchmark.Published(layer)(torch.from_numpy(numbers["x"])), numbers["y"]) < 1e-5
 
 
-def test_plain_attention_is_the_layer_without_diffusion(bench):
+def test_plain_attention_matches_layer_without_diffusion(fadenet_benchmark):
     layer = FadeAttn(32, 8, alpha=1.0, dropout=0.0)
-    x = bench.tokens((3, 4), 2)
-    torch.testing.assert_close(bench.PlainAttention(layer)(x), layer(x))
+    x = fadenet_benchmark.tokens((3, 4), 2)
+    torch.testing.assert_close(fadenet_benchmark.PlainAttention(layer)(x), layer(x))
 
 
 @pytest.mark.parametrize(("table", "rows"), [("layer", 14), ("rules", 2)])
-def test_a_table_has_a_row_for_each_case(bench, capsys, monkeypatch, table, rows):
+def test_fadenet_table_has_row_per_case(fadenet_benchmark, capsys, monkeypatch, table, rows):
     monkeypatch.setattr(sys, "argv", ["fadenet.py", table, "--rounds", "1"])
-    bench.main()
+    fadenet_benchmark.main()
     lines = capsys.readouterr().out.splitlines()
     assert len([line for line in lines if re.match(r" *\d+x *\d+ +\d+ ", line)]) == rows
 
 
 @pytest.fixture
-def one_thread() -> Iterator[None]:
+def single_thread() -> Iterator[None]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
 
 
-def test_shut_gates_leave_attention_alone():
-    model = benchmark("diffusion_ablation").network("attention alone", classes=3, seed=0).eval()
+def test_disabled_diffusion_leaves_attention_only():
+    model = load_benchmark("diffusion_ablation").network("attention alone", classes=3, seed=0).eval()
     (layer,) = (module for module in model.modules() if hasattr(module, "gate_logit"))
     images = torch.randn(2, 3, 28, 28)
     before = model(images)
@@ -75,16 +75,16 @@ def test_shut_gates_leave_attention_alone():
     assert not layer.gate_logit.requires_grad
 
 
-def test_what_is_shut_stays_shut_in_training_and_a_row_is_left(tmp_path, monkeypatch, one_thread):
-    science = benchmark("diffusion_ablation")
+def test_gates_stay_fixed_in_training(tmp_path, monkeypatch, single_thread):
+    ablation = load_benchmark("diffusion_ablation")
     random = np.random.default_rng(0)
     images = random.integers(0, 256, (12, 28, 28, 3), dtype=np.uint8), np.arange(12)[:, None] % 3
-    monkeypatch.setattr(science, "EPOCHS", {"tiny": 1})
-    monkeypatch.setattr(science, "load", lambda data, dataset: dict.fromkeys(("train", "val", "test"), images))
-    made, original = [], science.network
-    monkeypatch.setattr(science, "network", lambda *arm: made.append(original(*arm)) or made[0])
-    science.train_and_test(tmp_path, tmp_path, "tiny", "attention alone", 0)
-    gates = [value for name, value in made[0].named_parameters() if name.endswith("gate_logit")]
+    monkeypatch.setattr(ablation, "EPOCHS", {"tiny": 1})
+    monkeypatch.setattr(ablation, "load", lambda data, dataset: dict.fromkeys(("train", "val", "test"), images))
+    models, original = [], ablation.network
+    monkeypatch.setattr(ablation, "network", lambda *arm: models.append(original(*arm)) or models[0])
+    ablation.train_and_test(tmp_path, tmp_path, "tiny", "attention alone", 0)
+    gates = [value for name, value in models[0].named_parameters() if name.endswith("gate_logit")]
     assert gates
     assert all((gate == 10.0).all() for gate in gates)
     row = json.loads((tmp_path / "tiny.attention_alone.0.json").read_text())
@@ -93,24 +93,24 @@ def test_what_is_shut_stays_shut_in_training_and_a_row_is_left(tmp_path, monkeyp
     assert np.load(tmp_path / "tiny.attention_alone.0.npy").shape == (12, 3)
 
 
-def test_the_comparison_is_paired_by_seed_and_by_image(tmp_path, capsys, monkeypatch):
-    science = benchmark("diffusion_ablation")
+def test_ablation_comparison_is_paired(tmp_path, capsys, monkeypatch):
+    ablation = load_benchmark("diffusion_ablation")
     random = np.random.default_rng(0)
     labels = random.integers(0, 3, 90)
-    monkeypatch.setattr(science, "EPOCHS", {"retinamnist": 1})
-    monkeypatch.setattr(science, "load", lambda data, dataset: {"test": (None, labels[:, None])})
-    sharp = {"plain": 0.5, "published": 0.5, "attention alone": 1.5, "diffusion": 3.0}
-    for (arm, signal), seed in itertools.product(sharp.items(), range(4)):
+    monkeypatch.setattr(ablation, "EPOCHS", {"retinamnist": 1})
+    monkeypatch.setattr(ablation, "load", lambda data, dataset: {"test": (None, labels[:, None])})
+    signals = {"plain": 0.5, "published": 0.5, "attention alone": 1.5, "diffusion": 3.0}
+    for (arm, signal), seed in itertools.product(signals.items(), range(4)):
         scores = signal * np.eye(3)[labels] + random.normal(size=(90, 3))
         name = f"retinamnist.{arm.replace(' ', '_')}.{seed}"
         np.save(tmp_path / f"{name}.npy", scores)
         auc = roc_auc_score(np.eye(3)[labels], scores)
         row = {"dataset": "retinamnist", "arm": arm, "seed": seed, "val_auc": auc, "test_auc": auc}
         (tmp_path / f"{name}.json").write_text(json.dumps(row))
-    science.table(tmp_path, tmp_path)
-    printed = capsys.readouterr().out
-    assert "| retinamnist | diffusion | 4 | 0.9" in printed
-    row = next(line for line in printed.splitlines() if "diffusion - plain" in line).split("|")
+    ablation.table(tmp_path, tmp_path)
+    output = capsys.readouterr().out
+    assert "| retinamnist | diffusion | 4 | 0.9" in output
+    row = next(line for line in output.splitlines() if "diffusion - plain" in line).split("|")
     mean, above, p, holm, interval = (cell.strip() for cell in row[3:8])
     assert float(mean) > 0.2
     assert above == "4"
@@ -119,26 +119,29 @@ def test_the_comparison_is_paired_by_seed_and_by_image(tmp_path, capsys, monkeyp
     assert 0 < low < float(mean) < high
 
 
-SMALLEST = {
-    "preprocess": (["--images", "40", "--side", "64", "--to", "32", "--repeats", "1"], "taken up: the same bytes"),
+SMALL_RUNS = {
+    "preprocess": (["--images", "40", "--side", "64", "--to", "32", "--repeats", "1"], "resumed: identical files"),
     "data_loading": (["--images", "32", "--side", "64", "--to", "32", "--repeats", "1"], "| published | "),
-    "gate": (["--rows", "3000"], "3 near duplicates, "),
-    "promotion": (["--pairs", "10", "--sizes", "2000"], "most of those worse by 2 margins: 0.0 %"),
-    "evaluation": (["coverage", "--sets", "2", "--images", "100", "--draws", "50"], "that hold the truth, %"),
+    "gate": (["--rows", "3000"], "3 near-duplicates, "),
+    "promotion": (["--pairs", "10", "--sizes", "2000"], "highest rate of those worse by 2 margins: 0.0 %"),
+    "evaluation": (
+        ["coverage", "--sets", "2", "--images", "100", "--resamples", "50"],
+        "that contain the true value, %",
+    ),
     "predict": (["--images", "10", "--side", "28", "--repeats", "1", "--many", "20"], "peak memory for     20 images"),
 }
 
 
-@pytest.mark.parametrize("name", SMALLEST)
-def test_a_benchmark_runs_on_little_data(name, capsys, monkeypatch, one_thread, without_data_docs):
-    options, printed = SMALLEST[name]
+@pytest.mark.parametrize("name", SMALL_RUNS)
+def test_benchmark_runs_on_little_data(name, capsys, monkeypatch, single_thread, without_data_docs):
+    options, output = SMALL_RUNS[name]
     monkeypatch.setattr(sys, "argv", [f"{name}.py", *options])
-    benchmark(name).main()
-    assert printed in capsys.readouterr().out
+    load_benchmark(name).main()
+    assert output in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("backbone", ["fadevit_nano", "resnet18"])
-def test_the_training_loop_and_the_plain_loop_are_timed(config, backbone):
-    rates = benchmark("training").compare(backbone, 28, config, count=20, repeats=1)
+def test_training_benchmark_times_all_loops(config, backbone):
+    rates = load_benchmark("training").compare(backbone, 28, config, count=20, repeats=1)
     assert len(rates) == 3
-    assert all(len(each) == 1 and each[0] > 0 for each in rates.values())
+    assert all(len(values) == 1 and values[0] > 0 for values in rates.values())

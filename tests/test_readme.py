@@ -14,8 +14,8 @@ import pytest
 from PIL import Image
 
 from pipelines.experiments import space
-from tests.conftest import ROOT, SMALL, Kept, Project, clone
-from tests.pipeline.cluster import answers, soon
+from tests.conftest import ROOT, SMALL_PARAMS, Project, ReproducedProject, clone
+from tests.pipeline.cluster import responds, wait_until
 from tests.postgresql import free_port
 
 README = (ROOT / "README.md").read_text()
@@ -138,7 +138,7 @@ class Session:
         """Start a server, wait until it answers, and stop it."""
         process = self.start(command)
         try:
-            soon(lambda: answers(address) or process.poll() is not None, tell=self.log.read_text)
+            wait_until(lambda: responds(address) or process.poll() is not None, tell=self.log.read_text)
             assert process.poll() is None, self.log.read_text()
         finally:
             os.killpg(process.pid, signal.SIGTERM)
@@ -146,16 +146,18 @@ class Session:
 
 
 @pytest.fixture(scope="module")
-def session(tmp_path_factory: pytest.TempPathFactory, kept: Kept, prefect_server: str) -> Session:
+def session(
+    tmp_path_factory: pytest.TempPathFactory, reproduced_project: ReproducedProject, prefect_server: str
+) -> Session:
     source = tmp_path_factory.mktemp("readme") / "source"
     source.mkdir()
     project = clone(source)
-    project.change(**SMALL)
+    project.change(**SMALL_PARAMS)
     project.commit("small")
     project.run("git", "config", "--global", "user.name", "Test")
     project.run("git", "config", "--global", "user.email", "test@example.org")
     project.environment["PREFECT_API_URL"] = prefect_server
-    kept.give(project)
+    reproduced_project.restore_to(project)
     return Session(project)
 
 

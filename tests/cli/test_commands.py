@@ -17,7 +17,7 @@ from pipelines.registry import package, versions
 from pipelines.tracking import runs
 from tests.conftest import ROOT
 from tests.packages import images, load, png, project_with_store
-from tests.pipeline.cluster import answers, soon
+from tests.pipeline.cluster import responds, wait_until
 from tests.postgresql import free_port
 
 CHAMPION = "models:/fadenet-phantom@champion"
@@ -95,7 +95,7 @@ def test_served_champion_does_not_log_requests(project, expected):
             stdout=file, stderr=file, start_new_session=True,
         )  # fmt: skip
     try:
-        soon(lambda: answers(f"{address}/ping") or process.poll() is not None, tell=log.read_text)
+        wait_until(lambda: responds(f"{address}/ping") or process.poll() is not None, tell=log.read_text)
         assert process.poll() is None, log.read_text()
         for image, scores in zip(images(2), expected, strict=True):
             request = Request(f"{address}/invocations?patient=Jane", png(image), {"content-type": "image/png"})

@@ -18,7 +18,7 @@ import pytest
 
 from tests import postgresql
 from tests.conftest import Project, clone
-from tests.pipeline.cluster import answers, basic, soon, status_of
+from tests.pipeline.cluster import basic_auth, responds, status_of, wait_until
 from tests.postgresql import PostgreSQL, free_port
 
 pytestmark = pytest.mark.timeout(1200)
@@ -206,7 +206,7 @@ def served(built: Built) -> Iterator[Served]:
         )  # fmt: skip
         address = f"http://127.0.0.1:{port}"
         try:
-            soon(lambda: answers(f"{address}/health") or process.poll() is not None)
+            wait_until(lambda: responds(f"{address}/health") or process.poll() is not None)
             assert process.poll() is None, process.communicate()[0]
             yield Served(process, address, passwords)
         finally:
@@ -220,9 +220,9 @@ def served(built: Built) -> Iterator[Served]:
 def test_it_serves_those_alone_who_have_a_password(served):
     runs, asked = f"{served.address}/api/2.0/mlflow/experiments/search", {"max_results": 1}
     assert status_of(runs, asked) == 401
-    assert status_of(runs, asked, Authorization=basic("trainer", "x" * 32)) == 401
+    assert status_of(runs, asked, Authorization=basic_auth("trainer", "x" * 32)) == 401
     for user in ("trainer", "admin"):
-        assert status_of(runs, asked, Authorization=basic(user, served.passwords[user])) == 200
+        assert status_of(runs, asked, Authorization=basic_auth(user, served.passwords[user])) == 200
 
 
 def test_it_runs_as_its_user_without_capabilities_on_a_root_that_cannot_be_written_to(served):

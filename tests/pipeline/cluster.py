@@ -27,7 +27,7 @@ import psutil
 from tests.conftest import ROOT, Project
 from tests.postgresql import PostgreSQL, free_port
 
-PATIENCE = 300  # seconds until a server must answer
+TIMEOUT = 300  # seconds until a server must answer
 ARTIFACTS, RESULTS = "artifacts", "results"  # buckets: MLflow's files, and DVC's remote
 QUIET = {
     "DO_NOT_TRACK": "1", "MLFLOW_DISABLE_TELEMETRY": "true", "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
@@ -87,7 +87,7 @@ class Cluster:
         self._start_mlflow()
         self._prepare_repository()
         for address in (f"{self.prefect}/health", f"{self.mlflow}/health"):
-            soon(lambda address=address: answers(address), PATIENCE, self.tell)
+            wait_until(lambda address=address: responds(address), TIMEOUT, self.tell)
         self.run("python", "-m", "pipelines.orchestration.deploy", "--concurrency", "2")
         for name in ("worker-1", "worker-2"):
             self.start_worker(name, "training")
@@ -167,7 +167,7 @@ class Cluster:
     def every_secret(self) -> dict[str, str]:
         """Each of them, by what it is for; logins also as HTTP has them."""
         logins = {"prefect": "admin", "admin": "admin", "trainer": "trainer"}
-        encoded = {f"login {name}": basic(user, self.secrets[name])[6:] for name, user in logins.items()}
+        encoded = {f"login {name}": basic_auth(user, self.secrets[name])[6:] for name, user in logins.items()}
         return {
             **self.secrets,
             **encoded,
@@ -268,13 +268,13 @@ def running(project: Project) -> Iterator[Cluster]:
 
 
 def _ask(url: str, login: str, body: object) -> Any:
-    headers = {"Content-Type": "application/json", "Authorization": basic(*login.split(":"))}
+    headers = {"Content-Type": "application/json", "Authorization": basic_auth(*login.split(":"))}
     data = None if body is None else json.dumps(body).encode()
     with urlopen(Request(url, data=data, headers=headers), timeout=60) as response:
         return json.load(response)
 
 
-def basic(user: str, password: str) -> str:
+def basic_auth(user: str, password: str) -> str:
     """The header that shows a name and a password."""
     return f"Basic {base64.b64encode(f'{user}:{password}'.encode()).decode()}"
 
@@ -290,15 +290,15 @@ def status_of(url: str, data: object = None, **headers: str) -> int:
         return error.code
 
 
-def answers(url: str) -> bool:
+def responds(url: str) -> bool:
     try:
         return status_of(url) == 200
     except (URLError, OSError):
         return False
 
 
-def soon(
-    true: Callable[[], object], patience: float = PATIENCE, tell: Callable[[], str] = str, pause: float = 0.3
+def wait_until(
+    true: Callable[[], object], patience: float = TIMEOUT, tell: Callable[[], str] = str, pause: float = 0.3
 ) -> object:
     """Waits until something is true, and gives it; else fails with what there is to tell."""
     deadline = time.monotonic() + patience

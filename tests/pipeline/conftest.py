@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import pytest
 
 from tests import postgresql
-from tests.conftest import SMALL, clone
+from tests.conftest import SMALL_PARAMS, clone
 from tests.pipeline import cluster as servers
 from tests.pipeline.cluster import Cluster
 
@@ -15,7 +15,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     """A running deployment of a project with small params.yaml; skipped without PostgreSQL."""
     postgresql.require()
     project = clone(tmp_path_factory.mktemp("cluster"))
-    project.change(**SMALL)
+    project.change(**SMALL_PARAMS)
     project.commit("small")
     with servers.running(project) as cluster:
         yield cluster

@@ -16,7 +16,7 @@ import pytest
 from ruamel.yaml import YAML
 
 from fadeformer.io import jsonl
-from tests.pipeline.cluster import ARTIFACTS, RESULTS, Cluster, basic, soon, status_of
+from tests.pipeline.cluster import ARTIFACTS, RESULTS, Cluster, basic_auth, status_of, wait_until
 from tests.postgresql import PROGRAMS
 
 pytestmark = [pytest.mark.pipeline, pytest.mark.timeout(1800)]
@@ -53,7 +53,7 @@ def killed(cluster: Cluster) -> str:
         return f"{states(cluster)}\n{cluster.tell()}"
 
     def wait(true: Callable[[], Any]) -> Any:
-        return soon(true, PATIENCE, tell, pause=2)
+        return wait_until(true, PATIENCE, tell, pause=2)
 
     lost = wait(lambda: next((name for name in WORKERS[:2] if "epoch   3/12" in cluster.log(name)), None))
     cluster.kill_worker(lost)
@@ -244,7 +244,7 @@ def test_no_path_or_name_of_a_machine_stands_in_what_runs_tell(cluster, killed):
 
 def test_servers_and_databases_need_a_password(cluster, killed):
     deployments, runs = f"{cluster.prefect}/deployments/filter", f"{cluster.mlflow}/api/2.0/mlflow/experiments/search"
-    wrong, right = basic("admin", "x" * 32), basic("trainer", cluster.secrets["trainer"])
+    wrong, right = basic_auth("admin", "x" * 32), basic_auth("trainer", cluster.secrets["trainer"])
     assert [status_of(deployments, {}), status_of(deployments, {}, Authorization=wrong)] == [401, 401]
     experiments = {"max_results": 1}
     assert [status_of(runs, experiments), status_of(runs, experiments, Authorization=wrong)] == [401, 401]

@@ -17,7 +17,7 @@ from ruamel.yaml import YAML
 
 from fadeformer.io import jsonl
 from tests.conftest import Project
-from tests.pipeline.cluster import PATIENCE, answers, soon
+from tests.pipeline.cluster import TIMEOUT, responds, wait_until
 from tests.postgresql import free_port
 
 pytestmark = pytest.mark.pipeline
@@ -61,7 +61,7 @@ def grid(project: Project, address: str, started) -> str:
     """What a grid of one run printed, on a server and a worker started for it; the run is named `CELL`."""
     port = address.removesuffix("/api").rsplit(":", 1)[1]
     log = started("prefect", "server", "start", "--host", "127.0.0.1", "--port", port)
-    soon(lambda: answers(f"{address}/health"), tell=log.read_text)
+    wait_until(lambda: responds(f"{address}/health"), tell=log.read_text)
     project.run("python", "-m", "pipelines.orchestration.deploy", PREFECT_API_URL=address)
     project.run(
         "python", "-m", "pipelines.orchestration.deploy", "--concurrency", "2", PREFECT_API_URL=address
@@ -88,7 +88,7 @@ def mlflow(trial, started) -> str:
     store = ("--backend-store-uri", "sqlite:///mlruns/mlflow.db?timeout=60")
     artifacts = ("--artifacts-destination", "mlruns/artifacts")
     started("mlflow", "server", "--host", "127.0.0.1", "--port", port, "--workers", "1", *store, *artifacts)
-    soon(lambda: answers(f"http://127.0.0.1:{port}/health"))
+    wait_until(lambda: responds(f"http://127.0.0.1:{port}/health"))
     return f"http://127.0.0.1:{port}"
 
 
@@ -96,7 +96,7 @@ def mlflow(trial, started) -> str:
 def tab(browser) -> Iterator[Any]:
     """A page of a browser whose waits are long enough for a busy machine."""
     page = browser.new_page(viewport={"width": 1400, "height": 900})
-    page.set_default_timeout(1000 * PATIENCE)
+    page.set_default_timeout(1000 * TIMEOUT)
     yield page
     page.close()
 
@@ -220,7 +220,14 @@ def test_a_sweep_runs_its_trials_on_the_server(project, trial, address):
 
 def test_its_best_is_evaluated_and_judged_without_another_training(project, trial, address):
     trained = len(ask(address, "flow_runs", flows={"name": {"any_": ["train"]}}))
-    command = ("deployment", "run", "evaluation/evaluate", "--param", f"experiment={experiment(project, TRIAL)}", *WATCH)
+    command = (
+        "deployment",
+        "run",
+        "evaluation/evaluate",
+        "--param",
+        f"experiment={experiment(project, TRIAL)}",
+        *WATCH,
+    )
     narrow = ("--param", 'evaluate={"confidence": 0.9}', "--flow-run-name", "narrow")
     project.run("prefect", *command, *narrow, PREFECT_API_URL=address)
     assert {"metrics", "verdict", "experiment"} <= set(artifacts(address, "narrow"))
@@ -242,12 +249,12 @@ def test_a_run_that_is_cancelled_ends_its_stage_and_leaves_nothing_behind(projec
         new = [run for run in ask(address, "flow_runs") if run["id"] not in known]
         return {flows[run["flow_id"]]: run["state_type"] for run in new}
 
-    soon(lambda: states().get("train") == "RUNNING")
+    wait_until(lambda: states().get("train") == "RUNNING")
     assert len(stages(project)) >= 2  # dvc and the stage; a shell that only calls may have become the stage
     run = run_named(address, "endless")["id"]
     project.run("prefect", "--no-prompt", "flow-run", "cancel", run, PREFECT_API_URL=address)
-    soon(lambda: not stages(project))
-    soon(lambda: states()["pipeline"] == "CANCELLED")
+    wait_until(lambda: not stages(project))
+    wait_until(lambda: states()["pipeline"] == "CANCELLED")
     assert states()["train"] in ("CRASHED", "FAILED")  # the stage reported its end, which a signal caused
     assert project.run("git", "status", "--short", "params.yaml") == ""
 

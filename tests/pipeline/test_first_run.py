@@ -12,7 +12,7 @@ from mlflow.entities import Run
 
 from fadeformer.io.formatting import format_with_interval
 from pipelines.stages import STAGES
-from tests.conftest import EVERY_CORE, ROOT, Kept, Project, ran, read
+from tests.conftest import ALL_CORES, ROOT, Project, ReproducedProject, read_json_file, stages_run
 
 FIGURES = (
     "training_curves", "confusion_matrix", "roc_curves", "pr_curves", "auc_forest", "reliability", "decision_curves",
@@ -21,10 +21,10 @@ FIGURES = (
 
 
 @pytest.fixture(scope="module")
-def first(project: Project, kept: Kept) -> str:
+def first(project: Project, reproduced_project: ReproducedProject) -> str:
     """What the first `make repro` prints."""
-    output = project.make("repro", **EVERY_CORE)
-    kept.take(project)
+    output = project.make("repro", **ALL_CORES)
+    reproduced_project.save(project)
     return output
 
 
@@ -46,7 +46,7 @@ def defined(numbers: dict) -> dict:
 
 
 def test_every_stage_prints_one_line(first):
-    assert tuple(ran(first)) == STAGES
+    assert tuple(stages_run(first)) == STAGES
     for stage in STAGES:
         assert len(re.findall(rf"^{stage}: ", first, flags=re.MULTILINE)) == 1
     assert "promote: PROMOTED" in first
@@ -61,7 +61,7 @@ def test_nothing_is_written_outside_the_project(project, first):
 
 
 def test_a_second_run_has_nothing_to_do(project, first):
-    assert ran(project.make("repro")) == []
+    assert stages_run(project.make("repro")) == []
 
 
 def test_all_outputs_of_the_readme_exist(project, first):
@@ -88,7 +88,7 @@ def test_the_mlflow_run_holds_all_results(project, mlflow, run):
     figures = {file.path for file in mlflow.list_artifacts(run.info.run_id, "figures")}
     assert figures == {f"figures/{name}.{kind}" for name in FIGURES for kind in ("png", "svg")}
     (data,) = run.inputs.dataset_inputs
-    card = read(project, "data/raw/dataset.json")
+    card = read_json_file(project, "data/raw/dataset.json")
     assert (data.dataset.name, run.data.tags["dataset.sha256"]) == ("phantom", card["sha256"])
     assert run.data.tags["git.revision"] == project.run("git", "rev-parse", "HEAD").strip()
     assert len(run.data.tags["dvc.lock"]) == 32
@@ -97,21 +97,21 @@ def test_the_mlflow_run_holds_all_results(project, mlflow, run):
 
 
 def test_numbers_are_the_same_everywhere(project, run):
-    metrics = read(project, "reports/metrics.json")
+    metrics = read_json_file(project, "reports/metrics.json")
     logged = run.data.metrics
     shown = json.loads(project.run("dvc", "metrics", "show", "--json"))
-    results = read(project, "reports/results.json")
+    results = read_json_file(project, "reports/results.json")
     assert defined(shown[""]["data"]["reports/metrics.json"]["data"]) == defined(metrics)
     of_test = metrics["test"]["overall"]
     for name, value in of_test.items():
         assert logged[f"test.overall.{name}"] == pytest.approx(value)
-    bounds = read(project, "reports/intervals.json")["test"]["overall"]
+    bounds = read_json_file(project, "reports/intervals.json")["test"]["overall"]
     assert bounds["calibration_error"] is None
     known = {name for name, bound in bounds.items() if bound is not None}
     assert {"auc", "accuracy", "loss", "average_precision"} <= known
     for name in known:
         assert [logged[f"test.interval.{name}.{end}"] for end in ("low", "high")] == pytest.approx(bounds[name])
-    points = read(project, "reports/operating_points.json")["points"]
+    points = read_json_file(project, "reports/operating_points.json")["points"]
     of_basophils = points["youden"]["basophil"]["on_test"]["sensitivity"]["value"]
     assert logged["test.operating_points.youden.basophil.sensitivity"] == pytest.approx(of_basophils)
     assert logged["test.per_class.basophil.auc"] == pytest.approx(metrics["test"]["per_class"]["basophil"]["auc"])
@@ -124,7 +124,7 @@ def test_numbers_are_the_same_everywhere(project, run):
     }  # fmt: skip
     balanced = {"value": of_test["balanced_accuracy"], "split": "published"}
     assert results["test_balanced_accuracy"] == balanced
-    assert read(project, "reports/promotion.json")["auc"] == of_test["auc"]
+    assert read_json_file(project, "reports/promotion.json")["auc"] == of_test["auc"]
 
 
 def test_dvc_shows_the_figures(project, first):
@@ -142,7 +142,7 @@ def test_the_model_card_states_synthetic_images(project, mlflow):
     card = (project.folder / "reports" / "model_card.md").read_text()
     assert "Synthetic: every image is drawn by a program" in card
     assert mlflow.get_model_version("fadenet-phantom", "1").description.replace("&emsp;", "") == card
-    auc, bounds = (read(project, f"reports/{name}.json")["test"] for name in ("metrics", "intervals"))
+    auc, bounds = (read_json_file(project, f"reports/{name}.json")["test"] for name in ("metrics", "intervals"))
     assert f"| AUC | {format_with_interval(auc['overall']['auc'], bounds['overall']['auc'])} |" in card
 
 

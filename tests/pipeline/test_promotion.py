@@ -12,7 +12,7 @@ from fadeformer.data.preprocess import decode_to_memmap
 from fadeformer.evaluation import predictions
 from fadeformer.evaluation.metrics import auc
 from pipelines.registry import resolve
-from tests.conftest import ran
+from tests.conftest import stages_run
 
 pytestmark = [pytest.mark.pipeline, pytest.mark.usefixtures("shared_server")]
 NAME = "fadenet-phantom"
@@ -94,7 +94,7 @@ def test_taken_back_and_not_promoted_again(reproduced):
     assert f"ROLLED BACK {NAME} version 1 is champion again; revoked: version 2 ({reason})" in output
     assert aliases(reproduced) == {"champion": "1"}
     reproduced.change(promote={"min_subgroup_auc": None, "min_class_auc": None, "margin": 1.0, "min_auc": 0.0})
-    assert ran(reproduced.run("dvc", "repro")) == ["promote"]
+    assert stages_run(reproduced.run("dvc", "repro")) == ["promote"]
     found = decision(reproduced)
     assert found["decision"] == "refused"
     assert found["reason"] == f"was never rolled back: rolled back: {reason}"

@@ -5,8 +5,8 @@ import json
 import pytest
 
 from fadeformer.data.sources.chestxray14 import BOX_LIST
-from tests.conftest import Project, ran, read
-from tests.data.sources.test_chestxray14 import OF_THE_SAMPLE
+from tests.conftest import Project, read_json_file, stages_run
+from tests.data.sources.test_chestxray14 import SAMPLE_BOXES
 
 pytestmark = [pytest.mark.pipeline, pytest.mark.usefixtures("shared_server")]
 
@@ -17,12 +17,12 @@ def test_retinamnist_from_a_mirror_runs_to_a_decision(project: Project, real_dat
         preprocess={"image_size": 16}, train={"epochs": 1},
     )  # fmt: skip
     output = project.stages()
-    decision = read(project, "reports/promotion.json")
+    decision = read_json_file(project, "reports/promotion.json")
     assert decision["model"] == "fadenet-retinamnist"
     assert f"promote: {decision['decision'].upper()} fadenet-retinamnist version 1" in output
-    meta = read(project, "data/processed/meta.json")
+    meta = read_json_file(project, "data/processed/meta.json")
     assert meta["counts"] == {"train": 1080, "val": 120, "test": 400}
-    numbers = read(project, "reports/metrics.json")["test"]["overall"]
+    numbers = read_json_file(project, "reports/metrics.json")["test"]["overall"]
     official = f"[AUC]{numbers['auc']:.3f}_[ACC]{numbers['accuracy']:.3f}"
     (result,) = (project.folder / "reports/medmnist").glob("retinamnist_test_*.csv")
     assert result.name == f"retinamnist_test_{official}@42.csv"
@@ -34,7 +34,7 @@ def test_leaks_of_pneumoniamnist_stop_until_allowed(project: Project, real_data)
     project.change(dataset={"name": "npz", "root": f"{real_data}/npz/pneumoniamnist.npz"})
     output = project.run("dvc", "repro", check=False)
     assert project.code != 0
-    assert ran(output) == ["download", "validate"]
+    assert stages_run(output) == ["download", "validate"]
     assert "8 images are in two splits" in output
     assert "validate.max_cross_split_duplicates: 8" in output
     project.change(validate={"max_cross_split_duplicates": 8})
@@ -46,21 +46,21 @@ def test_leaks_of_pneumoniamnist_stop_until_allowed(project: Project, real_data)
 def test_the_radiographs_of_nih_by_finding(project: Project, real_data, tmp_path):
     for path in (real_data / "chestxray14").iterdir():
         (tmp_path / path.name).symlink_to(path)
-    (tmp_path / BOX_LIST).write_text(OF_THE_SAMPLE)
+    (tmp_path / BOX_LIST).write_text(SAMPLE_BOXES)
     project.change(
         dataset={"name": "chestxray14", "mirror": str(tmp_path), "edition": "other", "archives": [1]},
         preprocess={"image_size": 16}, train={"epochs": 1},
     )  # fmt: skip
     project.stages()
-    meta, metrics = read(project, "data/processed/meta.json"), read(project, "reports/metrics.json")
+    meta, metrics = read_json_file(project, "data/processed/meta.json"), read_json_file(project, "reports/metrics.json")
     card = (project.folder / "reports/model_card.md").read_text()
     assert meta["counts"]["test"] == 251
     assert meta["split"].startswith("chestxray14-")
     assert (project.folder / "data/splits" / meta["split"]).is_file()
-    assert read(project, "reports/results.json")["test_balanced_accuracy"]["split"] == meta["split"]
+    assert read_json_file(project, "reports/results.json")["test_balanced_accuracy"]["split"] == meta["split"]
     assert f"| Split | {meta['split']} |" in card
     assert (project.folder / "dataset.lock").is_file()
-    assert read(project, "reports/promotion.json")["model"] == "fadenet-chestxray14"
+    assert read_json_file(project, "reports/promotion.json")["model"] == "fadenet-chestxray14"
     judged = {name: values["auc"] for name, values in metrics["test"]["per_class"].items()}
     without = [name for name, auc in judged.items() if auc is None]
     assert len(judged) == 14
@@ -69,11 +69,11 @@ def test_the_radiographs_of_nih_by_finding(project: Project, real_data, tmp_path
         sum(a for a in judged.values() if a) / (14 - len(without))
     )
     assert f"Not evaluated, without positive or without negative images: {', '.join(without)}." in card
-    expectations = read(project, "reports/validation/validation.json")["expectations"]
+    expectations = read_json_file(project, "reports/validation/validation.json")["expectations"]
     warned = [one["sentence"] for one in expectations if not one["passed"]]
     assert all(any(f" {name} (it has 0)" in sentence for sentence in warned) for name in without)
     assert "NaN" not in json.dumps(metrics)
-    found = read(project, "reports/explanations.json")["pointing"]
+    found = read_json_file(project, "reports/explanations.json")["pointing"]
     assert (found["cases"], found["images"]) == (2, 2)  # of the nine boxes of the sample
     assert set(found["methods"]) == {"grad_cam", "attention", "laplacian"}
     assert set(found["methods"]["attention"]["per_class"]) == {"Atelectasis", "Infiltration"}

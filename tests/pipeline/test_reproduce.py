@@ -8,7 +8,7 @@ import pytest
 import torch
 from mlflow import MlflowClient
 
-from tests.conftest import Project, ran, read
+from tests.conftest import Project, read_json_file, stages_run
 from tests.pipeline.test_first_run import LOAD
 
 pytestmark = [pytest.mark.pipeline, pytest.mark.usefixtures("shared_server")]
@@ -52,13 +52,13 @@ def edited(reproduced: Project, prefect_server: str) -> list[str]:
     reproduced.change(
         model={"weights": "start.pth"}, train={"epochs": 1, "learning_rate": 1e-9}, promote={"min_auc": 0.0}
     )
-    return ran(reproduced.run("dvc", "repro", PREFECT_API_URL=prefect_server))
+    return stages_run(reproduced.run("dvc", "repro", PREFECT_API_URL=prefect_server))
 
 
 def test_an_edit_of_train_does_not_download(reproduced, first, edited):
     before = json.loads(first["reports/metrics.json"])["test"]["overall"]["auc"]
     assert edited == ["train", "evaluate", "promote"]
-    decision = read(reproduced, "reports/promotion.json")
+    decision = read_json_file(reproduced, "reports/promotion.json")
     assert decision["auc"] < before == decision["champion_auc"]
     assert aliases(reproduced) == {"champion": 1, "challenger": 2}
     assert "test AUC not lower than the champion's by more than 0.02, at 95 %" in decision["reason"]
@@ -81,9 +81,9 @@ def test_an_earlier_model_comes_back_in_a_moved_project(reproduced, first, tmp_p
     moved.environment["PREFECT_API_URL"] = reproduced.environment["PREFECT_API_URL"]
     shutil.copytree(reproduced.folder, moved.folder, symlinks=True)
     shutil.move(reproduced.folder / "mlruns" / "artifacts", tmp_path / "away")
-    assert ran(moved.run("dvc", "repro")) == ["promote"]
+    assert stages_run(moved.run("dvc", "repro")) == ["promote"]
     assert (moved.folder / "models/best_model.pth").read_bytes() == first["models/best_model.pth"]
-    assert read(moved, "reports/promotion.json")["version"] == "1"
+    assert read_json_file(moved, "reports/promotion.json")["version"] == "1"
     (tmp_path / "load.py").write_text(LOAD)
     store, images = f"sqlite:///{moved.folder}/mlruns/mlflow.db", moved.folder / "data/processed/test.npy"
     moved.run("python", str(tmp_path / "load.py"), store, str(images), str(tmp_path / "scores.npy"))
@@ -94,5 +94,7 @@ def test_an_earlier_model_comes_back_in_a_moved_project(reproduced, first, tmp_p
 def test_all_stages_run_again_give_the_same_bytes(reproduced, first):
     reproduced.stages()
     assert {name: (reproduced.folder / name).read_bytes() for name in first} == first
-    assert read(reproduced, "reports/promotion.json")["version"] == "3"  # the same AUC is not lower than the champion's
+    assert (
+        read_json_file(reproduced, "reports/promotion.json")["version"] == "3"
+    )  # the same AUC is not lower than the champion's
     assert aliases(reproduced) == {"champion": 3, "challenger": 2, "previous": 1}

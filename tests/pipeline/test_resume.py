@@ -19,7 +19,7 @@ import torch
 
 from fadeformer.training.checkpoints import CheckpointManager
 from fadeformer.training.state import COST_FIELDS
-from tests.conftest import EVERY_CORE, Kept, Project, read
+from tests.conftest import ALL_CORES, Project, ReproducedProject, read_json_file
 from tests.postgresql import free_port
 
 pytestmark = pytest.mark.pipeline
@@ -36,9 +36,9 @@ RESULTS = ("models/best_model.pth", "models/history.csv")
 
 
 @pytest.fixture(scope="module")
-def whole(project: Project, kept: Kept) -> Path:
+def whole(project: Project, reproduced_project: ReproducedProject) -> Path:
     """A folder with what the same training has left that was never interrupted, with a checkpoint after each epoch."""
-    kept.give(project)
+    reproduced_project.restore_to(project)
     folder = project.folder.parent / "whole"
     folder.mkdir()
     shutil.copytree(project.folder / "models", folder / "models")
@@ -103,7 +103,7 @@ def wait_for_step(project: Project, process: subprocess.Popen, wanted: int) -> N
 
 def killed(project: Project, reached: int) -> None:
     """Kills a training soon after a step."""
-    with running(project, "dvc", "repro", "train", **EVERY_CORE) as process:
+    with running(project, "dvc", "repro", "train", **ALL_CORES) as process:
         wait_for_step(project, process, reached)
         time.sleep(0.1 * np.random.default_rng(reached).random())
         os.killpg(process.pid, signal.SIGKILL)
@@ -128,7 +128,7 @@ def test_a_training_is_killed_in_its_first_step(pieces):
 @pytest.mark.parametrize(("number", "reached"), [(signal.SIGTERM, 7), (signal.SIGINT, 14)])
 def test_a_signal_leaves_a_checkpoint_and_no_process(pieces, number, reached):
     """A signal to `make repro`."""
-    with running(pieces, "make", "--assume-old", "install", "repro", **EVERY_CORE) as process:
+    with running(pieces, "make", "--assume-old", "install", "repro", **ALL_CORES) as process:
         wait_for_step(pieces, process, reached)
         below = psutil.Process(process.pid).children(recursive=True)
         if number == signal.SIGINT:
@@ -183,7 +183,7 @@ def test_without_mlflow_training_goes_on_and_is_told_later(pieces, away, back):
     assert "epoch   1/2" in away
     assert "epoch   1/2" not in back
     metrics, runs = told_to_mlflow(pieces.folder)
-    new = read(pieces, "models/run.json")["mlflow_run_id"]
+    new = read_json_file(pieces, "models/run.json")["mlflow_run_id"]
     assert list(runs.values()) == ["KILLED", "FINISHED"]
     assert runs[new] == "FINISHED"
     told = metrics[metrics["run_uuid"] == new]
@@ -206,7 +206,7 @@ def test_a_training_interrupted_anytime_ends_the_same(whole, pieces):
     """After a kill in the first step, two signals, another training in between, and a kill in the fifth epoch."""
     pieces.run("git", "checkout", "--quiet", "params.yaml")
     killed(pieces, 22)
-    output = pieces.run("dvc", "repro", "train", **EVERY_CORE)
+    output = pieces.run("dvc", "repro", "train", **ALL_CORES)
     assert "resuming the unfinished training in .cache/train/" in output
     assert re.search(r"resumed after epoch \d, batch \d of the next epoch, step (2[2-9]|30)", output)
     for name in RESULTS:
@@ -214,7 +214,7 @@ def test_a_training_interrupted_anytime_ends_the_same(whole, pieces):
     assert not begun(pieces)
     (metrics, runs), (expected, _) = told_to_mlflow(pieces.folder), told_to_mlflow(whole)
     assert not metrics.duplicated(["run_uuid", "key", "step"]).any()
-    mine = read(pieces, "models/run.json")["mlflow_run_id"]
+    mine = read_json_file(pieces, "models/run.json")["mlflow_run_id"]
     assert list(runs) == [mine, *(runs.keys() - {mine})]
     assert list(runs.values()) == ["FINISHED", "FINISHED"]
     metrics = metrics[metrics["run_uuid"] == mine]

@@ -18,8 +18,8 @@ from mlflow.entities import Run
 
 from fadeformer.config import schema
 from pipelines.cli import main
-from tests.conftest import Project, ran
-from tests.pipeline.test_deployment import soon
+from tests.conftest import Project, stages_run
+from tests.pipeline.cluster import wait_until
 
 pytestmark = [pytest.mark.pipeline, pytest.mark.timeout(1200)]
 RATES = """\
@@ -42,7 +42,7 @@ def swept(interruptible: None, reproduced: Project) -> str:
     shutil.copy(project.folder / "params.yaml", project.folder / "small.yaml")
     command = ["fadeformer", "sweep", "rates.yaml"]
     with subprocess.Popen(command, cwd=project.folder, env=project.environment, stdout=subprocess.PIPE) as process:
-        soon(lambda: "epoch   3/24" in logs(project), 300)
+        wait_until(lambda: "epoch   3/24" in logs(project), 300)
         os.kill(process.pid, signal.SIGINT)
         assert process.wait(120) == 128 + signal.SIGINT
     assert not below(project.folder)  # DVC and the stage
@@ -119,7 +119,7 @@ def test_the_table_of_all_trials_lies_in_the_run_of_the_sweep(project, runs):
 def test_the_best_is_evaluated_without_another_training(project, swept, shared_server):
     command = swept.splitlines()[-1]
     assert command.startswith("dvc exp run --set-param=")
-    assert ran(project.run(*shlex.split(command))) == ["evaluate", "promote"]
+    assert stages_run(project.run(*shlex.split(command))) == ["evaluate", "promote"]
     found, small = (schema.load_params(project.folder / file).as_flat_dict() for file in ("params.yaml", "small.yaml"))
     changed = {key: value for key, value in found.items() if small[key] != value}
     assert changed == {

@@ -324,7 +324,7 @@ def postgresql() -> Iterator[str]:
     require()
     server = PostgreSQL("secret")
     try:
-        server.ask("create database registry")
+        server.execute("create database registry")
         yield f"postgresql://postgres:secret@127.0.0.1:{server.port}/registry"
     finally:
         server.remove()
