@@ -2,7 +2,7 @@
 
 
 class UserError(Exception):
-    """Error that the user can fix: the message says what is wrong, in which file or key, and what to do.
+    """Error that the user can fix: the message gives the problem, the file or key, and the remedy.
 
     A stage prints the message without a traceback and exits with status 1.
     """
@@ -20,7 +20,7 @@ class UnreadableImageError(UserError):
 
     Attributes:
         name: file name that was passed to the reader.
-        reason: what is wrong with the file and what to do.
+        reason: problem and remedy, without the file name.
     """
 
     def __init__(self, name: str, reason: str) -> None:

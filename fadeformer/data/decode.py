@@ -192,7 +192,7 @@ def _convert_image(image: ImageFile.ImageFile, data: bytes, name: str, max_pixel
 
 
 def _bits_per_sample(image: ImageFile.ImageFile, data: bytes) -> int:
-    """Bits per sample in the file, which Pillow's mode does not tell for PNG and TIFF."""
+    """Bits per sample in the file, which Pillow's mode does not give for PNG and TIFF."""
     if isinstance(image, PngImageFile):
         return data[24]
     if isinstance(image, TiffImageFile):

@@ -125,28 +125,28 @@ def find_near_duplicates(signatures: Sequence[ImageSignature], threshold: float)
     pairs = _candidate_pairs(
         np.array([signature.hashes for signature in signatures], np.uint64).reshape(-1, len(SHIFTS))
     )
-    found, similarities = [np.empty((0, 2), np.int64)], [np.empty(0)]
+    accepted, similarities = [np.empty((0, 2), np.int64)], [np.empty(0)]
     num_pairs = np.zeros(len(signatures), np.int64)
     component = np.arange(len(signatures))
     start = 0
     while start < len(pairs):
-        some = pairs[start : start + CLUSTERING_CHUNK]
-        start += len(some)
-        is_redundant = (num_pairs[some] >= MAX_NEAR_DUPLICATES).all(axis=1) & (
-            component[some[:, 0]] == component[some[:, 1]]
+        batch = pairs[start : start + CLUSTERING_CHUNK]
+        start += len(batch)
+        is_redundant = (num_pairs[batch] >= MAX_NEAR_DUPLICATES).all(axis=1) & (
+            component[batch[:, 0]] == component[batch[:, 1]]
         )
-        some = some[~is_redundant]
-        chunks = [some[i : i + COMPARISON_CHUNK] for i in range(0, len(some), COMPARISON_CHUNK)]
+        batch = batch[~is_redundant]
+        chunks = [batch[i : i + COMPARISON_CHUNK] for i in range(0, len(batch), COMPARISON_CHUNK)]
         similarity = np.concatenate([np.empty(0), *(_pair_similarities(signatures, chunk) for chunk in chunks)])
-        found.append(some[similarity >= threshold])
+        accepted.append(batch[similarity >= threshold])
         similarities.append(similarity[similarity >= threshold])
-        if len(found[-1]):
-            num_pairs += np.bincount(found[-1].ravel(), minlength=len(signatures))
+        if len(accepted[-1]):
+            num_pairs += np.bincount(accepted[-1].ravel(), minlength=len(signatures))
             graph = coo_array(
-                (np.ones(len(found[-1])), component[found[-1]].T), shape=(len(signatures), len(signatures))
+                (np.ones(len(accepted[-1])), component[accepted[-1]].T), shape=(len(signatures), len(signatures))
             )
             component = connected_components(graph, directed=False)[1][component]
-    result = np.concatenate(found)
+    result = np.concatenate(accepted)
     return pd.DataFrame({"first": result[:, 0], "second": result[:, 1], "similarity": np.concatenate(similarities)})
 
 
@@ -170,22 +170,22 @@ def _candidate_pairs(hashes: HashArray) -> NDArray[np.int64]:
         rest = np.uint64(64) - (high - low)
         order = np.argsort(rotated[:, 0], kind="stable")
         ordered = rotated[order, 0]
-        found = [codes]
+        new_codes = [codes]
         for shift in range(len(SHIFTS)):
             left = np.searchsorted(ordered >> rest, rotated[:, shift] >> rest, "left")
             right = np.searchsorted(ordered >> rest, rotated[:, shift] >> rest, "right")
             position = np.searchsorted(ordered, rotated[:, shift])
             left = np.maximum(left, np.minimum(position - MAX_BUCKET_NEIGHBORS // 2, right - MAX_BUCKET_NEIGHBORS))
             counts = np.minimum(right - left, MAX_BUCKET_NEIGHBORS)
-            for some in _slices_by_total(counts):
-                query = np.repeat(np.arange(some.start, some.stop), counts[some])
-                before = np.cumsum(counts[some]) - counts[some]
-                rank = np.arange(len(query)) - np.repeat(before, counts[some])
-                other = order[np.repeat(left[some], counts[some]) + rank]
+            for block in _slices_by_total(counts):
+                query = np.repeat(np.arange(block.start, block.stop), counts[block])
+                before = np.cumsum(counts[block]) - counts[block]
+                rank = np.arange(len(query)) - np.repeat(before, counts[block])
+                other = order[np.repeat(left[block], counts[block]) + rank]
                 is_near = np.bitwise_count(hashes[query, shift] ^ hashes[other, 0]) <= HAMMING_RADIUS
                 a, b = query[is_near & (query != other)], other[is_near & (query != other)]
-                found.append(np.unique(np.minimum(a, b) * images + np.maximum(a, b)))
-        codes = np.unique(np.concatenate(found))
+                new_codes.append(np.unique(np.minimum(a, b) * images + np.maximum(a, b)))
+        codes = np.unique(np.concatenate(new_codes))
     return np.stack([codes // images, codes % images], axis=1) if images else np.empty((0, 2), np.int64)
 
 
@@ -200,18 +200,20 @@ def _slices_by_total(counts: NDArray[np.int64]) -> Iterator[slice]:
         start = stop
 
 
-def _explained_variance(one: Sequence[Pixels], other: Sequence[Pixels]) -> NDArray[np.float64]:
-    """Share of the variance of each thumbnail in `other` that its counterpart in `one` explains, (pairs,).
+def _explained_variance(predictors: Sequence[Pixels], targets: Sequence[Pixels]) -> NDArray[np.float64]:
+    """Share of the variance of each target thumbnail that its predictor explains, (pairs,).
 
     The largest R^2, over one-pixel shifts, of a linear regression on the smoothed thumbnail, its gradient
     (first-order model of a subpixel shift) and the gradient times the position (of a crop). 0 if the fit needs an
     inverted thumbnail or a larger shift than `MAX_SHIFT`.
     """
-    result = np.zeros(len(one))
-    sides = np.array([min(len(a), len(b)) for a, b in zip(one, other, strict=True)])
+    result = np.zeros(len(predictors))
+    sides = np.array([min(len(a), len(b)) for a, b in zip(predictors, targets, strict=True)])
     for side in np.unique(sides):
         members = np.flatnonzero(sides == side).tolist()
-        a, b = (np.stack([_smooth_thumbnail(images[i], int(side)) for i in members]) for images in (one, other))
+        a, b = (
+            np.stack([_smooth_thumbnail(images[i], int(side)) for i in members]) for images in (predictors, targets)
+        )
         down, right = np.gradient(a, axis=(1, 2))
         position = np.linspace(-1, 1, int(side), dtype=np.float32)
         bases = np.stack([a, down, right, down * position[:, None], right * position], axis=1)  # (pairs, 5, side, side)
@@ -232,12 +234,12 @@ def _explained_variance(one: Sequence[Pixels], other: Sequence[Pixels]) -> NDArr
     return result
 
 
-def _visible_mask(one: NDArray[np.float32], other: NDArray[np.float32]) -> NDArray[np.bool_]:
+def _visible_mask(first: NDArray[np.float32], second: NDArray[np.float32]) -> NDArray[np.bool_]:
     """Mask of pixels where neither thumbnail is black, (pairs, side, side); all pixels if too few remain.
 
     Otherwise the black border of fundus photographs or collimated radiographs would make any two of them similar.
     """
-    visible = minimum_filter(np.minimum(one, other), size=(1, 3, 3)) > BLACK_LEVEL
+    visible = minimum_filter(np.minimum(first, second), size=(1, 3, 3)) > BLACK_LEVEL
     return np.asarray(visible | (visible.mean(axis=(1, 2), keepdims=True) < MIN_VISIBLE_AREA))
 
 

@@ -43,7 +43,7 @@ def label_indicators(labels: pd.DataFrame, classes: int, multi_label: bool) -> N
 
 
 def connected_clusters(images: int, groups: pd.Series, pairs: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Connected components of images that fraction a group or are duplicates: cluster number of each image, (images,).
+    """Connected components of images that share a group or are duplicates: cluster number of each image, (images,).
 
     Args:
         images: number of images.
@@ -98,13 +98,13 @@ def _assign_clusters(
     split_of = np.full(len(counts), -1)
     for _ in range(MAX_PASSES):  # passes after the first one reassign clusters
         before = split_of.copy()
-        for group in order:
-            if split_of[group] >= 0:
-                lacking[split_of[group]] += counts[group]
+        for c in order:
+            if split_of[c] >= 0:
+                lacking[split_of[c]] += counts[c]
             # The split that reduces the sum of (lacking / total)^2 most. Rounded, because the last bits of a sum depend
             # on the CPU, and ties must be broken in the same way on every machine.
-            split_of[group] = np.argmax(np.round(lacking @ (counts[group] / totals**2), SCORE_DIGITS))
-            lacking[split_of[group]] -= counts[group]
+            split_of[c] = np.argmax(np.round(lacking @ (counts[c] / totals**2), SCORE_DIGITS))
+            lacking[split_of[c]] -= counts[c]
         if (split_of == before).all():
             break
     return np.asarray(split_of[cluster])

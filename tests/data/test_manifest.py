@@ -79,7 +79,7 @@ def test_manifest_row_describes_the_image(raw):
 
 def test_valid_data_pass_with_self_contained_page(raw):
     card = raw()
-    assert "hold for 110 images" in validate.main()
+    assert "expectations passed for 110 images" in validate.main()
     assert len(pd.read_parquet(paths.MANIFEST)) == 110
     text = (paths.VALIDATION / "index.html").read_text()
     assert "own-scans: all 18 expectations passed" in text
@@ -205,7 +205,7 @@ def test_proposed_split_has_no_leakage(scenes, monkeypatch):
     assert message.endswith(f"split.adopted: {proposed}")
     overrides.apply_overrides(paths.PARAMS, {"split": {"adopted": str(proposed)}})
     overrides.apply_overrides(paths.PARAMS, {"validate": {"severity": {"same_image_two_labels": "warn"}}})
-    assert "hold for 110 images" in validate.main()
+    assert "expectations passed for 110 images" in validate.main()
     split = pd.read_parquet(paths.MANIFEST).set_index("id")["split"]
     for one, other in (("train/41", "val/3"), ("train/12", "test/7"), ("val/5", "test/8")):
         assert split[f"{prefix}/{one}"] == split[f"{prefix}/{other}"]
@@ -365,7 +365,7 @@ def test_preprocess_holds_an_exclusive_lock(raw):
     validate.main()
     with (
         FileLock(paths.PROCESSED.with_name(".processed.lock")),
-        pytest.raises(UserError, match="data/processed: another process is making the arrays; wait until it has ended"),
+        pytest.raises(UserError, match="data/processed: another process is writing the arrays; wait until it has finished"),
     ):
         preprocess.main()
     assert preprocess.main().endswith("images of 16x16x3")

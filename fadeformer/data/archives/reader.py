@@ -30,15 +30,8 @@ from fadeformer.errors import UserError
 MAX_MEMBER_BYTES = 512 * 2**20  # bytes; maximum size of one member
 MAX_COMPRESSION_RATIO = 1000  # above this it is a decompression bomb; deflate can reach 1,032, images stay below 100
 READ_ERRORS = (
-    OSError,
-    EOFError,
-    ValueError,
-    OverflowError,
-    NotImplementedError,
-    struct.error,
-    zlib.error,
-    zipfile.BadZipFile,
-)
+    OSError, EOFError, ValueError, OverflowError, NotImplementedError, struct.error, zlib.error, zipfile.BadZipFile
+)  # fmt: skip
 SYSTEM_FILES = {"__MACOSX", "@eaDir", "thumbs.db", "desktop.ini"}
 UNSUPPORTED_FORMATS = {
     b"BZh": "bzip2",
@@ -114,10 +107,8 @@ def read_member(path: Path, name: str) -> bytes:
             archive, files = _zip_directory(path)
             if name not in files:
                 raise UserError(f"{path}: has no file {name!r}")
-            member, content = (
-                ArchiveMember(name, files[name].file_size),
-                partial(zip_checks.inflate_member, archive, files[name]),
-            )
+            member = ArchiveMember(name, files[name].file_size)
+            content = partial(zip_checks.inflate_member, archive, files[name])
         else:
             raise UserError(f"{path}: a tar has no random access; extract it and give the folder instead")
     return _read_content(path, member, content)
@@ -125,10 +116,10 @@ def read_member(path: Path, name: str) -> bytes:
 
 def find_name_collisions(names: Iterable[str]) -> list[tuple[str, ...]]:
     """Groups of names that are the same file on Windows or macOS (case-insensitive, Unicode-normalizing)."""
-    same = defaultdict(set)
+    groups = defaultdict(set)
     for name in names:
-        same[unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())].add(name)
-    return sorted(tuple(sorted(group)) for group in same.values() if len(group) > 1)
+        groups[unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())].add(name)
+    return sorted(tuple(sorted(group)) for group in groups.values() if len(group) > 1)
 
 
 def _iter_checked(path: Path) -> MemberIterator:
@@ -156,11 +147,11 @@ def _format_reader(path: Path) -> Callable[[Path], MemberIterator]:
         return _iter_zip
     if start.startswith(tar_stream.GZIP_MAGIC) or tar_stream.is_tar_header(start):
         return _iter_tar
-    kind = next(
-        (f"is a {kind} file" for magic, kind in UNSUPPORTED_FORMATS.items() if start.startswith(magic)),
+    description = next(
+        (f"is a {name} file" for magic, name in UNSUPPORTED_FORMATS.items() if start.startswith(magic)),
         "is not an archive",
     )
-    raise UserError(f"{path}: {kind}; supported are zip, tar, tar.gz and folders")
+    raise UserError(f"{path}: {description}; supported are zip, tar, tar.gz and folders")
 
 
 def _iter_folder(path: Path) -> MemberIterator:

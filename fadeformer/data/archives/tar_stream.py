@@ -15,7 +15,7 @@ from typing import BinaryIO, NamedTuple
 
 BLOCK_BYTES = tarfile.BLOCKSIZE
 GZIP_MAGIC = b"\x1f\x8b"
-CHUNK_BYTES = 2**16  # bytes
+CHUNK_BYTES = 2**16
 RATIO_EXEMPT_BYTES = 2**20  # decompressed bytes below which the ratio is not checked
 MAX_HEADER_BYTES = 2**20  # of an extended header; the longest path on Linux (PATH_MAX) has 4,096
 REGULAR_TYPES = (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE)
@@ -76,30 +76,32 @@ def iter_entries(file: BinaryIO, ratio: int) -> Iterator[TarEntry]:
         OSError: the gzip stream is corrupt.
     """
     stream = _TarStream(file, ratio)
-    for_all: dict[str, str] = {}
-    for_next: dict[str, str] = {}
+    global_fields: dict[str, str] = {}
+    next_fields: dict[str, str] = {}
     while any(block := stream.read_exactly(BLOCK_BYTES)):  # a block of zeros is the end marker
         try:
             info = tarfile.TarInfo.frombuf(block, "utf-8", "strict")
         except tarfile.HeaderError as error:
             raise EOFError(f"invalid header: {error}") from error
-        extended = info.type in (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE)
-        long_name = info.type in (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK)
-        fields = {} if extended or long_name else for_all | for_next
+        is_extended = info.type in (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE)
+        is_long_name = info.type in (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK)
+        fields = {} if is_extended or is_long_name else global_fields | next_fields
         size = int(fields.get("size", info.size))
-        if size < 0 or ((extended or long_name) and size > MAX_HEADER_BYTES):
+        if size < 0 or ((is_extended or is_long_name) and size > MAX_HEADER_BYTES):
             raise EOFError(f"invalid header size of {size} bytes")
         content, end = partial(stream.read_exactly, size), stream.position() + size
-        if extended:
-            (for_all if info.type == tarfile.XGLTYPE else for_next).update(_parse_pax_records(content()))
+        if is_extended:
+            (global_fields if info.type == tarfile.XGLTYPE else next_fields).update(_parse_pax_records(content()))
         elif info.type == tarfile.GNUTYPE_LONGNAME:
-            for_next["path"] = content().rstrip(b"\0").decode("utf-8")
-        elif not long_name:
-            kind = tarfile.GNUTYPE_SPARSE if any(key.startswith("GNU.sparse") for key in fields) else info.type
-            known = kind in (*REGULAR_TYPES, tarfile.DIRTYPE)
-            problem = "" if known else UNSUPPORTED_TYPES.get(kind, f"has the unknown entry type {kind!r}")
-            for_next = {}
-            yield TarEntry(fields.get("path", info.name), size, kind == tarfile.DIRTYPE, problem, content)
+            next_fields["path"] = content().rstrip(b"\0").decode("utf-8")
+        elif not is_long_name:
+            entry_type = tarfile.GNUTYPE_SPARSE if any(key.startswith("GNU.sparse") for key in fields) else info.type
+            is_supported = entry_type in (*REGULAR_TYPES, tarfile.DIRTYPE)
+            problem = (
+                "" if is_supported else UNSUPPORTED_TYPES.get(entry_type, f"has the unknown entry type {entry_type!r}")
+            )
+            next_fields = {}
+            yield TarEntry(fields.get("path", info.name), size, entry_type == tarfile.DIRTYPE, problem, content)
         stream.skip_to(end + -size % BLOCK_BYTES)
     while rest := stream.read(CHUNK_BYTES):  # read to the end of the gzip stream to verify its checksum
         if rest.strip(b"\0"):
@@ -146,6 +148,6 @@ class _TarStream:
             raise EOFError("unexpected end of file")
         return data
 
-    def skip_to(self, place: int) -> None:
-        while (left := place - self.position()) > 0:
-            self.read_exactly(min(left, CHUNK_BYTES))
+    def skip_to(self, position: int) -> None:
+        while (remaining := position - self.position()) > 0:
+            self.read_exactly(min(remaining, CHUNK_BYTES))

@@ -6,6 +6,8 @@ pydicom's plugin interface requires the names `DECODER_DEPENDENCIES`, `is_availa
 
 from __future__ import annotations
 
+import struct
+
 import imagecodecs
 import numpy as np
 from pydicom import uid
@@ -44,9 +46,8 @@ def decode(frame: bytes, runner: DecodeRunner) -> bytearray:
     if runner.transfer_syntax in uid.JPEGLSTransferSyntaxes:
         pixels = imagecodecs.jpegls_decode(frame)
     else:
-        color_space = (
-            "GRAYSCALE" if runner.samples_per_pixel == 1 else "RGB"
-        )  # the same for input and output, so that nothing is converted
+        # the same color space for input and output, so that nothing is converted
+        color_space = "GRAYSCALE" if runner.samples_per_pixel == 1 else "RGB"
         pixels = imagecodecs.jpeg8_decode(frame, colorspace=color_space, outcolorspace=color_space)
     bits = 8 * pixels.itemsize
     runner.set_option("bits_allocated", bits)
@@ -70,9 +71,8 @@ def jpeg_size(frame: bytes) -> tuple[int, int]:
         if marker in SOF_MARKERS:
             if not frame.rstrip(b"\0\xff").endswith(EOI):  # libjpeg would fill in the missing rows
                 raise JpegError("has a truncated compressed frame; fetch or export it again")
-            return int.from_bytes(frame[offset + 7 : offset + 9], "big"), int.from_bytes(
-                frame[offset + 5 : offset + 7], "big"
-            )
+            height, width = struct.unpack_from(">2H", frame, offset + 5)
+            return width, height
         if marker == 0xFF:  # fill bytes
             offset += 1
         else:

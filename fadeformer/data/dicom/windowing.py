@@ -55,9 +55,9 @@ def to_8_bits(stored: Sequence[StoredArray], dataset: Dataset) -> tuple[NDArray[
 def _display_transform(dataset: Dataset, display: Dataset) -> tuple[str, Callable[[FloatArray], FloatArray] | None]:
     """Scaling name of a frame and the function from modality values to [0, 1]; None for min-max scaling."""
     if dataset.get("VOILUTSequence"):
-        largest = 2 ** dataset.VOILUTSequence[0].LUTDescriptor[2] - 1
+        max_value = 2 ** dataset.VOILUTSequence[0].LUTDescriptor[2] - 1
         # Integers, because pydicom truncates floats with a warning.
-        return "table", lambda values: apply_voi(np.floor(values).astype(np.int64), dataset) / largest
+        return "table", lambda values: apply_voi(np.floor(values).astype(np.int64), dataset) / max_value
     center, width = (_first_value(display.get(keyword)) for keyword in ("WindowCenter", "WindowWidth"))
     if center is None or width is None:
         return "range", None
