@@ -1,4 +1,4 @@
-"""The commands and the Python of the README, run one after the other in one project, as a newcomer would."""
+"""Commands and Python code of the README, run in order in one project, as a new user would."""
 
 import os
 import re
@@ -22,7 +22,7 @@ README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```(sh|python)\n(.*?)```", README, flags=re.DOTALL)
 STEPS = [step for kind, text in BLOCKS for step in (text.splitlines() if kind == "sh" else [text])]
 PYTHON = [text for kind, text in BLOCKS if kind == "python"]
-# Of `make tables`. Its first cell is the run of `make repro`, which DVC has in its cache; the second is trained.
+# Grid for `make tables`. Its first cell is the run of `make repro`, from DVC's cache; the second is trained.
 GRID = """\
 preset: null
 reference: fadenet
@@ -34,8 +34,8 @@ models:
   fadenet: {title: FadeNet, params: {}}
   vit: {title: plain, params: {model: {fade: null}, train: {epochs: 1}}}
 """
-PORTS = {"5000": free_port(), "5001": free_port()}  # those of the README may be taken
-# What is added to a command, or replaces a part of it, so that it takes seconds instead of minutes or hours.
+PORTS = {"5000": free_port(), "5001": free_port()}  # the ports in the README may be in use
+# Replacements in commands, so that they take seconds instead of minutes or hours.
 SHORTER = {
     "git clone REPOSITORY fadeformer": ("REPOSITORY", "source/project"),
     "make ui": ("ui", f"ui PORT={PORTS['5000']}"),
@@ -49,19 +49,19 @@ SHORTER = {
     "dvc exp run -S dataset.name=npz -S dataset.root=data/own/scans.npz": ("run", "run preprocess"),
     "make tables GRID=cpu DATA=../data JOBS=2": ("GRID=cpu", "GRID=tiny.yaml"),
 }  # fmt: skip
-# Commands that go on until they are stopped, and where they answer.
+# Commands that run until they are stopped, and a URL where they respond.
 SERVERS = {
     "make ui": f"http://127.0.0.1:{PORTS['5000']}/version",
     "fadeformer serve models:/fadenet-phantom@champion --port 5001": f"http://127.0.0.1:{PORTS['5001']}/ping",
 }
-PROMOTION = "tests/pipeline/test_promotion.py"  # runs these commands, and asserts more of what they print
-# Commands that are not run here, why, and what shows that this is still so.
+PROMOTION = "tests/pipeline/test_promotion.py"  # runs these commands and checks more of their output
+# Commands that are not run here, the reason, and a check that the reason still holds.
 NOT_RUN = {
-    "make test": ("CI runs it, and these tests after it", lambda: "make test" in ci()),
-    "make test-all": ("these tests are a part of it", lambda: {"make test", "make test-integration"} <= set(ci())),
+    "make test": ("CI runs it before these tests", lambda: "make test" in ci()),
+    "make test-all": ("it includes these tests", lambda: {"make test", "make test-integration"} <= set(ci())),
     "make check": ("takes minutes, and CI runs it before all tests", lambda: ci().index("make check") == 0),
     "fadeformer sweep rates.yaml": (
-        "another test runs it, interrupts it and runs it again",
+        "another test runs, interrupts and resumes it",
         lambda: '["fadeformer", "sweep", "rates.yaml"]' in text("tests/pipeline/test_sweep.py"),
     ),
     "fadeformer registry history": (PROMOTION, lambda: '"registry", "history")' in text(PROMOTION)),
@@ -74,14 +74,14 @@ NOT_RUN = {
         lambda: '"promote", "--force", "--reason", "the old one cannot read DICOM"' in text(PROMOTION),
     ),
 }
-# Commands that end with another status than 0 here, and their message.
+# Commands that fail here, and their message.
 FAILING = {
     "dvc exp run -S dataset.name=bloodmnist -S dataset.mirror=/data/medmnist": (
         "/data/medmnist/bloodmnist.npz: no such file"
     ),
     "fadeformer drift data/own/scans --model models:/fadenet-phantom@champion": "drift: DRIFT of ",
 }
-PRINTED = {
+EXPECTED_OUTPUT = {
     "make repro": "params.yaml is valid",
     "dvc exp show": "Experiment",
     "dvc metrics diff": "test.overall.auc",
@@ -99,26 +99,26 @@ PRINTED = {
 
 
 def ci() -> list[str]:
-    """The make commands of CI."""
+    """Make commands in .ci/run."""
     return [line for line in text(".ci/run").splitlines() if line.startswith("make ")]
 
 
 def text(name: str) -> str:
-    """Content of a file of the project."""
+    """Content of a project file."""
     return (ROOT / name).read_text()
 
 
 class Session:
-    """A shell in an empty folder next to the repository that is cloned.
+    """A shell in an empty folder next to the repository to clone.
 
     Args:
-        project: the repository, with what its first run left (tests/pipeline/test_first_run.py).
+        project: The repository, after its first run.
     """
 
     def __init__(self, project: Project) -> None:
         self.project, self.base = project, project.folder.parents[1]
         self.folder = self.base / "fadeformer"
-        self.state: list[str] = []  # lines that change the shell itself, and count for all that follow
+        self.state: list[str] = []  # commands that change the state of the shell, repeated before each further command
         self.log = self.base / "log"
 
     def start(self, command: str) -> subprocess.Popen[str]:
@@ -130,15 +130,15 @@ class Session:
             )  # fmt: skip
 
     def run(self, command: str) -> tuple[int, str]:
-        """Exit status and all that was printed."""
+        """Run a command; return its exit status and output."""
         status = self.start(command).wait(500)
         return status, self.log.read_text()
 
     def serve(self, command: str, address: str) -> None:
-        """Start a server, wait until it answers, and stop it."""
+        """Start a server, wait until it responds, and stop it."""
         process = self.start(command)
         try:
-            wait_until(lambda: responds(address) or process.poll() is not None, tell=self.log.read_text)
+            wait_until(lambda: responds(address) or process.poll() is not None, describe=self.log.read_text)
             assert process.poll() is None, self.log.read_text()
         finally:
             os.killpg(process.pid, signal.SIGTERM)
@@ -153,7 +153,7 @@ def session(
     source.mkdir()
     project = clone(source)
     project.change(**SMALL_PARAMS)
-    project.commit("small")
+    project.commit("small parameters")
     project.run("git", "config", "--global", "user.name", "Test")
     project.run("git", "config", "--global", "user.email", "test@example.org")
     project.environment["PREFECT_API_URL"] = prefect_server
@@ -162,42 +162,42 @@ def session(
 
 
 def prepare(step: str, session: Session) -> None:
-    """Put into the cloned project what a step needs and a newcomer would have."""
+    """Add the files that a step needs and a user would have."""
     folder = session.folder
-    if step == "make repro":  # from the outputs and the environment that are there already
+    if step == "make repro":  # with existing outputs and environment
         shutil.rmtree(folder)
         shutil.copytree(session.project.folder, folder, symlinks=True)
         (folder / ".venv").mkdir()
         for path in set(Path(sys.prefix).iterdir()) - {Path(sys.prefix) / "installed"}:
             (folder / ".venv" / path.name).symlink_to(path)
         (folder / ".venv/installed").touch()
-        own_data(folder)
+        write_user_data(folder)
     elif step.startswith("make tables"):
         (folder / "tiny.yaml").write_text(GRID)
         (session.base / "data").mkdir()
 
 
-def own_data(folder: Path) -> None:
-    """Images of the user's own: a folder to predict, a zip of two classes, an archive in MedMNIST's layout."""
-    scans, random = folder / "data/own/scans", np.random.default_rng(0)
+def write_user_data(folder: Path) -> None:
+    """Write a user's images: a folder to predict, a zip of two classes, and an .npz file in MedMNIST's layout."""
+    scans, rng = folder / "data/own/scans", np.random.default_rng(0)
     scans.mkdir(parents=True)
     for number, image in enumerate(np.load(folder / "data/processed/test.npy")):
         Image.fromarray(image).save(scans / f"{number}.png")
     with zipfile.ZipFile(folder / "data/own/scans.zip", "w") as archive:
         for number in range(60):
             with archive.open(f"{'ab'[number % 2]}/{number}.png", "w") as file:
-                Image.fromarray(random.integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(file, "PNG")
+                Image.fromarray(rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(file, "PNG")
     arrays = {}
     for split, count in {"train": 60, "val": 20, "test": 30}.items():
-        arrays[f"{split}_images"] = random.integers(0, 256, (count, 16, 16, 3), dtype=np.uint8)
+        arrays[f"{split}_images"] = rng.integers(0, 256, (count, 16, 16, 3), dtype=np.uint8)
         arrays[f"{split}_labels"] = (np.arange(count) % 3)[:, None]
     np.savez(folder / "data/own/scans.npz", **arrays)
 
 
 def shortened(step: str) -> str:
-    """The step, of small values and at ports that are free."""
-    before, after = SHORTER.get(step, ("", ""))
-    command = step.replace(before, after, 1)
+    """The step with small values and free ports."""
+    old, new = SHORTER.get(step, ("", ""))
+    command = step.replace(old, new, 1)
     for port, free in PORTS.items():
         command = command.replace(port, str(free))
     if step.startswith("make tables"):  # the server has no deployments; the second time, all cells are finished
@@ -207,11 +207,11 @@ def shortened(step: str) -> str:
 
 @pytest.mark.pipeline
 @pytest.mark.parametrize("step", STEPS)
-def test_step(session, step):
-    """One command, or one block of Python; the steps run in the order of the README."""
+def test_readme_step_works(session, step):
+    """A command, or a block of Python; steps run in the order of the README."""
     if step in NOT_RUN:
         reason, holds = NOT_RUN[step]
-        assert holds(), f"`{step}` is not run because: {reason}"
+        assert holds(), f"`{step}` is not run here, but the reason is out of date: {reason}"
         return
     if session.state:
         session.run("git checkout --quiet params.yaml")
@@ -231,36 +231,36 @@ def test_step(session, step):
         assert "Traceback" not in output
     else:
         assert status == 0, output
-        assert PRINTED.get(step, "") in output
+        assert EXPECTED_OUTPUT.get(step, "") in output
 
 
-def test_every_exception_is_a_step_of_the_readme():
+def test_all_exceptions_are_readme_steps():
     assert len(STEPS) > 30
     assert len(PYTHON) == 2
-    for steps in (SHORTER, SERVERS, NOT_RUN, FAILING, PRINTED):
+    for steps in (SHORTER, SERVERS, NOT_RUN, FAILING, EXPECTED_OUTPUT):
         assert steps.keys() <= set(STEPS)
 
 
-def test_the_search_space_is_valid(tmp_path, config):
+def test_search_space_is_valid(tmp_path, config):
     (block,) = re.findall(r"```yaml\n(trials.*?)```", README, flags=re.DOTALL)
     (tmp_path / "rates.yaml").write_text(block)
     assert space.load_sweep_config(tmp_path / "rates.yaml", config).trials == 20
 
 
 @pytest.mark.parametrize("link", re.findall(r"\]\((?!http)([^)#]+)", README))
-def test_links_lead_somewhere(link):
+def test_links_exist(link):
     assert (ROOT / link).exists()
 
 
 def test_help_lists_every_target():
-    listed = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    output = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     makefile = (ROOT / "Makefile").read_text()
     targets = set(re.findall(r"^([\w-]+):.*##", makefile, flags=re.MULTILINE))
-    assert set(re.findall(r"^([\w-]+) ", listed, flags=re.MULTILINE)) == targets
+    assert set(re.findall(r"^([\w-]+) ", output, flags=re.MULTILINE)) == targets
     assert {"repro", "test", "test-integration", "test-all", "check", "ui", "help", "preset"} <= targets
 
 
-def test_pre_commit_runs_what_make_check_runs():
+def test_pre_commit_runs_the_checks_of_make():
     hooks = (ROOT / ".pre-commit-config.yaml").read_text()
     for tool in ("ruff format", "ruff check", "mypy", "lint-imports"):
         assert f".venv/bin/{tool}" in hooks

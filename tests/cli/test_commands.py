@@ -95,7 +95,7 @@ def test_served_champion_does_not_log_requests(project, expected):
             stdout=file, stderr=file, start_new_session=True,
         )  # fmt: skip
     try:
-        wait_until(lambda: responds(f"{address}/ping") or process.poll() is not None, tell=log.read_text)
+        wait_until(lambda: responds(f"{address}/ping") or process.poll() is not None, describe=log.read_text)
         assert process.poll() is None, log.read_text()
         for image, scores in zip(images(2), expected, strict=True):
             request = Request(f"{address}/invocations?patient=Jane", png(image), {"content-type": "image/png"})

@@ -1,4 +1,4 @@
-"""The cluster; its servers end with the module of tests that asks for it: as long as they run they take their share."""
+"""The cluster fixture; its servers run only during one module, because they use memory and CPU time."""
 
 from collections.abc import Iterator
 
@@ -12,10 +12,10 @@ from tests.pipeline.cluster import Cluster
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    """A running deployment of a project with small params.yaml; skipped without PostgreSQL."""
+    """A running deployment of a project with small parameters; skipped without PostgreSQL."""
     postgresql.require()
     project = clone(tmp_path_factory.mktemp("cluster"))
     project.change(**SMALL_PARAMS)
-    project.commit("small")
+    project.commit("small parameters")
     with servers.running(project) as cluster:
         yield cluster

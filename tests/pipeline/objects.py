@@ -1,7 +1,7 @@
-"""An S3 server on loopback: moto's, which checks signatures and policies, in a process of its own.
+"""S3 server of moto, which checks signatures and policies, in a separate process on loopback.
 
-It is told on its standard input to `stop` and to `start`. When it stops it listens no more and cuts every connection;
-what it holds it keeps, as a server does that has a disk.
+The commands `stop` and `start` on its standard input stop and restart it. A stopped server closes its port and all
+connections, but keeps its objects, like a server with a disk.
 """
 
 import json
@@ -11,7 +11,7 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 
-os.environ["INITIAL_NO_AUTH_ACTION_COUNT"] = "0"  # each request is checked, from the first on; read at import
+os.environ["INITIAL_NO_AUTH_ACTION_COUNT"] = "0"  # check all requests; read at import
 
 from moto.core import DEFAULT_ACCOUNT_ID
 from moto.iam.models import iam_backends
@@ -22,7 +22,7 @@ open_connections: set[socket.socket] = set()
 
 
 class Handler(MotoRequestHandler):
-    """Keeps count of connections: clients hold them open, and would be served by a server that has stopped."""
+    """Tracks connections, because clients keep them open and a stopped server would still serve them."""
 
     def setup(self) -> None:
         open_connections.add(self.request)
@@ -30,12 +30,12 @@ class Handler(MotoRequestHandler):
 
     def finish(self) -> None:
         open_connections.discard(self.request)
-        with suppress(OSError):  # it was cut
+        with suppress(OSError):  # already closed
             super().finish()
 
 
-def keys_of(user: str, bucket: str) -> dict[str, str]:
-    """Makes a user that may use one bucket and nothing else, and gives its keys."""
+def create_user(user: str, bucket: str) -> dict[str, str]:
+    """Create a user with access to only one bucket, and return its keys."""
     iam = iam_backends[DEFAULT_ACCOUNT_ID]["aws"]
     iam.create_user("us-east-1", user)
     resources = [f"arn:aws:s3:::{bucket}", f"arn:aws:s3:::{bucket}/*"]
@@ -44,31 +44,31 @@ def keys_of(user: str, bucket: str) -> dict[str, str]:
         {"Effect": "Allow", "Action": "s3:ListAllMyBuckets", "Resource": "*"},
     ]
     iam.put_user_policy(user, bucket, json.dumps({"Version": "2012-10-17", "Statement": statements}))
-    made = iam.create_access_key(user)
-    return {"AWS_ACCESS_KEY_ID": made.access_key_id, "AWS_SECRET_ACCESS_KEY": made.secret_access_key}
+    key = iam.create_access_key(user)
+    return {"AWS_ACCESS_KEY_ID": key.access_key_id, "AWS_SECRET_ACCESS_KEY": key.secret_access_key}
 
 
-def main(port: int, place: Path, buckets: list[str]) -> None:
-    """Serves until the input ends.
+def main(port: int, keys_file: Path, buckets: list[str]) -> None:
+    """Serve until the end of standard input.
 
     Args:
-        port: on loopback.
-        place: file that gets the keys of each bucket's user, by the name of the bucket.
-        buckets: each has a user of its own.
+        port: Port on loopback.
+        keys_file: File for the keys of each bucket's user, by bucket.
+        buckets: Names of the buckets; each has a separate user.
     """
-    place.touch(0o600)
-    place.write_text(json.dumps({bucket: keys_of(f"user-of-{bucket}", bucket) for bucket in buckets}))
+    keys_file.touch(0o600)
+    keys_file.write_text(json.dumps({bucket: create_user(f"user-of-{bucket}", bucket) for bucket in buckets}))
     threaded_moto_server.MotoRequestHandler = Handler
     server = threaded_moto_server.ThreadedMotoServer("127.0.0.1", port, verbose=False)
     server.start()
-    print("start", flush=True)  # noqa: T201  the answer
+    print("start", flush=True)  # noqa: T201  confirmation
     for line in sys.stdin:
         if line.strip() == "start":
             server.start()
         else:
             server.stop()
             for connection in list(open_connections):
-                with suppress(OSError):  # it has just ended by itself
+                with suppress(OSError):  # closed by the client
                     connection.shutdown(socket.SHUT_RDWR)
         print(line.strip(), flush=True)  # noqa: T201
 

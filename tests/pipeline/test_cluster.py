@@ -1,4 +1,4 @@
-"""A deployment with real servers: runs side by side; a machine is lost, then database and object store are away."""
+"""A deployment with real servers and parallel runs, during the loss of a machine and an outage of the storage."""
 
 import csv
 import itertools
@@ -20,235 +20,243 @@ from tests.pipeline.cluster import ARTIFACTS, RESULTS, Cluster, basic_auth, stat
 from tests.postgresql import PROGRAMS
 
 pytestmark = [pytest.mark.pipeline, pytest.mark.timeout(1800)]
-LONG, OUTAGE, PATIENCE = "long", 60, 1200  # a run's name; seconds, and as many until a run must have come further
-WANTED = {  # parameters of each run; the promotion of the second is refused
+LONG, OUTAGE, RUN_TIMEOUT = "long", 60, 1200  # name of a run; seconds
+RUNS = {  # parameters of each run; the second is not promoted
     LONG: {"seed": 1, "train": {"epochs": 12, "early_stopping_patience": 12}},
     "strict": {"seed": 3, "train": {"epochs": 1, "learning_rate": 0.003}, "promote": {"min_auc": 1.0}},
 }
 MODEL = "fadenet-phantom"
-WORKERS = ("worker-1", "worker-2", "worker-3")  # two to begin with; the last takes the place of the one that is killed
+WORKERS = ("worker-1", "worker-2", "worker-3")  # the third recontents the killed one
 
 
 @pytest.fixture(scope="module")
-def killed(cluster: Cluster) -> str:
-    """Two runs: the machine of one is lost while it trains, then database and object store are away together.
+def killed_worker(cluster: Cluster) -> str:
+    """Run two runs; kill one worker during training, then stop database and object store for a while.
 
     Returns:
-        The worker that was killed.
+        Name of the killed worker.
     """
 
     def submit(name: str) -> subprocess.Popen[str]:
         return subprocess.Popen(
-            ["prefect", "deployment", "run", "pipeline/train", "--flow-run-name", name, *options(WANTED[name])],
+            ["prefect", "deployment", "run", "pipeline/train", "--flow-run-name", name, *options(RUNS[name])],
             cwd=cluster.project.folder, env={**cluster.project.environment, **cluster.environment},
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         )  # fmt: skip
 
-    for names in ([LONG], [name for name in WANTED if name != LONG]):  # the long one is the first that runs
+    for names in ([LONG], [name for name in RUNS if name != LONG]):  # the long run starts first
         for process in [submit(name) for name in names]:
-            printed, _ = process.communicate(timeout=300)
-            assert process.returncode == 0, printed
+            output, _ = process.communicate(timeout=300)
+            assert process.returncode == 0, output
 
-    def tell() -> str:
-        return f"{states(cluster)}\n{cluster.tell()}"
+    def describe() -> str:
+        return f"{run_states(cluster)}\n{cluster.describe()}"
 
-    def wait(true: Callable[[], Any]) -> Any:
-        return wait_until(true, PATIENCE, tell, pause=2)
+    def wait(condition: Callable[[], Any]) -> Any:
+        return wait_until(condition, RUN_TIMEOUT, describe, interval=2)
 
-    lost = wait(lambda: next((name for name in WORKERS[:2] if "epoch   3/12" in cluster.log(name)), None))
-    cluster.kill_worker(lost)
+    killed = wait(lambda: next((name for name in WORKERS[:2] if "epoch   3/12" in cluster.log(name)), None))
+    cluster.kill_worker(killed)
     cluster.stop_objects()
     cluster.postgresql.stop()
     time.sleep(OUTAGE)
     cluster.postgresql.start()
     cluster.start_objects()
-    cluster.start_worker(WORKERS[2], "training")  # another machine takes its place
-    wait(lambda: ended(cluster))
-    return lost
+    cluster.start_worker(WORKERS[2], "training")  # a replacement
+    wait(lambda: are_finished(cluster))
+    return killed
 
 
 def options(values: dict) -> list[str]:
-    """A run's parameters as the command line takes them."""
-    return [word for key, value in values.items() for word in ("--param", f"{key}={json.dumps(value)}")]
+    """Command-line options for the parameters of a run."""
+    return [option for key, value in values.items() for option in ("--param", f"{key}={json.dumps(value)}")]
 
 
-def states(cluster: Cluster) -> dict[str, str]:
-    """The state of each run, by name."""
-    return {run["name"]: run["state_name"] for run in cluster.ask("flow_runs") if run["name"] in WANTED}
+def run_states(cluster: Cluster) -> dict[str, str]:
+    """State of each run, by name."""
+    return {run["name"]: run["state_name"] for run in cluster.query_prefect("flow_runs") if run["name"] in RUNS}
 
 
-def ended(cluster: Cluster) -> bool:
-    """Whether all have; one that has crashed is scheduled again. Prefect's server may have no database just yet."""
+def are_finished(cluster: Cluster) -> bool:
+    """Return True if all runs are finished; False while Prefect's database is down."""
     try:
-        return set(states(cluster).values()) <= {"Completed", "Failed", "Cancelled"}
+        return set(run_states(cluster).values()) <= {"Completed", "Failed", "Cancelled"}
     except HTTPError:
         return False
 
 
-def trained(cluster: Cluster) -> dict[str, dict]:
-    """The MLflow run of each run, by name, found by the link on its page."""
-    artifacts = cluster.ask("artifacts")
-    found = {}
-    for run in cluster.ask("flow_runs"):
-        links = [one for one in artifacts if one["flow_run_id"] == run["id"] and one["key"] == "mlflow-run"]
+def mlflow_runs(cluster: Cluster) -> dict[str, dict]:
+    """MLflow run of each run, by name, from the link in its artifacts."""
+    artifacts = cluster.query_prefect("artifacts")
+    by_name = {}
+    for run in cluster.query_prefect("flow_runs"):
+        links = [item for item in artifacts if item["flow_run_id"] == run["id"] and item["key"] == "mlflow-run"]
         for link in links[-1:]:
             (run_id,) = re.search(r"/runs/(\w+)", link["data"]).groups()
-            found[run["name"]] = cluster.ask_mlflow(f"runs/get?run_id={run_id}")["run"]
-    return found
+            by_name[run["name"]] = cluster.query_mlflow(f"runs/get?run_id={run_id}")["run"]
+    return by_name
 
 
-def versions_of(cluster: Cluster) -> list[dict]:
+def model_versions(cluster: Cluster) -> list[dict]:
     """All versions of the registered model."""
-    named = quote(f"name='{MODEL}'")
-    return cluster.ask_mlflow(f"model-versions/search?filter={named}&max_results=100")["model_versions"]
+    query = quote(f"name='{MODEL}'")
+    return cluster.query_mlflow(f"model-versions/search?filter={query}&max_results=100")["model_versions"]
 
 
-def test_all_end_completed(cluster, killed):
-    assert states(cluster) == dict.fromkeys(WANTED, "Completed")
+def test_all_runs_complete(cluster, killed_worker):
+    assert run_states(cluster) == dict.fromkeys(RUNS, "Completed")
 
 
-def test_each_has_its_mlflow_run_with_its_parameters_and_every_epoch_once(cluster, killed):
-    runs = trained(cluster)
-    assert set(runs) == set(WANTED)
+def test_mlflow_runs_have_params_and_all_epochs(cluster, killed_worker):
+    runs = mlflow_runs(cluster)
+    assert set(runs) == set(RUNS)
     experiment = {"experiment_ids": [next(iter(runs.values()))["info"]["experiment_id"]], "max_results": 100}
-    there = cluster.ask_mlflow("runs/search", experiment)["runs"]
-    assert sorted(run["info"]["run_id"] for run in there) == sorted(run["info"]["run_id"] for run in runs.values())
+    stored = cluster.query_mlflow("runs/search", experiment)["runs"]
+    assert sorted(run["info"]["run_id"] for run in stored) == sorted(run["info"]["run_id"] for run in runs.values())
     for name, run in runs.items():
-        params = {one["key"]: one["value"] for one in run["data"]["params"]}
-        assert params["seed"] == str(WANTED[name]["seed"])
-        for key, value in WANTED[name]["train"].items():
+        params = {param["key"]: param["value"] for param in run["data"]["params"]}
+        assert params["seed"] == str(RUNS[name]["seed"])
+        for key, value in RUNS[name]["train"].items():
             assert float(params[f"train.{key}"]) == value
         assert run["info"]["status"] == "FINISHED"
-        epochs = range(1, WANTED[name]["train"]["epochs"] + 1)
+        epochs = range(1, RUNS[name]["train"]["epochs"] + 1)
         for metric in ("train_loss", "val_loss", "val_auc"):
             query = f"metrics/get-history?run_id={run['info']['run_id']}&metric_key={metric}"
-            points = cluster.ask_mlflow(query)["metrics"]
+            points = cluster.query_mlflow(query)["metrics"]
             assert sorted(int(point["step"]) for point in points) == list(epochs), (name, metric)
-        assert {"test.overall.auc", "seconds.fit"} <= {one["key"] for one in run["data"]["metrics"]}
+        assert {"test.overall.auc", "seconds.fit"} <= {metric["key"] for metric in run["data"]["metrics"]}
 
 
-def test_files_of_each_lie_in_the_object_store(cluster, killed):
+def test_artifacts_are_in_the_object_store(cluster, killed_worker):
     stored = cluster.bucket(ARTIFACTS)
-    for run in trained(cluster).values():
-        of_run = f"files/{run['info']['experiment_id']}/{run['info']['run_id']}/artifacts/"
+    for run in mlflow_runs(cluster).values():
+        prefix = f"files/{run['info']['experiment_id']}/{run['info']['run_id']}/artifacts/"
         for file in ("predictions.parquet", "index.html", "model_card.md", "figures/roc_curves.png", "promotion.json"):
-            assert stored[of_run + file] > 0
-    versions = versions_of(cluster)
+            assert stored[prefix + file] > 0
+    versions = model_versions(cluster)
     for version in versions:
         package = f"/models/{version['source'].removeprefix('models:/')}/artifacts/"
         assert {"MLmodel", "requirements.txt"} <= {name.split(package)[1] for name in stored if package in name}
 
 
-def test_ledger_aliases_and_tags_agree(cluster, killed):
+def test_ledger_aliases_and_tags_agree(cluster, killed_worker):
     records = jsonl.read_records(cluster.home / "mlruns" / "ledger.jsonl", "")
-    entries = sorted((one for one in records if one["kind"] == "decision"), key=lambda one: one["number"])
+    entries = sorted(
+        (record for record in records if record["kind"] == "decision"), key=lambda record: record["number"]
+    )
     assert [entry["number"] for entry in entries] == list(range(1, len(entries) + 1))
     for before, after in itertools.pairwise(entries):
         assert after["from"] == before["to"]
-    model = cluster.ask_mlflow(f"registered-models/get?name={MODEL}")["registered_model"]
-    assert {one["alias"]: one["version"] for one in model["aliases"]} == entries[-1]["aliases"]
-    versions = versions_of(cluster)
-    assert {one["run_id"] for one in versions} == {run["info"]["run_id"] for run in trained(cluster).values()}
-    assert {entry["version"] for entry in entries} == {one["version"] for one in versions}
-    assert len(versions) == len(WANTED)
+    model = cluster.query_mlflow(f"registered-models/get?name={MODEL}")["registered_model"]
+    assert {alias["alias"]: alias["version"] for alias in model["aliases"]} == entries[-1]["aliases"]
+    versions = model_versions(cluster)
+    assert {version["run_id"] for version in versions} == {
+        run["info"]["run_id"] for run in mlflow_runs(cluster).values()
+    }
+    assert {entry["version"] for entry in entries} == {version["version"] for version in versions}
+    assert len(versions) == len(RUNS)
     tagged = {}
     for version in versions:
         tagged |= {tag["key"]: json.loads(tag["value"]) for tag in version["tags"] if tag["key"].startswith("ledger.")}
     assert tagged == {f"ledger.{entry['number']:05d}": entry for entry in entries}
-    of_strict = trained(cluster)["strict"]["info"]["run_id"]
-    assert [entry["action"] for entry in entries if entry["run_id"] == of_strict] == ["refused"]
+    strict_run = mlflow_runs(cluster)["strict"]["info"]["run_id"]
+    assert [entry["action"] for entry in entries if entry["run_id"] == strict_run] == ["refused"]
 
 
-def test_each_is_an_experiment_whose_results_lie_in_dvcs_remote(cluster, killed):
+def test_experiments_have_results_in_the_dvc_remote(cluster, killed_worker):
     git = ("git", "--git-dir", str(cluster.repository))
     refs = cluster.project.run(*git, "for-each-ref", "--format=%(refname) %(objectname)", "refs/exps").splitlines()
-    kept = {name.split("/")[-1].rsplit("-", 1)[0]: commit for name, commit in map(str.split, refs)}
-    assert set(kept) == set(WANTED)
+    commits = {name.split("/")[-1].rsplit("-", 1)[0]: commit for name, commit in map(str.split, refs)}
+    assert set(commits) == set(RUNS)
     stored = cluster.bucket(RESULTS)
-    for name, commit in kept.items():
+    for name, commit in commits.items():
         values = YAML(typ="safe").load(cluster.project.run(*git, "show", f"{commit}:params.yaml"))
-        assert values["seed"] == WANTED[name]["seed"]
-        assert values["train"]["epochs"] == WANTED[name]["train"]["epochs"]
+        assert values["seed"] == RUNS[name]["seed"]
+        assert values["train"]["epochs"] == RUNS[name]["train"]["epochs"]
         lock = YAML(typ="safe").load(cluster.project.run(*git, "show", f"{commit}:dvc.lock"))
-        sums = {out["md5"] for stage in lock["stages"].values() for out in stage["outs"]}
-        missing = [md5 for md5 in sums if f"dvc/files/md5/{md5[:2]}/{md5[2:]}" not in stored]
-        assert len(sums) > 10
+        checksums = {out["md5"] for stage in lock["stages"].values() for out in stage["outs"]}
+        missing = [md5 for md5 in checksums if f"dvc/files/md5/{md5[:2]}/{md5[2:]}" not in stored]
+        assert len(checksums) > 10
         assert not missing
 
 
-def test_a_person_gets_an_experiment_with_its_results(cluster, killed):
-    (name,) = [
-        one for one in cluster.run("dvc", "exp", "list", "origin", "--name-only").split() if one.startswith(LONG)
-    ]
+def test_user_can_pull_an_experiment(cluster, killed_worker):
+    names = cluster.run("dvc", "exp", "list", "origin", "--name-only").split()
+    (name,) = [name for name in names if name.startswith(LONG)]
     environment = {**cluster.environment, **cluster.keys[RESULTS]}
-    cluster.project.run("dvc", "exp", "pull", "origin", name, **environment)  # as the page of the run says
+    cluster.project.run("dvc", "exp", "pull", "origin", name, **environment)  # the command in the run's artifacts
     cluster.project.run("dvc", "exp", "apply", name)
     with (cluster.project.folder / "models" / "history.csv").open() as file:
         assert [row["epoch"] for row in csv.DictReader(file)] == [str(epoch) for epoch in range(1, 13)]
 
 
-def test_the_run_of_the_lost_machine_went_on_from_its_checkpoint_on_another(cluster, killed):
-    (run,) = [run for run in cluster.ask("flow_runs") if run["name"] == LONG]
+def test_run_resumes_on_another_machine(cluster, killed_worker):
+    (run,) = [run for run in cluster.query_prefect("flow_runs") if run["name"] == LONG]
     assert run["run_count"] >= 2
     (other,) = [name for name in WORKERS if "epoch  12/12" in cluster.log(name)]
-    assert other != killed
-    printed = cluster.log(other)
-    assert "resuming the unfinished training" in printed
-    assert "epoch   1/12" not in printed
-    assert "epoch   2/12" not in printed
+    assert other != killed_worker
+    log = cluster.log(other)
+    assert "resuming the unfinished training" in log
+    assert "epoch   1/12" not in log
+    assert "epoch   2/12" not in log
 
 
-def test_no_secret_stands_anywhere(cluster, killed, tmp_path):
-    secrets = cluster.every_secret()
+def test_no_secrets_are_stored(cluster, killed_worker, tmp_path):
+    secrets = cluster.all_secrets()
     databases = b""
     for name in ("mlflow", "prefect"):
         command = [str(PROGRAMS[-1] / "pg_dump"), "--username", "postgres", name]
         databases += subprocess.run(command, env=cluster.postgresql.environment, check=True, capture_output=True).stdout
-    for known in (b"train.learning_rate", b"early_stopping_patience", b"epoch  12/12", b"fadenet-phantom version"):
-        assert known in databases  # MLflow's parameters, Prefect's, the logs and artifacts of its runs
-    places = {"the databases": databases}
+    for control in (b"train.learning_rate", b"early_stopping_patience", b"epoch  12/12", b"fadenet-phantom version"):
+        assert control in databases  # shows that the search works: parameters, logs and artifacts
+    contents = {"databases": databases}
     git = ["git", "--git-dir", str(cluster.repository), "cat-file", "--batch", "--batch-all-objects"]
-    places["git"] = subprocess.run(git, check=True, capture_output=True).stdout
-    assert b"s3://results/dvc" in places["git"]
+    contents["git"] = subprocess.run(git, check=True, capture_output=True).stdout
+    assert b"s3://results/dvc" in contents["git"]
     for path in cluster.logs.iterdir():
-        places[path.name] = path.read_bytes()
-    places["postgresql.log"] = cluster.postgresql.log.read_bytes()
+        contents[path.name] = path.read_bytes()
+    contents["postgresql.log"] = cluster.postgresql.log.read_bytes()
     for folder in (cluster.home, cluster.project.folder, cluster.folder):
-        places |= {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-    # Prefect keeps the environment of a run in a file while the run lasts; the killed worker could not remove it.
-    for path in (cluster.folder / killed / "tmpdir").glob("prefect-workspace-attempt-*/workspace.json"):
-        assert path.stat().st_mode & 0o077 == 0  # nobody else may read it
+        contents |= {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    # Prefect stores the environment of a run in a file during the run; the killed worker could not remove it.
+    for path in (cluster.folder / killed_worker / "tmpdir").glob("prefect-workspace-attempt-*/workspace.json"):
+        assert path.stat().st_mode & 0o077 == 0  # only readable for its owner
         assert path.parent.stat().st_mode & 0o077 == 0
-        del places[str(path)]
+        del contents[str(path)]
     for bucket in (ARTIFACTS, RESULTS):
         client = cluster.s3(bucket)
         for name in cluster.bucket(bucket):
-            places[f"{bucket}/{name}"] = client.get_object(Bucket=bucket, Key=name)["Body"].read()
-    assert {"worker-1.log", "prefect.log", "mlflow.log", "objects.log"} <= places.keys()
-    found = [
-        (what, where) for what, secret in secrets.items() for where, text in places.items() if secret.encode() in text
+            contents[f"{bucket}/{name}"] = client.get_object(Bucket=bucket, Key=name)["Body"].read()
+    assert {"worker-1.log", "prefect.log", "mlflow.log", "objects.log"} <= contents.keys()
+    leaks = [
+        (use, file)
+        for use, secret in secrets.items()
+        for file, content in contents.items()
+        if secret.encode() in content
     ]
-    assert not found
+    assert not leaks
 
 
-def test_no_path_or_name_of_a_machine_stands_in_what_runs_tell(cluster, killed):
-    told = {name: json.dumps([run["data"]["tags"], run["data"]["params"]]) for name, run in trained(cluster).items()}
-    told["parameters"] = json.dumps([run["parameters"] for run in cluster.ask("flow_runs")])
-    assert "early_stopping_patience" in told["parameters"]
-    told |= {name: cluster.log(name) for name in WORKERS}
+def test_runs_record_no_paths_or_host_names(cluster, killed_worker):
+    texts = {
+        name: json.dumps([run["data"]["tags"], run["data"]["params"]]) for name, run in mlflow_runs(cluster).items()
+    }
+    texts["parameters"] = json.dumps([run["parameters"] for run in cluster.query_prefect("flow_runs")])
+    assert "early_stopping_patience" in texts["parameters"]
+    texts |= {name: cluster.log(name) for name in WORKERS}
     host = re.compile(rf"\b{re.escape(socket.gethostname())}\b")
-    for name, text in told.items():
+    for name, text in texts.items():
         assert str(cluster.folder.parent) not in text, name
         assert not host.search(text), name
 
 
-def test_servers_and_databases_need_a_password(cluster, killed):
+def test_servers_and_databases_require_passwords(cluster, killed_worker):
     deployments, runs = f"{cluster.prefect}/deployments/filter", f"{cluster.mlflow}/api/2.0/mlflow/experiments/search"
-    wrong, right = basic_auth("admin", "x" * 32), basic_auth("trainer", cluster.secrets["trainer"])
-    assert [status_of(deployments, {}), status_of(deployments, {}, Authorization=wrong)] == [401, 401]
+    invalid, valid = basic_auth("admin", "x" * 32), basic_auth("trainer", cluster.secrets["trainer"])
+    assert [status_of(deployments, {}), status_of(deployments, {}, Authorization=invalid)] == [401, 401]
     experiments = {"max_results": 1}
-    assert [status_of(runs, experiments), status_of(runs, experiments, Authorization=wrong)] == [401, 401]
-    assert status_of(runs, experiments, Authorization=right) == 200
+    assert [status_of(runs, experiments), status_of(runs, experiments, Authorization=invalid)] == [401, 401]
+    assert status_of(runs, experiments, Authorization=valid) == 200
     psql = [str(PROGRAMS[-1] / "psql"), "--no-password", "--username", "mlflow", "--command", "select 1"]
 
     def connect(database: str, password: str) -> int:

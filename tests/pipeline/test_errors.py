@@ -1,4 +1,4 @@
-"""Each thing that goes wrong ends in one message, a non-zero exit, and nothing finished lost."""
+"""Errors of the pipeline: one message, a non-zero exit status, and no loss of finished results."""
 
 import os
 import re
@@ -17,13 +17,13 @@ pytestmark = [pytest.mark.pipeline, pytest.mark.usefixtures("shared_server")]
 
 @pytest.fixture(scope="module")
 def weights(reproduced: Project) -> bytes:
-    """The model that was trained before anything went wrong."""
+    """Weights before the errors."""
     return (reproduced.folder / "models" / "best_model.pth").read_bytes()
 
 
 @pytest.fixture
-def stops(reproduced: Project, weights: bytes):
-    """Runs a command that must fail at a stage, and gives that stage's message."""
+def error_of(reproduced: Project, weights: bytes):
+    """Runs a command that must fail in a stage, and returns the message of that stage."""
 
     def run(stage: str, *command: str, **environment: str) -> str:
         output = reproduced.run(*(command or ("dvc", "repro")), check=False, timeout=120, **environment)
@@ -39,84 +39,84 @@ def stops(reproduced: Project, weights: bytes):
 
 @pytest.fixture
 def archive(reproduced: Project):
-    """Makes dataset.root an archive; arrays given by name replace those it would have."""
+    """Sets dataset.root to an .npz file; keyword arguments replace its arrays."""
 
-    def make(**arrays: np.ndarray):
-        random = np.random.default_rng(0)
-        made = {}
+    def create(**arrays: np.ndarray):
+        rng = np.random.default_rng(0)
+        defaults = {}
         for split, count in {"train": 60, "val": 20, "test": 30}.items():
-            made[f"{split}_images"] = random.integers(0, 256, (count, 16, 16, 3), dtype=np.uint8)
-            made[f"{split}_labels"] = (np.arange(count) % 3)[:, None]
+            defaults[f"{split}_images"] = rng.integers(0, 256, (count, 16, 16, 3), dtype=np.uint8)
+            defaults[f"{split}_labels"] = (np.arange(count) % 3)[:, None]
         path = reproduced.folder.parent / "scans.npz"
-        np.savez(path, **{**made, **arrays})
+        np.savez(path, **{**defaults, **arrays})
         reproduced.change(dataset={"name": "npz", "root": str(path)})
-        return path, made
+        return path, defaults
 
-    return make
+    return create
 
 
 @pytest.fixture
-def nobody() -> str:
-    """An address at which nobody answers."""
+def unreachable_url() -> str:
+    """URL without a server."""
     return f"http://127.0.0.1:{free_port()}"
 
 
-def test_a_typo_stops_before_anything_runs(reproduced, stops, weights):
+def test_unknown_key_stops_before_the_first_stage(reproduced, error_of, weights):
     path = reproduced.folder / "params.yaml"
     path.write_text(path.read_text().replace("learning_rate:", "lerning_rate:"))
-    message = stops("check", "make", "--old-file=.venv/installed", "repro")
+    message = error_of("check", "make", "--old-file=.venv/installed", "repro")
     assert "params.yaml: unknown key train.lerning_rate; did you mean train.learning_rate?" in message
     assert "params.yaml: key train.learning_rate is missing" in message
     assert (reproduced.folder / "models" / "best_model.pth").read_bytes() == weights
 
 
-def test_a_full_disk(reproduced, stops):
-    before = (reproduced.folder / "data" / "processed" / "train.npy").read_bytes()
-    message = stops("preprocess", "bash", "-c", "ulimit -f 50; python -m pipelines preprocess")
+def test_full_disk_keeps_previous_outputs(reproduced, error_of):
+    expected = (reproduced.folder / "data" / "processed" / "train.npy").read_bytes()
+    message = error_of("preprocess", "bash", "-c", "ulimit -f 50; python -m pipelines preprocess")
     assert "File too large; free some space, then run again" in message
-    assert (reproduced.folder / "data" / "processed" / "train.npy").read_bytes() == before
-    # What was begun waits for the next run, out of sight of git and of DVC, and is gone when that has ended.
+    assert (reproduced.folder / "data" / "processed" / "train.npy").read_bytes() == expected
+    # The partial output is kept for the next run, ignored by git and DVC, and removed when that has finished.
     assert len(list((reproduced.folder / "data").glob(".processed-*"))) == 1
     assert ".processed" not in reproduced.run("git", "status", "--short", "--untracked-files=all")
     reproduced.run("python", "-m", "pipelines", "preprocess")
-    assert (reproduced.folder / "data" / "processed" / "train.npy").read_bytes() == before
+    assert (reproduced.folder / "data" / "processed" / "train.npy").read_bytes() == expected
     assert list((reproduced.folder / "data").glob(".processed-*")) == []
 
 
-def test_a_model_that_is_not_there(reproduced, stops):
-    models, away = reproduced.folder / "models", reproduced.folder.parent / "away"
-    shutil.move(models, away)
-    message = stops("evaluate", "python", "-m", "pipelines", "evaluate")
-    shutil.move(away, models)
+def test_missing_model_is_reported(reproduced, error_of):
+    models, moved = reproduced.folder / "models", reproduced.folder.parent / "moved"
+    shutil.move(models, moved)
+    message = error_of("evaluate", "python", "-m", "pipelines", "evaluate")
+    shutil.move(moved, models)
     assert "models/run.json: not found; run `dvc repro train` first" in message
 
 
-def test_a_dead_mlflow_server(stops, nobody):
-    message = stops("evaluate", "python", "-m", "pipelines", "evaluate", MLFLOW_TRACKING_URI=nobody)
-    assert f"MLflow at {nobody} cannot be used; start it, or unset MLFLOW_TRACKING_URI" in message
+def test_unreachable_mlflow_is_reported(error_of, unreachable_url):
+    message = error_of("evaluate", "python", "-m", "pipelines", "evaluate", MLFLOW_TRACKING_URI=unreachable_url)
+    assert f"MLflow at {unreachable_url} cannot be used; start it, or unset MLFLOW_TRACKING_URI" in message
 
 
-def test_a_dead_prefect_server(reproduced, nobody, monkeypatch, capfd):
+def test_unreachable_prefect_is_reported(reproduced, unreachable_url, monkeypatch, capfd):
     monkeypatch.chdir(reproduced.folder)
-    monkeypatch.setenv("PREFECT_API_URL", f"{nobody}/api")
-    with pytest.raises(SystemExit) as ended:
+    monkeypatch.setenv("PREFECT_API_URL", f"{unreachable_url}/api")
+    with pytest.raises(SystemExit) as error:
         runner.run("evaluate", evaluate.main)
-    assert ended.value.code == os.EX_TEMPFAIL
+    assert error.value.code == os.EX_TEMPFAIL
     message = capfd.readouterr().err
     assert message.startswith("\nevaluate: ")
     assert message.count("evaluate: ") == 1
     assert "Traceback" not in message
-    assert f"PREFECT_API_URL is {nobody}/api, but no Prefect server answers there" in message
+    assert f"PREFECT_API_URL is {unreachable_url}/api, but no Prefect server answers there" in message
 
 
-def test_no_network_for_pretrained_weights(reproduced, stops):
+def test_missing_pretrained_weights_are_reported(reproduced, error_of):
     reproduced.change(model={"backbone": "vit_tiny_patch16_224", "pretrained": True, "fade": None})
-    message = stops("train", "python", "-m", "pipelines", "train", HF_HUB_OFFLINE="1")
+    message = error_of("train", "python", "-m", "pipelines", "train", HF_HUB_OFFLINE="1")
     assert "cannot download the pretrained weights of vit_tiny_patch16_224" in message
     assert "set model.pretrained to false" in message
 
 
-def test_an_archive_that_is_not_there(reproduced, stops, archive):
+def test_missing_archive_is_reported(reproduced, error_of, archive):
     path, _ = archive()
     path.unlink()
     output = reproduced.run("dvc", "repro", check=False)
@@ -124,12 +124,12 @@ def test_an_archive_that_is_not_there(reproduced, stops, archive):
     assert f"failed to reproduce 'download': [Errno 2] No such file or directory: '{path}'" in output
 
 
-def test_a_leak_stops_until_a_split_is_adopted(reproduced, stops, archive):
-    _, made = archive()
-    copied = made["test_images"].copy()
-    copied[7] = made["train_images"][41]
-    archive(test_images=copied)
-    message = stops("validate")
+def test_leak_is_fixed_by_the_proposed_split(reproduced, error_of, archive):
+    _, arrays = archive()
+    test_images = arrays["test_images"].copy()
+    test_images[7] = arrays["train_images"][41]
+    archive(test_images=test_images)
+    message = error_of("validate")
     assert re.search(r"own-scans-\w{8}/train/41 ", message)
     assert re.search(r"own-scans-\w{8}/test/7 ", message)
     assert "validate.max_cross_split_duplicates: 1" in message
@@ -140,21 +140,21 @@ def test_a_leak_stops_until_a_split_is_adopted(reproduced, stops, archive):
     reproduced.change(split={"adopted": proposed}, validate={"severity": {"same_image_two_labels": "warn"}})
     assert "expectations passed for 110 images" in reproduced.run("dvc", "repro", "validate")
     with (reproduced.folder / proposed).open("a") as file:
-        file.write("nobody,train\n")
-    assert "validate:" in reproduced.run("dvc", "status", "validate")  # the split is watched
+        file.write("unknown,train\n")
+    assert "validate:" in reproduced.run("dvc", "status", "validate")  # DVC tracks the split file
 
 
-def test_weights_that_do_not_fit(reproduced, stops):
+def test_mismatched_weights_are_reported(reproduced, error_of):
     shutil.copy(reproduced.folder / "models" / "best_model.pth", reproduced.folder / "start.pth")
     diffusion = {"variant": "diffusion", "after_blocks": [1, "last"]}
     reproduced.change(model={"weights": "start.pth", "fade": diffusion})
-    message = stops("train")
+    message = error_of("train")
     assert "params.yaml: model.weights: start.pth: does not match the model; " in message
     assert 'Missing key(s) in state_dict: "blocks.0.block.' in message
     assert 'Unexpected key(s) in state_dict: "attn.alpha"' in message
 
 
-def test_nothing_finished_was_lost(reproduced, weights):
+def test_finished_results_are_kept(reproduced, weights):
     output = reproduced.run("dvc", "repro")
     assert not {"download", "validate", "preprocess", "train", "evaluate"} & set(stages_run(output))
     assert (reproduced.folder / "models" / "best_model.pth").read_bytes() == weights
