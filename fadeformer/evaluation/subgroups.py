@@ -122,9 +122,9 @@ def evaluate_subgroups(
             *(subgroup.metrics.compute(weights[:, subgroup.rows]) for subgroup in subgroups),
         ]
 
-    stratum = bootstrap.assign_strata(overall.truth, groups)
+    strata = bootstrap.assign_strata(overall.truth, groups)
     with np.errstate(invalid="ignore", divide="ignore"):  # a resample may have no image of a subgroup
-        chunks = bootstrap.map_resamples(compute, groups, stratum, n_resamples, seed)
+        chunks = bootstrap.map_resamples(compute, groups, strata, n_resamples, seed)
     overall_samples, *subgroup_samples = (summary.concat_samples(parts) for parts in zip(*chunks, strict=True))
     overall_point = overall.compute(np.ones((1, len(groups))))
     results: dict[str, dict[str, dict[str, Any]]] = {column: {} for column in assignments}

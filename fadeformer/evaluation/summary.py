@@ -71,8 +71,8 @@ def confidence_intervals(predictions: Predictions, *, n_resamples: int, seed: in
         if there is no interval, as for a perfect bootstrapped metric, whose resamples are all identical.
     """
     metrics, groups = WeightedMetrics(predictions), bootstrap.encode_groups(predictions.frame["group"])
-    stratum = bootstrap.assign_strata(metrics.truth, groups)
-    chunks = bootstrap.map_resamples(metrics.compute, groups, stratum, n_resamples, seed)
+    strata = bootstrap.assign_strata(metrics.truth, groups)
+    chunks = bootstrap.map_resamples(metrics.compute, groups, strata, n_resamples, seed)
     return intervals_from_samples(metrics, predictions.classes, groups, concat_samples(chunks), confidence)
 
 
@@ -102,10 +102,10 @@ def intervals_from_samples(
         confidence: level of the intervals, such as 0.95.
     """
     num_groups = int(groups.max()) + 1
-    point, stratum = metrics.compute(np.ones((1, len(groups)))), bootstrap.assign_strata(metrics.truth, groups)
+    point, strata = metrics.compute(np.ones((1, len(groups)))), bootstrap.assign_strata(metrics.truth, groups)
     with np.errstate(invalid="ignore", divide="ignore"):  # a half-sample may have no image of a class
-        half = metrics.compute_areas(bootstrap.half_sample_weights(groups, stratum, NUM_HALF_SAMPLES, 0))
-    groups_per_stratum = max(min(num_groups, 2), num_groups // len(np.unique(stratum)))
+        half = metrics.compute_areas(bootstrap.half_sample_weights(groups, strata, NUM_HALF_SAMPLES, 0))
+    groups_per_stratum = max(min(num_groups, 2), num_groups // len(np.unique(strata)))
     overall = {
         name: _bootstrap_interval(
             name, float(point.overall[name][0]), values, half.overall.get(name), groups_per_stratum, confidence

@@ -1,0 +1,79 @@
+"""Confidence intervals of all metrics: bias, stability, and missing intervals."""
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy import special
+
+from fadeformer.evaluation import predictions, summary
+from fadeformer.tasks import TASKS
+from tests.evaluation.test_metrics import random_predictions
+
+MULTI_LABEL = "multi-label, binary-class"
+
+
+def test_average_precision_interval_is_bias_corrected():
+    def log_odds(images: int, seed: int) -> tuple[float, float]:
+        """Log odds of the average precision of a rare class and of the center of its interval."""
+        random, labels = np.random.default_rng(seed), (np.arange(images) % 10 == 0).astype(np.int64)[:, None]
+        score = special.expit(random.normal(size=images) + 1.5 * labels[:, 0])
+        index = pd.DataFrame({"split": "test", "id": [str(i) for i in range(images)], "group": None})
+        scores = np.stack([1 - score, score], axis=1)
+        p = predictions.build_predictions(index, labels, scores, TASKS["binary-class"], ("a", "b"))
+        value = summary.summarize(p)["per_class"]["b"]["average_precision"]
+        if images > 1000:
+            return float(special.logit(value)), np.nan
+        bounds = summary.confidence_intervals(p, n_resamples=50, seed=0, confidence=0.95)["per_class"]["b"][
+            "average_precision"
+        ]
+        return float(special.logit(value)), float(special.logit(bounds).mean())
+
+    truth, _ = log_odds(100_000, 0)
+    values, centers = np.array([log_odds(200, seed) for seed in range(1, 201)]).T
+    bias = values.mean() - truth
+    assert bias > 2 * values.std() / np.sqrt(len(values))
+    assert abs(centers.mean() - truth) < bias / 2
+
+
+@pytest.mark.parametrize(("task", "classes"), [("binary-class", 2), ("ordinal-regression", 5), (MULTI_LABEL, 4)])
+def test_intervals_contain_values_and_are_stable(task, classes):
+    p = random_predictions(task, classes, 300, 1)
+    p.frame["group"] = [f"patient {i // 2}" if i < 40 else None for i in range(300)]
+    result = summary.summarize(p)
+    first, second = (summary.confidence_intervals(p, n_resamples=2000, seed=seed, confidence=0.95) for seed in (0, 1))
+    again = summary.confidence_intervals(p, n_resamples=2000, seed=0, confidence=0.95)
+    assert first == again
+    pairs = [(result["overall"][name], first["overall"][name], second["overall"][name]) for name in result["overall"]]
+    for name, values in result["per_class"].items():
+        pairs += [
+            (values[key], first["per_class"][name][key], second["per_class"][name][key])
+            for key in first["per_class"][name]
+        ]
+    assert first["overall"].pop("calibration_error") is None
+    defined = [pair for pair in pairs if pair[1] is not None]
+    assert len(defined) > 8
+    for value, (low, high), other_bounds in defined:
+        assert low <= value <= high
+        assert np.abs(np.subtract((low, high), other_bounds)).max() < 0.08 * (high - low)
+
+
+def test_perfect_metrics_have_no_degenerate_interval():
+    p = random_predictions("multi-class", 3, 60, 0)
+    p.frame[[f"score_{c}" for c in range(3)]] = np.eye(3)[p.labels[:, 0]]
+    result = summary.summarize(p)["overall"]
+    bounds = summary.confidence_intervals(p, n_resamples=100, seed=0, confidence=0.95)
+    for name in ("auc", "accuracy"):
+        assert result[name] == 1
+        assert bounds["overall"][name][0] < 0.99
+    for name in ("balanced_accuracy", "average_precision", "f1"):
+        assert result[name] == 1
+        assert bounds["overall"][name] is None
+    assert bounds["per_class"]["class 0"]["recall"][0] < 0.95
+
+
+def test_absent_class_has_no_interval():
+    p = random_predictions("multi-class", 4, 60, 0, absent=1)
+    result = summary.confidence_intervals(p, n_resamples=200, seed=0, confidence=0.95)
+    assert result["per_class"]["class 1"]["auc"] is None
+    assert result["per_class"]["class 1"]["recall"] is None
+    assert result["overall"]["auc"] is not None
