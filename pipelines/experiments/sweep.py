@@ -162,7 +162,7 @@ class SweepPlan(Plan):
             message = f"pruned at epoch {self._pruned[run]}, worse than the median of the other trials"
         else:
             self._study.tell(number, state=TrialState.FAIL)
-            message = f"failed, {status.message}" if status.state == "Failed" else "cancelled"
+            message = f"failed, {status.message}" if status.state == "Failed" else "canceled"
         _print_trial(number, message)
         has_failed = self._study.trials[number].state == TrialState.FAIL
         self._consecutive_failures = self._consecutive_failures + 1 if has_failed else 0

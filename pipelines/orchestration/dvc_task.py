@@ -45,7 +45,7 @@ def _is_retryable(task: object, run: object, state: State[Any]) -> bool:
 def reproduce(stage: str) -> None:
     """Bring one stage up to date with `dvc repro`.
 
-    DVC and the stage receive SIGTERM when the run is cancelled or times out; training then writes a checkpoint.
+    DVC and the stage receive SIGTERM when the run is canceled or times out; training then writes a checkpoint.
 
     Raises:
         UserError: The stage reported a user error (status 1); a retry would fail again.

@@ -184,7 +184,7 @@ def test_three_failures_in_a_row_stop_the_search(sweep_config, search):
     study, lines = search(plan, runner)
     assert [trial.number for trial in study.trials if trial.state == TrialState.FAIL] == [1, 3]
     assert "trial 1: failed, out of memory" in lines
-    assert "trial 3: cancelled" in lines
+    assert "trial 3: canceled" in lines
     assert len(study.trials) == 12
     runner = FakeRunner()
     runner.outcomes = dict.fromkeys(range(2, 12), "Failed")

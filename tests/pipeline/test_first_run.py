@@ -1,4 +1,4 @@
-"""What one `make repro` in a fresh copy of the project prints and leaves."""
+"""Output and results of one `make repro` in a fresh copy of the project."""
 
 import json
 import re
@@ -22,7 +22,7 @@ FIGURES = (
 
 @pytest.fixture(scope="module")
 def first(project: Project, reproduced_project: ReproducedProject) -> str:
-    """What the first `make repro` prints."""
+    """Output of the first `make repro`."""
     output = project.make("repro", **ALL_CORES)
     reproduced_project.save(project)
     return output
@@ -35,14 +35,14 @@ def mlflow(project: Project, first: str) -> MlflowClient:
 
 @pytest.fixture(scope="module")
 def run(mlflow: MlflowClient) -> Run:
-    (found,) = mlflow.search_runs([mlflow.get_experiment_by_name("fadeformer").experiment_id])
-    return found
+    (only_run,) = mlflow.search_runs([mlflow.get_experiment_by_name("fadeformer").experiment_id])
+    return only_run
 
 
 def defined(numbers: dict) -> dict:
-    """The numbers that are not undefined, which DVC leaves out."""
-    found = {name: defined(value) if isinstance(value, dict) else value for name, value in numbers.items()}
-    return {name: value for name, value in found.items() if value not in (None, {})}
+    """The defined metrics; DVC leaves out undefined ones."""
+    nested = {name: defined(value) if isinstance(value, dict) else value for name, value in numbers.items()}
+    return {name: value for name, value in nested.items() if value not in (None, {})}
 
 
 def test_every_stage_prints_one_line(first):
@@ -60,21 +60,21 @@ def test_nothing_is_written_outside_the_project(project, first):
     assert project.run("git", "status", "--short").split() == ["A", "dvc.lock"]
 
 
-def test_a_second_run_has_nothing_to_do(project, first):
+def test_second_run_skips_all_stages(project, first):
     assert stages_run(project.make("repro")) == []
 
 
-def test_all_outputs_of_the_readme_exist(project, first):
+def test_outputs_in_the_readme_exist(project, first):
     table = (ROOT / "README.md").read_text().split("What a run leaves:")[1].split("\n\n")[1]
-    named = [name for row in table.splitlines()[2:] for name in re.findall(r"`([^`]+)`", row.split("|")[1])]
-    assert len(named) >= 10
-    for name in named:
+    names = [name for row in table.splitlines()[2:] for name in re.findall(r"`([^`]+)`", row.split("|")[1])]
+    assert len(names) >= 10
+    for name in names:
         folder = "reports" if name in ("results.json", "intervals.json", "subgroups.json") else "."
         assert (project.folder / folder / name).exists(), name
     assert (project.folder / "reports/validation/data_docs/index.html").is_file()
 
 
-def test_the_mlflow_run_holds_all_results(project, mlflow, run):
+def test_mlflow_run_has_all_results(project, mlflow, run):
     assert run.info.status == "FINISHED"
     assert run.data.params["train.epochs"] == "6"
     assert run.data.params["dataset.name"] == "phantom"
@@ -86,7 +86,7 @@ def test_the_mlflow_run_holds_all_results(project, mlflow, run):
         "model_card.md", "promotion.json", "promotion.html", "dvc.lock",
     } <= artifacts  # fmt: skip
     figures = {file.path for file in mlflow.list_artifacts(run.info.run_id, "figures")}
-    assert figures == {f"figures/{name}.{kind}" for name in FIGURES for kind in ("png", "svg")}
+    assert figures == {f"figures/{name}.{suffix}" for name in FIGURES for suffix in ("png", "svg")}
     (data,) = run.inputs.dataset_inputs
     card = read_json_file(project, "data/raw/dataset.json")
     assert (data.dataset.name, run.data.tags["dataset.sha256"]) == ("phantom", card["sha256"])
@@ -96,49 +96,49 @@ def test_the_mlflow_run_holds_all_results(project, mlflow, run):
     assert run.data.tags["git.changed"] == "false"
 
 
-def test_numbers_are_the_same_everywhere(project, run):
+def test_metrics_are_the_same_everywhere(project, run):
     metrics = read_json_file(project, "reports/metrics.json")
     logged = run.data.metrics
     shown = json.loads(project.run("dvc", "metrics", "show", "--json"))
     results = read_json_file(project, "reports/results.json")
     assert defined(shown[""]["data"]["reports/metrics.json"]["data"]) == defined(metrics)
-    of_test = metrics["test"]["overall"]
-    for name, value in of_test.items():
+    test_metrics = metrics["test"]["overall"]
+    for name, value in test_metrics.items():
         assert logged[f"test.overall.{name}"] == pytest.approx(value)
-    bounds = read_json_file(project, "reports/intervals.json")["test"]["overall"]
-    assert bounds["calibration_error"] is None
-    known = {name for name, bound in bounds.items() if bound is not None}
-    assert {"auc", "accuracy", "loss", "average_precision"} <= known
-    for name in known:
-        assert [logged[f"test.interval.{name}.{end}"] for end in ("low", "high")] == pytest.approx(bounds[name])
+    intervals = read_json_file(project, "reports/intervals.json")["test"]["overall"]
+    assert intervals["calibration_error"] is None
+    with_interval = {name for name, interval in intervals.items() if interval is not None}
+    assert {"auc", "accuracy", "loss", "average_precision"} <= with_interval
+    for name in with_interval:
+        assert [logged[f"test.interval.{name}.{end}"] for end in ("low", "high")] == pytest.approx(intervals[name])
     points = read_json_file(project, "reports/operating_points.json")["points"]
-    of_basophils = points["youden"]["basophil"]["on_test"]["sensitivity"]["value"]
-    assert logged["test.operating_points.youden.basophil.sensitivity"] == pytest.approx(of_basophils)
+    sensitivity = points["youden"]["basophil"]["on_test"]["sensitivity"]["value"]
+    assert logged["test.operating_points.youden.basophil.sensitivity"] == pytest.approx(sensitivity)
     assert logged["test.per_class.basophil.auc"] == pytest.approx(metrics["test"]["per_class"]["basophil"]["auc"])
     assert set(pd.read_csv(project.folder / "reports/curves/net_benefit.csv")["class"]) == set(points["youden"])
     for name in ("loss", "accuracy", "precision", "recall", "f1", "auc"):
-        assert results[f"test_{name}"] == of_test[name]
+        assert results[f"test_{name}"] == test_metrics[name]
     assert set(results) == {
         *(f"test_{name}" for name in ("loss", "accuracy", "precision", "recall", "f1", "auc")),
         "train_losses", "val_losses", "train_accuracies", "val_accuracies", "config", "test_balanced_accuracy",
     }  # fmt: skip
-    balanced = {"value": of_test["balanced_accuracy"], "split": "published"}
+    balanced = {"value": test_metrics["balanced_accuracy"], "split": "published"}
     assert results["test_balanced_accuracy"] == balanced
-    assert read_json_file(project, "reports/promotion.json")["auc"] == of_test["auc"]
+    assert read_json_file(project, "reports/promotion.json")["auc"] == test_metrics["auc"]
 
 
-def test_dvc_shows_the_figures(project, first):
+def test_dvc_plots_contain_the_figures(project, first):
     project.run("dvc", "plots", "show", "-o", "plots")
     page = (project.folder / "plots" / "index.html").read_text()
     project.run("rm", "-r", "plots")
     for name in FIGURES:
         assert f"{name}.png" in page
-    of_dvc = ("train_loss", "val_accuracy", "ROC on test", "Precision-recall on test")
-    for name in (*of_dvc, '"class": "basophil"', '"field": "class"'):
+    curves = ("train_loss", "val_accuracy", "ROC on test", "Precision-recall on test")
+    for name in (*curves, '"class": "basophil"', '"field": "class"'):
         assert name in page
 
 
-def test_the_model_card_states_synthetic_images(project, mlflow):
+def test_model_card_states_synthetic_images(project, mlflow):
     card = (project.folder / "reports" / "model_card.md").read_text()
     assert "Synthetic: every image is drawn by a program" in card
     assert mlflow.get_model_version("fadenet-phantom", "1").description.replace("&emsp;", "") == card
@@ -146,7 +146,7 @@ def test_the_model_card_states_synthetic_images(project, mlflow):
     assert f"| AUC | {format_with_interval(auc['overall']['auc'], bounds['overall']['auc'])} |" in card
 
 
-# In an environment that has the requirements, but not this project.
+# For an environment with the requirements, but without this project.
 LOAD = """
 import importlib.util, sys
 sys.meta_path = [finder for finder in sys.meta_path if "editable" not in str(finder)]
@@ -161,7 +161,7 @@ np.save(sys.argv[3], scores)
 """
 
 
-def test_the_champion_scores_the_same_elsewhere(project, mlflow, tmp_path):
+def test_champion_has_the_same_scores_elsewhere(project, mlflow, tmp_path):
     assert mlflow.get_registered_model("fadenet-phantom").aliases == {"champion": 1}
     store, images = f"sqlite:///{project.folder}/mlruns/mlflow.db", project.folder / "data/processed/test.npy"
     (tmp_path / "load.py").write_text(LOAD)

@@ -1,4 +1,4 @@
-"""The gate in a project: against a champion of other test images, by force, taken back, and what is told of it all."""
+"""Promotion in a project: champion with other test images, forced promotion, rollback, and history."""
 
 import json
 from pathlib import Path
@@ -27,11 +27,11 @@ def aliases(project) -> dict[str, str]:
     return {alias: str(number) for alias, number in client.get_registered_model(NAME).aliases.items()}
 
 
-def of(found: dict, name: str) -> dict:
-    return next(check for check in found["checks"] if check["name"] == name)
+def check_named(promotion: dict, name: str) -> dict:
+    return next(check for check in promotion["checks"] if check["name"] == name)
 
 
-def test_the_champion_predicts_test_images_that_it_was_not_judged_on(reproduced):
+def test_champion_predicts_changed_test_images(reproduced):
     first = decision(reproduced)
     assert (first["decision"], first["aliases"], first["ledger_entry"]) == ("promoted", ["champion"], 1)
     reproduced.change(
@@ -39,72 +39,72 @@ def test_the_champion_predicts_test_images_that_it_was_not_judged_on(reproduced)
         evaluate={"subgroups": []}, promote={"min_subgroup_auc": {"sex": 0.5}, "min_class_auc": 0.5},
     )  # fmt: skip
     output = reproduced.stages()
-    reproduced.run("dvc", "commit", "--force")  # as if `dvc repro` had run them, whose processes take long
+    reproduced.run("dvc", "commit", "--force")  # as after `dvc repro`, which would take longer
     assert (
         f"the test images have changed since champion {NAME} version 1 was evaluated: running inference with it"
         in output
     )
     assert f"promote: REFUSED {NAME} version 2 stays challenger" in output
-    found = decision(reproduced)
-    assert of(found, "same_test_images")["status"] == "passed"
-    assert of(found, "not_inferior")["status"] == "failed"
-    assert of(found, "min_subgroup_auc")["details"].startswith(
+    result = decision(reproduced)
+    assert check_named(result, "same_test_images")["status"] == "passed"
+    assert check_named(result, "not_inferior")["status"] == "failed"
+    assert check_named(result, "min_subgroup_auc")["details"].startswith(
         "sex is not a subgroup column of the test images (available: none)"
     )
-    assert found["champion_auc"] > found["auc"] + 0.05  # a trained network on new images, and one that learned nothing
+    assert result["champion_auc"] > result["auc"] + 0.05  # a trained model on new images, and an untrained one
     assert aliases(reproduced) == {"champion": "1", "challenger": "2"}
-    shown = next(line for line in output.splitlines() if line.startswith("test AUC not lower than the champion's"))
-    assert " failed " in shown
+    row = next(line for line in output.splitlines() if line.startswith("test AUC not lower than the champion's"))
+    assert " failed " in row
     page = (reproduced.folder / "reports/promotion.html").read_text()
     assert "Refused." in page
     assert "test AUC not lower than the champion&#39;s by more than 0.02, at 95 %" in page
 
 
-def test_the_champion_sees_them_as_it_is_used_to(reproduced, monkeypatch, tmp_path):
-    """Its scores of the new images are those of its own package for the images as they lie in data/raw."""
+def test_champion_uses_its_own_preprocessing(reproduced, monkeypatch, tmp_path):
+    """Its scores are those of its package for the images in data/raw."""
     monkeypatch.chdir(reproduced.folder)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     champion = resolve.load_classifier(resolve.find_model_files(f"models:/{NAME}/1"))
     rows = pd.read_parquet("data/manifest.parquet").query("split == 'test'")
     pixels = decode_to_memmap(rows, Path("data/raw"), tmp_path / "test.npy", **champion.input_config)
     test = predictions.read(Path("reports/predictions.parquet")).select_split("test")
-    found = decision(reproduced)
-    assert auc(test.labels, champion.predict_proba(pixels), test.task) == pytest.approx(found["champion_auc"])
-    details = of(found, "not_inferior")["details"]
-    assert details.startswith(f"difference {found['auc'] - found['champion_auc']:+.4f}")
+    result = decision(reproduced)
+    assert auc(test.labels, champion.predict_proba(pixels), test.task) == pytest.approx(result["champion_auc"])
+    details = check_named(result, "not_inferior")["details"]
+    assert details.startswith(f"difference {result['auc'] - result['champion_auc']:+.4f}")
 
 
-def test_by_force_with_a_reason_and_never_forgotten(reproduced):
+def test_forced_promotion_needs_and_records_a_reason(reproduced):
     output = reproduced.run("fadeformer", "promote", "--force", check=False)
     assert reproduced.code == 1
     assert "promote: --reason is missing; describe why" in output
     output = reproduced.run("fadeformer", "promote", "--force", "--reason", "the old one cannot read DICOM")
     assert f"PROMOTED {NAME} version 2 is champion (FORCED: the old one cannot read DICOM; without force: " in output
-    found = decision(reproduced)
-    assert (found["decision"], found["forced"], found["ledger_entry"]) == ("promoted", True, 3)
+    result = decision(reproduced)
+    assert (result["decision"], result["forced"], result["ledger_entry"]) == ("promoted", True, 3)
     assert aliases(reproduced) == {"champion": "2", "previous": "1"}
     assert "Forced:" in (reproduced.folder / "reports/promotion.html").read_text()
     client = MlflowClient(f"sqlite:///{reproduced.folder}/mlruns/mlflow.db")
     assert client.get_model_version(NAME, "2").tags["forced"].startswith("FORCED: the old one cannot read DICOM")
 
 
-def test_taken_back_and_not_promoted_again(reproduced):
+def test_rolled_back_model_is_not_promoted_again(reproduced):
     reason = "misses every lesion of the new scanner"
     output = reproduced.run("fadeformer", "promote", "--rollback", "--reason", reason)
     assert f"ROLLED BACK {NAME} version 1 is champion again; revoked: version 2 ({reason})" in output
     assert aliases(reproduced) == {"champion": "1"}
     reproduced.change(promote={"min_subgroup_auc": None, "min_class_auc": None, "margin": 1.0, "min_auc": 0.0})
     assert stages_run(reproduced.run("dvc", "repro")) == ["promote"]
-    found = decision(reproduced)
-    assert found["decision"] == "refused"
-    assert found["reason"] == f"was never rolled back: rolled back: {reason}"
+    result = decision(reproduced)
+    assert result["decision"] == "refused"
+    assert result["reason"] == f"was never rolled back: rolled back: {reason}"
     assert aliases(reproduced) == {"champion": "1"}
     output = reproduced.run("fadeformer", "promote", "--rollback", "--reason", reason, check=False)
     assert reproduced.code == 1
     assert f"promote: {NAME} has no champion before version 1 to roll back to" in output
 
 
-def test_the_history_is_told(reproduced):
+def test_history_lists_all_decisions(reproduced):
     output = reproduced.run("fadeformer", "registry", "history")
     for action in ("promoted", "refused", "forced", "rolled back"):
         assert action in output
@@ -113,9 +113,9 @@ def test_the_history_is_told(reproduced):
     ]
     assert [entry["action"] for entry in entries] == ["promoted", "refused", "forced", "rolled back", "refused"]
     assert "5 decisions in" in output
-    output = reproduced.run("fadeformer", "registry", "history", "--model", "nobody", check=False)
+    output = reproduced.run("fadeformer", "registry", "history", "--model", "unknown-model", check=False)
     assert reproduced.code == 1
-    assert "no decision on nobody yet; run `dvc repro`" in output
+    assert "no decision on unknown-model yet; run `dvc repro`" in output
 
 
 def test_scores_that_are_no_numbers_are_refused(reproduced):

@@ -1,4 +1,4 @@
-"""The pipeline on real images: the official RetinaMNIST, a rebuilt PneumoniaMNIST, a sample of NIH's radiographs."""
+"""The pipeline on real images: official RetinaMNIST, rebuilt PneumoniaMNIST, and a sample of NIH's radiographs."""
 
 import json
 
@@ -11,7 +11,7 @@ from tests.data.sources.test_chestxray14 import SAMPLE_BOXES
 pytestmark = [pytest.mark.pipeline, pytest.mark.usefixtures("shared_server")]
 
 
-def test_retinamnist_from_a_mirror_runs_to_a_decision(project: Project, real_data):
+def test_retinamnist_runs_from_a_mirror(project: Project, real_data):
     project.change(
         dataset={"name": "retinamnist", "mirror": f"{real_data}/medmnist", "size": 28},
         preprocess={"image_size": 16}, train={"epochs": 1},
@@ -30,7 +30,7 @@ def test_retinamnist_from_a_mirror_runs_to_a_decision(project: Project, real_dat
     project.run("git", "checkout", "params.yaml")
 
 
-def test_leaks_of_pneumoniamnist_stop_until_allowed(project: Project, real_data):
+def test_pneumoniamnist_leaks_stop_unless_allowed(project: Project, real_data):
     project.change(dataset={"name": "npz", "root": f"{real_data}/npz/pneumoniamnist.npz"})
     output = project.run("dvc", "repro", check=False)
     assert project.code != 0
@@ -43,7 +43,7 @@ def test_leaks_of_pneumoniamnist_stop_until_allowed(project: Project, real_data)
     project.run("git", "checkout", "params.yaml")
 
 
-def test_the_radiographs_of_nih_by_finding(project: Project, real_data, tmp_path):
+def test_chestxray14_is_evaluated_by_finding(project: Project, real_data, tmp_path):
     for path in (real_data / "chestxray14").iterdir():
         (tmp_path / path.name).symlink_to(path)
     (tmp_path / BOX_LIST).write_text(SAMPLE_BOXES)
@@ -61,22 +61,20 @@ def test_the_radiographs_of_nih_by_finding(project: Project, real_data, tmp_path
     assert f"| Split | {meta['split']} |" in card
     assert (project.folder / "dataset.lock").is_file()
     assert read_json_file(project, "reports/promotion.json")["model"] == "fadenet-chestxray14"
-    judged = {name: values["auc"] for name, values in metrics["test"]["per_class"].items()}
-    without = [name for name, auc in judged.items() if auc is None]
-    assert len(judged) == 14
-    assert without  # in so small a sample
-    assert metrics["test"]["overall"]["auc"] == pytest.approx(
-        sum(a for a in judged.values() if a) / (14 - len(without))
-    )
+    aucs = {name: values["auc"] for name, values in metrics["test"]["per_class"].items()}
+    without = [name for name, auc in aucs.items() if auc is None]
+    assert len(aucs) == 14
+    assert without  # because the sample is small
+    assert metrics["test"]["overall"]["auc"] == pytest.approx(sum(a for a in aucs.values() if a) / (14 - len(without)))
     assert f"Not evaluated, without positive or without negative images: {', '.join(without)}." in card
     expectations = read_json_file(project, "reports/validation/validation.json")["expectations"]
-    warned = [one["sentence"] for one in expectations if not one["passed"]]
-    assert all(any(f" {name} (it has 0)" in sentence for sentence in warned) for name in without)
+    warned = [expectation["description"] for expectation in expectations if not expectation["passed"]]
+    assert all(any(f" {name} (it has 0)" in description for description in warned) for name in without)
     assert "NaN" not in json.dumps(metrics)
-    found = read_json_file(project, "reports/explanations.json")["pointing"]
-    assert (found["cases"], found["images"]) == (2, 2)  # of the nine boxes of the sample
-    assert set(found["methods"]) == {"grad_cam", "attention", "laplacian"}
-    assert set(found["methods"]["attention"]["per_class"]) == {"Atelectasis", "Infiltration"}
+    pointing = read_json_file(project, "reports/explanations.json")["pointing"]
+    assert (pointing["cases"], pointing["images"]) == (2, 2)  # of nine boxes in the sample
+    assert set(pointing["methods"]) == {"grad_cam", "attention", "laplacian"}
+    assert set(pointing["methods"]["attention"]["per_class"]) == {"Atelectasis", "Infiltration"}
     assert (
         "hand-drawn boxes (Zhang et al. 2018): 2 findings in 2 test images"
         in (project.folder / "reports/index.html").read_text()

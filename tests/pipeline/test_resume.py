@@ -1,4 +1,4 @@
-"""A training that is killed, stopped, sent to several processes or cut off from MLflow comes to the same end."""
+"""Resuming: killed, stopped, distributed and offline trainings have the same result as an uninterrupted one."""
 
 import os
 import re
@@ -24,22 +24,22 @@ from tests.postgresql import free_port
 
 pytestmark = pytest.mark.pipeline
 
-OFTEN = {"epochs": 6, "checkpoint_minutes": 1e-6, "batch_size": 32, "device": "cpu"}  # a checkpoint after each step
-SELDOM = {**OFTEN, "epochs": 2, "checkpoint_minutes": 5}
-# A network without batch normalization and dropout, and an optimizer that rounding affects little.
-STEADY = {
+FREQUENT = {"epochs": 6, "checkpoint_minutes": 1e-6, "batch_size": 32, "device": "cpu"}  # a checkpoint after each step
+RARE = {**FREQUENT, "epochs": 2, "checkpoint_minutes": 5}
+# A model without batch normalization and dropout, and an optimizer with little sensitivity to rounding.
+STABLE = {
     "model": {"backbone": "vit_tiny_patch16_224", "fade": None, "dropout": 0.0, "drop_path": 0.0},
-    "train": {**SELDOM, "optimizer": "sgd", "learning_rate": 0.02},
+    "train": {**RARE, "optimizer": "sgd", "learning_rate": 0.02},
 }
-STEPS = 5  # of an epoch: 140 images
+STEPS = 5  # per epoch of 140 images
 RESULTS = ("models/best_model.pth", "models/history.csv")
 
 
 @pytest.fixture(scope="module")
-def whole(project: Project, reproduced_project: ReproducedProject) -> Path:
-    """A folder with what the same training has left that was never interrupted, with a checkpoint after each epoch."""
+def uninterrupted(project: Project, reproduced_project: ReproducedProject) -> Path:
+    """Folder with the results of an uninterrupted training, with a checkpoint after each epoch."""
     reproduced_project.restore_to(project)
-    folder = project.folder.parent / "whole"
+    folder = project.folder.parent / "uninterrupted"
     folder.mkdir()
     shutil.copytree(project.folder / "models", folder / "models")
     shutil.move(project.folder / "mlruns", folder / "mlruns")
@@ -47,35 +47,39 @@ def whole(project: Project, reproduced_project: ReproducedProject) -> Path:
 
 
 @pytest.fixture(scope="module")
-def pieces(project: Project, whole: Path, prefect_server: str) -> Project:
-    """A project whose next stage is train, without any run in MLflow; its flows report to a server that is running."""
+def interrupted(project: Project, uninterrupted: Path, prefect_server: str) -> Project:
+    """A project whose next stage is train, with an empty MLflow store and a running Prefect server."""
     project.environment["PREFECT_API_URL"] = prefect_server
-    project.change(train=OFTEN)
-    project.commit("often")
+    project.change(train=FREQUENT)
+    project.commit("frequent checkpoints")
     return project
 
 
 @pytest.fixture
-def own_server(pieces: Project, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Flows start their own server."""
-    monkeypatch.delitem(pieces.environment, "PREFECT_API_URL")
+def own_server(interrupted: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let commands start their own Prefect server."""
+    monkeypatch.delitem(interrupted.environment, "PREFECT_API_URL")
 
 
-def begun(project: Project) -> list[Path]:
-    """Trainings that have not ended."""
+def unfinished_trainings(project: Project) -> list[Path]:
+    """Folders of unfinished trainings."""
     folders = sorted(path.parent for path in project.folder.glob(".cache/train/[!.]*/fingerprint.json"))
     return [folder for folder in folders if not (folder / "finished.json").exists()]
 
 
-def step(project: Project) -> int:
-    """Step of the newest checkpoint of a training that has not ended."""
-    found = [int(path.stem.removeprefix("step-")) for folder in begun(project) for path in folder.glob("step-*.pt")]
-    return max(found, default=0)
+def last_step(project: Project) -> int:
+    """Step of the newest checkpoint of an unfinished training."""
+    steps = [
+        int(path.stem.removeprefix("step-"))
+        for folder in unfinished_trainings(project)
+        for path in folder.glob("step-*.pt")
+    ]
+    return max(steps, default=0)
 
 
 @contextmanager
 def running(project: Project, *command: str, **environment: str):
-    """A command in a process group of its own, nothing of which is left."""
+    """Run a command in a new process group, and kill the group at the end."""
     process = subprocess.Popen(
         command, cwd=project.folder, env={**project.environment, **environment}, text=True, start_new_session=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
@@ -88,29 +92,29 @@ def running(project: Project, *command: str, **environment: str):
         process.wait()
 
 
-def forget(project: Project) -> None:
-    """Removes what trainings before have left."""
+def remove_checkpoints(project: Project) -> None:
+    """Remove the checkpoints of earlier trainings."""
     shutil.rmtree(project.folder / ".cache" / "train", ignore_errors=True)
 
 
-def wait_for_step(project: Project, process: subprocess.Popen, wanted: int) -> None:
+def wait_for_step(project: Project, process: subprocess.Popen, step: int) -> None:
     deadline = time.monotonic() + 200
-    while step(project) < wanted and process.poll() is None and time.monotonic() < deadline:
+    while last_step(project) < step and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.01)
     assert process.poll() is None, process.communicate()[0]
-    assert step(project) >= wanted
+    assert last_step(project) >= step
 
 
-def killed(project: Project, reached: int) -> None:
-    """Kills a training soon after a step."""
+def kill_after(project: Project, step: int) -> None:
+    """Kill a training soon after a step."""
     with running(project, "dvc", "repro", "train", **ALL_CORES) as process:
-        wait_for_step(project, process, reached)
-        time.sleep(0.1 * np.random.default_rng(reached).random())
+        wait_for_step(project, process, step)
+        time.sleep(0.1 * np.random.default_rng(step).random())
         os.killpg(process.pid, signal.SIGKILL)
 
 
-def told_to_mlflow(folder: Path) -> tuple[pd.DataFrame, dict[str, str]]:
-    """Every metric of training that is not a cost, in the order in which MLflow was told, and the runs' status."""
+def read_mlflow(folder: Path) -> tuple[pd.DataFrame, dict[str, str]]:
+    """Training metrics except costs, in logging order, and the status of each run."""
     with closing(sqlite3.connect(folder / "mlruns" / "mlflow.db")) as store:
         metrics = pd.read_sql("select run_uuid, key, step, value, timestamp from metrics", store)
         runs = dict(store.execute("select run_uuid, status from runs order by start_time"))
@@ -118,21 +122,20 @@ def told_to_mlflow(folder: Path) -> tuple[pd.DataFrame, dict[str, str]]:
     return metrics.sort_values(["timestamp", "step", "key"], kind="stable"), runs
 
 
-def test_a_training_is_killed_in_its_first_step(pieces):
-    """The tests after it interrupt the same training again; one of them tells what it comes to."""
-    killed(pieces, 1)
-    assert len(begun(pieces)) == 1
+def test_training_killed_in_the_first_step_can_resume(interrupted):
+    """Later tests interrupt the same training again, and compare its results."""
+    kill_after(interrupted, 1)
+    assert len(unfinished_trainings(interrupted)) == 1
 
 
 @pytest.mark.usefixtures("interruptible", "own_server")
 @pytest.mark.parametrize(("number", "reached"), [(signal.SIGTERM, 7), (signal.SIGINT, 14)])
-def test_a_signal_leaves_a_checkpoint_and_no_process(pieces, number, reached):
-    """A signal to `make repro`."""
-    with running(pieces, "make", "--assume-old", "install", "repro", **ALL_CORES) as process:
-        wait_for_step(pieces, process, reached)
-        below = psutil.Process(process.pid).children(recursive=True)
+def test_signal_stops_make_repro_with_a_checkpoint(interrupted, number, reached):
+    with running(interrupted, "make", "--assume-old", "install", "repro", **ALL_CORES) as process:
+        wait_for_step(interrupted, process, reached)
+        descendants = psutil.Process(process.pid).children(recursive=True)
         if number == signal.SIGINT:
-            os.killpg(process.pid, number)  # as a terminal does
+            os.killpg(process.pid, number)  # like a terminal
         else:
             process.send_signal(number)
         output, _ = process.communicate(timeout=60)
@@ -141,142 +144,142 @@ def test_a_signal_leaves_a_checkpoint_and_no_process(pieces, number, reached):
         output
     )
     assert "Traceback" not in output
-    assert psutil.wait_procs(below, timeout=10)[1] == []
-    assert list(told_to_mlflow(pieces.folder)[1].values()) == ["KILLED"]
+    assert psutil.wait_procs(descendants, timeout=10)[1] == []
+    assert list(read_mlflow(interrupted.folder)[1].values()) == ["KILLED"]
 
 
 @pytest.fixture(scope="module")
-def away(pieces: Project) -> str:
-    """What a training prints that finds no MLflow, and has other parameters than the one that was stopped."""
-    assert len(begun(pieces)) == 1
-    pieces.change(**STEADY)
-    nobody = f"http://127.0.0.1:{free_port()}"
-    output = pieces.run("python", "-m", "pipelines", "train", check=False, MLFLOW_TRACKING_URI=nobody)
-    assert pieces.code == os.EX_TEMPFAIL
+def offline(interrupted: Project) -> str:
+    """Output of a training without MLflow, with other parameters than the stopped training."""
+    assert len(unfinished_trainings(interrupted)) == 1
+    interrupted.change(**STABLE)
+    unreachable_url = f"http://127.0.0.1:{free_port()}"
+    output = interrupted.run("python", "-m", "pipelines", "train", check=False, MLFLOW_TRACKING_URI=unreachable_url)
+    assert interrupted.code == os.EX_TEMPFAIL
     return output
 
 
 @pytest.fixture(scope="module")
-def back(pieces: Project, away: str) -> str:
-    """What that stage prints when it is run twice more and finds MLflow.
+def online(interrupted: Project, offline: str) -> str:
+    """Output of two more runs of that stage, with MLflow.
 
-    The second time is that of a stage that was killed after its last line, before DVC noted its model.
+    The second run is like one after a kill between the end of the stage and DVC's update of dvc.lock.
     """
-    shutil.rmtree(pieces.folder / "models", ignore_errors=True)  # as DVC does
-    (pieces.folder / ".models.killed").mkdir()
-    output = pieces.run("python", "-m", "pipelines", "train", "train")
-    shutil.copytree(pieces.folder / "models", pieces.folder.parent / "steady")
+    shutil.rmtree(interrupted.folder / "models", ignore_errors=True)  # like DVC
+    (interrupted.folder / ".models.killed").mkdir()
+    output = interrupted.run("python", "-m", "pipelines", "train", "train")
+    shutil.copytree(interrupted.folder / "models", interrupted.folder.parent / "stable")
     return output
 
 
-def test_other_parameters_train_afresh_and_say_so(pieces, away):
-    """The one before was stopped and is kept; below it goes on."""
-    assert "training from the start, not from the checkpoint in .cache/train/" in away
-    assert "model.backbone is vit_tiny_patch16_224, was fadevit_nano" in away
-    assert "resumed after epoch" not in away
+def test_other_parameters_start_a_new_training(interrupted, offline):
+    """The stopped training is kept; a later test resumes it."""
+    assert "training from the start, not from the checkpoint in .cache/train/" in offline
+    assert "model.backbone is vit_tiny_patch16_224, was fadevit_nano" in offline
+    assert "resumed after epoch" not in offline
 
 
-def test_without_mlflow_training_goes_on_and_is_told_later(pieces, away, back):
-    assert away.count("cannot be reached: training continues") == 1
-    assert "Traceback" not in away
-    assert re.search(r"^train: .*the training is finished and kept in", away, re.MULTILINE), away
-    assert "epoch   1/2" in away
-    assert "epoch   1/2" not in back
-    metrics, runs = told_to_mlflow(pieces.folder)
-    new = read_json_file(pieces, "models/run.json")["mlflow_run_id"]
+def test_training_without_mlflow_is_logged_later(interrupted, offline, online):
+    assert offline.count("cannot be reached: training continues") == 1
+    assert "Traceback" not in offline
+    assert re.search(r"^train: .*the training is finished and kept in", offline, re.MULTILINE), offline
+    assert "epoch   1/2" in offline
+    assert "epoch   1/2" not in online
+    metrics, runs = read_mlflow(interrupted.folder)
+    new = read_json_file(interrupted, "models/run.json")["mlflow_run_id"]
     assert list(runs.values()) == ["KILLED", "FINISHED"]
     assert runs[new] == "FINISHED"
-    told = metrics[metrics["run_uuid"] == new]
-    assert sorted(told.loc[told["key"] == "val_loss", "step"]) == [1, 2]
+    logged = metrics[metrics["run_uuid"] == new]
+    assert sorted(logged.loc[logged["key"] == "val_loss", "step"]) == [1, 2]
 
 
-def test_a_model_that_dvc_has_not_noted_yet_is_not_trained_again(pieces, back):
-    lines = re.findall(r"^train: .*; MLflow run \w+$", back, re.MULTILINE)
+def test_finished_training_is_not_repeated_before_dvc_commit(interrupted, online):
+    lines = re.findall(r"^train: .*; MLflow run \w+$", online, re.MULTILINE)
     assert len(lines) == 2
     assert lines[0] == lines[1]
-    assert "epoch   1/" not in back
-    (note,) = (pieces.folder / ".cache" / "train").glob("*/finished.json")
-    trained = CheckpointManager(note.parent, 1).load_latest()["best_weights"]
-    model = torch.load(pieces.folder / "models" / "best_model.pth", weights_only=True)
+    assert "epoch   1/" not in online
+    (marker,) = (interrupted.folder / ".cache" / "train").glob("*/finished.json")
+    trained = CheckpointManager(marker.parent, 1).load_latest()["best_weights"]
+    model = torch.load(interrupted.folder / "models" / "best_model.pth", weights_only=True)
     torch.testing.assert_close(model, dict(trained), rtol=0, atol=0)
-    assert not (pieces.folder / ".models.killed").exists()
+    assert not (interrupted.folder / ".models.killed").exists()
 
 
-def test_a_training_interrupted_anytime_ends_the_same(whole, pieces):
-    """After a kill in the first step, two signals, another training in between, and a kill in the fifth epoch."""
-    pieces.run("git", "checkout", "--quiet", "params.yaml")
-    killed(pieces, 22)
-    output = pieces.run("dvc", "repro", "train", **ALL_CORES)
+def test_interrupted_training_gives_the_same_bytes(uninterrupted, interrupted):
+    """After a kill in the first step, two signals, another training, and a kill in the fifth epoch."""
+    interrupted.run("git", "checkout", "--quiet", "params.yaml")
+    kill_after(interrupted, 22)
+    output = interrupted.run("dvc", "repro", "train", **ALL_CORES)
     assert "resuming the unfinished training in .cache/train/" in output
     assert re.search(r"resumed after epoch \d, batch \d of the next epoch, step (2[2-9]|30)", output)
     for name in RESULTS:
-        assert (pieces.folder / name).read_bytes() == (whole / name).read_bytes(), name
-    assert not begun(pieces)
-    (metrics, runs), (expected, _) = told_to_mlflow(pieces.folder), told_to_mlflow(whole)
+        assert (interrupted.folder / name).read_bytes() == (uninterrupted / name).read_bytes(), name
+    assert not unfinished_trainings(interrupted)
+    (metrics, runs), (expected, _) = read_mlflow(interrupted.folder), read_mlflow(uninterrupted)
     assert not metrics.duplicated(["run_uuid", "key", "step"]).any()
-    mine = read_json_file(pieces, "models/run.json")["mlflow_run_id"]
-    assert list(runs) == [mine, *(runs.keys() - {mine})]
+    run_id = read_json_file(interrupted, "models/run.json")["mlflow_run_id"]
+    assert list(runs) == [run_id, *(runs.keys() - {run_id})]
     assert list(runs.values()) == ["FINISHED", "FINISHED"]
-    metrics = metrics[metrics["run_uuid"] == mine]
-    assert metrics["step"].max() == OFTEN["epochs"]
+    metrics = metrics[metrics["run_uuid"] == run_id]
+    assert metrics["step"].max() == FREQUENT["epochs"]
     columns = ["key", "step", "value"]
     both = [table[columns].sort_values(columns[:2]).reset_index(drop=True) for table in (metrics, expected)]
     pd.testing.assert_frame_equal(*both, check_exact=True)
-    in_time = metrics[metrics["key"] == "val_loss"]["step"]
-    assert in_time.is_monotonic_increasing
+    logged_epochs = metrics[metrics["key"] == "val_loss"]["step"]
+    assert logged_epochs.is_monotonic_increasing
 
 
 @pytest.fixture(scope="module")
-def steady(pieces: Project, back: str) -> pd.DataFrame:
-    """The history of one process."""
-    return pd.read_csv(pieces.folder.parent / "steady" / "history.csv")
+def stable(interrupted: Project, online: str) -> pd.DataFrame:
+    """Training history with one process."""
+    return pd.read_csv(interrupted.folder.parent / "stable" / "history.csv")
 
 
-def test_two_processes_come_to_the_history_of_one(pieces, steady):
-    pieces.change(model=STEADY["model"], train={**STEADY["train"], "devices": 2})
-    pieces.run("python", "-m", "pipelines", "train")
-    found = pd.read_csv(pieces.folder / "models" / "history.csv")
-    assert found["epoch"].tolist() == steady["epoch"].tolist()
+def test_two_processes_have_the_history_of_one(interrupted, stable):
+    interrupted.change(model=STABLE["model"], train={**STABLE["train"], "devices": 2})
+    interrupted.run("python", "-m", "pipelines", "train")
+    history = pd.read_csv(interrupted.folder / "models" / "history.csv")
+    assert history["epoch"].tolist() == stable["epoch"].tolist()
     for name in ("train_loss", "val_loss", "learning_rate"):
-        assert found[name].to_numpy() == pytest.approx(steady[name].to_numpy(), abs=1e-5), name
-    assert steady["train_loss"].nunique() == len(steady)
+        assert history[name].to_numpy() == pytest.approx(stable[name].to_numpy(), abs=1e-5), name
+    assert stable["train_loss"].nunique() == len(stable)
 
 
-def test_two_machines_do_so_too(pieces, steady):
-    pieces.change(train={"devices": 1, "checkpoint_minutes": 6})
+def test_two_machines_have_the_history_of_one(interrupted, stable):
+    interrupted.change(train={"devices": 1, "checkpoint_minutes": 6})
     cluster = {"PET_NNODES": "2", "PET_MASTER_ADDR": "127.0.0.1", "PET_MASTER_PORT": str(free_port())}
     other = ["torchrun", "--nproc-per-node", "1", "-m", "pipelines.stages.train_worker"]
-    with running(pieces, *other, **cluster, PET_NODE_RANK="1") as process:
-        pieces.run("python", "-m", "pipelines", "train", **cluster, PET_NODE_RANK="0")
+    with running(interrupted, *other, **cluster, PET_NODE_RANK="1") as process:
+        interrupted.run("python", "-m", "pipelines", "train", **cluster, PET_NODE_RANK="0")
         assert process.wait(timeout=60) == 0
-    found = pd.read_csv(pieces.folder / "models" / "history.csv")
+    history = pd.read_csv(interrupted.folder / "models" / "history.csv")
     for name in ("train_loss", "val_loss"):
-        assert found[name].to_numpy() == pytest.approx(steady[name].to_numpy(), abs=1e-5), name
+        assert history[name].to_numpy() == pytest.approx(stable[name].to_numpy(), abs=1e-5), name
 
 
-def test_an_error_in_one_of_several_processes_is_one_message(pieces):
-    pieces.change(train={"devices": 2, "batch_size": 2})
-    output = pieces.run("python", "-m", "pipelines", "train", check=False)
-    assert pieces.code == 1
+def test_error_in_one_process_is_one_message(interrupted):
+    interrupted.change(train={"devices": 2, "batch_size": 2})
+    output = interrupted.run("python", "-m", "pipelines", "train", check=False)
+    assert interrupted.code == 1
     assert re.search(r"^train: a batch of 2 images is too small for 2 device\(s\)", output, re.MULTILINE), output
     assert "Traceback" not in output
 
 
 @pytest.mark.usefixtures("own_server")
-def test_another_process_does_not_train_the_same_and_sigterm_reaches_all(pieces, prefect_server):
-    """Several processes, of a network with batch normalization, in the second epoch."""
-    forget(pieces)
-    long = {**SELDOM, "devices": 2, "epochs": 1000, "early_stopping_patience": 1000}
-    pieces.change(model={"backbone": "resnet18", "fade": None}, train=long)
-    with running(pieces, sys.executable, "-m", "pipelines", "train") as process:
-        wait_for_step(pieces, process, STEPS)
-        output = pieces.run("python", "-m", "pipelines", "train", check=False, PREFECT_API_URL=prefect_server)
-        assert pieces.code == os.EX_TEMPFAIL
+def test_running_training_is_locked_and_stops_on_sigterm(interrupted, prefect_server):
+    """Two processes, a model with batch normalization, in the second epoch."""
+    remove_checkpoints(interrupted)
+    long = {**RARE, "devices": 2, "epochs": 1000, "early_stopping_patience": 1000}
+    interrupted.change(model={"backbone": "resnet18", "fade": None}, train=long)
+    with running(interrupted, sys.executable, "-m", "pipelines", "train") as process:
+        wait_for_step(interrupted, process, STEPS)
+        output = interrupted.run("python", "-m", "pipelines", "train", check=False, PREFECT_API_URL=prefect_server)
+        assert interrupted.code == os.EX_TEMPFAIL
         assert "another process runs the same training; wait until it has finished" in output
-        below = psutil.Process(process.pid).children(recursive=True)
+        descendants = psutil.Process(process.pid).children(recursive=True)
         process.terminate()
         output, _ = process.communicate(timeout=60)
     assert process.returncode == 128 + signal.SIGTERM, output
-    assert psutil.wait_procs(below, timeout=10)[1] == []
+    assert psutil.wait_procs(descendants, timeout=10)[1] == []
     assert "Traceback" not in output
     assert re.search(r"^train: stopped by SIGTERM", output, re.MULTILINE), output

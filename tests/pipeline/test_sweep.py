@@ -1,4 +1,4 @@
-"""`fadeformer sweep` on a machine with nothing but this project: interrupted, resumed, and its best evaluated."""
+"""`fadeformer sweep` without servers: interrupted, resumed, and its best trial evaluated."""
 
 import json
 import os
@@ -36,7 +36,7 @@ space:
 
 @pytest.fixture(scope="module")
 def swept(interruptible: None, reproduced: Project) -> str:
-    """What a sweep has printed that was interrupted in its first trial and started again."""
+    """Output of a sweep that was interrupted in its first trial and started again."""
     project = reproduced
     (project.folder / "rates.yaml").write_text(RATES)
     shutil.copy(project.folder / "params.yaml", project.folder / "small.yaml")
@@ -45,37 +45,36 @@ def swept(interruptible: None, reproduced: Project) -> str:
         wait_until(lambda: "epoch   3/24" in logs(project), 300)
         os.kill(process.pid, signal.SIGINT)
         assert process.wait(120) == 128 + signal.SIGINT
-    assert not below(project.folder)  # DVC and the stage
+    assert not processes_in(project.folder)  # DVC and the stage
     assert "epoch  24/24" not in logs(project)
     return project.run(*command)
 
 
 def logs(project: Project) -> str:
-    """What all trials have printed."""
+    """Output of all trials."""
     files = sorted((project.folder / ".cache" / "sweeps" / "rates").glob("*.log"))
     return "".join(file.read_text() for file in files)
 
 
-def below(folder: Path) -> list[str]:
-    """What runs in a folder or in one below it, but for this process."""
-    found = []
+def processes_in(folder: Path) -> list[str]:
+    """Commands of processes with a working directory in a folder."""
+    commands = []
     for process in psutil.process_iter():
         with suppress(psutil.Error):
             if Path(process.cwd()).is_relative_to(folder):
-                found.append(" ".join(process.cmdline()))
-    return found
+                commands.append(" ".join(process.cmdline()))
+    return commands
 
 
 @pytest.fixture(scope="module")
 def runs(project: Project, swept: str) -> dict[str, Run]:
-    """MLflow's runs by name."""
+    """MLflow runs of the sweep by name."""
     client = MlflowClient(f"sqlite:///{project.folder}/mlruns/mlflow.db")
-    found = client.search_runs([client.get_experiment_by_name("fadeformer").experiment_id])
-    found = [run for run in found if run.info.run_name.startswith("rates")]  # and that of the project's own run
-    return {run.info.run_name: run for run in found}
+    all_runs = client.search_runs([client.get_experiment_by_name("fadeformer").experiment_id])
+    return {run.info.run_name: run for run in all_runs if run.info.run_name.startswith("rates")}
 
 
-def test_it_is_resumed_and_stops_what_is_worse(project, swept):
+def test_sweep_is_resumed_and_prunes_trials(project, swept):
     lines = swept.splitlines()
     assert lines[0] == "rates: 0 trials are finished, 1 are resumed"
     assert re.match(r"trial 0: 0\.\d{4}, the best so far", lines[1])
@@ -85,19 +84,18 @@ def test_it_is_resumed_and_stops_what_is_worse(project, swept):
     assert re.match(r"sweep: 1 of 2 trials completed, 1 were pruned; test data were not used", lines[5])
     assert len(lines) == 7
     assert "resuming the unfinished training" in logs(project)
-    assert (
-        "epoch   2/24" not in (file := next((project.folder / ".cache/sweeps/rates").glob("rates-000-*"))).read_text()
-    )
-    assert "epoch  24/24" in file.read_text()
-    assert not below(project.folder)
+    (log,) = (project.folder / ".cache/sweeps/rates").glob("rates-000-*")
+    assert "epoch   2/24" not in log.read_text()
+    assert "epoch  24/24" in log.read_text()
+    assert not processes_in(project.folder)
     assert not list((project.folder / ".dvc/tmp/exps/standalone").glob("tmp*"))
     assert project.run("git", "stash", "list") == ""
 
 
-def test_trials_are_runs_below_that_of_the_sweep(runs, swept):
-    found = {name.rpartition("-")[0] or name: run for name, run in runs.items()}
-    assert {*found} == {"rates", "rates-000", "rates-002"}
-    sweep, *trials = [found[name] for name in sorted(found)]
+def test_trials_are_child_runs_of_the_sweep(runs, swept):
+    by_name = {name.rpartition("-")[0] or name: run for name, run in runs.items()}
+    assert {*by_name} == {"rates", "rates-000", "rates-002"}
+    sweep, *trials = [by_name[name] for name in sorted(by_name)]
     for trial in trials:
         assert trial.data.tags["mlflow.parentRunId"] == sweep.info.run_id
     assert [trial.data.tags["fadeformer.trial"] for trial in trials] == ["0", "2"]
@@ -108,7 +106,7 @@ def test_trials_are_runs_below_that_of_the_sweep(runs, swept):
     assert sweep.info.status == "FINISHED"
 
 
-def test_the_table_of_all_trials_lies_in_the_run_of_the_sweep(project, runs):
+def test_sweep_run_has_a_table_of_trials(project, runs):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{project.folder}/mlruns/mlflow.db")
         table = mlflow.artifacts.load_text(f"{runs['rates'].info.artifact_uri}/trials.csv").splitlines()
@@ -116,12 +114,12 @@ def test_the_table_of_all_trials_lies_in_the_run_of_the_sweep(project, runs):
     assert "params_train.learning_rate" in table[0]
 
 
-def test_the_best_is_evaluated_without_another_training(project, swept, shared_server):
+def test_best_trial_is_evaluated_without_training(project, swept, shared_server):
     command = swept.splitlines()[-1]
     assert command.startswith("dvc exp run --set-param=")
     assert stages_run(project.run(*shlex.split(command))) == ["evaluate", "promote"]
-    found, small = (schema.load_params(project.folder / file).as_flat_dict() for file in ("params.yaml", "small.yaml"))
-    changed = {key: value for key, value in found.items() if small[key] != value}
+    params, small = (schema.load_params(project.folder / file).as_flat_dict() for file in ("params.yaml", "small.yaml"))
+    changed = {key: value for key, value in params.items() if small[key] != value}
     assert changed == {
         "train.epochs": 24,
         "train.early_stopping_patience": 24,
@@ -132,14 +130,14 @@ def test_the_best_is_evaluated_without_another_training(project, swept, shared_s
     assert json.loads((project.folder / "reports/promotion.json").read_text())["version"] == "2"
 
 
-def test_the_same_file_with_other_values_is_refused(project, swept, prefect_server, monkeypatch, capfd):
+def test_changed_space_is_rejected(project, swept, prefect_server, monkeypatch, capfd):
     monkeypatch.chdir(project.folder)
-    monkeypatch.setenv("PREFECT_API_URL", prefect_server)  # else the command starts one
+    monkeypatch.setenv("PREFECT_API_URL", prefect_server)  # otherwise the command starts a server
     shutil.copy(project.folder / "small.yaml", project.folder / "params.yaml")
     (project.folder / "rates.yaml").write_text(RATES.replace("1.0e-9", "1.0e-8"))
-    with pytest.raises(SystemExit) as ended:
+    with pytest.raises(SystemExit) as error:
         main.main(["sweep", "rates.yaml"])
-    assert ended.value.code == 1
+    assert error.value.code == 1
     output = capfd.readouterr().err
     assert "the sweep rates was started with another space; give this one another name:" in output
     assert "Traceback" not in output
