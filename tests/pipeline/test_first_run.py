@@ -65,7 +65,7 @@ def test_second_run_skips_all_stages(project, first):
 
 
 def test_outputs_in_the_readme_exist(project, first):
-    table = (ROOT / "README.md").read_text().split("What a run leaves:")[1].split("\n\n")[1]
+    table = (ROOT / "README.md").read_text().split("Outputs of a run:")[1].split("\n\n")[1]
     names = [name for row in table.splitlines()[2:] for name in re.findall(r"`([^`]+)`", row.split("|")[1])]
     assert len(names) >= 10
     for name in names:
