@@ -1,12 +1,12 @@
-"""Does diffusion help? Networks that differ in their Fade layer and its read-out, trained alike on real images.
+"""Ablation of diffusion: models that differ in Fade layer and pooling, trained in the same way on real images.
 
-    python benchmarks/diffusion_ablation.py run FOLDER RUNS       trains what is not in the folder RUNS yet
-    python benchmarks/diffusion_ablation.py table FOLDER RUNS     mean, spread and paired tests
+    python benchmarks/diffusion_ablation.py run FOLDER RUNS       train the runs that are missing in the folder RUNS
+    python benchmarks/diffusion_ablation.py table FOLDER RUNS     print means, standard deviations and paired tests
 
-FOLDER holds `medmnist/retinamnist.npz`, `npz/pneumoniamnist.npz` and, in ISIC's layout, `isic2019/`, which is split by
-lesion. The backbone is a small ViT of 14 x 14 patches, the grid of the published model. All arms begin with the same
-backbone and see the same batches; all read the patches, none the class token. The epoch is chosen on val; test is
-looked at once, after training.
+FOLDER contains `medmnist/retinamnist.npz`, `npz/pneumoniamnist.npz` and, in ISIC's layout, `isic2019/`, which is split
+by lesion. The backbone is a small ViT of 14 x 14 patches, the grid of the published model. All arms start with the same
+backbone weights and get the same batches; all pool the patch tokens, none uses the class token. The epoch is selected
+on val; the test set is evaluated once, after training.
 """
 
 from __future__ import annotations
@@ -52,15 +52,15 @@ TASK = TASKS["multi-class"]
 EPOCHS = {"retinamnist": 12, "pneumoniamnist": 4, "isic2019": 4}
 LAYER = {"num_heads": 4, "dropout": 0.1}
 DIFFUSION = {"variant": "diffusion", "after_blocks": [1], "fade_attn_params": LAYER}
-# The last arm is the layer with its read-out, every gate shut to diffusion: what it gains over the plain network is not
-# diffusion's merit.
+# The last arm has the diffusion layer and its pooling, with all gates fixed to attention, so its gain over the plain
+# model is not due to diffusion.
 ARMS: dict[str, dict[str, Any]] = {
     "plain": {},
     "published": {"variant": "published", "fade_attn_params": {**LAYER, "K": 3, "alpha": 0.5}},
     "diffusion": DIFFUSION,
     "attention alone": DIFFUSION,
 }
-QUESTIONS = [
+COMPARISONS = [
     ("published", "plain"),
     ("diffusion", "plain"),
     ("attention alone", "plain"),
@@ -71,7 +71,7 @@ RESAMPLES = 2000
 
 @register_model
 def science_vit(pretrained: bool = False, **options: Any) -> VisionTransformer:
-    """A ViT whose patches of 2 pixels make a grid of 14 x 14 of an image of 28 pixels, 0.2 M parameters."""
+    """A ViT with patches of 2 pixels, 14 x 14 for an image of 28 pixels, and 0.2 M parameters."""
     sizes = {"patch_size": 2, "embed_dim": 64, "depth": 3, "num_heads": 4}
     return VisionTransformer(**{**sizes, **drop_timm_factory_args(options)})
 
@@ -94,15 +94,15 @@ def load_isic(folder: Path) -> Splits:
     lesions = pd.read_csv(folder / "ISIC_2019_Training_Metadata.csv", index_col="image").loc[truth.index, "lesion_id"]
     groups = lesions.fillna(pd.Series(truth.index, truth.index)).to_numpy()
     labels = truth.to_numpy().argmax(axis=1)
-    _, labels = np.unique(labels, return_inverse=True)  # UNK has no image
+    _, labels = np.unique(labels, return_inverse=True)  # UNK has no images
     with zipfile.ZipFile(folder / "ISIC_2019_Training_Input.zip") as archive:
         paths = {Path(name).stem: name for name in archive.namelist() if name.endswith(".jpg")}
         pixels = np.stack([_decode(archive.read(paths[name])) for name in truth.index])
     folds = np.empty(len(labels), dtype=int)
-    for fold, (_, of_fold) in enumerate(
+    for fold, (_, fold_rows) in enumerate(
         StratifiedGroupKFold(10, shuffle=True, random_state=0).split(pixels, labels, groups)
     ):
-        folds[of_fold] = fold
+        folds[fold_rows] = fold
     rows = {"train": folds < 7, "val": folds == 7, "test": folds > 7}
     return {split: (pixels[chosen], labels[chosen][:, None]) for split, chosen in rows.items()}
 
@@ -115,9 +115,9 @@ def _decode(jpeg: bytes) -> np.ndarray:
 
 
 def train_and_test(data: Path, runs: Path, dataset: str, arm: str, seed: int) -> None:
-    """Trains one network, keeps the epoch of the lowest validation loss, and looks at test once.
+    """Train one model, keep the epoch with the lowest validation loss, and evaluate it on the test set.
 
-    What came of it is written into `runs`: a row as JSON, and the test scores.
+    Write the result to `runs` as JSON, and the test scores as npy.
     """
     torch.set_num_threads(1)
     splits = load(data, dataset)
@@ -158,7 +158,7 @@ def train_and_test(data: Path, runs: Path, dataset: str, arm: str, seed: int) ->
 
 
 def network(arm: str, classes: int, seed: int) -> torch.nn.Module:
-    """An arm's network; the backbone's weights depend on the seed alone."""
+    """Create the model of an arm; the backbone weights depend only on the seed."""
     torch.manual_seed(seed)
     options = {"num_classes": classes, "img_size": SIDE, "drop_path_rate": 0.1}
     plain = timm.create_model("science_vit", global_pool="avg", drop_rate=0.1, **options)
@@ -168,65 +168,70 @@ def network(arm: str, classes: int, seed: int) -> torch.nn.Module:
     with torch.no_grad():
         start = plain.state_dict()
         for name, value in model.state_dict().items():
-            shared = name.replace(".block.", ".")  # behind which a Fade layer stands
+            shared = name.replace(".block.", ".")  # blocks that a Fade layer follows are wrapped
             if shared.startswith(("patch_embed.", "pos_embed", "cls_token", "blocks.")) and shared in start:
                 value.copy_(start[shared])
     if arm == "attention alone":
-        shut_diffusion(model)
+        disable_diffusion(model)
     return model
 
 
-def shut_diffusion(model: torch.nn.Module) -> None:
-    """Sets every gate to attention and leaves it there."""
+def disable_diffusion(model: torch.nn.Module) -> None:
+    """Fix all gates to attention."""
     for name, parameter in model.named_parameters():
         if name.endswith("gate_logit"):
-            torch.nn.init.constant_(parameter, 10.0)  # a share of attention of 1, to the last bit of float32
+            torch.nn.init.constant_(parameter, 10.0)  # sigmoid(LOGIT_SCALE * 10) is 1 in float32
             parameter.requires_grad_(False)
 
 
 def run(data: Path, runs: Path, seeds: int) -> None:
     done = {(row["dataset"], row["arm"], row["seed"]) for row in map(read_json, runs.glob("*.json"))}
-    wanted = [case for case in itertools.product(EPOCHS, ARMS, range(seeds)) if case not in done]
-    wanted.sort(key=lambda case: case[2])
+    cases = [case for case in itertools.product(EPOCHS, ARMS, range(seeds)) if case not in done]
+    cases.sort(key=lambda case: case[2])
     with ProcessPoolExecutor(os.cpu_count()) as workers:
-        for future in as_completed([workers.submit(train_and_test, data, runs, *case) for case in wanted]):
+        for future in as_completed([workers.submit(train_and_test, data, runs, *case) for case in cases]):
             future.result()
 
 
 def table(data: Path, runs: Path) -> None:
-    """Test AUC of each arm, and the questions: paired over seeds (t test, Holm) and over test images (bootstrap)."""
-    found = pd.DataFrame([read_json(path) for path in sorted(runs.glob("*.json"))])
-    print("| data set | arm | seeds | val AUC | test AUC |\n| --- | --- | --- | --- | --- |")
+    """Print the test AUC of each arm and comparisons paired over seeds (t test, Holm) and test images (bootstrap)."""
+    results = pd.DataFrame([read_json(path) for path in sorted(runs.glob("*.json"))])
+    print("| dataset | arm | seeds | val AUC | test AUC |\n| --- | --- | --- | --- | --- |")
     for dataset, arm in itertools.product(EPOCHS, ARMS):
-        of = found[(found.dataset == dataset) & (found.arm == arm)]
-        told = [f"{of[name].mean():.4f} +- {of[name].std():.4f}" for name in ("val_auc", "test_auc")]
-        print(f"| {dataset} | {arm} | {len(of)} | {' | '.join(told)} |")
-    answers = []
+        selected = results[(results.dataset == dataset) & (results.arm == arm)]
+        cells = [f"{selected[name].mean():.4f} +- {selected[name].std():.4f}" for name in ("val_auc", "test_auc")]
+        print(f"| {dataset} | {arm} | {len(selected)} | {' | '.join(cells)} |")
+    rows = []
     for dataset in EPOCHS:
         labels = load(data, dataset)["test"][1][:, 0]
         weights = np.random.default_rng(0).multinomial(len(labels), np.full(len(labels), 1 / len(labels)), RESAMPLES)
-        rows = found[found.dataset == dataset].pivot_table(index="seed", columns="arm", values="test_auc")
+        auc_by_seed = results[results.dataset == dataset].pivot_table(index="seed", columns="arm", values="test_auc")
         resampled = {
             (arm, seed): bootstrap_aucs(
                 labels, np.load(runs / f"{dataset}.{arm.replace(' ', '_')}.{seed}.npy"), weights
             )
-            for arm, seed in itertools.product(ARMS, rows.index)
+            for arm, seed in itertools.product(ARMS, auc_by_seed.index)
         }
-        for arm, rival in QUESTIONS:
-            difference = (rows[arm] - rows[rival]).dropna()
-            of_images = np.mean([resampled[arm, seed] - resampled[rival, seed] for seed in difference.index], axis=0)
-            low, high = np.percentile(of_images, [2.5, 97.5])
+        for arm, baseline in COMPARISONS:
+            difference = (auc_by_seed[arm] - auc_by_seed[baseline]).dropna()
+            image_differences = np.mean(
+                [resampled[arm, seed] - resampled[baseline, seed] for seed in difference.index], axis=0
+            )
+            low, high = np.percentile(image_differences, [2.5, 97.5])
             p = stats.ttest_1samp(difference, 0).pvalue
-            answers.append((dataset, f"{arm} - {rival}", difference.mean(), p, (difference > 0).sum(), low, high))
-    holm = adjusted(np.array([answer[3] for answer in answers]))
-    print("\n| data set | difference of test AUC | mean | seeds above 0 | p | p (Holm) | 95 % over test images |")
+            rows.append((dataset, f"{arm} - {baseline}", difference.mean(), p, (difference > 0).sum(), low, high))
+    holm = holm_adjusted(np.array([row[3] for row in rows]))
+    print("\n| dataset | difference of test AUC | mean | seeds above 0 | p | p (Holm) | 95 % over test images |")
     print("| --- | --- | --- | --- | --- | --- | --- |")
-    for (dataset, what, mean, p, above, low, high), corrected in zip(answers, holm, strict=True):
-        print(f"| {dataset} | {what} | {mean:+.4f} | {above} | {p:.4f} | {corrected:.4f} | {low:+.4f} to {high:+.4f} |")
+    for (dataset, comparison, mean, p, above, low, high), corrected in zip(rows, holm, strict=True):
+        print(
+            f"| {dataset} | {comparison} | {mean:+.4f} | {above} | {p:.4f} | {corrected:.4f} |"
+            f" {low:+.4f} to {high:+.4f} |"
+        )
 
 
-def adjusted(p: np.ndarray) -> np.ndarray:
-    """P values corrected for their number after Holm (1979)."""
+def holm_adjusted(p: np.ndarray) -> np.ndarray:
+    """Adjust p-values for multiple comparisons (Holm 1979)."""
     order = np.argsort(p)
     stepped = np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1))
     result = np.empty_like(p)
@@ -235,7 +240,7 @@ def adjusted(p: np.ndarray) -> np.ndarray:
 
 
 def bootstrap_aucs(labels: np.ndarray, scores: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """Mean one-versus-rest AUC of each resample, which counts image i `weights[:, i]` times; no scores are equal."""
+    """Return the mean one-vs-rest AUC of resamples in which image i has weight `weights[:, i]`; assumes no ties."""
     total = np.zeros(len(weights))
     classes = np.unique(labels)
     for label in classes:
@@ -248,10 +253,10 @@ def bootstrap_aucs(labels: np.ndarray, scores: np.ndarray, weights: np.ndarray) 
 
 
 def command_line(
-    told: str | None, run: Callable[[Path, Path, int], None], table: Callable[[Path, Path], None], seeds: int
+    description: str | None, run: Callable[[Path, Path, int], None], table: Callable[[Path, Path], None], seeds: int
 ) -> None:
-    """`run DATA RUNS [--seeds N]` or `table DATA RUNS`, as the arguments say."""
-    parser = argparse.ArgumentParser(description=told, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """Run the command `run DATA RUNS [--seeds N]` or `table DATA RUNS`."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     for name in ("run", "table"):
         command = commands.add_parser(name)
@@ -259,11 +264,11 @@ def command_line(
         command.add_argument("runs", type=Path)
         if name == "run":
             command.add_argument("--seeds", type=int, default=seeds)
-    wanted = parser.parse_args()
-    if wanted.command == "run":
-        run(wanted.data, wanted.runs, wanted.seeds)
+    args = parser.parse_args()
+    if args.command == "run":
+        run(args.data, args.runs, args.seeds)
     else:
-        table(wanted.data, wanted.runs)
+        table(args.data, args.runs)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""What the data gate costs apart from decoding: seconds and memory for many rows.
+"""Time and memory of data validation for many rows, without decoding.
 
     python benchmarks/gate.py [--rows 100000]
 
-Draws as many thumbnails, with groups, copies, near copies and leaks among them, and times what `validate` does with
-them: hashes, the search for near duplicates, a split, the great-expectations suite and the page.
+Generates random thumbnails with groups, duplicates, near-duplicates and leaks, and times the steps of `validate`:
+hashes, near-duplicate search, split, the great-expectations suite and the page.
 """
 
 from __future__ import annotations
@@ -33,29 +33,29 @@ CLASSES = ("a", "b", "c", "d", "e")
 
 
 @contextlib.contextmanager
-def timed(what: str, seconds: dict[str, float]) -> Iterator[None]:
-    began = time.perf_counter()
+def timed(step: str, seconds: dict[str, float]) -> Iterator[None]:
+    start = time.perf_counter()
     yield
-    seconds[what] = time.perf_counter() - began
-    print(f"{what:28}{seconds[what]:8.1f} s")
+    seconds[step] = time.perf_counter() - start
+    print(f"{step:28}{seconds[step]:8.1f} s")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=100_000)
     count = parser.parse_args().rows
-    wanted = schema.load_params(ROOT / "params.yaml").validate_
+    config = schema.load_params(ROOT / "params.yaml").validate_
     random = np.random.default_rng(0)
     seconds: dict[str, float] = {}
     coarse = random.integers(0, 256, (count, 8, 8), dtype=np.uint8)
-    images = [Image.fromarray(one).resize((SIDE, SIDE), Image.Resampling.BICUBIC) for one in coarse]
-    for copied in range(0, count - 50, 1000):  # one in a thousand has a near copy fifty rows on
-        images[copied + 50] = Image.fromarray(np.roll(np.asarray(images[copied]), 1, axis=1))
-    began = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    images = [Image.fromarray(pixels).resize((SIDE, SIDE), Image.Resampling.BICUBIC) for pixels in coarse]
+    for row in range(0, count - 50, 1000):  # one image in a thousand has a near-duplicate fifty rows later
+        images[row + 50] = Image.fromarray(np.roll(np.asarray(images[row]), 1, axis=1))
+    initial_rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with timed("hashes", seconds):
-        sketches = [near_duplicates.compute_signature(image) for image in images]
-    with timed("near duplicates", seconds):
-        pairs = near_duplicates.find_near_duplicates(sketches, wanted.near_duplicate_similarity)
+        signatures = [near_duplicates.compute_signature(image) for image in images]
+    with timed("near-duplicates", seconds):
+        pairs = near_duplicates.find_near_duplicates(signatures, config.near_duplicate_similarity)
     names = [f"{row:06}.png" for row in range(count)]
     rows = pd.DataFrame({
         "path": "images.zip", "member": names, "id": names, "group": [f"patient {row // 3}" for row in range(count)],
@@ -64,34 +64,34 @@ def main() -> None:
         "brightness": random.uniform(60, 190, count), "contrast": 40.0, "problem": None,
     })  # fmt: skip
     with timed("split", seconds):
-        cluster = splits.connected_clusters(count, rows["group"], pairs[["first", "second"]].to_numpy())
-        present = splits.label_indicators(rows[["label"]], len(CLASSES), False)
-        split = splits.assign(present, cluster, {"train": 0.7, "val": 0.1, "test": 0.2}, seed=0)
-    split[::5000] = "test"  # leaks of patients and near copies
+        clusters = splits.connected_clusters(count, rows["group"], pairs[["first", "second"]].to_numpy())
+        indicators = splits.label_indicators(rows[["label"]], len(CLASSES), False)
+        split = splits.assign(indicators, clusters, {"train": 0.7, "val": 0.1, "test": 0.2}, seed=0)
+    split[::5000] = "test"  # leaks of patients and near-duplicates
     rows.insert(2, "split", split)
     rows.loc[count - 1, "sha256"] = rows.loc[0, "sha256"]
-    near = pd.DataFrame({
+    near_duplicate_table = pd.DataFrame({
         "first": rows["id"].to_numpy()[pairs["first"]], "second": rows["id"].to_numpy()[pairs["second"]],
         "similarity": pairs["similarity"],
     })  # fmt: skip
-    thumbnails = [one.thumbnail for one in sketches]
-    facts = DatasetCard("many", "images.zip", "0" * 64, "multi-class", CLASSES, SIDE, 1, None, "", "")
-    found = Manifest(rows, near, thumbnails, {}, "made")
+    thumbnails = [signature.thumbnail for signature in signatures]
+    card = DatasetCard("many", "images.zip", "0" * 64, "multi-class", CLASSES, SIDE, 1, None, "", "")
+    checked_manifest = Manifest(rows, near_duplicate_table, thumbnails, {}, "made")
     with timed("great-expectations", seconds), tempfile.TemporaryDirectory() as folder:
         checks = suite.validate_manifest(
-            found, facts, severity=wanted.severity.model_dump(), allowed_duplicates=0, min_per_class=1,
-            max_label_shift=wanted.max_label_shift, folder=Path(folder),
+            checked_manifest, card, severity=config.severity.model_dump(), allowed_duplicates=0, min_per_class=1,
+            max_label_shift=config.max_label_shift, folder=Path(folder),
         )  # fmt: skip
     with timed("page and table", seconds):
-        page.render_validation_page(facts, found, checks, "")
+        page.render_validation_page(card, checked_manifest, checks, "")
         rows.to_parquet(io.BytesIO())
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    print(f"{'in all':28}{sum(seconds.values()):8.1f} s, peak {peak / 2**20:.2f} GiB, {began / 2**20:.2f} before")
+    peak_rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     print(
-        f"{len(near)} near duplicates, {len(manifest.cross_split_near_duplicates(rows, near))} of them in two splits;",
-        end=" ",
+        f"{'total':28}{sum(seconds.values()):8.1f} s, peak {peak_rss / 2**20:.2f} GiB, {initial_rss / 2**20:.2f} before"
     )
-    print(f"expectations that do not hold: {', '.join(check.name for check in checks if not check.passed)}")
+    leaks = manifest.cross_split_near_duplicates(rows, near_duplicate_table)
+    print(f"{len(near_duplicate_table)} near-duplicates, {len(leaks)} of them across splits;", end=" ")
+    print(f"failed expectations: {', '.join(check.name for check in checks if not check.passed)}")
 
 
 if __name__ == "__main__":

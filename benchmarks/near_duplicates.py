@@ -1,10 +1,10 @@
-"""Which altered copies of real images the data gate finds, and which other images it takes for copies.
+"""Recall and false positives of near-duplicate detection on altered copies of real images.
 
     python benchmarks/near_duplicates.py FOLDER [--images 200]
 
-FOLDER holds `isic2019/ISIC_2019_Training_Input.zip`, `chestxray14/images_001.tar.gz`, `mednist/mednist.zip` and
-`medmnist/retinamnist.npz`; those that are missing are left out. Of each set some images are drawn, altered, and looked
-for among all by `fadeformer.data.near_duplicates`.
+FOLDER contains `isic2019/ISIC_2019_Training_Input.zip`, `chestxray14/images_001.tar.gz`, `mednist/mednist.zip` and
+`medmnist/retinamnist.npz`; missing files are skipped. A sample of each dataset is altered, and the copies are searched
+among all images by `fadeformer.data.near_duplicates`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from fadeformer.data import near_duplicates
 from fadeformer.data.archives import reader
 
 ROOT = Path(__file__).resolve().parents[1]
-SETS = {
+DATASETS = {
     "isic2019": "isic2019/ISIC_2019_Training_Input.zip", "chestxray14": "chestxray14/images_001.tar.gz",
     "mednist": "mednist/mednist.zip", "retinamnist": "medmnist/retinamnist.npz",
 }  # fmt: skip
@@ -30,19 +30,19 @@ SUFFIXES = (".jpg", ".jpeg", ".png")
 
 
 def jpeg(image: Image.Image, quality: int) -> Image.Image:
-    held = io.BytesIO()
-    image.save(held, "JPEG", quality=quality)
-    return Image.open(held)
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=quality)
+    return Image.open(buffer)
 
 
-def shifted(image: Image.Image) -> Image.Image:
+def shift_by_pixel(image: Image.Image) -> Image.Image:
     return Image.fromarray(np.roll(np.asarray(image), 1, axis=1))
 
 
 COPIES: dict[str, Callable[[Image.Image], Image.Image]] = {
     "JPEG, quality 75": lambda x: jpeg(x, 75),
     "JPEG, quality 30": lambda x: jpeg(x, 30),
-    "shifted by a pixel": shifted,
+    "shifted by a pixel": shift_by_pixel,
     "cropped by a pixel, two sides": lambda x: x.crop((1, 1, *x.size)),
     "15 % brighter": lambda x: ImageEnhance.Brightness(x).enhance(1.15),
     "30 % brighter": lambda x: ImageEnhance.Brightness(x).enhance(1.3),
@@ -53,8 +53,8 @@ COPIES: dict[str, Callable[[Image.Image], Image.Image]] = {
 }
 
 
-def drawn(path: Path, count: int) -> Iterator[Image.Image]:
-    """Some images of a set, spread over it."""
+def sample_images(path: Path, count: int) -> Iterator[Image.Image]:
+    """Yield evenly spaced images of a dataset."""
     if path.suffix == ".npz":
         pixels = np.load(path)["train_images"]
         yield from (Image.fromarray(pixels[i]) for i in np.linspace(0, len(pixels) - 1, count).astype(int))
@@ -66,42 +66,41 @@ def drawn(path: Path, count: int) -> Iterator[Image.Image]:
             yield image.convert("L" if image.mode.startswith(("L", "I")) else "RGB")
 
 
-def found(
-    originals: list[near_duplicates.ImageSignature], copies: list[near_duplicates.ImageSignature], least: float
+def recall(
+    originals: list[near_duplicates.ImageSignature], copies: list[near_duplicates.ImageSignature], threshold: float
 ) -> float:
-    """Share of the copies that are a pair with their original."""
-    pairs = near_duplicates.find_near_duplicates([*originals, *copies], least)
-    told = set(zip(pairs["first"], pairs["second"], strict=True))
-    return float(np.mean([(i, i + len(originals)) in told for i in range(len(originals))]))
+    """Return the fraction of copies that are detected as near-duplicates of their original."""
+    pairs = near_duplicates.find_near_duplicates([*originals, *copies], threshold)
+    detected = set(zip(pairs["first"], pairs["second"], strict=True))
+    return float(np.mean([(i, i + len(originals)) in detected for i in range(len(originals))]))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--images", type=int, default=200)
-    wanted = parser.parse_args()
-    least = schema.load_params(ROOT / "params.yaml").validate_.near_duplicate_similarity
+    args = parser.parse_args()
+    threshold = schema.load_params(ROOT / "params.yaml").validate_.near_duplicate_similarity
     columns = {}
-    for name, place in SETS.items():
-        if not (wanted.folder / place).exists():
-            print(f"{name}: {wanted.folder / place} is not there, left out")
+    for name, file in DATASETS.items():
+        if not (args.folder / file).exists():
+            print(f"{name}: skipped, {args.folder / file} does not exist")
             continue
-        images = list(drawn(wanted.folder / place, wanted.images))
-        sketches = [near_duplicates.compute_signature(image) for image in images]
-        shares = {"other images": str(len(near_duplicates.find_near_duplicates(sketches, least)))}
-        for kind, change in COPIES.items():
-            copies = [change(image) for image in images]
-            small = min(min(copy.size) for copy in copies) < near_duplicates.MIN_SIDE
-            shares[kind] = (
-                "too small"
-                if small
-                else f"{found(sketches, [*map(near_duplicates.compute_signature, copies)], least):.3f}"
-            )
-        columns[f"{name} {images[0].width} x {images[0].height}"] = shares
-    print(f"| share found, or pairs among the {wanted.images} images | {' | '.join(columns)} |")
+        images = list(sample_images(args.folder / file, args.images))
+        signatures = [near_duplicates.compute_signature(image) for image in images]
+        cells = {"other images": str(len(near_duplicates.find_near_duplicates(signatures, threshold)))}
+        for alteration, alter in COPIES.items():
+            copies = [alter(image) for image in images]
+            if min(min(copy.size) for copy in copies) < near_duplicates.MIN_SIDE:
+                cells[alteration] = "too small"
+            else:
+                copy_signatures = [near_duplicates.compute_signature(copy) for copy in copies]
+                cells[alteration] = f"{recall(signatures, copy_signatures, threshold):.3f}"
+        columns[f"{name} {images[0].width} x {images[0].height}"] = cells
+    print(f"| recall; for other images, pairs among {args.images} | {' | '.join(columns)} |")
     print(f"| --- |{' --- |' * len(columns)}")
-    for kind in ("other images", *COPIES):
-        print(f"| {kind} | {' | '.join(shares[kind] for shares in columns.values())} |")
+    for alteration in ("other images", *COPIES):
+        print(f"| {alteration} | {' | '.join(cells[alteration] for cells in columns.values())} |")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""Seconds that `make repro` of the demo takes outside training and prediction: imports, Prefect, GX and MLflow.
+"""Overhead of `make repro` on the demo: seconds outside training and prediction (imports, Prefect, GX, MLflow).
 
 `python benchmarks/overhead.py` clones the committed project into a temporary folder and runs one `make repro` there,
-without the installation. What is left of its wall time after `seconds.fit` and `seconds.predict` is overhead. A stage's
-row goes from its first line to that of the next, so it includes what DVC does for the stage; `start` is the check of
-params.yaml, the start of Prefect's server and of DVC. `--epochs N` trains for less than the demo.
+without the installation. Overhead is the wall time minus `seconds.fit` and `seconds.predict`. The time of a stage runs
+from its first line of output to that of the next stage, so it includes DVC's work; `start` is the check of params.yaml
+and the start of Prefect's server and of DVC. `--epochs N` shortens the training of the demo.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ from pathlib import Path
 from ruamel.yaml import YAML
 
 PROJECT = Path(__file__).resolve().parents[1]
-COMMAND = ("make", "--assume-old", "install", "repro")  # in the environment of this process
+COMMAND = ("make", "--assume-old", "install", "repro")  # runs in the environment of this process
 WORK = {"train": "seconds.fit", "evaluate": "seconds.predict"}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--epochs", type=int, help="in place of the demo's")
-    given = parser.parse_args()
+    parser.add_argument("--epochs", type=int, help="number of epochs; default that of the demo")
+    args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         subprocess.run(["git", "clone", "--quiet", PROJECT, folder], check=True)
-        if given.epochs:
-            shorten(Path(folder) / "params.yaml", given.epochs)
-        report(reproduce(Path(folder)), worked(Path(folder)))
+        if args.epochs:
+            shorten(Path(folder) / "params.yaml", args.epochs)
+        report(reproduce(Path(folder)), work_seconds(Path(folder)))
 
 
 def shorten(path: Path, epochs: int) -> None:
@@ -44,22 +44,22 @@ def shorten(path: Path, epochs: int) -> None:
 
 
 def reproduce(folder: Path) -> dict[str, float]:
-    """Seconds of each stage of one `make repro`."""
+    """Run `make repro` and return the wall time of each stage in seconds."""
     walls = {}
-    part, start = "start", time.perf_counter()
+    stage, start = "start", time.perf_counter()
     environment = os.environ | {"PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])}
     with subprocess.Popen(COMMAND, cwd=folder, env=environment, stdout=subprocess.PIPE, text=True) as process:
         for line in process.stdout or ():
-            if named := re.match(r"Running stage '(\w+)'", line):
+            if match := re.match(r"Running stage '(\w+)'", line):
                 now = time.perf_counter()
-                walls[part], part, start = now - start, named[1], now
-    walls[part] = time.perf_counter() - start
+                walls[stage], stage, start = now - start, match[1], now
+    walls[stage] = time.perf_counter() - start
     assert process.returncode == 0
     return walls
 
 
-def worked(folder: Path) -> dict[str, float]:
-    """Seconds of the work itself, as the newest run has them."""
+def work_seconds(folder: Path) -> dict[str, float]:
+    """Return the seconds of training and prediction, from the newest MLflow run."""
     query = (
         "select m.key, m.value from latest_metrics m join runs r using (run_uuid)"
         " where m.key like 'seconds.%' order by r.start_time"
@@ -71,10 +71,10 @@ def worked(folder: Path) -> dict[str, float]:
 
 def report(walls: dict[str, float], work: dict[str, float]) -> None:
     print(f"{'make repro':16}{'wall, s':>10}{'work, s':>10}{'overhead, s':>13}")
-    for part, wall in walls.items():
-        print(f"{part:16}{wall:10.1f}{work.get(part, 0.0):10.1f}{wall - work.get(part, 0.0):13.1f}")
-    wall, all_work = sum(walls.values()), sum(work.values())
-    print(f"{'in all':16}{wall:10.1f}{all_work:10.1f}{wall - all_work:13.1f}\n", flush=True)
+    for stage, wall in walls.items():
+        print(f"{stage:16}{wall:10.1f}{work.get(stage, 0.0):10.1f}{wall - work.get(stage, 0.0):13.1f}")
+    total_wall, total_work = sum(walls.values()), sum(work.values())
+    print(f"{'total':16}{total_wall:10.1f}{total_work:10.1f}{total_wall - total_work:13.1f}\n", flush=True)
 
 
 if __name__ == "__main__":

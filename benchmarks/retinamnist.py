@@ -1,10 +1,10 @@
-"""RetinaMNIST at 28 pixels from scratch by the preset `retinamnist`, and what FadeAttn has to do with it.
+"""RetinaMNIST at 28 pixels, trained from scratch with the preset `retinamnist`, with and without FadeAttn.
 
-    python benchmarks/retinamnist.py run FILE RUNS       trains what is not in the folder RUNS yet
-    python benchmarks/retinamnist.py table FILE RUNS     test AUC and accuracy with intervals
+    python benchmarks/retinamnist.py run FILE RUNS       train the runs that are missing in the folder RUNS
+    python benchmarks/retinamnist.py table FILE RUNS     print test AUC and accuracy with confidence intervals
 
-FILE is the published retinamnist.npz. Arms: FadeAttn with alpha learned (as published), with alpha as it starts, and
-the plain backbone. The epoch is chosen on val; test is looked at once, after training.
+FILE is the published retinamnist.npz. Arms: FadeAttn with alpha learned (as published), with alpha fixed at its initial
+value, and the plain backbone. The epoch is selected on val; the test set is evaluated once, after training.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from ruamel.yaml import YAML
 from diffusion_ablation import bootstrap_aucs, command_line
+from ruamel.yaml import YAML
 from scipy import stats
 
 from fadeformer.config import schema
@@ -36,6 +36,11 @@ from fadeformer.training import loop
 from fadeformer.training.augmentation import Augmentation
 from fadeformer.training.distributed import create_fabric
 from fadeformer.training.state import Recipe, create_training_state
+from pipelines.environment import configure_environment
+
+if __name__ == "__main__":  # before MLflow is imported, to disable its telemetry
+    configure_environment()
+
 from pipelines.stages.train_worker import NOT_IN_RECIPE
 
 PROJECT = Path(__file__).resolve().parents[1]
@@ -47,7 +52,7 @@ RESAMPLES = 2000
 
 
 def preset() -> Params:
-    """params.yaml as `make preset NAME=retinamnist` leaves it."""
+    """Return the parameters after `make preset NAME=retinamnist`."""
     yaml = YAML(typ="safe")
     values = yaml.load(PROJECT / "params.yaml")
     for section, changes in yaml.load(PROJECT / "pipelines/config/presets/retinamnist.yaml").items():
@@ -64,28 +69,29 @@ def splits(file: Path) -> dict[str, SplitArrays]:
 
 
 def train_and_test(file: Path, runs: Path, arm: str, seed: int, **changes: Any) -> None:
-    """Trains one network and looks at test once; leaves a row as JSON, and the test scores."""
+    """Train one model, evaluate it on the test set, and write the result as JSON and the test scores as npy."""
     torch.set_num_threads(1)
-    wanted, images = preset(), splits(file)
+    config, images = preset(), splits(file)
     torch.use_deterministic_algorithms(True)
     torch.manual_seed(seed)
     model = create_model(
-        backbone=wanted.model.backbone, num_classes=5 - TASK.num_omitted_outputs, image_size=28, in_chans=3, pretrained=False,
-        dropout=wanted.model.dropout, drop_path=wanted.model.drop_path,
-        fade=None if arm == "without FadeAttn" or wanted.model.fade is None else wanted.model.fade.model_dump(),
+        backbone=config.model.backbone, num_classes=5 - TASK.num_omitted_outputs, image_size=28, in_chans=3,
+        pretrained=False, dropout=config.model.dropout, drop_path=config.model.drop_path,
+        fade=None if arm == "without FadeAttn" or config.model.fade is None else config.model.fade.model_dump(),
     )  # fmt: skip
     if arm == "alpha fixed":
         model.attn.alpha.requires_grad_(False)
-    recipe = Recipe(**(wanted.train.model_dump(exclude=set(NOT_IN_RECIPE)) | changes))
-    precision = choose_precision(wanted.train.precision, CPU)
-    state, began = create_training_state(model, recipe), time.perf_counter()
-    chosen = wanted.augment.model_dump() | {"erasing_scale": tuple(wanted.augment.erasing_scale)}
+    recipe = Recipe(**(config.train.model_dump(exclude=set(NOT_IN_RECIPE)) | changes))
+    precision = choose_precision(config.train.precision, CPU)
+    state, start = create_training_state(model, recipe), time.perf_counter()
+    augment_options = config.augment.model_dump() | {"erasing_scale": tuple(config.augment.erasing_scale)}
     epochs = loop.fit(
         state, images["train"], images["val"], task=TASK, recipe=recipe, class_weights=np.ones(5),
-        augmentation=Augmentation(**chosen), normalization=IMAGENET, seed=seed, fabric=create_fabric(CPU, precision),
+        augmentation=Augmentation(**augment_options), normalization=IMAGENET, seed=seed,
+        fabric=create_fabric(CPU, precision),
     )  # fmt: skip
     best = max(epochs, key=lambda epoch: (epoch.epoch == state.best_epoch, epoch.epoch))
-    seconds = time.perf_counter() - began
+    seconds = time.perf_counter() - start
     model.load_state_dict(state.best_weights)
     labels = images["test"].labels
     scores = TASK.probabilities(predict_logits(model, images["test"].images, 256, CPU, IMAGENET))
@@ -103,20 +109,20 @@ def train_and_test(file: Path, runs: Path, arm: str, seed: int, **changes: Any) 
 
 def run(file: Path, runs: Path, seeds: int) -> None:
     cases = [(arm, seed) for seed, arm in itertools.product(range(seeds), ARMS)]
-    wanted = [case for case in cases if not (runs / f"{case[0].replace(' ', '_')}.{case[1]}.json").is_file()]
+    missing = [case for case in cases if not (runs / f"{case[0].replace(' ', '_')}.{case[1]}.json").is_file()]
     with ProcessPoolExecutor(os.cpu_count()) as workers:
-        for future in as_completed([workers.submit(train_and_test, file, runs, *case) for case in wanted]):
+        for future in as_completed([workers.submit(train_and_test, file, runs, *case) for case in missing]):
             future.result()
 
 
 def table(file: Path, runs: Path) -> None:
-    """Means over seeds with intervals over seeds (t) and over test images (bootstrap, seeds as they are)."""
-    found = pd.DataFrame([read_json(path) for path in sorted(runs.glob("*.json"))])
+    """Print means over seeds, with intervals over seeds (t) and over test images (bootstrap with fixed seeds)."""
+    rows = pd.DataFrame([read_json(path) for path in sorted(runs.glob("*.json"))])
     labels = splits(file)["test"].labels[:, 0]
     random = np.random.default_rng(0)
     weights = random.multinomial(len(labels), np.full(len(labels), 1 / len(labels)), RESAMPLES)
     scores = {
-        (row.arm, row.seed): np.load(runs / f"{row.arm.replace(' ', '_')}.{row.seed}.npy") for row in found.itertuples()
+        (row.arm, row.seed): np.load(runs / f"{row.arm.replace(' ', '_')}.{row.seed}.npy") for row in rows.itertuples()
     }
     resampled = {
         "test_auc": {key: bootstrap_aucs(labels, value, weights) for key, value in scores.items()},
@@ -124,29 +130,29 @@ def table(file: Path, runs: Path) -> None:
     }
     print("| | seeds | mean | standard deviation | 95 % over seeds | 95 % over images | published |")
     print("| --- | --- | --- | --- | --- | --- | --- |")
-    for arm, (measure, drawn) in itertools.product(ARMS, resampled.items()):
-        values = found.loc[found["arm"] == arm, measure]
+    for arm, (metric, samples) in itertools.product(ARMS, resampled.items()):
+        values = rows.loc[rows["arm"] == arm, metric]
         low, high = np.percentile(
-            np.mean([drawn[arm, seed] for seed in found.loc[values.index, "seed"]], axis=0), [2.5, 97.5]
+            np.mean([samples[arm, seed] for seed in rows.loc[values.index, "seed"]], axis=0), [2.5, 97.5]
         )
         half = stats.t.ppf(0.975, len(values) - 1) * values.std() / np.sqrt(len(values))
-        of_seeds = f"{values.mean() - half:.4f} to {values.mean() + half:.4f}"
+        seed_interval = f"{values.mean() - half:.4f} to {values.mean() + half:.4f}"
         print(
-            f"| {arm}, {measure.removeprefix('test_')} | {len(values)} | {values.mean():.4f} | {values.std():.4f} |"
-            f" {of_seeds} | {low:.4f} to {high:.4f} | {PUBLISHED[measure]} |"
+            f"| {arm}, {metric.removeprefix('test_')} | {len(values)} | {values.mean():.4f} | {values.std():.4f} |"
+            f" {seed_interval} | {low:.4f} to {high:.4f} | {PUBLISHED[metric]} |"
         )
     print("\n| difference of test AUC | mean | p (paired t over seeds) | 95 % over images |\n| --- | --- | --- | --- |")
-    rows = found.pivot_table(index="seed", columns="arm", values="test_auc")
-    for one, other in itertools.combinations(ARMS, 2):
-        difference = (rows[one] - rows[other]).dropna()
-        of_images = np.mean(
-            [resampled["test_auc"][one, s] - resampled["test_auc"][other, s] for s in difference.index], axis=0
+    auc_by_seed = rows.pivot_table(index="seed", columns="arm", values="test_auc")
+    for first, second in itertools.combinations(ARMS, 2):
+        difference = (auc_by_seed[first] - auc_by_seed[second]).dropna()
+        image_differences = np.mean(
+            [resampled["test_auc"][first, s] - resampled["test_auc"][second, s] for s in difference.index], axis=0
         )
-        low, high = np.percentile(of_images, [2.5, 97.5])
+        low, high = np.percentile(image_differences, [2.5, 97.5])
         p = stats.ttest_1samp(difference, 0).pvalue
-        print(f"| {one} - {other} | {difference.mean():+.4f} | {p:.3f} | {low:+.4f} to {high:+.4f} |")
-    ends = found.groupby("arm")["alpha"].mean().to_dict()
-    print(f"\nalpha at the end: {ends}; seconds of a training: {found['seconds'].median():.0f}")
+        print(f"| {first} - {second} | {difference.mean():+.4f} | {p:.3f} | {low:+.4f} to {high:+.4f} |")
+    final_alpha = rows.groupby("arm")["alpha"].mean().to_dict()
+    print(f"\nfinal alpha: {final_alpha}; seconds per run: {rows['seconds'].median():.0f}")
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
-"""The training loop against a plain PyTorch loop, images per second.
+"""Throughput of the training loop, against a plain PyTorch loop, in images per second.
 
     python benchmarks/training.py [--images 640] [--repeats 5] [--threads 2]
 
-The rival is what a user would write: a Dataset of one image at a time, torchvision's v2 transforms on Pillow images, a
-DataLoader (without workers, or with as many as threads, whichever is faster), and a loop of forward, loss, backward,
-step. Both train the same network on the same images in float32 on the CPU, with the augmentation, batch size, optimizer
-and learning rate of params.yaml, and count loss and accuracy. They take turns, epoch by epoch; the first epoch of each
-does not count. Validation and checkpoints are left out of both.
+The baseline is a typical user's loop: a Dataset of single images, torchvision's v2 transforms on Pillow images, a
+DataLoader (without workers, or with as many as threads, whichever is faster), and forward, loss, backward, step. Both
+train the same model on the same images in float32 on the CPU, with the augmentation, batch size, optimizer and
+learning rate of params.yaml, and compute loss and accuracy. Epochs are interleaved; the first of each is a warm-up.
+Validation and checkpoints are excluded.
 """
 
 from __future__ import annotations
@@ -37,6 +37,11 @@ from fadeformer.training.augmentation import Augmentation
 from fadeformer.training.distributed import create_fabric
 from fadeformer.training.sampling import sampling_weights
 from fadeformer.training.state import Recipe, create_training_state
+from pipelines.environment import configure_environment
+
+if __name__ == "__main__":  # before MLflow is imported, to disable its telemetry
+    configure_environment()
+
 from pipelines import paths
 from pipelines.stages import train_worker
 
@@ -46,23 +51,23 @@ CLASSES = 5
 
 
 def some_images(count: int, size: int) -> SplitArrays:
-    """Noise, of classes as even as can be."""
+    """Return images of noise with balanced classes."""
     pixels = np.random.default_rng(0).integers(0, 256, (count, size, size, 3), dtype=np.uint8)
     return SplitArrays(pixels, np.arange(count)[:, None] % CLASSES, pd.DataFrame(index=range(count)))
 
 
-def network(backbone: str, size: int, wanted: Params) -> nn.Module:
-    """A network with the Fade layers of params.yaml if it is fadevit_nano, else without."""
-    torch.manual_seed(wanted.seed)
-    fade = wanted.model.fade.model_dump() if wanted.model.fade and backbone == "fadevit_nano" else None
+def create_network(backbone: str, size: int, config: Params) -> nn.Module:
+    """Create a model; fadevit_nano has the Fade layers of params.yaml, other backbones none."""
+    torch.manual_seed(config.seed)
+    fade = config.model.fade.model_dump() if config.model.fade and backbone == "fadevit_nano" else None
     return create_model(
         backbone=backbone, num_classes=CLASSES, image_size=size, in_chans=3, pretrained=False,
-        dropout=wanted.model.dropout, drop_path=wanted.model.drop_path, fade=fade,
+        dropout=config.model.dropout, drop_path=config.model.drop_path, fade=fade,
     )  # fmt: skip
 
 
 class PlainDataset(Dataset[tuple[Tensor, int]]):
-    """Images and labels, one by one."""
+    """Single images and labels."""
 
     def __init__(self, images: SplitArrays, transform: Callable[[Image.Image], Tensor]) -> None:
         self.images, self.transform = images, transform
@@ -75,7 +80,7 @@ class PlainDataset(Dataset[tuple[Tensor, int]]):
 
 
 def plain_transform(augmentation: Augmentation) -> v2.Compose:
-    """The same changes by torchvision, which has no reflection beyond the edges."""
+    """Return the same augmentation with torchvision's transforms, except for reflection padding, which they lack."""
     shift = augmentation.translate
     return v2.Compose(
         [
@@ -95,7 +100,7 @@ def plain_transform(augmentation: Augmentation) -> v2.Compose:
 def plain_epochs(
     model: nn.Module, images: SplitArrays, augmentation: Augmentation, recipe: Recipe, workers: int
 ) -> Iterator[float]:
-    """Seconds of each epoch of the plain loop."""
+    """Yield the seconds of each epoch of the plain loop."""
     weights = sampling_weights(images.labels, TASK)
     sampler = WeightedRandomSampler(weights.tolist(), len(weights)) if recipe.sampling == "weighted" else None
     dataset = PlainDataset(images, plain_transform(augmentation))
@@ -107,7 +112,7 @@ def plain_epochs(
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, recipe.epochs * len(loader))
     criterion = nn.CrossEntropyLoss()
     while True:
-        began, total, right = time.perf_counter(), 0.0, 0
+        start, total, correct = time.perf_counter(), 0.0, 0
         model.train()
         for batch, labels in loader:
             optimizer.zero_grad()
@@ -117,15 +122,15 @@ def plain_epochs(
             optimizer.step()
             scheduler.step()
             total += loss.item() * len(labels)
-            right += int((logits.argmax(1) == labels).sum().item())
-        yield time.perf_counter() - began
+            correct += int((logits.argmax(1) == labels).sum().item())
+        yield time.perf_counter() - start
 
 
-def our_epochs(model: nn.Module, images: SplitArrays, augmentation: Augmentation, recipe: Recipe) -> Iterator[float]:
-    """Seconds of the training part of each epoch of ours, deterministic as the train stage is."""
-    few = SplitArrays(images.images[: 4 * CLASSES], images.labels[: 4 * CLASSES], images.index[: 4 * CLASSES])
+def fit_epochs(model: nn.Module, images: SplitArrays, augmentation: Augmentation, recipe: Recipe) -> Iterator[float]:
+    """Yield the seconds of training in each epoch of `fit`, deterministic like the train stage."""
+    val = SplitArrays(images.images[: 4 * CLASSES], images.labels[: 4 * CLASSES], images.index[: 4 * CLASSES])
     epochs = loop.fit(
-        create_training_state(model, recipe), images, few, task=TASK, recipe=recipe, class_weights=np.ones(CLASSES),
+        create_training_state(model, recipe), images, val, task=TASK, recipe=recipe, class_weights=np.ones(CLASSES),
         augmentation=augmentation, normalization=IMAGENET, seed=0, fabric=create_fabric(CPU),
     )  # fmt: skip
     while True:
@@ -135,47 +140,47 @@ def our_epochs(model: nn.Module, images: SplitArrays, augmentation: Augmentation
         yield result.train_seconds
 
 
-def compare(backbone: str, size: int, wanted: Params, count: int, repeats: int) -> dict[str, list[float]]:
-    """Images per second of each loop in each epoch."""
+def compare(backbone: str, size: int, config: Params, count: int, repeats: int) -> dict[str, list[float]]:
+    """Return images per second of each loop in each epoch."""
     images = some_images(count, size)
-    recipe = Recipe(**wanted.train.model_dump(exclude=set(train_worker.NOT_IN_RECIPE)))
+    recipe = Recipe(**config.train.model_dump(exclude=set(train_worker.NOT_IN_RECIPE)))
     recipe = replace(recipe, epochs=repeats + 1, early_stopping_patience=repeats + 1)
-    chosen = wanted.augment.model_dump() | {"horizontal_flip": 0.5}
-    given = images, Augmentation(**chosen), recipe
+    augment_options = config.augment.model_dump() | {"horizontal_flip": 0.5}
+    common = images, Augmentation(**augment_options), recipe
     threads = torch.get_num_threads()
     loops = {
-        "ours": our_epochs(network(backbone, size, wanted), *given),
-        "plain, no worker": plain_epochs(network(backbone, size, wanted), *given, workers=0),
-        f"plain, {threads} worker(s)": plain_epochs(network(backbone, size, wanted), *given, workers=threads),
+        "FadeFormer": fit_epochs(create_network(backbone, size, config), *common),
+        "plain, no worker": plain_epochs(create_network(backbone, size, config), *common, workers=0),
+        f"plain, {threads} worker(s)": plain_epochs(create_network(backbone, size, config), *common, workers=threads),
     }
     rates: dict[str, list[float]] = {name: [] for name in loops}
     for _ in range(repeats + 1):
         for name, epochs in loops.items():
             rates[name].append(count / next(epochs))
-    return {name: each[1:] for name, each in rates.items()}
+    return {name: values[1:] for name, values in rates.items()}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, default=640)
     parser.add_argument("--repeats", type=int, default=5, help="epochs of each loop")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of torch")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="threads of torch")
     parser.add_argument("--networks", nargs="+", default=["fadevit_nano", "resnet18"])
     parser.add_argument("--sizes", nargs="+", type=int, default=[28, 64], help="sides of the images, pixels")
-    arguments = parser.parse_args()
-    logging.getLogger("lightning_fabric").setLevel(logging.WARNING)  # it announces the precision
-    torch.set_num_threads(arguments.threads)
+    args = parser.parse_args()
+    logging.getLogger("lightning_fabric").setLevel(logging.WARNING)  # no message about the precision
+    torch.set_num_threads(args.threads)
     torch.utils.deterministic.fill_uninitialized_memory = False  # as the train stage does
-    wanted = schema.load_params(paths.PARAMS)
-    print(f"images/s, median of {arguments.repeats} epochs of {arguments.images} images, {arguments.threads} threads")
-    print("| network | pixels | ours | plain, no worker | plain, workers | ours / the faster plain |")
+    config = schema.load_params(paths.PARAMS)
+    print(f"images/s, median of {args.repeats} epochs of {args.images} images, {args.threads} threads")
+    print("| model | pixels | FadeFormer | plain, no worker | plain, workers | FadeFormer / faster plain |")
     print("| --- | --- | --- | --- | --- | --- |")
-    for backbone in arguments.networks:
-        for size in arguments.sizes:
-            rates = compare(backbone, size, wanted, arguments.images, arguments.repeats)
-            ours, *plain = (statistics.median(each) for each in rates.values())
-            shown = " | ".join(f"{rate:.0f}" for rate in (ours, *plain))
-            print(f"| {backbone} | {size} | {shown} | {ours / max(plain):.2f} |", flush=True)
+    for backbone in args.networks:
+        for size in args.sizes:
+            rates = compare(backbone, size, config, args.images, args.repeats)
+            own_rate, *plain_rates = (statistics.median(values) for values in rates.values())
+            cells = " | ".join(f"{rate:.0f}" for rate in (own_rate, *plain_rates))
+            print(f"| {backbone} | {size} | {cells} | {own_rate / max(plain_rates):.2f} |", flush=True)
 
 
 if __name__ == "__main__":
