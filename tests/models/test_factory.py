@@ -1,4 +1,4 @@
-"""Every network by name, and the weights it starts from."""
+"""Creation of models by name, and loading of initial weights."""
 
 import pytest
 import torch
@@ -18,16 +18,16 @@ def model() -> torch.nn.Module:
 
 
 @pytest.mark.parametrize("name", ["w.pth", "w.safetensors", "best_model.pth"])
-def test_weights_load(model, tmp_path, name):
+def test_load_weights(model, tmp_path, name):
     other = create_model(backbone="fadevit_nano", fade={"num_heads": 4}, **SMALL)
     (save_file if name.endswith("safetensors") else torch.save)(other.state_dict(), tmp_path / name)
     load_weights(model, tmp_path / name)
-    for one, two in zip(model.state_dict().values(), other.state_dict().values(), strict=True):
-        assert torch.equal(one, two)
+    for first, second in zip(model.state_dict().values(), other.state_dict().values(), strict=True):
+        assert torch.equal(first, second)
 
 
 @pytest.mark.parametrize("key", ["model", "state_dict", "model_state_dict"])
-def test_weights_load_as_training_scripts_leave_them(model, tmp_path, key):
+def test_load_weights_unwraps_nested_state_dict(model, tmp_path, key):
     state = {f"module.{name}": value + 1 for name, value in model.state_dict().items()}
     torch.save({key: state, "epoch": 3}, tmp_path / "w.pth")
     load_weights(model, tmp_path / "w.pth")
@@ -35,7 +35,7 @@ def test_weights_load_as_training_scripts_leave_them(model, tmp_path, key):
 
 
 @pytest.mark.parametrize(("name", "save"), [("w.pth", torch.save), ("w.safetensors", save_file)])
-def test_weights_that_do_not_fit_are_listed(model, tmp_path, name, save):
+def test_mismatched_weights_are_listed(model, tmp_path, name, save):
     state = model.state_dict()
     state["extra"] = state.pop("attn.alpha")
     state["classifier.bias"] = torch.zeros(7)
@@ -47,7 +47,7 @@ def test_weights_that_do_not_fit_are_listed(model, tmp_path, name, save):
     assert "size mismatch for classifier.bias" in str(error.value)
 
 
-def test_a_file_that_would_run_code_is_refused(model, tmp_path):
+def test_unsafe_pickle_is_rejected(model, tmp_path):
     torch.save({"classifier.bias": print}, tmp_path / "w.pth")
     with pytest.raises(ValueError, match="rejected, because it contains other objects than tensors"):
         load_weights(model, tmp_path / "w.pth")
@@ -55,20 +55,20 @@ def test_a_file_that_would_run_code_is_refused(model, tmp_path):
 
 @pytest.mark.parametrize("name", ["w.pth", "w.safetensors"])
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04 cut off"])
-def test_a_damaged_file_is_told(model, tmp_path, name, content):
+def test_damaged_weights_raise(model, tmp_path, name, content):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=rf"{name}: (the file is damaged|rejected)"):
         load_weights(model, tmp_path / name)
 
 
 @pytest.mark.parametrize("content", [torch.zeros(3), {"epoch": 3}, {1: torch.zeros(3)}])
-def test_a_file_that_holds_no_named_tensors_is_told(model, tmp_path, content):
+def test_file_without_state_dict_raises(model, tmp_path, content):
     torch.save(content, tmp_path / "w.pth")
     with pytest.raises(ValueError, match="expected a state dict"):
         load_weights(model, tmp_path / "w.pth")
 
 
-def test_a_network_without_stochastic_depth_needs_drop_path_0():
+def test_model_without_stochastic_depth_needs_zero_drop_path():
     with pytest.raises(ValueError, match=r"drop_path_rate.*model\.drop_path to 0"):
         create_model(backbone="densenet121", fade=None, **SMALL)
     model = create_model(backbone="densenet121", fade=None, **{**SMALL, "drop_path": 0.0}).eval()
@@ -85,7 +85,7 @@ def test_a_network_without_stochastic_depth_needs_drop_path_0():
         ({"backbone": "fadevit_nano", "fade": None, "pretrained": True}, "no pretrained weights"),
     ],
 )
-def test_what_cannot_be_built_is_told(changes, message):
+def test_invalid_model_options_raise(changes, message):
     with pytest.raises(ValueError, match=message):
         create_model(**{**SMALL, **changes})
 
@@ -114,10 +114,10 @@ DIFFUSION = {"variant": "diffusion", "after_blocks": [1, "last"], "num_heads": 4
         ("medvit_small", None, {"proj_head.0": nn.Linear}),
     ],
 )  # fmt: skip
-def test_new_to_the_backbone_are_the_classifier_and_the_fade_layers(backbone, fade, expected):
+def test_newly_initialized_modules(backbone, fade, expected):
     with torch.device("meta"):
         model = create_model(backbone=backbone, fade=fade, **{**SMALL, "image_size": 32})
     names = {id(module): name for name, module in model.named_modules()}
-    new = newly_initialized_modules(model)
-    assert {names[id(module)]: type(module) for module in new} == expected
-    assert len(new) == len(expected)
+    modules = newly_initialized_modules(model)
+    assert {names[id(module)]: type(module) for module in modules} == expected
+    assert len(modules) == len(expected)

@@ -1,4 +1,4 @@
-"""The diffusion layer against its formula, and the pooling that reads it."""
+"""DiffusionAttn against a naive implementation of its formula, and attention pooling."""
 
 import math
 
@@ -19,7 +19,7 @@ cases = st.fixed_dictionaries(
 )  # fmt: skip
 
 
-def make(case: dict) -> tuple[DiffusionAttn, torch.Tensor]:
+def make_layer(case: dict) -> tuple[DiffusionAttn, torch.Tensor]:
     torch.manual_seed(case["seed"])
     layer = DiffusionAttn(8, case["heads"]).to(case["dtype"]).eval()
     with torch.no_grad():
@@ -28,70 +28,71 @@ def make(case: dict) -> tuple[DiffusionAttn, torch.Tensor]:
     return layer, torch.randn(2, *case["grid"], 8, dtype=case["dtype"])
 
 
-def heat(values: torch.Tensor, time: torch.Tensor, exponent: torch.Tensor) -> torch.Tensor:
+def diffuse(values: torch.Tensor, time: torch.Tensor, exponent: torch.Tensor) -> torch.Tensor:
     decay = grid_laplacian.heat_decay(*values.shape[1:3], time, exponent)
     return grid_laplacian.idct2(grid_laplacian.dct2(values) * decay.unsqueeze(-1))
 
 
-def plain(layer: DiffusionAttn, x: torch.Tensor) -> torch.Tensor:
-    """The formula of the module's docstring, one head at a time."""
+def naive_diffusion_attention(layer: DiffusionAttn, x: torch.Tensor) -> torch.Tensor:
+    """Compute the formula of the module's docstring, one head at a time."""
     batch, height, width, channels = x.shape
-    normal = functional.layer_norm(x, (channels,), layer.norm.weight, layer.norm.bias)
-    qkv = normal.reshape(batch, -1, channels) @ layer.qkv.weight[:, :, 0, 0].T + layer.qkv.bias
+    normalized = functional.layer_norm(x, (channels,), layer.norm.weight, layer.norm.bias)
+    qkv = normalized.reshape(batch, -1, channels) @ layer.qkv.weight[:, :, 0, 0].T + layer.qkv.bias
     outs = []
     for head, depth in enumerate([channels // layer.num_heads] * layer.num_heads):
         q, k, v = (part[..., head * depth : (head + 1) * depth] for part in qkv.chunk(3, dim=-1))
         attended = torch.softmax(q @ k.transpose(1, 2) / math.sqrt(depth), dim=-1) @ v
-        of_head = v.reshape(batch, height, width, 1, depth)
-        diffused = heat(of_head, layer.time[head : head + 1], layer.exponent[head : head + 1])
+        head_values = v.reshape(batch, height, width, 1, depth)
+        diffused = diffuse(head_values, layer.time[head : head + 1], layer.exponent[head : head + 1])
         outs.append(layer.gate[head] * attended + (1 - layer.gate[head]) * diffused.reshape(v.shape))
-    added = torch.cat(outs, dim=-1) @ layer.proj.weight[:, :, 0, 0].T + layer.proj.bias
-    return x + added.reshape(x.shape)
+    residual = torch.cat(outs, dim=-1) @ layer.proj.weight[:, :, 0, 0].T + layer.proj.bias
+    return x + residual.reshape(x.shape)
 
 
 @given(cases)
-def test_layer_is_the_formula(case):
-    layer, x = make(case)
+def test_forward_matches_formula(case):
+    layer, x = make_layer(case)
     tolerance = 1e-9 if case["dtype"] == torch.float64 else 1e-5
-    torch.testing.assert_close(layer(x), plain(layer, x), rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(layer(x), naive_diffusion_attention(layer, x), rtol=tolerance, atol=tolerance)
 
 
-def test_gradients_are_right():
-    layer, x = make({"heads": 2, "grid": (2, 3), "seed": 0, "dtype": torch.float64})
+def test_layer_gradcheck():
+    layer, x = make_layer({"heads": 2, "grid": (2, 3), "seed": 0, "dtype": torch.float64})
     x.requires_grad_()
     assert torch.autograd.gradcheck(lambda *inputs: layer(inputs[0]), (x, *layer.parameters()))
 
 
 @pytest.mark.parametrize("compiling", [False, True])
-def test_gradients_of_the_mixture_are_right(compiling, monkeypatch):
-    """Both ways: by our own backward pass, and as a tracer sees it."""
+def test_gated_heat_diffusion_gradcheck(compiling, monkeypatch):
+    """For the custom backward pass, and for the traced form."""
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: compiling)
     torch.manual_seed(0)
     values, attended = torch.randn(2, 2, 2, 3, 2, 2).double().requires_grad_().unbind(0)
-    numbers = [torch.tensor(pair).double().requires_grad_() for pair in ([0.3, 2.0], [0.5, 0.9], [0.2, 0.7])]
-    assert torch.autograd.gradcheck(heat_diffusion.gated_heat_diffusion, (values, attended, *numbers))
-    time, exponent, gate = numbers
-    expected = gate[:, None] * attended + (1 - gate[:, None]) * heat(values, time, exponent)
-    torch.testing.assert_close(heat_diffusion.gated_heat_diffusion(values, attended, *numbers), expected)
+    parameters = [torch.tensor(pair).double().requires_grad_() for pair in ([0.3, 2.0], [0.5, 0.9], [0.2, 0.7])]
+    assert torch.autograd.gradcheck(heat_diffusion.gated_heat_diffusion, (values, attended, *parameters))
+    time, exponent, gate = parameters
+    expected = gate[:, None] * attended + (1 - gate[:, None]) * diffuse(values, time, exponent)
+    torch.testing.assert_close(heat_diffusion.gated_heat_diffusion(values, attended, *parameters), expected)
 
 
-def test_times_begin_apart_and_all_numbers_stay_in_range():
+def test_initial_times_differ_and_parameters_stay_in_range():
     layer = DiffusionAttn(8, 4)
     torch.testing.assert_close(layer.time, torch.tensor([0.1, 0.1 * 20 ** (1 / 3), 0.1 * 20 ** (2 / 3), 2.0]))
     for value in (-1e3, 1e3):
         with torch.no_grad():
             for parameter in (layer.time_logit, layer.exponent_logit, layer.gate_logit):
                 parameter.fill_(value)
-        for numbers, (low, high) in (
-            (layer.time, heat_diffusion.TIME_RANGE), (layer.exponent, heat_diffusion.EXPONENT_RANGE), (layer.gate, (0.0, 1.0)),
+        for parameters, (low, high) in (
+            (layer.time, heat_diffusion.TIME_RANGE), (layer.exponent, heat_diffusion.EXPONENT_RANGE),
+            (layer.gate, (0.0, 1.0)),
         ):  # fmt: skip
-            assert (numbers >= low * (1 - 1e-6)).all()
-            assert (numbers <= high * (1 + 1e-6)).all()
+            assert (parameters >= low * (1 - 1e-6)).all()
+            assert (parameters <= high * (1 + 1e-6)).all()
         assert layer(torch.randn(1, 3, 3, 8)).isfinite().all()
 
 
-def test_the_numbers_of_a_head_learn():
-    """With a target that is a heated map, time, exponent and gate go where it was made."""
+def test_time_and_gate_converge_to_teacher():
+    """Trained on the output of a teacher layer, time and gate approach the teacher's."""
     torch.manual_seed(0)
     layer = DiffusionAttn(4, 2, dropout=0.0)
     optimizer = torch.optim.Adam([layer.time_logit, layer.exponent_logit, layer.gate_logit], lr=1e-2)
@@ -110,8 +111,8 @@ def test_the_numbers_of_a_head_learn():
     torch.testing.assert_close(layer.gate, torch.sigmoid(torch.tensor([2.0, -2.0])), rtol=0, atol=0.1)
 
 
-def test_the_read_out_sees_what_diffusion_does():
-    """Unlike behind the published layer, the pooled feature changes with the time of diffusion beyond a constant."""
+def test_attention_pool_output_depends_on_diffusion_time():
+    """Unlike with the published layer, the pooled features change with diffusion time by more than a constant."""
     torch.manual_seed(0)
     layer, pool = DiffusionAttn(8, 2, dropout=0.0), AttentionPool(8, 2)
     with torch.no_grad():
@@ -124,7 +125,7 @@ def test_the_read_out_sees_what_diffusion_does():
     assert (difference.std(dim=0) > 1e-3).all()
 
 
-def test_pooling_begins_as_the_mean_and_learns_weights():
+def test_pooling_starts_as_mean_and_gets_gradients():
     pool = AttentionPool(8, 2)
     x = torch.randn(3, 5, 8)
     torch.testing.assert_close(pool(x), x.mean(dim=1))
@@ -132,18 +133,18 @@ def test_pooling_begins_as_the_mean_and_learns_weights():
     assert pool.score.weight.grad.abs().max() > 0
 
 
-def test_pooling_weighs_each_heads_own_channels():
+def test_pooling_weights_channels_of_each_head():
     pool = AttentionPool(4, 2)
     with torch.no_grad():
-        pool.score.weight[0, 0] = 100.0  # the first head looks for the first channel
+        pool.score.weight[0, 0] = 100.0  # the first head scores patches by the first channel
     x = torch.randn(1, 6, 4)
     x[0, 4, 0] = x[0, :, 0].max() + 1
     torch.testing.assert_close(pool(x)[0, :2], x[0, 4, :2])
     torch.testing.assert_close(pool(x)[0, 2:], x[0, :, 2:].mean(dim=0))
 
 
-def test_a_time_at_the_edge_of_its_range_still_learns():
-    layer, x = make({"heads": 2, "grid": (3, 4), "seed": 0, "dtype": torch.float32})
+def test_saturated_time_still_gets_gradient():
+    layer, x = make_layer({"heads": 2, "grid": (3, 4), "seed": 0, "dtype": torch.float32})
     with torch.no_grad():
         layer.time_logit.fill_(5.0 / heat_diffusion.LOGIT_SCALE)
     layer(x).square().sum().backward()
@@ -151,8 +152,8 @@ def test_a_time_at_the_edge_of_its_range_still_learns():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_all_of_it_in_half_the_bits(dtype):
-    layer, x = make({"heads": 2, "grid": (5, 6), "seed": 1, "dtype": torch.float32})
+def test_half_precision_is_close_to_float32(dtype):
+    layer, x = make_layer({"heads": 2, "grid": (5, 6), "seed": 1, "dtype": torch.float32})
     expected = layer(x)
     found = layer.to(dtype)(x.to(dtype))
     assert found.dtype == dtype
@@ -160,7 +161,7 @@ def test_all_of_it_in_half_the_bits(dtype):
 
 
 @pytest.mark.parametrize(("heads", "message"), [(3, "does not divide"), (0, "num_heads is 0")])
-def test_heads_that_do_not_fit_are_told(heads, message):
+def test_invalid_num_heads_raises(heads, message):
     for make_layer in (DiffusionAttn, AttentionPool):
         with pytest.raises(ValueError, match=message):
             make_layer(8, heads)

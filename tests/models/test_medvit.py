@@ -1,4 +1,4 @@
-"""MedViT against the authors' code, the formulas of its attention, and what timm and the factory ask of a network."""
+"""MedViT against the authors' code, its attention formula, and timm's model interface."""
 
 import hashlib
 import json
@@ -12,18 +12,18 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from fadeformer.models.medvit import ESA, MedViT
-from tests.models.test_fade_attention import relative
+from tests.models.test_fade_attention import relative_error
 
 
-def tiny(**options: float) -> MedViT:
-    """Every kind of block, few channels."""
+def tiny_medvit(**options: float) -> MedViT:
+    """Return a model with all kinds of blocks and few channels."""
     torch.manual_seed(0)
     sizes = {"depths": (1, 2, 5, 2), "widths": (16, 48, 48, 48), "stem_widths": (8, 8, 8), "head_dim": 16}
     return MedViT(**sizes, **{"num_classes": 3, **options})
 
 
-def fill(model: MedViT) -> None:
-    """Numbers that depend on the sorted names alone; variances of about 3 keep the sums of twenty blocks in bounds."""
+def fill_weights(model: MedViT) -> None:
+    """Fill weights with values that depend only on the sorted names; variances near 3 keep activations bounded."""
     scales = {"weight": 1, "running_var": 3}
     with torch.no_grad():
         for i, (name, value) in enumerate(sorted(model.state_dict().items())):
@@ -39,14 +39,14 @@ def fill(model: MedViT) -> None:
 @pytest.mark.parametrize(
     ("name", "parameters", "macs"),
     # The paper's table has 10.8, 23.6 and 45.8 M parameters and 1.3, 4.9 and 13.4 G multiply-adds for its T, S and L.
-    # The authors' code, which is what these are compared with, has none of them.
+    # The authors' code, the reference here, has the following sizes instead.
     [
         ("medvit_small", 32_161_440, 5_857_533_120),
         ("medvit_base", 45_430_972, 8_356_863_168),
         ("medvit_large", 58_700_504, 10_856_193_216),
     ],
 )
-def test_weights_and_multiply_adds_are_those_of_the_authors_code(name, parameters, macs):
+def test_parameters_and_macs_match_authors_code(name, parameters, macs):
     with torch.device("meta"):
         model = timm.create_model(name).eval()
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
@@ -63,30 +63,30 @@ def test_weights_and_multiply_adds_are_those_of_the_authors_code(name, parameter
         ("medvit_large", "177d8ddc3a376496497dc91a9766b326"),
     ],
 )
-def test_names_and_shapes_are_those_of_the_authors_code(name, digest):
-    """Their published weights must load, and those that were saved here."""
+def test_state_dict_matches_authors_code(name, digest):
+    """The authors' published weights and weights saved here must load."""
     with torch.device("meta"):
         state = timm.create_model(name).state_dict()
-    told = json.dumps({name: list(value.shape) for name, value in state.items()}, sort_keys=True)
-    assert hashlib.md5(told.encode(), usedforsecurity=False).hexdigest() == digest
+    results = json.dumps({name: list(value.shape) for name, value in state.items()}, sort_keys=True)
+    assert hashlib.md5(results.encode(), usedforsecurity=False).hexdigest() == digest
 
 
-def test_logits_are_those_of_the_authors_code():
-    """Their MedViT_small in float64 with these weights; at this size their attention drops tokens, twelve and three."""
+def test_logits_match_authors_code():
+    """Expected: their MedViT_small in float64 with these weights; at this size attention drops 12 and 3 tokens."""
     model = timm.create_model("medvit_small", num_classes=5).eval()
-    fill(model)
+    fill_weights(model)
     images = np.random.RandomState(999).standard_normal((2, 3, 112, 80)).astype(np.float32)
     with torch.inference_mode():
         logits = model(torch.from_numpy(images))
-    theirs = [
+    expected = [
         [276.95715090582263, 522.9260520635825, -392.8496131869165, -541.8254669343132, 154.45165933242177],
         [261.40536310559264, 507.0012772585116, -395.3364418018295, -540.725236703206, 159.8747076825823],
     ]
-    assert relative(logits, np.array(theirs)) < 1e-5
+    assert relative_error(logits, np.array(expected)) < 1e-5
 
 
-def plain_attention(layer: ESA, x: Tensor) -> Tensor:
-    """One token and one head at a time, as the formula in the module has it."""
+def naive_attention(layer: ESA, x: Tensor) -> Tensor:
+    """Compute the module's formula one token and one head at a time."""
     window = min(layer.reduction**2, x.shape[1])
     out = torch.zeros_like(x)
     for image in range(len(x)):
@@ -106,7 +106,7 @@ def plain_attention(layer: ESA, x: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize(("reduction", "tokens"), [(1, 5), (2, 8), (2, 11), (2, 3), (3, 20)])
-def test_attention_is_the_plain_computation(reduction, tokens):
+def test_attention_matches_naive_implementation(reduction, tokens):
     torch.manual_seed(0)
     layer = ESA(12, head_dim=4, reduction=reduction).double().eval()
     with torch.no_grad():
@@ -114,12 +114,12 @@ def test_attention_is_the_plain_computation(reduction, tokens):
             if value.is_floating_point():
                 value.copy_(torch.rand_like(value) + (0.5 if name == "norm.running_var" else -0.5))
         x = torch.randn(2, tokens, 12, dtype=torch.float64)
-        assert relative(layer(x), plain_attention(layer, x).numpy()) < 1e-12
+        assert relative_error(layer(x), naive_attention(layer, x).numpy()) < 1e-12
 
 
 @pytest.mark.parametrize("size", [(224, 224), (64, 64), (28, 28), (65, 33), (1, 1)])
-def test_images_may_have_any_size(size):
-    model = tiny().eval()
+def test_any_image_size(size):
+    model = tiny_medvit().eval()
     images = torch.randn(1, 3, *size)
     with torch.inference_mode():
         features = model.forward_features(images)
@@ -129,7 +129,7 @@ def test_images_may_have_any_size(size):
     assert logits.isfinite().all()
 
 
-def test_timm_builds_it_as_the_factory_asks():
+def test_timm_create_model_passes_options():
     options = {"num_classes": 3, "in_chans": 1, "drop_rate": 0.1, "drop_path_rate": 0.1}
     model = timm.create_model("medvit_small", pretrained=False, **options)
     assert isinstance(model, MedViT)
@@ -140,7 +140,7 @@ def test_timm_builds_it_as_the_factory_asks():
     assert (last.drop_path1.drop_prob, last.drop_path2.drop_prob) == pytest.approx((0.075, 0.025))
 
 
-def test_pretrained_weights_are_refused():
+def test_pretrained_raises():
     with pytest.raises(ValueError, match="medvit_small has no pretrained weights"):
         timm.create_model("medvit_small", pretrained=True)
 
@@ -154,23 +154,23 @@ def test_pretrained_weights_are_refused():
         ({"widths": (96, 128, 384, 768)}, "the others of 96"),
     ],
 )
-def test_sizes_that_cannot_be_are_told(sizes, message):
+def test_invalid_sizes_raise(sizes, message):
     with pytest.raises(ValueError, match=message):
         MedViT(**sizes)
 
 
 def test_gradients_reach_every_parameter():
-    model = tiny(drop_path_rate=0.1)
+    model = tiny_medvit(drop_path_rate=0.1)
     model(torch.randn(2, 3, 64, 64)).square().sum().backward()
     assert [name for name, parameter in model.named_parameters() if parameter.grad is None] == []
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_recomputed_activations_change_nothing(training):
+def test_gradient_checkpointing_keeps_results(training):
     images = torch.randn(3, 3, 64, 64)
-    told = []
+    results = []
     for enable in (False, True):
-        model = tiny(drop_rate=0.2, drop_path_rate=0.3, attn_drop_rate=0.2, proj_drop_rate=0.2).train(training)
+        model = tiny_medvit(drop_rate=0.2, drop_path_rate=0.3, attn_drop_rate=0.2, proj_drop_rate=0.2).train(training)
         model.set_grad_checkpointing(enable)
         passes = []
         model.features[3].mhca.register_forward_hook(lambda *_, passes=passes: passes.append(1))
@@ -178,16 +178,16 @@ def test_recomputed_activations_change_nothing(training):
         logits = model(images)
         logits.square().sum().backward()
         assert len(passes) == 1 + enable
-        told.append((logits, [parameter.grad for parameter in model.parameters()], list(model.buffers())))
+        results.append((logits, [parameter.grad for parameter in model.parameters()], list(model.buffers())))
         assert all(m.momentum == 0.1 for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d))
-    (logits, gradients, buffers), (logits2, gradients2, buffers2) = told
+    (logits, gradients, buffers), (logits2, gradients2, buffers2) = results
     assert torch.equal(logits, logits2)
-    assert all(torch.equal(one, two) for one, two in zip(gradients, gradients2, strict=True))
-    assert all(torch.equal(one, two) for one, two in zip(buffers, buffers2, strict=True))
+    assert all(torch.equal(first, second) for first, second in zip(gradients, gradients2, strict=True))
+    assert all(torch.equal(first, second) for first, second in zip(buffers, buffers2, strict=True))
 
 
-def test_a_new_classifier_takes_the_old_ones_place():
-    model = tiny().eval()
+def test_reset_classifier():
+    model = tiny_medvit().eval()
     images = torch.randn(2, 3, 64, 64)
     with torch.inference_mode():
         features = model.forward_features(images)
@@ -203,16 +203,16 @@ def test_a_new_classifier_takes_the_old_ones_place():
         assert model.num_classes == 0
 
 
-def test_layer_groups_go_from_the_stem_to_the_head():
-    """timm's layer-wise decay reads them: one group per block, or per stage, the last norm with the last of them."""
-    model = tiny()
+def test_layer_groups_are_ordered():
+    """One group per block, or per stage; the final norm belongs to the last one."""
+    model = tiny_medvit()
     blocks = group_parameters(model, model.group_matcher(), reverse=True)
     assert blocks["stem.0.conv.weight"] == 0
     assert {blocks[name] for name in blocks if name.startswith("features.9.")} == {10}
     assert (blocks["norm.weight"], blocks["proj_head.0.weight"]) == (10, 11)
     stages = group_parameters(model, model.group_matcher(coarse=True), reverse=True)
-    told = [{stages[name] for name in stages if name.startswith(f"features.{i}.")} for i in range(10)]
-    assert told == [{1}, {2}, {2}, {3}, {3}, {3}, {3}, {3}, {4}, {4}]
+    results = [{stages[name] for name in stages if name.startswith(f"features.{i}.")} for i in range(10)]
+    assert results == [{1}, {2}, {2}, {3}, {3}, {3}, {3}, {3}, {4}, {4}]
     assert (stages["stem.0.conv.weight"], stages["norm.weight"], stages["proj_head.0.weight"]) == (0, 4, 5)
     assert set(stages) == set(blocks) == {name for name, _ in model.named_parameters()}
     assert model.no_weight_decay() == set()

@@ -1,4 +1,4 @@
-"""Checkpoints: whole or not there, the last two kept, read without running code, and a full disk is told."""
+"""Checkpoints: atomic writes, rotation, damaged files, safe loading and a full disk."""
 
 import os
 import subprocess
@@ -15,7 +15,7 @@ from tests.conftest import ROOT
 
 
 def some_state(number: int = 0, size: int = 10) -> dict[str, object]:
-    """Nested, of all the types that a training's state has."""
+    """Return a nested state with all types that occur in a training state."""
     random = torch.Generator().manual_seed(number)
     return {
         "model": {"weight": torch.rand(size, 3, generator=random), "half": torch.rand(2, generator=random).bfloat16()},
@@ -28,92 +28,94 @@ def some_state(number: int = 0, size: int = 10) -> dict[str, object]:
     }  # fmt: skip
 
 
-def same(one: object, other: object) -> bool:
-    if isinstance(one, torch.Tensor):
-        return isinstance(other, torch.Tensor) and one.dtype == other.dtype and torch.equal(one, other)
-    if isinstance(one, dict):
-        return type(other) is dict and one.keys() == other.keys() and all(same(one[k], other[k]) for k in one)
-    if isinstance(one, list | tuple):
-        return type(other) is type(one) and len(one) == len(other) and all(map(same, one, other))
-    return type(one) is type(other) and one == other
+def is_equal(a: object, b: object) -> bool:
+    if isinstance(a, torch.Tensor):
+        return isinstance(b, torch.Tensor) and a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, dict):
+        return type(b) is dict and a.keys() == b.keys() and all(is_equal(a[k], b[k]) for k in a)
+    if isinstance(a, list | tuple):
+        return type(b) is type(a) and len(a) == len(b) and all(map(is_equal, a, b))
+    return type(a) is type(b) and a == b
 
 
 @pytest.fixture
-def kept(tmp_path) -> CheckpointManager:
-    """Two checkpoints, of steps 1 and 2."""
+def two_checkpoints(tmp_path) -> CheckpointManager:
+    """Return a manager with the checkpoints of steps 1 and 2."""
     checkpoints = CheckpointManager(tmp_path / "run", 1)
     for step in (1, 2):
         checkpoints.save(some_state(step), step)
     return checkpoints
 
 
-def names(checkpoints: CheckpointManager) -> list[str]:
+def file_names(checkpoints: CheckpointManager) -> list[str]:
     return sorted(path.name for path in checkpoints.folder.iterdir())
 
 
-def test_the_last_two_are_kept_and_the_newest_is_read(tmp_path):
+def test_keeps_two_and_loads_latest(tmp_path):
     checkpoints = CheckpointManager(tmp_path, 1)
     assert checkpoints.load_latest() is None
     for number, step in enumerate((1, 9, 10, 123_456)):
         checkpoints.save(some_state(step), step)
-        assert len(names(checkpoints)) == min(2, number + 1)
-        assert same(checkpoints.load_latest(), some_state(step))
-    assert names(checkpoints) == ["step-00000010.pt", "step-00123456.pt"]
-    assert same(CheckpointManager(tmp_path, 1).load_latest(), some_state(123_456))  # by another process too
-    assert not same(some_state(1), some_state(2))  # else all this would say nothing
+        assert len(file_names(checkpoints)) == min(2, number + 1)
+        assert is_equal(checkpoints.load_latest(), some_state(step))
+    assert file_names(checkpoints) == ["step-00000010.pt", "step-00123456.pt"]
+    assert is_equal(CheckpointManager(tmp_path, 1).load_latest(), some_state(123_456))  # by a new manager
+    assert not is_equal(some_state(1), some_state(2))  # the comparison can fail
 
 
-def test_a_process_killed_while_it_writes_leaves_the_ones_before(kept):
-    """A real one: killed by itself when all but the name is there."""
+def test_killed_write_keeps_previous_checkpoints(two_checkpoints):
+    """The process kills itself after writing the temporary file, before renaming it."""
     program = (
         "import os, signal, sys; from pathlib import Path; import torch;"
-        " from fadeformer.training.checkpoints import Checkpoints;"
+        " from fadeformer.training.checkpoints import CheckpointManager;"
         " os.fsync = lambda file: os.kill(os.getpid(), signal.SIGKILL);"
-        " Checkpoints(Path(sys.argv[1]), 1).save({'step': torch.tensor(3)}, 3)"
+        " CheckpointManager(Path(sys.argv[1]), 1).save({'step': torch.tensor(3)}, 3)"
     )
-    done = subprocess.run([sys.executable, "-c", program, str(kept.folder)], cwd=ROOT, check=False)
-    assert done.returncode == -9
-    assert len(names(kept)) == 3
-    again = CheckpointManager(kept.folder, 1)
-    assert names(again) == ["step-00000001.pt", "step-00000002.pt"]
-    assert same(again.load_latest(), some_state(2))
+    process = subprocess.run([sys.executable, "-c", program, str(two_checkpoints.folder)], cwd=ROOT, check=False)
+    assert process.returncode == -9
+    assert len(file_names(two_checkpoints)) == 3
+    reopened = CheckpointManager(two_checkpoints.folder, 1)
+    assert file_names(reopened) == ["step-00000001.pt", "step-00000002.pt"]
+    assert is_equal(reopened.load_latest(), some_state(2))
 
 
-def cut(content: bytes) -> bytes:
+def truncate(content: bytes) -> bytes:
     return content[: len(content) // 2]
 
 
-def flipped(content: bytes) -> bytes:
-    """One bit of a weight is another: a file that torch reads without a word."""
+def flip_bit(content: bytes) -> bytes:
+    """Flip one bit of a weight; torch loads such a file without an error."""
     weight = some_state(2)["model"]["weight"].numpy().tobytes()
-    place = content.index(weight) + 5
-    return content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :]
+    position = content.index(weight) + 5
+    return content[:position] + bytes([content[position] ^ 1]) + content[position + 1 :]
 
 
 DAMAGES = {
-    "cut": cut, "empty": lambda _: b"", "zeros": lambda content: bytes(len(content)), "one bit": flipped,
+    "cut": truncate, "empty": lambda _: b"", "zeros": lambda content: bytes(len(content)), "one bit": flip_bit,
     "text": lambda _: b"no checkpoint", "end gone": lambda content: content[:-1],
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("damage", DAMAGES.values(), ids=list(DAMAGES))
-def test_a_damaged_newest_is_passed_over_and_if_none_can_be_read_this_is_told(kept, damage):
-    newest, before = kept.paths
+def test_damaged_checkpoints_are_skipped_or_raise(two_checkpoints, damage):
+    newest, previous = two_checkpoints.paths
     damaged = damage(newest.read_bytes())
     newest.write_bytes(damaged)
     with pytest.warns(UserWarning, match=rf"{newest} is damaged .* and was skipped"):
-        found = kept.newest()
-    assert same(found, some_state(1))
-    before.write_bytes(damaged)
+        state = two_checkpoints.load_latest()
+    assert is_equal(state, some_state(1))
+    previous.write_bytes(damaged)
     with (
         pytest.warns(UserWarning, match="is damaged"),
-        pytest.raises(UserError, match=rf"{kept.folder}: none of the checkpoints can be read; remove the folder"),
+        pytest.raises(
+            UserError, match=rf"{two_checkpoints.folder}: none of the checkpoints can be read; remove the folder"
+        ),
     ):
-        kept.newest()
+        two_checkpoints.load_latest()
 
 
-class Marker:
-    """Leaves a file behind when it is unpickled."""
+class UnpickleMarker:
+    """Creates a folder when it is unpickled."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -123,14 +125,14 @@ class Marker:
 
 
 @pytest.mark.filterwarnings("ignore:.*is damaged")
-def test_a_file_that_would_run_code_is_refused(tmp_path):
-    checkpoints, ran = CheckpointManager(tmp_path / "run", 1), tmp_path / "ran"
-    checkpoints.save({"model": Marker(ran)}, 1)
+def test_pickled_code_is_not_run(tmp_path):
+    checkpoints, marker_folder = CheckpointManager(tmp_path / "run", 1), tmp_path / "ran"
+    checkpoints.save({"model": UnpickleMarker(marker_folder)}, 1)
     with pytest.raises(UserError, match="none of the checkpoints can be read"):
         checkpoints.load_latest()
-    assert not ran.exists()
+    assert not marker_folder.exists()
     torch.load(checkpoints.paths[0], weights_only=False)
-    assert ran.exists()  # so it would have run
+    assert marker_folder.exists()  # unsafe loading runs it
 
 
 LIMITED = """
@@ -151,19 +153,19 @@ for state in (large, {"epoch": 1}, large):
 """
 
 
-def test_a_file_that_may_not_grow_is_told_with_the_checkpoint_before(tmp_path):
+def test_full_disk_error_names_previous_checkpoint(tmp_path):
     command = [sys.executable, "-c", LIMITED, str(tmp_path)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    first, second = done.stdout.splitlines()
-    before = tmp_path / "step-00000001.pt"
+    process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    first, second = process.stdout.splitlines()
+    previous = tmp_path / "step-00000001.pt"
     assert f"{tmp_path}: the checkpoint of step 2 could not be written (File too large)" in first
     assert "there is no checkpoint yet" in first
-    assert f"the previous checkpoint, {before}, is intact; free some disk space, then run again" in second
-    assert [path.name for path in tmp_path.iterdir()] == [before.name]
+    assert f"the previous checkpoint, {previous}, is intact; free some disk space, then run again" in second
+    assert [path.name for path in tmp_path.iterdir()] == [previous.name]
     assert CheckpointManager(tmp_path, 1).load_latest() == {"epoch": 1}
 
 
-def test_a_checkpoint_is_due_when_the_last_one_is_old_enough(tmp_path, monkeypatch):
+def test_is_due_after_interval(tmp_path, monkeypatch):
     now = 1000.0
     monkeypatch.setattr(time, "monotonic", lambda: now)
     checkpoints = CheckpointManager(tmp_path, 2)

@@ -1,4 +1,4 @@
-"""The training loop: it learns, repeats itself to the bit, goes on where it was stopped, and tells what fails."""
+"""Training loop: learning, reproducibility, bitwise resume, and error messages."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -29,8 +29,8 @@ RECIPE = Recipe(
 CPU = torch.device("cpu")
 
 
-def some_images(count: int, classes: int, *, multi_label: bool = False, seed: int = 0) -> SplitArrays:
-    """Random pixels, brighter in the rows that belong to a class."""
+def random_split(count: int, classes: int, *, multi_label: bool = False, seed: int = 0) -> SplitArrays:
+    """Return random images in which some pixel rows are brighter for each class."""
     random = np.random.default_rng(seed)
     pixels = random.integers(0, 100, (count, 16, 16, 3), dtype=np.uint8)
     if multi_label:
@@ -47,7 +47,7 @@ def some_images(count: int, classes: int, *, multi_label: bool = False, seed: in
     )
 
 
-def network(
+def create_network(
     classes: int, *, seed: int = 0, backbone: str = "fadevit_nano", dropout: float = 0.0, drop_path: float = 0.0
 ):
     torch.manual_seed(seed)
@@ -57,7 +57,7 @@ def network(
     )  # fmt: skip
 
 
-def fitted(
+def fit_epochs(
     state: TrainingState,
     train: SplitArrays,
     val: SplitArrays,
@@ -70,35 +70,35 @@ def fitted(
     fabric=None,
     **options: Callable[..., object],
 ):
-    """Epochs of `fit`, one by one."""
-    kind = TASKS[task].with_head(head)
-    classes = train.labels.shape[1] if kind.multi_label else int(train.labels.max()) + 1
+    """Iterate over the epochs of `fit`."""
+    task_object = TASKS[task].with_head(head)
+    classes = train.labels.shape[1] if task_object.multi_label else int(train.labels.max()) + 1
     augmentation = Augmentation(**{**OFF, "horizontal_flip": 0.5, **(augment or {})})
     return loop.fit(
-        state, train, val, task=kind, recipe=recipe, class_weights=np.ones(classes), augmentation=augmentation,
+        state, train, val, task=task_object, recipe=recipe, class_weights=np.ones(classes), augmentation=augmentation,
         normalization=IMAGENET, seed=seed, fabric=fabric or create_fabric(CPU), **options,
     )  # fmt: skip
 
 
-def run(
+def train_model(
     train: SplitArrays, val: SplitArrays, task: str, seed: int = 0, head: str = "auto", **changes: object
 ) -> tuple[TrainingState, list[EpochResult]]:
-    kind = TASKS[task].with_head(head)
-    classes = train.labels.shape[1] if kind.multi_label else int(train.labels.max()) + 1
+    task_object = TASKS[task].with_head(head)
+    classes = train.labels.shape[1] if task_object.multi_label else int(train.labels.max()) + 1
     recipe = replace(RECIPE, **changes)
-    state = create_training_state(network(classes - kind.num_omitted_outputs, seed=seed), recipe)
-    return state, list(fitted(state, train, val, task, recipe, seed=seed, head=head))
+    state = create_training_state(create_network(classes - task_object.num_omitted_outputs, seed=seed), recipe)
+    return state, list(fit_epochs(state, train, val, task, recipe, seed=seed, head=head))
 
 
-def results(epochs: list[EpochResult]) -> list[EpochResult]:
-    """Without what they cost."""
+def without_costs(epochs: list[EpochResult]) -> list[EpochResult]:
+    """Remove times and memory."""
     return [replace(epoch, **dict.fromkeys(COST_FIELDS, 0.0)) for epoch in epochs]
 
 
 @pytest.mark.parametrize("task", list(TASKS))
-def test_it_learns_eight_images_by_heart(task):
-    train = some_images(8, 2 if task == "binary-class" else 3, multi_label=TASKS[task].multi_label)
-    state, epochs = run(
+def test_overfits_eight_images(task):
+    train = random_split(8, 2 if task == "binary-class" else 3, multi_label=TASKS[task].multi_label)
+    state, epochs = train_model(
         train, train, task, epochs=80, schedule="constant", early_stopping_patience=100, sampling="uniform"
     )
     assert epochs[-1].train_loss < 0.2 * epochs[0].train_loss
@@ -106,29 +106,33 @@ def test_it_learns_eight_images_by_heart(task):
     assert -state.best_score == min(epoch.val_loss for epoch in epochs)
 
 
-def test_the_same_seed_gives_the_same_weights_to_the_bit():
-    train, val = some_images(20, 3), some_images(9, 3, seed=1)
-    (one, first), (two, second) = (run(train, val, "multi-class", seed=5) for _ in range(2))
-    assert results(first) == results(second)
-    assert all(torch.equal(one.best_weights[name], two.best_weights[name]) for name in one.best_weights)
-    assert results(run(train, val, "multi-class", seed=6)[1]) != results(first)
+def test_same_seed_gives_identical_weights():
+    train, val = random_split(20, 3), random_split(9, 3, seed=1)
+    (first_state, first_epochs), (second_state, second_epochs) = (
+        train_model(train, val, "multi-class", seed=5) for _ in range(2)
+    )
+    assert without_costs(first_epochs) == without_costs(second_epochs)
+    assert all(
+        torch.equal(first_state.best_weights[name], second_state.best_weights[name])
+        for name in first_state.best_weights
+    )
+    assert without_costs(train_model(train, val, "multi-class", seed=6)[1]) != without_costs(first_epochs)
 
 
 @pytest.mark.parametrize(
     ("schedule", "expected"), [("cosine", [1e-3, 7.5e-4, 2.5e-4]), ("constant", [1e-3] * 3), ("plateau", [1e-3] * 3)]
 )
-def test_the_learning_rate_follows_its_schedule(schedule, expected):
-    train = some_images(8, 3)
-    _, epochs = run(train, train, "multi-class", epochs=3, schedule=schedule)
+def test_learning_rate_follows_schedule(schedule, expected):
+    train = random_split(8, 3)
+    _, epochs = train_model(train, train, "multi-class", epochs=3, schedule=schedule)
     assert [epoch.learning_rate for epoch in epochs] == pytest.approx(expected)
 
 
-def test_a_plateau_lowers_the_learning_rate_training_stops_early_and_the_weights_are_those_of_the_best_epoch():
-    train = some_images(8, 3)
-    wrong = SplitArrays(
-        train.images, (train.labels + 1) % 3, train.index
-    )  # the better it learns, the worse it validates
-    state, epochs = run(train, wrong, "multi-class", epochs=40, schedule="plateau", early_stopping_patience=3)
+def test_plateau_early_stopping_and_best_weights():
+    train = random_split(8, 3)
+    # with wrong labels in val, validation loss increases as training improves
+    val = SplitArrays(train.images, (train.labels + 1) % 3, train.index)
+    state, epochs = train_model(train, val, "multi-class", epochs=40, schedule="plateau", early_stopping_patience=3)
     assert len(epochs) < 40
     assert len(epochs) == state.best_epoch + 3
     assert epochs[-1].learning_rate < epochs[0].learning_rate
@@ -136,257 +140,261 @@ def test_a_plateau_lowers_the_learning_rate_training_stops_early_and_the_weights
     assert any(not torch.equal(last[name], state.best_weights[name]) for name in last)
 
 
-def test_a_loss_that_is_not_a_number_is_told():
-    train = some_images(8, 3)
+def test_divergence_raises():
+    train = random_split(8, 3)
     with pytest.raises(
         UserError, match=r"training has diverged: .* epoch \d+.*; lower train\.learning_rate \(now 1e\+30\)"
     ):
-        run(train, train, "multi-class", epochs=50, learning_rate=1e30, early_stopping_patience=100)
+        train_model(train, train, "multi-class", epochs=50, learning_rate=1e30, early_stopping_patience=100)
 
 
-EVERYTHING = {
+ALL_OPTIONS = {
     "epochs": 3, "ema": 0.9, "schedule": "plateau", "warmup_epochs": 0.5, "label_smoothing": 0.1, "clip": 1.0,
     "focal_gamma": 1.0, "layer_decay": 0.8, "probe_epochs": 1, "accumulate": 2, "monitor": "accuracy",
 }  # fmt: skip
-CHANGES = {"mixup": 0.4, "cutmix": 0.4, "rotation": 10.0, "randaugment_operations": 1, "erasing": 0.5}
+AUGMENTATION = {"mixup": 0.4, "cutmix": 0.4, "rotation": 10.0, "randaugment_operations": 1, "erasing": 0.5}
 STEPS = 9  # three epochs of 20 images by 8
 
 
-def asked_after(calls: int) -> Callable[[], int]:
-    """Asks to stop from the so-manieth time on that it is called."""
-    left = iter(range(calls))
-    return lambda: 0 if next(left, None) is not None else 15
+def signal_after(calls: int) -> Callable[[], int]:
+    """Return a function that reports SIGTERM after this number of calls."""
+    remaining_calls = iter(range(calls))
+    return lambda: 0 if next(remaining_calls, None) is not None else 15
 
 
-def complete(folder, train, val, recipe, **options):
-    """A training from the last checkpoint in a folder to its end, or until it is asked to stop."""
-    state = create_training_state(network(3, dropout=0.1, drop_path=0.1), recipe)
+def train_to_end(folder, train, val, recipe, **options):
+    """Train from the latest checkpoint of a folder to the end, or until a signal stops it."""
+    state = create_training_state(create_network(3, dropout=0.1, drop_path=0.1), recipe)
     checkpoints = CheckpointManager(folder, minutes=1e-9)
-    if (found := checkpoints.load_latest()) is not None:
-        state.load_state_dict(found)
-    for _ in fitted(
-        state, train, val, "multi-class", recipe, checkpoints=checkpoints, augment=CHANGES, **options
+    if (saved := checkpoints.load_latest()) is not None:
+        state.load_state_dict(saved)
+    for _ in fit_epochs(
+        state, train, val, "multi-class", recipe, checkpoints=checkpoints, augment=AUGMENTATION, **options
     ):  # fmt: skip
         pass
     return state
 
 
-def test_a_training_stopped_anywhere_goes_on_to_the_bit(tmp_path):
-    """Asked to stop after every step, before every batch of validation and everywhere between, again and again."""
-    train, val = some_images(20, 3), some_images(9, 3, seed=1)
-    recipe = replace(RECIPE, **EVERYTHING)
-    whole = complete(tmp_path / "whole", train, val, recipe)
-    assert whole.step == STEPS
+def test_resume_is_bitwise_identical(tmp_path):
+    """Stop repeatedly: after every step, before every validation batch, and in between."""
+    train, val = random_split(20, 3), random_split(9, 3, seed=1)
+    recipe = replace(RECIPE, **ALL_OPTIONS)
+    reference = train_to_end(tmp_path / "reference", train, val, recipe)
+    assert reference.step == STEPS
     stopped = 0
     for calls in range(1, 200):
         try:
-            pieces = complete(tmp_path / "pieces", train, val, recipe, pending_signal=asked_after(calls % 3))
+            resumed = train_to_end(tmp_path / "resumed", train, val, recipe, pending_signal=signal_after(calls % 3))
         except StageInterrupted:
             stopped += 1
         else:
             break
     assert stopped >= STEPS
-    assert results(pieces.history) == results(whole.history)
-    assert (pieces.best_score, pieces.best_epoch) == (whole.best_score, whole.best_epoch)
-    for name, weights in whole.best_weights.items():
-        assert torch.equal(pieces.best_weights[name], weights), name
-    for name, weights in whole.model.state_dict().items():
-        assert torch.equal(pieces.model.state_dict()[name], weights), name
+    assert without_costs(resumed.history) == without_costs(reference.history)
+    assert (resumed.best_score, resumed.best_epoch) == (reference.best_score, reference.best_epoch)
+    for name, weights in reference.best_weights.items():
+        assert torch.equal(resumed.best_weights[name], weights), name
+    for name, weights in reference.model.state_dict().items():
+        assert torch.equal(resumed.model.state_dict()[name], weights), name
 
 
-def test_a_finished_training_is_not_trained_again(tmp_path):
-    train, recipe = some_images(20, 3), replace(RECIPE, **EVERYTHING)
-    first = complete(tmp_path, train, train, recipe)
-    again = complete(tmp_path, train, train, recipe)
+def test_finished_run_is_not_trained_again(tmp_path):
+    train, recipe = random_split(20, 3), replace(RECIPE, **ALL_OPTIONS)
+    first = train_to_end(tmp_path, train, train, recipe)
+    again = train_to_end(tmp_path, train, train, recipe)
     assert again.step == first.step
-    assert results(again.history) == results(first.history)
+    assert without_costs(again.history) == without_costs(first.history)
 
 
-def test_checkpoints_come_within_an_epoch_and_the_last_two_are_kept(tmp_path):
-    train = some_images(20, 3)
-    complete(tmp_path, train, train, replace(RECIPE, epochs=2))
+def test_checkpoints_within_epoch(tmp_path):
+    train = random_split(20, 3)
+    train_to_end(tmp_path, train, train, replace(RECIPE, epochs=2))
     assert [path.name for path in CheckpointManager(tmp_path, 1).paths] == ["step-00000006.pt", "step-00000005.pt"]
 
 
-def poison(train: SplitArrays, row: int, monkeypatch) -> None:
-    """Plants a NaN: the normalised image of one row has it."""
+def plant_nan(train: SplitArrays, row: int, monkeypatch) -> None:
+    """Make augmentation return NaN for the image of one row."""
     target = torch.from_numpy(train.images[row])
     original = Augmentation.__call__
 
-    def poisoned(self, images: Tensor, draws: Tensor, normalisation) -> Tensor:
-        batch = original(self, images, draws, normalisation)
+    def poisoned(self, images: Tensor, draws: Tensor, normalization) -> Tensor:
+        batch = original(self, images, draws, normalization)
         batch[(images == target).flatten(1).all(dim=1)] = torch.nan
         return batch
 
     monkeypatch.setattr(Augmentation, "__call__", poisoned)
 
 
-def test_a_planted_nan_is_told_with_step_and_image_and_the_last_good_checkpoint_is_kept(tmp_path, monkeypatch):
-    train = some_images(20, 3)
+def test_nan_error_names_image_and_checkpoint(tmp_path, monkeypatch):
+    train = random_split(20, 3)
     recipe = replace(RECIPE, epochs=3, sampling="uniform")
-    clean = complete(tmp_path / "clean", train, train, replace(recipe, epochs=1))
-    poison(train, 13, monkeypatch)
-    state = create_training_state(network(3, backbone="vit_tiny_patch16_224"), recipe)
+    clean = train_to_end(tmp_path / "clean", train, train, replace(recipe, epochs=1))
+    plant_nan(train, 13, monkeypatch)
+    state = create_training_state(create_network(3, backbone="vit_tiny_patch16_224"), recipe)
     with pytest.raises(
         UserError, match=r"the loss is nan at epoch 1, batch \d, step \d, on the images image 13;"
-    ) as told:
-        for _ in fitted(
+    ) as error_info:
+        for _ in fit_epochs(
             state, train, train, "multi-class", recipe, checkpoints=CheckpointManager(tmp_path / "none", 1)
         ):
             pass
-    assert "train.learning_rate" in str(told.value)
-    assert "checkpoint" not in str(told.value)  # there was none yet
-    before = CheckpointManager(tmp_path / "clean", 1).paths[0]
-    state = create_training_state(network(3, dropout=0.1, drop_path=0.1), recipe)
+    assert "train.learning_rate" in str(error_info.value)
+    assert "checkpoint" not in str(error_info.value)  # there is none
+    checkpoint_path = CheckpointManager(tmp_path / "clean", 1).paths[0]
+    state = create_training_state(create_network(3, dropout=0.1, drop_path=0.1), recipe)
     state.load_state_dict(CheckpointManager(tmp_path / "clean", 1).load_latest())
-    with pytest.raises(UserError, match=rf"the loss is nan at epoch 2, .*the last good checkpoint is {before}"):
-        for _ in fitted(
+    with pytest.raises(
+        UserError, match=rf"the loss is nan at epoch 2, .*the last good checkpoint is {checkpoint_path}"
+    ):
+        for _ in fit_epochs(
             state, train, train, "multi-class", recipe, checkpoints=CheckpointManager(tmp_path / "clean", 1)
         ):  # fmt: skip
             pass
-    kept = CheckpointManager(tmp_path / "clean", 1).load_latest()
-    assert all(torch.equal(kept["model"][name], value) for name, value in clean.model.state_dict().items())
+    checkpoint = CheckpointManager(tmp_path / "clean", 1).load_latest()
+    assert all(torch.equal(checkpoint["model"][name], value) for name, value in clean.model.state_dict().items())
 
 
-def test_outputs_that_are_not_finite_on_val_are_told(monkeypatch):
-    train, val = some_images(8, 3), some_images(9, 3, seed=1)
+def test_nonfinite_validation_outputs_raise(monkeypatch):
+    train, val = random_split(8, 3), random_split(9, 3, seed=1)
 
-    def broken(model, pixels, *_, **__):
+    def nonfinite_logits(model, pixels, *_, **__):
         logits = np.zeros((len(pixels), 3))
         logits[4] = np.inf
         return logits
 
-    monkeypatch.setattr(loop, "predict_distributed", broken)
+    monkeypatch.setattr(loop, "predict_distributed", nonfinite_logits)
     with pytest.raises(UserError, match="outputs on val are not finite after epoch 1, on the images image 4;"):
-        run(train, val, "multi-class")
+        train_model(train, val, "multi-class")
 
 
-def test_too_little_memory_is_told_with_the_batch_size_and_a_remedy(monkeypatch):
-    def greedy(self, images, draws, normalisation):
+def test_out_of_memory_error_suggests_settings(monkeypatch):
+    def allocate_too_much(self, images, draws, normalization):
         return torch.empty(2**50)
 
-    monkeypatch.setattr(Augmentation, "__call__", greedy)
+    monkeypatch.setattr(Augmentation, "__call__", allocate_too_much)
     with pytest.raises(
         UserError, match=r"out of memory with train\.batch_size 8 and train\.accumulate 1; set train\.accumulate to 2"
     ):
-        run(some_images(8, 3), some_images(8, 3), "multi-class")
+        train_model(random_split(8, 3), random_split(8, 3), "multi-class")
 
 
-def test_a_val_without_two_classes_cannot_choose_by_auc():
-    train = some_images(9, 3)
-    only = SplitArrays(train.images[::3], train.labels[::3], train.index[::3])
+def test_monitor_auc_needs_two_classes_in_val():
+    train = random_split(9, 3)
+    one_class = SplitArrays(train.images[::3], train.labels[::3], train.index[::3])
     with pytest.raises(UserError, match=r"train\.monitor is auc, .* set train\.monitor to loss"):
-        run(train, only, "multi-class", monitor="auc")
+        train_model(train, one_class, "multi-class", monitor="auc")
 
 
 @pytest.mark.parametrize("monitor", ["accuracy", "auc"])
-def test_the_epoch_is_chosen_by_what_is_asked(monitor):
-    train, val = some_images(30, 3), some_images(15, 3, seed=1)
-    state, epochs = run(train, val, "multi-class", epochs=6, monitor=monitor, learning_rate=3e-5)
+def test_best_epoch_maximizes_monitored_metric(monitor):
+    train, val = random_split(30, 3), random_split(15, 3, seed=1)
+    state, epochs = train_model(train, val, "multi-class", epochs=6, monitor=monitor, learning_rate=3e-5)
     values = [getattr(epoch, f"val_{monitor}") for epoch in epochs]
     assert len(set(values)) > 1
     assert state.best_score == max(values)
     assert state.best_epoch == 1 + values.index(max(values))
 
 
-def test_while_probing_only_what_is_new_learns():
-    train = some_images(20, 3)
+def test_probe_epochs_freeze_backbone():
+    train = random_split(20, 3)
     recipe = replace(RECIPE, epochs=2, probe_epochs=1, weight_decay=0.1)
-    state = create_training_state(network(3), recipe)
-    before = {name: value.clone() for name, value in state.model.state_dict().items()}
-    epochs = fitted(state, train, train, "multi-class", recipe)
+    state = create_training_state(create_network(3), recipe)
+    initial = {name: value.clone() for name, value in state.model.state_dict().items()}
+    epochs = fit_epochs(state, train, train, "multi-class", recipe)
     next(epochs)
-    changed = {name for name, value in state.model.state_dict().items() if not torch.equal(value, before[name])}
+    changed = {name for name, value in state.model.state_dict().items() if not torch.equal(value, initial[name])}
     assert {name.split(".")[0] for name in changed} == {"attn", "classifier"}
     next(epochs)
-    changed = {name for name, value in state.model.state_dict().items() if not torch.equal(value, before[name])}
+    changed = {name for name, value in state.model.state_dict().items() if not torch.equal(value, initial[name])}
     assert {"patch_embed", "blocks", "norm"} <= {name.split(".")[0] for name in changed}
 
 
-def test_the_mean_of_the_weights_is_what_is_judged_and_kept():
-    train = some_images(20, 3)
+def test_ema_weights_are_evaluated_and_saved():
+    train = random_split(20, 3)
     recipe = replace(RECIPE, ema=0.9, monitor="loss")
-    state = create_training_state(network(3), recipe)
+    state = create_training_state(create_network(3), recipe)
     steps = [dict(state.model.state_dict())]
     original = state.ema.update
 
-    def noted(model, step):
+    def recording_update(model, step):
         steps.append({name: value.clone() for name, value in model.state_dict().items()})
         original(model, step=step)
 
-    state.ema.update = noted
-    epochs = fitted(state, train, train, "multi-class", recipe)
-    mean = {name: value.clone() for name, value in steps[0].items()}
+    state.ema.update = recording_update
+    epochs = fit_epochs(state, train, train, "multi-class", recipe)
+    average = {name: value.clone() for name, value in steps[0].items()}
     next(epochs)
     for number, weights in enumerate(steps[1:]):
         decay = state.ema.get_decay(number)
         for name, value in weights.items():
-            mean[name] = mean[name] * decay + value * (1 - decay) if value.is_floating_point() else value
+            average[name] = average[name] * decay + value * (1 - decay) if value.is_floating_point() else value
     assert state.best_epoch == 1
-    for name, value in mean.items():
+    for name, value in average.items():
         torch.testing.assert_close(state.best_weights[name], value, atol=1e-6, rtol=1e-5)
     assert not torch.equal(state.best_weights["classifier.weight"], state.model.state_dict()["classifier.weight"])
 
 
-def test_a_clipped_step_is_no_longer_than_asked():
-    train, recipe = some_images(8, 3), replace(RECIPE, epochs=1, optimizer="sgd", learning_rate=1.0, weight_decay=0.0)
-    moved = {}
+def test_gradient_clipping_limits_step():
+    train, recipe = random_split(8, 3), replace(RECIPE, epochs=1, optimizer="sgd", learning_rate=1.0, weight_decay=0.0)
+    step_norms = {}
     for clip in (None, 0.01):
-        state = create_training_state(network(3), replace(recipe, clip=clip))
-        before = torch.cat([value.detach().flatten().clone() for value in state.model.parameters()])
-        list(fitted(state, train, train, "multi-class", replace(recipe, clip=clip)))
-        moved[clip] = (
-            (torch.cat([value.detach().flatten() for value in state.model.parameters()]) - before).norm().item()
+        state = create_training_state(create_network(3), replace(recipe, clip=clip))
+        initial = torch.cat([value.detach().flatten().clone() for value in state.model.parameters()])
+        list(fit_epochs(state, train, train, "multi-class", replace(recipe, clip=clip)))
+        step_norms[clip] = (
+            (torch.cat([value.detach().flatten() for value in state.model.parameters()]) - initial).norm().item()
         )
-    assert moved[0.01] == pytest.approx(0.019, rel=1e-3)  # the gradient, and 0.9 of it as Nesterov's momentum
-    assert moved[None] > 0.04
+    assert step_norms[0.01] == pytest.approx(0.019, rel=1e-3)  # gradient plus 0.9 of it by Nesterov momentum
+    assert step_norms[None] > 0.04
 
 
-def test_history_tells_what_an_epoch_cost():
-    _, epochs = run(some_images(20, 3), some_images(9, 3), "multi-class")
+def test_history_has_time_and_memory():
+    _, epochs = train_model(random_split(20, 3), random_split(9, 3), "multi-class")
     for epoch in epochs:
         assert 0 < epoch.device_seconds <= epoch.train_seconds
         assert epoch.val_seconds > 0
         assert epoch.memory_mib > 100
 
 
-def test_a_step_in_four_parts_is_the_same_step():
-    """Of a network without batch normalization and dropout, up to rounding."""
-    train, val = some_images(18, 3), some_images(9, 3, seed=1)
+def test_gradient_accumulation_matches_full_batch():
+    """Up to rounding, without batch normalization and dropout."""
+    train, val = random_split(18, 3), random_split(9, 3, seed=1)
     recipe = replace(
         RECIPE, batch_size=9, optimizer="sgd", learning_rate=0.02, weight_decay=0.0, label_smoothing=0.1, clip=5.0
     )
     histories, weights = [], []
     for accumulate in (1, 4):
-        state = create_training_state(network(3, backbone="vit_tiny_patch16_224"), recipe)
+        state = create_training_state(create_network(3, backbone="vit_tiny_patch16_224"), recipe)
         state.model.attn.dropout.p = 0.0
-        before = state.model.classifier.weight.detach().clone()
+        initial = state.model.classifier.weight.detach().clone()
         changed = replace(recipe, accumulate=accumulate)
-        histories.append(results(list(fitted(state, train, val, "multi-class", changed, augment={"rotation": 10.0}))))
+        histories.append(
+            without_costs(list(fit_epochs(state, train, val, "multi-class", changed, augment={"rotation": 10.0})))
+        )
         weights.append(dict(state.model.named_parameters()))
-        assert not torch.allclose(state.model.classifier.weight, before, atol=1e-3)
-    for one, other in zip(*histories, strict=True):
-        for name, value in vars(one).items():
-            assert getattr(other, name) == pytest.approx(value, abs=1e-5), name
+        assert not torch.allclose(state.model.classifier.weight, initial, atol=1e-3)
+    for full_batch, accumulated in zip(*histories, strict=True):
+        for name, value in vars(full_batch).items():
+            assert getattr(accumulated, name) == pytest.approx(value, abs=1e-5), name
     for name, value in weights[0].items():
         torch.testing.assert_close(weights[1][name], value, rtol=1e-4, atol=1e-5, msg=name)
 
 
-def test_parts_of_a_step_have_dropout_masks_of_their_own(monkeypatch):
-    """They do not repeat the mask of the first part."""
-    kept: list[Tensor] = []
-    train, recipe = some_images(8, 3), replace(RECIPE, epochs=1, accumulate=2)
-    state = create_training_state(network(3, backbone="vit_tiny_patch16_224"), recipe)
+def test_micro_batches_have_different_dropout_masks(monkeypatch):
+    """The mask of the first micro-batch is not repeated."""
+    masks: list[Tensor] = []
+    train, recipe = random_split(8, 3), replace(RECIPE, epochs=1, accumulate=2)
+    state = create_training_state(create_network(3, backbone="vit_tiny_patch16_224"), recipe)
     dropout = state.model.attn.dropout = nn.Dropout(0.5)
-    dropout.register_forward_hook(lambda _, x, y: kept.append(y != 0) if dropout.training else None)
-    list(fitted(state, train, train, "multi-class", recipe))
-    assert len(kept) == 2
-    assert not torch.equal(*kept)
+    dropout.register_forward_hook(lambda _, x, y: masks.append(y != 0) if dropout.training else None)
+    list(fit_epochs(state, train, train, "multi-class", recipe))
+    assert len(masks) == 2
+    assert not torch.equal(*masks)
 
 
-def test_a_cumulative_head_learns_grades():
-    train = some_images(9, 3)
-    state, epochs = run(
+def test_cumulative_head_overfits_grades():
+    train = random_split(9, 3)
+    state, epochs = train_model(
         train, train, "ordinal-regression", head="cumulative", epochs=80, schedule="constant", sampling="uniform",
         early_stopping_patience=100,
     )  # fmt: skip
