@@ -161,7 +161,7 @@ def test_package_is_fetched_by_each_uri(run_id):
         assert sorted(path.name for path in package.find_data_folder(folder).iterdir()) == files
 
 
-@pytest.mark.parametrize("uri", ["models:/m@nobody", "models:/m/99", "models:/unheard@champion", "runs:/0123/model"])
+@pytest.mark.parametrize("uri", ["models:/m@unknown", "models:/m/99", "models:/unheard@champion", "runs:/0123/model"])
 def test_unknown_model_is_reported(uri):
     with pytest.raises(UserError, match=f"^{uri}: MLflow at .*mlruns has no such model"):
         package.fetch_package(uri)

@@ -38,8 +38,8 @@ def test_registering_a_package_twice_is_idempotent():
 
 
 def test_unregistered_model_has_no_versions_or_aliases():
-    assert versions.list_versions("nobody") == {}
-    assert versions.get_aliases("nobody") == {}
+    assert versions.list_versions("unregistered") == {}
+    assert versions.get_aliases("unregistered") == {}
 
 
 def test_model_card_becomes_the_description():
@@ -64,7 +64,7 @@ def test_long_model_card_is_truncated_at_a_line(monkeypatch):
     assert lines[:-2] == [f"line {number}" for number in range(len(lines) - 2)]
     assert lines[-2:] == ["", "Truncated: the whole card is the artifact `model_card.md` of the run."]
     with pytest.raises(UserError):
-        versions.set_description(versions.ModelVersion("nobody", "1", version.run_id), "short")
+        versions.set_description(versions.ModelVersion("unregistered", "1", version.run_id), "short")
 
 
 def test_champion_without_predictions_is_reported():
