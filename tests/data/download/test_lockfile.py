@@ -1,4 +1,4 @@
-"""Files without a published checksum stay what they were when they were first verified."""
+"""Lock file: files without a published checksum must not change after the first download."""
 
 import json
 
@@ -16,19 +16,19 @@ def lock(tmp_path):
     return tmp_path / "dataset.lock"
 
 
-def test_pins_are_sorted_and_kept(lock):
+def test_pins_are_saved_sorted(lock):
     assert lockfile.read_pins(lock) == {}
-    found = {"b": Pin(sha256=ONE, size=1), "a": Pin(sha256=TWO, size=2, rows=0)}
-    for name in found:
-        lockfile.verify_or_pin(lock, {name: found[name]})
-    lockfile.verify_or_pin(lock, found)
-    assert lockfile.read_pins(lock) == found
+    pins = {"b": Pin(sha256=ONE, size=1), "a": Pin(sha256=TWO, size=2, rows=0)}
+    for name in pins:
+        lockfile.verify_or_pin(lock, {name: pins[name]})
+    lockfile.verify_or_pin(lock, pins)
+    assert lockfile.read_pins(lock) == pins
     assert json.loads(lock.read_text()) == {"a": {"sha256": TWO, "size": 2, "rows": 0}, "b": {"sha256": ONE, "size": 1}}
     assert lock.read_text().index('"a"') < lock.read_text().index('"b"')
 
 
 @pytest.mark.parametrize(
-    ("now", "told"),
+    ("changes", "message"),
     [
         ({"sha256": TWO}, f"sha256 is {TWO}, but {ONE} is pinned"),
         ({"size": 11}, "size is 11, but 10 is pinned"),
@@ -39,18 +39,18 @@ def test_pins_are_sorted_and_kept(lock):
         ),
     ],
 )
-def test_a_file_that_differs_is_refused(lock, now, told):
+def test_changed_file_raises_error(lock, changes, message):
     lockfile.verify_or_pin(lock, {"a.csv": Pin(sha256=ONE, size=10, rows=3)})
-    before = lock.read_bytes()
-    new = {"a.csv": Pin(**{"sha256": ONE, "size": 10, "rows": 3} | now), "b.csv": Pin(sha256=ONE, size=1)}
+    content = lock.read_bytes()
+    new = {"a.csv": Pin(**{"sha256": ONE, "size": 10, "rows": 3} | changes), "b.csv": Pin(sha256=ONE, size=1)}
     with pytest.raises(UserError) as error:
         lockfile.verify_or_pin(lock, new)
-    assert str(error.value).startswith(f"a.csv: {told}")
+    assert str(error.value).startswith(f"a.csv: {message}")
     assert f"published a new version, delete the entry a.csv from {lock}" in str(error.value)
-    assert lock.read_bytes() == before
+    assert lock.read_bytes() == content
 
 
-def test_nothing_new_is_not_written(lock):
+def test_unchanged_lockfile_is_not_rewritten(lock):
     lockfile.verify_or_pin(lock, {"a.csv": Pin(sha256=ONE, size=10)})
     lock.chmod(0o400)
     inode = lock.stat().st_ino
@@ -68,7 +68,7 @@ def test_nothing_new_is_not_written(lock):
         (f'{{"a.csv": {{"sha256": "{ONE}", "size": 1, "row": 1}}}}', r"a\.csv\.row: "),
     ],
 )
-def test_a_damaged_file_of_pins_is_told(lock, text, message):
+def test_invalid_lockfile_raises_error(lock, text, message):
     lock.write_text(text)
     with pytest.raises(UserError, match=message) as error:
         lockfile.read_pins(lock)

@@ -1,4 +1,4 @@
-"""NIH ChestX-ray14's files, a few images of them."""
+"""ChestX-ray14 with small made-up archives and tables, and a real sample."""
 
 import http.server
 import io
@@ -21,20 +21,20 @@ from pipelines.stages import preprocess
 from tests.data.conftest import build_default_manifest
 
 PATIENTS = 60
-HEAD = (
+HEADER = (
     "Image Index,Finding Labels,Follow-up #,Patient ID,Patient Age,Patient {sex},View Position,"
     "OriginalImage[Width,Height],OriginalImagePixelSpacing[x,y]{end}"
 )
 
 
-# Mass and Infiltrate of a test image of those below, and a box of none of them.
+# two boxes of a test image, and one of an image that does not exist
 BOXES = """Image Index,Finding Label,Bbox [x,y,w,h]
 00000051_000.png,Mass,512,256,128,64
 00000051_000.png,Infiltrate,0,0,1024,512
 00009999_000.png,Mass,512,256,128,64
 """
-# NIH's rows of the images of the sample.
-OF_THE_SAMPLE = """Image Index,Finding Label,Bbox [x,y,w,h],,,
+# NIH's boxes of the images in the real sample
+SAMPLE_BOXES = """Image Index,Finding Label,Bbox [x,y,w,h],,,
 00000181_061.png,Atelectasis,209.8983051,568.714132,213.6949153,254.9152542,,,
 00000149_006.png,Atelectasis,603.6610169,460.2395557,249.4915254,90.03389831,,,
 00000211_010.png,Atelectasis,353.0847458,535.0870134,101.9661017,168.1355932,,,
@@ -47,15 +47,15 @@ OF_THE_SAMPLE = """Image Index,Finding Label,Bbox [x,y,w,h],,,
 """
 
 
-def png(seed: int, mode: str) -> bytes:
+def encode_png(seed: int, mode: str) -> bytes:
     random = np.random.default_rng(seed)
-    grey = Image.fromarray(random.integers(0, 256, (6, 6), dtype=np.uint8)).resize((32, 32), Image.Resampling.BICUBIC)
-    held = io.BytesIO()
-    grey.convert(mode).save(held, "PNG")
-    return held.getvalue()
+    gray = Image.fromarray(random.integers(0, 256, (6, 6), dtype=np.uint8)).resize((32, 32), Image.Resampling.BICUBIC)
+    buffer = io.BytesIO()
+    gray.convert(mode).save(buffer, "PNG")
+    return buffer.getvalue()
 
 
-def names() -> list[str]:
+def image_names() -> list[str]:
     return [f"{patient:08}_{follow_up:03}.png" for patient in range(1, PATIENTS + 1) for follow_up in range(2)]
 
 
@@ -63,9 +63,9 @@ def write_table(mirror, *, sex="Gender", age="0{}Y", end=",", change=lambda rows
     rows = [
         [name, ("Hernia|Effusion", "No Finding", "Mass")[i % 3], str(i % 2), str(int(name[:8])),
          age.format(40 + i % 50), "F" if i % 2 else "M", "PA", "2682", "2749", "0.143", "0.143"]
-        for i, name in enumerate(names())
+        for i, name in enumerate(image_names())
     ]  # fmt: skip
-    text = "\n".join([HEAD.format(sex=sex, end=end), *(",".join(row) + end for row in change(rows))])
+    text = "\n".join([HEADER.format(sex=sex, end=end), *(",".join(row) + end for row in change(rows))])
     (mirror / chestxray14.ENTRY_TABLE).write_text(text + "\n")
 
 
@@ -73,16 +73,16 @@ def write_table(mirror, *, sex="Gender", age="0{}Y", end=",", change=lambda rows
 def mirror(tmp_path):
     folder = tmp_path / "mirror"
     folder.mkdir()
-    for number, part in ((1, names()[:80]), (2, names()[80:])):
+    for number, part in ((1, image_names()[:80]), (2, image_names()[80:])):
         with tarfile.open(folder / chestxray14.archive_name(number), "w:gz") as archive:
             for i, name in enumerate(part):
-                data = png(number * 1000 + i, "RGBA" if i % 7 == 0 else "RGB" if i % 2 else "L")
+                data = encode_png(number * 1000 + i, "RGBA" if i % 7 == 0 else "RGB" if i % 2 else "L")
                 member = tarfile.TarInfo(f"images/{name}")
                 member.size = len(data)
                 archive.addfile(member, io.BytesIO(data))
     write_table(folder)
-    (folder / chestxray14.TRAIN_VAL_LIST).write_text("\n".join(names()[:90]) + "\n")
-    (folder / chestxray14.TEST_LIST).write_text("\n".join(names()[90:]))
+    (folder / chestxray14.TRAIN_VAL_LIST).write_text("\n".join(image_names()[:90]) + "\n")
+    (folder / chestxray14.TEST_LIST).write_text("\n".join(image_names()[90:]))
     return folder
 
 
@@ -101,10 +101,10 @@ def fetch(fetched, mirror):
         {"sex": "Sex", "age": "{}", "end": ","},
     ],
 )
-def test_a_row_says_what_the_tables_know_in_every_edition(fetch, mirror, edition):
+def test_rows_match_tables_of_every_edition(fetch, mirror, edition):
     write_table(mirror, **edition)
-    facts, folder = fetch()
-    rows = chestxray14.image_table(facts, folder)
+    card, folder = fetch()
+    rows = chestxray14.image_table(card, folder)
     assert len(rows) == 2 * PATIENTS
     first = rows.iloc[3].to_dict()
     labels = {first.pop(f"label_{i}"): finding for i, finding in enumerate(chestxray14.FINDINGS)}
@@ -118,19 +118,19 @@ def test_a_row_says_what_the_tables_know_in_every_edition(fetch, mirror, edition
     assert not rows.filter(like="label_").iloc[4].any()
 
 
-def test_a_part_of_the_archives_is_a_part_of_the_images_and_ages_of_several_hundred_are_not_known(fetch, mirror):
+def test_archive_subset_limits_images_and_drops_impossible_ages(fetch, mirror):
     write_table(mirror, age="4{}", end="")
-    facts, folder = fetch(archives=[1])
-    rows = chestxray14.image_table(facts, folder)
-    assert set(rows["id"]) == set(names()[:80])
-    assert facts.file == "images_001.tar.gz"
+    card, folder = fetch(archives=[1])
+    rows = chestxray14.image_table(card, folder)
+    assert set(rows["id"]) == set(image_names()[:80])
+    assert card.file == "images_001.tar.gz"
     assert rows["age"].isna().all()
 
 
-def test_val_is_taken_from_train_val_by_patient_and_test_stays(fetch, tmp_path):
-    facts, folder = fetch()
-    rows = build_default_manifest(facts, folder, tmp_path / "splits").rows
-    assert set(rows.loc[rows["split"] == "test", "id"]) == set(names()[90:])
+def test_val_is_split_by_patient_and_test_kept(fetch, tmp_path):
+    card, folder = fetch()
+    rows = build_default_manifest(card, folder, tmp_path / "splits").rows
+    assert set(rows.loc[rows["split"] == "test", "id"]) == set(image_names()[90:])
     assert rows.groupby("group")["split"].nunique().max() == 1
     # 0.7 : 0.1 of the 90
     assert rows["split"].value_counts().to_dict() == {"train": 78, "test": 30, "val": 12}
@@ -138,15 +138,15 @@ def test_val_is_taken_from_train_val_by_patient_and_test_stays(fetch, tmp_path):
     assert set(rows["mode"]) == {"L", "RGB"}
 
 
-def test_the_authors_split_gives_way_to_one_made_anew(fetch, tmp_path):
-    facts, folder = fetch()
-    rows = build_default_manifest(facts, folder, tmp_path / "splits", resplit=True).rows
+def test_resplit_replaces_published_split(fetch, tmp_path):
+    card, folder = fetch()
+    rows = build_default_manifest(card, folder, tmp_path / "splits", resplit=True).rows
     assert rows["split"].value_counts().to_dict() == {"train": 84, "test": 24, "val": 12}
     assert rows.groupby("group")["split"].nunique().max() == 1
-    assert set(rows.loc[rows["split"] == "test", "id"]) != set(names()[90:])
+    assert set(rows.loc[rows["split"] == "test", "id"]) != set(image_names()[90:])
 
 
-def test_a_published_archive_has_the_published_md5(fetch):
+def test_published_archive_must_match_md5(fetch):
     with pytest.raises(UserError, match=r"images_001\.tar\.gz: MD5 is .* set dataset\.edition: other"):
         fetch(edition="published")
 
@@ -164,7 +164,7 @@ def write_list(name, lines):
 
 
 @pytest.mark.parametrize(
-    ("spoil", "message"),
+    ("corrupt", "message"),
     [
         (edit(3, 1, "Measles"), "unknown finding 'Measles'; the table must have"),
         (edit(3, 3, "77"), "line 5: the patient id differs from that in the file name 00000002_001.png"),
@@ -175,18 +175,21 @@ def write_list(name, lines):
             lambda mirror: write_table(mirror, change=lambda rows: rows[:-1]),
             "1 images of the archives are not in Data_Entry",
         ),
-        (write_list(chestxray14.TEST_LIST, names()[91:]), "1 images of the archives are not in train_val_list.txt or"),
-        (write_list(chestxray14.TEST_LIST, names()[89:]), "00000045_001.png is in both lists"),
+        (
+            write_list(chestxray14.TEST_LIST, image_names()[91:]),
+            "1 images of the archives are not in train_val_list.txt or",
+        ),
+        (write_list(chestxray14.TEST_LIST, image_names()[89:]), "00000045_001.png is in both lists"),
         (lambda mirror: (mirror / chestxray14.ENTRY_TABLE).write_bytes(b""), "cannot be read as a table"),
     ],
 )
-def test_tables_that_do_not_fit_are_told(fetch, mirror, spoil, message):
-    spoil(mirror)
-    with pytest.raises(UserError, match=message):  # when it is fetched, or when it is read
+def test_inconsistent_tables_raise_error(fetch, mirror, corrupt, message):
+    corrupt(mirror)
+    with pytest.raises(UserError, match=message):  # raised when fetching or when reading
         chestxray14.image_table(*fetch())
 
 
-def test_patients_that_were_saved_as_fractions_are_the_same(fetch, mirror):
+def test_float_patient_ids_are_read_as_integers(fetch, mirror):
     before = chestxray14.image_table(*fetch())["group"]
     path = mirror / chestxray14.ENTRY_TABLE
     rows = pd.read_csv(path, dtype=str, index_col=False)
@@ -196,20 +199,20 @@ def test_patients_that_were_saved_as_fractions_are_the_same(fetch, mirror):
     assert chestxray14.image_table(*fetch())["group"].tolist() == before.tolist()
 
 
-def test_without_boxes_the_card_says_so_and_with_them_says_nothing(fetch, mirror):
-    facts, folder = fetch()
-    assert facts.note.endswith(" Without lesion boxes: the server or mirror has no BBox_List_2017.csv.")
-    assert lesion_boxes.box_table(facts, folder) is None
+def test_card_notes_missing_boxes(fetch, mirror):
+    card, folder = fetch()
+    assert card.note.endswith(" Without lesion boxes: the server or mirror has no BBox_List_2017.csv.")
+    assert lesion_boxes.box_table(card, folder) is None
     (mirror / chestxray14.BOX_LIST).write_text(BOXES)
     with_boxes, folder = fetch()
     assert "boxes" not in with_boxes.note
-    assert with_boxes.sha256 != facts.sha256
-    found = lesion_boxes.box_table(with_boxes, folder)
-    assert found["class"].tolist() == [4, 3, 4]  # Mass, Infiltrate
-    assert found["frame_width"].tolist() == [1024] * 3
+    assert with_boxes.sha256 != card.sha256
+    boxes = lesion_boxes.box_table(with_boxes, folder)
+    assert boxes["class"].tolist() == [4, 3, 4]  # Mass, Infiltrate
+    assert boxes["frame_width"].tolist() == [1024] * 3
 
 
-def test_a_server_without_boxes_is_told_and_one_that_fails_stops(fetch, mirror):
+def test_missing_boxes_on_server_are_noted_failures_raise(fetch, mirror):
     refused = set()
 
     class Handler(http.server.SimpleHTTPRequestHandler):
@@ -235,59 +238,61 @@ def test_a_server_without_boxes_is_told_and_one_that_fails_stops(fetch, mirror):
         server.shutdown()
 
 
-def preprocessed(facts, folder, tmp_path, monkeypatch, small):
-    """The stage's arrays of what was fetched."""
+def run_preprocess(card, folder, tmp_path, monkeypatch, small_params):
+    """Run the preprocess stage on the fetched files and return the manifest rows."""
     monkeypatch.chdir(tmp_path)
     paths.RAW.parent.mkdir()
     shutil.move(folder, paths.RAW)
-    found = build_default_manifest(facts, paths.RAW, tmp_path / "splits")
-    found.rows.attrs["split"] = found.split
-    found.rows.to_parquet(paths.MANIFEST)
+    manifest = build_default_manifest(card, paths.RAW, tmp_path / "splits")
+    manifest.rows.attrs["split"] = manifest.split
+    manifest.rows.to_parquet(paths.MANIFEST)
     preprocess.main()
-    return found.rows
+    return manifest.rows
 
 
-@pytest.mark.parametrize("known", [True, False])
-def test_boxes_lie_beside_the_arrays_of_their_images(fetch, mirror, tmp_path, monkeypatch, small_params, known):
+@pytest.mark.parametrize("has_boxes", [True, False])
+def test_boxes_are_saved_in_array_pixels(fetch, mirror, tmp_path, monkeypatch, small_params, has_boxes):
     overrides.apply_overrides(small_params, {"preprocess": {"image_size": 16}})
-    if not known:
-        preprocessed(*fetch(), tmp_path, monkeypatch, small_params)
+    if not has_boxes:
+        run_preprocess(*fetch(), tmp_path, monkeypatch, small_params)
         assert arrays.read_boxes(paths.PROCESSED, "test") is None
         return
     (mirror / chestxray14.BOX_LIST).write_text(BOXES)
-    preprocessed(*fetch(), tmp_path, monkeypatch, small_params)
-    found = arrays.read_boxes(paths.PROCESSED, "test")
-    assert found.drop(columns="split").to_dict("records") == [
-        {"id": names()[100], "class": 4, "x": 8, "y": 4, "w": 2, "h": 1},
-        {"id": names()[100], "class": 3, "x": 0, "y": 0, "w": 16, "h": 8},
-    ]  # the third is of an image that is not there
+    run_preprocess(*fetch(), tmp_path, monkeypatch, small_params)
+    boxes = arrays.read_boxes(paths.PROCESSED, "test")
+    assert boxes.drop(columns="split").to_dict("records") == [
+        {"id": image_names()[100], "class": 4, "x": 8, "y": 4, "w": 2, "h": 1},
+        {"id": image_names()[100], "class": 3, "x": 0, "y": 0, "w": 16, "h": 8},
+    ]  # the third box has no image
     assert arrays.read_boxes(paths.PROCESSED, "val").empty
 
 
-def test_nihs_boxes_on_the_real_sample(fetched, real_data, tmp_path, monkeypatch, small_params):
+def test_nih_boxes_of_real_sample(fetched, real_data, tmp_path, monkeypatch, small_params):
     mirror = tmp_path / "mirror"
     mirror.mkdir()
     for path in (real_data / "chestxray14").iterdir():
         (mirror / path.name).symlink_to(path)
-    (mirror / chestxray14.BOX_LIST).write_text(OF_THE_SAMPLE)
+    (mirror / chestxray14.BOX_LIST).write_text(SAMPLE_BOXES)
     overrides.apply_overrides(small_params, {"preprocess": {"image_size": 32}})
-    facts, folder = fetched(name="chestxray14", mirror=str(mirror), edition="other", archives=[1])
-    rows = preprocessed(facts, folder, tmp_path, monkeypatch, small_params)
-    held = pd.concat(arrays.read_boxes(paths.PROCESSED, split) for split in ("train", "val", "test"))
-    assert len(held) == 9
-    of_test = arrays.read_boxes(paths.PROCESSED, "test").set_index("id")
-    assert sorted(of_test.index) == ["00000032_037.png", "00000149_006.png"]
-    assert of_test.loc["00000149_006.png", ["x", "y", "w", "h"]].tolist() == pytest.approx(
+    card, folder = fetched(name="chestxray14", mirror=str(mirror), edition="other", archives=[1])
+    rows = run_preprocess(card, folder, tmp_path, monkeypatch, small_params)
+    boxes = pd.concat(arrays.read_boxes(paths.PROCESSED, split) for split in ("train", "val", "test"))
+    assert len(boxes) == 9
+    test_boxes = arrays.read_boxes(paths.PROCESSED, "test").set_index("id")
+    assert sorted(test_boxes.index) == ["00000032_037.png", "00000149_006.png"]
+    assert test_boxes.loc["00000149_006.png", ["x", "y", "w", "h"]].tolist() == pytest.approx(
         [603.6610169 / 32, 460.2395557 / 32, 249.4915254 / 32, 90.03389831 / 32]
     )
-    # what is in a box is among the findings of its image
+    # the finding of each box is a label of its image
     labels = rows.set_index("id")[[f"label_{i}" for i in range(14)]]
-    assert all(labels.loc[name, f"label_{label}"] == 1 for name, label in held[["id", "class"]].itertuples(index=False))
+    assert all(
+        labels.loc[name, f"label_{label}"] == 1 for name, label in boxes[["id", "class"]].itertuples(index=False)
+    )
 
 
-def test_the_real_sample(fetched, real_data, tmp_path):
-    facts, folder = fetched(name="chestxray14", mirror=str(real_data / "chestxray14"), edition="other", archives=[1])
-    rows = build_default_manifest(facts, folder, tmp_path / "splits").rows
+def test_real_chestxray14_sample(fetched, real_data, tmp_path):
+    card, folder = fetched(name="chestxray14", mirror=str(real_data / "chestxray14"), edition="other", archives=[1])
+    rows = build_default_manifest(card, folder, tmp_path / "splits").rows
     assert (len(rows), rows["group"].nunique()) == (1000, 264)
     assert rows["split"].value_counts()["test"] == 251
     assert rows.groupby("group")["split"].nunique().max() == 1

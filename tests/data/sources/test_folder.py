@@ -1,4 +1,4 @@
-"""A user's own folder of images, in each of its layouts."""
+"""A user's own folder of images in every supported layout."""
 
 import io
 import shutil
@@ -18,24 +18,24 @@ from tests.data.conftest import build_default_manifest
 from tests.data.dicom.test_dicom_image import make_dicom, pydicom_file
 
 
-def picture(seed: int) -> bytes:
+def encode_png(seed: int) -> bytes:
     random = np.random.default_rng(seed)
     small = Image.fromarray(random.integers(0, 256, (6, 6, 3), dtype=np.uint8))
-    held = io.BytesIO()
-    small.resize((24 + seed % 3, 24), Image.Resampling.BICUBIC).save(held, "PNG")
-    return held.getvalue()
+    buffer = io.BytesIO()
+    small.resize((24 + seed % 3, 24), Image.Resampling.BICUBIC).save(buffer, "PNG")
+    return buffer.getvalue()
 
 
 @pytest.fixture
 def scans(tmp_path):
-    """Writes a folder of images by their names."""
+    """Return a function that writes a folder with the named images."""
 
     def write(names, table=None) -> Path:
         folder = tmp_path / "scans"
         for seed, name in enumerate(names):
             path = folder / name
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(picture(seed))
+            path.write_bytes(encode_png(seed))
         if table is not None:
             (folder / "labels.csv").write_text(table)
         return folder
@@ -54,10 +54,10 @@ IN_SPLITS = [
 ]
 
 
-def test_folders_of_splits_and_classes(scans, fetch):
-    facts, folder = fetch(scans(IN_SPLITS))
-    rows = user_table.image_table(facts, folder)
-    assert (facts.task, facts.classes, facts.name) == ("multi-class", ("a", "b", "c"), "own-scans")
+def test_split_and_class_folders(scans, fetch):
+    card, folder = fetch(scans(IN_SPLITS))
+    rows = user_table.image_table(card, folder)
+    assert (card.task, card.classes, card.name) == ("multi-class", ("a", "b", "c"), "own-scans")
     assert rows.groupby(["split", "label"]).size().to_dict() == {
         (s, c): 4 for s in ("train", "val", "test") for c in range(3)
     }
@@ -65,23 +65,23 @@ def test_folders_of_splits_and_classes(scans, fetch):
     assert rows["group"].isna().all()
 
 
-def test_folders_of_classes_get_a_split(scans, fetch, tmp_path):
-    facts, folder = fetch(scans(IN_CLASSES))
-    assert (facts.task, facts.classes) == ("binary-class", ("benign", "malignant"))
-    rows = build_default_manifest(facts, folder, tmp_path / "splits").rows
+def test_class_folders_are_split(scans, fetch, tmp_path):
+    card, folder = fetch(scans(IN_CLASSES))
+    assert (card.task, card.classes) == ("binary-class", ("benign", "malignant"))
+    rows = build_default_manifest(card, folder, tmp_path / "splits").rows
     assert rows.groupby(["split", "label"]).size().to_dict() == {
         (s, c): n for s, n in (("train", 21), ("val", 3), ("test", 6)) for c in range(2)
     }
 
 
-def test_train_and_test_alone_give_up_some_of_train_for_val(scans, fetch, tmp_path):
+def test_val_is_split_off_train_if_missing(scans, fetch, tmp_path):
     names = [f"{split}/{name}/{i}.png" for split in ("train", "test") for name in ("a", "b") for i in range(16)]
-    facts, folder = fetch(scans(names))
-    rows = build_default_manifest(facts, folder, tmp_path / "splits").rows
+    card, folder = fetch(scans(names))
+    rows = build_default_manifest(card, folder, tmp_path / "splits").rows
     assert rows["split"].value_counts().to_dict() == {"test": 32, "train": 28, "val": 4}
 
 
-def test_a_zip_and_a_folder_round_it_are_the_same_as_the_folder(scans, fetch, tmp_path):
+def test_zip_with_parent_folder_equals_folder(scans, fetch, tmp_path):
     root = scans(IN_CLASSES)
     plain = fetch(root)[0]
     with zipfile.ZipFile(tmp_path / "scans.zip", "w", zipfile.ZIP_DEFLATED) as archive:
@@ -91,28 +91,28 @@ def test_a_zip_and_a_folder_round_it_are_the_same_as_the_folder(scans, fetch, tm
     assert fetch(tmp_path / "scans.zip")[0] == plain
 
 
-def test_a_table_says_label_group_split_and_whatever_else(scans, fetch):
+def test_table_defines_label_group_split_and_metadata(scans, fetch):
     names = [f"{i:02}.png" for i in range(12)]
     lines = [
         f"./{n},{'yes' if i % 2 else 'no'},p{i // 2},{('train', 'Validation', 'test')[i % 3]},{40 + i}"
         for i, n in enumerate(names)
     ]
-    facts, folder = fetch(scans(names, "\n".join(["path,label,group,split,age", *lines])))
-    rows = user_table.image_table(facts, folder)
-    assert facts.classes == ("no", "yes")
+    card, folder = fetch(scans(names, "\n".join(["path,label,group,split,age", *lines])))
+    rows = user_table.image_table(card, folder)
+    assert card.classes == ("no", "yes")
     assert rows["label"].tolist() == [0, 1] * 6
     assert rows["group"].tolist() == [f"p{i // 2}" for i in range(12)]
     assert rows["split"].tolist() == ["train", "val", "test"] * 4
     assert rows["age"].tolist() == list(range(40, 52))
 
 
-def test_columns_of_findings_are_told_by_the_classes(scans, fetch):
+def test_classes_select_finding_columns(scans, fetch):
     names = [f"{i}.png" for i in range(8)]
     lines = [f"{n},{i % 2},{int(i > 4)},{60 + i}" for i, n in enumerate(names)]
     root = scans(names, "\n".join(["path,oedema,mass,age", *lines]))
-    facts, folder = fetch(root, classes=["mass", "oedema"])
-    rows = user_table.image_table(facts, folder)
-    assert (facts.task, facts.classes) == ("multi-label, binary-class", ("mass", "oedema"))
+    card, folder = fetch(root, classes=["mass", "oedema"])
+    rows = user_table.image_table(card, folder)
+    assert (card.task, card.classes) == ("multi-label, binary-class", ("mass", "oedema"))
     assert rows["label_0"].tolist() == [0] * 5 + [1] * 3
     assert rows["label_1"].tolist() == [0, 1] * 4
     assert "age" in rows
@@ -149,108 +149,113 @@ def test_columns_of_findings_are_told_by_the_classes(scans, fetch):
         (["train/0.png", "x.png"], "path,label\ntrain/0.png,a\nx.png,b\n", "x.png is in none of the folders train"),
     ],
 )
-def test_a_layout_that_cannot_be_read_is_told(scans, fetch, names, table, message):
+def test_invalid_layout_raises_error(scans, fetch, names, table, message):
     with pytest.raises(UserError, match=message):
         fetch(scans(names, table))
 
 
-def test_what_is_no_image_is_left_out_and_told(scans, fetch):
-    facts, folder = fetch(scans([*IN_CLASSES, "benign/readme.md", "LICENSE"]))
-    assert len(user_table.image_table(facts, folder)) == len(IN_CLASSES)
-    assert "2 files are not images and were skipped, such as LICENSE" in facts.note
+def test_non_images_are_skipped_and_noted(scans, fetch):
+    card, folder = fetch(scans([*IN_CLASSES, "benign/readme.md", "LICENSE"]))
+    assert len(user_table.image_table(card, folder)) == len(IN_CLASSES)
+    assert "2 files are not images and were skipped, such as LICENSE" in card.note
 
 
-def test_a_file_beside_the_folder_of_images_changes_no_layout(scans, fetch):
-    facts, folder = fetch(scans([*(f"all/{name}" for name in IN_CLASSES), "README.md", "all/.cache/benign/0.png"]))
-    assert facts.classes == ("benign", "malignant")
-    assert user_table.image_table(facts, folder)["id"].tolist() == sorted(IN_CLASSES)
+def test_files_outside_image_folder_are_ignored(scans, fetch):
+    card, folder = fetch(scans([*(f"all/{name}" for name in IN_CLASSES), "README.md", "all/.cache/benign/0.png"]))
+    assert card.classes == ("benign", "malignant")
+    assert user_table.image_table(card, folder)["id"].tolist() == sorted(IN_CLASSES)
 
 
-def test_headings_and_cells_are_read_as_people_write_them(scans, fetch):
+def test_headers_and_cells_are_normalized(scans, fetch):
     names = [f"in/{i}.png" for i in range(4)]
     table = (
-        "\ufeff,Path, LABEL ,Patient ID,Split,id,index,told\r\n"
+        "\ufeff,Path, LABEL ,Patient ID,Split,id,index,note\r\n"
         "1,in\\0.png, a ,7,Train,5,9,x\r\n\r\n2,./in/1.png,b,7.0,TRAIN,6,9,x\r\n3,in/2.png,a,NA,test,7,9,x\r\n"
         "4,in/3.png,b, 8,nan,8,9,x\r\n"
     )
-    facts, folder = fetch(scans(names, table))
-    rows = user_table.image_table(facts, folder)
-    assert facts.classes == ("a", "b")
+    card, folder = fetch(scans(names, table))
+    rows = user_table.image_table(card, folder)
+    assert card.classes == ("a", "b")
     assert rows["label"].tolist() == [0, 1, 0, 1]
     assert rows["group"].fillna("-").tolist() == ["7", "7", "-", "8"]
     assert rows["split"].tolist() == ["train_val", "train_val", "test", None]
     assert rows["own_index"].tolist() == [9] * 4
-    assert "own_id" not in rows  # may tell who a patient is
-    assert "The group is the column Patient ID. Columns removed because they may identify a patient: id." in facts.note
+    assert "own_id" not in rows  # may identify a patient
+    assert "The group is the column Patient ID. Columns removed because they may identify a patient: id." in card.note
 
 
-def test_columns_that_a_manifest_has_itself_are_kept_under_another_name(scans, fetch, tmp_path):
+def test_reserved_column_names_are_prefixed(scans, fetch, tmp_path):
     names = [f"{i:02}.png" for i in range(20)]
     extra = ("height", "mode", "sha256", "problem", "contrast", "index", "member", "label_left")
     lines = [f"{n},{'ab'[i % 2]}," + ",".join(["1.5"] * len(extra)) for i, n in enumerate(names)]
-    facts, folder = fetch(scans(names, "\n".join(["path,label," + ",".join(extra), *lines])))
-    rows = build_default_manifest(facts, folder, tmp_path / "splits").rows
+    card, folder = fetch(scans(names, "\n".join(["path,label," + ",".join(extra), *lines])))
+    rows = build_default_manifest(card, folder, tmp_path / "splits").rows
     assert (rows[[f"own_{name}" for name in extra]] == 1.5).all(axis=None)
     assert rows["problem"].isna().all()
     assert {*user_table.RESERVED_COLUMNS} >= {*rows.columns} - {f"own_{name}" for name in extra}
 
 
-def test_folders_of_splits_count_where_a_table_names_none(scans, fetch):
+def test_split_folders_apply_without_split_column(scans, fetch):
     names = [f"{split}/{i}.png" for split in ("train", "val", "test") for i in range(4)]
-    facts, folder = fetch(scans(names, "\n".join(["path,label", *(f"{n},{n[-5]}" for n in names)])))
-    rows = user_table.image_table(facts, folder)
+    card, folder = fetch(scans(names, "\n".join(["path,label", *(f"{n},{n[-5]}" for n in names)])))
+    rows = user_table.image_table(card, folder)
     assert (rows["split"] == rows["id"].str.split("/").str[0]).all()
 
 
-def test_a_label_that_is_none_is_told_as_it_stands_there(scans, fetch):
+def test_unparsed_labels_keep_their_text(scans, fetch):
     names = [f"{i}.png" for i in range(4)]
     root = scans(names, "path,label\n0.png,1\n1.png,2\n2.png,0\n3.png,maligant\n")
-    facts, folder = fetch(root, classes=["1", "2"])
-    rows = user_table.image_table(facts, folder)
-    assert rows["label"].fillna(-1).tolist() == [0, 1, -1, -1]  # 0 is not the first of classes that are numbers
+    card, folder = fetch(root, classes=["1", "2"])
+    rows = user_table.image_table(card, folder)
+    assert rows["label"].fillna(-1).tolist() == [0, 1, -1, -1]  # numeric class names are not indices
     assert rows[user_table.UNPARSED_LABEL].dropna().tolist() == ["label 0", "label maligant"]
     root = scans(names, "path,mass,oedema\n0.png,1,0\n1.png,0,1\n2.png,2,0\n3.png,1,maybe\n")
     rows = user_table.image_table(*fetch(root, classes=["mass", "oedema"]))
     assert rows[user_table.UNPARSED_LABEL].dropna().tolist() == ["mass 2, oedema 0", "mass 1, oedema maybe"]
 
 
-def scan(patient: str | None, seed: int = 0, frames: int = 1, **elements: object) -> bytes:
+def encode_dicom(patient: str | None, seed: int = 0, frames: int = 1, **elements: object) -> bytes:
     pixels = np.random.default_rng(seed).integers(0, 255, (20, 24), dtype=np.uint8)
-    many = {"NumberOfFrames": frames, "PixelData": b"".join((pixels ^ frame).tobytes() for frame in range(frames))}
-    return make_dicom(pixels, **({"PatientID": patient} if patient else {}), **(many if frames > 1 else {}), **elements)
+    multi_frame = {
+        "NumberOfFrames": frames,
+        "PixelData": b"".join((pixels ^ frame).tobytes() for frame in range(frames)),
+    }
+    return make_dicom(
+        pixels, **({"PatientID": patient} if patient else {}), **(multi_frame if frames > 1 else {}), **elements
+    )
 
 
 @pytest.fixture
 def dicom_folder(tmp_path):
-    """Six patients, two files each, under names that tell them; two are without a suffix, as a scanner leaves them."""
+    """Write DICOM files of six patients under identifying names; two have no suffix, as some scanners write them."""
     root = tmp_path / "scans"
     for number in range(12):
         names = (f"DOE_JOHN_{number // 2}_{number}.dcm", f"1.2.840.{number}", f"{number}.IMA")
         path = root / "ab"[number % 2] / names[number if number in (1, 2) else 0]
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(scan(f"patient {number // 2}", number, PatientSex="F", PatientAge="054Y"))
+        path.write_bytes(encode_dicom(f"patient {number // 2}", number, PatientSex="F", PatientAge="054Y"))
     (root / "DICOMDIR").write_bytes(pydicom_file("DICOMDIR"))
     (root / "a" / "report").write_bytes(pydicom_file("reportsi.dcm"))
     return root
 
 
-def test_scans_keep_their_patient_and_lose_their_name(dicom_folder, fetch, tmp_path):
-    facts, folder = fetch(dicom_folder)
-    rows = user_table.image_table(facts, folder)
+def test_dicom_keeps_group_and_hides_identity(dicom_folder, fetch, tmp_path):
+    card, folder = fetch(dicom_folder)
+    rows = user_table.image_table(card, folder)
     assert len(rows) == 12
     assert rows["group"].nunique() == 6
     assert rows["label"].value_counts().to_dict() == {0: 6, 1: 6}
     assert rows["id"].str.fullmatch(r"dicom/[0-9a-f]{16}\.png").all()
     assert (rows["sex"].unique().tolist(), rows["age"].unique().tolist()) == (["F"], [54])
-    assert "2 files are not images and were skipped, such as DICOMDIR" in facts.note
+    assert "2 files are not images and were skipped, such as DICOMDIR" in card.note
     for path in folder.iterdir():
         assert b"DOE" not in path.read_bytes()
-    known = dict(source.iter_dicom_names(dicom_folder, tmp_path / "salt"))
-    assert {f"{hidden}.png" for hidden in known} == set(rows["id"])
-    assert "a/DOE_JOHN_0_0.dcm" in known.values()
+    names_by_pseudonym = dict(source.iter_dicom_names(dicom_folder, tmp_path / "salt"))
+    assert {f"{pseudonym}.png" for pseudonym in names_by_pseudonym} == set(rows["id"])
+    assert "a/DOE_JOHN_0_0.dcm" in names_by_pseudonym.values()
 
 
-def test_a_table_adds_to_what_scans_say_and_hides_who_they_are(dicom_folder, fetch):
+def test_table_extends_dicom_metadata_without_identity(dicom_folder, fetch):
     names = sorted(path.relative_to(dicom_folder).as_posix() for path in dicom_folder.rglob("*") if path.is_file())
     names = [name for name in names if "report" not in name and "DICOMDIR" not in name]
     lines = [
@@ -258,62 +263,62 @@ def test_a_table_adds_to_what_scans_say_and_hides_who_they_are(dicom_folder, fet
         for i, name in enumerate(names)
     ]
     (dicom_folder / "labels.csv").write_text("\n".join(["path,label,group,sex,PatientName", *lines]))
-    facts, folder = fetch(dicom_folder)
-    rows = user_table.image_table(facts, folder)
-    assert rows["group"].notna().all()  # where the table is silent, the file's own
-    told = rows["group"].iloc[3]
-    assert told in set(fetch(dicom_folder)[0] and user_table.image_table(facts, folder)["group"])
+    card, folder = fetch(dicom_folder)
+    rows = user_table.image_table(card, folder)
+    assert rows["group"].notna().all()  # missing groups are filled in from the DICOM files
+    hashed_group = rows["group"].iloc[3]
+    assert hashed_group in set(fetch(dicom_folder)[0] and user_table.image_table(card, folder)["group"])
     assert sorted(rows["sex"].unique()) == ["F", "M"]
     assert b"Doe" not in (folder / user_table.LABELS_FILE).read_bytes()
     assert "patient 0" not in (folder / user_table.LABELS_FILE).read_text()
 
 
-def test_frames_of_one_file_stay_together_even_if_it_names_nobody(tmp_path, fetch):
+def test_frames_of_anonymous_dicom_stay_in_one_split(tmp_path, fetch):
     for number in range(8):
         path = tmp_path / "scans" / "ab"[number % 2] / f"{number}.dcm"
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(scan(None, number, frames=6))
-    facts, folder = fetch(tmp_path / "scans")
-    rows = build_default_manifest(facts, folder, tmp_path / "splits").rows
+        path.write_bytes(encode_dicom(None, number, frames=6))
+    card, folder = fetch(tmp_path / "scans")
+    rows = build_default_manifest(card, folder, tmp_path / "splits").rows
     assert len(rows) == 48
     assert rows["group"].nunique() == 8
     assert rows.groupby("group")["split"].nunique().max() == 1
 
 
-def test_many_damaged_images_are_no_copies_of_each_other(scans, fetch, tmp_path):
+def test_damaged_images_are_no_duplicates(scans, fetch, tmp_path):
     names = [f"{i:03}.png" for i in range(40)]
     root = scans(names, "\n".join(["path,label,group", *(f"{n},{i % 2},p{i // 4}" for i, n in enumerate(names))]))
     for i in range(0, 40, 4):
         (root / names[i]).write_bytes(b"")
-    found = build_default_manifest(*fetch(root), tmp_path / "splits")
-    assert len(set(manifest.leakage_clusters(found.rows, found.near_duplicates))) == 10
-    assert set(found.rows["split"]) == {"train", "val", "test"}
+    imported = build_default_manifest(*fetch(root), tmp_path / "splits")
+    assert len(set(manifest.leakage_clusters(imported.rows, imported.near_duplicates))) == 10
+    assert set(imported.rows["split"]) == {"train", "val", "test"}
 
 
-def test_other_labels_of_the_same_images_have_another_split(scans, fetch, tmp_path):
+def test_split_depends_on_labels(scans, fetch, tmp_path):
     names = [f"{i:03}.png" for i in range(40)]
-    kept = []
+    split_files = []
     for rule in (lambda i: i % 2, lambda i: i // 20):
         root = scans(names, "\n".join(["path,label", *(f"{n},{rule(i)}" for i, n in enumerate(names))]))
-        found = build_default_manifest(*fetch(root), tmp_path / "splits")
-        kept.append(found.split)
-        assert found.rows.groupby("split")["label"].mean().between(0.4, 0.6).all()
-    assert kept[0] != kept[1]
+        imported = build_default_manifest(*fetch(root), tmp_path / "splits")
+        split_files.append(imported.split)
+        assert imported.rows.groupby("split")["label"].mean().between(0.4, 0.6).all()
+    assert split_files[0] != split_files[1]
 
 
 @pytest.mark.parametrize(
-    ("called", "name"),
+    ("file_name", "name"),
     [("2024.01.05 export", "own-2024.01.05-export"), ("scans.tar.gz", "own-scans"), ("Scans.ZIP", "own-Scans")],
 )
-def test_a_data_set_is_called_by_all_of_its_name_but_the_kind_of_archive(scans, fetch, tmp_path, called, name):
-    assert fetch(scans(IN_CLASSES).rename(tmp_path / called))[0].name == name
+def test_dataset_name_drops_archive_suffix(scans, fetch, tmp_path, file_name, name):
+    assert fetch(scans(IN_CLASSES).rename(tmp_path / file_name))[0].name == name
 
 
-def test_grades_in_an_order_are_told_by_the_user(fetch, scans):
+def test_ordinal_task_is_set_by_the_user(fetch, scans):
     names = [f"{grade}/{i}.png" for grade in (10, 9, 2) for i in range(3)]
     root = scans(names)
-    facts = fetch(root, task="ordinal-regression")[0]
-    assert (facts.task, facts.classes) == ("ordinal-regression", ("2", "9", "10"))
+    card = fetch(root, task="ordinal-regression")[0]
+    assert (card.task, card.classes) == ("ordinal-regression", ("2", "9", "10"))
     assert fetch(root)[0].task == "multi-class"
     with pytest.raises(
         UserError, match=r"dataset.task is multi-label, binary-class, but the labels in .* are multi-class"
@@ -321,7 +326,7 @@ def test_grades_in_an_order_are_told_by_the_user(fetch, scans):
         fetch(root, task="multi-label, binary-class")
 
 
-def test_a_disk_without_room_is_told_before_anything_is_copied(fetch, scans, monkeypatch):
+def test_full_disk_raises_error_before_copying(fetch, scans, monkeypatch):
     root = scans(IN_CLASSES)
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(10, 10, 0))
     with pytest.raises(
@@ -330,10 +335,10 @@ def test_a_disk_without_room_is_told_before_anything_is_copied(fetch, scans, mon
         fetch(root)
 
 
-def test_mednist(fetch, real_data, tmp_path):
-    facts, folder = fetch(real_data / "mednist" / "mednist.zip")
-    assert len(facts.classes) == 6
-    rows = build_default_manifest(facts, folder, tmp_path / "splits").rows
+def test_real_mednist_sample(fetch, real_data, tmp_path):
+    card, folder = fetch(real_data / "mednist" / "mednist.zip")
+    assert len(card.classes) == 6
+    rows = build_default_manifest(card, folder, tmp_path / "splits").rows
     assert len(rows) == 1800
     assert rows["problem"].isna().all()
     assert pd.crosstab(rows["label"], rows["split"]).loc[:, "train"].between(205, 215).all()

@@ -1,4 +1,4 @@
-"""ISIC 2019's files, a few images of them."""
+"""ISIC 2019 with small made-up files, and a real sample."""
 
 import zipfile
 
@@ -19,7 +19,7 @@ LESIONS = 60
 
 @pytest.fixture
 def mirror(tmp_path):
-    """A folder with the three files: two images of each lesion, named as the challenge names them."""
+    """Write a mirror folder with the three files: two images per lesion, named as in the challenge."""
     folder = tmp_path / "mirror"
     folder.mkdir()
     random = np.random.default_rng(0)
@@ -46,16 +46,16 @@ def fetch(fetched, mirror):
     return lambda **changes: fetched(**{"name": "isic2019", "mirror": str(mirror), "edition": "other", **changes})
 
 
-def change(path, **columns):
+def edit_table(path, **columns):
     table = pd.read_csv(path, dtype=str)
     for name, values in columns.items():
         table[name] = values(table[name])
     table.to_csv(path, index=False)
 
 
-def test_a_row_says_what_the_three_files_know(fetch):
-    facts, folder = fetch()
-    rows = isic2019.image_table(facts, folder)
+def test_rows_combine_the_three_files(fetch):
+    card, folder = fetch()
+    rows = isic2019.image_table(card, folder)
     assert len(rows) == 2 * LESIONS
     first = rows.iloc[4].to_dict()
     assert first == {
@@ -65,35 +65,41 @@ def test_a_row_says_what_the_three_files_know(fetch):
     }  # fmt: skip
     assert rows["group"].isna().sum() == 1
     assert rows["member"].iloc[5].endswith("ISIC_0000005_downsampled.jpg")
-    assert facts.counts is None
-    assert "sample" in facts.note
+    assert card.counts is None
+    assert "sample" in card.note
     assert fetch(edition="published")[0].counts == {"all": 25331}
 
 
-def test_the_split_keeps_lesions_whole_and_is_written_down_and_used_again(fetch, tmp_path):
-    facts, folder = fetch()
-    found = build_default_manifest(facts, folder, tmp_path / "splits")
-    rows = found.rows
+def test_split_groups_lesions_and_is_reused(fetch, tmp_path):
+    card, folder = fetch()
+    manifest = build_default_manifest(card, folder, tmp_path / "splits")
+    rows = manifest.rows
     assert rows.groupby("group")["split"].nunique().max() == 1
-    counts = rows["split"].value_counts()  # of 8 classes of 7 or 8 lesions, which cannot be parted evenly
-    assert all(abs(counts[split] - wanted) <= 4 for split, wanted in (("train", 84), ("val", 12), ("test", 24)))
-    kept = pd.read_csv(tmp_path / "splits" / found.split)
-    assert dict(zip(kept["id"], kept["split"], strict=True)) == dict(zip(rows["id"], rows["split"], strict=True))
-    kept["split"] = kept["split"].to_numpy()[::-1]  # a hand has changed it: it is data, and not made again
-    kept.to_csv(tmp_path / "splits" / found.split, index=False)
-    again = build_default_manifest(facts, folder, tmp_path / "splits").rows
-    assert dict(zip(again["id"], again["split"], strict=True)) == dict(zip(kept["id"], kept["split"], strict=True))
+    counts = rows["split"].value_counts()  # 8 classes of 7 or 8 lesions, which cannot be divided exactly
+    assert all(abs(counts[split] - expected) <= 4 for split, expected in (("train", 84), ("val", 12), ("test", 24)))
+    split_file = pd.read_csv(tmp_path / "splits" / manifest.split)
+    assert dict(zip(split_file["id"], split_file["split"], strict=True)) == dict(
+        zip(rows["id"], rows["split"], strict=True)
+    )
+    split_file["split"] = split_file["split"].to_numpy()[
+        ::-1
+    ]  # the user edited it: an existing split is not recomputed
+    split_file.to_csv(tmp_path / "splits" / manifest.split, index=False)
+    new_rows = build_default_manifest(card, folder, tmp_path / "splits").rows
+    assert dict(zip(new_rows["id"], new_rows["split"], strict=True)) == dict(
+        zip(split_file["id"], split_file["split"], strict=True)
+    )
 
 
-def test_an_image_without_a_diagnosis_or_with_two_has_no_label(fetch, mirror):
-    change(
+def test_invalid_diagnoses_have_no_label(fetch, mirror):
+    edit_table(
         mirror / isic2019.GROUND_TRUTH,
         MEL=lambda c: c.where(c.index != 2, "1.0"),
         NV=lambda c: c.where(c.index != 16, "x"),
     )
-    change(mirror / isic2019.GROUND_TRUTH, UNK=lambda c: c.where(c.index != 18, "1.0"))
-    facts, folder = fetch()
-    rows = isic2019.image_table(facts, folder)
+    edit_table(mirror / isic2019.GROUND_TRUTH, UNK=lambda c: c.where(c.index != 18, "1.0"))
+    card, folder = fetch()
+    rows = isic2019.image_table(card, folder)
     assert rows.index[rows["label"].isna()].tolist() == [2, 16, 18]
 
 
@@ -110,50 +116,50 @@ def repeat_row(mirror):
     pd.concat([table, table[:1]]).to_csv(mirror / isic2019.GROUND_TRUTH, index=False)
 
 
-def drop_both_rows(mirror):
+def drop_row_of_both(mirror):
     for name in (isic2019.GROUND_TRUTH, isic2019.METADATA):
         pd.read_csv(mirror / name)[:-1].to_csv(mirror / name, index=False)
 
 
 @pytest.mark.parametrize(
-    ("spoil", "message"),
+    ("corrupt", "message"),
     [
         (drop_column, "has no column lesion_id; it is not the challenge's file"),
         (drop_row, "1 images are in only one of .*GroundTruth.csv, such as ISIC_0000119"),
         (repeat_row, "lists ISIC_0000000_downsampled twice"),
-        (drop_both_rows, "1 images have no diagnosis in .*, such as .*ISIC_0000119.jpg"),
+        (drop_row_of_both, "1 images have no diagnosis in .*, such as .*ISIC_0000119.jpg"),
         (lambda mirror: (mirror / isic2019.GROUND_TRUTH).write_bytes(b""), "cannot be read as a table"),
     ],
 )
-def test_tables_that_do_not_fit_are_told(fetch, mirror, spoil, message):
-    spoil(mirror)
-    with pytest.raises(UserError, match=message):  # when it is fetched, or when it is read
+def test_inconsistent_tables_raise_error(fetch, mirror, corrupt, message):
+    corrupt(mirror)
+    with pytest.raises(UserError, match=message):  # raised when fetching or when reading
         isic2019.image_table(*fetch())
 
 
-def test_an_image_is_found_under_its_own_name_first(fetch, mirror):
+def test_exact_member_name_takes_precedence(fetch, mirror):
     with zipfile.ZipFile(mirror / isic2019.IMAGES, "a") as archive:
         archive.writestr("ISIC_2019_Training_Input/ISIC_0000001_downsampled.jpg", b"another")
     with pytest.raises(UserError, match=r"1 images have no diagnosis in .*, such as .*ISIC_0000001_downsampled\.jpg"):
         isic2019.image_table(*fetch())
 
 
-def test_an_image_in_two_folders_is_told(fetch, mirror):
+def test_duplicate_image_in_archive_raises_error(fetch, mirror):
     with zipfile.ZipFile(mirror / isic2019.IMAGES, "a") as archive:
         archive.writestr("again/ISIC_0000001.jpg", b"another")
     with pytest.raises(UserError, match=r"/ISIC_0000001\.jpg and again/ISIC_0000001\.jpg are both the image"):
         isic2019.image_table(*fetch())
 
 
-def test_a_name_without_its_suffix_finds_the_file_that_has_it(fetch, mirror):
+def test_downsampled_member_matches_image_name(fetch, mirror):
     for name in (isic2019.GROUND_TRUTH, isic2019.METADATA):
-        change(mirror / name, image=lambda names: names.str.removesuffix("_downsampled"))
+        edit_table(mirror / name, image=lambda names: names.str.removesuffix("_downsampled"))
     rows = isic2019.image_table(*fetch())
     assert rows["id"].iloc[5] == "ISIC_0000005"
     assert rows["member"].iloc[5].endswith("ISIC_0000005_downsampled.jpg")
 
 
-def test_what_was_verified_first_is_pinned_with_its_rows_and_a_damaged_file_never(fetch, mirror, tmp_path):
+def test_valid_files_are_pinned_with_row_counts(fetch, mirror, tmp_path):
     lock = tmp_path / "dataset.lock"
     truth = (mirror / isic2019.GROUND_TRUTH).read_bytes()
     (mirror / isic2019.GROUND_TRUTH).write_bytes(b"\xff\xfe\x00image")
@@ -168,44 +174,44 @@ def test_what_was_verified_first_is_pinned_with_its_rows_and_a_damaged_file_neve
         isic2019.IMAGES: images + 1,
         isic2019.GROUND_TRUTH: images,
         isic2019.METADATA: images,
-    }  # and a license
+    }  # plus the license file
     drop_row(mirror)
     with pytest.raises(UserError, match=f"Metadata.csv: sha256 is .*rows is {images - 1}, but {images} is pinned"):
         fetch()
 
 
-def test_an_image_that_is_not_in_the_archive_is_named(fetch, mirror, tmp_path):
-    change(mirror / isic2019.GROUND_TRUTH, image=lambda c: c.where(c != "ISIC_0000119", "ISIC_0009999"))
-    change(mirror / isic2019.METADATA, image=lambda c: c.where(c != "ISIC_0000119", "ISIC_0009999"))
+def test_image_missing_in_archive_is_reported(fetch, mirror, tmp_path):
+    edit_table(mirror / isic2019.GROUND_TRUTH, image=lambda c: c.where(c != "ISIC_0000119", "ISIC_0009999"))
+    edit_table(mirror / isic2019.METADATA, image=lambda c: c.where(c != "ISIC_0000119", "ISIC_0009999"))
     with zipfile.ZipFile(mirror / isic2019.IMAGES) as archive:
-        held = {name: archive.read(name) for name in archive.namelist() if "0000119" not in name}
+        members = {name: archive.read(name) for name in archive.namelist() if "0000119" not in name}
     with zipfile.ZipFile(mirror / isic2019.IMAGES, "w") as archive:
-        for name, data in held.items():
+        for name, data in members.items():
             archive.writestr(name, data)
-    facts, folder = fetch()
-    rows = build_default_manifest(facts, folder, tmp_path / "splits").rows
+    card, folder = fetch()
+    rows = build_default_manifest(card, folder, tmp_path / "splits").rows
     assert rows.set_index("id")["problem"].dropna().to_dict() == {"ISIC_0009999": "no such file in the archive"}
 
 
-def test_the_real_sample(fetched, real_data, tmp_path):
-    facts, folder = fetched(name="isic2019", mirror=str(real_data / "isic2019"), edition="other")
-    found = build_default_manifest(facts, folder, tmp_path / "splits")
-    rows = found.rows
+def test_real_isic2019_sample(fetched, real_data, tmp_path):
+    card, folder = fetched(name="isic2019", mirror=str(real_data / "isic2019"), edition="other")
+    sample = build_default_manifest(card, folder, tmp_path / "splits")
+    rows = sample.rows
     assert len(rows) == 10015
     assert rows["problem"].isna().all()
-    counts = dict(zip(facts.classes, rows["label"].value_counts().sort_index(), strict=True))
+    counts = dict(zip(card.classes, rows["label"].value_counts().sort_index(), strict=True))
     assert counts["melanocytic nevus"] == 6705
     assert counts["dermatofibroma"] == 115
     assert rows["sha256"].duplicated().sum() == 2  # two byte-identical pairs
-    assert manifest.cross_split_duplicates(rows).empty  # which the split keeps together
-    assert manifest.cross_split_near_duplicates(rows, found.near_duplicates).empty
+    assert manifest.cross_split_duplicates(rows).empty  # the split keeps them together
+    assert manifest.cross_split_near_duplicates(rows, sample.near_duplicates).empty
     lesion = rows.set_index("id")["group"]
-    other = {
+    different_lesions = {
         (a, b)
-        for a, b in zip(found.near_duplicates["first"], found.near_duplicates["second"], strict=True)
+        for a, b in zip(sample.near_duplicates["first"], sample.near_duplicates["second"], strict=True)
         if lesion[a] != lesion[b]
     }
-    # the same lesion under two numbers, seen by eye; the hash finds what the metadata do not tell
-    assert other == {
+    # the same lesion with two ids, confirmed visually: the hash finds duplicates that the metadata miss
+    assert different_lesions == {
         ("ISIC_0025226", "ISIC_0030074"), ("ISIC_0027636", "ISIC_0027994"), ("ISIC_0027027", "ISIC_0029036")
     }  # fmt: skip

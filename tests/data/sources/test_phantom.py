@@ -1,4 +1,4 @@
-"""The drawn blood smears: the same bytes everywhere, no slide in two splits, hard but not wrong."""
+"""Synthetic blood smears: bitwise reproducible, with disjoint slides and all classes in every split."""
 
 import hashlib
 
@@ -12,11 +12,11 @@ from fadeformer.data.sources.phantom import generate, patients
 from tests.data.conftest import build_default_manifest
 
 
-def digest(made: dict) -> str:
-    found = hashlib.sha256()
-    for key in sorted(made):
-        found.update(made[key].tobytes())
-    return found.hexdigest()
+def digest(arrays: dict) -> str:
+    hasher = hashlib.sha256()
+    for key in sorted(arrays):
+        hasher.update(arrays[key].tobytes())
+    return hasher.hexdigest()
 
 
 @pytest.mark.parametrize(
@@ -26,67 +26,67 @@ def digest(made: dict) -> str:
         (64, "e253645c1204c8fdfd38e5981d7a0072338d5b6ee3778b32d46b6d247d4e0247"),
     ],
 )
-def test_the_bytes_are_these_on_every_machine(size, expected):
+def test_images_are_bitwise_reproducible(size, expected):
     assert digest(generate.draw_dataset(200, size, 7)) == expected
     assert digest(generate.draw_dataset(200, size, 8)) != expected
 
 
 @settings(max_examples=5)
 @given(images=st.integers(200, 320), size=st.integers(16, 40), seed=st.integers(0, 2**40))
-def test_every_split_has_every_class_and_its_own_slides(images, size, seed):
-    made = generate.draw_dataset(images, size, seed)
-    assert sum(len(made[f"{split}_labels"]) for split in SPLITS) == images
-    seen: set[int] = set()
+def test_splits_have_all_classes_and_disjoint_slides(images, size, seed):
+    arrays = generate.draw_dataset(images, size, seed)
+    assert sum(len(arrays[f"{split}_labels"]) for split in SPLITS) == images
+    previous_slides: set[int] = set()
     hashes = []
     for split in SPLITS:
-        pixels, labels, groups = (made[f"{split}_{what}"] for what in ("images", "labels", "groups"))
+        pixels, labels, groups = (arrays[f"{split}_{name}"] for name in ("images", "labels", "groups"))
         assert pixels.shape == (len(labels), size, size, 3)
         assert pixels.dtype == np.uint8
         assert set(labels[:, 0]) == set(range(len(generate.CLASSES)))
-        assert not seen & set(groups)
-        seen |= set(groups)
+        assert not previous_slides & set(groups)
+        previous_slides |= set(groups)
         hashes += [image.tobytes() for image in pixels]
     assert len(set(hashes)) == images
 
 
-def test_classes_are_as_imbalanced_as_their_shares():
+def test_class_frequencies_match_shares():
     labels = generate.draw_dataset(1000, 16, 0)["train_labels"][:, 0]
-    found = np.bincount(labels) / len(labels)
-    np.testing.assert_allclose(found, [kind.share for kind in generate.CELL_TYPES.values()], atol=0.01)
+    frequencies = np.bincount(labels) / len(labels)
+    np.testing.assert_allclose(frequencies, [cell_type.share for cell_type in generate.CELL_TYPES.values()], atol=0.01)
 
 
 @pytest.mark.parametrize("task", ["ordinal-regression", "multi-label, binary-class"])
-def test_the_other_tasks_have_all_their_labels_in_every_split(task):
-    made = generate.draw_dataset(400, 28, 3, task)
+def test_other_tasks_have_all_labels_in_every_split(task):
+    arrays = generate.draw_dataset(400, 28, 3, task)
     names = generate.class_names(task)
     for split in SPLITS:
-        labels = made[f"{split}_labels"]
+        labels = arrays[f"{split}_labels"]
         if task == "ordinal-regression":
             assert (labels.shape[1], set(labels.ravel())) == (1, set(range(len(names))))
         else:
             assert labels.shape[1] == len(names)
             assert set(labels.sum(axis=1)) == {1, 2, 3}
             assert (labels.sum(axis=0) > 0).all()
-    again = generate.draw_dataset(400, 28, 3, task)
-    assert digest(again) == digest(made)
+    repeated = generate.draw_dataset(400, 28, 3, task)
+    assert digest(repeated) == digest(arrays)
 
 
 SLIDES = {"train": np.arange(28), "val": np.arange(28, 32), "test": np.arange(32, 40)}
 
 
 @given(seed=st.integers(0, 2**40))
-def test_each_split_has_as_many_patients_of_each_sex_and_clinic(seed):
+def test_sex_and_site_are_balanced_in_splits(seed):
     subjects = patients.draw_patients(SLIDES, seed)
     assert subjects["slide"].tolist() == list(range(40))
     assert subjects["age"].between(20, 89).all()
     for slides in SLIDES.values():
-        of = subjects[subjects["slide"].isin(slides)]
+        split_subjects = subjects[subjects["slide"].isin(slides)]
         for column in ("sex", "site"):
-            assert of[column].value_counts().tolist() == [len(slides) // 2] * 2
+            assert split_subjects[column].value_counts().tolist() == [len(slides) // 2] * 2
     assert patients.draw_patients(SLIDES, seed).equals(subjects)
 
 
-def test_patients_are_these_on_every_machine_and_others_with_another_seed():
+def test_patients_are_reproducible_and_depend_on_seed():
     subjects = patients.draw_patients(SLIDES, 7)
     assert subjects.loc[subjects["slide"] >= 36, ["age", "sex", "site"]].values.tolist() == [
         [26, "M", "made-up clinic A"],
@@ -97,11 +97,11 @@ def test_patients_are_these_on_every_machine_and_others_with_another_seed():
     assert not patients.draw_patients(SLIDES, 8)["age"].equals(subjects["age"])
 
 
-def test_age_sex_and_site_of_a_slide_reach_the_manifest_and_leave_images_and_ids_alone(fetched, tmp_path):
-    facts, folder = fetched(name="phantom", images=200, size=16, seed=3)
+def test_patient_metadata_is_in_the_manifest(fetched, tmp_path):
+    card, folder = fetched(name="phantom", images=200, size=16, seed=3)
     with np.load(folder / "phantom.npz") as archive:
         assert digest(dict(archive)) == digest(generate.draw_dataset(200, 16, 3))
-    rows = build_default_manifest(facts, folder, tmp_path / "splits").rows
+    rows = build_default_manifest(card, folder, tmp_path / "splits").rows
     assert (
         rows["id"]
         .str.startswith(f"phantom-{hashlib.sha256((folder / 'phantom.npz').read_bytes()).hexdigest()[:8]}/")
@@ -114,4 +114,4 @@ def test_age_sex_and_site_of_a_slide_reach_the_manifest_and_leave_images_and_ids
     expected = subjects.set_index("slide").loc[rows["group"].astype(int)]
     for column in ("age", "sex", "site"):
         assert rows[column].tolist() == expected[column].tolist()
-    assert "made up" in facts.note
+    assert "made up" in card.note
