@@ -11,7 +11,7 @@ from fadeformer.reporting.tables import Table
 
 MAX_ENTRIES = 200  # the newest entries of the ledger
 LEDGER_COLUMNS = ("No.", "Time (UTC)", "Decision", "Version", "Champion", "AUC", "By", "Reason")
-OUTCOME_LABELS = {"passed": "passed", "failed": "**failed**", "not evaluated": "not evaluated"}
+STATUS_LABELS = {"passed": "passed", "failed": "**failed**", "not evaluated": "not evaluated"}
 
 
 @dataclass(frozen=True)
@@ -41,12 +41,12 @@ def render_promotion_page(decision: Mapping[str, Any], entries: Sequence[Mapping
         forced=decision["reason"] if decision["forced"] else None,
         checks=Table(
             head,
-            [(check["requirement"], OUTCOME_LABELS[check["status"]], check["details"]) for check in decision["checks"]],
+            [(check["requirement"], STATUS_LABELS[check["status"]], check["details"]) for check in decision["checks"]],
         ),
         details=[
             CheckDetails(
                 ("", "Status", "Details"),
-                [(item["name"], OUTCOME_LABELS[item["status"]], item["details"]) for item in check["items"]],
+                [(item["name"], STATUS_LABELS[item["status"]], item["details"]) for item in check["items"]],
                 check["requirement"][0].upper() + check["requirement"][1:],
             )
             for check in decision["checks"]

@@ -123,9 +123,9 @@ def _fetch_missing(missing: Sequence[_Download], folder: Path, pool: ThreadPool)
 class _Download:
     """Download of one file into a folder; `received` counts its bytes on disk."""
 
-    def __init__(self, file: RemoteFile, folder: Path, remedy: str, stop: threading.Event) -> None:
+    def __init__(self, file: RemoteFile, folder: Path, hint: str, stop: threading.Event) -> None:
         self.file = file
-        self.hint = remedy
+        self.hint = hint
         self.stop = stop
         self.path = folder / file.name
         self.partial_path = folder / f"{file.name}.part"

@@ -95,7 +95,8 @@ def test_figure_labels_do_not_overlap(task, classes):
     )
     forest = uncertainty.subgroup_forest(summary.summarize(p), intervals, groups, 0.9)
     for figure in (
-        cases.case_gallery(errors, pixels, maps), cases.embedding_scatter(p, coordinates, coordinates.attrs["explained"]),
+        cases.case_gallery(errors, pixels, maps),
+        cases.embedding_scatter(p, coordinates, coordinates.attrs["explained"]),
         uncertainty.score_histograms(p), forest,
     ):  # fmt: skip
         FigureCanvasAgg(figure).draw()
