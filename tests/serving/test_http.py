@@ -95,7 +95,7 @@ BIG = base64.b64encode(png(np.zeros((101, 100), np.uint8))).decode()
         (400, "image 0: has 100 x 101 pixels, more than the limit of 10,000", {"json": {"inputs": [BIG]}}),
         (400, "image 1: is not valid base64", {"json": {"inputs": [TEXTS[0], "?"]}}),
         (400, "there are no images", {"json": {"inputs": []}}),
-        (400, "operating_point: unknown value; this model has", {"json": {"inputs": TEXTS, "params": {"operating_point": "x"}}}),
+        (400, "unknown value; this model has", {"json": {"inputs": TEXTS, "params": {"operating_point": "x"}}}),
         (400, "params can contain only operating_point", {"json": {"inputs": TEXTS, "params": {"threshold": 0.5}}}),
         (400, "must have one of the supported formats", {"json": {"inputs": TEXTS, "instances": TEXTS}}),
         (400, "must have one of the supported formats", {"json": [1]}),
