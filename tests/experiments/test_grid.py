@@ -238,5 +238,5 @@ def test_table_2_compares_the_reference_with_other_models(document):
     assert re.fullmatch(r"0\.\d{4}, 0\.\d{4}", errors)
 
 
-def test_table_3_has_a_row_per_model_and_size(document):
+def test_table_3_has_rows_by_model_and_size(document):
     assert table_rows(document, 3) == [["16 x 16", "FadeNet", "0.99", "0.58", "15", "2053"]]

@@ -139,7 +139,7 @@ def test_results_are_pushed_as_an_experiment(check_out, repository, monkeypatch,
     assert (other / "params.yaml").read_text() == "seed: 1\n"
 
 
-def test_results_are_pushed_to_and_pulled_from_the_remote(check_out, repository, tmp_path):
+def test_results_are_exchanged_with_the_remote(check_out, repository, tmp_path):
     run(repository, "dvc", "remote", "add", "--local", "--default", "storage", str(tmp_path / "remote"))
     try:
         folder = check_out("pushed")
