@@ -1,4 +1,4 @@
-"""One score and one decision per image, however it reaches the model: evaluation, `predict`, MLflow, HTTP and ONNX."""
+"""Identical scores and decisions in evaluation, `predict`, MLflow, HTTP and ONNX."""
 
 import base64
 import json
@@ -29,19 +29,19 @@ from tests.packages import FADE, KINDS, images, load, png, write_model
 
 SMALL = {"backbone": "test_resnet", "fade": None, "side": 32}
 PIXELS = images(50, SMALL["side"])
-POINTS = ("youden", "specificity")  # with thresholds, and without any
+POINTS = ("youden", "specificity")  # with and without thresholds
 Answers = tuple[np.ndarray, list[str]]  # scores and decisions
 
 
 @pytest.fixture(scope="module", params=["binary", "multi-class", "findings"])
 def project(request, tmp_path_factory) -> Path:
-    """The current folder: a model, the same images as arrays and as files, and what is made of the model."""
+    """Project in the current folder: model, images as arrays and files, MLflow package and ONNX graph."""
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder := write_model(tmp_path_factory.mktemp("project"), request.param, **SMALL))
         task, _, classes, _ = KINDS[request.param]
-        several = len(classes) if "multi-label" in task else 1
-        labels = pd.DataFrame(np.random.default_rng(0).integers(0, 2, (100, several)))
-        labels.columns = [f"label_{c}" for c in range(several)] if several > 1 else ["label"]
+        num_labels = len(classes) if "multi-label" in task else 1
+        labels = pd.DataFrame(np.random.default_rng(0).integers(0, 2, (100, num_labels)))
+        labels.columns = [f"label_{c}" for c in range(num_labels)] if num_labels > 1 else ["label"]
         names = [f"{n:02}.png" for n in range(50)] * 2
         paths.PROCESSED.mkdir(parents=True)
         index = {"split": np.repeat(["val", "test"], 50), "id": names, "group": names}
@@ -62,36 +62,38 @@ def project(request, tmp_path_factory) -> Path:
         yield folder
 
 
-def by_hand(scores: np.ndarray, classes: list[str], thresholds: dict[str, float], kind: str) -> list[str]:
-    """The decisions as the documents describe them."""
+def expected_decisions(scores: np.ndarray, classes: list[str], thresholds: dict[str, float], kind: str) -> list[str]:
+    """Decide as documented."""
     if kind == "findings":
-        limits = [thresholds[name] for name in classes]
-        return ["; ".join(np.array(classes)[row >= limits]) or "no finding" for row in scores]
+        minimum_scores = [thresholds[name] for name in classes]
+        return ["; ".join(np.array(classes)[row >= minimum_scores]) or "no finding" for row in scores]
     if kind == "binary":
         return [classes[int(row[1] >= thresholds[classes[1]])] for row in scores]
     return [classes[row.argmax()] for row in scores]
 
 
-def of_evaluate(point: str, classes: list[str], kind: str) -> Answers:
+def predict_by_evaluate(point: str, classes: list[str], kind: str) -> Answers:
     scores = predictions.read(paths.PREDICTIONS).select_split("test").scores
-    given = json.loads(paths.OPERATING_POINTS.read_text())["points"][point]
-    return scores, by_hand(scores, classes, {name: of["threshold"] if of else 0.5 for name, of in given.items()}, kind)
+    thresholds = json.loads(paths.OPERATING_POINTS.read_text())["points"][point]
+    return scores, expected_decisions(
+        scores, classes, {name: value["threshold"] if value else 0.5 for name, value in thresholds.items()}, kind
+    )
 
 
-def of_command(point: str, classes: list[str], kind: str) -> Answers:
+def predict_by_command(point: str, classes: list[str], kind: str) -> Answers:
     options = ("--operating-points", paths.OPERATING_POINTS, "--operating-point", point, "--out", "predictions.parquet")
     main.main(["predict", "images", "--model", "models", *map(str, options)])
     table = pd.read_parquet("predictions.parquet")
     return table[classes].to_numpy(), table["decision"].tolist()
 
 
-def of_mlflow(point: str, classes: list[str], kind: str) -> Answers:
+def predict_by_mlflow(point: str, classes: list[str], kind: str) -> Answers:
     table = mlflow.pyfunc.load_model("package").predict(PIXELS, params={"operating_point": point})
     check_columns(table, classes, kind)
     return table.filter(like="probability.").to_numpy(), table["decision"].tolist()
 
 
-def of_http(point: str, classes: list[str], kind: str) -> Answers:
+def predict_by_http(point: str, classes: list[str], kind: str) -> Answers:
     request = {
         "inputs": [base64.b64encode(png(image)).decode() for image in PIXELS], "params": {"operating_point": point}
     }  # fmt: skip
@@ -102,16 +104,16 @@ def of_http(point: str, classes: list[str], kind: str) -> Answers:
     return table.filter(like="probability.").to_numpy(), table["decision"].tolist()
 
 
-def of_onnx(point: str, classes: list[str], kind: str) -> Answers:
+def predict_by_onnx(point: str, classes: list[str], kind: str) -> Answers:
     session = onnxruntime.InferenceSession("graph.onnx", providers=["CPUExecutionProvider"])
-    about = session.get_modelmeta().custom_metadata_map
-    assert json.loads(about["fadeformer.classes"]) == classes
+    metadata = session.get_modelmeta().custom_metadata_map
+    assert json.loads(metadata["fadeformer.classes"]) == classes
     (scores,) = session.run(["scores"], {"images": PIXELS})
-    return scores, by_hand(scores, classes, json.loads(about["fadeformer.points"])[point], kind)
+    return scores, expected_decisions(scores, classes, json.loads(metadata["fadeformer.points"])[point], kind)
 
 
 def check_columns(table: pd.DataFrame, classes: list[str], kind: str) -> None:
-    """No field is empty, and the decision is what is positive; of more than two classes the most probable one."""
+    """Check that no field is empty and that the decision agrees with the positive classes."""
     prefixes = ("probability.", "positive.")
     assert list(table) == [*(f"{prefix}{name}" for prefix in prefixes for name in classes), "decision"]
     assert table.notna().all(axis=None)
@@ -124,15 +126,15 @@ def check_columns(table: pd.DataFrame, classes: list[str], kind: str) -> None:
 
 
 @pytest.mark.parametrize("point", POINTS)
-def test_an_image_has_the_same_score_and_decision_everywhere(project, request, point):
+def test_all_interfaces_give_same_predictions(project, request, point):
     kind = request.node.callspec.params["project"]
     classes = KINDS[kind][2]
-    expected, decisions = of_evaluate(point, classes, kind)
+    expected, decisions = predict_by_evaluate(point, classes, kind)
     assert len(set(decisions)) > 1
-    for way in (of_command, of_mlflow, of_http, of_onnx):
-        scores, decided = way(point, classes, kind)
-        np.testing.assert_allclose(scores, expected, atol=1e-5, rtol=0, err_msg=way.__name__)
-        assert decided == decisions, way.__name__
+    for interface in (predict_by_command, predict_by_mlflow, predict_by_http, predict_by_onnx):
+        scores, decided = interface(point, classes, kind)
+        np.testing.assert_allclose(scores, expected, atol=1e-5, rtol=0, err_msg=interface.__name__)
+        assert decided == decisions, interface.__name__
 
 
 @pytest.fixture(scope="module")
@@ -140,18 +142,18 @@ def binary(tmp_path_factory) -> Path:
     return write_model(tmp_path_factory.mktemp("binary"), **SMALL)
 
 
-def test_the_precision_of_training_and_the_batch_size_change_no_score(binary):
-    described = json.loads((binary / "models" / "model.json").read_text())
-    found = Classifier({**described, "precision": "bf16"}, binary / "models" / "best_model.pth").predict(PIXELS, 7)
-    for one, other in zip(found, load(binary).predict(PIXELS), strict=True):
-        np.testing.assert_allclose(one, other, atol=1e-5)
+def test_training_precision_and_batch_size_change_nothing(binary):
+    metadata = json.loads((binary / "models" / "model.json").read_text())
+    output = Classifier({**metadata, "precision": "bf16"}, binary / "models" / "best_model.pth").predict(PIXELS, 7)
+    for actual, expected in zip(output, load(binary).predict(PIXELS), strict=True):
+        np.testing.assert_allclose(actual, expected, atol=1e-5)
 
 
-def test_scores_are_calibrated_and_features_those_of_the_last_layer(binary):
+def test_scores_are_calibrated_features_are_penultimate(binary):
     classifier = load(binary)
     raw, scores, features = classifier.predict(PIXELS)
-    sharper = raw**1.3
-    np.testing.assert_allclose(scores, sharper / sharper.sum(axis=1, keepdims=True))
+    powered = raw**1.3
+    np.testing.assert_allclose(scores, powered / powered.sum(axis=1, keepdims=True))
     np.testing.assert_array_equal(classifier.predict_proba(PIXELS), scores)
     with torch.inference_mode():
         logits = classifier.model.get_classifier()(torch.from_numpy(features))
@@ -167,27 +169,27 @@ def test_scores_are_calibrated_and_features_those_of_the_last_layer(binary):
         ("deit_tiny_distilled_patch16_224", None, "head"),
     ],
 )  # fmt: skip
-def test_logits_are_those_of_the_network_and_features_what_its_last_layer_gets(backbone, fade, last):
+def test_features_are_input_of_last_layer(backbone, fade, last):
     torch.manual_seed(0)
     model = create_model(
         backbone=backbone, num_classes=3, image_size=32, in_chans=3, pretrained=False, dropout=0.5, drop_path=0.1,
         fade=fade,
     ).eval()  # fmt: skip
-    given = []
-    model.get_submodule(last).register_forward_pre_hook(lambda _, inputs: given.append(inputs[0]))
-    if "distilled" in backbone:  # the mean of what its two last layers get
-        model.head_dist.register_forward_pre_hook(lambda _, inputs: given.append(inputs[0]))
+    inputs_of_head = []
+    model.get_submodule(last).register_forward_pre_hook(lambda _, inputs: inputs_of_head.append(inputs[0]))
+    if "distilled" in backbone:  # features are the mean input of both heads
+        model.head_dist.register_forward_pre_hook(lambda _, inputs: inputs_of_head.append(inputs[0]))
     images = torch.randn(2, 3, 32, 32)
     with torch.inference_mode():
         expected = model(images)
-        seen = torch.stack(given).mean(dim=0)
+        expected_features = torch.stack(inputs_of_head).mean(dim=0)
         features, logits = features_and_logits(model, images)
     torch.testing.assert_close(logits, expected)
-    torch.testing.assert_close(features, seen)
+    torch.testing.assert_close(features, expected_features)
     assert features.shape == (2, model.head_hidden_size if hasattr(model, "head_hidden_size") else model.num_features)
 
 
-def test_of_two_classes_the_last_one_s_threshold_decides():
+def test_binary_threshold_is_of_last_class():
     two = TASKS["binary-class"], ("a", "b")
     scores = np.array([[0.9, 0.1], [0.7, 0.3], [0.2, 0.8], [0.8, 0.2]])
     at = OperatingPoint.from_thresholds(*two, {"youden": {"b": {"threshold": 0.2}}}, "youden")
@@ -199,7 +201,7 @@ def test_of_two_classes_the_last_one_s_threshold_decides():
     assert without.description == "decision threshold 0.5: the model has no operating points"
 
 
-def test_findings_at_0_5_where_val_or_test_could_not_judge_them():
+def test_unevaluable_finding_uses_default_threshold():
     points = {"youden": {"x": {"threshold": 0.3}, "y": {"threshold": 0.9}, "z": None}}
     at = OperatingPoint.from_thresholds(TASKS["multi-label, binary-class"], ("x", "y", "z"), points, "youden")
     scores = np.array([[0.4, 0.95, 0.6], [0.2, 0.8, 0.4], [0.31, 0.1, 0.1], [0.1, 0.1, 0.5]])
@@ -208,7 +210,7 @@ def test_findings_at_0_5_where_val_or_test_could_not_judge_them():
     assert at.description == f"decision at operating point youden; {fallback}"
 
 
-def test_of_more_classes_the_most_probable_one_whatever_the_thresholds():
+def test_multi_class_decision_is_argmax():
     points = {"youden": {"a": {"threshold": 0.9}, "b": {"threshold": 0.1}, "c": None}}
     at = OperatingPoint.from_thresholds(TASKS["multi-class"], ("a", "b", "c"), points, "youden")
     scores = np.array([[0.4, 0.35, 0.25], [0.05, 0.05, 0.9]])
@@ -217,7 +219,7 @@ def test_of_more_classes_the_most_probable_one_whatever_the_thresholds():
     assert at.description == "decision: most probable class"
 
 
-def test_operating_points_of_another_model_are_refused(binary, tmp_path):
+def test_operating_points_of_other_model_are_rejected(binary, tmp_path):
     two = TASKS["binary-class"], ("a", "b")
     with pytest.raises(UserError, match="operating_point: unknown value; this model has sensitivity, youden"):
         OperatingPoint.from_thresholds(*two, {"youden": {}, "sensitivity": {}}, "best")

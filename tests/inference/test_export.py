@@ -1,5 +1,7 @@
-"""An exported graph of a FadeNet gives its scores in a process that has not this library; the other kinds of task are
-in test_classifier.py."""
+"""Exported graphs give the scores of the classifier in a process without this library.
+
+test_classifier.py covers the other tasks.
+"""
 
 import json
 import subprocess
@@ -12,7 +14,7 @@ from fadeformer.errors import UserError
 from fadeformer.inference import export
 from tests.packages import FADE, images, load, write_model
 
-# In a process that knows nothing of this library, but what each file needs.
+# Programs for a process that does not import this library.
 RUN = {
     "onnx": """
 import sys, numpy as np, onnxruntime
@@ -39,7 +41,7 @@ DIFFUSION = {"variant": "diffusion", "after_blocks": [1, "last"], "num_heads": 4
 @pytest.mark.parametrize(
     ("kind", "format_", "channels", "fade"), [("grades", "onnx", 3, DIFFUSION), ("findings", "program", 1, FADE)]
 )
-def test_a_graph_gives_the_same_scores_in_a_process_of_its_own(kind, format_, channels, fade, tmp_path, monkeypatch):
+def test_graph_gives_same_scores_in_fresh_process(kind, format_, channels, fade, tmp_path, monkeypatch):
     monkeypatch.setenv("ORT_DISABLE_TELEMETRY", "1")
     monkeypatch.setenv("HOME", str(tmp_path))
     classifier = load(write_model(tmp_path, kind, channels=channels, fade=fade))
@@ -49,21 +51,21 @@ def test_a_graph_gives_the_same_scores_in_a_process_of_its_own(kind, format_, ch
     for name, pixels in batches.items():
         np.save(tmp_path / name, pixels)
     command = [sys.executable, "-c", RUN[format_], str(path), *batches]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout) == list(classifier.classes)
+    process = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert process.returncode == 0, process.stderr
+    assert json.loads(process.stdout) == list(classifier.classes)
     for name, pixels in batches.items():
         np.testing.assert_allclose(np.load(tmp_path / f"scores-{name}"), classifier.predict_proba(pixels), atol=1e-5)
 
 
-def test_what_writes_onnx_is_named_where_it_is_missing(tmp_path, monkeypatch):
+def test_missing_onnx_package_is_named(tmp_path, monkeypatch):
     classifier = load(write_model(tmp_path))
     monkeypatch.setattr(export, "find_spec", lambda name: None if name == "onnxscript" else name)
     with pytest.raises(UserError, match="ONNX needs onnxscript: run `pip install onnxscript`"):
         export.export_model(classifier, "onnx", tmp_path / "graph.onnx")
 
 
-def test_a_graph_that_gives_other_scores_is_not_left(tmp_path, monkeypatch):
+def test_graph_with_different_scores_is_removed(tmp_path, monkeypatch):
     classifier = load(write_model(tmp_path))
     monkeypatch.setattr(export.ScoringModule, "forward", lambda self, x: self.classifier.forward(x)[1].softmax(dim=1))
     with pytest.raises(UserError, match="scores of the exported graph differ"):

@@ -1,4 +1,4 @@
-"""What an image in a request may be, and that it becomes what preprocess makes of it."""
+"""Images of a request: accepted types, agreement with preprocess, and errors."""
 
 import base64
 import io
@@ -13,13 +13,13 @@ from fadeformer.errors import UserError
 from fadeformer.inference import pixels
 from tests.packages import images, png
 
-pixels_of = partial(pixels.prepare_images, image_size=16, channels=3, aspect="pad", max_pixels=10_000)
+prepare_images = partial(pixels.prepare_images, image_size=16, channels=3, aspect="pad", max_pixels=10_000)
 
 
 def test_bytes_base64_and_arrays_agree():
     expected = images(3)
     files = [png(image) for image in expected]
-    for given in (
+    for payload in (
         expected,
         expected.astype(np.int64),
         expected.astype(object),
@@ -30,27 +30,31 @@ def test_bytes_base64_and_arrays_agree():
         expected.tolist(),
         [bytearray(files[0]), expected[1], expected[2].tolist()],
     ):
-        np.testing.assert_array_equal(pixels_of(given), expected)
+        np.testing.assert_array_equal(prepare_images(payload), expected)
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "I;16"])
 def test_file_matches_preprocess(mode):
-    big = np.random.default_rng(1).integers(0, 256, (40, 23, 3), dtype=np.uint8)
-    image = Image.fromarray(big).convert("L").convert("I;16") if mode == "I;16" else Image.fromarray(big).convert(mode)
+    source = np.random.default_rng(1).integers(0, 256, (40, 23, 3), dtype=np.uint8)
+    image = (
+        Image.fromarray(source).convert("L").convert("I;16")
+        if mode == "I;16"
+        else Image.fromarray(source).convert(mode)
+    )
     buffer = io.BytesIO()
     image.save(buffer, "TIFF" if mode == "CMYK" else "PNG")
     expected = image_to_array(decode_image(buffer.getvalue(), "x"), 16, 3, "pad")
-    np.testing.assert_array_equal(pixels_of([buffer.getvalue()])[0], expected)
+    np.testing.assert_array_equal(prepare_images([buffer.getvalue()])[0], expected)
 
 
 @pytest.mark.parametrize("shape", [(2, 40, 23, 3), (2, 40, 23, 1), (2, 40, 23), (2, 16, 16)])
 def test_arrays_are_resized_like_files(shape):
-    given = np.random.default_rng(2).integers(0, 256, shape, dtype=np.uint8)
-    np.testing.assert_array_equal(pixels_of(given), pixels_of([png(image) for image in given]))
+    payload = np.random.default_rng(2).integers(0, 256, shape, dtype=np.uint8)
+    np.testing.assert_array_equal(prepare_images(payload), prepare_images([png(image) for image in payload]))
 
 
 @pytest.mark.parametrize(
-    ("given", "reason"),
+    ("payload", "reason"),
     [
         ([], "there are no images"),
         ("text", "the images are not a list"),
@@ -74,6 +78,6 @@ def test_arrays_are_resized_like_files(shape):
         (np.array([png(images(1)[0])]), "numpy dtype S"),
     ],
 )
-def test_invalid_image_is_reported_with_index(given, reason):
+def test_invalid_image_is_reported_with_index(payload, reason):
     with pytest.raises(UserError, match=reason):
-        pixels_of(given)
+        prepare_images(payload)
