@@ -70,7 +70,7 @@ RESAMPLES = 2000
 
 
 @register_model
-def science_vit(pretrained: bool = False, **options: Any) -> VisionTransformer:
+def ablation_vit(pretrained: bool = False, **options: Any) -> VisionTransformer:
     """A ViT with patches of 2 pixels, 14 x 14 for an image of 28 pixels, and 0.2 M parameters."""
     sizes = {"patch_size": 2, "embed_dim": 64, "depth": 3, "num_heads": 4}
     return VisionTransformer(**{**sizes, **drop_timm_factory_args(options)})
@@ -161,10 +161,10 @@ def network(arm: str, classes: int, seed: int) -> torch.nn.Module:
     """Create the model of an arm; the backbone weights depend only on the seed."""
     torch.manual_seed(seed)
     options = {"num_classes": classes, "img_size": SIDE, "drop_path_rate": 0.1}
-    plain = timm.create_model("science_vit", global_pool="avg", drop_rate=0.1, **options)
+    plain = timm.create_model("ablation_vit", global_pool="avg", drop_rate=0.1, **options)
     if arm == "plain":
         return plain
-    model = FadeNet(dropout=0.1, backbone="science_vit", pretrained=False, **ARMS[arm], **options)
+    model = FadeNet(dropout=0.1, backbone="ablation_vit", pretrained=False, **ARMS[arm], **options)
     with torch.no_grad():
         start = plain.state_dict()
         for name, value in model.state_dict().items():

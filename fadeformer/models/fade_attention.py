@@ -171,11 +171,11 @@ def _attention_weights(q: Tensor, k: Tensor) -> Tensor:
 
 
 def _chunk_slices(images: int, patches: int) -> list[tuple[slice, slice]]:
-    """Images (times heads) and rows of their weights such that a chunk has about CHUNK weights."""
-    together, rows = max(1, CHUNK_SIZE // patches**2), max(1, min(patches, CHUNK_SIZE // patches))
+    """Return slices of images (times heads) and of query rows; a chunk has about CHUNK_SIZE attention weights."""
+    chunk_images, rows = max(1, CHUNK_SIZE // patches**2), max(1, min(patches, CHUNK_SIZE // patches))
     return [
-        (slice(i, i + together), slice(j, j + rows))
-        for i in range(0, images, together)
+        (slice(i, i + chunk_images), slice(j, j + rows))
+        for i in range(0, images, chunk_images)
         for j in range(0, patches, rows)
     ]
 

@@ -44,9 +44,8 @@ def rescaled_laplacian_power(v: Tensor, power: int) -> Tensor:
     largest = largest_eigenvalue(len(range(height)), len(range(width)))  # len(range()) makes a traced size a constant
     factor = 2 / largest if largest > 0 else 0.0  # a single patch has L = 0, so L^ = -I
     rows, columns = (factor * gaussian_kernel(height, v)), gaussian_kernel(width, v)
-    diagonal = (torch.outer(rows.sum(dim=1), columns.sum(dim=1)) - 1).unsqueeze(
-        -1
-    )  # 2 degree / lambda_max - 1; H, W, 1
+    # 2 degree / lambda_max - 1; H, W, 1
+    diagonal = (torch.outer(rows.sum(dim=1), columns.sum(dim=1)) - 1).unsqueeze(-1)
     for _ in range(power):
         adjacent = (rows @ (columns @ v).reshape(batch, height, width * channels)).reshape(v.shape)
         v = torch.addcmul(-adjacent, diagonal, v)
@@ -65,7 +64,7 @@ def dct2(v: Tensor) -> Tensor:
 
 
 def idct2(v: Tensor) -> Tensor:
-    """The inverse of `to_waves`, which is its transpose."""
+    """Inverse of `dct2`, which is its transpose."""
     return _apply_separable(v, dct_matrix(v.shape[1], v).T, dct_matrix(v.shape[2], v).T)
 
 

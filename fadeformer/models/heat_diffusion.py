@@ -64,13 +64,13 @@ class DiffusionAttn(nn.Module):
 
     @property
     def time(self) -> Tensor:
-        """T of each head, (heads,), in `TIMES`."""
+        """Diffusion time t of each head, (heads,), in `TIME_RANGE`."""
         shortest, longest = map(math.log, TIME_RANGE)
         return torch.exp(shortest + (longest - shortest) * torch.sigmoid(LOGIT_SCALE * self.time_logit))
 
     @property
     def exponent(self) -> Tensor:
-        """S of each head, (heads,), in `EXPONENTS`."""
+        """Exponent s of each head, (heads,), in `EXPONENT_RANGE`."""
         low, high = EXPONENT_RANGE
         return low + (high - low) * torch.sigmoid(LOGIT_SCALE * self.exponent_logit)
 

@@ -19,15 +19,8 @@ from fadeformer.io.atomic import DISK_FULL_ERRNOS, atomic_write
 
 MAX_CHECKPOINTS = 2
 READ_ERRORS = (
-    zipfile.BadZipFile,
-    zlib.error,
-    OSError,
-    RuntimeError,
-    UnpicklingError,
-    EOFError,
-    LookupError,
-    ValueError,
-)
+    zipfile.BadZipFile, zlib.error, OSError, RuntimeError, UnpicklingError, EOFError, LookupError, ValueError,
+)  # fmt: skip
 
 
 class CheckpointManager:
