@@ -365,7 +365,9 @@ def test_preprocess_holds_an_exclusive_lock(raw):
     validate.main()
     with (
         FileLock(paths.PROCESSED.with_name(".processed.lock")),
-        pytest.raises(UserError, match="data/processed: another process is writing the arrays; wait until it has finished"),
+        pytest.raises(
+            UserError, match="data/processed: another process is writing the arrays; wait until it has finished"
+        ),
     ):
         preprocess.main()
     assert preprocess.main().endswith("images of 16x16x3")
