@@ -207,7 +207,7 @@ def test_form_has_values_and_comments_of_params_yaml(grid, address):
     (train,) = [item for item in query(address, "deployments") if item["name"] == "train"]
     form = train["parameter_openapi_schema"]["definitions"]["TrainOverrides"]["properties"]
     assert form["batch_size"]["default"] == 32
-    assert form["batch_size"]["description"] == "images of one step, over all devices"
+    assert form["batch_size"]["description"] == "global batch size: images per step over all devices"
     assert "minimum" in json.dumps(form["epochs"])  # Prefect rejects invalid values at submission
 
 
