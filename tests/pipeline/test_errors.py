@@ -133,7 +133,7 @@ def test_leak_is_fixed_by_the_proposed_split(reproduced, error_of, archive):
     assert re.search(r"own-scans-\w{8}/train/41 ", message)
     assert re.search(r"own-scans-\w{8}/test/7 ", message)
     assert "validate.max_cross_split_duplicates: 1" in message
-    assert "`python -m pipelines.stages.validate --fix` proposes a split without leaks" in message
+    assert "`python -m pipelines.stages.validate --fix` proposes a split without leakage" in message
     output = reproduced.run("python", "-m", "pipelines.stages.validate", "--fix")
     proposed = re.search(r"(data/adopted/proposed-\w+\.csv) moves (1|2) of 110 images", output)[1]
     assert not (reproduced.folder / "data/manifest.parquet").exists()
