@@ -263,8 +263,8 @@ def test_browser_shows_form_and_results_of_run(grid, address, tab):
     ui = address.removesuffix("/api")
     (train,) = [item for item in query(address, "deployments") if item["name"] == "train"]
     tab.goto(f"{ui}/deployments/deployment/{train['id']}/run")
-    tab.get_by_text("side of an image, pixels: 28 | 64 | 128 | 224 for MedMNIST, 16 to 1024 for phantom").wait_for()
-    tab.get_by_text("images of one step, over all devices").scroll_into_view_if_needed()
+    tab.get_by_text("image side, pixels: 28 | 64 | 128 | 224 for MedMNIST, 16 to 1024 for phantom").wait_for()
+    tab.get_by_text("global batch size: images per step over all devices").scroll_into_view_if_needed()
     values = tab.evaluate("[...document.querySelectorAll('input')].map(input => input.value)")
     assert {"42", "16", "32"} <= set(values)  # seed, dataset.size and train.batch_size
     tab.goto(f"{ui}/runs/flow-run/{run_named(address, CELL)['id']}")
