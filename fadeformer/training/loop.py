@@ -1,8 +1,9 @@
-"""The training loop: forward, loss, backward, clip, step; then validation, schedule, checkpoint, early stopping.
+"""The training loop: schedule, forward, loss, backward, clip, step; per epoch validation, checkpoint, early stopping.
 
 `fit` yields one result per epoch; the caller logs it. Everything that changes is in a `TrainingState`, which
-checkpoints store completely. All random numbers derive from the seed, the epoch and the batch number, so a resumed run
-is bitwise identical to an uninterrupted one, and any number of devices sees the same batches.
+checkpoints store completely. All random numbers derive from the seed, the epoch and the batch number (dropout also from
+the rank), so on a CPU a resumed run is bitwise identical to an uninterrupted one, and any number of devices sees the
+same batches.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ def fit(
     checkpoints: CheckpointManager | None = None,
     pending_signal: Callable[[], int] = lambda: 0,
 ) -> Iterator[EpochResult]:
-    """Train from the current state and yield the result of each epoch; `state` then holds the best weights.
+    """Train from the current state and yield the result of each remaining epoch; `state` then holds the best weights.
 
     Args:
         state: from `create_training_state`, or resumed from a checkpoint; on the device.
@@ -74,91 +75,94 @@ def fit(
             the monitored metric is undefined on val.
         StageInterrupted: a signal stopped training; the state is saved in a checkpoint.
     """
-    world_size, rank, single_process = fabric.world_size, fabric.global_rank, fabric.world_size == 1
-    if not single_process and fabric.device.type == "cuda":
-        # SyncBatchNorm does not support CPU tensors
-        state.model = convert_sync_batchnorm(state.model)  # type: ignore[no-untyped-call]
-    model, optimizer = fabric.setup(state.model, state.optimizer)
-    manager = checkpoints if rank == 0 else None
-    weights = torch.tensor(class_weights, dtype=torch.float32, device=fabric.device)
-    steps_per_epoch = -(-len(train.labels) // recipe.batch_size)
-    probe_steps, warmup_steps = recipe.probe_epochs * steps_per_epoch, round(recipe.warmup_epochs * steps_per_epoch)
+    loop = _Loop(
+        state, train, val, task, recipe, class_weights, augmentation, normalization, seed, fabric, checkpoints,
+        pending_signal,
+    )  # fmt: skip
+    while state.epoch < recipe.epochs and state.epoch - state.best_epoch < recipe.early_stopping_patience:
+        rate = loop.learning_rate(state.epoch * loop.steps_per_epoch)
+        loop.train_epoch()
+        yield loop.validate(rate)
 
-    def learning_rate(step: int) -> float:
+
+class _Loop:
+    """The parts of one training on one process: epoch, step, validation. Arguments are those of `fit`."""
+
+    def __init__(
+        self,
+        state: TrainingState,
+        train: SplitArrays,
+        val: SplitArrays,
+        task: Task,
+        recipe: Recipe,
+        class_weights: NDArray[np.float64],
+        augmentation: Augmentation,
+        normalization: Normalization,
+        seed: int,
+        fabric: Fabric,
+        checkpoints: CheckpointManager | None,
+        pending_signal: Callable[[], int],
+    ) -> None:
+        self.state, self.train, self.val, self.task, self.recipe = state, train, val, task, recipe
+        self.augmentation, self.normalization, self.seed, self.fabric = augmentation, normalization, seed, fabric
+        self.checkpoints, self.pending_signal = checkpoints, pending_signal
+        self.single_process = fabric.world_size == 1
+        if not self.single_process and fabric.device.type == "cuda":
+            # SyncBatchNorm does not support CPU tensors
+            state.model = convert_sync_batchnorm(state.model)  # type: ignore[no-untyped-call]
+        self.model, self.optimizer = fabric.setup(state.model, state.optimizer)
+        self.manager = checkpoints if fabric.global_rank == 0 else None
+        self.weights = torch.tensor(class_weights, dtype=torch.float32, device=fabric.device)
+        self.steps_per_epoch = -(-len(train.labels) // recipe.batch_size)
+
+    def learning_rate(self, step: int) -> float:
+        """Return the learning rate of a step: constant during the probe, then by schedule and plateau."""
+        recipe = self.recipe
+        probe_steps = recipe.probe_epochs * self.steps_per_epoch
         if step < probe_steps:
             return recipe.learning_rate
-        steps = recipe.epochs * steps_per_epoch - probe_steps
+        warmup_steps = round(recipe.warmup_epochs * self.steps_per_epoch)
+        steps = recipe.epochs * self.steps_per_epoch - probe_steps
         return recipe.learning_rate * lr_multiplier(
-            step - probe_steps, steps, warmup_steps, recipe.schedule, state.plateau.multiplier
+            step - probe_steps, steps, warmup_steps, recipe.schedule, self.state.plateau.multiplier
         )
 
-    def save_checkpoint() -> None:
-        if manager is not None:
-            manager.save(state.state_dict(), state.step)
+    def save_checkpoint(self) -> None:
+        """Save the state, on the first process only."""
+        if self.manager is not None:
+            self.manager.save(self.state.state_dict(), self.state.step)
 
-    def stop(number: int) -> NoReturn:
-        save_checkpoint()
-        where = f"in epoch {state.epoch + 1}, after step {state.step}"
+    def stop(self, number: int) -> NoReturn:
+        """Save a checkpoint and raise StageInterrupted for a signal."""
+        self.save_checkpoint()
+        where = f"in epoch {self.state.epoch + 1}, after step {self.state.step}"
         raise StageInterrupted(f"stopped by {Signals(number).name} {where}; run again to resume from there", number)
 
-    def stop_if_signaled() -> None:
-        if number := pending_signal():
-            stop(number)
+    def stop_if_signaled(self) -> None:
+        """Stop if a signal was received."""
+        if number := self.pending_signal():
+            self.stop(number)
 
-    while state.epoch < recipe.epochs and state.epoch - state.best_epoch < recipe.early_stopping_patience:
-        epoch, rate = state.epoch + 1, learning_rate(state.epoch * steps_per_epoch)
+    def train_epoch(self) -> None:
+        """Train the batches of the current epoch that are left."""
+        state, recipe, fabric, epoch = self.state, self.recipe, self.fabric, self.state.epoch + 1
+        world_size, rank = fabric.world_size, fabric.global_rank
         probing = epoch <= recipe.probe_epochs
         if recipe.probe_epochs:  # otherwise keep the caller's frozen parameters
             set_trainable(state.model, newly_initialized_modules(state.model), only_new=probing)
-        model.train(not probing)
-        batches = sampling.sample_batches(
-            train.labels, task, recipe.sampling, recipe.batch_size, sampling.derive_seed(seed, epoch, 0)
-        )
+        self.model.train(not probing)
+        labels = self.train.labels
+        seed = sampling.derive_seed(self.seed, epoch, 0)
+        batches = sampling.sample_batches(labels, self.task, recipe.sampling, recipe.batch_size, seed)
         sampling.check_batch_size(batches, world_size, recipe.accumulate)
         local_batches = [rows[sampling.shard_slice(len(rows), rank, world_size)] for rows in batches]
         start = time.perf_counter() - state.train_seconds
-        with _progress_bar(epoch, recipe.epochs, len(train.labels), state.num_seen, fabric) as bar:
-            for images in sampling.prefetch_batches(train.images, local_batches[state.batch :], fabric.device):
-                batch_start = time.perf_counter()
-                set_learning_rate(state.optimizer, learning_rate(state.step))
-                rows, count = local_batches[state.batch], len(batches[state.batch])
-                draws = augmentation.draw_uniforms(count, sampling.derive_seed(seed, epoch, 1, state.batch))
-                draws = draws[sampling.shard_slice(count, rank, world_size)]
-                labels = torch.from_numpy(train.labels[rows])
-                torch.manual_seed(sampling.derive_seed(seed, epoch, 2, state.batch) + rank)  # dropout
-
+        with _progress_bar(epoch, recipe.epochs, len(labels), state.num_seen, fabric) as bar:
+            for images in sampling.prefetch_batches(self.train.images, local_batches[state.batch :], fabric.device):
+                batch_start, count = time.perf_counter(), len(batches[state.batch])
                 with report_out_of_memory(recipe.batch_size, recipe.accumulate):
-                    micro_losses, correct = [], torch.zeros((), device=fabric.device)
-                    for number in range(recipe.accumulate):
-                        micro = sampling.shard_slice(len(rows), number, recipe.accumulate)
-                        micro_labels = labels[micro].to(fabric.device, non_blocking=True)
-                        targets = task.smooth_targets(task.targets(micro_labels, len(weights)), recipe.label_smoothing)
-                        inputs = augmentation(images[micro], draws[micro], normalization)
-                        inputs, targets = augmentation.mix_batch(inputs, targets, draws[micro])
-                        accumulating = number < recipe.accumulate - 1
-                        with fabric.no_backward_sync(model, enabled=not single_process and accumulating):
-                            logits = model(inputs)
-                            losses = task.losses(logits.float(), targets, weights, recipe.focal_gamma)
-                            fabric.backward(losses.sum() * world_size / count)
-                        micro_losses.append(losses.detach())
-                        correct += task.correct(logits.detach(), micro_labels).sum()
-                    losses = torch.cat(micro_losses)
-                    sums = torch.stack([losses.sum(), correct, correct.new_tensor(pending_signal() > 0)])
-                    loss, batch_correct, signaled = cast(Tensor, fabric.all_reduce(sums, reduce_op="sum")).tolist()
-                    if not math.isfinite(loss):
-                        problem = f"the loss is {loss} at epoch {epoch}, batch {state.batch + 1}, step {state.step + 1}"
-                        nonfinite = ~losses.isfinite().cpu().numpy()
-                        # all rows if the cause is in another process
-                        suspect_rows = rows[nonfinite] if nonfinite.any() else rows
-                        raise _divergence_error(problem, train, suspect_rows, learning_rate(state.step), checkpoints)
-                    if recipe.clip is not None:
-                        fabric.clip_gradients(model, optimizer, max_norm=recipe.clip, error_if_nonfinite=False)
-                    optimizer.step()
-                    optimizer.zero_grad(set_to_none=True)
-                    if state.ema is not None:
-                        state.ema.update(state.model, step=state.step)
-
-                state.loss_sum, state.num_correct = state.loss_sum + loss, state.num_correct + batch_correct
+                    loss, num_correct, signaled = self._train_batch(images, local_batches[state.batch], count)
+                state.loss_sum, state.num_correct = state.loss_sum + loss, state.num_correct + num_correct
                 state.num_seen += count
                 state.batch, state.step = state.batch + 1, state.step + 1
                 state.train_seconds = time.perf_counter() - start
@@ -166,33 +170,93 @@ def fit(
                 bar.set_postfix(loss=f"{state.loss_sum / state.num_seen:.3f}", refresh=False)
                 bar.update(count)
                 if signaled:
-                    stop(pending_signal() or SIGTERM)
-                if manager is not None and manager.is_due():
-                    save_checkpoint()
+                    self.stop(self.pending_signal() or SIGTERM)
+                if self.manager is not None and self.manager.is_due():
+                    self.save_checkpoint()
 
-        if not single_process:
+    def _train_batch(self, images: Tensor, rows: NDArray[np.int64], count: int) -> tuple[float, float, float]:
+        """Take one optimizer step.
+
+        Args:
+            images: uint8 images of this process, (B, H, W, C), on the device.
+            rows: their rows in train, (B,).
+            count: number of images of the batch over all processes.
+
+        Returns:
+            Over all processes: sum of the losses, number of correct images, number of processes with a pending signal.
+        """
+        state, recipe, fabric, epoch = self.state, self.recipe, self.fabric, self.state.epoch + 1
+        world_size, rank = fabric.world_size, fabric.global_rank
+        set_learning_rate(state.optimizer, self.learning_rate(state.step))
+        draws = self.augmentation.draw_uniforms(count, sampling.derive_seed(self.seed, epoch, 1, state.batch))
+        draws = draws[sampling.shard_slice(count, rank, world_size)]
+        labels = torch.from_numpy(self.train.labels[rows])
+        torch.manual_seed(sampling.derive_seed(self.seed, epoch, 2, state.batch) + rank)  # dropout
+        micro_losses, num_correct = [], torch.zeros((), device=fabric.device)
+        for number in range(recipe.accumulate):
+            micro = sampling.shard_slice(len(rows), number, recipe.accumulate)
+            accumulating = number < recipe.accumulate - 1
+            with fabric.no_backward_sync(self.model, enabled=not self.single_process and accumulating):
+                losses, correct = self._backward(images[micro], labels[micro], draws[micro], count)
+            micro_losses.append(losses)
+            num_correct += correct
+        losses = torch.cat(micro_losses)
+        sums = torch.stack([losses.sum(), num_correct, num_correct.new_tensor(self.pending_signal() > 0)])
+        loss, total_correct, signaled = cast(Tensor, fabric.all_reduce(sums, reduce_op="sum")).tolist()
+        if not math.isfinite(loss):
+            problem = f"the loss is {loss} at epoch {epoch}, batch {state.batch + 1}, step {state.step + 1}"
+            nonfinite = ~losses.isfinite().cpu().numpy()
+            suspect_rows = rows[nonfinite] if nonfinite.any() else rows  # all rows if the cause is in another process
+            raise _divergence_error(problem, self.train, suspect_rows, self.learning_rate(state.step), self.checkpoints)
+        if recipe.clip is not None:
+            fabric.clip_gradients(self.model, self.optimizer, max_norm=recipe.clip, error_if_nonfinite=False)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        if state.ema is not None:
+            state.ema.update(state.model, step=state.step)
+        return loss, total_correct, signaled
+
+    def _backward(self, images: Tensor, labels: Tensor, draws: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        """Run a micro-batch forward and backward; return the loss of each image, (B,), and the number correct."""
+        labels = labels.to(self.fabric.device, non_blocking=True)
+        targets = self.task.smooth_targets(self.task.targets(labels, len(self.weights)), self.recipe.label_smoothing)
+        inputs = self.augmentation(images, draws, self.normalization)
+        inputs, targets = self.augmentation.mix_batch(inputs, targets, draws)
+        logits = self.model(inputs)
+        losses = self.task.losses(logits.float(), targets, self.weights, self.recipe.focal_gamma)
+        self.fabric.backward(losses.sum() * self.fabric.world_size / count)  # DDP averages over processes
+        return losses.detach(), self.task.correct(logits.detach(), labels).sum()
+
+    def validate(self, rate: float) -> EpochResult:
+        """Evaluate the epoch on val, end it with a checkpoint, and return its result.
+
+        Args:
+            rate: learning rate at the start of the epoch.
+        """
+        state, recipe, task, val, epoch = self.state, self.recipe, self.task, self.val, self.state.epoch + 1
+        if not self.single_process:
             # without SyncBatchNorm, on CPUs, running statistics differ between processes
-            distribute_bn(state.eval_model, world_size, reduce=True)  # type: ignore[no-untyped-call]
+            distribute_bn(state.eval_model, self.fabric.world_size, reduce=True)  # type: ignore[no-untyped-call]
         start = time.perf_counter()
-        val_logits = predict_distributed(
-            state.eval_model, val.images, recipe.batch_size, fabric, normalization,
-            on_batch=stop_if_signaled if single_process else lambda: None,
+        logits = predict_distributed(
+            state.eval_model, val.images, recipe.batch_size, self.fabric, self.normalization,
+            on_batch=self.stop_if_signaled if self.single_process else lambda: None,
         )  # fmt: skip
-        if not np.isfinite(val_logits).all():
-            suspect_rows = np.flatnonzero(~np.isfinite(val_logits).all(axis=1))
+        if not np.isfinite(logits).all():
+            suspect_rows = np.flatnonzero(~np.isfinite(logits).all(axis=1))
             problem = f"outputs on val are not finite after epoch {epoch}"
-            raise _divergence_error(problem, val, suspect_rows, learning_rate(state.step - 1), checkpoints)
-        scores = task.probabilities(val_logits)
+            raise _divergence_error(problem, val, suspect_rows, self.learning_rate(state.step - 1), self.checkpoints)
+        scores = task.probabilities(logits)
         val_loss, val_auc = log_loss(val.labels, scores, task), auc(val.labels, scores, task)
         val_accuracy = accuracy(val.labels, scores, task)
         seconds = state.train_seconds, state.device_seconds, time.perf_counter() - start
         result = EpochResult(
             epoch, state.loss_sum / state.num_seen, state.num_correct / state.num_seen, val_loss, val_accuracy, val_auc,
-            rate, *seconds, peak_memory_mib(fabric.device),
+            rate, *seconds, peak_memory_mib(self.fabric.device),
         )  # fmt: skip
         state.end_epoch(result, _monitored_value(result, recipe.monitor))
-        save_checkpoint()
-        yield result
+        self.save_checkpoint()
+        return result
 
 
 def _progress_bar(epoch: int, epochs: int, total: int, done: int, fabric: Fabric) -> tqdm:  # type: ignore[type-arg]
