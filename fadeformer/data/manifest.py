@@ -46,7 +46,7 @@ class Manifest:
         thumbnails: grayscale thumbnail per row; None if the image is unreadable, blank or too small.
         examples: a few images of each class or finding, (side, side, 3), by id.
         split: name of the split: `published`, or the name of the split file.
-        is_published_split: whether the published split is unchanged, so that its counts can be checked.
+        is_published_split: whether the split is that of the source, neither adopted from a file nor computed again.
     """
 
     rows: pd.DataFrame

@@ -93,7 +93,7 @@ class WeightedMetrics:
         return np.concatenate(blocks, axis=1, dtype=np.float64), [block.shape[1] for block in blocks]
 
     def _calibration_gaps(self) -> list[Floats]:
-        """Return score minus outcome per image and bin, of the decision or of each evaluable finding."""
+        """Return score minus outcome per image and bin: of the last of two classes, top of more, or each finding."""
         if not self.is_exclusive:
             return [_bin_gaps(self.scores[:, c], self.truth[:, c]) for c in np.flatnonzero(self.evaluable)]
         if self.scores.shape[1] == 2:
@@ -105,14 +105,14 @@ class WeightedMetrics:
         columns, widths = self._summands
         total = weights.sum(axis=1, dtype=np.float64)  # samples
         sums = np.split(weights @ columns, np.cumsum(widths)[:-1], axis=1)
-        (positives, called, hits, squares, scalars), gaps = sums[:5], sums[5:]
+        (positives, predicted, hits, squares, scalars), gaps = sums[:5], sums[5:]
         with np.errstate(divide="ignore", invalid="ignore"):
             negatives = total[:, None] - positives
             per_class = {
-                "precision": hits / called,
+                "precision": hits / predicted,
                 "recall": hits / positives,
-                "specificity": (negatives - called + hits) / negatives,
-                "f1": 2 * hits / (positives + called),
+                "specificity": (negatives - predicted + hits) / negatives,
+                "f1": 2 * hits / (positives + predicted),
                 "brier": squares / total[:, None],
             }  # fmt: skip
             areas = self.compute_areas(weights)
@@ -132,7 +132,7 @@ class WeightedMetrics:
             }  # fmt: skip
             overall |= areas.overall
             if self.is_exclusive:
-                overall |= self._kappas(weights, positives, called, accuracy, total)
+                overall |= self._kappas(weights, positives, predicted, accuracy, total)
         return MetricSamples(overall, per_class)
 
     def compute_areas(self, weights: NDArray[np.floating[Any]]) -> MetricSamples:

@@ -1,7 +1,9 @@
 """Trained classifier: logits, calibrated scores and decisions of images.
 
 Evaluation, `fadeformer predict`, the served model, the exported graph and the explanations all use this class, so an
-image gets the same score and decision everywhere. Inference is always float32, whatever precision training used.
+image gets the same score everywhere. `OperatingPoint` makes the decisions of `predict` and the served model; accuracy,
+confusion matrix and error gallery use the argmax, or 0.5 for findings. Inference is always float32, whatever precision
+training used.
 """
 
 from __future__ import annotations
@@ -99,7 +101,7 @@ class OperatingPoint:
             description = "decision threshold 0.5: the model has no operating points"
         else:
             missing = ", ".join(c for c, threshold in values.items() if threshold is None)
-            fallback = f"; 0.5 for {missing} (too few positives or negatives in val or test)" if missing else ""
+            fallback = f"; 0.5 for {missing} (no positives or no negatives in val or test)" if missing else ""
             description = f"decision at operating point {name}{fallback}"
         thresholds = {c: DEFAULT_THRESHOLD if threshold is None else threshold for c, threshold in values.items()}
         return cls(classes, task.multi_label, thresholds, description)

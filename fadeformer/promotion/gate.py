@@ -42,13 +42,13 @@ class PromotionCriteria:
 
     Attributes:
         min_auc: minimum of the lower confidence bound of the test AUC.
-        min_class_auc: minimum AUC of each class or finding.
+        min_class_auc: minimum AUC of each class or finding; of two classes the last one.
         min_subgroup_auc: minimum AUC of each subgroup, for all columns or by column.
         min_cases: minimum number of positive, and of negative, patients, lesions or single images of a class; with
-            fewer it is not evaluated.
+            fewer it is not evaluated. Within a subgroup, classes need as many images.
         max_ece: maximum expected calibration error.
         operating_point: `youden`, `sensitivity` or `specificity`.
-        min_sensitivity: minimum sensitivity of each class at the operating point.
+        min_sensitivity: minimum sensitivity of each class, one versus rest, at the operating point.
         margin: non-inferiority margin, the largest acceptable loss of AUC against the champion.
         min_gain: minimum gain of AUC against the champion; replaces the margin.
     """

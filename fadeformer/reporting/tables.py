@@ -268,7 +268,7 @@ def _format_calibration(metadata: Mapping[str, Any], task: Task) -> str:
     if calibration == IDENTITY:
         return "none: uncalibrated scores"
     if task.multi_label:
-        return "vector scaling per finding, fitted on validation"
+        return "Platt scaling per finding, fitted on validation"
     return f"temperature {1 / calibration.slope[0]:.3g}, fitted on validation"
 
 

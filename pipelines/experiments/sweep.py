@@ -69,7 +69,9 @@ def open_study(folder: Path, config: SweepConfig, base: Params) -> tuple[optuna.
             f"the sweep {config.name} was started with another {keys}; give this one another name:, or remove {path}"
             " to start again"
         )
-    pruner = MedianPruner(n_startup_trials=config.startup_trials, n_warmup_steps=config.warmup_epochs + 1)
+    pruner = MedianPruner(
+        n_startup_trials=config.startup_trials, n_warmup_steps=config.warmup_epochs + 1
+    )  # epochs count from 1
     study.pruner = pruner if config.pruner == "median" else NopPruner()
     return study, storage
 

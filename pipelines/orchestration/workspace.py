@@ -2,8 +2,8 @@
 
 Workspaces are in `.cache/runs/` of the home folder: `FADEFORMER_HOME`, or the project's folder if it is on this
 machine. They share the DVC cache and the training checkpoints of the home folder and, without an MLflow server, its
-MLflow store and ledger. A workspace is named after its flow run, so a run that is rescheduled after a crash continues
-in it. The results of a run are saved as a DVC experiment and pushed to the repository.
+MLflow store and ledger. A workspace is named after the id of its flow run, so a run that is rescheduled after a crash
+continues in it. The results of a run are saved as a DVC experiment and pushed to the repository.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def check_out(repository: str, revision: str) -> dict[str, str]:
 
 @contextmanager
 def exclusive_lock() -> Iterator[None]:
-    """Lock the workspace until this process and every dvc process that it starts have exited.
+    """Lock the workspace until this process and every dvc process that it starts have exited; repair files of DVC.
 
     An earlier start of the same run may still be active, because its heartbeats were lost or only its flow was killed.
     """

@@ -29,7 +29,7 @@ from pipelines.tracking import locations
 
 LOCK_TIMEOUT = 3600  # seconds; another promotion may have to run inference with the champion
 REMEDY = "move it aside: its decisions are also tags of the registry's versions"
-KIND = "decision"  # of a record; others are not read
+KIND = "decision"  # of a record; records of another kind, such as of older versions, are ignored
 
 
 def ledger_path() -> Path:

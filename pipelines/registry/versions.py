@@ -1,4 +1,7 @@
-"""MLflow's model registry: versions, their tags, and the aliases `champion`, `challenger` and `previous`."""
+"""MLflow's model registry: versions, their tags, and the aliases `champion`, `challenger` and `previous`.
+
+`apply_ledger_entry` moves the aliases after a decision; the decision is made in fadeformer/promotion/gate.py.
+"""
 
 from __future__ import annotations
 

@@ -2,7 +2,8 @@
 
 MLflow's app has no size limit, returns tracebacks with paths and request data, and responds to some malformed requests
 with status 500. The wrapper limits the size of a request, accepts only inputs that the model supports, and returns its
-own error messages. Request data are never logged.
+own error messages. Request data are never logged. The defaults of the limits are in pipelines/cli/serve.py and
+pipelines/registry/pyfunc_model.py.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 from fadeformer.config import schema
-from fadeformer.data.sources import registry
+from fadeformer.data.sources import fetch
 from fadeformer.data.sources.folder import iter_dicom_names
 from fadeformer.io.atomic import atomic_folder
 from pipelines import paths, runner
@@ -16,7 +16,7 @@ def main() -> str:
     """Download the data set, or import the user's own files."""
     config = schema.load_params(paths.PARAMS).dataset
     with atomic_folder(paths.RAW) as folder:
-        card = registry.fetch_dataset(
+        card = fetch.fetch_dataset(
             **config.model_dump(),
             downloads=locations.project_folder() / paths.DOWNLOADS,  # DVC experiments share the project's downloads
             lock=paths.DATASET_LOCK,

@@ -1,4 +1,4 @@
-"""Stage validate, the data gate: read data/raw, check it, and write data/manifest.parquet and reports/validation."""
+"""Stage validate: read or compute the split, check the data, and write data/manifest.parquet and reports/validation."""
 
 from __future__ import annotations
 

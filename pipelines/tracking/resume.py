@@ -26,8 +26,8 @@ from pipelines import paths
 from pipelines.tracking import locations
 
 FINGERPRINT = "fingerprint.json"  # written first and removed first: a folder without it is not resumed
-FINISHED_MARKER = "finished.json"  # MLflow run and workspace of a training whose model is in models/
-TRAINING_SECTIONS = ("seed", "model", "augment", "train")
+FINISHED_TRAINING = "finished.json"  # MLflow run and workspace of a training whose model is in models/
+FINGERPRINT_SECTIONS = ("seed", "model", "augment", "train")
 DATA_FILES = ("meta.json", "index.parquet", "train.npy", "val.npy")
 LIBRARIES = ("lightning-fabric", "numpy", "scipy", "timm", "torch", "torchvision")
 MAX_DIFFERENCES = 5  # in a message
@@ -61,12 +61,12 @@ def open_training_folder() -> Iterator[Path]:
 
 def mark_finished(folder: Path, run_id: str) -> None:
     """Mark that the model is in models/. The folder stays until DVC has recorded it: a kill must not lose the model."""
-    write_json(folder / FINISHED_MARKER, {"run_id": run_id, "copy": _relative_path(Path.cwd())})
+    write_json(folder / FINISHED_TRAINING, {"run_id": run_id, "copy": _relative_path(Path.cwd())})
 
 
 def remove_finished(run_id: str) -> None:
     """Remove the folder of a finished training. Called by a later stage, so DVC has recorded the model."""
-    for marker in (locations.project_folder() / paths.UNFINISHED_TRAININGS).glob(f"*/{FINISHED_MARKER}"):
+    for marker in (locations.project_folder() / paths.UNFINISHED_TRAININGS).glob(f"*/{FINISHED_TRAINING}"):
         with suppress(Timeout), FileLock(marker.parent.with_suffix(".lock"), timeout=LOCK_TIMEOUT):
             if marker.is_file() and read_json(marker)["run_id"] == run_id:
                 _remove_folder(marker.parent)
@@ -85,12 +85,12 @@ def _remove_folder(folder: Path) -> None:
 def _remove_stale_folders(root: Path, fingerprint: Mapping[str, Any]) -> None:
     """Remove folders that are no longer needed, and print how the latest unfinished training differs from this one.
 
-    DVC, whose lock this stage holds, has recorded what this workspace has finished; a deleted workspace needs nothing.
+    DVC has recorded the finished training of this workspace when it starts the next; a deleted workspace needs nothing.
     """
     unfinished = []
     for folder in filter(Path.is_dir, root.iterdir()):
         with suppress(Timeout), FileLock(folder.with_suffix(".lock"), timeout=0):
-            copy = read_json(folder / FINISHED_MARKER)["copy"] if (folder / FINISHED_MARKER).is_file() else None
+            copy = read_json(folder / FINISHED_TRAINING)["copy"] if (folder / FINISHED_TRAINING).is_file() else None
             if copy is None and (folder / FINGERPRINT).is_file():
                 unfinished.append(folder / FINGERPRINT)
             elif copy in (None, _relative_path(Path.cwd())) or not (locations.project_folder() / copy).is_dir():
@@ -110,11 +110,11 @@ def _remove_stale_folders(root: Path, fingerprint: Mapping[str, Any]) -> None:
 
 
 def compute_fingerprint() -> dict[str, Any]:
-    """Return everything that determines the result of a training, by name: values, checksums and library versions."""
+    """Return values, checksums and versions of all params, sources, inputs and libraries that a training depends on."""
     params = {
         name: value
         for name, value in schema.load_params(paths.PARAMS).as_flat_dict().items()
-        if name.split(".")[0] in TRAINING_SECTIONS
+        if name.split(".")[0] in FINGERPRINT_SECTIONS
     }
     deps = YAML(typ="safe").load(Path("dvc.yaml"))["stages"]["train"]["deps"]
     code = [path for dep in map(Path, deps) for path in ([dep] if dep.suffix == ".py" else sorted(dep.rglob("*.py")))]

@@ -1,1 +1,1 @@
-"""validation."""
+"""Data validation: the great-expectations suite and its page."""

@@ -11,7 +11,7 @@ from fadeformer.config.schema import Params
 from fadeformer.data import manifest
 from fadeformer.data.dataset_card import DatasetCard
 from fadeformer.data.manifest import Manifest
-from fadeformer.data.sources import registry
+from fadeformer.data.sources.fetch import fetch_dataset
 
 COUNTS = {"train": 60, "val": 20, "test": 30}
 
@@ -43,7 +43,7 @@ def fetched(tmp_path: Path, config: Params) -> Callable[..., tuple[DatasetCard, 
         folder = tmp_path / "raw"
         folder.mkdir(exist_ok=True)
         files = {"downloads": tmp_path / "downloads", "lock": tmp_path / "dataset.lock", "salt": tmp_path / "salt"}
-        return registry.fetch_dataset(**{**config.dataset.model_dump(), **changes}, **files, destination=folder), folder
+        return fetch_dataset(**{**config.dataset.model_dump(), **changes}, **files, destination=folder), folder
 
     return fetch
 

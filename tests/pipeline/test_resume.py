@@ -182,7 +182,7 @@ def test_other_parameters_start_a_new_training(interrupted, offline):
 def test_training_without_mlflow_is_logged_later(interrupted, offline, online):
     assert offline.count("cannot be reached: training continues") == 1
     assert "Traceback" not in offline
-    assert re.search(r"^train: .*the training is finished and kept in", offline, re.MULTILINE), offline
+    assert re.search(r"^train: .*the training is finished and stored in", offline, re.MULTILINE), offline
     assert "epoch   1/2" in offline
     assert "epoch   1/2" not in online
     metrics, runs = read_mlflow(interrupted.folder)

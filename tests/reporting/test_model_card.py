@@ -67,7 +67,7 @@ def test_card_has_data_model_and_metrics(task):
     assert "epoch 4" in text
     assert "## Results on 3 test images" in text
     assert ("| Finding |" in text) == TASKS[task].multi_label
-    calibrated = "vector scaling per finding" if TASKS[task].multi_label else "temperature 2"
+    calibrated = "Platt scaling per finding" if TASKS[task].multi_label else "temperature 2"
     assert f"| Calibration | {calibrated}, fitted on validation |" in text
     assert "| sex | F | 2 | 2 |" in text
     assert NO_SUBGROUPS not in text

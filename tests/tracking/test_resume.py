@@ -66,7 +66,7 @@ def test_finished_training_stays_until_its_run_removes_it(
     seed(2)
     train("run of two")
     resume.remove_finished("run of two")
-    assert (first / resume.FINISHED_MARKER).is_file()
+    assert (first / resume.FINISHED_TRAINING).is_file()
     workspace("one")
     resume.remove_finished("run of one")
     assert not any(path.is_dir() for path in first.parent.iterdir())
@@ -140,7 +140,7 @@ def test_partially_removed_training_is_not_resumed(
     folder = train("one")
 
     def kill_during_removal(folder: Path) -> None:
-        (folder / resume.FINISHED_MARKER).unlink()
+        (folder / resume.FINISHED_TRAINING).unlink()
         raise KeyboardInterrupt
 
     def interrupt_removal() -> None:

@@ -7,7 +7,8 @@ import threading
 
 import pytest
 
-from fadeformer.data.sources import medmnist, registry
+from fadeformer.data.sources import medmnist
+from fadeformer.data.sources.fetch import fetch_dataset
 from fadeformer.errors import UserError
 
 
@@ -61,9 +62,7 @@ def fetch(tmp_path):
     }
 
     def fetch_set(size, mirror, name="breastmnist"):
-        return registry.fetch_dataset(
-            name=name, size=size, mirror=mirror, **defaults, **folders, destination=tmp_path / "out"
-        )
+        return fetch_dataset(name=name, size=size, mirror=mirror, **defaults, **folders, destination=tmp_path / "out")
 
     return fetch_set
 

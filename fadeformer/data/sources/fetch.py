@@ -1,4 +1,8 @@
-"""Fetch a data set by name: its verified files and its dataset card in one folder."""
+"""Fetch a data set by name: its verified files and its dataset card in one folder.
+
+To add a source, add a branch to `fetch_dataset`, its name to `DatasetName` in fadeformer/config/schema.py, and its
+reader to `TABLE_READERS` in fadeformer/data/manifest.py.
+"""
 
 from __future__ import annotations
 
