@@ -38,6 +38,7 @@ def test_pneumoniamnist_leaks_stop_unless_allowed(project: Project, real_data):
     assert "8 images are in two splits" in output
     assert "validate.max_cross_split_duplicates: 8" in output
     project.change(validate={"max_cross_split_duplicates": 8})
+    assert "validate:" in project.run("dvc", "status", "validate")
     output = project.stages("validate")
     assert "RELAXED by validate.max_cross_split_duplicates: 8: 8 images are in two splits" in output
     project.run("git", "checkout", "params.yaml")

@@ -101,7 +101,7 @@ BIG = base64.b64encode(png(np.zeros((101, 100), np.uint8))).decode()
         (400, "must have one of the supported formats", {"json": [1]}),
         (400, "unsupported request format", {"json": {"dataframe_records": [{"file": "x"}]}}),
         (400, "unsupported request format", {"json": {"messages": [{"role": "user", "content": "x"}]}}),
-        (400, "differ in shape|rows differ in length|shape", {"json": {"inputs": [[[1, 2], [3]], [[1]]]}}),
+        (400, "differ in shape|rows differ in length|has shape", {"json": {"inputs": [[[1, 2], [3]], [[1]]]}}),
         (400, "is not JSON", {"content": b"{", "headers": JSON}),
         (400, "is not JSON", {"content": b"[" * 40_000, "headers": JSON}),
         (400, "is not JSON", {"content": b"\xff", "headers": JSON}),

@@ -78,8 +78,11 @@ def template_files(name: str) -> set[str]:
 
 
 def is_package_init(path: str) -> bool:
-    """Return True for the `__init__.py` of a package, which only re-exports names."""
-    return path.endswith("/__init__.py")
+    """Return True for the `__init__.py` of a package that only re-exports names: it computes and defines nothing."""
+    computes = ast.Call | ast.Subscript | ast.FunctionDef | ast.ClassDef
+    return path.endswith("/__init__.py") and not any(
+        isinstance(node, computes) for node in ast.walk(ast.parse((ROOT / path).read_text()))
+    )
 
 
 def is_in(path: str, dependency: str) -> bool:

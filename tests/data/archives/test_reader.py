@@ -203,7 +203,7 @@ UNSAFE = {
     "/etc/passwd": r"'/etc/passwd' has an absolute path",
     "C:/x.png": r"'C:/x\.png' has an absolute path",
     "c:x.png": "has an absolute path",
-    "//server/fraction/x.png": "has an absolute path",
+    "//server/share/x.png": "has an absolute path",
     "\\\\server\\x.png": "has a backslash in its name",
     "a\\..\\x.png": "has a backslash in its name",
     "a\nb.png": "or a control character in it",
@@ -341,7 +341,7 @@ def test_symlink_out_of_the_folder_is_rejected(folder, target, message):
 
 @pytest.mark.parametrize("name", ["../secret", "a/../../secret", "/etc/passwd", "..\\secret", ""])
 def test_read_member_rejects_path_traversal(folder, name):
-    with pytest.raises(UserError, match=r"has .. in its path|absolute path|backslash|no file name"):
+    with pytest.raises(UserError, match=r"has \.\. in its path|absolute path|backslash|no file name"):
         reader.read_member(folder, name)
 
 
