@@ -1,4 +1,4 @@
-"""`fadeformer drift`: detect drift of new images from the training data of a model."""
+"""`fadeformer drift`: detect drift of new images from the reference data of a model."""
 
 from __future__ import annotations
 
@@ -23,5 +23,5 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> CommandResult:
-    """Compare the images with the training data; write a page and a JSON file."""
+    """Compare the images with the reference data; write a page and a JSON file."""
     return drift_check.check_drift(arguments.paths, arguments.model, arguments.out, arguments.max_images)

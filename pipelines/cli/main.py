@@ -11,7 +11,7 @@ from pipelines import runner
 from pipelines.environment import configure_environment
 
 COMMANDS = {  # by module of pipelines.cli
-    "drift": "detect drift of new images from the training data of a model",
+    "drift": "detect drift of new images from the reference data of a model",
     "export": "export a model as ONNX or as a torch.export program",
     "predict": "predict images in files, folders or archives",
     "promote": "run the promotion gate again, force a promotion, or roll back to an earlier champion",

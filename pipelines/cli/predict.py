@@ -1,4 +1,7 @@
-"""`fadeformer predict`: write a table with scores, decisions and out-of-distribution flags of images."""
+"""`fadeformer predict`: write a table with scores, decisions and out-of-distribution flags of images.
+
+An interrupted prediction resumes from the chunks that `fadeformer.io.chunked_table` stored.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Drift check: predict new images and compare them with the training data of the model."""
+"""Drift check: predict new images and compare them with reference data of the model (`fadeformer.monitoring.drift`)."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SAMPLING_SEED = 0  # for the sample of images, if there are more than `max_image
 
 
 def check_drift(names: list[str], model: str, out: Path, max_images: int) -> CommandResult:
-    """Compare new images with the training data of a model; write a page and `drift.json`.
+    """Compare new images with the reference data of a model; write a page and `drift.json`.
 
     Args:
         names: Paths and patterns of the images.

@@ -173,7 +173,7 @@ def experiment(
 
 @flow(name="drift", persist_result=False, log_prints=True)
 def drift(images: list[str], model: str, out: str = "reports/drift", max_images: int = 5000) -> State[None]:
-    """Compare new images with the training data of a model; the run fails if they have drifted.
+    """Compare new images with the reference data of a model; the run fails if they have drifted.
 
     Args:
         images: Files, folders, zip archives or patterns.

@@ -1,9 +1,9 @@
 """ASGI wrapper around MLflow's scoring app that validates requests of untrusted clients: `fadeformer serve`.
 
 MLflow's app has no size limit, returns tracebacks with paths and request data, and responds to some malformed requests
-with status 500. The wrapper limits the size of a request, accepts only inputs that the model supports, and returns its
-own error messages. Request data are never logged. The defaults of the limits are in pipelines/cli/serve.py and
-pipelines/registry/pyfunc_model.py.
+with status 500. The wrapper limits bytes and images of a request (defaults: pipelines/cli/serve.py), accepts only
+inputs that the model supports, and returns its own error messages; the model limits the pixels of an image
+(pipelines/registry/pyfunc_model.py). Request data are never logged.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""Zip checks that zipfile omits: completeness of the central directory, and type and size of each entry."""
+"""Zip checks that zipfile omits: a complete central directory, and type, size and compression ratio of each entry.
+
+`reader` sets the limit of the ratio (zip bombs) and checks the total size.
+"""
 
 from __future__ import annotations
 
