@@ -206,7 +206,7 @@ def test_unevaluable_finding_uses_default_threshold():
     at = OperatingPoint.from_thresholds(TASKS["multi-label, binary-class"], ("x", "y", "z"), points, "youden")
     scores = np.array([[0.4, 0.95, 0.6], [0.2, 0.8, 0.4], [0.31, 0.1, 0.1], [0.1, 0.1, 0.5]])
     assert at.format_decisions(scores) == ["x; y; z", "no finding", "x", "z"]
-    fallback = "0.5 for z (too few positives or negatives in val or test)"
+    fallback = "0.5 for z (no positives or no negatives in val or test)"
     assert at.description == f"decision at operating point youden; {fallback}"
 
 
