@@ -3,6 +3,7 @@
 import numpy as np
 import pandas as pd
 import pytest
+from scipy.stats import norm
 
 from fadeformer.evaluation import model_comparison, summary
 from fadeformer.evaluation.intervals import delong
@@ -84,9 +85,11 @@ def test_single_run_difference_equals_delong():
     labels = random_labels("binary-class", 150, random)
     first, second = (predictions("binary-class", labels, signal, random) for signal in (0.8, 0.5))
     result = metric_difference({7: first}, {7: second, 8: second}, "auc")
-    expected = delong.auc_difference([labels[:, 0] == 1], [first.scores[:, 1]], [second.scores[:, 1]])
-    assert result.value == pytest.approx(expected.value)
-    assert result.interval == pytest.approx((expected.low, expected.high))
+    truth = labels[:, 0] == 1
+    expected = delong.estimate_aucs([truth, truth], [first.scores[:, 1], second.scores[:, 1]])
+    value, variance = expected.areas @ [1, -1], [1, -1] @ expected.covariance @ [1, -1]
+    assert result.value == pytest.approx(value)
+    assert result.interval == pytest.approx(norm.interval(0.95, value, variance**0.5))
     assert (result.seed_se, result.num_seeds) == (None, 1)
 
 

@@ -5,7 +5,8 @@ positives that outrank it, with ties counted half; their variance gives the vari
 patient or lesion, components are summed within the group before squaring (Obuchowski 1997, doi:10.2307/2533958). Ranks
 give O(n log n) (Sun and Xu 2014, doi:10.1109/LSP.2014.2337313). Intervals use Student's t with the degrees of freedom
 of Brunner and Munzel (2000, doi:10.1002/(SICI)1521-4036(200001)42:1<17::AID-BIMJ17>3.0.CO;2-U), whose relative effect
-is the AUC.
+is the AUC. They are computed on the logit scale, with a lower limit of the variance: near an AUC of 1 the variance of a
+few images is often far too small (docs/explanation/statistics/promotion.md).
 """
 
 from __future__ import annotations
@@ -17,11 +18,14 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 from scipy.special import expit, logit
-from scipy.stats import norm, rankdata, t
+from scipy.stats import rankdata, t
 
+from fadeformer.evaluation.intervals.differences import PairedDifference, paired_difference
 from fadeformer.evaluation.intervals.proportions import wilson_interval
 
-ROUNDING_ERROR = 1e-13  # of the variance of a difference, relative to the variances of its terms
+# Limit of the effective sample size area * (1 - area) / variance, in groups of the smaller class. It is about 3 for
+# normal scores and an AUC of 0.99, and beyond this limit the variance is small by chance.
+MAX_EFFECTIVE_SIZE = 15
 
 Floats = NDArray[np.float64]
 Truth = NDArray[np.bool_]
@@ -100,25 +104,16 @@ def mean_auc_interval(estimates: AUCEstimates, curves: Sequence[int], confidence
     At 0 or 1, where the variance is 0, a Wilson interval with the smaller number of groups as sample size is used. None
     if the variance is undefined.
     """
-    area, variances = float(estimates.areas[curves].mean()), np.diag(estimates.covariance)[curves]
-    variance = float(estimates.covariance[np.ix_(curves, curves)].mean())
-    if not math.isfinite(variance):
+    area = float(estimates.areas[curves].mean())
+    covariance = _limited_covariance(estimates)[np.ix_(curves, curves)]
+    if not np.isfinite(covariance).all():
         return None
     if area in (0.0, 1.0):
         min_groups = int(estimates.min_groups[curves].min())
         return wilson_interval(round(area * min_groups), min_groups, confidence)
-    degrees = _satterthwaite(variances[:, None], estimates.degrees_of_freedom[curves][:, None])[0]
-    half_width = t.ppf((1 + confidence) / 2, degrees) * math.sqrt(max(variance, 0.0)) / (area * (1 - area))
+    degrees = _satterthwaite(np.diag(covariance)[:, None], estimates.degrees_of_freedom[curves][:, None])[0]
+    half_width = t.ppf((1 + confidence) / 2, degrees) * math.sqrt(max(covariance.mean(), 0.0)) / (area * (1 - area))
     return float(expit(logit(area) - half_width)), float(expit(logit(area) + half_width))
-
-
-@dataclass(frozen=True)
-class AUCDifference:
-    """Difference of two AUCs on the same images, first minus second, with its interval."""
-
-    value: float
-    low: float
-    high: float
 
 
 def auc_difference(
@@ -127,8 +122,11 @@ def auc_difference(
     second: Sequence[Floats],
     groups: NDArray[np.int64] | None = None,
     confidence: float = 0.95,
-) -> AUCDifference:
+) -> PairedDifference:
     """Compare the mean AUCs of two models over classes or findings (paired).
+
+    The interval combines those of the two mean AUCs with DeLong's correlation of them
+    (`fadeformer.evaluation.intervals.differences`). Models that rank all images equally differ by exactly 0.
 
     Args:
         truths: mask of the positives of each class, (images,).
@@ -141,16 +139,31 @@ def auc_difference(
         ValueError: a class lacks positives or negatives, or has them in one group only.
     """
     estimates = estimate_aucs([*truths, *truths], [*first, *second], groups)
-    contrast = np.repeat([1.0, -1.0], len(truths)) / len(truths)
-    first_aucs, second_aucs = np.split(estimates.areas, 2)
-    value = float((first_aucs - second_aucs).mean())  # exactly 0 for identical rankings
-    variance = float(contrast @ estimates.covariance @ contrast)
-    if not math.isfinite(variance):
+    classes = list(range(len(truths)))
+    bounds = [
+        mean_auc_interval(estimates, curves, confidence) for curves in (classes, [c + len(truths) for c in classes])
+    ]
+    if bounds[0] is None or bounds[1] is None:
         raise ValueError("a comparison needs positives and negatives in two groups each")
-    if variance < ROUNDING_ERROR * estimates.covariance.diagonal().max():  # identical rankings
-        variance = 0.0
-    half_width = float(norm.ppf((1 + confidence) / 2)) * math.sqrt(variance)
-    return AUCDifference(value, value - half_width, value + half_width)
+    if all(np.array_equal(rankdata(a), rankdata(b)) for a, b in zip(first, second, strict=True)):
+        return PairedDifference(0.0, 0.0, 0.0)
+    model_mean = np.kron(np.eye(2), np.full(len(truths), 1 / len(truths)))  # models, curves
+    first_area, second_area = model_mean @ estimates.areas
+    covariance = model_mean @ estimates.covariance @ model_mean.T
+    scale = math.sqrt(covariance[0, 0] * covariance[1, 1])
+    correlation = float(np.clip(covariance[0, 1] / scale, -1, 1)) if scale > 0 else 0.0
+    return paired_difference(float(first_area), bounds[0], float(second_area), bounds[1], correlation)
+
+
+def _limited_covariance(estimates: AUCEstimates) -> Floats:
+    """Return the covariance with variances of at least area * (1 - area) / (MAX_EFFECTIVE_SIZE * groups)."""
+    variances = np.diag(estimates.covariance)
+    limits = estimates.areas * (1 - estimates.areas) / (MAX_EFFECTIVE_SIZE * estimates.min_groups)
+    limited = np.maximum(variances, limits)  # NaN stays NaN
+    ratios = np.sqrt(np.divide(limited, variances, out=np.ones_like(limited), where=variances > 0))
+    covariance = estimates.covariance * np.outer(ratios, ratios)
+    np.fill_diagonal(covariance, limited)
+    return np.asarray(covariance)
 
 
 def _satterthwaite(variances: Floats, degrees: Floats) -> Floats:
