@@ -19,13 +19,15 @@ from fadeformer.tasks import MIN_SCORE, TASKS, Task, one_versus_rest
 
 Labels = NDArray[np.int64]
 Scores = NDArray[np.float64]
+MIN_AVERAGED_IMAGES = 2  # with, and without, a class that is in the mean AUC
 MAX_CURVE_POINTS = 400  # per curve; keeps the tables small
 
 
 def auc(labels: Labels, scores: Scores, task: Task) -> float | None:
     """Compute the macro-averaged ROC AUC, one class against the rest or over findings; in [0, 1].
 
-    In binary tasks it is the AUC of the last class. None if no class has both positives and negatives.
+    In binary tasks it is the AUC of the last class. Classes with fewer than two positives or negatives are left out;
+    None if there is no other.
     """
     truth, rows = one_versus_rest(labels, scores.shape[1], task), np.arange(len(scores))
     unit_weights = np.ones((1, len(scores)))
@@ -33,7 +35,7 @@ def auc(labels: Labels, scores: Scores, task: Task) -> float | None:
     aucs = [
         RankedScores(truth[:, c], scores[:, c], rows).auc_and_ap(unit_weights)[0]
         for c in classes
-        if truth[:, c].any() and not truth[:, c].all()
+        if min(truth[:, c].sum(), (~truth[:, c]).sum()) >= MIN_AVERAGED_IMAGES
     ]
     return float(np.mean(aucs)) if aucs else None
 

@@ -173,7 +173,7 @@ def _covariance(runs: Sequence[Predictions], metric: MetricName) -> Floats:
 def _estimate_aucs(runs: Sequence[Predictions]) -> delong.AUCEstimates:
     """Estimate the class AUCs that the mean AUC averages, run by run: runs * curves."""
     metrics = [WeightedMetrics(run) for run in runs]
-    classes = np.flatnonzero(metrics[0].evaluable)
+    classes = np.flatnonzero(metrics[0].averaged)
     if metrics[0].is_exclusive and metrics[0].truth.shape[1] == 2:
         classes = classes[-1:]  # binary: the AUC of the last class
     curves = [(run.truth[:, c], run.scores[:, c]) for run in metrics for c in classes]
@@ -196,7 +196,7 @@ def _influence(metrics: WeightedMetrics, metric: MetricName) -> Floats:
         return np.asarray((metrics.correct - metrics.correct.mean()) / len(metrics.correct))
     truth, is_correct = metrics.truth, metrics.predicted == metrics.truth
     sides = [truth] if metrics.is_exclusive else [truth, ~truth]  # recall; multi-label: also specificity
-    averaged = truth.any(axis=0) if metrics.is_exclusive else metrics.evaluable
+    averaged = truth.any(axis=0) if metrics.is_exclusive else metrics.averaged
     influence = np.zeros(len(truth))
     for c in np.flatnonzero(averaged):
         for side in sides:

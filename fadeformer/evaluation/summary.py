@@ -1,7 +1,8 @@
 """Metrics with confidence intervals, as nested plain values.
 
-Means leave out classes without positives or without negatives, which are listed. Macro precision, recall and F1 are
-those of scikit-learn with `zero_division=0`, as in the published results. Undefined values are None, never NaN.
+Means leave out classes with positives or negatives of fewer than two patients, lesions or images, which are listed.
+Macro precision, recall and F1 are those of scikit-learn with `zero_division=0`, as in the published results. Undefined
+values are None, never NaN.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ def summarize(predictions: Predictions) -> dict[str, Any]:
     """Compute all metrics.
 
     Returns:
-        `images`, `overall`, `per_class` by class name, and `not_evaluated`: classes without positives or negatives.
+        `images`, `overall`, `per_class` by class name, and `not_evaluated`: classes that the
+        means leave out.
     """
     metrics = WeightedMetrics(predictions)
     point = metrics.compute(np.ones((1, len(predictions.frame))))
@@ -46,7 +48,9 @@ def summarize(predictions: Predictions) -> dict[str, Any]:
         "images": len(metrics.truth),
         "overall": {key: _finite_or_none(values[0]) for key, values in point.overall.items()},
         "per_class": per_class,
-        "not_evaluated": [name for name, values in per_class.items() if values["auc"] is None],
+        "not_evaluated": [
+            name for name, averaged in zip(predictions.classes, metrics.averaged, strict=True) if not averaged
+        ],
     }
 
 
@@ -133,19 +137,36 @@ def intervals_from_samples(
         for key, (hits, trials) in {"recall": (predicted, truth), "specificity": (~predicted, ~truth)}.items():
             per_class[name][key] = proportion_interval(hits, trials, groups, confidence)
         per_class[name]["precision"] = predictive_value_interval(predicted, truth, groups, confidence)
-        per_class[name]["auc"] = None
-    evaluable = np.flatnonzero(metrics.evaluable).tolist()
-    overall["auc"] = None
-    if len(evaluable):
-        estimates = delong.estimate_aucs(
-            [metrics.truth[:, c] for c in evaluable], [metrics.scores[:, c] for c in evaluable], groups
-        )
-        for curve, c in enumerate(evaluable):
-            per_class[classes[c]]["auc"] = delong.mean_auc_interval(estimates, [curve], confidence)
-        is_binary = metrics.is_exclusive and len(classes) == 2
-        averaged = [len(evaluable) - 1] if is_binary else list(range(len(evaluable)))
-        overall["auc"] = delong.mean_auc_interval(estimates, averaged, confidence)
+    areas = _auc_intervals(metrics, classes, groups, confidence)
+    overall["auc"] = areas["overall"]
+    for name, bounds in areas["per_class"].items():
+        per_class[name]["auc"] = bounds
     return {"groups": num_groups, "overall": overall, "per_class": per_class}
+
+
+def auc_intervals(predictions: Predictions, confidence: float) -> dict[str, Any]:
+    """Compute only the intervals of the AUCs: `overall`, and `per_class` by class name; None for an undefined AUC."""
+    groups = bootstrap.encode_groups(predictions.frame["group"])
+    return _auc_intervals(WeightedMetrics(predictions), predictions.classes, groups, confidence)
+
+
+def _auc_intervals(
+    metrics: WeightedMetrics, classes: Sequence[str], groups: NDArray[np.int64], confidence: float
+) -> dict[str, Any]:
+    evaluable = np.flatnonzero(metrics.evaluable).tolist()
+    per_class: dict[str, Interval] = dict.fromkeys(classes)
+    if not evaluable:
+        return {"overall": None, "per_class": per_class}
+    estimates = delong.estimate_aucs(
+        [metrics.truth[:, c] for c in evaluable], [metrics.scores[:, c] for c in evaluable], groups
+    )
+    for curve, c in enumerate(evaluable):
+        per_class[classes[c]] = delong.mean_auc_interval(estimates, [curve], confidence)
+    averaged = [curve for curve, c in enumerate(evaluable) if metrics.averaged[c]]
+    if metrics.is_exclusive and len(classes) == 2:
+        averaged = averaged[-1:]
+    overall = delong.mean_auc_interval(estimates, averaged, confidence) if averaged else None
+    return {"overall": overall, "per_class": per_class}
 
 
 def collect_metrics(

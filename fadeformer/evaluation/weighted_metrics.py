@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fadeformer.evaluation.intervals import bootstrap
 from fadeformer.evaluation.predictions import Predictions
 from fadeformer.evaluation.weighted_auc import RankedScores
 from fadeformer.tasks import MIN_SCORE, ORDINAL, one_versus_rest
@@ -22,6 +23,7 @@ Floats = NDArray[np.float64]
 Truth = NDArray[np.bool_]
 
 CALIBRATION_BINS = 15  # of the calibration error
+MIN_AVERAGED_GROUPS = 2  # patients, lesions or single images with, and without, a class that is in the means
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,10 @@ class WeightedMetrics:
         else:
             self.brier = self.squared_errors.mean(axis=1)
         self.evaluable: Truth = np.asarray(self.truth.any(axis=0) & ~self.truth.all(axis=0))
+        groups = bootstrap.encode_groups(predictions.frame["group"])
+        counts = [[len(np.unique(groups[side])) for side in (column, ~column)] for column in self.truth.T]
+        # an AUC of positives or negatives of a single patient or lesion has no interval, and neither would the mean
+        self.averaged: Truth = np.array(counts).min(axis=1) >= MIN_AVERAGED_GROUPS
         self.present: Truth = np.asarray(self.truth.any(axis=0) | self.predicted.any(axis=0))
 
     @cached_property
@@ -124,7 +130,7 @@ class WeightedMetrics:
             }
             overall = {
                 "loss": loss, "accuracy": accuracy, "balanced_accuracy": self._balanced_accuracy(per_class), **macro,
-                "specificity": _row_mean(per_class["specificity"][:, self.evaluable]),
+                "specificity": _row_mean(per_class["specificity"][:, self.averaged]),
                 **{name: areas.overall[name] for name in ("auc", "average_precision")},
                 "brier": brier,
                 "calibration_error": _row_mean(np.stack([np.abs(g).sum(axis=1) / total for g in gaps], axis=1))
@@ -141,21 +147,21 @@ class WeightedMetrics:
         for c, ranking in enumerate(self._class_rankings):
             if ranking is not None:
                 auc[:, c], average_precision[:, c] = ranking.auc_and_ap(weights)
-        overall = {"auc": self._mean_auc(auc), "average_precision": _row_mean(average_precision[:, self.evaluable])}
+        overall = {"auc": self._mean_auc(auc), "average_precision": _row_mean(average_precision[:, self.averaged])}
         if self._pooled_ranking is not None and (len(self.evaluable) > 2 or not self.is_exclusive):
             overall["auc_micro"], overall["average_precision_micro"] = self._pooled_ranking.auc_and_ap(weights)
         return MetricSamples(overall, {"auc": auc, "average_precision": average_precision})
 
     def _mean_auc(self, per_class: Floats) -> Floats:
         if self.is_exclusive and per_class.shape[1] == 2:
-            return per_class[:, -1]
-        return _row_mean(per_class[:, self.evaluable])
+            return per_class[:, -1] if self.averaged[-1] else np.full(len(per_class), np.nan)
+        return _row_mean(per_class[:, self.averaged])
 
     def _balanced_accuracy(self, per_class: dict[str, Floats]) -> Floats:
         """Return the mean recall over classes; multi-label: the mean of (sensitivity + specificity) / 2."""
         if self.is_exclusive:
             return _row_mean(per_class["recall"][:, self.truth.any(axis=0)])
-        return _row_mean(((per_class["recall"] + per_class["specificity"]) / 2)[:, self.evaluable])
+        return _row_mean(((per_class["recall"] + per_class["specificity"]) / 2)[:, self.averaged])
 
     def _kappas(
         self, weights: NDArray[np.floating[Any]], positives: Floats, called: Floats, accuracy: Floats, total: Floats
