@@ -20,6 +20,7 @@ WEIGHTS = MODELS / "best_model.pth"
 ARCHITECTURE = MODELS / "model.json"
 OOD_STATISTICS = MODELS / "ood.safetensors"
 REFERENCE = MODELS / "reference.parquet"
+TRAINING_IMAGES = MODELS / "training_images.parquet"
 HISTORY = MODELS / "history.csv"
 RUN = MODELS / "run.json"
 REPORTS = Path("reports")

@@ -8,10 +8,12 @@ from pathlib import Path
 
 import mlflow
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from PIL import Image
 
+from fadeformer.data import training_images
 from fadeformer.data.normalization import Normalization
 from fadeformer.inference import model_files, ood
 from fadeformer.inference.classifier import Classifier
@@ -91,6 +93,8 @@ def write_model(
     reference.build_reference(inputs, scores, distances, features, tuple(classes)).to_parquet(
         folder / "models" / REFERENCE_FILE
     )
+    seen = pd.DataFrame({"sha256": [f"{n:064x}" for n in range(20)], "split": "train"})
+    seen.to_parquet(folder / "models" / training_images.FILE)
     points = {
         "youden": {name: {"threshold": medians[classes.index(name)]} for name in positive_classes},
         "sensitivity": {name: {"threshold": 0.0} for name in positive_classes},

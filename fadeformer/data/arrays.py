@@ -1,8 +1,9 @@
 """Preprocessed image arrays, written once by `fadeformer.data.preprocess` and memory-mapped by all readers.
 
-An array folder contains `{split}.npy` for each split (uint8, images x side x side x channels), `index.parquet` (one
-row per image: split, id, group, labels and metadata such as age, sex and view), `meta.json` (see `ArrayMetadata`) and,
-if the dataset has lesion annotations, `boxes.parquet` (see `fadeformer.data.boxes.map_boxes_to_arrays`).
+An array folder contains `{split}.npy` for each split (uint8, images x side x side x channels), `index.parquet` (one row
+per image: split, id, group, content hash, labels and metadata such as age, sex and view), `meta.json` (see
+`ArrayMetadata`) and, if the dataset has lesion annotations, `boxes.parquet` (see
+`fadeformer.data.boxes.map_boxes_to_arrays`).
 """
 
 from __future__ import annotations
@@ -66,7 +67,7 @@ class SplitArrays:
     Attributes:
         images: uint8, (images, side, side, channels), memory-mapped.
         labels: (images, labels).
-        index: one row per image: split, id, group and other metadata, without the labels.
+        index: one row per image: split, id, group, sha256 and other metadata, without the labels.
     """
 
     images: NDArray[np.uint8]

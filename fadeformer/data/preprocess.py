@@ -22,10 +22,20 @@ from fadeformer.data.sources.user_table import UNPARSED_LABEL
 from fadeformer.errors import UnreadableImageError, UserError
 from fadeformer.io.atomic import atomic_write, write_json
 
-# Manifest columns that describe the image file; all others (labels, age, sex, view, ...) go into index.parquet.
+# Manifest columns that describe the image file; the content hash and all others (labels, age, sex, view, ...) go into
+# index.parquet.
 FILE_COLUMNS = (
-    "path", "member", "index", "sha256", "height", "width", "mode", "brightness", "contrast", "problem", UNPARSED_LABEL
-)  # fmt: skip
+    "path",
+    "member",
+    "index",
+    "height",
+    "width",
+    "mode",
+    "brightness",
+    "contrast",
+    "problem",
+    UNPARSED_LABEL,
+)
 PROGRESS_INTERVAL = 1000  # images
 CHUNK_IMAGES = 64
 

@@ -1,9 +1,9 @@
 """Predictions table, from which all metrics and figures are computed.
 
-`predictions.parquet` has one row per image: `split`, `id`, `group`, the labels (`label`, or `label_0 ... label_{L-1}`
-in multi-label tasks), one score per class (`score_0 ... score_{C-1}`, float64), the scores before calibration (`raw_0
-...`) and subgroup columns (such as `subgroup_sex`). Task and class names are stored in the table metadata, so the file
-is self-contained.
+`predictions.parquet` has one row per image: `split`, `id`, `group`, `sha256` (of the pixels), the labels (`label`, or
+`label_0 ... label_{L-1}` in multi-label tasks), one score per class (`score_0 ... score_{C-1}`, float64), the scores
+before calibration (`raw_0 ...`) and subgroup columns (such as `subgroup_sex`). Task and class names are stored in the
+table metadata, so the file is self-contained.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from fadeformer.errors import UserError
 from fadeformer.tasks import TASKS, Task
 
 SUBGROUP_PREFIX = "subgroup_"
+CONTENT = "sha256"  # column with the content hash of each image
 
 
 @dataclass(frozen=True)
@@ -68,10 +69,15 @@ class Predictions:
         return Predictions(frame, self.task, self.classes)
 
     def fingerprint(self) -> str:
-        """Return the SHA-256 of ids and labels, sorted by id; equal for predictions on the same test set."""
-        columns = ["id", *self.task.label_columns(len(self.classes))]
+        """Return the SHA-256 of ids, content and labels, sorted by id; equal for predictions on the same test set."""
+        contents = [column for column in (CONTENT,) if column in self.frame]
+        columns = ["id", *contents, *self.task.label_columns(len(self.classes))]
         rows = self.frame[columns].sort_values("id", kind="stable")
         return hashlib.sha256(rows.to_csv(index=False).encode()).hexdigest()
+
+    def content_fingerprint(self) -> str:
+        """Return the SHA-256 of the images' contents in any order; equal for the same images under other names."""
+        return hashlib.sha256("".join(sorted(self.frame[CONTENT])).encode()).hexdigest()
 
 
 def build_predictions(
@@ -86,7 +92,7 @@ def build_predictions(
     """Build a predictions table.
 
     Args:
-        index: columns `split`, `id`, `group`, one row per image.
+        index: columns `split`, `id`, `group` and, if known, `sha256`, one row per image.
         labels: (images, labels).
         scores: (images, classes).
         task: classification task.
@@ -94,7 +100,7 @@ def build_predictions(
         raw: scores before calibration, (images, classes); None without calibration.
         subgroups: subgroup columns, one row per image.
     """
-    frame = index[["split", "id", "group"]].reset_index(drop=True)
+    frame = index[["split", "id", "group", *index.columns.intersection([CONTENT])]].reset_index(drop=True)
     for column, values in zip(task.label_columns(len(classes)), labels.T, strict=True):
         frame[column] = values
     for c in range(len(classes)):

@@ -1,8 +1,9 @@
 """The deployable MLflow model: a folder that loads in a clean environment from its own files.
 
 `data/` has the weights as safetensors, `model.json` (architecture, classes, normalization, input, calibration),
-`ood.safetensors` (out-of-distribution detector), `reference.parquet` (reference data for drift detection) and
-`operating_points.json`; `code/` has the library and `pyfunc_model.py`. There are no pickles and no local paths in it.
+`ood.safetensors` (out-of-distribution detector), `reference.parquet` (reference data for drift detection),
+`training_images.parquet` (content hashes of the training images) and `operating_points.json`; `code/` has the library
+and `pyfunc_model.py`. There are no pickles and no local paths in it.
 """
 
 from __future__ import annotations
@@ -144,7 +145,8 @@ def _write_package(package: Path, model: Model, content: str) -> None:
     data, code = (package.with_name("staging") / name for name in ("model", "code"))
     data.mkdir(parents=True)
     save_file(torch.load(paths.WEIGHTS, weights_only=True), data / model_files.WEIGHTS_FILE)
-    for path in (paths.ARCHITECTURE, paths.OPERATING_POINTS, paths.OOD_STATISTICS, paths.REFERENCE):
+    files = (paths.ARCHITECTURE, paths.OPERATING_POINTS, paths.OOD_STATISTICS, paths.REFERENCE, paths.TRAINING_IMAGES)
+    for path in files:
         shutil.copyfile(path, data / path.name)
     example = _example_image(model_metadata["input"]["image_size"], model_metadata["input"]["channels"])
     library = Path(fadeformer.__file__).parent

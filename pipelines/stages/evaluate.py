@@ -68,7 +68,7 @@ def predict(batch_size: int, subgroup_columns: str | list[str]) -> float:
         meta.task,
         meta.classes,
         np.concatenate([val_outputs.raw_scores, test_outputs.raw_scores]),
-        subgroups.select_columns(index.drop(columns=["split", "id", "group"]), subgroup_columns),
+        subgroups.select_columns(index.drop(columns=["split", "id", "group", "sha256"]), subgroup_columns),
     )
     with atomic_write(paths.PREDICTIONS) as path:
         predictions.write(table, path)

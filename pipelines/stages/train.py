@@ -15,7 +15,7 @@ import torch
 from prefect import flow, task
 
 from fadeformer.config import schema
-from fadeformer.data import arrays
+from fadeformer.data import arrays, training_images
 from fadeformer.errors import StageInterrupted, TransientError, UserError
 from fadeformer.inference import calibration, ood
 from fadeformer.inference.calibration import Calibration
@@ -90,6 +90,7 @@ def write_model(training_folder: Path, folder: Path) -> dict[str, Any]:
     ood.write(detector, folder / paths.OOD_STATISTICS.name)
     reference_table.to_parquet(folder / paths.REFERENCE.name, index=False)
     write_json(folder / paths.ARCHITECTURE.name, metadata)
+    write_training_images(Path(metadata["params"]["model"]["weights"]), folder / paths.TRAINING_IMAGES.name)
     best = history[history["epoch"] == state["best_epoch"]].iloc[0]
     seconds = pd.DataFrame(state["history"])[["train_seconds", "val_seconds"]].to_numpy().sum()
     return {
@@ -121,6 +122,13 @@ def fit_calibration_and_ood(metadata: dict[str, Any], weights: Path) -> tuple[Ca
         val.images, fitted(val_outputs.raw_scores, task), distances, val_outputs.features, classifier.classes
     )
     return fitted, detector, reference_table
+
+
+def write_training_images(initial_weights: Path, path: Path) -> None:
+    """Write the content hashes of the images that the model has seen."""
+    index = pd.concat([arrays.load_split(paths.PROCESSED, split).index for split in ("train", "val")])
+    weights = None if initial_weights == paths.NO_WEIGHTS else initial_weights
+    training_images.collect(index, weights).to_parquet(path, index=False)
 
 
 @flow(name="train", persist_result=False, log_prints=True)

@@ -44,7 +44,7 @@ def project(request, tmp_path_factory) -> Path:
         labels.columns = [f"label_{c}" for c in range(num_labels)] if num_labels > 1 else ["label"]
         names = [f"{n:02}.png" for n in range(50)] * 2
         paths.PROCESSED.mkdir(parents=True)
-        index = {"split": np.repeat(["val", "test"], 50), "id": names, "group": names}
+        index = {"split": np.repeat(["val", "test"], 50), "id": names, "group": names, "sha256": names}
         pd.DataFrame(index).join(labels).to_parquet(paths.PROCESSED / "index.parquet")
         meta = {
             "dataset": {"task": task, "classes": classes}, "image_size": 32, "channels": 3, "counts": {}, "split": "x",

@@ -155,7 +155,8 @@ def test_package_is_fetched_by_each_uri(run_id):
     folders = [package.fetch_package(f"models:/{name}") for name in names]
     folders += [package.fetch_package(f"runs:/{run_id}/model"), package.fetch_package(str(folders[0]))]
     files = [
-        "model.json", "ood.safetensors", "operating_points.json", "reference.parquet", "weights.safetensors"
+        "model.json", "ood.safetensors", "operating_points.json", "reference.parquet", "training_images.parquet",
+        "weights.safetensors"
     ]  # fmt: skip
     for folder in folders:
         assert sorted(path.name for path in package.find_data_folder(folder).iterdir()) == files
