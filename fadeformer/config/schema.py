@@ -261,7 +261,10 @@ class PromoteParams(ConfigModel):
     operating_point: Literal["youden", "sensitivity", "specificity"]
     min_sensitivity: Fraction | None
     margin: Fraction
+    class_margin: Fraction | None
+    recall_margin: Fraction | None
     min_gain: Fraction | None
+    not_assessed: Literal["refuse", "allow"]
 
 
 class Params(ConfigModel):

@@ -10,8 +10,8 @@ from fadeformer.reporting import rendering
 from fadeformer.reporting.tables import Table
 
 MAX_ENTRIES = 200  # the newest entries of the ledger
-LEDGER_COLUMNS = ("No.", "Time (UTC)", "Decision", "Version", "Champion", "AUC", "By", "Reason")
-STATUS_LABELS = {"passed": "passed", "failed": "**failed**", "not evaluated": "not evaluated"}
+LEDGER_COLUMNS = ("No.", "Time (UTC)", "Decision", "Version", "Candidate", "Champion", "AUC", "By", "Reason")
+STATUS_LABELS = {"passed": "passed", "failed": "**failed**", "not assessed": "not assessed"}
 
 
 @dataclass(frozen=True)
@@ -36,8 +36,10 @@ def render_promotion_page(decision: Mapping[str, Any], entries: Sequence[Mapping
         title=f"Decision about {version}",
         model=decision["model"],
         good=is_promoted,
-        status="Promoted." if is_promoted else "Refused.",
+        status=f"{'Promoted' if is_promoted else 'Refused'}: {decision['counts']}.",
         outcome=f"{version} is champion." if is_promoted else alias_note,
+        reason=decision["reason"],
+        candidate=decision["candidate"],
         forced=decision["reason"] if decision["forced"] else None,
         checks=Table(
             head,
@@ -67,6 +69,7 @@ def ledger_row(entry: Mapping[str, Any]) -> dict[str, str]:
     """Return a ledger entry as text cells by column."""
     cells = (
         str(entry["number"]), entry["time"].partition("+")[0].replace("T", " "), entry["action"], entry["version"],
+        "" if entry.get("candidate") is None else str(entry["candidate"]),
         _champion_change(entry), "" if entry["auc"] is None else f"{entry['auc']:.4f}", entry["user"], entry["reason"],
     )  # fmt: skip
     return dict(zip(LEDGER_COLUMNS, cells, strict=True))

@@ -96,6 +96,30 @@ class Ledger:
         """Return the current champion; None if there is none or if it is the judged version itself."""
         return None if self.champion in (None, judged.version) else self._versions[str(self.champion)]
 
+    def best_champion(self, judged: JudgedVersion) -> ModelVersion | None:
+        """Return the champion so far with the highest test AUC; None if it is the current one or the judged version."""
+        aucs = {
+            entry["version"]: entry["auc"]
+            for entry in self.entries
+            if entry["version"] in self.champions and entry["auc"] is not None
+        }
+        best = max(aucs, key=lambda number: aucs[number], default=None)
+        return None if best in (None, self.champion, judged.version) else self._versions[str(best)]
+
+    def candidate_number(self, judged: JudgedVersion) -> int:
+        """Return the number of a model among all that were judged on the same test images, from 1.
+
+        Models count by content and test images by content, so that other names of models, files or data sets reset
+        nothing. A model that is judged again keeps its number.
+        """
+        contents = [
+            entry["content"]
+            for entry in read_entries(None)
+            if entry["checks"] and entry["data"].get("test_content") == judged.data["test_content"]
+        ]
+        judged_before = list(dict.fromkeys(contents))
+        return [*judged_before, judged.content].index(judged.content) + 1
+
     def revocation_reason(self, judged: JudgedVersion) -> str | None:
         """Return why a version with this content was revoked; None if it was not, or was promoted by force later."""
         for entry in reversed(self._all_entries):
@@ -105,8 +129,14 @@ class Ledger:
                 return str(entry["reason"])
         return None
 
-    def record_decision(self, judged: JudgedVersion, decision: Decision) -> dict[str, Any]:
-        """Append a decision of the gate, or a forced one, to the ledger and apply it; return the entry."""
+    def record_decision(self, judged: JudgedVersion, decision: Decision, candidate: int = 1) -> dict[str, Any]:
+        """Append a decision of the gate, or a forced one, to the ledger and apply it; return the entry.
+
+        Args:
+            judged: The model version.
+            decision: About it.
+            candidate: Number of the model among those that were judged on the same test images (`candidate_number`).
+        """
         number, aliases, champions = judged.version, dict(self.aliases), self.champions
         action = "forced" if decision.force_reason is not None else "promoted" if decision.promoted else "refused"
         if number == self.champion:
@@ -116,8 +146,8 @@ class Ledger:
             aliases = self._aliases_after(champions, removed=[number])
         elif self.revocation_reason(judged) is None:
             aliases[CHALLENGER] = number
-        aucs = {"auc": decision.auc, "champion_auc": decision.champion_auc}
-        return self._append_entry(action, judged, aliases, champions, decision.reason, **aucs, **decision.to_dict())
+        results = {"auc": decision.auc, "champion_auc": decision.champion_auc, "candidate": candidate}
+        return self._append_entry(action, judged, aliases, champions, decision.reason, **results, **decision.to_dict())
 
     def roll_back(self, to: str | None, reason: str) -> dict[str, Any]:
         """Make version `to`, or by default the previous champion, champion again, and revoke all later champions.
@@ -178,7 +208,7 @@ class Ledger:
             "time": datetime.now(UTC).isoformat(timespec="seconds"), "user": psutil.Process().username(),
             "registry": self._registry, "action": action, "from": self.champion, "to": aliases.get(CHAMPION),
             "aliases": dict(aliases), "champions": champions, "reason": reason, "revoked": [], "checks": [],
-            "auc": None, "champion_auc": None, **asdict(judged), **more,
+            "auc": None, "champion_auc": None, "candidate": None, **asdict(judged), **more,
         }  # fmt: skip
         jsonl.append_record(ledger_path(), entry)
         versions.apply_ledger_entry(entry)

@@ -10,10 +10,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from fadeformer.promotion.decision import FAILED, NOT_EVALUATED, PASSED, Decision
+from fadeformer.promotion.decision import FAILED, NOT_ASSESSED, PASSED, Decision
 from fadeformer.reporting import promotion_page
 
-STYLES = {PASSED: "green", FAILED: "bold red", NOT_EVALUATED: "yellow"}
+STYLES = {PASSED: "green", FAILED: "bold red", NOT_ASSESSED: "yellow"}
 PLAIN_WIDTH = 120  # columns if stdout is not a terminal
 
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import re
-import tempfile
 import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -19,8 +18,6 @@ from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
 from fadeformer.errors import UserError
-from fadeformer.evaluation import predictions
-from fadeformer.evaluation.predictions import Predictions
 from pipelines.tracking.store import MLflowUnreachable, translate_mlflow_errors
 
 CHAMPION, CHALLENGER, PREVIOUS = "champion", "challenger", "previous"
@@ -99,27 +96,25 @@ def register_version(name: str, run_id: str, model_id: str) -> ModelVersion:
     return ModelVersion(name, str(created.version), run_id)
 
 
-def load_test_predictions(version: ModelVersion) -> Predictions:
-    """Download a version's predictions on test from its run.
+def download_result(version: ModelVersion, name: str, folder: Path) -> Path:
+    """Download one of the files that evaluation logged to a version's run, such as predictions.parquet.
 
     Raises:
-        UserError: The run has no predictions.
+        UserError: The run has no such file.
         MLflowUnreachable: MLflow or its artifact store cannot be reached.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        try:
-            with translate_mlflow_errors():
-                path = mlflow.artifacts.download_artifacts(
-                    run_id=version.run_id, artifact_path="predictions.parquet", dst_path=folder
-                )
-        except MLflowUnreachable:
-            raise
-        except (UserError, OSError) as error:
-            raise UserError(
-                f"champion {version.name} version {version.number}: MLflow run {version.run_id} has no"
-                f" predictions.parquet ({error}); remove the alias, or restore mlruns/"
-            ) from error
-        return predictions.read(Path(path)).select_split("test")
+    try:
+        with translate_mlflow_errors():
+            return Path(
+                mlflow.artifacts.download_artifacts(run_id=version.run_id, artifact_path=name, dst_path=str(folder))
+            )
+    except MLflowUnreachable:
+        raise
+    except (UserError, OSError) as error:
+        raise UserError(
+            f"champion {version.name} version {version.number}: MLflow run {version.run_id} has no {name} ({error});"
+            " remove the alias, or restore mlruns/"
+        ) from error
 
 
 @translate_mlflow_errors()

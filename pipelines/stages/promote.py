@@ -11,19 +11,21 @@ from typing import Any
 
 from fadeformer.config import schema
 from fadeformer.config.schema import PromoteParams
-from fadeformer.data import arrays
+from fadeformer.data import arrays, training_images
 from fadeformer.data.arrays import ArrayMetadata
 from fadeformer.evaluation import predictions
 from fadeformer.evaluation.predictions import Predictions
 from fadeformer.io.atomic import atomic_write, read_json, write_json
 from fadeformer.promotion import gate
+from fadeformer.promotion.comparison import Opponent
+from fadeformer.promotion.criteria import Challenger, PromotionCriteria
 from fadeformer.promotion.decision import Decision
-from fadeformer.promotion.gate import Challenger, PromotionCriteria
 from fadeformer.reporting import promotion_page
 from pipelines import paths
 from pipelines.registry import ledger, package, tables, versions
-from pipelines.registry.champion import champion_predictions
+from pipelines.registry.champion import load_opponent
 from pipelines.registry.ledger import JudgedVersion
+from pipelines.registry.versions import ModelVersion
 from pipelines.tracking import runs, store
 
 
@@ -47,11 +49,12 @@ def main(force_reason: str | None = None) -> str:
         judged = JudgedVersion(version.number, run_id, content, _data_summary(meta, test))
         criteria = PromotionCriteria(**config.model_dump(exclude={"model_name"}))
         with ledger.open_ledger(name) as promotion_ledger:
-            champion = promotion_ledger.champion_to_beat(judged)
-            to_beat = None if champion is None else champion_predictions(champion, test)
-            challenger = _load_challenger(test, promotion_ledger.revocation_reason(judged))
-            decision = gate.decide(challenger, to_beat, criteria, force_reason)
-            entry = promotion_ledger.record_decision(judged, decision)
+            candidate = promotion_ledger.candidate_number(judged)
+            challenger = _load_challenger(test, candidate, promotion_ledger.revocation_reason(judged))
+            champion = _load_opponent(promotion_ledger.champion_to_beat(judged), "champion", test)
+            best = _load_opponent(promotion_ledger.best_champion(judged), "best champion so far", test)
+            decision = gate.decide(challenger, champion, criteria, best, force_reason)
+            entry = promotion_ledger.record_decision(judged, decision, candidate)
         _write_reports(name, decision, entry, meta)
         runs.log_params_as_tags("promote", config.model_dump())
         runs.log_artifacts(paths.PROMOTION, paths.PROMOTION_PAGE, *filter(Path.is_file, [paths.DVC_LOCK]))
@@ -79,24 +82,32 @@ def roll_back(name: str, to: str | None, reason: str) -> str:
     return f"ROLLED BACK {name} version {entry['to']} is champion again; revoked: version {revoked} ({reason})"
 
 
-def _load_challenger(test: Predictions, revoked: str | None) -> Challenger:
-    intervals = read_json(paths.INTERVALS)
+def _load_challenger(test: Predictions, candidate: int, revoked: str | None) -> Challenger:
+    weights = read_json(paths.ARCHITECTURE)["weights"]
     return Challenger(
-        test,
-        intervals["test"],
-        intervals["confidence"],
-        read_json(paths.SUBGROUPS)["test"],
-        read_json(paths.OPERATING_POINTS)["points"],
-        read_json(paths.VALIDATION_RESULT)["passed"],
-        revoked,
+        test=test,
+        confidence=read_json(paths.INTERVALS)["confidence"],
+        subgroups=read_json(paths.SUBGROUPS)["test"],
+        age_bands=read_json(paths.RESULTS)["config"]["evaluate"]["age_bands"],
+        operating_points=read_json(paths.OPERATING_POINTS)["points"],
+        is_data_valid=read_json(paths.VALIDATION_RESULT)["passed"],
+        candidate=candidate,
+        initial_weights=None if weights is None else weights["file"],
+        initial_images=training_images.read_initial(paths.TRAINING_IMAGES),
+        rollback_reason=revoked,
     )
+
+
+def _load_opponent(version: ModelVersion | None, name: str, test: Predictions) -> Opponent | None:
+    return None if version is None else load_opponent(version, name, test)
 
 
 def _data_summary(meta: ArrayMetadata, test: Predictions) -> dict[str, Any]:
     """Return the identity of the data that the model was trained and evaluated on, for the ledger."""
     return {
         "name": meta.dataset["name"], "sha256": meta.dataset["sha256"], "split": meta.split, "images": meta.counts,
-        "test_images": test.fingerprint(), "cross_split_duplicates": meta.cross_split_duplicates,
+        "test_images": test.fingerprint(), "test_content": test.content_fingerprint(),
+        "cross_split_duplicates": meta.cross_split_duplicates,
     }  # fmt: skip
 
 
@@ -109,6 +120,7 @@ def _write_reports(name: str, decision: Decision, entry: dict[str, Any], meta: A
         "aliases": [alias for alias, holder in entry["aliases"].items() if holder == number],
         "previous_champion": entry["from"],
         "reason": decision.reason,
+        "counts": decision.counts, "candidate": entry["candidate"],
         "auc": decision.auc, "champion_auc": decision.champion_auc,
         "cross_split_duplicates": meta.cross_split_duplicates,
         "ledger_entry": entry["number"],
@@ -120,7 +132,7 @@ def _write_reports(name: str, decision: Decision, entry: dict[str, Any], meta: A
 
 
 def _summary(name: str, decision: Decision, entry: dict[str, Any]) -> str:
-    version = f"{name} version {entry['version']}"
+    version = f"{name} version {entry['version']}, candidate {entry['candidate']} on this test set,"
     if decision.promoted:
         return f"PROMOTED {version} is champion ({decision.reason})"
     aliases = [alias for alias, holder in entry["aliases"].items() if holder == entry["version"]]

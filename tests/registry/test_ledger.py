@@ -174,7 +174,7 @@ def test_revoked_content_stays_revoked_under_another_number():
     with ledger.open_ledger("content") as model_ledger:
         assert model_ledger.revocation_reason(second) is None
     tags = MlflowClient().get_model_version("content", "2").tags
-    assert tags["forced"].startswith("FORCED: the scanner was repaired; without force: lower bound")
+    assert tags["forced"].startswith("FORCED: the scanner was repaired; without force: 1 failed; lower bound")
 
 
 def test_forced_tag_stays_after_a_later_decision():
@@ -367,3 +367,30 @@ def test_concurrent_promotions_with_kills_stay_consistent(database, request, tmp
     for entry in entries:  # each was compared with the champion at that time
         better = entry["from"] is None or promotions.quality_of(entry["version"]) > promotions.quality_of(entry["from"])
         assert entry["action"] == ("promoted" if better else "refused")
+
+
+def judged_on(content: str, test: str = "test images") -> JudgedVersion:
+    return JudgedVersion("1", None, content, {"test_content": test})
+
+
+def test_candidates_are_counted_by_test_content():
+    register_versions("first name", 1)
+    register_versions("second name", 1)
+    for name, content in [("first name", "a"), ("second name", "b"), ("first name", "a"), ("second name", "c")]:
+        record_decision(name, judged_on(content), BAD)
+    with ledger.open_ledger("first name") as model_ledger:
+        numbers = [model_ledger.candidate_number(judged_on(content)) for content in ("a", "b", "c", "d")]
+        assert numbers == [1, 2, 3, 4]
+        assert model_ledger.candidate_number(judged_on("d", "other images")) == 1
+
+
+def test_best_champion_has_highest_recorded_auc():
+    judged_versions = register_versions("best", 4)
+    for judged, auc in zip(judged_versions, (0.93, 0.97, 0.95, 0.96), strict=True):
+        record_decision("best", judged, Decision(GOOD.checks, auc, None))
+        with ledger.open_ledger("best") as model_ledger:
+            best = model_ledger.best_champion(JudgedVersion("5", None, "new"))
+            assert (None if best is None else best.number) == (None if int(judged.version) < 3 else "2")
+    roll_back("best", "1")
+    with ledger.open_ledger("best") as model_ledger:
+        assert model_ledger.best_champion(JudgedVersion("5", None, "new")) is None

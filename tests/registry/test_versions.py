@@ -67,11 +67,11 @@ def test_long_model_card_is_truncated_at_a_line(monkeypatch):
         versions.set_description(versions.ModelVersion("unregistered", "1", version.run_id), "short")
 
 
-def test_champion_without_predictions_is_reported():
+def test_champion_without_predictions_is_reported(tmp_path):
     with runs.start_run() as run_id:
         pass
     with pytest.raises(UserError, match=r"champion f version 1: MLflow run \w+ has no predictions.parquet"):
-        versions.load_test_predictions(versions.ModelVersion("f", "1", run_id))
+        versions.download_result(versions.ModelVersion("f", "1", run_id), "predictions.parquet", tmp_path)
 
 
 def test_unknown_run_is_reported():
