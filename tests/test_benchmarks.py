@@ -123,7 +123,7 @@ SMALL_RUNS = {
     "preprocess": (["--images", "40", "--side", "64", "--to", "32", "--repeats", "1"], "resumed: identical files"),
     "data_loading": (["--images", "32", "--side", "64", "--to", "32", "--repeats", "1"], "| published | "),
     "gate": (["--rows", "3000"], "3 near-duplicates, "),
-    "promotion": (["--pairs", "10", "--sizes", "2000"], "highest rate of those worse by 2 margins: 0.0 %"),
+    "simulations/promotion": (["campaigns", "--sets", "1"], "| alpha / (k (k + 1)) | "),
     "evaluation": (
         ["coverage", "--sets", "2", "--images", "100", "--resamples", "50"],
         "that contain the true value, %",

@@ -39,8 +39,8 @@ def render_promotion_page(decision: Mapping[str, Any], entries: Sequence[Mapping
         status=f"{'Promoted' if is_promoted else 'Refused'}: {decision['counts']}.",
         outcome=f"{version} is champion." if is_promoted else alias_note,
         reason=decision["reason"],
+        forced=decision["forced"],
         candidate=decision["candidate"],
-        forced=decision["reason"] if decision["forced"] else None,
         checks=Table(
             head,
             [(check["requirement"], STATUS_LABELS[check["status"]], check["details"]) for check in decision["checks"]],

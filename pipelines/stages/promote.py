@@ -132,9 +132,10 @@ def _write_reports(name: str, decision: Decision, entry: dict[str, Any], meta: A
 
 
 def _summary(name: str, decision: Decision, entry: dict[str, Any]) -> str:
-    version = f"{name} version {entry['version']}, candidate {entry['candidate']} on this test set,"
+    version = f"{name} version {entry['version']}"
+    reason = f"{decision.reason}; candidate {entry['candidate']} on this test set"
     if decision.promoted:
-        return f"PROMOTED {version} is champion ({decision.reason})"
+        return f"PROMOTED {version} is champion ({reason})"
     aliases = [alias for alias, holder in entry["aliases"].items() if holder == entry["version"]]
     outcome = f"stays {' and '.join(aliases)}" if aliases else "gets no alias"
-    return f"REFUSED {version} {outcome} ({decision.reason})"
+    return f"REFUSED {version} {outcome} ({reason})"

@@ -1,7 +1,7 @@
 """Confidence intervals of the difference of two paired metrics, from the intervals of each and their correlation.
 
 The method of variance estimates recovery (MOVER; Zou and Donner 2008, doi:10.1002/sim.3095; for paired proportions
-Newcombe 1998, doi:10.1002/(SICI)1097-0258(19981130)17:22<2635::AID-SIM954>3.0.CO;2-C, method 10) keeps the accuracy of
+Newcombe 1998, doi:10.1002/(SICI)1097-0258(19981130)17:22<2635::AID-SIM954>3.0.CO;2-C, method 8) keeps the accuracy of
 the single intervals: near 1, and with few cases, they are asymmetric and much wider than the estimated variance says.
 docs/explanation/statistics/promotion.md compares it with other methods by simulation.
 """
