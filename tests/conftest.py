@@ -47,6 +47,9 @@ SMALL_PARAMS = {
         "min_subgroup_auc": None,
         "max_ece": None,
         "min_sensitivity": None,
+        "min_cases": 2,
+        "class_margin": None,
+        "recall_margin": None,
     },
 }
 
