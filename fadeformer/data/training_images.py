@@ -16,7 +16,7 @@ INITIAL = "initial weights"  # instead of a split: images that the initial weigh
 
 
 def collect(index: pd.DataFrame, initial_weights: Path | None) -> pd.DataFrame:
-    """List the images of train and val, and those of the initial weights if a list is beside their file.
+    """List the images of train and val, and those of the initial weights if their folder has such a list.
 
     Args:
         index: columns split and sha256, one row per image.

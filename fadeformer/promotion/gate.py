@@ -97,7 +97,7 @@ def _check_initial_weights(challenger: Challenger) -> Iterator[Check]:
         return
     name, requirement = "initial_weights", "test images that the initial weights were not trained on"
     if challenger.initial_images is None:
-        details = f"{challenger.initial_weights} has no training_images.parquet beside it"
+        details = f"{challenger.initial_weights} has no training_images.parquet next to it"
         yield Check(name, requirement, NOT_ASSESSED, details)
         return
     frame = challenger.test.frame
