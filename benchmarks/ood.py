@@ -5,7 +5,7 @@
 PROJECT is a folder in which `dvc repro train` was run. The in-distribution images are its test set; the others are
 noise, images of a single color, negatives and shuffled pixels of the test images, and, with `--other`, images from a
 folder, a zip, or an npz file with `test_images`. For each score the table lists the fraction of test images above the
-threshold (the 95 % quantile on val), and for each other set the AUROC and the fraction above the threshold.
+threshold (the conformal 95 % quantile on val), and for each other set the AUROC and the fraction above the threshold.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def table_row(
     score: Callable[[Outputs], np.ndarray], val: Outputs, test: Outputs, ood_outputs: dict[str, Outputs]
 ) -> list[str]:
     """Return the cells of a table row."""
-    threshold, in_scores = np.quantile(score(val), ood.THRESHOLD_QUANTILE), score(test)
+    threshold, in_scores = ood.conformal_threshold(score(val)), score(test)
     cells = [f"{100 * (in_scores > threshold).mean():.0f} %"]
     for outputs in ood_outputs.values():
         out_scores = score(outputs)

@@ -88,7 +88,7 @@ def write_model(
     labels = np.zeros((20, len(classes) if kind == "findings" else 1), np.int64)
     detector = ood.fit_detector(features, labels, classifier.task, features)
     ood.write(detector, folder / "models" / OOD_FILE)
-    metadata["ood"] = {"threshold": detector.threshold}
+    metadata["ood"] = {"threshold": ood.threshold_to_json(detector)}
     distances = detector.distance(features)
     reference.build_reference(inputs, scores, distances, features, tuple(classes)).to_parquet(
         folder / "models" / REFERENCE_FILE

@@ -7,6 +7,7 @@ network while the other threads decode. The images of a batch depend on their ro
 
 from __future__ import annotations
 
+import math
 import os
 import threading
 from collections import deque
@@ -59,7 +60,8 @@ def predict_chunks(
 
     Yields:
         Tables of `CHUNK_SIZE` rows, the last one shorter: `name`, one score per class, `decision`, `ood_distance`,
-        `is_ood` and `error`. For an unreadable image only `name` and `error` are filled.
+        `is_ood` and `error`. For an unreadable image only `name` and `error` are filled; `is_ood` is missing if the
+        detector has no finite threshold.
 
     Raises:
         UserError: a class has the name of a reserved column.
@@ -147,7 +149,11 @@ def _build_rows(
 ) -> pd.DataFrame:
     is_readable = [not error for error in errors]
     decisions = iter(point.format_decisions(scores[np.array(is_readable)]))
-    is_ood = [distance > ood_threshold if ok else pd.NA for distance, ok in zip(distances, is_readable, strict=True)]
+    is_known = math.isfinite(ood_threshold)
+    is_ood = [
+        distance > ood_threshold if ok and is_known else pd.NA
+        for distance, ok in zip(distances, is_readable, strict=True)
+    ]
     columns = {
         "name": pd.array([image.name for image in inputs], dtype="string"),
         **{name: scores[:, c] for c, name in enumerate(point.classes)},

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import math
 from functools import partial
 from pathlib import Path
 
@@ -76,7 +77,9 @@ def _predict(
     table.finish()
     summary = [
         f"{len(images):,} images, {unreadable:,} of them unreadable",
-        f"{ood_count:,} out-of-distribution (distance above {detector.threshold:.1f})",
+        f"{ood_count:,} out-of-distribution (distance above {detector.threshold:.1f})"
+        if math.isfinite(detector.threshold)
+        else f"out-of-distribution not assessed (the model's val has fewer than {ood.MIN_VAL_IMAGES} images)",
         *([f"{skipped:,} other files skipped"] if skipped else []),
         point.description,
         f"written to {arguments.out}",

@@ -86,7 +86,7 @@ def write_model(training_folder: Path, folder: Path) -> dict[str, Any]:
     history.to_csv(folder / paths.HISTORY.name, index=False)
     metadata = {**read_json(training_folder / paths.ARCHITECTURE.name), "best_epoch": state["best_epoch"]}
     fitted, detector, reference_table = fit_calibration_and_ood(metadata, folder / paths.WEIGHTS.name)
-    metadata["calibration"], metadata["ood"] = fitted.to_dict(), {"threshold": detector.threshold}
+    metadata["calibration"], metadata["ood"] = fitted.to_dict(), {"threshold": ood.threshold_to_json(detector)}
     ood.write(detector, folder / paths.OOD_STATISTICS.name)
     reference_table.to_parquet(folder / paths.REFERENCE.name, index=False)
     write_json(folder / paths.ARCHITECTURE.name, metadata)

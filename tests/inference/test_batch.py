@@ -88,6 +88,17 @@ def test_table_has_model_scores_of_every_image(trained, images, tmp_path, capsys
     assert table["error"].isna().all()
 
 
+def test_model_without_ood_threshold_flags_no_image(trained, images, tmp_path, capsys):
+    metadata = json.loads((trained / "model.json").read_text())
+    metadata["ood"]["threshold"] = None  # val had fewer than 19 images
+    (trained / "model.json").write_text(json.dumps(metadata))
+    assert predict(images, "--model", trained, "--out", tmp_path / "p.csv") == 0
+    assert "out-of-distribution not assessed (the model's val has fewer than 19 images)" in capsys.readouterr().out
+    table = pd.read_csv(tmp_path / "p.csv")
+    assert table["is_ood"].isna().all()
+    assert table["ood_distance"].notna().all()
+
+
 def test_thread_count_and_format_change_nothing(trained, images, tmp_path):
     for threads in (1, 3):
         predict(images, "--model", trained, "--out", tmp_path / f"{threads}.csv", "--threads", threads)

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 from scipy.spatial.distance import mahalanobis
+from scipy.stats import chi2
 from sklearn.covariance import ledoit_wolf
 
 from fadeformer.errors import UserError
@@ -43,9 +44,29 @@ def test_threshold_flags_shifted_images():
     train, labels = sample(2000, 0)
     val = sample(1000, 1)[0]
     detector = ood.fit_detector(train, labels, CLASSES, val)
-    assert (detector.distance(val) > detector.threshold).mean() == pytest.approx(1 - ood.THRESHOLD_QUANTILE)
+    assert (detector.distance(val) > detector.threshold).sum() == 49  # of 1000; the 50th is the threshold
     assert (detector.distance(sample(1000, 2)[0]) > detector.threshold).mean() == pytest.approx(0.05, abs=0.03)
     assert (detector.distance(sample(50, 3, shift=40.0)[0]) > detector.threshold).all()
+
+
+@pytest.mark.parametrize("count", [19, 20, 50, 200])
+def test_flagged_share_keeps_promise(count):
+    rng = np.random.default_rng(0)
+    thresholds = [ood.conformal_threshold(rng.chisquare(8, count)) for _ in range(4000)]
+    shares = chi2.sf(thresholds, 8)
+    error = shares.std() / np.sqrt(len(shares))
+    assert np.mean(shares) <= ood.FLAGGED_SHARE + 3 * error
+    assert np.mean(shares) >= ood.FLAGGED_SHARE - 1 / count
+
+
+def test_small_val_has_no_threshold(tmp_path):
+    train, labels = sample(300, 0)
+    few, enough = (ood.fit_detector(train, labels, CLASSES, sample(n, 1)[0]) for n in (18, 19))
+    assert np.isinf(few.threshold)
+    assert ood.threshold_to_json(few) is None
+    assert ood.threshold_to_json(enough) == enough.threshold == enough.distance(sample(19, 1)[0]).max()
+    ood.write(few, tmp_path / "few.safetensors")
+    assert np.isinf(ood.read(tmp_path / "few.safetensors", None).threshold)
 
 
 def test_few_images_and_constant_features_are_finite():
