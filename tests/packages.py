@@ -90,7 +90,8 @@ def write_model(
     ood.write(detector, folder / "models" / OOD_FILE)
     metadata["ood"] = {"threshold": ood.threshold_to_json(detector)}
     distances = detector.distance(features)
-    reference.build_reference(inputs, scores, distances, features, tuple(classes)).to_parquet(
+    groups = pd.Series([None] * len(inputs))
+    reference.build_reference(inputs, scores, distances, features, tuple(classes), inputs, (groups, groups)).to_parquet(
         folder / "models" / REFERENCE_FILE
     )
     seen = pd.DataFrame({"sha256": [f"{n:064x}" for n in range(20)], "split": "train"})

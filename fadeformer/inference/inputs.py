@@ -10,7 +10,7 @@ from __future__ import annotations
 import glob
 import secrets
 import stat
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -19,12 +19,13 @@ from PIL import Image
 from fadeformer.data.archives import reader, tar_stream
 from fadeformer.data.decode import decode_image
 from fadeformer.data.dicom import dicom_image
+from fadeformer.data.sources import labels_csv
 from fadeformer.data.sources.folder import DICOM_SUFFIXES, IMAGE_SUFFIXES, is_dicom
 from fadeformer.errors import UnreadableImageError, UserError
 
 HEADER_BYTES = 4096  # enough to recognize a DICOM file and its content
 ZIP_SIGNATURES = (b"PK\x03\x04", b"PK\x05\x06")
-SALT = secrets.token_bytes(32)  # the DICOM reader hashes patient ids with it; prediction discards the hashes
+SALT = secrets.token_bytes(32)  # the DICOM reader hashes patient ids with it; the hashes are never written
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +59,17 @@ class InputImage:
         if len(frames) > 1:
             raise UnreadableImageError(self.name, f"has {len(frames)} frames, expected 1; export the frame to predict")
         return Image.fromarray(frames[0])
+
+    def read_group(self) -> str | None:
+        """Hash the patient of a DICOM file; None for other files and if the patient is unknown.
+
+        The key of the hash is drawn anew in each process.
+        """
+        try:
+            data = self._bytes()
+        except UnreadableImageError:
+            return None
+        return dicom_image.read_group(data, salt=SALT) if is_dicom(self.member or self.path.name, data) else None
 
     def _bytes(self) -> bytes:
         if self.size > reader.MAX_MEMBER_BYTES:
@@ -97,6 +109,45 @@ def list_inputs(arguments: Iterable[str]) -> tuple[list[InputImage], int]:
     if not images:
         raise UserError(f"{', '.join(map(str, paths))}: no image found ({', '.join(sorted(IMAGE_SUFFIXES))})")
     return [images[name] for name in sorted(images)], num_skipped
+
+
+def read_groups(images: Sequence[InputImage], table: Path | None) -> list[str] | None:
+    """Read the group (patient, lesion or slide) of each image from a table, or from the headers of DICOM files.
+
+    Args:
+        images: the images.
+        table: CSV file with the columns `path`, the name of the image, and `group` (or `patient`, `lesion`, ... as in
+            labels.csv); None to read DICOM headers. An image whose group is empty is its own group.
+
+    Returns:
+        One group per image; None if there is no table and an image is not a DICOM file with a patient.
+
+    Raises:
+        UserError: the table cannot be read, has no groups, or lacks an image.
+    """
+    if table is None:
+        groups = []
+        for image in images:
+            group = image.read_group()
+            if group is None:
+                return None
+            groups.append(group)
+        return groups
+    rows = labels_csv.parse_labels_csv(table.parent, table.name, _read_table(table))
+    column = labels_csv.find_group_column(rows)
+    if column is None:
+        raise UserError(f"{table}: has the columns {', '.join(['path', *rows.columns])}; it needs group")
+    paths = [labels_csv.normalize_path(image.name) for image in images]
+    if missing := [path for path in paths if path not in rows.index]:
+        raise UserError(f"{table}: {len(missing):,} images are not in it, such as {missing[0]}")
+    return [group or f"\0{path}" for path, group in zip(paths, rows.loc[paths, column], strict=True)]
+
+
+def _read_table(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
 
 
 def _expand(argument: str) -> list[Path]:

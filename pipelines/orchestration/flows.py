@@ -172,20 +172,31 @@ def experiment(
 
 
 @flow(name="drift", persist_result=False, log_prints=True)
-def drift(images: list[str], model: str, out: str = "reports/drift", max_images: int = 5000) -> State[None]:
+def drift(
+    images: list[str], model: str, out: str = "reports/drift", max_images: int = 5000, groups: str | None = None,
+    independent: bool = False,
+) -> State[None]:  # fmt: skip
     """Compare new images with the reference data of a model; the run fails if they have drifted.
+
+    A run that could not assess everything completes under the name `Not assessed`.
 
     Args:
         images: Files, folders, zip archives or patterns.
         model: Model, such as models:/NAME@champion.
         out: Output folder.
         max_images: Number of images to sample if there are more.
+        groups: CSV file with the columns path and group (patient, lesion or slide) of each image.
+        independent: Whether each image is of another patient.
     """
-    from pipelines.orchestration.drift_check import check_drift  # imports torch, which other flows do not need
+    from pipelines.orchestration import drift_check  # imports torch, which other flows do not need
 
-    result = check_drift(images, model, Path(out), max_images)
+    table = Path(groups) if groups else None
+    result = drift_check.check_drift(images, model, Path(out), max_images, table, independent=independent)
     print(result.summary)
-    return Failed(message=result.summary) if result.status else Completed(message=result.summary)
+    if result.status == drift_check.EXIT_DRIFT:
+        return Failed(message=result.summary)
+    name = "Not assessed" if result.status == drift_check.EXIT_NOT_ASSESSED else None
+    return Completed(name=name, message=result.summary)
 
 
 def _run_stages(

@@ -104,7 +104,7 @@ def fit_calibration_and_ood(metadata: dict[str, Any], weights: Path) -> tuple[Ca
 
     Returns:
         The calibration, fitted on val (the identity if train.calibrate is false); the out-of-distribution detector,
-        fitted on train with its threshold from val; and the reference table for drift detection, from val.
+        fitted on train with its threshold from val; and the reference table for drift detection.
     """
     settings = metadata["params"]["train"]
     train, val = (arrays.load_split(paths.PROCESSED, split) for split in ("train", "val"))
@@ -119,8 +119,9 @@ def fit_calibration_and_ood(metadata: dict[str, Any], weights: Path) -> tuple[Ca
     )
     distances = detector.distance(val_outputs.features)
     reference_table = reference.build_reference(
-        val.images, fitted(val_outputs.raw_scores, task), distances, val_outputs.features, classifier.classes
-    )
+        val.images, fitted(val_outputs.raw_scores, task), distances, val_outputs.features, classifier.classes,
+        train.images, (val.index["group"], train.index["group"]),
+    )  # fmt: skip
     return fitted, detector, reference_table
 
 

@@ -302,7 +302,8 @@ def test_run_with_drift_fails(project, grid, address):
     pixels = np.load(project.folder / "data/processed/test.npy")
     for number, image in enumerate(pixels):
         Image.fromarray(255 - image).save(scans / f"{number}.png")
-    output = project.run("prefect", "deployment", "run", "drift/local", *WATCH, check=False, PREFECT_API_URL=address)
+    command = ("prefect", "deployment", "run", "drift/local", "--param", "independent=true", *WATCH)
+    output = project.run(*command, check=False, PREFECT_API_URL=address)
     assert project.code != 0
     assert "Failed" in output
     last = max(query(address, "flow_runs"), key=lambda run: run["created"])

@@ -133,6 +133,14 @@ def pseudonymize_patient(patient: str, *, salt: bytes) -> str:
     return _keyed_hash("PatientID", patient.strip().encode(), salt)
 
 
+def read_group(data: bytes, *, salt: bytes) -> str | None:
+    """Return the group of `read_dicom` without decoding the image; None if it has none or the file cannot be read."""
+    try:
+        return _patient_group(_parse_dataset(data), salt)
+    except Exception:  # `read_dicom` will report the error
+        return None
+
+
 def is_non_image(data: bytes) -> bool:
     """Whether the SOP class of a DICOM file is not an image, such as a DICOMDIR, report or plan."""
     try:

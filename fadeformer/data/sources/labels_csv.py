@@ -109,7 +109,7 @@ def labels_from_csv(
         UserError: the table cannot be parsed, or its paths are not those of the images.
     """
     table = parse_labels_csv(root, name, data)
-    origin = rows["origin"].map(_normalize_path)
+    origin = rows["origin"].map(normalize_path)
     missing = set(table.index) - set(origin)
     if missing:
         raise UserError(f"{root}: {name} lists {len(missing):,} files that do not exist, such as {min(missing)}")
@@ -123,9 +123,8 @@ def labels_from_csv(
         if multi_label
         else _encode_classes(root, metadata["label"], classes)
     )
-    normalized = [(re.sub(r"[\W_]", "", column).lower(), column) for column in metadata.columns]
-    candidates = (column for known_key in ("group", *GROUP_COLUMNS) for key, column in normalized if key == known_key)
-    group_column = next(candidates, None)
+    normalized = _normalize_columns(metadata)
+    group_column = find_group_column(metadata)
     group = (
         pd.Series([None] * len(metadata), dtype=object)
         if group_column is None
@@ -153,6 +152,18 @@ def labels_from_csv(
         note += f" Columns removed because they may identify a patient: {', '.join(identifying)}."
     split = _splits_from_column(root, name, metadata, rows)
     return LabelTable(_build_rows(rows, split, group, labels, extras), names, multi_label, note)
+
+
+def find_group_column(table: pd.DataFrame) -> str | None:
+    """Return the column with the patient or lesion of each image: `group`, or one named such as `Patient ID`."""
+    normalized = _normalize_columns(table)
+    candidates = (column for known_key in ("group", *GROUP_COLUMNS) for key, column in normalized if key == known_key)
+    return next(candidates, None)
+
+
+def _normalize_columns(table: pd.DataFrame) -> list[tuple[str, str]]:
+    """Return each column's name in lower case without spaces and punctuation, and as it is."""
+    return [(re.sub(r"[\W_]", "", column).lower(), column) for column in table.columns]
 
 
 def _format_labels(labels: pd.DataFrame) -> pd.Series:
@@ -196,13 +207,13 @@ def parse_labels_csv(root: Path, name: str, data: bytes) -> pd.DataFrame:
     for (number, _), path in zip(lines[1:], table["path"], strict=True):
         if path is None:
             raise UserError(f"{root}: {name}, line {number}: the path is missing")
-    table["path"] = table["path"].map(lambda path: _normalize_path(path.replace("\\", "/")))
+    table["path"] = table["path"].map(lambda path: normalize_path(path.replace("\\", "/")))
     if table["path"].duplicated().any():
         raise UserError(f"{root}: {name} lists {table.loc[table['path'].duplicated(), 'path'].iloc[0]} twice")
     return table.set_index("path")
 
 
-def _normalize_path(path: str) -> str:
+def normalize_path(path: str) -> str:
     """Normalize a path, including its Unicode form: composed and decomposed accents become equal."""
     return unicodedata.normalize("NFC", str(PurePosixPath(path)))
 
