@@ -64,6 +64,9 @@ def assign(
 ) -> NDArray[np.object_]:
     """Assign images to splits, keeping clusters whole: split name of each image, (images,).
 
+    If a label would be missing from a split although it has as many clusters as there are splits, each split is first
+    given one cluster of that label, its smallest one for the smallest split.
+
     Args:
         present: result of `label_indicators`.
         cluster: cluster number of each image.
@@ -72,10 +75,39 @@ def assign(
     """
     indicators = _with_count_column(present)
     fraction = np.array(list(fractions.values()), float)
-    assignment = _assign_clusters(
-        indicators, cluster, fraction[:, None] / fraction.sum() * indicators.sum(axis=0), seed
-    )
+    desired = fraction[:, None] / fraction.sum() * indicators.sum(axis=0)
+    reserved: dict[int, int] = {}
+    assignment = _assign_clusters(indicators, cluster, desired, seed)
+    while new := _reserve_clusters(indicators, cluster, assignment, fraction, reserved):
+        reserved |= new
+        assignment = _assign_clusters(indicators, cluster, desired, seed, reserved)
     return np.asarray(np.array(list(fractions), dtype=object)[assignment])
+
+
+def _reserve_clusters(
+    indicators: NDArray[np.bool_],
+    cluster: NDArray[np.int64],
+    assignment: NDArray[np.int64],
+    fraction: NDArray[np.float64],
+    reserved: Mapping[int, int],
+) -> dict[int, int]:
+    """Choose a cluster of the rarest label that is missing from a split, for each split without a reserved one.
+
+    Returns:
+        Split number by cluster number; empty if no split misses a label that its free clusters could give it.
+    """
+    labels = [np.unique(cluster[rows], return_counts=True) for rows in indicators.T]
+    for label in sorted(range(len(labels)), key=lambda label: len(labels[label][0])):
+        clusters, counts = labels[label]
+        if len(clusters) < len(fraction) or len(np.unique(assignment[indicators[:, label]])) == len(fraction):
+            continue
+        by_size = clusters[np.argsort(counts, kind="stable")].tolist()
+        free = [c for c in by_size if c not in reserved]
+        served = {reserved[c] for c in by_size if c in reserved}
+        splits = [int(split) for split in np.argsort(fraction, kind="stable") if split not in served]
+        if new := dict(zip(free, splits, strict=False)):
+            return new
+    return {}
 
 
 def _with_count_column(present: NDArray[np.bool_]) -> NDArray[np.bool_]:
@@ -84,10 +116,22 @@ def _with_count_column(present: NDArray[np.bool_]) -> NDArray[np.bool_]:
 
 
 def _assign_clusters(
-    indicators: NDArray[np.bool_], cluster: NDArray[np.int64], lacking: NDArray[np.float64], seed: int
+    indicators: NDArray[np.bool_],
+    cluster: NDArray[np.int64],
+    lacking: NDArray[np.float64],
+    seed: int,
+    reserved: Mapping[int, int] | None = None,
 ) -> NDArray[np.int64]:
-    """Split number of each image, (images,); `lacking` is the desired number of images per label, (splits, labels)."""
-    _, cluster = np.unique(cluster, return_inverse=True)
+    """Assign each image to the number of a split, (images,).
+
+    Args:
+        indicators: labels of each image, (images, labels).
+        cluster: cluster number of each image, (images,).
+        lacking: desired number of images per label, (splits, labels).
+        seed: random seed for the order of equal clusters.
+        reserved: split number of clusters that are assigned beforehand; None for none.
+    """
+    numbers, cluster = np.unique(cluster, return_inverse=True)
     counts = np.zeros((cluster.max(initial=-1) + 1, indicators.shape[1]))  # images per label in each cluster
     np.add.at(counts, cluster, indicators)
     totals = np.maximum(counts.sum(axis=0), 1)
@@ -96,6 +140,11 @@ def _assign_clusters(
     max_share = (counts / totals).max(axis=1)[shuffled]
     order = shuffled[np.argsort(-max_share, kind="stable")]
     split_of = np.full(len(counts), -1)
+    for number, split in (reserved or {}).items():
+        c = int(np.searchsorted(numbers, number))
+        split_of[c] = split
+        lacking[split] -= counts[c]
+    order = order[split_of[order] < 0]
     for _ in range(MAX_PASSES):  # passes after the first one reassign clusters
         before = split_of.copy()
         for c in order:

@@ -52,6 +52,43 @@ def test_rare_labels_reach_every_split():
     assert {name: int((split[label == 1] == name).sum()) for name in FRACTIONS} == {"train": 7, "val": 1, "test": 2}
 
 
+@pytest.mark.parametrize("rare", [3, 4, 5])
+def test_class_of_three_patients_reaches_every_split(rare):
+    for seed in range(50):
+        cluster = patients(100, seed)
+        labels = pd.DataFrame({"label": np.where(cluster < rare, 1, cluster % 2 * 2)})
+        present = splits.label_indicators(labels, 3, False)
+        split = splits.assign(present, cluster, FRACTIONS, seed)
+        assert set(split[present[:, 1]]) == set(FRACTIONS)
+        assert pd.Series(split).groupby(cluster).nunique().max() == 1
+        assert abs((split == "train").mean() - 0.7) < 0.05
+
+
+def test_smallest_patients_of_rare_class_leave_train():
+    sizes = [20, 1, 2]
+    cluster = np.concatenate([np.repeat([0, 1, 2], sizes), np.arange(3, 203)])
+    present = splits.label_indicators(pd.DataFrame({"label": (cluster < 3).astype(int)}), 2, False)
+    split = splits.assign(present, cluster, FRACTIONS, 0)
+    assert [split[cluster == c][0] for c in range(3)] == ["train", "val", "test"]
+
+
+def test_two_rare_findings_both_reach_every_split():
+    for seed in range(20):
+        random = np.random.default_rng(seed)
+        findings = np.zeros((200, 3), dtype=int)
+        findings[:, 0] = random.random(200) < 0.3
+        findings[:4, 1], findings[2:6, 2] = 1, 1  # two patients have both
+        present = splits.label_indicators(pd.DataFrame(findings), 3, True)
+        split = splits.assign(present, np.arange(200), FRACTIONS, seed)
+        assert all(set(split[present[:, c]]) == set(FRACTIONS) for c in range(4))
+
+
+def test_class_of_two_patients_is_assigned():
+    label = np.array([0] * 98 + [1] * 2)
+    present = splits.label_indicators(pd.DataFrame({"label": label}), 2, False)
+    assert len(set(splits.assign(present, np.arange(100), FRACTIONS, 0)[label == 1])) <= 2
+
+
 def test_unlabeled_images_are_assigned():
     labels = pd.DataFrame({"label": pd.array([0, 1, None] * 30, dtype="Int64")})
     split = splits.assign(splits.label_indicators(labels, 2, False), np.arange(90), FRACTIONS, 0)
