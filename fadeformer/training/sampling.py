@@ -36,7 +36,8 @@ def sample_batches(
     Args:
         labels: (images, labels).
         task: classification task.
-        sampling: weighted draws all classes equally often, with replacement; uniform draws each image once.
+        sampling: weighted draws images with replacement by `sampling_weights`, exclusive classes thus equally often;
+            uniform draws each image once.
         batch_size: maximum number of images in a batch.
         seed: seed of this epoch.
 
@@ -80,7 +81,9 @@ def check_batch_size(batches: Sequence[Rows], devices: int, accumulate: int) -> 
 def sampling_weights(labels: NDArray[np.int64], task: Task) -> NDArray[np.float64]:
     """Return sampling weights of the images: the inverse frequency of their class.
 
-    An image with several findings has the weight of its rarest one; images without a finding form a class.
+    Exclusive classes are thus drawn equally often. An image with several findings has the weight of its rarest one, and
+    images without a finding form a class: rare findings are drawn more often than they occur, but not equally often, as
+    a common finding also comes with the images of the rare ones.
 
     Args:
         labels: (images, labels).

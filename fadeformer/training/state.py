@@ -35,7 +35,7 @@ class Recipe:
         ema: decay of the exponential moving average of the weights, which is evaluated and saved; 0 disables it.
         monitor: validation metric that selects the best epoch.
         early_stopping_patience: epochs without improvement before training stops.
-        sampling: weighted draws all classes equally often, uniform each image once per epoch.
+        sampling: weighted draws images by `sampling.sampling_weights`, uniform draws each image once per epoch.
         focal_gamma: gamma of the focal loss; 0 is cross-entropy.
     """
 
