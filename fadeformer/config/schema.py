@@ -26,6 +26,10 @@ DatasetName = Literal[
 Number = Annotated[float, BeforeValidator(lambda value: float(value) if type(value) is int else value)]
 Fraction = Annotated[Number, Field(ge=0, le=1)]
 Rate = Annotated[Number, Field(ge=0, lt=1)]
+# one number or a list of numbers; parsed to a list
+Prevalences = Annotated[
+    list[Annotated[Number, Field(gt=0, lt=1)]], BeforeValidator(lambda v: [v] if type(v) in (int, float) else v)
+]
 # YAML 1.1, which some editors write, parses off as false
 Severity = Annotated[Literal["stop", "warn", "off"], BeforeValidator(lambda value: "off" if value is False else value)]
 ModelT = TypeVar("ModelT", bound=BaseModel)
@@ -237,6 +241,7 @@ class EvaluateParams(ConfigModel):
     bootstrap_seed: Annotated[int, Field(ge=0)]
     sensitivity_at_least: Fraction
     specificity_at_least: Fraction
+    prevalence: Prevalences | dict[str, Prevalences] | None
     subgroups: Literal["auto"] | list[str]
     age_bands: list[Number]
 

@@ -6,7 +6,7 @@ is the midpoint of two adjacent val scores, so that no val score is equal to it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,7 @@ import pandas as pd
 from numpy.typing import NDArray
 from sklearn.metrics import roc_curve
 
+from fadeformer.errors import UserError
 from fadeformer.evaluation.intervals import bootstrap
 from fadeformer.evaluation.intervals.bootstrap import Interval
 from fadeformer.evaluation.intervals.proportions import predictive_value_interval, proportion_interval
@@ -56,8 +57,33 @@ def choose_threshold(truth: Truth, score: Floats, rule: str, target: float | Non
     return midpoint if below < midpoint else above  # adjacent floating-point numbers have no midpoint
 
 
+def resolve_prevalences(
+    setting: Sequence[float] | Mapping[str, Sequence[float]] | None, predictions: Predictions
+) -> dict[str, Sequence[float]]:
+    """Return the stated prevalences of each class or finding with an operating point.
+
+    Args:
+        setting: `evaluate.prevalence`: prevalences of all classes, or by class; None for none.
+        predictions: of any split.
+
+    Raises:
+        UserError: a name is not a class with an operating point.
+    """
+    names = [predictions.classes[c] for c in curve_classes(predictions)]
+    by_class = dict(setting) if isinstance(setting, Mapping) else dict.fromkeys(names, setting or [])
+    for name in by_class:
+        if name not in names:
+            available = ", ".join(names)
+            raise UserError(f"params.yaml: evaluate.prevalence names {name}; classes with a threshold: {available}")
+    return by_class
+
+
 def select_operating_points(
-    val: Predictions, test: Predictions, targets: Mapping[str, float | None], confidence: float
+    val: Predictions,
+    test: Predictions,
+    targets: Mapping[str, float | None],
+    confidence: float,
+    prevalences: Mapping[str, Sequence[float]] | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Select thresholds on val and evaluate them on test, with intervals.
 
@@ -66,10 +92,13 @@ def select_operating_points(
         test: predictions for the evaluation.
         targets: target value by rule, see `choose_threshold`.
         confidence: level of the intervals.
+        prevalences: stated prevalences by class, from `resolve_prevalences`; None for none.
 
     Returns:
-        By rule and class: `threshold`, `on_val` (sensitivity, specificity) and `on_test`, where each proportion has
-        `value`, `low` and `high`; None for a class without positives or without negatives in val or test.
+        By rule and class: `threshold`; `on_val` (sensitivity, specificity); `on_test`, where each proportion has
+        `value`, `low` and `high`, and the predictive values are those at the case mix of test as a random sample; and
+        `at_prevalence`, a list of `prevalence` and both predictive values at it. None for a class without positives or
+        without negatives in val or test.
     """
     count = len(val.classes)
     val_truth, test_truth = (one_versus_rest(split.labels, count, split.task) for split in (val, test))
@@ -86,16 +115,17 @@ def select_operating_points(
             predicted = test.scores[:, c] >= threshold
             on_val = _numerators_and_denominators(val_truth[:, c], val.scores[:, c] >= threshold)
             on_test = _numerators_and_denominators(truth, predicted)
-            bounds = {
-                "sensitivity": proportion_interval(predicted, truth, groups, confidence),
-                "specificity": proportion_interval(~predicted, ~truth, groups, confidence),
-                "positive_predictive_value": predictive_value_interval(predicted, truth, groups, confidence),
-                "negative_predictive_value": predictive_value_interval(~predicted, ~truth, groups, confidence),
-            }
             points[rule][name] = {
                 "threshold": threshold,
                 "on_val": {key: _proportion(*on_val[key]) for key in ("sensitivity", "specificity")},
-                "on_test": {key: _with_bounds(_proportion(*counts), bounds[key]) for key, counts in on_test.items()},
+                "on_test": {
+                    key: _with_bounds(_proportion(*masks), proportion_interval(*masks, groups, confidence))
+                    for key, masks in on_test.items()
+                },
+                "at_prevalence": [
+                    _predictive_values(predicted, truth, groups, confidence, prevalence)
+                    for prevalence in (prevalences or {}).get(name, [])
+                ],
             }
     return points
 
@@ -132,6 +162,18 @@ def _numerators_and_denominators(truth: Truth, predicted: Truth) -> dict[str, tu
         "sensitivity": (predicted, truth), "specificity": (~predicted, ~truth),
         "positive_predictive_value": (truth, predicted), "negative_predictive_value": (~truth, ~predicted),
     }  # fmt: skip
+
+
+def _predictive_values(
+    predicted: Truth, truth: Truth, groups: NDArray[np.int64], confidence: float, prevalence: float
+) -> dict[str, Any]:
+    positive = predictive_value_interval(predicted, truth, groups, confidence, prevalence)
+    negative = predictive_value_interval(~predicted, ~truth, groups, confidence, 1 - prevalence)
+    values = {"positive_predictive_value": positive, "negative_predictive_value": negative}
+    return {
+        "prevalence": prevalence,
+        **{name: dict(zip(("value", "low", "high"), v or (None,) * 3, strict=True)) for name, v in values.items()},
+    }
 
 
 def _proportion(hits: Truth, trials: Truth) -> float | None:

@@ -1,8 +1,10 @@
 """Metrics with confidence intervals, as nested plain values.
 
 Means leave out classes with positives or negatives of fewer than two patients, lesions or images, which are listed.
-Macro precision, recall and F1 are those of scikit-learn with `zero_division=0`, as in the published results. Undefined
-values are None, never NaN.
+Macro precision, recall and F1 are means over the classes that an image has or is predicted to have; an undefined term
+counts as 0. For exclusive classes this equals scikit-learn with `zero_division=0`, as in the published results. For
+findings scikit-learn also counts those that no image has and none is predicted to have, as 0; here they are left out.
+Undefined values are None, never NaN.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from scipy.special import expit, logit
 
 from fadeformer.evaluation.intervals import bootstrap, delong
 from fadeformer.evaluation.intervals.bootstrap import Interval
-from fadeformer.evaluation.intervals.proportions import predictive_value_interval, proportion_interval
+from fadeformer.evaluation.intervals.proportions import estimate_mean_proportion, proportion_interval
 from fadeformer.evaluation.predictions import Predictions
 from fadeformer.evaluation.weighted_metrics import MetricSamples, WeightedMetrics
 
@@ -57,12 +59,14 @@ def summarize(predictions: Predictions) -> dict[str, Any]:
 def confidence_intervals(predictions: Predictions, *, n_resamples: int, seed: int, confidence: float) -> dict[str, Any]:
     """Compute the confidence interval of every metric of `summarize`.
 
-    AUCs have DeLong intervals, proportions Wilson intervals, and precision an interval derived from those of
-    sensitivity and specificity. All other metrics use a stratified cluster bootstrap of patients or lesions: percentile
-    intervals, wider for classes with few groups; for average precision and the pooled AUC a normal interval on the
-    logit scale (Boyd et al. 2013, doi:10.1007/978-3-642-40994-3_29) with a half-sample bias correction, because average
-    precision is biased upward in small samples and more so in resamples with repeated images. The calibration error has
-    no interval: every resample overestimates it by more than its standard deviation (docs/reference/evaluation.md).
+    AUCs have DeLong intervals, proportions Wilson intervals, and means of proportions (balanced accuracy, macro
+    sensitivity and specificity) intervals that follow from these (MOVER). The interval of a precision takes the images
+    as a random sample, at the case mix of the split. All other metrics use a stratified cluster bootstrap of patients
+    or lesions: percentile intervals, wider for classes with few groups; for average precision and the pooled AUC a
+    normal interval on the logit scale (Boyd et al. 2013, doi:10.1007/978-3-642-40994-3_29) with a half-sample bias
+    correction, because average precision is biased upward in small samples and more so in resamples with repeated
+    images. The calibration error has no interval: every resample overestimates it by more than its standard deviation
+    (docs/reference/evaluation.md).
 
     Args:
         predictions: of one split.
@@ -129,14 +133,12 @@ def intervals_from_samples(
             per_class[name][key] = _bootstrap_interval(
                 key, value, values[:, c], half_values, effective_groups, confidence
             )
-    if metrics.is_exclusive:
-        all_images = np.ones(len(groups), dtype=bool)
-        overall["accuracy"] = proportion_interval(metrics.correct.astype(bool), all_images, groups, confidence)
+    overall |= _proportion_intervals(metrics, groups, confidence)
     for c, name in enumerate(classes):
         truth, predicted = metrics.truth[:, c], metrics.predicted[:, c]
-        for key, (hits, trials) in {"recall": (predicted, truth), "specificity": (~predicted, ~truth)}.items():
+        masks = {"recall": (predicted, truth), "specificity": (~predicted, ~truth), "precision": (truth, predicted)}
+        for key, (hits, trials) in masks.items():
             per_class[name][key] = proportion_interval(hits, trials, groups, confidence)
-        per_class[name]["precision"] = predictive_value_interval(predicted, truth, groups, confidence)
     areas = _auc_intervals(metrics, classes, groups, confidence)
     overall["auc"] = areas["overall"]
     for name, bounds in areas["per_class"].items():
@@ -167,6 +169,40 @@ def _auc_intervals(
         averaged = averaged[-1:]
     overall = delong.mean_auc_interval(estimates, averaged, confidence) if averaged else None
     return {"overall": overall, "per_class": per_class}
+
+
+def _proportion_intervals(
+    metrics: WeightedMetrics, groups: NDArray[np.int64], confidence: float
+) -> dict[str, Interval]:
+    """Compute the intervals of accuracy and of the means of proportions over classes or findings.
+
+    Macro sensitivity counts a class without positives that is predicted as 0 (`WeightedMetrics`); otherwise it is
+    balanced accuracy if classes are exclusive, and has the same interval.
+    """
+
+    def mean_interval(masks: Sequence[tuple[NDArray[np.bool_], NDArray[np.bool_]]]) -> Interval:
+        estimate = estimate_mean_proportion(masks, groups)
+        return None if estimate is None else estimate.bounds((1 - confidence) / 2)
+
+    has_positives = metrics.truth.any(axis=0)
+    truth, predicted = metrics.truth.T, metrics.predicted.T
+    recalls = [(predicted[c], truth[c]) for c in np.flatnonzero(has_positives)]
+    averaged = np.flatnonzero(metrics.averaged)
+    specificities = [(~predicted[c], ~truth[c]) for c in averaged]
+    recall = mean_interval(recalls)
+    if recall is not None:
+        counted = len(recalls) / int(metrics.present.sum())
+        recall = recall[0] * counted, recall[1] * counted
+    intervals = {"recall": recall, "specificity": mean_interval(specificities)}
+    if not metrics.is_exclusive:
+        return intervals | {
+            "balanced_accuracy": mean_interval([*((predicted[c], truth[c]) for c in averaged), *specificities])
+        }
+    correct, all_images = metrics.correct.astype(bool), np.ones(len(groups), dtype=bool)
+    return intervals | {
+        "balanced_accuracy": mean_interval(recalls),
+        "accuracy": proportion_interval(correct, all_images, groups, confidence),
+    }
 
 
 def collect_metrics(

@@ -110,7 +110,8 @@ def compute_metrics(settings: dict[str, Any]) -> dict[str, float]:
     targets = {
         "youden": None, "sensitivity": settings["sensitivity_at_least"], "specificity": settings["specificity_at_least"]
     }  # fmt: skip
-    points = operating_points.select_operating_points(val, test, targets, confidence)
+    prevalences = operating_points.resolve_prevalences(settings["prevalence"], test)
+    points = operating_points.select_operating_points(val, test, targets, confidence, prevalences)
     write_json(paths.OPERATING_POINTS, {"targets": targets, "confidence": confidence, "points": points})
     runs.log_metrics({"seconds": {"intervals": time.perf_counter() - start}})
     uncalibrated = summary.summarize(test.before_calibration())

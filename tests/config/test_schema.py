@@ -60,6 +60,9 @@ def with_value(path: str, value: object) -> dict:
         ("train.class_weights", "auot", "; did you mean auto?"),
         ("train.class_weights", {"mel": -1}, "train.class_weights.mel is -1, but should be greater than or equal to 0"),
         ("train.class_weights", {"mel": "x"}, "train.class_weights.mel is 'x', but should be a valid number"),
+        ("evaluate.prevalence", 0, "evaluate.prevalence.0 is 0, but should be greater than 0"),
+        ("evaluate.prevalence", [0.1, 1.0], "evaluate.prevalence.1 is 1.0, but should be less than 1"),
+        ("evaluate.prevalence", {"mel": 10}, "evaluate.prevalence.mel.0 is 10, but should be less than 1"),
         ("train.precision", "fp32", "train.precision is 'fp32', but should be 'auto', 32, 'bf16' or 16"),
         ("train.monitor", "acuracy", "did you mean accuracy?"),
         ("train.warmup_epochs", 20, "train.warmup_epochs (20) leave no epoch of train.epochs (20)"),
@@ -131,3 +134,15 @@ def test_yaml_without_mapping_is_rejected(tmp_path, text, message):
 def test_a_missing_file_is_told(tmp_path):
     with pytest.raises(UserError, match="run from the project's folder"):
         schema.load_params(tmp_path / "params.yaml")
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        (None, None), (0.1, [0.1]), ([0.01, 0.1], [0.01, 0.1]),
+        ({"mel": 0.1, "nevus": [0.2]}, {"mel": [0.1], "nevus": [0.2]}),
+    ],
+)  # fmt: skip
+def test_prevalence_is_number_list_or_mapping(value, expected):
+    config = schema.parse_params(with_value("evaluate.prevalence", value), "params.yaml")
+    assert config.evaluate.prevalence == expected

@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fadeformer.errors import UserError
 from fadeformer.evaluation import operating_points
 from fadeformer.evaluation.intervals.proportions import wilson_interval
 from tests.evaluation.test_metrics import random_predictions
@@ -68,8 +69,39 @@ def test_points_selected_on_val_evaluated_on_test(task, classes):
     assert (sensitivity["low"], sensitivity["high"]) == wilson_interval(
         int((truth & predicted).sum()), int(truth.sum())
     )
-    assert point["on_test"]["positive_predictive_value"]["value"] == pytest.approx(truth[predicted].mean())
+    positive = point["on_test"]["positive_predictive_value"]
+    assert positive["value"] == pytest.approx(truth[predicted].mean())
+    assert (positive["low"], positive["high"]) == wilson_interval(int((truth & predicted).sum()), int(predicted.sum()))
     assert point["on_test"]["negative_predictive_value"]["value"] == pytest.approx(1 - truth[~predicted].mean())
+
+
+def test_predictive_values_follow_stated_prevalence():
+    val, test = random_predictions("binary-class", 2, 200, 0), random_predictions("binary-class", 2, 300, 1)
+    prevalences = operating_points.resolve_prevalences([0.01, 0.5], test)
+    point = operating_points.select_operating_points(val, test, TARGETS, CONFIDENCE, prevalences)["youden"]["class 1"]
+    rates = {name: point["on_test"][name]["value"] for name in ("sensitivity", "specificity")}
+    assert [stated["prevalence"] for stated in point["at_prevalence"]] == [0.01, 0.5]
+    for stated in point["at_prevalence"]:
+        true = rates["sensitivity"] * stated["prevalence"]
+        false = (1 - rates["specificity"]) * (1 - stated["prevalence"])
+        positive, negative = stated["positive_predictive_value"], stated["negative_predictive_value"]
+        assert positive["value"] == pytest.approx(true / (true + false))
+        assert positive["low"] < positive["value"] < positive["high"]
+        missed = (1 - rates["sensitivity"]) * stated["prevalence"]
+        correct = rates["specificity"] * (1 - stated["prevalence"])
+        assert negative["value"] == pytest.approx(correct / (correct + missed))
+        assert negative["low"] < negative["value"] < negative["high"]
+
+
+def test_prevalences_are_resolved_by_class():
+    binary, several = random_predictions("binary-class", 2, 20, 0), random_predictions("multi-class", 3, 20, 0)
+    assert operating_points.resolve_prevalences(None, binary) == {"class 1": []}
+    assert operating_points.resolve_prevalences([0.1], binary) == {"class 1": [0.1]}
+    assert operating_points.resolve_prevalences([0.1, 0.2], several) == {f"class {c}": [0.1, 0.2] for c in range(3)}
+    by_class = {"class 0": [0.1], "class 2": [0.2, 0.3]}
+    assert operating_points.resolve_prevalences(by_class, several) == by_class
+    with pytest.raises(UserError, match=r"evaluate.prevalence names class 0; classes with a threshold: class 1"):
+        operating_points.resolve_prevalences({"class 0": [0.1]}, binary)
 
 
 def test_repeated_patient_images_widen_intervals():

@@ -4,8 +4,10 @@ import numpy as np
 import pandas as pd
 import pytest
 from scipy import special
+from sklearn.metrics import f1_score, precision_score, recall_score
 
 from fadeformer.evaluation import predictions, summary
+from fadeformer.evaluation.intervals.proportions import wilson_interval
 from fadeformer.tasks import TASKS
 from tests.evaluation.test_metrics import random_predictions
 
@@ -62,10 +64,10 @@ def test_perfect_metrics_have_no_degenerate_interval():
     p.frame[[f"score_{c}" for c in range(3)]] = np.eye(3)[p.labels[:, 0]]
     result = summary.summarize(p)["overall"]
     bounds = summary.confidence_intervals(p, n_resamples=100, seed=0, confidence=0.95)
-    for name in ("auc", "accuracy"):
+    for name in ("auc", "accuracy", "balanced_accuracy", "recall", "specificity"):
         assert result[name] == 1
         assert bounds["overall"][name][0] < 0.99
-    for name in ("balanced_accuracy", "average_precision", "f1"):
+    for name in ("average_precision", "f1"):
         assert result[name] == 1
         assert bounds["overall"][name] is None
     assert bounds["per_class"]["class 0"]["recall"][0] < 0.95
@@ -77,3 +79,28 @@ def test_absent_class_has_no_interval():
     assert result["per_class"]["class 1"]["auc"] is None
     assert result["per_class"]["class 1"]["recall"] is None
     assert result["overall"]["auc"] is not None
+
+
+def test_absent_predicted_class_counts_as_zero_sensitivity():
+    p = random_predictions("multi-class", 4, 60, 0, absent=1)
+    values = summary.summarize(p)["overall"]
+    bounds = summary.confidence_intervals(p, n_resamples=100, seed=0, confidence=0.95)["overall"]
+    assert values["recall"] == pytest.approx(0.75 * values["balanced_accuracy"])
+    assert bounds["recall"] == pytest.approx(tuple(0.75 * bound for bound in bounds["balanced_accuracy"]))
+
+
+def test_precision_interval_is_that_of_random_sampling():
+    p = random_predictions("binary-class", 2, 150, 0)
+    bounds = summary.confidence_intervals(p, n_resamples=100, seed=0, confidence=0.95)["per_class"]["class 1"]
+    predicted, truth = p.scores[:, 1] > 0.5, p.labels[:, 0] == 1
+    assert bounds["precision"] == wilson_interval(int((predicted & truth).sum()), int(predicted.sum()))
+
+
+def test_macro_means_of_findings_leave_out_unused_ones():
+    """scikit-learn counts a finding that no image has and none is predicted to have as 0."""
+    p = random_predictions(MULTI_LABEL, 4, 60, 0, absent=1)
+    p.frame["score_1"] = 0.1
+    values, decisions = summary.summarize(p)["overall"], (p.scores > 0.5).astype(int)
+    for name, score in {"precision": precision_score, "recall": recall_score, "f1": f1_score}.items():
+        expected = score(p.labels, decisions, average="macro", zero_division=0)
+        assert values[name] == pytest.approx(expected * 4 / 3)

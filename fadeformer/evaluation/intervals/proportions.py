@@ -3,23 +3,127 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import norm, t
+from scipy.special import betainccinv, betaincinv, ndtr, ndtri, stdtrit
 
 Truth = NDArray[np.bool_]
+Floats = NDArray[np.float64]
+
+CONTINUITY_ADJUSTMENT = 0.25  # of Jeffreys bounds: 0 is none, 0.5 gives those of Clopper and Pearson
+
+
+@dataclass(frozen=True)
+class ProportionEstimate:
+    """Proportion with what its confidence bounds need.
+
+    Attributes:
+        value: in [0, 1].
+        size: effective number of independent images.
+        degrees: degrees of freedom of Student's t; infinite for independent images (normal quantiles).
+    """
+
+    value: float
+    size: float
+    degrees: float
+
+    def bounds(self, tail: float) -> tuple[float, float]:
+        """Compute the Wilson bounds at a tail probability on each side, such as 0.025 for a 95 % interval."""
+        return score_interval(self.value, self.size, upper_quantile(tail, self.degrees))
+
+    def tail_bounds(self, tail: float) -> tuple[float, float]:
+        """Compute Jeffreys bounds, whose two error rates are equal also for small tails and near 0 and 1.
+
+        Wilson's are not: the binomial distribution is skewed (Cai 2005, doi:10.1016/j.jspi.2004.01.005).
+        """
+        return self.planned_bounds(self.value, tail)
+
+    def planned_bounds(self, value: float, tail: float) -> tuple[float, float]:
+        """Compute `tail_bounds` for another value."""
+        return jeffreys_bounds(value, self.size, upper_quantile(tail, self.degrees))
+
+
+@dataclass(frozen=True)
+class MeanProportionEstimate:
+    """Mean of several proportions, such as the sensitivities of all classes.
+
+    Attributes:
+        parts: the proportions.
+        correlation: of the proportions, (parts, parts).
+    """
+
+    parts: tuple[ProportionEstimate, ...]
+    correlation: Floats
+
+    @property
+    def value(self) -> float:
+        """Mean of the values."""
+        return float(np.mean([part.value for part in self.parts]))
+
+    @property
+    def size(self) -> float:
+        """Number of images with which one proportion would be as precise as the mean of equal proportions."""
+        errors = np.array([1 / math.sqrt(part.size) for part in self.parts])
+        return float(len(errors) ** 2 / (errors @ self.correlation @ errors))
+
+    @property
+    def degrees(self) -> float:
+        """Degrees of freedom of a sum of variances (Satterthwaite 1946, doi:10.2307/3002019)."""
+        variances = np.array([1 / part.size for part in self.parts])
+        squares = float(np.sum(variances**2 / np.array([part.degrees for part in self.parts])))
+        return float(variances.sum() ** 2 / squares) if squares > 0 else math.inf
+
+    def bounds(self, tail: float) -> tuple[float, float]:
+        """Compute bounds from those of the parts by variance estimates recovery (MOVER).
+
+        Zou and Donner 2008, doi:10.1002/sim.3095: the squared distances of the parts' bounds take the place of their
+        variances, so that a part of 0 or 1, whose estimated variance is 0, contributes its uncertainty.
+        """
+        return self._combine([part.bounds(tail) for part in self.parts])
+
+    def tail_bounds(self, tail: float) -> tuple[float, float]:
+        """Compute bounds from the `tail_bounds` of the parts."""
+        return self._combine([part.tail_bounds(tail) for part in self.parts])
+
+    def planned_bounds(self, value: float, tail: float) -> tuple[float, float]:
+        """Compute `tail_bounds` for another value, those of one proportion with the effective size of the mean."""
+        return jeffreys_bounds(value, self.size, upper_quantile(tail, self.degrees))
+
+    def _combine(self, part_bounds: Sequence[tuple[float, float]]) -> tuple[float, float]:
+        bounds = [(part.value, *pair) for part, pair in zip(self.parts, part_bounds, strict=True)]
+        distances = np.array([(value - low, high - value) for value, low, high in bounds])  # parts, sides
+        below, above = np.sqrt(np.einsum("is,ij,js->s", distances, self.correlation, distances)) / len(self.parts)
+        return max(0.0, self.value - float(below)), min(1.0, self.value + float(above))
 
 
 def wilson_interval(hits: int, trials: int, confidence: float = 0.95) -> tuple[float, float]:
     """Compute the Wilson score interval (1927, doi:10.2307/2276774); accurate in small samples and near 0 and 1."""
-    return score_interval(hits / trials, trials, float(norm.ppf((1 + confidence) / 2)))
+    return ProportionEstimate(hits / trials, trials, math.inf).bounds((1 - confidence) / 2)
 
 
 def proportion_interval(
     hits: Truth, trials: Truth, groups: NDArray[np.int64], confidence: float
 ) -> tuple[float, float] | None:
-    """Compute the interval of the proportion of hits among trials.
+    """Compute the interval of the proportion of hits among trials; see `estimate_proportion`.
+
+    Args:
+        hits: mask of the counted images, (images,).
+        trials: mask of the images in the denominator, (images,).
+        groups: group code of each image, (images,).
+        confidence: level of the interval, such as 0.95.
+
+    Returns:
+        None without trials, or with several trials in a single group.
+    """
+    estimate = estimate_proportion(hits, trials, groups)
+    return None if estimate is None else estimate.bounds((1 - confidence) / 2)
+
+
+def estimate_proportion(hits: Truth, trials: Truth, groups: NDArray[np.int64]) -> ProportionEstimate | None:
+    """Estimate the proportion of hits among trials.
 
     Independent images have a Wilson interval. Clustered images have one for the effective sample size, with Student's t
     (Franco et al. 2019, doi:10.1093/jssam/smy019): the variance is that of a ratio of sums over groups; proportions of
@@ -31,7 +135,6 @@ def proportion_interval(
         hits: mask of the counted images, (images,).
         trials: mask of the images in the denominator, (images,).
         groups: group code of each image, (images,).
-        confidence: level of the interval, such as 0.95.
 
     Returns:
         None without trials, or with several trials in a single group.
@@ -43,7 +146,7 @@ def proportion_interval(
         return None
     images, num_groups, value = int(counts.sum()), len(counts), float(group_hits.sum() / counts.sum())
     if images == num_groups:
-        return wilson_interval(int(group_hits.sum()), images, confidence)
+        return ProportionEstimate(value, float(images), math.inf)
     if num_groups == 1:
         return None
     variance = num_groups / (num_groups - 1) * float(((group_hits - value * counts) ** 2).sum()) / images**2
@@ -51,38 +154,81 @@ def proportion_interval(
         effective_size = float(num_groups)
     else:
         effective_size = min(2.0 * images, value * (1 - value) / variance) if variance > 0 else float(images)
-    return score_interval(value, effective_size, float(t.ppf((1 + confidence) / 2, num_groups - 1)))
+    return ProportionEstimate(value, effective_size, float(num_groups - 1))
+
+
+def estimate_mean_proportion(
+    masks: Sequence[tuple[Truth, Truth]], groups: NDArray[np.int64]
+) -> MeanProportionEstimate | None:
+    """Estimate the mean of several proportions of the same images, with their correlation over groups.
+
+    Args:
+        masks: `hits` and `trials` of each proportion, as in `estimate_proportion`.
+        groups: group code of each image, consecutive from 0, (images,).
+
+    Returns:
+        None without proportions, or if one of them has no estimate.
+    """
+    parts = [estimate_proportion(hits, trials, groups) for hits, trials in masks]
+    estimates = tuple(part for part in parts if part is not None)
+    if not parts or len(estimates) < len(parts):
+        return None
+    residuals = np.stack([group_residuals(hits, trials, groups) for hits, trials in masks])
+    return MeanProportionEstimate(estimates, correlation_matrix(residuals))
+
+
+def group_residuals(hits: Truth, trials: Truth, groups: NDArray[np.int64]) -> Floats:
+    """Return the hits of each group minus their expectation, the proportion times its trials, (groups,).
+
+    Their sum is 0; divided by the number of trials they are the contributions of the groups to the error of the
+    proportion.
+    """
+    num_groups = int(groups.max()) + 1
+    images, group_hits = (np.bincount(groups[rows], minlength=num_groups) for rows in (trials, trials & hits))
+    return np.asarray(group_hits - images * (group_hits.sum() / images.sum()), dtype=np.float64)
+
+
+def correlation_matrix(residuals: Floats) -> Floats:
+    """Return the correlation of the rows of centered residuals, (rows, groups); a row of zeros correlates with none."""
+    norms = np.sqrt((residuals**2).sum(axis=1))
+    unit = np.divide(residuals, norms[:, None], out=np.zeros_like(residuals), where=norms[:, None] > 0)
+    matrix = unit @ unit.T
+    np.fill_diagonal(matrix, 1.0)
+    return np.asarray(matrix)
 
 
 def predictive_value_interval(
-    predicted: Truth, truth: Truth, groups: NDArray[np.int64], confidence: float
-) -> tuple[float, float] | None:
-    """Compute the interval of a predictive value (precision) at fixed prevalence.
+    predicted: Truth, truth: Truth, groups: NDArray[np.int64], confidence: float, prevalence: float
+) -> tuple[float, float, float] | None:
+    """Compute the positive predictive value at a stated prevalence, with its interval.
 
-    The number of predicted positives is random, so a Wilson interval would be too wide. The predictive value is
-    1 / (1 + false positives / true positives), and this ratio is FPR / sensitivity times a constant. The limits follow
-    from those of FPR and sensitivity (`proportion_interval`) by the method of variance estimates recovery (MOVER;
-    Donner and Zou 2012, doi:10.1177/0962280210383082; for predictive values Mercaldo et al. 2007,
-    doi:10.1002/sim.2677), with the correlation of the two counts over groups.
+    By Bayes' theorem the predictive value is 1 / (1 + FPR / sensitivity x (1 - prevalence) / prevalence). Its limits
+    follow from those of FPR and sensitivity (`proportion_interval`) by the method of variance estimates recovery for a
+    ratio (MOVER; Donner and Zou 2012, doi:10.1177/0962280210383082; for predictive values Mercaldo et al. 2007,
+    doi:10.1002/sim.2677), with the correlation of true and false positives over groups. The prevalence is taken as
+    known. With negated masks and 1 - `prevalence` it is the negative predictive value.
 
     Args:
         predicted: mask of the predicted positives, (images,).
         truth: mask of the positives, (images,).
-        groups: group code of each image, (images,).
+        groups: group code of each image, consecutive from 0, (images,).
         confidence: level of the interval, such as 0.95.
+        prevalence: share of positives among the images to which the value refers, in (0, 1).
 
     Returns:
-        None without predicted positives, or if one of the two rates has no interval.
+        Value, low and high; None without predicted positives, or if one of the two rates has no interval.
     """
     tpr_bounds, fpr_bounds = (proportion_interval(predicted, rows, groups, confidence) for rows in (truth, ~truth))
     if tpr_bounds is None or fpr_bounds is None or not predicted.any():
         return None
-    positives, negatives = int(truth.sum()), int((~truth).sum())
-    tpr, fpr = (predicted & truth).sum() / positives, (predicted & ~truth).sum() / negatives
-    correlation = _correlation(predicted, truth, groups)
+    tpr, fpr = (float(predicted[rows].mean()) for rows in (truth, ~truth))
+    residuals = np.stack([group_residuals(predicted, rows, groups) for rows in (truth, ~truth)])
+    correlation = float(correlation_matrix(residuals)[0, 1])
     low = _ratio_bound(fpr, fpr_bounds[0], tpr, tpr_bounds[1], correlation)
     high = _ratio_bound(fpr, fpr_bounds[1], tpr, tpr_bounds[0], correlation)
-    return 1 / (1 + high * negatives / positives), 1 / (1 + low * negatives / positives)
+    odds = (1 - prevalence) / prevalence
+    value = tpr * prevalence / (tpr * prevalence + fpr * (1 - prevalence))
+    return value, 1 / (1 + high * odds), 1 / (1 + low * odds)
 
 
 def _ratio_bound(
@@ -100,16 +246,6 @@ def _ratio_bound(
     return (center + math.copysign(math.sqrt(max(0.0, discriminant)), numerator_bound - numerator)) / scale
 
 
-def _correlation(predicted: Truth, truth: Truth, groups: NDArray[np.int64]) -> float:
-    """Correlate the true and false positives of each group, after subtracting their expectation."""
-    residuals = []
-    for mask in (truth, ~truth):
-        images, hits = (np.bincount(groups[rows], minlength=int(groups.max()) + 1) for rows in (mask, mask & predicted))
-        residuals.append(hits - images * (hits.sum() / images.sum()))
-    norm_product = math.sqrt(float((residuals[0] ** 2).sum() * (residuals[1] ** 2).sum()))
-    return float(residuals[0] @ residuals[1]) / norm_product if norm_product > 0 else 0.0
-
-
 def score_interval(value: float, trials: float, quantile: float) -> tuple[float, float]:
     """Compute the Wilson interval of a proportion for a (possibly fractional) number of trials and a critical value."""
     square = quantile * quantile
@@ -117,3 +253,23 @@ def score_interval(value: float, trials: float, quantile: float) -> tuple[float,
     std = math.sqrt(value * (1 - value) / trials + square / (4 * trials * trials))
     half_width = quantile / (1 + square / trials) * std
     return max(0.0, center - half_width), min(1.0, center + half_width)
+
+
+def upper_quantile(tail: float, degrees: float) -> float:
+    """Return the value that Student's t exceeds with probability `tail`; the normal one for infinite degrees."""
+    return float(-ndtri(tail) if math.isinf(degrees) else -stdtrit(degrees, tail))
+
+
+def jeffreys_bounds(value: float, trials: float, quantile: float) -> tuple[float, float]:
+    """Compute the Jeffreys bounds of a proportion for a (possibly fractional) number of trials and a critical value.
+
+    They are quantiles of the beta distribution after Jeffreys' prior (Brown, Cai and DasGupta 2001,
+    doi:10.1214/ss/1009213286), with a continuity adjustment halfway to the exact bounds of Clopper and Pearson (Laud
+    2017, doi:10.1002/pst.1813, appendix S2): without it, small tails are exceeded by up to 1.4 times, by enumeration.
+    The lower bound of 0 is 0, and the upper bound of 1 is 1.
+    """
+    tail, hits = float(ndtr(-quantile)), value * trials
+    less, more = 0.5 - CONTINUITY_ADJUSTMENT, 0.5 + CONTINUITY_ADJUSTMENT
+    low = 0.0 if value == 0 else float(betaincinv(hits + less, trials - hits + more, tail))
+    high = 1.0 if value == 1 else float(betainccinv(hits + more, trials - hits + less, tail))
+    return low, high

@@ -61,19 +61,18 @@ def test_effective_sample_size_is_limited():
         < result[0]
         < proportions.score_interval(0.6, 300, quantile)[0]
     )
-    assert proportions.proportion_interval(equal, all_images, groups, 0.95) == proportions.score_interval(
-        0.6, 300, quantile
-    )
+    limited = proportions.score_interval(0.6, 300, quantile)
+    assert proportions.proportion_interval(equal, all_images, groups, 0.95) == pytest.approx(limited)
     assert naive_proportion_interval(equal, all_images, groups)[0] > proportions.score_interval(0.6, 300, quantile)[0]
 
 
-def naive_precision_interval(true, positives, false, negatives):
+def naive_predictive_value_interval(true, positives, false, negatives, prevalence):
     """MOVER limits by root finding: (fpr - ratio * tpr)^2 equals the sum of the squared distances to their limits."""
     p0, p1 = false / negatives, true / positives
     (l0, u0), (l1, u1) = wilson_interval(false, negatives), wilson_interval(true, positives)
     low = optimize.brentq(lambda x: (p0 - x * p1) ** 2 - (p0 - l0) ** 2 - (x * (u1 - p1)) ** 2, 0, p0 / p1)
     high = optimize.brentq(lambda x: (p0 - x * p1) ** 2 - (u0 - p0) ** 2 - (x * (p1 - l1)) ** 2, p0 / p1, 1e6)
-    return tuple(1 / (1 + ratio * negatives / positives) for ratio in (high, low))
+    return tuple(1 / (1 + ratio * (1 - prevalence) / prevalence) for ratio in (p0 / p1, high, low))
 
 
 def masks_from_counts(true, positives, false, negatives):
@@ -84,19 +83,64 @@ def masks_from_counts(true, positives, false, negatives):
 
 
 @pytest.mark.parametrize("counts", [(12, 15, 9, 135), (40, 60, 20, 90), (3, 50, 30, 60), (59, 60, 1, 90)])
-def test_precision_interval_follows_from_both_rates(counts):
+@pytest.mark.parametrize("prevalence", [0.01, 0.3, 0.9])
+def test_predictive_value_follows_from_both_rates(counts, prevalence):
     predicted, truth = masks_from_counts(*counts)
-    result = proportions.predictive_value_interval(predicted, truth, np.arange(len(truth)), 0.95)
-    assert result == pytest.approx(naive_precision_interval(*counts))
-    assert result[0] < truth[predicted].mean() < result[1]
+    result = proportions.predictive_value_interval(predicted, truth, np.arange(len(truth)), 0.95, prevalence)
+    assert result == pytest.approx(naive_predictive_value_interval(*counts, prevalence))
+    assert result[1] < result[0] < result[2]
 
 
-def test_extreme_precision_has_one_sided_interval():
+def test_predictive_value_at_observed_prevalence_is_precision():
+    predicted, truth = masks_from_counts(40, 60, 20, 90)
+    value, _, _ = proportions.predictive_value_interval(predicted, truth, np.arange(150), 0.95, 60 / 150)
+    assert value == pytest.approx(truth[predicted].mean())
+    value, _, _ = proportions.predictive_value_interval(~predicted, ~truth, np.arange(150), 0.95, 90 / 150)
+    assert value == pytest.approx(1 - truth[~predicted].mean())
+
+
+def test_extreme_predictive_value_has_one_sided_interval():
     predicted, truth = masks_from_counts(20, 30, 0, 60)
-    low, high = proportions.predictive_value_interval(predicted, truth, np.arange(90), 0.95)
-    assert (0.75 < low < 0.9, high) == (True, 1)
+    value, low, high = proportions.predictive_value_interval(predicted, truth, np.arange(90), 0.95, 1 / 3)
+    assert (value, 0.75 < low < 0.9, high) == (1, True, 1)
     predicted, truth = masks_from_counts(0, 30, 10, 60)
-    low, high = proportions.predictive_value_interval(predicted, truth, np.arange(90), 0.95)
-    assert (low, 0.2 < high < 0.5) == (0, True)
-    assert proportions.predictive_value_interval(~predicted & predicted, truth, np.arange(90), 0.95) is None
-    assert proportions.predictive_value_interval(predicted, truth | ~truth, np.arange(90), 0.95) is None
+    value, low, high = proportions.predictive_value_interval(predicted, truth, np.arange(90), 0.95, 1 / 3)
+    assert (value, low, 0.2 < high < 0.5) == (0, 0, True)
+    nobody, all_positive = ~predicted & predicted, truth | ~truth
+    assert proportions.predictive_value_interval(nobody, truth, np.arange(90), 0.95, 1 / 3) is None
+    assert proportions.predictive_value_interval(predicted, all_positive, np.arange(90), 0.95, 1 / 3) is None
+
+
+def test_mean_interval_recovers_variances_of_parts():
+    """Squared distances of the bounds from the values add up for independent proportions."""
+    masks = []
+    for start, trials, hits in ((0, 20, 20), (20, 50, 30), (70, 30, 12)):
+        rows = np.arange(100)
+        masks.append((rows < start + hits, (rows >= start) & (rows < start + trials)))
+    estimate = proportions.estimate_mean_proportion(masks, np.arange(100))
+    intervals = [wilson_interval(20, 20), wilson_interval(30, 50), wilson_interval(12, 30)]
+    values = np.array([1, 0.6, 0.4])
+    lows, highs = np.array(intervals).T
+    expected = (
+        values.mean() + np.array([-1, 1]) * np.sqrt([((values - lows) ** 2).sum(), ((highs - values) ** 2).sum()]) / 3
+    )
+    assert estimate.value == pytest.approx(2 / 3)
+    assert estimate.bounds(0.025) == pytest.approx(expected)
+    assert estimate.size == pytest.approx(9 / (1 / 20 + 1 / 50 + 1 / 30))
+
+
+def test_mean_of_identical_proportions_is_one_proportion():
+    random = np.random.default_rng(0)
+    groups, hits, trials = np.arange(120) // 4, random.random(120) < 0.7, random.random(120) < 0.6
+    estimate = proportions.estimate_mean_proportion([(hits, trials)] * 3, groups)
+    single = proportions.estimate_proportion(hits, trials, groups)
+    assert estimate.bounds(0.025) == pytest.approx(single.bounds(0.025))
+    assert (estimate.size, estimate.value) == pytest.approx((single.size, single.value))
+    assert proportions.estimate_mean_proportion([(hits, trials), (hits, ~hits & hits)], groups) is None
+
+
+def test_jeffreys_bounds_match_beta_quantiles():
+    low, high = proportions.jeffreys_bounds(0.9, 30, stats.norm.isf(0.001))
+    assert (low, high) == pytest.approx((stats.beta.ppf(0.001, 27.25, 3.75), stats.beta.ppf(0.999, 27.75, 3.25)))
+    assert proportions.jeffreys_bounds(1.0, 30, 2.0)[1] == 1
+    assert proportions.jeffreys_bounds(0.0, 30, 2.0)[0] == 0
