@@ -1,16 +1,11 @@
-"""Metrics of every subgroup (age band, sex, view, site, center) and tests for worse performance.
+"""Metrics of every subgroup (age band, sex, view, site, center) and comparisons that find worse subgroups.
 
-A subgroup is compared with all images by metrics that do not depend on prevalence: AUC, sensitivity and specificity of
-each class, and their means over the classes that are evaluable in the subgroup. Subgroup and overall values come from
-the same bootstrap resamples, so the comparison is paired. P-values are adjusted for all comparisons by the single-step
-maxT procedure (Westfall and Young 1993, ISBN 978-0-471-55761-6). The variance of a proportion is at least the binomial
-variance of the overall proportion for the number of patients: the bootstrap gives 0 of 5 a variance of zero.
+Intervals come from bootstrap resamples of all images, comparisons from `fadeformer.evaluation.subgroup_comparisons`.
 """
 
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -21,20 +16,14 @@ from numpy.typing import NDArray
 from fadeformer.errors import UserError
 from fadeformer.evaluation import summary
 from fadeformer.evaluation.intervals import bootstrap
-from fadeformer.evaluation.intervals.bootstrap import MIN_DEFINED_FRACTION
 from fadeformer.evaluation.predictions import Predictions
+from fadeformer.evaluation.subgroup_comparisons import adjust, compare_subgroup
 from fadeformer.evaluation.weighted_metrics import MetricSamples, WeightedMetrics
-
-Floats = NDArray[np.float64]
 
 AGE_COLUMN = "age"
 UNKNOWN = "unknown"
-ALL_CLASSES = "macro average"
 MAX_AUTO_VALUES = 12  # distinct values of a column selected by `auto`
 MAX_VALUES = 50  # distinct values of a column selected by name
-MIN_GROUPS = 20  # patients, lesions or single images in a compared subgroup
-MIN_CASES = 10  # positives for sensitivity, negatives for specificity, both for AUC
-COMPARED_METRICS = ("auc", "recall", "specificity")
 
 
 def select_columns(metadata: pd.DataFrame, selection: str | Sequence[str]) -> pd.DataFrame:
@@ -92,20 +81,19 @@ class _Subgroup:
 def evaluate_subgroups(
     predictions: Predictions, age_bands: Sequence[float], *, n_resamples: int, seed: int, confidence: float
 ) -> tuple[dict[str, Any], dict[str, dict[str, dict[str, Any]]]]:
-    """Compute all metrics of every subgroup with intervals, and compare them with all images.
+    """Compute all metrics of every subgroup with intervals, and compare them with all other images.
 
     Args:
         predictions: of one split.
         age_bands: first year of each age band.
-        n_resamples: number of bootstrap resamples.
-        seed: of the bootstrap.
+        n_resamples: number of bootstrap resamples of the intervals.
+        seed: of the bootstrap and of the adjustment of p-values.
         confidence: level of the intervals; a subgroup is worse if p < 1 - confidence.
 
     Returns:
         The intervals of all images, equal to `summary.confidence_intervals`; and by column and value: `images`,
-        `groups`, `overall` and `per_class` (as in `summary.summarize`), `intervals`, and `comparisons`, a list of
-        `metric`, `class`, `value`, `overall` (on the same classes), `p` (adjusted for all comparisons) and `worse`.
-        Subgroups of fewer than `MIN_GROUPS` patients or lesions are not compared.
+        `groups`, `overall` and `per_class` (as in `summary.summarize`), `intervals`, and `comparisons` (see
+        `subgroup_comparisons.adjust`), which are empty with too few patients or lesions in the subgroup or outside it.
     """
     assignments = assign_subgroups(predictions.subgroups, age_bands)
     subgroups = [
@@ -115,6 +103,30 @@ def evaluate_subgroups(
         if (assigned == value).any()
     ]
     overall, groups = WeightedMetrics(predictions), bootstrap.encode_groups(predictions.frame["group"])
+    overall_samples, subgroup_samples = _resample(overall, subgroups, groups, n_resamples, seed)
+    comparisons = [compare_subgroup(overall, predictions.classes, groups, subgroup.rows) for subgroup in subgroups]
+    adjusted = iter(adjust(list(itertools.chain.from_iterable(comparisons)), 1 - confidence, seed))
+    results: dict[str, dict[str, dict[str, Any]]] = {column: {} for column in assignments}
+    for subgroup, samples, own_comparisons in zip(subgroups, subgroup_samples, comparisons, strict=True):
+        values, codes = (
+            summary.summarize(subgroup.predictions),
+            np.unique(groups[subgroup.rows], return_inverse=True)[1],
+        )
+        bounds = summary.intervals_from_samples(subgroup.metrics, predictions.classes, codes, samples, confidence)
+        results[subgroup.column][subgroup.value] = {
+            "images": values["images"], "groups": bounds["groups"], "overall": values["overall"],
+            "per_class": values["per_class"],
+            "intervals": {"overall": bounds["overall"], "per_class": bounds["per_class"]},
+            "comparisons": list(itertools.islice(adjusted, len(own_comparisons))),
+        }  # fmt: skip
+    intervals = summary.intervals_from_samples(overall, predictions.classes, groups, overall_samples, confidence)
+    return intervals, results
+
+
+def _resample(
+    overall: WeightedMetrics, subgroups: Sequence[_Subgroup], groups: NDArray[np.int64], n_resamples: int, seed: int
+) -> tuple[MetricSamples, list[MetricSamples]]:
+    """Compute the bootstrap samples of all metrics, of all images and of each subgroup, from the same resamples."""
 
     def compute(weights: bootstrap.Weights) -> list[MetricSamples]:
         return [
@@ -126,31 +138,7 @@ def evaluate_subgroups(
     with np.errstate(invalid="ignore", divide="ignore"):  # a resample may have no image of a subgroup
         chunks = bootstrap.map_resamples(compute, groups, strata, n_resamples, seed)
     overall_samples, *subgroup_samples = (summary.concat_samples(parts) for parts in zip(*chunks, strict=True))
-    overall_point = overall.compute(np.ones((1, len(groups))))
-    results: dict[str, dict[str, dict[str, Any]]] = {column: {} for column in assignments}
-    tests: list[_SubgroupTest] = []
-    for subgroup, samples in zip(subgroups, subgroup_samples, strict=True):
-        metrics, rows = subgroup.metrics, subgroup.rows
-        subgroup_groups = np.unique(groups[rows], return_inverse=True)[1]
-        num_groups = int(subgroup_groups.max()) + 1
-        values = summary.summarize(subgroup.predictions)
-        bounds = summary.intervals_from_samples(metrics, predictions.classes, subgroup_groups, samples, confidence)
-        subgroup_tests: list[_SubgroupTest] = []
-        if num_groups >= MIN_GROUPS and len(subgroup.predictions.frame) < len(predictions.frame):
-            point = metrics.compute(np.ones((1, int(rows.sum()))))
-            subgroup_tests = _build_tests(
-                predictions.classes, metrics, subgroup_groups, (point, overall_point), (samples, overall_samples)
-            )
-        tests += subgroup_tests
-        results[subgroup.column][subgroup.value] = {
-            "images": values["images"], "groups": num_groups, "overall": values["overall"],
-            "per_class": values["per_class"],
-            "intervals": {"overall": bounds["overall"], "per_class": bounds["per_class"]},
-            "comparisons": [test.result for test in subgroup_tests],
-        }  # fmt: skip
-    _adjust_p_values(tests, 1 - confidence)
-    intervals = summary.intervals_from_samples(overall, predictions.classes, groups, overall_samples, confidence)
-    return intervals, results
+    return overall_samples, subgroup_samples
 
 
 def underperforming(subgroups: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> list[dict[str, Any]]:
@@ -162,70 +150,3 @@ def underperforming(subgroups: Mapping[str, Mapping[str, Mapping[str, Any]]]) ->
         for comparison in subgroup["comparisons"]
         if comparison["worse"]
     ]
-
-
-class _SubgroupTest:
-    """Test of one shortfall (overall minus subgroup): its resamples, the lower bound of their variance, the result."""
-
-    def __init__(
-        self, metric: str, class_name: str, values: tuple[float, float], samples: Floats, min_variance: float
-    ) -> None:
-        value, overall = values
-        self.shortfall, self.samples, self.min_variance = overall - value, samples, min_variance
-        self.result: dict[str, Any] = {
-            "metric": metric, "class": class_name, "value": value, "overall": overall, "p": None, "worse": False
-        }  # fmt: skip
-
-
-def _build_tests(
-    classes: Sequence[str],
-    metrics: WeightedMetrics,
-    groups: NDArray[np.int64],
-    points: tuple[MetricSamples, MetricSamples],
-    samples: tuple[MetricSamples, MetricSamples],
-) -> list[_SubgroupTest]:
-    """Build the tests of one subgroup; points and samples are (subgroup, all images)."""
-    cases = {"recall": metrics.truth, "specificity": ~metrics.truth}
-    has_enough = {name: truth.sum(axis=0) >= MIN_CASES for name, truth in cases.items()}
-    has_enough["auc"] = has_enough["recall"] & has_enough["specificity"]
-    candidates = [len(classes) - 1] if metrics.is_exclusive and len(classes) == 2 else list(range(len(classes)))
-    tests = []
-    for name in COMPARED_METRICS:
-        columns = [c for c in candidates if has_enough[name][c]]
-        if not columns:
-            continue
-        value, overall = (point.per_class[name][0, columns] for point in points)
-        value_samples, overall_samples = (sample.per_class[name][:, columns] for sample in samples)
-        min_variance = np.zeros(len(columns))
-        if name in cases:
-            patients = np.array([len(np.unique(groups[cases[name][:, c]])) for c in columns])
-            min_variance = overall * (1 - overall) / patients
-        for i, c in enumerate(columns):
-            shortfalls = overall_samples[:, i] - value_samples[:, i]
-            point = float(value[i]), float(overall[i])
-            tests.append(_SubgroupTest(name, classes[c], point, shortfalls, float(min_variance[i])))
-        if len(columns) > 1:
-            means = float(value.mean()), float(overall.mean())
-            shortfalls = overall_samples.mean(axis=1) - value_samples.mean(axis=1)
-            variance_of_mean = float(min_variance.sum() / len(columns) ** 2)
-            tests.append(_SubgroupTest(name, ALL_CLASSES, means, shortfalls, variance_of_mean))
-    return tests
-
-
-def _adjust_p_values(tests: list[_SubgroupTest], alpha: float) -> None:
-    """Set `p` and `worse` of each test; `p` stays None without variance or with too few defined resamples."""
-    usable = []
-    for test in tests:
-        defined = np.isfinite(test.samples)
-        if defined.mean() < MIN_DEFINED_FRACTION:
-            continue
-        std = math.sqrt(max(float(np.var(test.samples[defined], ddof=1)), test.min_variance))
-        if std > 0:
-            deviations = np.where(defined, (test.samples - test.shortfall) / std, -np.inf)
-            usable.append((test, test.shortfall / std, deviations))
-    if not usable:
-        return
-    largest: Floats = np.stack([deviations for _, _, deviations in usable]).max(axis=0)  # per resample
-    for test, standardized, _ in usable:
-        test.result["p"] = float((1 + (largest >= standardized).sum()) / (1 + len(largest)))
-        test.result["worse"] = test.result["p"] < alpha

@@ -41,11 +41,16 @@ def render_model_card(results: ReportInputs) -> str:
         "",
         *_markdown_table(tables.operating_points(results)),
         "",
+        tables.PREDICTIVE_VALUES_NOTE,
+        "",
+        *_optional_table("Predictive values at stated prevalences", tables.predictive_values(results)),
         *_subgroup_section(results),
         "## Limitations",
         "",
         " ".join(tables.limitations(results)),
         "",
+        # last, as it is long with many classes, and a registry may truncate the card
+        *_optional_table("Comparisons of subgroups with the other images", tables.subgroup_comparisons(results)),
     ]
     return "\n".join(lines)
 
@@ -64,6 +69,10 @@ def _subgroup_section(results: ReportInputs) -> list[str]:
         *bullets,
         "",
     ]
+
+
+def _optional_table(title: str, table: Table | None) -> list[str]:
+    return [] if table is None else [f"## {title}", "", *_markdown_table(table), ""]
 
 
 def _markdown_table(table: Table) -> list[str]:

@@ -98,8 +98,11 @@ def render_report(
         metrics=tables.metrics(results),
         per_class=tables.per_class(results),
         operating_points=tables.operating_points(results),
+        predictive_values_note=tables.PREDICTIVE_VALUES_NOTE,
+        predictive_values=tables.predictive_values(results),
         subgroups=tables.subgroups(results) if results.subgroups else None,
         subgroup_summary=subgroup_summary,
+        subgroup_comparisons=tables.subgroup_comparisons(results),
         underperforming=underperforming,
         comparable=tables.published(published, comparable=True),
         not_comparable=tables.published(published, comparable=False),
@@ -145,7 +148,7 @@ def key_findings(
         sentence, worse = tables.subgroup_findings(results)
         is_compared = any(group["comparisons"] for values in results.subgroups.values() for group in values.values())
         if worse:
-            sentence = f"{len(worse)} subgroup metrics are significantly worse than overall."
+            sentence = f"{len(worse)} subgroup metrics are significantly worse than on the other images."
         findings.append((BAD if worse else GOOD if is_compared else PLAIN, sentence))
     else:
         findings.append((PLAIN, tables.NO_SUBGROUPS))

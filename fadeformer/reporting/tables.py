@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import pandas as pd
 
 from fadeformer.data.arrays import ArrayMetadata
-from fadeformer.evaluation.subgroups import ALL_CLASSES, underperforming
+from fadeformer.evaluation.subgroup_comparisons import ALL_CLASSES
+from fadeformer.evaluation.subgroups import underperforming
 from fadeformer.inference.calibration import IDENTITY, from_dict
 from fadeformer.io.formatting import format_with_interval
 from fadeformer.tasks import Task
@@ -29,7 +30,15 @@ SUBGROUP_METRICS = ("auc", "balanced_accuracy", "recall", "specificity", "calibr
 NO_SUBGROUPS = "No subgroup analysis: the data set has no subgroup columns, or the analysis is switched off."
 TESTED_METRICS = {"auc": "AUC", "recall": "sensitivity", "specificity": "specificity"}
 PUBLISHED_METRICS = {"auc": "AUC", "accuracy": "Accuracy", "balanced_accuracy": "Balanced accuracy"}
-OPERATING_METRICS = ("Sensitivity", "Specificity", "Positive predictive value", "Negative predictive value")
+PREDICTIVE_VALUES = {
+    "positive_predictive_value": "Positive predictive value", "negative_predictive_value": "Negative predictive value",
+}  # fmt: skip
+OPERATING_METRICS = ("Sensitivity", "Specificity", *PREDICTIVE_VALUES.values())
+PREDICTIVE_VALUES_NOTE = (
+    "Predictive values depend on the prevalence. Those of the operating points are at the case mix of the test set, as"
+    " a random sample; evaluate.prevalence adds those at other prevalences."
+)
+UNDETECTABLE = "none: too few images"
 CHECKPOINT_RULES = {
     "loss": "lowest validation loss", "accuracy": "highest validation accuracy",
     "auc": "highest validation AUC",
@@ -138,21 +147,32 @@ def per_class(results: ReportInputs) -> Table:
 
 def operating_points(results: ReportInputs) -> Table:
     """Return the table of operating points: thresholds and their test metrics."""
-    points_data = results.operating_points
-    rules = {"youden": "largest sensitivity + specificity"}
-    rules |= {
-        name: f"{name} at least {target:g}" for name, target in points_data["targets"].items() if target is not None
-    }
-    rows = []
-    for rule, points in points_data["points"].items():
+    rules, rows = _describe_rules(results), []
+    for rule, points in results.operating_points["points"].items():
         for name, point in points.items():
             values = [] if point is None else list(point["on_test"].values())
-            cells = [
-                format_with_interval(s["value"], None if s["low"] is None else (s["low"], s["high"])) for s in values
-            ]
+            cells = [_format_bounds(proportion) for proportion in values]
             threshold = "not evaluated" if point is None else f"{point['threshold']:.4f}"
             rows.append((rules[rule], name, threshold, *(cells or [""] * len(OPERATING_METRICS))))
     return Table(("Rule on validation", "Positive", "Threshold", *OPERATING_METRICS), rows)
+
+
+def predictive_values(results: ReportInputs) -> Table | None:
+    """Return the table of predictive values at the stated prevalences; None if none is stated."""
+    rules = _describe_rules(results)
+    rows = [
+        (
+            rules[rule],
+            name,
+            f"{100 * stated['prevalence']:g} %",
+            *(_format_bounds(stated[key]) for key in PREDICTIVE_VALUES),
+        )
+        for rule, points in results.operating_points["points"].items()
+        for name, point in points.items()
+        for stated in (point or {}).get("at_prevalence", [])
+    ]
+    head = ("Rule on validation", "Positive", "Prevalence", *PREDICTIVE_VALUES.values())
+    return Table(head, rows) if rows else None
 
 
 def subgroups(results: ReportInputs) -> Table:
@@ -175,16 +195,41 @@ def subgroups(results: ReportInputs) -> Table:
 
 def subgroup_findings(results: ReportInputs) -> tuple[str, list[str]]:
     """Summarize the subgroup tests in a sentence, and describe each subgroup that is significantly worse."""
-    tests = sum(len(subgroup["comparisons"]) for values in results.subgroups.values() for subgroup in values.values())
+    tests = [row for _, _, row in _comparisons(results)]
     findings = [
         f"{row['column']} {row['subgroup']}: {TESTED_METRICS[row['metric']]} {_class_phrase(row['class'])}"
-        f" {row['value']:.3f}, overall {row['overall']:.3f} (adjusted p {row['p']:.2g})"
+        f" {row['value']:.3f}, other images {row['others']:.3f} (adjusted p {row['p']:.2g})"
         for row in underperforming(results.subgroups)
     ]
     if not tests:
-        return "Too few patients to compare subgroups with the overall metrics.", []
-    tested = f"{tests:,} comparisons of subgroups with the overall metrics, corrected for multiple testing:"
+        return "Too few patients to compare subgroups with the other images.", []
+    limits = [row["detectable_shortfall"] for row in tests if row["detectable_shortfall"] is not None]
+    power = f"smallest detectable shortfall: {min(limits):.2f} to {max(limits):.2f}" if limits else UNDETECTABLE
+    if limits and len(limits) < len(tests):
+        power += f", in {len(tests) - len(limits):,} {UNDETECTABLE}"
+    tested = f"{len(tests):,} comparisons of subgroups with the other images, corrected for multiple testing ({power}):"
     return f"{tested} {'significantly worse are' if findings else 'none is significantly worse.'}", findings
+
+
+def subgroup_comparisons(results: ReportInputs) -> Table | None:
+    """Return the table of all comparisons of subgroups with the other images; None if there are none."""
+    rows: list[tuple[str, ...]] = [
+        (
+            column, value, f"{TESTED_METRICS[row['metric']]} {_class_phrase(row['class'])}", f"{row['value']:.3f}",
+            f"{row['others']:.3f}", f"{row['p']:.2g}",
+            UNDETECTABLE if row["detectable_shortfall"] is None else f"{row['detectable_shortfall']:.2f}",
+        )
+        for column, value, row in _comparisons(results)
+    ]  # fmt: skip
+    head = ("", "Value", "Metric", "Subgroup", "Other images", "Adjusted p", "Smallest detectable shortfall")
+    return Table(head, rows) if rows else None
+
+
+def _comparisons(results: ReportInputs) -> Iterator[tuple[str, str, Mapping[str, Any]]]:
+    for column, values in results.subgroups.items():
+        for value, subgroup in values.items():
+            for row in subgroup["comparisons"]:
+                yield column, value, row
 
 
 def _class_phrase(name: str) -> str:
@@ -270,6 +315,17 @@ def _format_calibration(metadata: Mapping[str, Any], task: Task) -> str:
     if task.multi_label:
         return "Platt scaling per finding, fitted on validation"
     return f"temperature {1 / calibration.slope[0]:.3g}, fitted on validation"
+
+
+def _describe_rules(results: ReportInputs) -> dict[str, str]:
+    targets = results.operating_points["targets"]
+    labels = {rule: f"{rule} at least {target:g}" for rule, target in targets.items() if target is not None}
+    return {"youden": "largest sensitivity + specificity", **labels}
+
+
+def _format_bounds(proportion: Mapping[str, float | None]) -> str:
+    low, high = proportion["low"], proportion["high"]
+    return format_with_interval(proportion["value"], None if low is None or high is None else (low, high))
 
 
 def _format_percent(share: float | None, bounds: tuple[float, float] | None = None) -> str:

@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 
 from fadeformer.errors import UserError
-from fadeformer.evaluation import predictions, subgroups, summary
+from fadeformer.evaluation import predictions, subgroup_comparisons, subgroups, summary
 from fadeformer.evaluation.predictions import Predictions
 from fadeformer.tasks import TASKS
 
@@ -76,11 +76,118 @@ def test_subgroup_metrics_match_separate_evaluation():
 
 
 def test_only_failing_subgroup_is_flagged():
-    _, results = evaluate(two_classes(400, 1, harder=1.8))
+    _, results = evaluate(two_classes(400, 2, harder=1.8))
     flagged = subgroups.underperforming(results)
     assert {(comparison["column"], comparison["subgroup"]) for comparison in flagged} == {("sex", "F")}
     assert {comparison["metric"] for comparison in flagged} == {"auc", "recall"}
-    assert all(comparison["value"] < comparison["overall"] and comparison["p"] < 0.05 for comparison in flagged)
+    assert all(comparison["value"] < comparison["others"] and comparison["p"] < 0.05 for comparison in flagged)
+
+
+def four_sites(seed: int, *, worse: bool) -> Predictions:
+    """400 images, 30 % ill; AUC 0.90, and 0.66 at a worse site a."""
+    random = np.random.default_rng(seed)
+    site = np.repeat(list("abcd"), 100)
+    metadata = pd.DataFrame({"site": site, "sex": random.choice(["F", "M"], 400), "age": random.integers(10, 90, 400)})
+    labels = (random.random(400) < 0.3).astype(np.int64)
+    distance = np.where((site == "a") & worse, 0.583, 1.812)  # standard deviations between the classes
+    score = 1 / (1 + np.exp(1 - distance * labels - random.normal(size=400)))
+    index = pd.DataFrame({"split": "test", "id": np.arange(400).astype(str), "group": None})
+    scores = np.stack([1 - score, score], axis=1)
+    return predictions.build_predictions(
+        index, labels[:, None], scores, TASKS["binary-class"], ("healthy", "ill"), subgroups=metadata
+    )
+
+
+def test_site_with_much_lower_auc_is_found():
+    found = [
+        any(
+            row["metric"] == "auc" and row["worse"]
+            for row in evaluate(four_sites(seed, worse=True), n_resamples=20)[1]["site"]["a"]["comparisons"]
+        )
+        for seed in range(10)
+    ]
+    assert sum(found) >= 6
+
+
+def test_equal_sites_are_not_flagged():
+    flagged = [
+        bool(subgroups.underperforming(evaluate(four_sites(seed, worse=False), n_resamples=20)[1]))
+        for seed in range(10)
+    ]
+    assert sum(flagged) <= 2
+
+
+def test_subgroup_is_compared_with_other_images():
+    p = four_sites(0, worse=False)
+    _, results = evaluate(p, n_resamples=100)
+    comparison = results["site"]["b"]["comparisons"][0]
+    others = summary.summarize(p.select_rows((p.subgroups["site"] != "b").to_numpy()))
+    assert comparison["metric"] == "auc"
+    assert comparison["others"] == pytest.approx(others["overall"]["auc"])
+    assert comparison["value"] == pytest.approx(results["site"]["b"]["overall"]["auc"])
+
+
+def test_smaller_subgroups_have_larger_detectable_shortfalls():
+    p = four_sites(0, worse=False)
+    p.frame["subgroup_site"] = np.resize(["small", *["large"] * 4, *["other"] * 5], 400)
+    _, results = evaluate(p, n_resamples=100)
+    limits = {
+        value: {row["metric"]: row["detectable_shortfall"] for row in results["site"][value]["comparisons"]}
+        for value in ("small", "large")
+    }
+    assert 0.1 < limits["small"]["auc"] < 0.35
+    assert all(limits["large"][name] < limits["small"][name] for name in limits["small"])
+
+
+def test_patients_in_both_subgroups_are_paired():
+    """Two views of each patient, of which one is always slightly worse: found only if patients are paired."""
+    random = np.random.default_rng(0)
+    labels = np.repeat((random.random(150) < 0.4).astype(np.int64), 2)
+    score = np.repeat(random.normal(size=150), 2) + 1.5 * labels - 0.7
+    score -= np.where((np.arange(300) % 2 == 0) & (labels == 1), 0.5, 0.0)
+    score = 1 / (1 + np.exp(-score))
+    metadata = pd.DataFrame({"view": np.tile(["AP", "PA"], 150)})
+
+    def p_value(group: list[str] | None) -> float:
+        index = pd.DataFrame({"split": "test", "id": np.arange(300).astype(str), "group": group})
+        p = predictions.build_predictions(
+            index, labels[:, None], np.stack([1 - score, score], axis=1), TASKS["binary-class"], ("healthy", "ill"),
+            subgroups=metadata,
+        )  # fmt: skip
+        _, results = evaluate(p, n_resamples=100)
+        return next(row["p"] for row in results["view"]["AP"]["comparisons"] if row["metric"] == "auc")
+
+    assert p_value([f"patient {i // 2}" for i in range(300)]) < 0.01
+    assert p_value(None) > 0.05
+
+
+def test_cases_of_few_patients_are_not_compared():
+    p = four_sites(0, worse=False)
+    p.frame["group"] = np.where(
+        (p.frame["label"] == 1) & (p.frame["subgroup_site"] == "a"), "one patient", p.frame["id"]
+    )
+    _, results = evaluate(p, n_resamples=100)
+    assert {row["metric"] for row in results["site"]["a"]["comparisons"]} == {"specificity"}
+    assert {row["metric"] for row in results["site"]["b"]["comparisons"]} == {"auc", "recall", "specificity"}
+
+
+@pytest.mark.parametrize("classes", [2, 3])
+def test_one_quantity_has_one_interval(classes):
+    """Balanced accuracy is the mean sensitivity of exclusive classes, also where resamples lack a class."""
+    random = np.random.default_rng(0)
+    labels = np.resize([0] * 20 + list(range(classes)), 240)
+    scores = random.dirichlet(np.ones(classes), 240) + 0.6 * np.eye(classes)[labels]
+    index = pd.DataFrame({"split": "test", "id": np.arange(240).astype(str), "group": None})
+    p = predictions.build_predictions(
+        index, labels[:, None], scores / 1.6, TASKS["multi-class"], tuple("xyz"[:classes]),
+        subgroups=pd.DataFrame({"site": np.where(np.arange(240) < 48, "a", "b")}),
+    )  # fmt: skip
+    overall, results = evaluate(p)
+    for bounds in (overall["overall"], *(results["site"][value]["intervals"]["overall"] for value in "ab")):
+        assert bounds["recall"] == bounds["balanced_accuracy"]
+        assert bounds["recall"][0] > 0
+        if classes == 2:
+            assert bounds["specificity"] == pytest.approx(bounds["balanced_accuracy"])
 
 
 def test_false_flags_are_rare():
@@ -94,7 +201,9 @@ def test_small_subgroups_are_not_overinterpreted():
     p = two_classes(30, 0)
     _, results = evaluate(p)
     small = [
-        subgroup["comparisons"] for subgroup in results["age"].values() if subgroup["groups"] < subgroups.MIN_GROUPS
+        subgroup["comparisons"]
+        for subgroup in results["age"].values()
+        if subgroup["groups"] < subgroup_comparisons.MIN_GROUPS
     ]
     assert small
     assert not any(small)
@@ -131,7 +240,7 @@ def test_findings_are_compared_singly_and_as_mean():
     }
     assert ("auc", "hernia") not in by_test  # too few positives
     mean = [by_test["auc", name]["value"] for name in ("mass", "edema")]
-    assert by_test["auc", subgroups.ALL_CLASSES]["value"] == pytest.approx(np.mean(mean))
+    assert by_test["auc", subgroup_comparisons.ALL_CLASSES]["value"] == pytest.approx(np.mean(mean))
 
 
 def test_no_columns_give_no_subgroups():

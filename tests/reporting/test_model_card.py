@@ -6,8 +6,8 @@ import pytest
 
 from fadeformer.data.arrays import ArrayMetadata
 from fadeformer.evaluation import predictions, subgroups
-from fadeformer.evaluation.intervals.proportions import predictive_value_interval, wilson_interval
-from fadeformer.evaluation.operating_points import select_operating_points
+from fadeformer.evaluation.intervals.proportions import wilson_interval
+from fadeformer.evaluation.operating_points import resolve_prevalences, select_operating_points
 from fadeformer.evaluation.summary import confidence_intervals, summarize
 from fadeformer.io.formatting import format_with_interval
 from fadeformer.reporting.model_card import render_model_card
@@ -25,17 +25,22 @@ def render_card(
     fade: dict | None = FADE,
     weights: dict | None = None,
     has_subgroups: bool = True,
+    prevalence: list[float] | None = None,
+    copies: int = 1,
 ) -> str:
     multi_label = TASKS[task].multi_label
     classes = ("mass", "nodule | small") if multi_label else ("normal", "pneumonia")
     if labels is None:
         labels = np.array([[1, 0], [0, 1], [1, 1]]) if multi_label else np.array([[0], [1], [1]])
-    scores = np.array([[0.9, 0.1], [0.4, 0.6], [0.7, 0.3]])
-    index = pd.DataFrame({"split": "test", "id": ["a", "b", "c"], "group": None})
-    subgroup_columns = pd.DataFrame({"sex": ["F", "M", "F"]}) if has_subgroups else None
+    scores = np.tile([[0.9, 0.1], [0.4, 0.6], [0.7, 0.3]], (copies, 1))
+    labels = np.tile(labels, (copies, 1))
+    index = pd.DataFrame({"split": "test", "id": np.arange(3 * copies).astype(str), "group": None})
+    subgroup_columns = (
+        pd.DataFrame({"sex": np.resize(["F", "M", "F", "M", "F"], 3 * copies)}) if has_subgroups else None
+    )
     table = predictions.build_predictions(index, labels, scores, TASKS[task], classes, subgroups=subgroup_columns)
     targets = {"youden": None, "sensitivity": 0.8}
-    points = select_operating_points(table, table, targets, 0.9)
+    points = select_operating_points(table, table, targets, 0.9, resolve_prevalences(prevalence, table))
     operating_points = {"targets": targets, "confidence": 0.9, "points": points}
     summary, bounds = summarize(table), confidence_intervals(table, n_resamples=100, seed=0, confidence=0.9)
     dataset = {
@@ -71,7 +76,7 @@ def test_card_has_data_model_and_metrics(task):
     assert f"| Calibration | {calibrated}, fitted on validation |" in text
     assert "| sex | F | 2 | 2 |" in text
     assert NO_SUBGROUPS not in text
-    assert "Too few patients to compare subgroups with the overall metrics." in text  # of three images
+    assert "Too few patients to compare subgroups with the other images." in text  # of three images
 
 
 def test_missing_subgroups_are_stated():
@@ -118,14 +123,30 @@ def test_unevaluated_classes_are_stated():
 def test_card_has_operating_points_with_intervals():
     text = render_card("binary-class")
     truth = np.array([True, True, False])  # of scores 0.6, 0.3 and 0.1
-    predictive = [predictive_value_interval(interval, interval, np.arange(3), 0.9) for interval in (truth, ~truth)]
-    shares = " | ".join(
-        format_with_interval(1.0, interval)
-        for interval in (wilson_interval(2, 2, 0.9), wilson_interval(1, 1, 0.9), *predictive)
-    )
+    rates = [wilson_interval(count, count, 0.9) for count in (truth.sum(), (~truth).sum())]
+    shares = " | ".join(format_with_interval(1.0, interval) for interval in (*rates, *rates))
     assert f"| largest sensitivity + specificity | pneumonia | 0.2000 | {shares} |" in text
     assert "| sensitivity at least 0.8 | pneumonia |" in text
     assert "Test (90 % interval)" in text
     assert "| mass | not evaluated | " in render_card(
         "multi-label, binary-class", labels=np.array([[1, 0], [1, 1], [1, 1]])
     )
+
+
+def test_predictive_values_state_their_prevalence():
+    text = render_card("binary-class", prevalence=[0.02])
+    assert "at the case mix of the test set, as a random sample" in text
+    assert "## Predictive values at stated prevalences" in text
+    assert "| largest sensitivity + specificity | pneumonia | 2 % | 1.00 (" in text
+    assert "## Predictive values" not in render_card("binary-class")
+
+
+def test_card_states_detectable_shortfall_of_each_comparison():
+    text = render_card("binary-class", copies=60)
+    assert (
+        "6 comparisons of subgroups with the other images, corrected for multiple testing (smallest detectable" in text
+    )
+    rows = [line for line in text.splitlines() if line.startswith("| sex |") and "sensitivity of pneumonia" in line]
+    assert len(rows) == 2
+    assert all(0 < float(row.split(" | ")[-1].removesuffix(" |")) < 1 for row in rows)
+    assert text.index("## Limitations") < text.index("## Comparisons of subgroups with the other images")

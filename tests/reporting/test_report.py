@@ -12,7 +12,7 @@ import pytest
 from fadeformer.data.arrays import ArrayMetadata
 from fadeformer.data.sources.medmnist import DATASETS
 from fadeformer.evaluation import predictions, published, subgroups, summary  # fmt: skip
-from fadeformer.evaluation.operating_points import select_operating_points
+from fadeformer.evaluation.operating_points import resolve_prevalences, select_operating_points
 from fadeformer.reporting import rendering, report, tables
 from fadeformer.reporting.plots import base, uncertainty
 from fadeformer.reporting.tables import ReportInputs
@@ -59,7 +59,7 @@ def build_inputs(
     meta = ArrayMetadata(dataset, 28, 1, counts, "published", leaks, [0.5], [0.2], "squash")
     intervals, groups = subgroups.evaluate_subgroups(test, [0, 40, 80], n_resamples=100, seed=0, confidence=0.95)
     targets = {"youden": None, "sensitivity": 0.9}
-    points = select_operating_points(val, test, targets, 0.95)
+    points = select_operating_points(val, test, targets, 0.95, resolve_prevalences([0.01, 0.2], test))
     results = ReportInputs(
         meta, model_metadata(name), {"val": summary.summarize(val), "test": summary.summarize(test)}, intervals,
         {"targets": targets, "confidence": 0.95, "points": points}, groups,
@@ -131,6 +131,14 @@ def test_page_is_escaped_and_has_no_external_links(tmp_path):
     assert "A sentence on &lt;explanations&gt;." in text
     assert "http" not in text.replace("https://medmnist.com", "")
     assert "monitor: loss" in text
+
+
+def test_page_has_shortfalls_and_stated_prevalences(tmp_path):
+    text = write_page(build_inputs("breastmnist"), tmp_path).read_text()
+    assert "Smallest detectable shortfall" in text
+    assert "smallest detectable shortfall: 0." in text
+    assert "Predictive values at stated prevalences" in text
+    assert "at the case mix of the test set, as a random sample" in text
 
 
 def test_missing_subgroups_replace_table_and_figure(tmp_path):

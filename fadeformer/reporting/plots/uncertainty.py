@@ -201,7 +201,7 @@ def subgroup_forest(
     plots[0].set_yticks(range(len(rows)), [f"{row[0]} ({row[3]})" for row in rows], fontsize=9)
     handles = [
         Line2D([], [], color=COLORS[0], marker="s", label=f"with {100 * confidence:g} % interval"),
-        Line2D([], [], color=COLORS[1], marker="v", label="significantly worse than overall in some metric"),
+        Line2D([], [], color=COLORS[1], marker="v", label="significantly worse than the other images in some metric"),
         Line2D([], [], **CHANCE_STYLE, label="all images"),
     ]  # fmt: skip
     figure.legend(handles=handles, loc="outside upper center", ncols=3, frameon=False, fontsize=8)
