@@ -16,8 +16,11 @@ from fadeformer.models.fade_attention import FadeAttn
 from fadeformer.models.fadenet import FadeNet, create_timm_model
 from fadeformer.models.heat_diffusion import AttentionPool, DiffusionAttn
 
-__all__ = ["FadeNet", "create_model", "features_and_logits", "load_weights", "newly_initialized_modules"]
+__all__ = [
+    "FadeNet", "create_model", "features_and_logits", "load_weights", "newly_initialized_modules", "set_probe_mode",
+]  # fmt: skip
 
+POSITION_DROPOUT = "pos_drop"  # timm's name of the dropout of the frozen position embedding
 STATE_DICT_KEYS = ("model", "state_dict", "model_state_dict")  # of checkpoints that nest the state dict
 
 
@@ -115,9 +118,31 @@ def features_and_logits(model: Any, images: Tensor) -> tuple[Tensor, Tensor]:
 
 def newly_initialized_modules(model: Any) -> list[nn.Module]:
     """Return the modules that pretrained weights do not cover: the classifier, Fade layers and attention pooling."""
-    classifier = model.get_classifier()  # a tuple of two in distilled models
     fade = [module for module in model.modules() if isinstance(module, FadeAttn | DiffusionAttn | AttentionPool)]
-    return [*(classifier if isinstance(classifier, tuple) else (classifier,)), *fade]
+    return [*_classifiers(model), *fade]
+
+
+def set_probe_mode(model: Any) -> None:
+    """Set the modes of a linear probe: dropout acts in the new modules and before the classifier, the rest is in eval.
+
+    The dropout before the classifier is a child of a module that contains the classifier, or a function that reads the
+    training mode of such a module.
+    """
+    model.eval()
+    for module in newly_initialized_modules(model):
+        module.train()
+    classifiers = set(_classifiers(model))
+    for module in model.modules():
+        if module not in classifiers and not classifiers.isdisjoint(module.modules()):
+            module.training = True  # of this module alone
+            for name, child in module.named_children():
+                if isinstance(child, nn.Dropout) and name != POSITION_DROPOUT:
+                    child.train()
+
+
+def _classifiers(model: Any) -> tuple[nn.Module, ...]:
+    classifier = model.get_classifier()  # a tuple of two in distilled models
+    return classifier if isinstance(classifier, tuple) else (classifier,)
 
 
 def _is_named_tensor(item: tuple[Any, Any]) -> bool:

@@ -27,7 +27,7 @@ from fadeformer.data.arrays import SplitArrays
 from fadeformer.data.normalization import Normalization
 from fadeformer.errors import StageInterrupted, UserError
 from fadeformer.evaluation.metrics import accuracy, auc, log_loss
-from fadeformer.models.factory import newly_initialized_modules
+from fadeformer.models.factory import newly_initialized_modules, set_probe_mode
 from fadeformer.tasks import Task
 from fadeformer.training import sampling
 from fadeformer.training.augmentation import Augmentation
@@ -151,6 +151,8 @@ class _Loop:
         if recipe.probe_epochs:  # otherwise keep the caller's frozen parameters
             set_trainable(state.model, newly_initialized_modules(state.model), only_new=probing)
         self.model.train(not probing)
+        if probing:
+            set_probe_mode(state.model)
         labels = self.train.labels
         seed = sampling.derive_seed(self.seed, epoch, 0)
         batches = sampling.sample_batches(labels, self.task, recipe.sampling, recipe.batch_size, seed)

@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from fadeformer.models.factory import create_model, load_weights, newly_initialized_modules
+from fadeformer.models.factory import create_model, load_weights, newly_initialized_modules, set_probe_mode
 from fadeformer.models.fade_attention import FadeAttn
 from fadeformer.models.heat_diffusion import AttentionPool, DiffusionAttn
 
@@ -121,3 +121,23 @@ def test_newly_initialized_modules(backbone, fade, expected):
     modules = newly_initialized_modules(model)
     assert {names[id(module)]: type(module) for module in modules} == expected
     assert len(modules) == len(expected)
+
+
+@pytest.mark.parametrize(
+    ("backbone", "fade"),
+    [
+        ("fadevit_nano", {**FADE, "dropout": 0.0}), ("fadevit_nano", {**DIFFUSION, "dropout": 0.0}),
+        ("fadevit_nano", None), ("resnet18", None), ("medvit_small", None), ("convnext_atto", None),
+    ],
+)  # fmt: skip
+def test_probe_mode_drops_out_before_classifier_only(backbone, fade):
+    torch.manual_seed(0)
+    options = {"num_classes": 4, "image_size": 32, "in_chans": 3, "pretrained": False, "drop_path": 0.5}
+    model = create_model(backbone=backbone, fade=fade, dropout=0.5, **options)
+    images = torch.randn(2, 3, 32, 32)
+    model.eval()
+    expected, buffers = model.forward_features(images), {name: value.clone() for name, value in model.named_buffers()}
+    set_probe_mode(model)
+    assert torch.equal(model.forward_features(images), expected)
+    assert not torch.equal(model.forward_head(expected), model.forward_head(expected))
+    assert all(torch.equal(value, buffers[name]) for name, value in model.named_buffers())

@@ -309,6 +309,18 @@ def test_probe_epochs_freeze_backbone():
     assert {"patch_embed", "blocks", "norm"} <= {name.split(".")[0] for name in changed}
 
 
+def test_probe_epochs_keep_head_dropout():
+    train = random_split(20, 3)
+    modes = []
+    network = create_network(3, dropout=0.5, drop_path=0.5)
+    network.classifier.register_forward_hook(
+        lambda *_: modes.append((network.dropout.training, network.attn.training, network.blocks.training))
+    )
+    state = create_training_state(network, replace(RECIPE, epochs=2, probe_epochs=1))
+    next(fit_epochs(state, train, train, "multi-class", replace(RECIPE, epochs=2, probe_epochs=1)))
+    assert modes == [(True, True, False)] * 3 + [(False, False, False)] * 3  # train, then val
+
+
 def test_ema_weights_are_evaluated_and_saved():
     train = random_split(20, 3)
     recipe = replace(RECIPE, ema=0.9, monitor="loss")
