@@ -73,7 +73,9 @@ def flatten_metrics(metrics: dict[str, Any]) -> dict[str, Any]:
     values = dict(metrics["overall"])
     for name in (classes[0], classes[-1]):
         values |= {f"{key}, {name}": value for key, value in metrics["per_class"][name].items()}
-    return {key: value for key, value in values.items() if not key.startswith(("support", "prevalence"))}
+    # calibration slope and intercept are for a random class mix, here it is fixed: see simulations/calibration.py
+    without = ("support", "prevalence", "mean_score", "calibration_slope", "calibration_intercept")
+    return {key: value for key, value in values.items() if not key.startswith(without)}
 
 
 def interval_coverage(task: str, truth: dict[str, float], images: int, n_resamples: int, seed: int) -> dict[str, float]:

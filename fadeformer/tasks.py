@@ -11,7 +11,7 @@ is the probability of the true class (Lin et al. 2017, arXiv:1708.02002).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -117,14 +117,6 @@ def _cumulative_log_probabilities(logits: Tensor) -> Tensor:
     return pad(logsigmoid(above), (1, 0)) + pad(logsigmoid(-above), (0, 1)) + pad(logsigmoid(logits[:, 1:]), (1, 1))
 
 
-def _argmax(scores: NDArray[np.float64]) -> NDArray[np.int64]:
-    return np.asarray(scores.argmax(axis=1)[:, None], dtype=np.int64)
-
-
-def _threshold_at_half(scores: NDArray[np.float64]) -> NDArray[np.int64]:
-    return (scores > 0.5).astype(np.int64)
-
-
 def _balanced_class_weights(labels: NDArray[np.int64], classes: int) -> NDArray[np.float64]:
     """Class weights n / (classes * n_class), as `class_weight="balanced"` in scikit-learn; 1 for an empty class."""
     counts = np.bincount(labels[:, 0], minlength=classes)
@@ -151,8 +143,9 @@ class Task:
         probabilities: float64 logits (images, outputs) to scores (images, classes).
         calibration_logits: logits to the torch values that calibration scales: log-probabilities of exclusive classes,
             logits of findings.
-        decide: scores (images, classes) to predicted labels (images, labels).
         balanced_weights: labels and the number of classes to class weights (classes,) that compensate for imbalance.
+        decision_weights: factor of each exclusive class in `decide`, above 0, in the order of the scores; empty if all
+            are equal, and in multi-label tasks.
     """
 
     name: str
@@ -163,8 +156,34 @@ class Task:
     correct: Callable[[Tensor, Tensor], Tensor]
     probabilities: Callable[[NDArray[np.float64]], NDArray[np.float64]]
     calibration_logits: Callable[[Tensor], Tensor]
-    decide: Callable[[NDArray[np.float64]], NDArray[np.int64]]
     balanced_weights: Callable[[NDArray[np.int64], int], NDArray[np.float64]]
+    decision_weights: tuple[float, ...] = ()
+
+    def decide(self, scores: NDArray[np.float64]) -> NDArray[np.int64]:
+        """Decide without operating points: scores (images, classes) to predicted labels (images, labels).
+
+        A finding is present above a score of 0.5. Of exclusive classes the one with the largest product of score and
+        decision weight is predicted, which without weights is the most probable one. Weights in proportion to
+        1 / prevalence minimize the balanced error (Menon et al. 2021, arXiv:2007.07314); they are those of a training
+        in which all classes are equally frequent (docs/explanation/decisions/46-calibrated-priors.md).
+        """
+        if self.multi_label:
+            return (scores > 0.5).astype(np.int64)
+        weighted = scores * np.array(self.decision_weights) if self.decision_weights else scores
+        return np.asarray(weighted.argmax(axis=1)[:, None], dtype=np.int64)
+
+    def describe_decision(self, classes: Sequence[str]) -> str:
+        """Return the rule of `decide` in words; `classes` are the class names, in the order of the scores."""
+        if self.multi_label:
+            return "findings with a score above 0.5"
+        if not self.decision_weights:
+            return "most probable class"
+        weights = ", ".join(f"{name} {weight:.3g}" for name, weight in zip(classes, self.decision_weights, strict=True))
+        return f"largest product of probability and decision weight ({weights})"
+
+    def with_decision_weights(self, weights: Sequence[float]) -> Task:
+        """Return the task with other decision weights; none for the most probable class."""
+        return replace(self, decision_weights=tuple(weights))
 
     def label_columns(self, classes: int) -> list[str]:
         """Names of the label columns in every table: `label`, or `label_0` to `label_{classes-1}` for multi-label."""
@@ -199,10 +218,10 @@ class Task:
 
 
 _SINGLE_LABEL = (
-    False, 0, _one_hot, _softmax_losses, _correct_class, _softmax, _log_softmax, _argmax, _balanced_class_weights
+    False, 0, _one_hot, _softmax_losses, _correct_class, _softmax, _log_softmax, _balanced_class_weights
 )  # fmt: skip
 _MULTI_LABEL = (
-    True, 0, _multi_hot, _sigmoid_losses, _correct_findings, expit, _identity, _threshold_at_half, _positive_weights
+    True, 0, _multi_hot, _sigmoid_losses, _correct_findings, expit, _identity, _positive_weights
 )  # fmt: skip
 
 TASKS: dict[str, Task] = {

@@ -29,10 +29,20 @@ from fadeformer.monitoring import reference
 from pipelines.tracking import store
 
 FADE = {"variant": "published", "num_heads": 4, "dropout": 0.1, "K": 2, "alpha": 0.5, "after_blocks": ["last"]}
+OFFSETS = [1.0, 0.5, 0.0, -0.5, -1.0]
 KINDS = {  # task, head, classes, calibration
     "binary": ("binary-class", "auto", ["benign", "malignant"], {"slope": [1.3], "offset": [0.0]}),
-    "multi-class": ("multi-class", "auto", ["a", "b", "c", "d", "e"], {"slope": [0.7], "offset": [0.0]}),
-    "grades": ("ordinal-regression", "cumulative", ["none", "mild", "severe"], {"slope": [1.2], "offset": [0.0]}),
+    "multi-class": (
+        "multi-class", "auto", ["a", "b", "c", "d", "e"],
+        {
+            "slope": [0.7], "offset": OFFSETS, "method": "prior correction",
+            "decision_weights": np.exp(np.negative(OFFSETS)).tolist(),
+        },
+    ),
+    "grades": (
+        "ordinal-regression", "cumulative", ["none", "mild", "severe"],
+        {"slope": [1.2], "offset": [0.5, -0.1, -0.4], "method": "offsets", "decision_weights": []},
+    ),
     "findings": (
         "multi-label, binary-class", "auto", ["mass", "nodule"], {"slope": [1.5, 0.8], "offset": [0.3, -0.2]},
     ),

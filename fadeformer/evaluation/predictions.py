@@ -2,8 +2,8 @@
 
 `predictions.parquet` has one row per image: `split`, `id`, `group`, `sha256` (of the pixels), the labels (`label`, or
 `label_0 ... label_{L-1}` in multi-label tasks), one score per class (`score_0 ... score_{C-1}`, float64), the scores
-before calibration (`raw_0 ...`) and subgroup columns (such as `subgroup_sex`). Task and class names are stored in the
-table metadata, so the file is self-contained.
+before calibration (`raw_0 ...`) and subgroup columns (such as `subgroup_sex`). Task, class names and decision weights
+are stored in the table metadata, so the file is self-contained.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Predictions:
 
     Attributes:
         frame: table as described in the module docstring.
-        task: classification task.
+        task: classification task, with the decision weights of the model.
         classes: names of the classes or findings, in the order of the scores.
     """
 
@@ -62,11 +62,11 @@ class Predictions:
         return Predictions(self.frame[rows].reset_index(drop=True), self.task, self.classes)
 
     def before_calibration(self) -> Predictions:
-        """Return a copy whose scores are those before calibration."""
+        """Return a copy with the scores and the decisions (the most probable class) before calibration."""
         frame = self.frame.copy()
         for c in range(len(self.classes)):
             frame[f"score_{c}"] = frame[f"raw_{c}"]
-        return Predictions(frame, self.task, self.classes)
+        return Predictions(frame, self.task.with_decision_weights(()), self.classes)
 
     def fingerprint(self) -> str:
         """Return the SHA-256 of ids, content and labels, sorted by id; equal for predictions on the same test set."""
@@ -95,7 +95,7 @@ def build_predictions(
         index: columns `split`, `id`, `group` and, if known, `sha256`, one row per image.
         labels: (images, labels).
         scores: (images, classes).
-        task: classification task.
+        task: classification task, with the decision weights of the model.
         classes: class names, in the order of the scores.
         raw: scores before calibration, (images, classes); None without calibration.
         subgroups: subgroup columns, one row per image.
@@ -115,12 +115,15 @@ def build_predictions(
 def write(predictions: Predictions, path: Path) -> None:
     """Write the table as Parquet."""
     frame = predictions.frame.copy()
-    frame.attrs = {"task": predictions.task.name, "classes": list(predictions.classes)}
+    task = predictions.task
+    frame.attrs = {
+        "task": task.name, "classes": list(predictions.classes), "decision_weights": list(task.decision_weights)
+    }  # fmt: skip
     frame.to_parquet(path, index=False)
 
 
 def read(path: Path) -> Predictions:
-    """Read a table that `write` wrote.
+    """Read a table that `write` wrote; those of earlier versions have no decision weights.
 
     Raises:
         UserError: the file is not a predictions table.
@@ -128,6 +131,7 @@ def read(path: Path) -> Predictions:
     try:
         frame = pd.read_parquet(path)
         task, classes = TASKS[frame.attrs["task"]], tuple(frame.attrs["classes"])
+        task = task.with_decision_weights(frame.attrs.get("decision_weights", ()))
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"{path}: not a predictions table ({error}); run `dvc repro evaluate` to create it") from error
     return Predictions(frame, task, classes)

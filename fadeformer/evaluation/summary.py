@@ -22,33 +22,48 @@ from fadeformer.evaluation.intervals import bootstrap, delong
 from fadeformer.evaluation.intervals.bootstrap import Interval
 from fadeformer.evaluation.intervals.proportions import estimate_mean_proportion, proportion_interval
 from fadeformer.evaluation.predictions import Predictions
+from fadeformer.evaluation.recalibration import recalibrate, recalibration_intervals
 from fadeformer.evaluation.weighted_metrics import MetricSamples, WeightedMetrics
 
 NUM_HALF_SAMPLES = 200  # for the bias correction of average precision
-CALIBRATION_METRICS = ("loss", "brier", "calibration_error")  # reported before and after calibration
+CALIBRATION_METRICS = (
+    "loss",
+    "brier",
+    "calibration_error",
+    "class_calibration_error",
+)  # reported before and after calibration
 
 
 def summarize(predictions: Predictions) -> dict[str, Any]:
     """Compute all metrics.
 
     Returns:
-        `images`, `overall`, `per_class` by class name, and `not_evaluated`: classes that the
-        means leave out.
+        `images`, `overall`, `per_class` by class name, and `not_evaluated`: classes that the means leave out.
+        `class_calibration_error` is in `overall` (the mean over classes; of two exclusive ones that of the last) and in
+        `per_class`; `calibration_slope` and `calibration_intercept` are in `per_class` only.
     """
     metrics = WeightedMetrics(predictions)
     point = metrics.compute(np.ones((1, len(predictions.frame))))
-    support = metrics.truth.sum(axis=0)
+    support, calibration_errors = metrics.truth.sum(axis=0), metrics.class_calibration_errors()
+    fits = [recalibrate(truth, metrics.scores[:, c]) for c, truth in enumerate(metrics.truth.T)]
     per_class = {
         name: {
             "support": int(support[c]),
             "prevalence": float(support[c] / len(metrics.truth)),
             **{key: _finite_or_none(values[0, c]) for key, values in point.per_class.items()},
+            "mean_score": float(metrics.scores[:, c].mean()),
+            "class_calibration_error": _finite_or_none(calibration_errors[c]),
+            "calibration_slope": fits[c].slope,
+            "calibration_intercept": fits[c].intercept,
         }
         for c, name in enumerate(predictions.classes)
     }
     return {
         "images": len(metrics.truth),
-        "overall": {key: _finite_or_none(values[0]) for key, values in point.overall.items()},
+        "overall": {
+            **{key: _finite_or_none(values[0]) for key, values in point.overall.items()},
+            "class_calibration_error": _finite_or_none(metrics.class_mean(calibration_errors[None])[0]),
+        },
         "per_class": per_class,
         "not_evaluated": [
             name for name, averaged in zip(predictions.classes, metrics.averaged, strict=True) if not averaged
@@ -61,12 +76,12 @@ def confidence_intervals(predictions: Predictions, *, n_resamples: int, seed: in
 
     AUCs have DeLong intervals, proportions Wilson intervals, and means of proportions (balanced accuracy, macro
     sensitivity and specificity) intervals that follow from these (MOVER). The interval of a precision takes the images
-    as a random sample, at the case mix of the split. All other metrics use a stratified cluster bootstrap of patients
-    or lesions: percentile intervals, wider for classes with few groups; for average precision and the pooled AUC a
-    normal interval on the logit scale (Boyd et al. 2013, doi:10.1007/978-3-642-40994-3_29) with a half-sample bias
-    correction, because average precision is biased upward in small samples and more so in resamples with repeated
-    images. The calibration error has no interval: every resample overestimates it by more than its standard deviation
-    (docs/reference/evaluation.md).
+    as a random sample, at the case mix of the split. Calibration slope and intercept have those of
+    `recalibration_intervals`. All other metrics use a stratified cluster bootstrap of patients or lesions: percentile
+    intervals, wider for classes with few groups; for average precision and the pooled AUC a normal interval on the
+    logit scale (Boyd et al. 2013, doi:10.1007/978-3-642-40994-3_29) with a half-sample bias correction, because average
+    precision is biased upward in small samples and more so in resamples with repeated images. Calibration errors have
+    none: every resample overestimates them by more than their standard deviation (docs/reference/evaluation.md).
 
     Args:
         predictions: of one split.
@@ -134,8 +149,13 @@ def intervals_from_samples(
                 key, value, values[:, c], half_values, effective_groups, confidence
             )
     overall |= _proportion_intervals(metrics, groups, confidence)
+    overall["class_calibration_error"] = None
     for c, name in enumerate(classes):
         truth, predicted = metrics.truth[:, c], metrics.predicted[:, c]
+        recalibrated = recalibration_intervals(truth, metrics.scores[:, c], groups, confidence)
+        per_class[name] |= {"class_calibration_error": None} | {
+            f"calibration_{key}": bounds for key, bounds in recalibrated._asdict().items()
+        }
         masks = {"recall": (predicted, truth), "specificity": (~predicted, ~truth), "precision": (truth, predicted)}
         for key, (hits, trials) in masks.items():
             per_class[name][key] = proportion_interval(hits, trials, groups, confidence)

@@ -99,12 +99,24 @@ class WeightedMetrics:
         return np.concatenate(blocks, axis=1, dtype=np.float64), [block.shape[1] for block in blocks]
 
     def _calibration_gaps(self) -> list[Floats]:
-        """Return score minus outcome per image and bin: of the last of two classes, top of more, or each finding."""
+        """Return score minus outcome per image and bin: of the last of two classes, decision of more, each finding."""
         if not self.is_exclusive:
             return [_bin_gaps(self.scores[:, c], self.truth[:, c]) for c in np.flatnonzero(self.evaluable)]
         if self.scores.shape[1] == 2:
             return [_bin_gaps(self.scores[:, 1], self.truth[:, 1])]
-        return [_bin_gaps(self.scores.max(axis=1), self.correct.astype(bool))]
+        return [_bin_gaps(self.scores[self.predicted], self.correct.astype(bool))]
+
+    def class_calibration_errors(self) -> Floats:
+        """Compute the calibration error of the score of each class, one versus rest, with unit weights; (classes,).
+
+        Kumar et al. 2019 (arXiv:1909.10155, marginal calibration) with bins of equal mass (Nixon et al. 2019,
+        arXiv:1904.01685). NaN for a class without positives or without negatives.
+        """
+        errors = np.full(len(self.evaluable), np.nan)
+        for c in np.flatnonzero(self.evaluable):
+            gaps = _bin_gaps(self.scores[:, c], self.truth[:, c]).sum(axis=0)
+            errors[c] = np.abs(gaps).sum() / len(self.scores)
+        return errors
 
     def compute(self, weights: NDArray[np.floating[Any]]) -> MetricSamples:
         """Compute all metrics for integer weights, (samples, images)."""
@@ -147,12 +159,13 @@ class WeightedMetrics:
         for c, ranking in enumerate(self._class_rankings):
             if ranking is not None:
                 auc[:, c], average_precision[:, c] = ranking.auc_and_ap(weights)
-        overall = {"auc": self._mean_auc(auc), "average_precision": _row_mean(average_precision[:, self.averaged])}
+        overall = {"auc": self.class_mean(auc), "average_precision": _row_mean(average_precision[:, self.averaged])}
         if self._pooled_ranking is not None and (len(self.evaluable) > 2 or not self.is_exclusive):
             overall["auc_micro"], overall["average_precision_micro"] = self._pooled_ranking.auc_and_ap(weights)
         return MetricSamples(overall, {"auc": auc, "average_precision": average_precision})
 
-    def _mean_auc(self, per_class: Floats) -> Floats:
+    def class_mean(self, per_class: Floats) -> Floats:
+        """Average (samples, classes) over the evaluable classes; of two exclusive classes return the last one."""
         if self.is_exclusive and per_class.shape[1] == 2:
             return per_class[:, -1] if self.averaged[-1] else np.full(len(per_class), np.nan)
         return _row_mean(per_class[:, self.averaged])

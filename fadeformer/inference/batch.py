@@ -136,7 +136,7 @@ def _decode_batch(
 
 def _top_class(point: OperatingPoint, scores: Floats) -> NDArray[np.int64]:
     """Return the decided class, or in multi-label tasks the finding with the highest score."""
-    return np.asarray((scores if point.multi_label else point.decide(scores)).argmax(axis=1), dtype=np.int64)
+    return np.asarray((scores if point.task.multi_label else point.decide(scores)).argmax(axis=1), dtype=np.int64)
 
 
 def _build_rows(

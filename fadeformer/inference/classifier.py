@@ -2,8 +2,8 @@
 
 Evaluation, `fadeformer predict`, the served model, the exported graph and the explanations all use this class, so an
 image gets the same score everywhere. `OperatingPoint` makes the decisions of `predict` and the served model; accuracy,
-confusion matrix and error gallery use the argmax, or 0.5 for findings. Inference is always float32, whatever precision
-training used.
+confusion matrix and error gallery use `Task.decide`, which is also the decision among more than two exclusive classes.
+Inference is always float32, whatever precision training used.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from fadeformer.inference.forward import choose_device
 from fadeformer.inference.model_files import ModelFiles
 from fadeformer.io.atomic import read_json
 from fadeformer.models.factory import create_model, features_and_logits, load_weights
-from fadeformer.tasks import TASKS, Task
+from fadeformer.tasks import TASKS, Task, one_versus_rest
 
 ImageArray = NDArray[np.uint8]
 Floats = NDArray[np.float64]
 
 BATCH_SIZE = 256  # images per forward pass
 OPERATING_POINT_NAMES = ("youden", "sensitivity", "specificity")
-DEFAULT_THRESHOLD = 0.5  # of classes without a threshold in the operating point
+DEFAULT_THRESHOLD = 0.5  # of findings and classes without a threshold in the operating point and without weights
 NO_FINDING = "no finding"
 SEPARATOR = "; "  # between the findings of one image
 
@@ -57,15 +57,15 @@ class OperatingPoint:
     """Decision rule on calibrated scores.
 
     Attributes:
+        task: of the model, with its decision weights.
         classes: class names, in the order of the scores.
-        multi_label: whether an image may have several findings, or none.
         thresholds: minimum score of a positive, by class name. In binary tasks only the last class has a threshold; the
             first class is positive where the last one is not.
         description: the rule in words.
     """
 
+    task: Task
     classes: tuple[str, ...]
-    multi_label: bool
     thresholds: Mapping[str, float]
     description: str
 
@@ -95,16 +95,17 @@ class OperatingPoint:
                 raise UserError(
                     f"the operating points are for other classes ({error}); use those of this model's evaluation"
                 ) from error
+        default = _default_threshold(task)
         if not task.multi_label and len(classes) > 2:
-            description = "decision: most probable class"
+            description = f"decision: {task.describe_decision(classes)}"
         elif points is None:
-            description = "decision threshold 0.5: the model has no operating points"
+            description = f"decision threshold {default:.3g}: the model has no operating points"
         else:
             missing = ", ".join(c for c, threshold in values.items() if threshold is None)
-            fallback = f"; 0.5 for {missing} (no positives or no negatives in val or test)" if missing else ""
+            fallback = f"; {default:.3g} for {missing} (no positives or no negatives in val or test)" if missing else ""
             description = f"decision at operating point {name}{fallback}"
-        thresholds = {c: DEFAULT_THRESHOLD if threshold is None else threshold for c, threshold in values.items()}
-        return cls(classes, task.multi_label, thresholds, description)
+        thresholds = {c: default if threshold is None else threshold for c, threshold in values.items()}
+        return cls(task, classes, thresholds, description)
 
     def is_positive(self, scores: Floats) -> NDArray[np.bool_]:
         """Return True where a score reaches its threshold, (images, classes)."""
@@ -116,16 +117,22 @@ class OperatingPoint:
     def decide(self, scores: Floats) -> NDArray[np.bool_]:
         """Return the decisions as a mask, (images, classes).
 
-        Multi-label: all positive findings. Binary: the class on its side of the threshold. Multi-class: the argmax.
+        Multi-label: all positive findings. Binary: the class on its side of the threshold. Multi-class: `Task.decide`.
         """
-        if self.multi_label or len(self.classes) == 2:
+        if self.task.multi_label or len(self.classes) == 2:
             return self.is_positive(scores)
-        return np.asarray(scores.argmax(axis=1)[:, None] == np.arange(len(self.classes)))
+        return one_versus_rest(self.task.decide(scores), len(self.classes), self.task)
 
     def format_decisions(self, scores: Floats) -> list[str]:
         """Return the decisions as text, one per image."""
         names = np.array(self.classes, dtype=object)
         return [SEPARATOR.join(names[row]) or NO_FINDING for row in self.decide(scores)]
+
+
+def _default_threshold(task: Task) -> float:
+    """Return the threshold of `Task.decide`: of the last of two classes with decision weights, otherwise 0.5."""
+    weights = task.decision_weights
+    return weights[0] / sum(weights) if len(weights) == 2 else DEFAULT_THRESHOLD
 
 
 class Classifier:
@@ -150,10 +157,11 @@ class Classifier:
         points: Mapping[str, Any] | None = None,
         device: torch.device | None = None,
     ) -> None:
-        self.task = TASKS[metadata["task"]].with_head(metadata["head"])
+        self.calibration = calibration.from_dict(metadata["calibration"])
+        task = TASKS[metadata["task"]].with_head(metadata["head"])
+        self.task = task.with_decision_weights(self.calibration.decision_weights)
         self.classes: tuple[str, ...] = tuple(metadata["classes"])
         self.input_config: dict[str, Any] = metadata["input"]  # image_size, channels and aspect
-        self.calibration = calibration.from_dict(metadata["calibration"])
         self.normalization = Normalization(**{name: tuple(values) for name, values in metadata["normalize"].items()})
         self.operating_points = points
         self.device = device or choose_device("cpu" if metadata["params"]["train"]["device"] == "cpu" else "auto")

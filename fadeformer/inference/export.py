@@ -41,7 +41,7 @@ class ScoringModule(nn.Module):
         """Compute `Classifier.predict_proba` in torch alone."""
         _, logits = self.classifier.forward(images)
         task = self.classifier.task
-        scaled = self.slope * task.calibration_logits(logits) + self.offset  # the offset is 0 for exclusive classes
+        scaled = self.slope * task.calibration_logits(logits) + self.offset
         return scaled.sigmoid() if task.multi_label else scaled.softmax(dim=1)
 
 
@@ -85,11 +85,15 @@ def export_model(classifier: Classifier, file_format: str, path: Path) -> float:
 
 
 def graph_metadata(classifier: Classifier) -> dict[str, str]:
-    """Return the metadata of a graph as JSON text by name: ONNX metadata_props, or extra files of a program."""
+    """Return the metadata of a graph as JSON text by name: ONNX metadata_props, or extra files of a program.
+
+    `decision_weights` is null if the decision among exclusive classes is the most probable one.
+    """
     values = {
         "classes": list(classifier.classes),
         "input": classifier.input_config,
         "task": classifier.task.name,
+        "decision_weights": classifier.task.decision_weights or None,
         "points": {
             name: dict(classifier.operating_point(name).thresholds) for name in classifier.operating_points or ()
         },

@@ -97,6 +97,7 @@ def render_report(
         model=tables.model(results),
         metrics=tables.metrics(results),
         per_class=tables.per_class(results),
+        class_calibration=tables.class_calibration(results),
         operating_points=tables.operating_points(results),
         predictive_values_note=tables.PREDICTIVE_VALUES_NOTE,
         predictive_values=tables.predictive_values(results),
@@ -143,6 +144,9 @@ def key_findings(
     before, after = (summary["overall"]["calibration_error"] for summary in (uncalibrated, test))
     if before is not None and after is not None:
         sentence = f"Calibration error {after:.3f}, {before:.3f} before calibration on validation."
+        if not meta.task.multi_label and len(meta.classes) > 2:  # of findings and two classes it is the same number
+            error = overall["class_calibration_error"]
+            sentence = f"{sentence[:-1]}; of the scores of all classes {error:.3f} on average."
         findings.append((GOOD if after <= before else PLAIN, sentence))
     if results.subgroups:
         sentence, worse = tables.subgroup_findings(results)

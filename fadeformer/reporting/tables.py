@@ -11,20 +11,25 @@ import pandas as pd
 from fadeformer.data.arrays import ArrayMetadata
 from fadeformer.evaluation.subgroup_comparisons import ALL_CLASSES
 from fadeformer.evaluation.subgroups import underperforming
-from fadeformer.inference.calibration import IDENTITY, from_dict
+from fadeformer.inference import calibration
+from fadeformer.inference.calibration import Calibration
 from fadeformer.io.formatting import format_with_interval
-from fadeformer.tasks import Task
 
 METRIC_LABELS = {
     "auc": "AUC", "auc_micro": "AUC (micro)", "accuracy": "Accuracy", "balanced_accuracy": "Balanced accuracy",
     "precision": "Precision (macro)", "recall": "Sensitivity (macro)", "specificity": "Specificity (macro)",
     "f1": "F1 (macro)", "average_precision": "Average precision", "kappa": "Cohen's kappa",
     "quadratic_kappa": "Kappa, quadratic weights", "calibration_error": "Calibration error (15 bins)",
-    "brier": "Brier score", "loss": "Loss, nats",
+    "class_calibration_error": "Calibration error of each class's score, mean (15 bins)", "brier": "Brier score",
+    "loss": "Loss, nats",
 }  # fmt: skip
 CLASS_METRICS = {
     "support": "Images", "auc": "AUC", "recall": "Sensitivity", "specificity": "Specificity", "precision": "Precision",
     "f1": "F1",
+}  # fmt: skip
+CLASS_CALIBRATION_METRICS = {
+    "class_calibration_error": "Calibration error (15 bins)", "calibration_slope": "Slope (ideal: 1)",
+    "calibration_intercept": "Intercept (ideal: 0)",
 }  # fmt: skip
 SUBGROUP_METRICS = ("auc", "balanced_accuracy", "recall", "specificity", "calibration_error")
 NO_SUBGROUPS = "No subgroup analysis: the data set has no subgroup columns, or the analysis is switched off."
@@ -102,7 +107,7 @@ def model(results: ReportInputs) -> Table:
     """Return the table of the model's architecture and training settings."""
     meta, metadata = results.meta, results.model_metadata
     architecture, params = metadata["model"], metadata["params"]
-    fade = architecture["fade"]
+    fade, fitted = architecture["fade"], calibration.from_dict(metadata["calibration"])
     return Table(
         ("", ""),
         [
@@ -110,7 +115,8 @@ def model(results: ReportInputs) -> Table:
             ("Fade layers", "none: the plain backbone" if fade is None else _format_fade_config(fade)),
             ("Training", ", ".join(f"{key} {value}" for key, value in params["train"].items())),
             ("Seed", str(params["seed"])),
-            ("Calibration", _format_calibration(metadata, meta.task)),
+            ("Calibration", _format_calibration(fitted)),
+            ("Decision", meta.task.with_decision_weights(fitted.decision_weights).describe_decision(meta.classes)),
             ("Weights kept", f"epoch {metadata['best_epoch']}, {CHECKPOINT_RULES[params['train']['monitor']]}"),
         ],
     )
@@ -143,6 +149,26 @@ def per_class(results: ReportInputs) -> Table:
             for (name, values), bounds in pairs
         ],
     )
+
+
+def class_calibration(results: ReportInputs) -> Table:
+    """Return the table of calibration per class or finding: mean score against frequency, error, slope, intercept."""
+    pairs = zip(results.summary["test"]["per_class"].items(), results.intervals["per_class"].values(), strict=True)
+    return Table(
+        (
+            "Class" if not results.meta.task.multi_label else "Finding", "Mean score", "Observed frequency",
+            *CLASS_CALIBRATION_METRICS.values(),
+        ),
+        [
+            (
+                name,
+                f"{values['mean_score']:.4f}",
+                f"{values['prevalence']:.4f}",
+                *(format_with_interval(values[key], bounds[key]) for key in CLASS_CALIBRATION_METRICS),
+            )
+            for (name, values), bounds in pairs
+        ],
+    )  # fmt: skip
 
 
 def operating_points(results: ReportInputs) -> Table:
@@ -284,6 +310,11 @@ def limitations(results: ReportInputs) -> list[str]:
         sentences.append(
             f"Not evaluated, without positive or without negative images: {', '.join(test['not_evaluated'])}."
         )
+    if calibration.from_dict(results.model_metadata["calibration"]).decision_weights:
+        sentences.append(
+            "Training weighted the classes, and so do the decisions: the decision on an image need not be its most"
+            " probable class."
+        )
     if meta.cross_split_duplicates:
         sentences.append(
             f"**{meta.cross_split_duplicates} images are in two splits**, as allowed by"
@@ -308,13 +339,16 @@ def _weight_origin(metadata: Mapping[str, Any]) -> str:
     return "pretrained" if metadata["model"]["pretrained"] else "from random weights"
 
 
-def _format_calibration(metadata: Mapping[str, Any], task: Task) -> str:
-    calibration = from_dict(metadata["calibration"])
-    if calibration == IDENTITY:
-        return "none: uncalibrated scores"
-    if task.multi_label:
-        return "Platt scaling per finding, fitted on validation"
-    return f"temperature {1 / calibration.slope[0]:.3g}, fitted on validation"
+def _format_calibration(fitted: Calibration) -> str:
+    temperature = f"temperature {1 / fitted.slope[0]:.3g}"
+    return {
+        calibration.NONE: "none: uncalibrated scores",
+        calibration.PLATT: "Platt scaling per finding, fitted on validation",
+        calibration.TEMPERATURE: f"{temperature}, fitted on validation",
+        calibration.PRIOR_CORRECTION: f"{temperature}, fitted on validation, and correction of the class weights in"
+        " training to the class frequencies",
+        calibration.OFFSETS: f"{temperature} and one offset per class, fitted on validation",
+    }[fitted.method]
 
 
 def _describe_rules(results: ReportInputs) -> dict[str, str]:

@@ -99,6 +99,28 @@ def sampling_weights(labels: NDArray[np.int64], task: Task) -> NDArray[np.float6
     return np.where(present.any(axis=1), rarity, 1.0 / max(1, int((~present.any(axis=1)).sum())))
 
 
+def training_weights(
+    labels: NDArray[np.int64], task: Task, sampling: Literal["weighted", "uniform"], class_weights: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    """Return the weight of an image of each exclusive class in training: in sampling, times in the loss.
+
+    A network learns the scores of a data set in which the classes are as frequent as their number of images times this
+    weight: with weighted sampling and equal class weights, equally frequent.
+
+    Args:
+        labels: of train, (images, 1).
+        task: classification task with exclusive classes.
+        sampling: as in `sample_batches`.
+        class_weights: weights of the loss, (classes,).
+
+    Returns:
+        (classes,), not normalized; 0 for a class without images.
+    """
+    weights = np.zeros(len(class_weights))
+    weights[labels[:, 0]] = sampling_weights(labels, task) if sampling == "weighted" else 1.0
+    return weights * class_weights
+
+
 def prefetch_batches(images: NDArray[np.uint8], batches: Sequence[Rows], device: torch.device) -> Iterator[Tensor]:
     """Yield the images of each batch on a device; the next batches are gathered in a background thread.
 

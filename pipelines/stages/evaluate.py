@@ -65,7 +65,7 @@ def predict(batch_size: int, subgroup_columns: str | list[str]) -> float:
         index,
         np.concatenate([split.labels for split in splits]),
         np.concatenate([val_outputs.scores, test_outputs.scores]),
-        meta.task,
+        model.task,
         meta.classes,
         np.concatenate([val_outputs.raw_scores, test_outputs.raw_scores]),
         subgroups.select_columns(index.drop(columns=["split", "id", "group", "sha256"]), subgroup_columns),
@@ -158,7 +158,8 @@ def explain(max_errors: int, seed: int, confidence: float) -> tuple[dict[str, ND
     test, images = predictions.read(paths.PREDICTIONS).select_split("test"), arrays.load_split(paths.PROCESSED, "test")
     model = load_classifier()
     errors = error_gallery.most_confident_errors(test, max_errors)
-    explanations = cases.explain_cases(model, errors, images.images, test.scores.argmax(axis=1), seed)
+    predicted = test.scores.argmax(axis=1) if test.task.multi_label else test.task.decide(test.scores)[:, 0]
+    explanations = cases.explain_cases(model, errors, images.images, predicted, seed)
     boxes = arrays.read_boxes(paths.PROCESSED, "test")
     start = time.perf_counter()
     pointing: dict[str, Any] | None = None

@@ -23,6 +23,7 @@ from fadeformer.inference.classifier import Classifier
 from fadeformer.inference.ood import OODDetector
 from fadeformer.io.atomic import atomic_folder, read_json, write_json
 from fadeformer.monitoring import reference
+from fadeformer.training import sampling
 from fadeformer.training.checkpoints import CheckpointManager
 from pipelines import paths
 from pipelines.server import temporary_server
@@ -106,17 +107,21 @@ def fit_calibration_and_ood(metadata: dict[str, Any], weights: Path) -> tuple[Ca
         The calibration, fitted on val (the identity if train.calibrate is false); the out-of-distribution detector,
         fitted on train with its threshold from val; and the reference table for drift detection.
     """
-    settings = metadata["params"]["train"]
+    settings, meta = metadata["params"]["train"], arrays.read_metadata(paths.PROCESSED)
     train, val = (arrays.load_split(paths.PROCESSED, split) for split in ("train", "val"))
     classifier = Classifier({**metadata, "calibration": calibration.IDENTITY.to_dict()}, weights)
     val_outputs, train_outputs = (classifier.predict(split.images, settings["batch_size"]) for split in (val, train))
     task = classifier.task
     detector = ood.fit_detector(train_outputs.features, train.labels, task, val_outputs.features)
-    fitted = (
-        calibration.fit_calibration(val.labels, val_outputs.raw_scores, task)
-        if settings["calibrate"]
-        else calibration.IDENTITY
-    )
+    fitted, training_weights = calibration.IDENTITY, None
+    if settings["calibrate"]:
+        if not task.multi_label:
+            class_weights = train_worker.resolve_class_weights(settings["class_weights"], meta, task, train.labels)
+            training_weights = sampling.training_weights(train.labels, task, settings["sampling"], class_weights)
+        groups = pd.factorize(val.index["group"])[0]  # -1 without a group
+        fitted = calibration.fit_calibration(
+            val.labels, val_outputs.raw_scores, task, groups=groups, training_weights=training_weights
+        )
     distances = detector.distance(val_outputs.features)
     reference_table = reference.build_reference(
         val.images, fitted(val_outputs.raw_scores, task), distances, val_outputs.features, classifier.classes,

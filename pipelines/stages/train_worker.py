@@ -125,7 +125,7 @@ def run(folder: Path | None) -> None:
         for result in state.history:  # a kill may have come between the checkpoint and the journal's last row
             journal.add_epoch(asdict(result))
         journal.flush()
-    class_weights = resolve_class_weights(config, meta, task, train.labels)
+    class_weights = resolve_class_weights(config.train.class_weights, meta, task, train.labels)
     with catch_stop_signals() as pending_signal:
         for result in loop.fit(
             state, train, val, task=task, recipe=recipe, class_weights=class_weights,
@@ -201,16 +201,21 @@ def build_augmentation(config: Params, meta: ArrayMetadata) -> Augmentation:
     return Augmentation(**values)
 
 
-def resolve_class_weights(config: Params, meta: ArrayMetadata, task: Task, labels: Any) -> Any:
+def resolve_class_weights(setting: str | Mapping[str, float], meta: ArrayMetadata, task: Task, labels: Any) -> Any:
     """Return the class weights of the loss, shape (classes,).
+
+    Args:
+        setting: train.class_weights of params.yaml.
+        meta: metadata of the data set.
+        task: classification task.
+        labels: of train, (images, labels).
 
     Raises:
         UserError: train.class_weights has a name that is not a class.
     """
-    setting = config.train.class_weights
     if setting == "auto":
         return task.balanced_weights(labels, len(meta.classes))
-    weights: Mapping[str, float] = {} if setting == "none" else setting
+    weights = {} if isinstance(setting, str) else setting
     for name in weights:
         if name not in meta.classes:
             raise UserError(

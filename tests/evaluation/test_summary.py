@@ -52,6 +52,8 @@ def test_intervals_contain_values_and_are_stable(task, classes):
             for key in first["per_class"][name]
         ]
     assert first["overall"].pop("calibration_error") is None
+    assert first["overall"].pop("class_calibration_error") is None
+    assert {"calibration_slope", "calibration_intercept"} <= first["per_class"]["class 0"].keys()
     defined = [pair for pair in pairs if pair[1] is not None]
     assert len(defined) > 8
     for value, (low, high), other_bounds in defined:

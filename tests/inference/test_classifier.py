@@ -69,11 +69,14 @@ def expected_decisions(scores: np.ndarray, classes: list[str], thresholds: dict[
         return ["; ".join(np.array(classes)[row >= minimum_scores]) or "no finding" for row in scores]
     if kind == "binary":
         return [classes[int(row[1] >= thresholds[classes[1]])] for row in scores]
-    return [classes[row.argmax()] for row in scores]
+    return [classes[(row * KINDS[kind][3]["decision_weights"]).argmax()] for row in scores]
 
 
 def predict_by_evaluate(point: str, classes: list[str], kind: str) -> Answers:
-    scores = predictions.read(paths.PREDICTIONS).select_split("test").scores
+    test = predictions.read(paths.PREDICTIONS).select_split("test")
+    scores = test.scores
+    if kind == "multi-class":
+        assert [classes[c] for c in test.task.decide(scores)[:, 0]] == expected_decisions(scores, classes, {}, kind)
     thresholds = json.loads(paths.OPERATING_POINTS.read_text())["points"][point]
     return scores, expected_decisions(
         scores, classes, {name: value["threshold"] if value else 0.5 for name, value in thresholds.items()}, kind
@@ -108,6 +111,7 @@ def predict_by_onnx(point: str, classes: list[str], kind: str) -> Answers:
     session = onnxruntime.InferenceSession("graph.onnx", providers=["CPUExecutionProvider"])
     metadata = session.get_modelmeta().custom_metadata_map
     assert json.loads(metadata["fadeformer.classes"]) == classes
+    assert json.loads(metadata["fadeformer.decision_weights"]) == (KINDS[kind][3].get("decision_weights") or None)
     (scores,) = session.run(["scores"], {"images": PIXELS})
     return scores, expected_decisions(scores, classes, json.loads(metadata["fadeformer.points"])[point], kind)
 
@@ -217,6 +221,27 @@ def test_multi_class_decision_is_argmax():
     assert at.format_decisions(scores) == ["a", "c"]
     assert at.is_positive(scores).tolist() == [[False, True, False], [False, False, True]]
     assert at.description == "decision: most probable class"
+
+
+def test_decision_weights_decide_among_classes():
+    task = TASKS["multi-class"].with_decision_weights((0.1, 0.3, 0.6))
+    at = OperatingPoint.from_thresholds(task, ("a", "b", "c"), None, "youden")
+    scores = np.array([[0.7, 0.2, 0.1], [0.5, 0.3, 0.2], [0.4, 0.45, 0.15]])
+    assert at.format_decisions(scores) == ["a", "c", "b"]
+    assert task.decide(scores)[:, 0].tolist() == [0, 2, 1]
+    weights = "a 0.1, b 0.3, c 0.6"
+    assert at.description == f"decision: largest product of probability and decision weight ({weights})"
+
+
+def test_decision_weights_set_default_threshold():
+    task = TASKS["binary-class"].with_decision_weights((0.05, 0.95))
+    without = OperatingPoint.from_thresholds(task, ("a", "b"), None, "youden")
+    scores = np.array([[0.96, 0.04], [0.94, 0.06], [0.3, 0.7]])
+    assert without.format_decisions(scores) == ["a", "b", "b"]
+    assert task.decide(scores)[:, 0].tolist() == [0, 1, 1]
+    assert without.description == "decision threshold 0.05: the model has no operating points"
+    at = OperatingPoint.from_thresholds(task, ("a", "b"), {"youden": {"b": {"threshold": 0.5}}}, "youden")
+    assert at.format_decisions(scores) == ["a", "a", "b"]
 
 
 def test_operating_points_of_other_model_are_rejected(binary, tmp_path):

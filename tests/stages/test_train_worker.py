@@ -23,9 +23,8 @@ def with_train(config, **changes: object):
 
 def class_weights_of(config, labels: list[list[int]], task: str = "multi-class", **changes: object) -> list[float]:
     metadata = array_metadata(task=task)
-    return train_worker.resolve_class_weights(
-        with_train(config, **changes), metadata, TASKS[task], np.array(labels)
-    ).tolist()
+    setting = with_train(config, **changes).train.class_weights
+    return train_worker.resolve_class_weights(setting, metadata, TASKS[task], np.array(labels)).tolist()
 
 
 def test_class_weights_follow_the_setting(config):

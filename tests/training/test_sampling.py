@@ -151,3 +151,14 @@ def test_derived_seeds_are_unique():
     assert seeds == [sampling.derive_seed(*values) for values in numbers]
     assert all(0 <= seed < 2**63 for seed in seeds)
     assert len({seed % 2**32 for seed in seeds}) == len(seeds)  # torch's CPU generator uses only 32 bits
+
+
+def test_training_weights_are_of_sampling_and_loss():
+    labels = labels_of_counts(900, 90, 10)
+    equal, costs = np.ones(3), np.array([1.0, 2.0, 5.0])
+    weights = sampling.training_weights(labels, MULTI_CLASS, "weighted", equal)
+    assert weights * [900, 90, 10] == pytest.approx(np.full(3, weights[0] * 900))
+    assert sampling.training_weights(labels, MULTI_CLASS, "weighted", costs) == pytest.approx(weights * costs)
+    assert sampling.training_weights(labels, MULTI_CLASS, "uniform", equal).tolist() == [1, 1, 1]
+    absent = sampling.training_weights(labels, MULTI_CLASS, "weighted", np.ones(4))
+    assert absent[3] == 0

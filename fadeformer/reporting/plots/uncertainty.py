@@ -132,7 +132,9 @@ def _calibration_scores(
         return scores.ravel(), truth.ravel(), groups.repeat(scores.shape[1]), "findings present"
     if scores.shape[1] == 2:
         return scores[:, 1], truth[:, 1], groups, predictions.classes[1]
-    return scores.max(axis=1), (task.decide(scores) == predictions.labels)[:, 0], groups, "correct predictions"
+    decisions = task.decide(scores)
+    score = np.take_along_axis(scores, decisions, axis=1)[:, 0]
+    return score, (decisions == predictions.labels)[:, 0], groups, "correct predictions"
 
 
 def score_histograms(predictions: Predictions) -> Figure:
