@@ -8,11 +8,14 @@ from collections.abc import Iterator
 from types import ModuleType
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from sklearn.metrics import roc_auc_score
 
+from fadeformer.evaluation import operating_points, predictions
 from fadeformer.models.fade_attention import FadeAttn
+from fadeformer.tasks import TASKS
 from tests.conftest import load_benchmark
 from tests.models.test_fade_attention import CASES, REFERENCE, relative_error
 
@@ -124,6 +127,7 @@ SMALL_RUNS = {
     "data_loading": (["--images", "32", "--side", "64", "--to", "32", "--repeats", "1"], "| published | "),
     "gate": (["--rows", "3000"], "3 near-duplicates, "),
     "simulations/promotion": (["campaigns", "--sets", "1"], "| alpha / (k (k + 1)) | "),
+    "simulations/calibration": (["coverage", "--sets", "2"], "95 % intervals that contain the true value"),
     "evaluation": (
         ["coverage", "--sets", "2", "--images", "100", "--resamples", "50"],
         "that contain the true value, %",
@@ -138,6 +142,30 @@ def test_benchmark_runs_on_little_data(name, capsys, monkeypatch, single_thread,
     monkeypatch.setattr(sys, "argv", [f"{name}.py", *options])
     load_benchmark(name).main()
     assert output in capsys.readouterr().out
+
+
+def test_simulated_classifier_is_calibrated_now(monkeypatch):
+    simulation = load_benchmark("simulations/calibration")
+    monkeypatch.setattr(simulation, "TEST_IMAGES", 10_000)
+    scores, decisions = simulation.evaluate_scores(simulation.DESIGNS[0], 1000, 2)
+    before, now = (float(scores[f"furthest class, {name}"].split()[0]) for name in ("before", "now"))
+    assert before > 2
+    assert now == pytest.approx(1, abs=0.2)
+    assert decisions["accuracy, uncalibrated"] == decisions["accuracy, now"]
+    assert decisions["accuracy, most probable class"] > decisions["accuracy, now"]
+
+
+def test_simulated_net_benefit_is_that_of_evaluation():
+    simulation = load_benchmark("simulations/calibration")
+    random = np.random.default_rng(0)
+    truth = random.random(500) < 0.2
+    score = np.clip(0.3 * truth + random.random(500) / 2, 0, 1)
+    index = pd.DataFrame({"split": "test", "id": np.arange(500).astype(str), "group": None})
+    table = predictions.build_predictions(
+        index, truth[:, None].astype(int), np.stack([1 - score, score], axis=1), TASKS["binary-class"], ("a", "b")
+    )
+    benefit = operating_points.net_benefit(table).set_index("probability")["model"]
+    assert simulation._net_benefit(score, truth) == pytest.approx(benefit[0.1])
 
 
 @pytest.mark.parametrize("backbone", ["fadevit_nano", "resnet18"])

@@ -10,8 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sklearn import metrics as sk
 
-from fadeformer.evaluation import metrics, predictions, summary
+from fadeformer.evaluation import error_gallery, metrics, predictions, summary
 from fadeformer.evaluation.predictions import Predictions
+from fadeformer.reporting.plots import base
 from fadeformer.tasks import TASKS
 
 EXCLUSIVE = ("binary-class", "multi-class", "ordinal-regression")
@@ -170,3 +171,29 @@ def test_predictions_round_trip(task, tmp_path):
     pd.testing.assert_frame_equal(restored.frame, p.frame)
     assert (restored.task, restored.classes) == (p.task, p.classes)
     assert restored.fingerprint() == p.fingerprint()
+
+
+def test_predictions_keep_decision_weights(tmp_path):
+    p = random_predictions("multi-class", 3, 50, 0)
+    weighted = Predictions(p.frame, p.task.with_decision_weights((0.1, 0.3, 0.6)), p.classes)
+    predictions.write(weighted, tmp_path / "p.parquet")
+    restored = predictions.read(tmp_path / "p.parquet").select_rows(np.arange(50) < 40)
+    assert restored.task == weighted.task
+    assert restored.before_calibration().task.decision_weights == ()
+    frame = pd.read_parquet(tmp_path / "p.parquet")
+    del frame.attrs["decision_weights"]  # a table of an earlier version
+    frame.to_parquet(tmp_path / "earlier.parquet")
+    assert predictions.read(tmp_path / "earlier.parquet").task == TASKS["multi-class"]
+
+
+def test_gallery_and_confusion_matrix_use_decision_weights():
+    p = random_predictions("multi-class", 3, 200, 0)
+    task = p.task.with_decision_weights((0.1, 0.3, 0.6))
+    weighted = Predictions(p.frame, task, p.classes)
+    wrong = task.decide(p.scores)[:, 0] != p.labels[:, 0]
+    errors = error_gallery.most_confident_errors(weighted, 200)
+    assert sorted(errors["row"]) == np.flatnonzero(wrong).tolist()
+    assert (errors["class"].to_numpy() == task.decide(p.scores)[errors["row"], 0]).all()
+    counts = sk.confusion_matrix(p.labels[:, 0], task.decide(p.scores)[:, 0])
+    texts = [text.get_text().split("\n")[0] for text in base.confusion_matrix(weighted).axes[0].texts]
+    assert texts == [str(count) for count in counts.ravel()]

@@ -11,7 +11,7 @@ from fadeformer.evaluation.operating_points import resolve_prevalences, select_o
 from fadeformer.evaluation.summary import confidence_intervals, summarize
 from fadeformer.io.formatting import format_with_interval
 from fadeformer.reporting.model_card import render_model_card
-from fadeformer.reporting.tables import NO_SUBGROUPS, ReportInputs
+from fadeformer.reporting.tables import NO_SUBGROUPS, ReportInputs, class_calibration
 from fadeformer.tasks import TASKS
 
 FADE = {"variant": "published", "after_blocks": ["last"], "num_heads": 4, "dropout": 0.1, "K": 3, "alpha": 0.5}
@@ -27,6 +27,7 @@ def render_card(
     has_subgroups: bool = True,
     prevalence: list[float] | None = None,
     copies: int = 1,
+    calibration: dict | None = None,
 ) -> str:
     multi_label = TASKS[task].multi_label
     classes = ("mass", "nodule | small") if multi_label else ("normal", "pneumonia")
@@ -51,7 +52,8 @@ def render_card(
         "model": {"backbone": "fadevit_nano", "pretrained": False, "fade": fade},
         "best_epoch": 4,
         "weights": weights,
-        "calibration": {"slope": [0.5], "offset": [0.0]},
+        "calibration": calibration
+        or {"slope": [0.5] * (1 + multi_label), "offset": [0.1, 0.0] if multi_label else [0.0]},
         "params": {"seed": 42, "train": {"epochs": 20, "monitor": "auc"}},
     }
     meta = ArrayMetadata(
@@ -74,6 +76,9 @@ def test_card_has_data_model_and_metrics(task):
     assert ("| Finding |" in text) == TASKS[task].multi_label
     calibrated = "Platt scaling per finding" if TASKS[task].multi_label else "temperature 2"
     assert f"| Calibration | {calibrated}, fitted on validation |" in text
+    decision = "findings with a score above 0.5" if TASKS[task].multi_label else "most probable class"
+    assert f"| Decision | {decision} |" in text
+    assert "Training weighted the classes" not in text
     assert "| sex | F | 2 | 2 |" in text
     assert NO_SUBGROUPS not in text
     assert "Too few patients to compare subgroups with the other images." in text  # of three images
@@ -87,7 +92,7 @@ def test_missing_subgroups_are_stated():
 
 def test_table_rows_have_equal_numbers_of_cells():
     tables = [block for block in render_card("multi-label, binary-class").split("\n\n") if block.startswith("|")]
-    assert len(tables) == 6
+    assert len(tables) == 7
     for table in tables:
         assert len({line.replace("\\|", "").count("|") for line in table.splitlines()}) == 1
 
@@ -150,3 +155,37 @@ def test_card_states_detectable_shortfall_of_each_comparison():
     assert len(rows) == 2
     assert all(0 < float(row.split(" | ")[-1].removesuffix(" |")) < 1 for row in rows)
     assert text.index("## Limitations") < text.index("## Comparisons of subgroups with the other images")
+
+
+def test_card_states_calibration_and_decision_weights():
+    corrected = {"slope": [0.5], "offset": [1.0, -1.0], "method": "prior correction", "decision_weights": [0.12, 0.88]}
+    text = render_card("binary-class", calibration=corrected)
+    method = "temperature 2, fitted on validation, and correction of the class weights in training to the class"
+    assert f"| Calibration | {method} frequencies |" in text
+    weights = "largest product of probability and decision weight (normal 0.12, pneumonia 0.88)"
+    assert f"| Decision | {weights} |" in text
+    assert "Training weighted the classes, and so do the decisions" in text
+    offsets = render_card("binary-class", calibration={**corrected, "method": "offsets", "decision_weights": []})
+    assert "| Calibration | temperature 2 and one offset per class, fitted on validation |" in offsets
+    assert "| Decision | most probable class |" in offsets
+
+
+def test_card_has_calibration_of_each_class():
+    rng = np.random.default_rng(0)
+    score = rng.random(300)
+    labels = (rng.random(300) < score)[:, None].astype(int)
+    index = pd.DataFrame({"split": "test", "id": np.arange(300).astype(str), "group": None})
+    scores = np.stack([1 - score, score], axis=1)
+    table = predictions.build_predictions(index, labels, scores, TASKS["binary-class"], ("normal", "pneumonia"))
+    summary, bounds = summarize(table), confidence_intervals(table, n_resamples=100, seed=0, confidence=0.9)
+    meta = ArrayMetadata({"task": "binary-class", "classes": list(table.classes)}, 28, 1, {}, "x", 0, [], [], "squash")
+    inputs = ReportInputs(meta, {}, {"test": summary, "val": summary}, bounds, {}, {})
+    head, (_, row) = class_calibration(inputs).head, class_calibration(inputs).rows
+    assert head[1:3] == ("Mean score", "Observed frequency")
+    assert row[:3] == ("pneumonia", f"{score.mean():.4f}", f"{labels.mean():.4f}")
+    values, limits = summary["per_class"]["pneumonia"], bounds["per_class"]["pneumonia"]
+    assert row[3:] == tuple(
+        format_with_interval(values[key], limits[key])
+        for key in ("class_calibration_error", "calibration_slope", "calibration_intercept")
+    )
+    assert " to " in row[4]

@@ -103,7 +103,11 @@ def test_key_findings_cover_all_results():
     sentences = list(findings)
     assert sentences[0].startswith("AUC 0.")
     assert "on 100 test images (95 % intervals)." in sentences[0]
-    assert any(sentence.startswith("Calibration error 0.") for sentence in sentences)
+    (sentence,) = [sentence for sentence in sentences if sentence.startswith("Calibration error 0.")]
+    error = build_inputs("retinamnist").results.summary["test"]["overall"]["class_calibration_error"]
+    assert sentence.endswith(f" before calibration on validation; of the scores of all classes {error:.3f} on average.")
+    binary = next(sentence for sentence in key_findings(build_inputs("breastmnist")) if "Calibration error" in sentence)
+    assert binary.endswith(" before calibration on validation.")
     assert any("none is significantly worse" in sentence for sentence in sentences)
     (comparison,) = [sentence for sentence in sentences if "Comparable published AUCs" in sentence]
     assert findings[comparison] == "good"  # better than every published method
