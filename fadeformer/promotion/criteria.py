@@ -29,7 +29,7 @@ class PromotionCriteria:
         min_subgroup_auc: minimum AUC of each subgroup, for all columns or by column.
         min_cases: minimum number of positive, and of negative, patients, lesions or single images of a class; with
             fewer it is not assessed. Within a subgroup, classes need as many images.
-        max_ece: maximum expected calibration error.
+        max_ece: maximum calibration error of each class.
         operating_point: `youden`, `sensitivity` or `specificity`: the decision rule of the deployed model.
         min_sensitivity: minimum of the lower confidence bound of each class's recall (sensitivity) by that rule.
         margin: non-inferiority margin, the largest acceptable loss of AUC against the champion and the best champion.

@@ -40,6 +40,7 @@ from fadeformer.promotion.decision import (
 )
 from fadeformer.tasks import one_versus_rest
 
+MAX_SCORE_RATIO = 2.0  # of mean score and observed frequency of a class; with 20 cases, chance reaches 1.5
 UNDEFINED_AUC = "undefined: no class has positives and negatives of two patients, lesions or images each"
 
 
@@ -74,7 +75,7 @@ def decide(
         _check_min_auc(challenger, test_auc, intervals["overall"], criteria),
         *_check_class_aucs(challenger, metrics, intervals, cases, criteria),
         *_check_subgroup_aucs(challenger, criteria),
-        *_check_calibration(metrics["overall"]["calibration_error"], criteria),
+        *_check_calibration(challenger, metrics, cases, criteria),
         *_check_recall(challenger, criteria),
     ]
     champion_auc = None
@@ -197,14 +198,25 @@ def _check_subgroup_aucs(challenger: Challenger, criteria: PromotionCriteria) ->
     yield combine_items("min_subgroup_auc", f"AUC of each subgroup at least {limit}", check_columns(), required=False)
 
 
-def _check_calibration(error: float | None, criteria: PromotionCriteria) -> Iterator[Check]:
-    if criteria.max_ece is None:
+def _check_calibration(
+    challenger: Challenger, metrics: Mapping[str, Any], cases: Mapping[str, int], criteria: PromotionCriteria
+) -> Iterator[Check]:
+    """Check the calibration error of each class, and its mean score, which a small error hides in a rare class."""
+    limit = criteria.max_ece
+    if limit is None:
         return
-    requirement = f"calibration error at most {criteria.max_ece:g}"
-    if error is None:
-        yield Check("max_ece", requirement, FAILED, "undefined")
-    else:
-        yield Check("max_ece", requirement, status_of(error <= criteria.max_ece), f"{error:.4f}")
+
+    def check_class(name: str) -> CheckItem:
+        values = metrics["per_class"][name]
+        error, mean, frequency = values["class_calibration_error"], values["mean_score"], values["prevalence"]
+        passed = error <= limit and frequency / MAX_SCORE_RATIO <= mean <= frequency * MAX_SCORE_RATIO
+        return CheckItem(name, status_of(passed), f"{error:.4f} (mean score {mean:.4f}, observed {frequency:.4f})")
+
+    requirement = (
+        f"calibration error of each class at most {limit:g}, and its mean score at most {MAX_SCORE_RATIO:g} times too"
+        " high or too low"
+    )
+    yield combine_items("max_ece", requirement, _check_each_class(challenger, cases, criteria, check_class))
 
 
 def _check_recall(challenger: Challenger, criteria: PromotionCriteria) -> Iterator[Check]:

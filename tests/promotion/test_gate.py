@@ -8,9 +8,11 @@ import pytest
 
 from fadeformer.evaluation import operating_points, predictions, subgroups, summary
 from fadeformer.evaluation.predictions import Predictions
+from fadeformer.inference.calibration import fit_calibration
+from fadeformer.inference.classifier import OperatingPoint
 from fadeformer.promotion import gate
 from fadeformer.promotion.comparison import Opponent, Pair
-from fadeformer.promotion.criteria import Challenger, PromotionCriteria
+from fadeformer.promotion.criteria import Challenger, PromotionCriteria, deployed_decisions
 from fadeformer.promotion.decision import Check, Decision
 from fadeformer.tasks import TASKS
 
@@ -250,6 +252,23 @@ def collapsed(model: Predictions, class_name: str, share: float) -> Predictions:
     return Predictions(frame, model.task, model.classes)
 
 
+def overstated(model: Predictions, class_name: str, factor: float) -> Predictions:
+    """The odds of a class are too high by a factor; its ranking is the same."""
+    odds = np.where(np.array(model.classes) == class_name, factor, 1.0)
+    scores = model.scores * odds / (model.scores * odds).sum(axis=1, keepdims=True)
+    frame = model.frame.assign(**{f"score_{c}": scores[:, c] for c in range(len(model.classes))})
+    return Predictions(frame, model.task, model.classes)
+
+
+def calibrated(model: Predictions) -> Predictions:
+    fitted = fit_calibration(model.labels, model.scores, model.task)
+    scores = fitted(model.scores, model.task)
+    frame = model.frame.assign(**{f"score_{c}": scores[:, c] for c in range(len(model.classes))})
+    return Predictions(frame, model.task, model.classes)
+
+
+RARE_CLASS = calibrated(simulate(2.0, images=2000, labels=np.r_[np.arange(1950) % 2, np.full(50, 2)]))
+RARE_CRITERIA = {"min_subgroup_auc": None, "min_sensitivity": None, "max_ece": 0.1}
 EIGHT = tuple(f"class {c}" for c in range(8))
 EIGHT_CHAMPION = simulate(2.2, images=1600, classes=EIGHT)
 EIGHT_CHALLENGER = collapsed(simulate(2.6, images=1600, classes=EIGHT, seed=1), "class 3", 0.35)
@@ -292,18 +311,20 @@ DECISIONS = {
     ),
     "small test set, wide interval": (
         evaluate(SMALL_SET), None, {"min_auc": 0.9}, ["min_auc"],
-        ["min_class_auc", "min_subgroup_auc", "min_sensitivity"],
+        ["min_class_auc", "min_subgroup_auc", "max_ece", "min_sensitivity"],
     ),
     "small test set, too few cases per class": (
-        evaluate(SMALL_SET), None, {"min_auc": 0.7}, [], ["min_class_auc", "min_subgroup_auc", "min_sensitivity"],
+        evaluate(SMALL_SET), None, {"min_auc": 0.7}, [],
+        ["min_class_auc", "min_subgroup_auc", "max_ece", "min_sensitivity"],
     ),
     "small test set, too few cases to compare": (
         evaluate(simulate(2.0, images=30, seed=1)), opponent(SMALL_SET),
-        {"min_auc": 0.7, "min_class_auc": None, "min_subgroup_auc": None, "min_sensitivity": None}, [],
+        {"min_auc": 0.7, "min_class_auc": None, "min_subgroup_auc": None, "max_ece": None, "min_sensitivity": None}, [],
         ["unseen_test_images"],
     ),
     "single patient": (
-        evaluate(single_patient()), None, {"min_class_auc": None, "min_subgroup_auc": None, "min_sensitivity": None},
+        evaluate(single_patient()), None,
+        {"min_class_auc": None, "min_subgroup_auc": None, "max_ece": None, "min_sensitivity": None},
         ["min_auc"], [],
     ),
     "unknown subgroup column": (GOOD_CHALLENGER, None, {"min_subgroup_auc": {"site": 0.7}}, ["min_subgroup_auc"], []),
@@ -323,21 +344,25 @@ DECISIONS = {
     "NaN in challenger": (replace(GOOD_CHALLENGER, test=with_nan()), None, {}, ["finite_scores"], []),
     "NaN in champion": (GOOD_CHALLENGER, champion_with_nan(), {}, ["champion_finite"], []),
     "absent class": (
-        without_class(np.arange(600) % 2), None, {}, [], ["min_class_auc", "min_sensitivity"],
+        without_class(np.arange(600) % 2), None, {}, [], ["min_class_auc", "max_ece", "min_sensitivity"],
     ),
     "class with one image": (
-        without_class(IMAGES_OF_ONE_CLASS), None, {}, [], ["min_class_auc", "min_sensitivity"],
+        without_class(IMAGES_OF_ONE_CLASS), None, {}, [], ["min_class_auc", "max_ece", "min_sensitivity"],
     ),
     "class with one image, allowed": (
         without_class(IMAGES_OF_ONE_CLASS), opponent(simulate(1.9, labels=IMAGES_OF_ONE_CLASS, seed=1)),
         {"not_assessed": "allow"}, [],
-        ["min_class_auc", "min_sensitivity", "class_auc_not_inferior", "recall_not_inferior"],
+        ["min_class_auc", "max_ece", "min_sensitivity", "class_auc_not_inferior", "recall_not_inferior"],
     ),
     "single class": (
         without_class(np.zeros(600, int)), None, {}, ["min_auc"],
-        ["min_class_auc", "min_subgroup_auc", "min_sensitivity"],
+        ["min_class_auc", "min_subgroup_auc", "max_ece", "min_sensitivity"],
     ),
     "calibration error": (GOOD_CHALLENGER, None, {"max_ece": 0.001}, ["max_ece"], []),
+    "rare class is overstated": (
+        evaluate(overstated(RARE_CLASS, "malignant", 4)), None, RARE_CRITERIA, ["max_ece"], [],
+    ),
+    "rare class is calibrated": (evaluate(RARE_CLASS), None, RARE_CRITERIA, [], []),
     "recall": (GOOD_CHALLENGER, None, {"min_sensitivity": 0.99}, ["min_sensitivity"], []),
     "class that is never decided": (
         evaluate(never_decided(GOOD, "benign")), opponent(GOOD), {"max_ece": None},
@@ -404,3 +429,18 @@ def test_images_seen_by_champion_are_left_out():
     )
     assert get_check(decision, "not_inferior").details.startswith("difference +0.0000")
     assert not gate.decide(GOOD_CHALLENGER, opponent(memorized), MINIMAL).promoted
+
+
+@pytest.mark.parametrize("task", ["binary-class", "multi-class", "multi-label, binary-class"])
+def test_deployed_decisions_are_those_of_predict(task):
+    classes = ("a", "b") if task == "binary-class" else CLASSES
+    random, kind = np.random.default_rng(0), TASKS[task]
+    if task == "multi-class":
+        kind = kind.with_decision_weights((0.1, 0.2, 0.7))
+    scores = random.dirichlet(np.ones(len(classes)), 100)
+    labels = random.integers(0, 2, (100, len(classes) if kind.multi_label else 1))
+    index = pd.DataFrame({"split": "test", "id": np.arange(100).astype(str), "group": None})
+    model = predictions.build_predictions(index, labels, scores, kind, classes)
+    points = {"youden": {name: {"threshold": 0.3} for name in classes[1:]} | {classes[0]: None}}
+    expected = OperatingPoint.from_thresholds(kind, classes, points, "youden").decide(scores)
+    assert (deployed_decisions(model, points["youden"]) == expected).all()
