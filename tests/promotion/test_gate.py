@@ -9,10 +9,9 @@ import pytest
 from fadeformer.evaluation import operating_points, predictions, subgroups, summary
 from fadeformer.evaluation.predictions import Predictions
 from fadeformer.inference.calibration import fit_calibration
-from fadeformer.inference.classifier import OperatingPoint
 from fadeformer.promotion import gate
 from fadeformer.promotion.comparison import Opponent, Pair
-from fadeformer.promotion.criteria import Challenger, PromotionCriteria, deployed_decisions
+from fadeformer.promotion.criteria import Challenger, PromotionCriteria
 from fadeformer.promotion.decision import Check, Decision
 from fadeformer.tasks import TASKS
 
@@ -53,12 +52,13 @@ def select_points(test: Predictions) -> dict:
     return operating_points.select_operating_points(test, test, TARGETS, 0.95)
 
 
-def opponent(test: Predictions | None, training_images: frozenset[str] | None = frozenset()) -> Opponent | None:
-    return None if test is None else Opponent("champion", test, select_points(test), training_images)
+def opponent(test: Predictions, training_images: frozenset[str] | None = frozenset()) -> Opponent:
+    return Opponent("champion", test, select_points(test), training_images)
 
 
 GOOD = simulate(2.0)
 GOOD_CHALLENGER = evaluate(GOOD)
+CHAMPION = opponent(GOOD)
 
 
 def statuses(decision: Decision) -> dict[str, str]:
@@ -178,11 +178,11 @@ def test_invalid_scores_stop_further_checks(wrong):
     frame = GOOD.frame.copy()
     frame.loc[7, "score_1"] = wrong
     invalid = replace(GOOD_CHALLENGER, test=Predictions(frame, GOOD.task, GOOD.classes))
-    decision = gate.decide(invalid, opponent(GOOD), MINIMAL)
+    decision = gate.decide(invalid, CHAMPION, MINIMAL)
     assert list(statuses(decision)) == ["data_gate", "finite_scores"]
     assert get_check(decision, "finite_scores").details == "1 images with invalid scores, such as test/7"
     assert not decision.promoted
-    champion = replace(opponent(GOOD), test=Predictions(frame, GOOD.task, GOOD.classes))
+    champion = replace(CHAMPION, test=Predictions(frame, GOOD.task, GOOD.classes))
     with_invalid_champion = gate.decide(GOOD_CHALLENGER, champion, MINIMAL)
     assert statuses(with_invalid_champion)["champion_finite"] == "failed"
     assert with_invalid_champion.champion_auc is None
@@ -192,10 +192,10 @@ def test_non_inferiority_uses_paired_difference():
     worse = evaluate(simulate(1.9, seed=1))
     difference = auc_difference(worse.test, GOOD)
     assert difference.low < difference.value < 0
-    within_margin = gate.decide(worse, opponent(GOOD), replace(MINIMAL, margin=-difference.low + 1e-6))
+    within_margin = gate.decide(worse, CHAMPION, replace(MINIMAL, margin=-difference.low + 1e-6))
     assert within_margin.promoted
     assert get_check(within_margin, "not_inferior").details.startswith(f"difference {difference.value:+.4f}")
-    beyond_margin = gate.decide(worse, opponent(GOOD), replace(MINIMAL, margin=-difference.low - 1e-6))
+    beyond_margin = gate.decide(worse, CHAMPION, replace(MINIMAL, margin=-difference.low - 1e-6))
     assert statuses(beyond_margin)["not_inferior"] == "failed"
     assert within_margin.champion_auc == summary.summarize(GOOD)["overall"]["auc"]
 
@@ -203,7 +203,7 @@ def test_non_inferiority_uses_paired_difference():
 def test_comparison_ignores_row_order():
     other = simulate(1.5, seed=1)
     shuffled = Predictions(other.frame.sample(frac=1, random_state=0), other.task, other.classes)
-    decisions = [gate.decide(evaluate(rows), opponent(GOOD), MINIMAL) for rows in (shuffled, other)]
+    decisions = [gate.decide(evaluate(rows), CHAMPION, MINIMAL) for rows in (shuffled, other)]
     assert decisions[0].checks == decisions[1].checks
     assert auc_difference(GOOD, GOOD).low == 0
 
@@ -230,7 +230,7 @@ def with_nan() -> Predictions:
 
 
 def champion_with_nan() -> Opponent:
-    return replace(opponent(GOOD), test=with_nan())
+    return replace(CHAMPION, test=with_nan())
 
 
 def single_patient() -> Predictions:
@@ -287,26 +287,26 @@ DECISIONS = {
     "first model, at chance": (
         evaluate(simulate(0.0)), None, {}, ["min_auc", "min_class_auc", "min_subgroup_auc", "min_sensitivity"], [],
     ),
-    "equal to champion": (GOOD_CHALLENGER, opponent(GOOD), {}, [], []),
-    "equal to champion, margin 0": (GOOD_CHALLENGER, opponent(GOOD), {"margin": 0.0}, [], []),
-    "equal to champion, gain required": (GOOD_CHALLENGER, opponent(GOOD), {"min_gain": 0.0}, ["better"], []),
-    "better than champion": (evaluate(simulate(3.0, seed=1)), opponent(GOOD), {}, [], []),
+    "equal to champion": (GOOD_CHALLENGER, CHAMPION, {}, [], []),
+    "equal to champion, margin 0": (GOOD_CHALLENGER, CHAMPION, {"margin": 0.0}, [], []),
+    "equal to champion, gain required": (GOOD_CHALLENGER, CHAMPION, {"min_gain": 0.0}, ["better"], []),
+    "better than champion": (evaluate(simulate(3.0, seed=1)), CHAMPION, {}, [], []),
     "better than champion, gain required": (
-        evaluate(simulate(3.0, seed=1)), opponent(GOOD), {"min_gain": 0.01}, [], [],
+        evaluate(simulate(3.0, seed=1)), CHAMPION, {"min_gain": 0.01}, [], [],
     ),
     "better than champion, larger gain required": (
-        evaluate(simulate(3.0, seed=1)), opponent(GOOD), {"min_gain": 0.5}, ["better"], [],
+        evaluate(simulate(3.0, seed=1)), CHAMPION, {"min_gain": 0.5}, ["better"], [],
     ),
-    "worse within margin": (evaluate(simulate(1.8, seed=1)), opponent(GOOD), {"margin": 0.03}, [], []),
+    "worse within margin": (evaluate(simulate(1.8, seed=1)), CHAMPION, {"margin": 0.03}, [], []),
     "worse within margin, not significant": (
-        evaluate(simulate(1.8, seed=1)), opponent(GOOD), {"margin": 0.015}, ["not_inferior"], [],
+        evaluate(simulate(1.8, seed=1)), CHAMPION, {"margin": 0.015}, ["not_inferior"], [],
     ),
     "the same as candidate 20": (
-        evaluate(simulate(1.8, seed=1), candidate=20), opponent(GOOD), {"margin": 0.03}, ["not_inferior"], [],
+        evaluate(simulate(1.8, seed=1), candidate=20), CHAMPION, {"margin": 0.03}, ["not_inferior"], [],
     ),
-    "worse than champion": (evaluate(simulate(1.5, seed=1)), opponent(GOOD), {}, ["not_inferior"], []),
+    "worse than champion": (evaluate(simulate(1.5, seed=1)), CHAMPION, {}, ["not_inferior"], []),
     "worse with a large margin, below min_auc": (
-        evaluate(simulate(1.0, seed=1)), opponent(GOOD), {"margin": 1.0, "class_margin": None, "recall_margin": None},
+        evaluate(simulate(1.0, seed=1)), CHAMPION, {"margin": 1.0, "class_margin": None, "recall_margin": None},
         ["min_auc"], [],
     ),
     "small test set, wide interval": (
@@ -365,7 +365,7 @@ DECISIONS = {
     "rare class is calibrated": (evaluate(RARE_CLASS), None, RARE_CRITERIA, [], []),
     "recall": (GOOD_CHALLENGER, None, {"min_sensitivity": 0.99}, ["min_sensitivity"], []),
     "class that is never decided": (
-        evaluate(never_decided(GOOD, "benign")), opponent(GOOD), {"max_ece": None},
+        evaluate(never_decided(GOOD, "benign")), CHAMPION, {"max_ece": None},
         ["min_sensitivity", "recall_not_inferior"], [],
     ),
     "one of eight classes collapsed": (
@@ -376,11 +376,14 @@ DECISIONS = {
     "rolled back before": (
         replace(GOOD_CHALLENGER, rollback_reason="wrong on the new scanner"), None, {}, ["not_rolled_back"], [],
     ),
-    "champion saw some test images": (GOOD_CHALLENGER, opponent(GOOD, SEEN), {}, [], []),
+    "champion saw some test images": (GOOD_CHALLENGER, replace(CHAMPION, training_images=SEEN), {}, [], []),
     "champion saw all test images": (
-        GOOD_CHALLENGER, opponent(GOOD, frozenset(GOOD.frame["sha256"])), {}, [], ["unseen_test_images"],
+        GOOD_CHALLENGER, replace(CHAMPION, training_images=frozenset(GOOD.frame["sha256"])), {}, [],
+        ["unseen_test_images"],
     ),
-    "training images of champion unknown": (GOOD_CHALLENGER, opponent(GOOD, None), {}, [], ["unseen_test_images"]),
+    "training images of champion unknown": (
+        GOOD_CHALLENGER, replace(CHAMPION, training_images=None), {}, [], ["unseen_test_images"],
+    ),
     "initial weights saw test images": (
         replace(GOOD_CHALLENGER, initial_weights="a.pth", initial_images=SEEN), None, {}, ["initial_weights"], [],
     ),
@@ -429,18 +432,3 @@ def test_images_seen_by_champion_are_left_out():
     )
     assert get_check(decision, "not_inferior").details.startswith("difference +0.0000")
     assert not gate.decide(GOOD_CHALLENGER, opponent(memorized), MINIMAL).promoted
-
-
-@pytest.mark.parametrize("task", ["binary-class", "multi-class", "multi-label, binary-class"])
-def test_deployed_decisions_are_those_of_predict(task):
-    classes = ("a", "b") if task == "binary-class" else CLASSES
-    random, kind = np.random.default_rng(0), TASKS[task]
-    if task == "multi-class":
-        kind = kind.with_decision_weights((0.1, 0.2, 0.7))
-    scores = random.dirichlet(np.ones(len(classes)), 100)
-    labels = random.integers(0, 2, (100, len(classes) if kind.multi_label else 1))
-    index = pd.DataFrame({"split": "test", "id": np.arange(100).astype(str), "group": None})
-    model = predictions.build_predictions(index, labels, scores, kind, classes)
-    points = {"youden": {name: {"threshold": 0.3} for name in classes[1:]} | {classes[0]: None}}
-    expected = OperatingPoint.from_thresholds(kind, classes, points, "youden").decide(scores)
-    assert (deployed_decisions(model, points["youden"]) == expected).all()
