@@ -137,7 +137,7 @@ def compare_with_champion(
     pair, checks = align(challenger, champion, criteria)
     if pair is None:
         return checks, None
-    checks.append(_check_mean_auc(pair, challenger, champion.name, criteria))
+    checks.append(_check_mean_auc(pair, challenger, champion.name, criteria, criteria.min_gain))
     if criteria.class_margin is not None:
         checks.append(_check_class_aucs(pair, challenger, criteria.class_margin))
         checks += _check_subgroup_aucs(pair, challenger, criteria.class_margin)
@@ -149,33 +149,27 @@ def compare_with_champion(
 def compare_with_best(challenger: Challenger, best: Opponent, criteria: PromotionCriteria) -> Check:
     """Compare the mean AUC with that of the best champion so far: losses must not add up over generations."""
     pair, checks = align(challenger, best, criteria)
-    check = checks[-1] if pair is None else _check_difference(pair, challenger, best.name, criteria, -criteria.margin)
+    check = checks[-1] if pair is None else _check_mean_auc(pair, challenger, best.name, criteria, None)
     return Check("not_inferior_to_best", check.requirement, check.status, check.details)
 
 
-def _check_mean_auc(pair: Pair, challenger: Challenger, name: str, criteria: PromotionCriteria) -> Check:
-    if criteria.min_gain is None:
-        return _check_difference(pair, challenger, name, criteria, -criteria.margin)
-    return _check_difference(pair, challenger, name, criteria, criteria.min_gain)
-
-
-def _check_difference(
-    pair: Pair, challenger: Challenger, name: str, criteria: PromotionCriteria, minimum: float
+def _check_mean_auc(
+    pair: Pair, challenger: Challenger, name: str, criteria: PromotionCriteria, min_gain: float | None
 ) -> Check:
-    """Check that the mean AUC over the classes with enough cases exceeds the opponent's by `minimum`."""
-    confidence, is_gain = challenger.paid_confidence, minimum >= 0 and criteria.min_gain is not None
+    """Check the difference of the mean AUC over the classes with enough cases: against a gain, or else the margin."""
+    confidence = challenger.paid_confidence
     level = f"at {100 * confidence:.6g} %"
-    if is_gain:
-        short, requirement = "better", f"test AUC higher than that of the {name} by more than {minimum:g}, {level}"
-    else:
+    if min_gain is None:
         short = "not_inferior"
-        requirement = f"test AUC not lower than that of the {name} by more than {-minimum:g}, {level}"
+        requirement = f"test AUC not lower than that of the {name} by more than {criteria.margin:g}, {level}"
+    else:
+        short, requirement = "better", f"test AUC higher than that of the {name} by more than {min_gain:g}, {level}"
     cases = pair.count_cases()
     classes = [c for c, count in cases.items() if count >= criteria.min_cases]
     difference = pair.auc_difference(classes, confidence) if classes else None
     if difference is None:
         return Check(short, requirement, NOT_ASSESSED, f"no class has {criteria.min_cases} cases and as many others")
-    passed = difference.low > minimum if is_gain else difference.low >= minimum
+    passed = difference.low >= -criteria.margin if min_gain is None else difference.low > min_gain
     left_out = ", ".join(f"{c} (n = {count})" for c, count in cases.items() if c not in classes)
     details = _format(difference) + (f", without {left_out}" if left_out else "")
     return Check(short, requirement, status_of(passed), details)
