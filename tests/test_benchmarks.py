@@ -168,6 +168,22 @@ def test_simulated_net_benefit_is_that_of_evaluation():
     assert simulation._net_benefit(score, truth) == pytest.approx(benefit[0.1])
 
 
+def test_drift_simulation_prints_every_table(capsys, monkeypatch, single_thread):
+    simulation = load_benchmark("simulations/drift")
+    monkeypatch.setattr(simulation, "DESIGNS", ((2, 20, 2, 20), (1, 20, 2, 20), (2, 20, 1, 20)))
+    monkeypatch.setattr(simulation, "POOL_SLIDES", 40)
+    monkeypatch.setattr(simulation, "BRIGHTNESS", (1.0, 0.85))
+    monkeypatch.setattr(simulation.generate, "IMAGES_PER_SLIDE", 10)
+    monkeypatch.setattr(sys, "argv", ["drift.py", "--sets", "1"])
+    simulation.main()
+    output = capsys.readouterr().out
+    assert "| 20 x 2 | 20 x 2 | 0.0 (0.0) | " in output
+    assert "| new, groups unknown |" in output
+    assert "| brightness 0.5 SD |" in output
+    assert "| unchanged | 0.0 (0.0) |" in output
+    assert "| 15 % darker | 100.0 (0.0) |" in output
+
+
 @pytest.mark.parametrize("backbone", ["fadevit_nano", "resnet18"])
 def test_training_benchmark_times_all_loops(config, backbone):
     rates = load_benchmark("training").compare(backbone, 28, config, count=20, repeats=1)

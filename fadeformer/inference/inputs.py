@@ -61,10 +61,12 @@ class InputImage:
         return Image.fromarray(frames[0])
 
     def read_group(self) -> str | None:
-        """Hash the patient of a DICOM file; None for other files and if the patient is unknown.
+        """Hash the patient of a DICOM file; None for files with an image suffix and if the patient is unknown.
 
         The key of the hash is drawn anew in each process.
         """
+        if _has_image_suffix(self.member or self.path.name):
+            return None
         try:
             data = self._bytes()
         except UnreadableImageError:
@@ -111,7 +113,7 @@ def list_inputs(arguments: Iterable[str]) -> tuple[list[InputImage], int]:
     return [images[name] for name in sorted(images)], num_skipped
 
 
-def read_groups(images: Sequence[InputImage], table: Path | None) -> list[str] | None:
+def read_groups(images: Sequence[InputImage], table: Path | None) -> list[str | None]:
     """Read the group (patient, lesion or slide) of each image from a table, or from the headers of DICOM files.
 
     Args:
@@ -120,19 +122,13 @@ def read_groups(images: Sequence[InputImage], table: Path | None) -> list[str] |
             labels.csv); None to read DICOM headers. An image whose group is empty is its own group.
 
     Returns:
-        One group per image; None if there is no table and an image is not a DICOM file with a patient.
+        The group of each image; without a table, None if it is not a DICOM file with a patient.
 
     Raises:
         UserError: the table cannot be read, has no groups, or lacks an image.
     """
     if table is None:
-        groups = []
-        for image in images:
-            group = image.read_group()
-            if group is None:
-                return None
-            groups.append(group)
-        return groups
+        return [image.read_group() for image in images]
     rows = labels_csv.parse_labels_csv(table.parent, table.name, _read_table(table))
     column = labels_csv.find_group_column(rows)
     if column is None:

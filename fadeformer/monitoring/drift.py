@@ -152,7 +152,8 @@ def detect_drift(reference: pd.DataFrame, new: pd.DataFrame, *, has_groups: bool
     Raises:
         UserError: either table has fewer than `MIN_IMAGES` images.
     """
-    new = new[reference.columns].dropna()
+    new = new[reference.columns] if has_groups else new[reference.columns.drop(GROUP)]
+    new = new.dropna()
     for rows, source in ((reference, "the reference data of the model"), (new, "the input")):
         if len(rows) < MIN_IMAGES:
             raise UserError(f"{source} has {len(rows)} usable images; at least {MIN_IMAGES} are needed")

@@ -51,8 +51,9 @@ def check_drift(
     files = resolve.find_model_files(model)
     reference_table = reference.read(files.reference, model)
     new_table, unreadable = _compute_features(files, images)
-    new_table[reference.GROUP] = image_groups or [image.name for image in images]
-    result = drift.detect_drift(reference_table, new_table, has_groups=image_groups is not None)
+    new_table[reference.GROUP] = pd.Series(image_groups, dtype="string")
+    has_groups = bool(new_table.loc[new_table["error"].isna(), reference.GROUP].notna().all())
+    result = drift.detect_drift(reference_table, new_table, has_groups=has_groups)
     source = names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
     with atomic_folder(out) as folder:
         page = drift_page.render_drift_page(

@@ -13,6 +13,7 @@ from fadeformer.errors import UserError
 from fadeformer.monitoring import drift, reference
 from fadeformer.reporting import drift_page
 from pipelines.cli import main
+from pipelines.orchestration import flows
 from tests.data.dicom.test_dicom_image import make_dicom
 from tests.packages import images, write_model
 
@@ -56,14 +57,14 @@ def detect(data: pd.DataFrame, new: pd.DataFrame, has_groups: bool = True) -> dr
 def test_correlated_images_raise_no_false_alarms(images, patients):
     alarms = [
         detect(*(simulate(patients, 2 * seed + side, images_per_patient=images) for side in (0, 1))).drifted
-        for seed in range(40)
+        for seed in range(25)
     ]
     assert sum(map(bool, alarms)) <= 1
 
 
 def test_unequal_numbers_of_images_raise_no_false_alarms():
     alarms = [
-        detect(simulate(80, 2 * seed, images_per_patient=10), simulate(20, 2 * seed + 1)).drifted for seed in range(40)
+        detect(simulate(80, 2 * seed, images_per_patient=10), simulate(20, 2 * seed + 1)).drifted for seed in range(25)
     ]
     assert sum(map(bool, alarms)) <= 1
 
@@ -272,6 +273,15 @@ def test_few_groups_exit_as_not_assessed(folder, capsys):
     assert "no drift" not in message
 
 
+def test_flow_reports_what_is_not_assessed(folder):
+    write_groups(folder, [number // 10 for number in range(20)])
+    not_assessed = flows.drift.fn(["same"], "models", groups="groups.csv")
+    assert not_assessed.is_completed()
+    assert not_assessed.name == "Not assessed"
+    assert flows.drift.fn(["same"], "models", independent=True).name == "Completed"
+    assert flows.drift.fn(["dark"], "models", independent=True).is_failed()
+
+
 @pytest.mark.parametrize(
     ("table", "message"),
     [
@@ -296,10 +306,14 @@ def test_dicom_patients_are_groups(folder, capsys):
     with contextlib.suppress(SystemExit):
         main.main(["drift", "dicom", "--model", "models"])
     assert "in 40 images of 10 groups;" in capsys.readouterr().out
+    (folder / "dicom" / "torn.dcm").write_bytes(data[:200])
+    with contextlib.suppress(SystemExit):
+        main.main(["drift", "dicom", "--model", "models"])
+    assert "in 40 images of 10 groups, 1 unreadable;" in capsys.readouterr().out
     Image.fromarray(images(1)[0]).save(folder / "dicom" / "0.png")
     with contextlib.suppress(SystemExit):
         main.main(["drift", "dicom", "--model", "models"])
-    assert "in 41 images of unknown groups" in capsys.readouterr().out
+    assert "in 41 images of unknown groups, see --groups, 1 unreadable" in capsys.readouterr().out
 
 
 def encode_dicom(patient: str, pixels: np.ndarray) -> bytes:
@@ -315,6 +329,14 @@ def test_max_images_draws_subset(folder, capsys):
     with pytest.raises(SystemExit):
         main.main(["drift", "same", "--model", "models", "--max-images", "5"])
     assert "--max-images is 5; at least 20 images are needed" in capsys.readouterr().err
+
+
+def test_reference_without_groups_is_rejected(folder, capsys):
+    path = folder / "models" / "reference.parquet"
+    pd.read_parquet(path).drop(columns=reference.GROUP).to_parquet(path)
+    with pytest.raises(SystemExit):
+        main.main(["drift", "same", "--model", "models"])
+    assert "has no reference data for drift detection (reference.parquet: has no groups)" in capsys.readouterr().err
 
 
 def test_missing_reference_data_is_reported(folder, capsys):
