@@ -74,14 +74,17 @@ class Decision:
 
     @property
     def reason(self) -> str:
-        """The number of checks by status and the decisive checks, as a sentence."""
+        """The number of checks by status and the decisive check, as a sentence."""
         failed = [check for check in self.checks if check.status == FAILED]
         not_assessed = [check for check in self.checks if check.status == NOT_ASSESSED]
         if self.passed:
-            decisive = [check for check in self.checks if check.name in HEADLINE_CHECKS]
+            decisive, others = [check for check in self.checks if check.name in HEADLINE_CHECKS], 0
         else:
-            decisive = failed or not_assessed
+            decisive = (failed or not_assessed)[:1]
+            others = len(failed or not_assessed) - 1
         sentences = [f"{check.requirement}: {check.details}" for check in decisive]
+        if others > 0:
+            sentences.append(f"and {others} more")
         if not self.passed and not failed:
             sentences.append("see promote.not_assessed")
         reason = "; ".join([self.counts, *sentences])

@@ -208,6 +208,13 @@ def test_comparison_ignores_row_order():
     assert auc_difference(GOOD, GOOD).low == 0
 
 
+def test_reason_names_first_failed_check():
+    criteria = replace(MINIMAL, min_auc=0.99, min_class_auc=0.99, max_ece=0.0)
+    reason = gate.decide(GOOD_CHALLENGER, None, criteria).reason
+    assert reason.startswith("2 passed, 3 failed; lower bound of the test AUC at least 0.99, at 95 %: 0.")
+    assert reason.endswith("; and 2 more")
+
+
 def test_force_promotes_and_is_reported():
     decision = gate.decide(
         GOOD_CHALLENGER, None, replace(MINIMAL, min_auc=1.0), force_reason="the old one cannot read DICOM"
