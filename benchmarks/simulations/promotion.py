@@ -119,7 +119,7 @@ def margin_table(sets: int, correlation: float) -> pd.DataFrame:
         patients = design.positives // design.cluster_size
         rows.append({
             "images per patient": design.cluster_size, "positive images": design.positives,
-            "positive patients": patients, "AUC": f"{auc:g}", "judged": "yes" if patients >= MIN_CASES else "no",
+            "positive patients": patients, "AUC": auc, "judged": "yes" if patients >= MIN_CASES else "no",
             "worse by the margin": 100 * worse[0] / sets, "equal": 100 * equal[0] / sets,
             "DeLong: worse by the margin": 100 * worse[1] / sets, "DeLong: equal": 100 * equal[1] / sets,
         })  # fmt: skip
@@ -168,7 +168,7 @@ def main() -> None:
     args = parser.parse_args()
     sets = args.sets or (2000 if args.table == "margin" else 1000)
     table = margin_table(sets, args.correlation) if args.table == "margin" else campaign_table(sets)
-    print(table.to_markdown(index=False, floatfmt=".1f"))
+    print(table.to_markdown(index=False, floatfmt=[".2f" if column == "AUC" else ".1f" for column in table]))
     error = 100 * math.sqrt(0.025 * 0.975 / sets)
     print(f"{sets:,} per cell; Monte Carlo standard error of a rate of 2.5 %: {error:.2f} %")
 
