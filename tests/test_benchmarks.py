@@ -132,6 +132,11 @@ SMALL_RUNS = {
         ["coverage", "--sets", "2", "--images", "100", "--resamples", "50"],
         "that contain the true value, %",
     ),
+    "simulations/subgroups": (
+        ["--sets", "2", "--power-sets", "2", "--old-sets", "1", "--resamples", "100", "--designs", "1"],
+        "| 2 classes, 3 sites of 100 | 0.66 | ",
+    ),
+    "simulations/predictive_values": (["--sets", "10"], "| 400 images, 10 %, patients | 95 %, 70 % | "),
     "predict": (["--images", "10", "--side", "28", "--repeats", "1", "--many", "20"], "peak memory for     20 images"),
 }
 

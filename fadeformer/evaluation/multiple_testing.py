@@ -45,13 +45,13 @@ def step_down(p_values: Floats, correlation: Floats, alpha: float, seed: int) ->
     statistics = -ndtri(p_values)
     order = np.argsort(-statistics, kind="stable")
     values, vectors = np.linalg.eigh(correlation)
-    factor = (vectors * np.sqrt(np.maximum(values, 0.0))).T  # independent normals @ factor have the correlation
+    factor = (vectors * np.sqrt(np.maximum(values, 0.0)))[order]  # factor @ independent normals have the correlation
     rng, counts, largest = np.random.default_rng(seed), np.zeros(len(order), dtype=np.int64), []
     for _ in range(NUM_DRAWS // CHUNK):
-        draws = (rng.standard_normal((CHUNK, len(order))) @ factor)[:, order]
-        maxima = np.maximum.accumulate(draws[:, ::-1], axis=1)[:, ::-1]  # over each test and all less significant ones
-        counts += (maxima >= statistics[order]).sum(axis=0)
-        largest.append(maxima[:, 0])
+        draws = factor @ rng.standard_normal((len(order), CHUNK))  # tests, draws
+        maxima = np.maximum.accumulate(draws[::-1])[::-1]  # over each test and all less significant ones
+        counts += (maxima >= statistics[order, None]).sum(axis=1)
+        largest.append(maxima[0])
     adjusted = np.empty(len(order))
     adjusted[order] = np.maximum.accumulate((1 + counts) / (1 + NUM_DRAWS))
     return AdjustedTests(adjusted, float(ndtr(-np.quantile(np.concatenate(largest), 1 - alpha))))

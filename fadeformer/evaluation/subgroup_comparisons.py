@@ -2,8 +2,8 @@
 
 AUC, sensitivity and specificity of each class, and their means over the classes that are evaluable on both sides. Each
 comparison is a one-sided test by confidence bounds (`fadeformer.evaluation.intervals.shortfall`): DeLong's on the logit
-scale for AUCs, Jeffreys' for proportions, both with the effective number of images of patients or lesions. P-values are
-adjusted for all comparisons of all subgroups (`fadeformer.evaluation.multiple_testing`).
+scale for AUCs, exact ones for proportions, both with the effective number of images of patients or lesions. P-values
+are adjusted for all comparisons of all subgroups (`fadeformer.evaluation.multiple_testing`).
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,7 @@ from fadeformer.evaluation.intervals.proportions import (
     estimate_mean_proportion,
     estimate_proportion,
     group_residuals,
+    score_interval,
     upper_quantile,
 )
 from fadeformer.evaluation.intervals.shortfall import Estimate, detectable_shortfall, shortfall_p_value
@@ -54,33 +56,49 @@ class MeanAUCEstimate:
     curves: tuple[int, ...]
     cases: tuple[float, float]
 
-    @property
+    @cached_property
     def value(self) -> float:
         """Mean of the AUCs."""
         return float(self.estimates.areas[list(self.curves)].mean())
 
+    @cached_property
+    def variance(self) -> float:
+        """Variance of the mean; 0 where all AUCs are 0 or 1."""
+        return max(0.0, float(self.estimates.covariance[np.ix_(self.curves, self.curves)].mean()))
+
+    @cached_property
+    def degrees(self) -> float:
+        """Degrees of freedom of the sum of the variances (Satterthwaite 1946, doi:10.2307/3002019)."""
+        curves = list(self.curves)
+        variances, degrees = np.diag(self.estimates.covariance)[curves], self.estimates.degrees_of_freedom[curves]
+        squares = float((variances**2 / degrees).sum())
+        return float(variances.sum()) ** 2 / squares if squares > 0 else float(degrees.min())
+
     def tail_bounds(self, tail: float) -> tuple[float, float]:
-        """Compute bounds at a tail probability on each side."""
-        bounds = delong.mean_auc_interval(self.estimates, list(self.curves), 1 - 2 * tail)
-        if bounds is None:
-            raise ValueError("an AUC with all positives or all negatives in one group has no bounds")
-        return bounds
+        """Compute the bounds of `delong.mean_auc_interval` at a tail probability on each side."""
+        if self.value in (0.0, 1.0):
+            smallest = float(self.estimates.min_groups[list(self.curves)].min())
+            return score_interval(self.value, smallest, upper_quantile(tail, math.inf))
+        return _logit_bounds(self.value, self.variance, upper_quantile(tail, self.degrees))
 
     def planned_bounds(self, value: float, tail: float) -> tuple[float, float]:
         """Compute bounds for another value, on the logit scale.
 
         The variance changes in proportion to that of an AUC of normal scores (`binormal_variance`).
         """
-        variance = float(self.estimates.covariance[np.ix_(self.curves, self.curves)].mean())
-        if 0 < self.value < 1 and variance > 0:
-            variance *= binormal_variance(value, *self.cases) / binormal_variance(self.value, *self.cases)
-        else:
-            variance = value * (1 - value) / float(self.estimates.min_groups[list(self.curves)].min())
-        degrees = float(self.estimates.degrees_of_freedom[list(self.curves)].min())
         if not 0 < value < 1:
             return value, value
-        half_width = upper_quantile(tail, degrees) * math.sqrt(variance) / (value * (1 - value))
-        return float(expit(logit(value) - half_width)), float(expit(logit(value) + half_width))
+        if 0 < self.value < 1:
+            ratio = binormal_variance(value, *self.cases) / binormal_variance(self.value, *self.cases)
+            variance = self.variance * ratio
+        else:
+            variance = value * (1 - value) / float(self.estimates.min_groups[list(self.curves)].min())
+        return _logit_bounds(value, variance, upper_quantile(tail, self.degrees))
+
+
+def _logit_bounds(value: float, variance: float, quantile: float) -> tuple[float, float]:
+    center, half_width = float(logit(value)), quantile * math.sqrt(variance) / (value * (1 - value))
+    return float(expit(center - half_width)), float(expit(center + half_width))
 
 
 def binormal_variance(area: float, positives: float, negatives: float) -> float:

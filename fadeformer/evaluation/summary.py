@@ -202,7 +202,7 @@ def _proportion_intervals(
 
     def mean_interval(masks: Sequence[tuple[NDArray[np.bool_], NDArray[np.bool_]]]) -> Interval:
         estimate = estimate_mean_proportion(masks, groups)
-        return None if estimate is None else estimate.bounds((1 - confidence) / 2)
+        return None if estimate is None else estimate.tail_bounds((1 - confidence) / 2)
 
     has_positives = metrics.truth.any(axis=0)
     truth, predicted = metrics.truth.T, metrics.predicted.T

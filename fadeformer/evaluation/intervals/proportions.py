@@ -13,8 +13,6 @@ from scipy.special import betainccinv, betaincinv, ndtr, ndtri, stdtrit
 Truth = NDArray[np.bool_]
 Floats = NDArray[np.float64]
 
-CONTINUITY_ADJUSTMENT = 0.25  # of Jeffreys bounds: 0 is none, 0.5 gives those of Clopper and Pearson
-
 
 @dataclass(frozen=True)
 class ProportionEstimate:
@@ -35,15 +33,16 @@ class ProportionEstimate:
         return score_interval(self.value, self.size, upper_quantile(tail, self.degrees))
 
     def tail_bounds(self, tail: float) -> tuple[float, float]:
-        """Compute Jeffreys bounds, whose two error rates are equal also for small tails and near 0 and 1.
+        """Compute the exact bounds, whose error rates are at most `tail` also where it is small.
 
-        Wilson's are not: the binomial distribution is skewed (Cai 2005, doi:10.1016/j.jspi.2004.01.005).
+        Wilson's are not, as the binomial distribution is skewed: with a true value of 0.97, 20 images are significantly
+        below 250 others at a tail of 0.002 five times as often as they should be, by enumeration.
         """
         return self.planned_bounds(self.value, tail)
 
     def planned_bounds(self, value: float, tail: float) -> tuple[float, float]:
         """Compute `tail_bounds` for another value."""
-        return jeffreys_bounds(value, self.size, upper_quantile(tail, self.degrees))
+        return exact_bounds(value, self.size, upper_quantile(tail, self.degrees))
 
 
 @dataclass(frozen=True)
@@ -76,27 +75,21 @@ class MeanProportionEstimate:
         squares = float(np.sum(variances**2 / np.array([part.degrees for part in self.parts])))
         return float(variances.sum() ** 2 / squares) if squares > 0 else math.inf
 
-    def bounds(self, tail: float) -> tuple[float, float]:
-        """Compute bounds from those of the parts by variance estimates recovery (MOVER).
+    def tail_bounds(self, tail: float) -> tuple[float, float]:
+        """Compute bounds from the exact ones of the parts by variance estimates recovery (MOVER).
 
         Zou and Donner 2008, doi:10.1002/sim.3095: the squared distances of the parts' bounds take the place of their
-        variances, so that a part of 0 or 1, whose estimated variance is 0, contributes its uncertainty.
+        variances, so that a part of 0 or 1, whose estimated variance is 0, contributes its uncertainty. With Wilson
+        bounds the interval of a mean of five classes of 40 images covers 91 instead of 95 %.
         """
-        return self._combine([part.bounds(tail) for part in self.parts])
-
-    def tail_bounds(self, tail: float) -> tuple[float, float]:
-        """Compute bounds from the `tail_bounds` of the parts."""
-        return self._combine([part.tail_bounds(tail) for part in self.parts])
-
-    def planned_bounds(self, value: float, tail: float) -> tuple[float, float]:
-        """Compute `tail_bounds` for another value, those of one proportion with the effective size of the mean."""
-        return jeffreys_bounds(value, self.size, upper_quantile(tail, self.degrees))
-
-    def _combine(self, part_bounds: Sequence[tuple[float, float]]) -> tuple[float, float]:
-        bounds = [(part.value, *pair) for part, pair in zip(self.parts, part_bounds, strict=True)]
+        bounds = [(part.value, *part.tail_bounds(tail)) for part in self.parts]
         distances = np.array([(value - low, high - value) for value, low, high in bounds])  # parts, sides
         below, above = np.sqrt(np.einsum("is,ij,js->s", distances, self.correlation, distances)) / len(self.parts)
         return max(0.0, self.value - float(below)), min(1.0, self.value + float(above))
+
+    def planned_bounds(self, value: float, tail: float) -> tuple[float, float]:
+        """Compute `tail_bounds` for another value, those of one proportion with the effective size of the mean."""
+        return exact_bounds(value, self.size, upper_quantile(tail, self.degrees))
 
 
 def wilson_interval(hits: int, trials: int, confidence: float = 0.95) -> tuple[float, float]:
@@ -260,16 +253,15 @@ def upper_quantile(tail: float, degrees: float) -> float:
     return float(-ndtri(tail) if math.isinf(degrees) else -stdtrit(degrees, tail))
 
 
-def jeffreys_bounds(value: float, trials: float, quantile: float) -> tuple[float, float]:
-    """Compute the Jeffreys bounds of a proportion for a (possibly fractional) number of trials and a critical value.
+def exact_bounds(value: float, trials: float, quantile: float) -> tuple[float, float]:
+    """Compute the bounds of Clopper and Pearson (1934, doi:10.1093/biomet/26.4.404) of a proportion.
 
-    They are quantiles of the beta distribution after Jeffreys' prior (Brown, Cai and DasGupta 2001,
-    doi:10.1214/ss/1009213286), with a continuity adjustment halfway to the exact bounds of Clopper and Pearson (Laud
-    2017, doi:10.1002/pst.1813, appendix S2): without it, small tails are exceeded by up to 1.4 times, by enumeration.
-    The lower bound of 0 is 0, and the upper bound of 1 is 1.
+    Args:
+        value: the proportion.
+        trials: number of trials, also fractional.
+        quantile: critical value of the normal distribution, such as 1.96 for a tail probability of 0.025.
     """
     tail, hits = float(ndtr(-quantile)), value * trials
-    less, more = 0.5 - CONTINUITY_ADJUSTMENT, 0.5 + CONTINUITY_ADJUSTMENT
-    low = 0.0 if value == 0 else float(betaincinv(hits + less, trials - hits + more, tail))
-    high = 1.0 if value == 1 else float(betainccinv(hits + more, trials - hits + less, tail))
+    low = 0.0 if value == 0 else float(betaincinv(hits, trials - hits + 1, tail))
+    high = 1.0 if value == 1 else float(betainccinv(hits + 1, trials - hits, tail))
     return low, high

@@ -1,7 +1,7 @@
 """One-sided test of a shortfall between two estimates by their confidence bounds, and the smallest detectable one.
 
 The bounds of the two estimates give those of their difference by variance estimates recovery (MOVER; Zou and Donner
-2008, doi:10.1002/sim.3095), of proportions with Jeffreys bounds (Laud 2017, doi:10.1002/pst.1813). The p-value is the
+2008, doi:10.1002/sim.3095), of proportions with exact bounds (Laud 2017, doi:10.1002/pst.1813). The p-value is the
 tail probability at which the lower bound of the shortfall is 0. The variances are thus those near the null hypothesis,
 not at the observed values: a sensitivity of 0 of 5 has an estimated variance of 0, but a wide interval.
 """

@@ -118,14 +118,16 @@ def test_mean_interval_recovers_variances_of_parts():
         rows = np.arange(100)
         masks.append((rows < start + hits, (rows >= start) & (rows < start + trials)))
     estimate = proportions.estimate_mean_proportion(masks, np.arange(100))
-    intervals = [wilson_interval(20, 20), wilson_interval(30, 50), wilson_interval(12, 30)]
+    counts = [(20, 20), (30, 50), (12, 30)]
+    exact = [stats.binomtest(*count).proportion_ci(0.95, "exact") for count in counts]
+    intervals = [(interval.low, interval.high) for interval in exact]
     values = np.array([1, 0.6, 0.4])
     lows, highs = np.array(intervals).T
     expected = (
         values.mean() + np.array([-1, 1]) * np.sqrt([((values - lows) ** 2).sum(), ((highs - values) ** 2).sum()]) / 3
     )
     assert estimate.value == pytest.approx(2 / 3)
-    assert estimate.bounds(0.025) == pytest.approx(expected)
+    assert estimate.tail_bounds(0.025) == pytest.approx(expected)
     assert estimate.size == pytest.approx(9 / (1 / 20 + 1 / 50 + 1 / 30))
 
 
@@ -134,13 +136,14 @@ def test_mean_of_identical_proportions_is_one_proportion():
     groups, hits, trials = np.arange(120) // 4, random.random(120) < 0.7, random.random(120) < 0.6
     estimate = proportions.estimate_mean_proportion([(hits, trials)] * 3, groups)
     single = proportions.estimate_proportion(hits, trials, groups)
-    assert estimate.bounds(0.025) == pytest.approx(single.bounds(0.025))
+    assert estimate.tail_bounds(0.025) == pytest.approx(single.tail_bounds(0.025))
     assert (estimate.size, estimate.value) == pytest.approx((single.size, single.value))
     assert proportions.estimate_mean_proportion([(hits, trials), (hits, ~hits & hits)], groups) is None
 
 
-def test_jeffreys_bounds_match_beta_quantiles():
-    low, high = proportions.jeffreys_bounds(0.9, 30, stats.norm.isf(0.001))
-    assert (low, high) == pytest.approx((stats.beta.ppf(0.001, 27.25, 3.75), stats.beta.ppf(0.999, 27.75, 3.25)))
-    assert proportions.jeffreys_bounds(1.0, 30, 2.0)[1] == 1
-    assert proportions.jeffreys_bounds(0.0, 30, 2.0)[0] == 0
+def test_exact_bounds_match_scipy():
+    low, high = proportions.exact_bounds(0.9, 30, stats.norm.isf(0.001))
+    expected = stats.binomtest(27, 30).proportion_ci(0.998, "exact")
+    assert (low, high) == pytest.approx((expected.low, expected.high))
+    assert proportions.exact_bounds(1.0, 30, 2.0)[1] == 1
+    assert proportions.exact_bounds(0.0, 30, 2.0)[0] == 0

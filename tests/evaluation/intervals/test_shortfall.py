@@ -15,18 +15,18 @@ def proportion(hits: int, trials: int) -> ProportionEstimate:
 
 
 def naive_p_value(low_hits: int, low_trials: int, high_hits: int, high_trials: int) -> float:
-    """Tail probability at which the interval of the difference by Jeffreys bounds starts at 0."""
+    """Tail probability at which the interval of the difference by exact bounds starts at 0."""
     low, high = low_hits / low_trials, high_hits / high_trials
 
     def bound(tail: float) -> float:
-        upper = stats.beta.isf(tail, low_hits + 0.75, low_trials - low_hits + 0.25)
-        lower = stats.beta.ppf(tail, high_hits + 0.25, high_trials - high_hits + 0.75)
+        upper = stats.beta.isf(tail, low_hits + 1, low_trials - low_hits)
+        lower = stats.beta.ppf(tail, high_hits, high_trials - high_hits + 1)
         return high - low - math.hypot(high - lower, upper - low)
 
     return optimize.brentq(bound, 1e-9, 0.45, xtol=1e-14)
 
 
-@pytest.mark.parametrize("counts", [(48, 80, 56, 70), (0, 10, 60, 300), (30, 40, 100, 100), (1, 12, 2, 12)])
+@pytest.mark.parametrize("counts", [(48, 80, 56, 70), (0, 10, 60, 300), (30, 40, 99, 100), (1, 12, 2, 12)])
 def test_p_value_inverts_the_interval(counts):
     subgroup, others = proportion(*counts[:2]), proportion(*counts[2:])
     assert shortfall_p_value(subgroup, others, 0.0) == pytest.approx(naive_p_value(*counts), rel=1e-3)
@@ -43,7 +43,7 @@ def test_p_values_are_calibrated_in_the_tail(trials, others_trials, value):
         for a, b in likely
         if shortfall_p_value(proportion(int(a), trials), proportion(int(b), others_trials), 0.0) < 0.005
     )
-    assert 0.0025 < false < 0.005
+    assert 0.002 < false < 0.005
 
 
 def test_p_value_at_the_limits():
