@@ -75,8 +75,8 @@ def confidence_intervals(predictions: Predictions, *, n_resamples: int, seed: in
     """Compute the confidence interval of every metric of `summarize`.
 
     AUCs have DeLong intervals, proportions Wilson intervals, and means of proportions (balanced accuracy, macro
-    sensitivity and specificity) intervals that follow from these (MOVER). The interval of a precision takes the images
-    as a random sample, at the case mix of the split. Calibration slope and intercept have those of
+    sensitivity and specificity) intervals that follow from exact bounds (MOVER). The interval of a precision takes the
+    images as a random sample, at the case mix of the split. Calibration slope and intercept have those of
     `recalibration_intervals`. All other metrics use a stratified cluster bootstrap of patients or lesions: percentile
     intervals, wider for classes with few groups; for average precision and the pooled AUC a normal interval on the
     logit scale (Boyd et al. 2013, doi:10.1007/978-3-642-40994-3_29) with a half-sample bias correction, because average
