@@ -68,7 +68,7 @@ def _predict(version: ModelVersion, name: str, data: Path, test: Predictions) ->
         scores = classifier.predict_proba(images)
     rows = index.set_index("id").index.get_indexer(pd.Index(test.frame["id"]))
     return predictions.build_predictions(
-        test.frame, test.labels, scores[rows], test.task, test.classes, subgroups=test.subgroups
+        test.frame, test.labels, scores[rows], classifier.task, test.classes, subgroups=test.subgroups
     )
 
 
