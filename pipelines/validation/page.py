@@ -23,6 +23,7 @@ from fadeformer.data.manifest import (
     is_usable,
     label_names,
 )
+from fadeformer.evaluation import expected_precision
 from fadeformer.reporting import rendering
 from pipelines.validation.suite import Check
 
@@ -71,6 +72,7 @@ def render_validation_page(card: DatasetCard, data: Manifest, checks: Sequence[C
         excluded=_unusable_summary(card, data.rows),
         split=data.split,
         without_group=describe_ungrouped(data.rows).capitalize(),
+        precision=_precision_table(card, data.rows),
         sizes=_size_counts(data.rows),
         brightness=[_histogram(split, data.rows.loc[data.rows["split"] == split, "brightness"]) for split in SPLITS],
         examples=list(_examples(card, data)),
@@ -96,6 +98,45 @@ def _class_counts(card: DatasetCard, manifest: pd.DataFrame) -> tuple[TableRow, 
         rows.append(row("no finding", (usable[columns] == 0).all(axis=1)))
     head = ("Finding" if card.task_spec.multi_label else "Class", *SPLITS)
     return head, rows, row("images", usable["split"].notna())
+
+
+def _precision_table(card: DatasetCard, manifest: pd.DataFrame) -> tuple[TableRow, list[TableRow]]:
+    """Return head and rows of a table: cases of each class or finding in val and test, and the precision they allow."""
+    usable, columns = manifest[is_usable(manifest, card)], card.task_spec.label_columns(len(card.classes))
+    rows = []
+    for label, name in enumerate(card.classes):
+        present = usable[columns[label]] == 1 if card.task_spec.multi_label else usable[columns[0]] == label
+        counts = {split: _count_cases(usable, present, split) for split in ("val", "test")}
+        rows.append((
+            name, *(f"{with_class:,} / {without:,}" for with_class, without in counts.values()),
+            *_format_precision(expected_precision.expected_precision(*counts["test"])),
+        ))  # fmt: skip
+    aucs = (f"AUC {auc:g}" for auc in expected_precision.AUCS)
+    sensitivity = f"Sensitivity {expected_precision.SENSITIVITY:g}"
+    return (
+        "Class",
+        "val: with / without",
+        "test: with / without",
+        *aucs,
+        sensitivity,
+        "Detectable AUC difference",
+    ), rows
+
+
+def _count_cases(rows: pd.DataFrame, present: pd.Series, split: str) -> tuple[int, int]:
+    """Count the groups of a split with images of a class, and with images of others; an image may be its own group."""
+    counts = []
+    for mask in (present, ~present):
+        groups = rows.loc[mask.astype(bool) & (rows["split"] == split), "group"]
+        counts.append(groups.nunique() + int(groups.isna().sum()))
+    return counts[0], counts[1]
+
+
+def _format_precision(precision: expected_precision.ExpectedPrecision | None) -> TableRow:
+    if precision is None:
+        return ("too few cases",) * (len(expected_precision.AUCS) + 2)
+    intervals = (*precision.auc_intervals, precision.sensitivity_interval)
+    return *(f"{low:.2f} to {high:.2f}" for low, high in intervals), f"{precision.detectable_difference:.3f}"
 
 
 def _unusable_summary(card: DatasetCard, manifest: pd.DataFrame) -> str:

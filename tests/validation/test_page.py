@@ -146,3 +146,13 @@ def test_number_of_conflicting_pairs_is_limited(rendered_page, monkeypatch):
     pairs = section(text, "with different labels")
     assert len(captions(pairs)) == 2
     assert "and 1 more" in pairs
+
+
+def test_page_shows_expected_precision(rendered_page):
+    groups = {name: f"{name[:4]}{i % 3}" for i, name in enumerate(NAMES)}
+    rows = table(head="path,split,label,group").splitlines()
+    text = rendered_page(images(), "\n".join([rows[0], *(f"{row},{groups[row.split(',')[0]]}" for row in rows[1:])]))[0]
+    cells = section(text, "Expected precision")
+    assert "AUC 0.95" in cells
+    assert "1 / 1" in cells
+    assert "too few cases" in cells
