@@ -4,7 +4,7 @@
 
 Images of a patient are correlated (intraclass correlation 0.8). Each set has a reference of val and of three times as
 many patients of train, and new images, with 4 pixel statistics, 2 scores, the OOD distance and 32 features. The table
-`phantom` draws slides of the demo data set with their stains: 28 slides of train and 4 of val against 8 of test, 50
+`phantom` draws slides of the demo data set with their stains: 280 slides of train and 40 of val against 80 of test, 5
 images each, as in `params.yaml`. Its shift multiplies every pixel of the new images. Every share is in %, with its
 Monte Carlo standard error in brackets.
 """
@@ -33,7 +33,7 @@ DESIGNS = (  # images per patient and patients, of val and of the new images
     (25, 80, 1, 20), (1, 400, 25, 10), (25, 10, 1, 400),
 )  # fmt: skip
 SHIFTS = (0.5, 1.0)  # standard deviations of a column over all images
-POOL_SLIDES, DEMO_SLIDES = 400, {"train": 28, "val": 4, "test": 8}
+POOL_SLIDES, DEMO_SLIDES = 4000, {"train": 280, "val": 40, "test": 80}
 BRIGHTNESS = (1.0, 0.95, 0.9, 0.88, 0.85)  # factor of the pixels of the new images
 
 

@@ -6,6 +6,8 @@ from scipy import stats
 from sklearn.metrics import roc_auc_score
 
 from fadeformer.evaluation.intervals import delong
+from fadeformer.evaluation.intervals.proportions import ProportionEstimate
+from fadeformer.evaluation.intervals.shortfall import shortfall_p_value
 from fadeformer.evaluation.subgroup_comparisons import MeanAUCEstimate, binormal_variance
 
 
@@ -37,3 +39,9 @@ def test_binormal_variance_matches_simulation():
     areas = [roc_auc_score(truth, random.normal(size=60) + distance * truth) for _ in range(3000)]
     assert np.mean(areas) == pytest.approx(0.8, abs=0.005)
     assert np.var(areas) == pytest.approx(binormal_variance(0.8, 20, 40), rel=0.08)
+
+
+def test_small_shortfall_of_few_patients_is_not_significant():
+    """20 of 23 against 72 of 77 in a demo; a bound that is not a number would give the smallest p-value."""
+    subgroup, others = ProportionEstimate(20 / 23, 21.2, 11.0), ProportionEstimate(72 / 77, 58.3, 42.0)
+    assert shortfall_p_value(subgroup, others, 0.0) == pytest.approx(0.267, abs=0.001)

@@ -8,7 +8,9 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import betainccinv, betaincinv, ndtr, ndtri, stdtrit
+from scipy.special import betaincinv, ndtr, ndtri, stdtrit
+
+MIN_EXACT_TAIL = 1e-50  # of exact bounds; betaincinv is NaN for some tails below 1e-70
 
 Truth = NDArray[np.bool_]
 Floats = NDArray[np.float64]
@@ -261,7 +263,7 @@ def exact_bounds(value: float, trials: float, quantile: float) -> tuple[float, f
         trials: number of trials, also fractional.
         quantile: critical value of the normal distribution, such as 1.96 for a tail probability of 0.025.
     """
-    tail, hits = float(ndtr(-quantile)), value * trials
+    tail, hits = max(float(ndtr(-quantile)), MIN_EXACT_TAIL), value * trials
     low = 0.0 if value == 0 else float(betaincinv(hits, trials - hits + 1, tail))
-    high = 1.0 if value == 1 else float(betainccinv(hits + 1, trials - hits, tail))
+    high = 1.0 if value == 1 else 1 - float(betaincinv(trials - hits, hits + 1, tail))
     return low, high

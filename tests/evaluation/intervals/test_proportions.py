@@ -147,3 +147,10 @@ def test_exact_bounds_match_scipy():
     assert (low, high) == pytest.approx((expected.low, expected.high))
     assert proportions.exact_bounds(1.0, 30, 2.0)[1] == 1
     assert proportions.exact_bounds(0.0, 30, 2.0)[0] == 0
+
+
+@pytest.mark.parametrize("quantile", [0.5, 3.7, 7.0, 21.0, 37.2, 60.0])
+@pytest.mark.parametrize(("value", "trials"), [(20 / 23, 21.2), (0.5, 10), (0.01, 300.0)])
+def test_exact_bounds_are_finite_at_every_tail(value, trials, quantile):
+    low, high = proportions.exact_bounds(value, trials, quantile)
+    assert 0 <= low < value < high <= 1
