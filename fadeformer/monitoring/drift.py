@@ -1,6 +1,6 @@
 """Drift detection: compare scores, OOD distances, pixel statistics and features of new images with the reference data.
 
-Two families of columns are compared, pixel statistics and what the model computes, because they have different
+Two families of columns are compared, pixel statistics and the outputs of the model, because they have different
 reference images (`fadeformer.monitoring.reference`). In each family every column is compared by its Kolmogorov-Smirnov
 distance, and the features, which are many and correlated, by a classifier; permutations of whole groups adjust the
 p-values for all of them (`fadeformer.monitoring.group_tests`). A column drifts if its p-value, times the number of
@@ -127,7 +127,7 @@ class DriftResult:
 
     @property
     def not_assessed(self) -> list[str]:
-        """What was not assessed, each with the reason."""
+        """Comparisons that were not assessed, each with the reason."""
         problems = [f"{family.name} ({family.problem})" for family in self.families if family.problem]
         if self.unconfirmed:
             problems.append(

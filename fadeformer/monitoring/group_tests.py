@@ -1,6 +1,6 @@
 """Two-sample permutation tests for images of the same patient, lesion or slide.
 
-Images of a group are alike, so groups, not images, are the independent observations: statistics are means over groups,
+Images of a group are correlated; groups are the independent observations: statistics are means over groups,
 each of which counts the same, and whole groups are exchanged between the two samples. Statistics are divided by their
 standard error over groups, because a permutation test of an unstudentized difference is wrong if the samples have
 different variances, such as 50 images per group in one and one in the other (Janssen 1997,

@@ -23,7 +23,7 @@ RULE = (
     "A column counts as drifted if its Kolmogorov-Smirnov distance is significant (p below {alpha:g}, corrected for all"
     " comparisons) and at least {min_distance:g}, because with many images even negligible differences are significant."
     " The p-values are from {permutations:,} permutations of whole groups (patients, lesions or slides), because images"
-    " of a group are alike; each group counts the same."
+    " of a group are correlated; each group counts the same."
 )
 UNKNOWN_GROUPS = (
     "The groups (patients, lesions or slides) of the new images are unknown: each image was counted as its own group."

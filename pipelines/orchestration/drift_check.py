@@ -71,7 +71,7 @@ def check_drift(
 
 
 def _summarize(result: drift.DriftResult, unreadable: int) -> str:
-    """Summarize the result in one line; what was not assessed comes before what has not drifted."""
+    """Summarize the result in one line; columns that were not assessed come first."""
     outcomes = []
     if result.drifted:
         outcomes.append(f"DRIFT of {', '.join(result.drifted)}")

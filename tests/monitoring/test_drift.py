@@ -27,7 +27,7 @@ def simulate(
     features: float = 0.0,
     confident: float = 0.0,
 ) -> pd.DataFrame:
-    """Simulated reference columns, optionally shifted by standard deviations; images of a patient are much alike."""
+    """Simulated reference columns, optionally shifted by standard deviations; a patient's images correlate."""
     random = np.random.default_rng(seed)
     groups = np.repeat(np.arange(patients), images_per_patient)
 

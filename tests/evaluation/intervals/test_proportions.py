@@ -106,8 +106,8 @@ def test_extreme_predictive_value_has_one_sided_interval():
     predicted, truth = masks_from_counts(0, 30, 10, 60)
     value, low, high = proportions.predictive_value_interval(predicted, truth, np.arange(90), 0.95, 1 / 3)
     assert (value, low, 0.2 < high < 0.5) == (0, 0, True)
-    nobody, all_positive = ~predicted & predicted, truth | ~truth
-    assert proportions.predictive_value_interval(nobody, truth, np.arange(90), 0.95, 1 / 3) is None
+    none_predicted, all_positive = ~predicted & predicted, truth | ~truth
+    assert proportions.predictive_value_interval(none_predicted, truth, np.arange(90), 0.95, 1 / 3) is None
     assert proportions.predictive_value_interval(predicted, all_positive, np.arange(90), 0.95, 1 / 3) is None
 
 
