@@ -3,7 +3,7 @@
 AUC, sensitivity and specificity of each class, and their means over the classes that are evaluable on both sides. Each
 comparison is a one-sided test by confidence bounds (`fadeformer.evaluation.intervals.shortfall`): DeLong's on the logit
 scale for AUCs, exact ones for proportions, both with the effective number of images of patients or lesions. P-values
-are adjusted for all comparisons of all subgroups (`fadeformer.evaluation.multiple_testing`).
+are adjusted for all comparisons of all subgroups (`fadeformer.evaluation.intervals.multiple_testing`).
 """
 
 from __future__ import annotations
@@ -18,8 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import expit, logit, ndtri, owens_t
 
-from fadeformer.evaluation import multiple_testing
-from fadeformer.evaluation.intervals import delong
+from fadeformer.evaluation.intervals import delong, multiple_testing
 from fadeformer.evaluation.intervals.proportions import (
     correlation_matrix,
     estimate_mean_proportion,

@@ -23,7 +23,7 @@ from fadeformer.data.manifest import (
     is_usable,
     label_names,
 )
-from fadeformer.evaluation import expected_precision
+from fadeformer.evaluation.intervals import expected_precision
 from fadeformer.reporting import rendering
 from pipelines.validation.suite import Check
 

@@ -1,1 +1,1 @@
-"""Confidence intervals: DeLong, bootstrap, Wilson and pointwise curve bands."""
+"""Confidence intervals (DeLong, bootstrap, Wilson, curve bands), differences of paired metrics, and multiple testing."""

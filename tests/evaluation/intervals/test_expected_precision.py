@@ -4,8 +4,7 @@ import numpy as np
 import pytest
 from scipy.stats import norm
 
-from fadeformer.evaluation import expected_precision
-from fadeformer.evaluation.intervals import delong, proportions
+from fadeformer.evaluation.intervals import delong, expected_precision, proportions
 
 
 def simulate(auc: float, positives: int, negatives: int, sets: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

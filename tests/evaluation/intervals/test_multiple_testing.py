@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy.stats import multivariate_normal, norm
 
-from fadeformer.evaluation.multiple_testing import step_down
+from fadeformer.evaluation.intervals.multiple_testing import step_down
 
 ALPHA = 0.05
 
