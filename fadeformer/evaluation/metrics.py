@@ -1,7 +1,7 @@
 """Metrics for validation during training, metrics of the MedMNIST evaluator, and ROC and precision-recall curves.
 
-All other metrics are in `fadeformer.evaluation.weighted_metrics`. Means leave out classes without positives or without
-negatives. Undefined values are None, never NaN.
+All other metrics are in `fadeformer.evaluation.weighted_metrics`. Means leave out classes with fewer than two positives
+or negatives. Undefined values are None, never NaN.
 """
 
 from __future__ import annotations

@@ -159,7 +159,7 @@ def key_findings(
     findings.append(_compare_with_published(overall["auc"], bounds["auc"], published))
     if test["not_evaluated"]:
         names = ", ".join(test["not_evaluated"])
-        findings.append((BAD, f"Not evaluated, without positive or without negative images: {names}."))
+        findings.append((BAD, f"Left out of means, fewer than two patients with or without it: {names}."))
     if count := meta.cross_split_duplicates:
         findings.append((BAD, f"{count} images are in two splits, so the metrics may be optimistic."))
     return findings

@@ -308,7 +308,7 @@ def limitations(results: ReportInputs) -> list[str]:
         )
     if test["not_evaluated"]:
         sentences.append(
-            f"Not evaluated, without positive or without negative images: {', '.join(test['not_evaluated'])}."
+            f"Left out of means, fewer than two patients with or without it: {', '.join(test['not_evaluated'])}."
         )
     if calibration.from_dict(results.model_metadata["calibration"]).decision_weights:
         sentences.append(

@@ -121,7 +121,7 @@ def test_allowed_leakage_is_stated():
 
 def test_unevaluated_classes_are_stated():
     text = render_card("binary-class", labels=np.ones((3, 1), int))
-    assert "Not evaluated, without positive or without negative images: normal, pneumonia." in text
+    assert "Left out of means, fewer than two patients with or without it: normal, pneumonia." in text
     assert "| AUC | undefined | undefined |" in text
 
 

@@ -123,7 +123,8 @@ def test_key_findings_warn_of_chance_and_leakage():
         sentence for sentence in key_findings(build_inputs("chestmnist")) if sentence.startswith("Not evaluated")
     )
     assert (
-        sentence == f"Not evaluated, without positive or without negative images: {DATASETS['chestmnist'].classes[3]}."
+        sentence
+        == f"Left out of means, fewer than two patients with or without it: {DATASETS['chestmnist'].classes[3]}."
     )
 
 

@@ -1,1 +1,1 @@
-"""Confidence intervals (DeLong, bootstrap, Wilson, curve bands), differences of paired metrics, and multiple testing."""
+"""Confidence intervals (DeLong, bootstrap, Wilson, curve bands), paired differences, and multiple testing."""
