@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from scipy.stats import norm
 
 from fadeformer.evaluation.intervals import delong
-from fadeformer.promotion.spending import confidence_of_candidate
+from fadeformer.promotion.alpha_spending import confidence_of_candidate
 
 Floats = NDArray[np.float64]
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import expit, logit, ndtri, owens_t
+from scipy.special import ndtri, owens_t
 
 from fadeformer.evaluation.intervals import delong, multiple_testing
 from fadeformer.evaluation.intervals.proportions import (
@@ -24,7 +24,6 @@ from fadeformer.evaluation.intervals.proportions import (
     estimate_mean_proportion,
     estimate_proportion,
     group_residuals,
-    score_interval,
     upper_quantile,
 )
 from fadeformer.evaluation.intervals.shortfall import Estimate, detectable_shortfall, shortfall_p_value
@@ -60,25 +59,9 @@ class MeanAUCEstimate:
         """Mean of the AUCs."""
         return float(self.estimates.areas[list(self.curves)].mean())
 
-    @cached_property
-    def variance(self) -> float:
-        """Variance of the mean; 0 where all AUCs are 0 or 1."""
-        return max(0.0, float(self.estimates.covariance[np.ix_(self.curves, self.curves)].mean()))
-
-    @cached_property
-    def degrees(self) -> float:
-        """Degrees of freedom of the sum of the variances (Satterthwaite 1946, doi:10.2307/3002019)."""
-        curves = list(self.curves)
-        variances, degrees = np.diag(self.estimates.covariance)[curves], self.estimates.degrees_of_freedom[curves]
-        squares = float((variances**2 / degrees).sum())
-        return float(variances.sum()) ** 2 / squares if squares > 0 else float(degrees.min())
-
     def tail_bounds(self, tail: float) -> tuple[float, float]:
-        """Compute the bounds of `delong.mean_auc_interval` at a tail probability on each side."""
-        if self.value in (0.0, 1.0):
-            smallest = float(self.estimates.min_groups[list(self.curves)].min())
-            return score_interval(self.value, smallest, upper_quantile(tail, math.inf))
-        return _logit_bounds(self.value, self.variance, upper_quantile(tail, self.degrees))
+        """Compute the bounds at a tail probability on each side."""
+        return delong.mean_auc_bounds(self.estimates, list(self.curves), tail)
 
     def planned_bounds(self, value: float, tail: float) -> tuple[float, float]:
         """Compute bounds for another value, on the logit scale.
@@ -87,17 +70,12 @@ class MeanAUCEstimate:
         """
         if not 0 < value < 1:
             return value, value
+        variance, degrees = delong.mean_auc_variance(self.estimates, list(self.curves))
         if 0 < self.value < 1:
-            ratio = binormal_variance(value, *self.cases) / binormal_variance(self.value, *self.cases)
-            variance = self.variance * ratio
+            variance *= binormal_variance(value, *self.cases) / binormal_variance(self.value, *self.cases)
         else:
             variance = value * (1 - value) / float(self.estimates.min_groups[list(self.curves)].min())
-        return _logit_bounds(value, variance, upper_quantile(tail, self.degrees))
-
-
-def _logit_bounds(value: float, variance: float, quantile: float) -> tuple[float, float]:
-    center, half_width = float(logit(value)), quantile * math.sqrt(variance) / (value * (1 - value))
-    return float(expit(center - half_width)), float(expit(center + half_width))
+        return delong.logit_bounds(value, variance, upper_quantile(tail, degrees))
 
 
 def binormal_variance(area: float, positives: float, negatives: float) -> float:

@@ -25,9 +25,10 @@ from tqdm import tqdm
 
 from fadeformer.data.decode import Aspect, image_to_array
 from fadeformer.errors import UnreadableImageError, UserError
-from fadeformer.inference.classifier import Classifier, Floats, ImageArray, OperatingPoint
+from fadeformer.inference.classifier import Classifier, Floats, ImageArray
 from fadeformer.inference.inputs import InputImage
 from fadeformer.inference.ood import OODDetector
+from fadeformer.inference.operating_point import OperatingPoint
 
 BATCH_SIZE = 32  # images per forward pass
 CHUNK_SIZE = 64 * BATCH_SIZE  # rows per yielded table

@@ -12,8 +12,9 @@ from numpy.typing import NDArray
 from fadeformer.evaluation.intervals import bootstrap
 from fadeformer.evaluation.metrics import curve_classes
 from fadeformer.evaluation.predictions import Predictions
+from fadeformer.inference.operating_point import OperatingPoint
+from fadeformer.promotion.alpha_spending import confidence_of_candidate
 from fadeformer.promotion.decision import FAILED, PASSED, Check
-from fadeformer.promotion.spending import confidence_of_candidate
 from fadeformer.tasks import one_versus_rest
 
 OperatingPoints = Mapping[str, Mapping[str, Any]]
@@ -115,17 +116,7 @@ def averaged_classes(predictions: Predictions) -> list[str]:
     return [predictions.classes[c] for c in curve_classes(predictions)]
 
 
-def deployed_decisions(predictions: Predictions, thresholds: Mapping[str, Any]) -> NDArray[np.bool_]:
-    """Return the decisions of the deployed model, (images, classes).
-
-    Args:
-        predictions: of the model.
-        thresholds: its operating point: by class `threshold`, or None for 0.5; not used for several exclusive classes.
-    """
-    task, classes, scores = predictions.task, predictions.classes, predictions.scores
-    if not task.multi_label and len(classes) > 2:
-        return one_versus_rest(task.decide(scores), len(classes), task)
-    columns = curve_classes(predictions)
-    limits = [(thresholds[classes[c]] or {"threshold": 0.5})["threshold"] for c in columns]
-    positive = scores[:, list(columns)] >= np.array(limits)
-    return positive if task.multi_label else np.concatenate([~positive, positive], axis=1)
+def decide_as_deployed(predictions: Predictions, points: OperatingPoints, name: str) -> NDArray[np.bool_]:
+    """Return the decisions of the deployed model at an operating point, (images, classes)."""
+    rule = OperatingPoint.from_thresholds(predictions.task, predictions.classes, points, name)
+    return rule.decide(predictions.scores)

@@ -3,7 +3,7 @@
 A pure function of its inputs, without file or registry access. Every check passes, fails, or is not assessed because
 there are too few cases; a model is promoted if no check failed and, unless `promote.not_assessed` is `allow`, all were
 assessed. Intervals are at the level that the number of this candidate on the same test images has left
-(`fadeformer.promotion.spending`).
+(`fadeformer.promotion.alpha_spending`).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from fadeformer.promotion.criteria import (
     averaged_classes,
     check_scores,
     count_cases,
-    deployed_decisions,
+    decide_as_deployed,
 )
 from fadeformer.promotion.decision import (
     FAILED,
@@ -224,7 +224,7 @@ def _check_recall(challenger: Challenger, criteria: PromotionCriteria) -> Iterat
     minimum, test = criteria.min_sensitivity, challenger.test
     if minimum is None:
         return
-    decisions = deployed_decisions(test, challenger.operating_points[criteria.operating_point])
+    decisions = decide_as_deployed(test, challenger.operating_points, criteria.operating_point)
     truth = one_versus_rest(test.labels, len(test.classes), test.task)
     groups = bootstrap.encode_groups(test.frame["group"])
 

@@ -16,8 +16,9 @@ import torch
 from fadeformer.errors import UserError
 from fadeformer.explain import overlays
 from fadeformer.inference import batch, inputs, ood
-from fadeformer.inference.classifier import OPERATING_POINT_NAMES, Classifier
+from fadeformer.inference.classifier import Classifier
 from fadeformer.inference.model_files import ModelFiles
+from fadeformer.inference.operating_point import OPERATING_POINT_NAMES
 from fadeformer.io import chunked_table
 from fadeformer.io.chunked_table import ChunkedTable
 from pipelines.registry import resolve

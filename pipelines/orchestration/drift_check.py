@@ -10,8 +10,8 @@ import pandas as pd
 
 from fadeformer.errors import UserError
 from fadeformer.inference import batch, inputs, ood
-from fadeformer.inference.classifier import OPERATING_POINT_NAMES
 from fadeformer.inference.model_files import ModelFiles
+from fadeformer.inference.operating_point import OPERATING_POINT_NAMES
 from fadeformer.io.atomic import atomic_folder, write_json
 from fadeformer.monitoring import drift, reference
 from fadeformer.reporting import drift_page

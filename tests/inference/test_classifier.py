@@ -17,9 +17,9 @@ from PIL import Image
 from fadeformer.errors import UserError
 from fadeformer.evaluation import predictions
 from fadeformer.inference import export, model_files
-from fadeformer.inference.classifier import Classifier, OperatingPoint
+from fadeformer.inference.classifier import Classifier
+from fadeformer.inference.operating_point import OperatingPoint
 from fadeformer.models.factory import create_model, features_and_logits
-from fadeformer.promotion.criteria import deployed_decisions
 from fadeformer.tasks import TASKS
 from pipelines import paths
 from pipelines.cli import main
@@ -255,18 +255,3 @@ def test_operating_points_of_other_model_are_rejected(binary, tmp_path):
     (tmp_path / "x.json").write_text("{}")
     with pytest.raises(UserError, match=r"x\.json: not a valid operating points file"):
         Classifier.load(model_files.find_model_files(binary / "models", "it", tmp_path / "x.json"))
-
-
-@pytest.mark.parametrize("task", ["binary-class", "multi-class", "multi-label, binary-class"])
-def test_deployed_decisions_are_those_of_predict(task):
-    classes = ("a", "b") if task == "binary-class" else ("a", "b", "c")
-    random, kind = np.random.default_rng(0), TASKS[task]
-    if task == "multi-class":
-        kind = kind.with_decision_weights((0.1, 0.2, 0.7))
-    scores = random.dirichlet(np.ones(len(classes)), 100)
-    labels = random.integers(0, 2, (100, len(classes) if kind.multi_label else 1))
-    index = pd.DataFrame({"split": "test", "id": np.arange(100).astype(str), "group": None})
-    model = predictions.build_predictions(index, labels, scores, kind, classes)
-    points = {"youden": {name: {"threshold": 0.3} for name in classes[1:]} | {classes[0]: None}}
-    expected = OperatingPoint.from_thresholds(kind, classes, points, "youden").decide(scores)
-    assert (deployed_decisions(model, points["youden"]) == expected).all()

@@ -327,7 +327,7 @@ DECISIONS = {
     "small test set, too few cases to compare": (
         evaluate(simulate(2.0, images=30, seed=1)), opponent(SMALL_SET),
         {"min_auc": 0.7, "min_class_auc": None, "min_subgroup_auc": None, "max_ece": None, "min_sensitivity": None}, [],
-        ["unseen_test_images"],
+        ["not_inferior", "class_auc_not_inferior", "subgroup_auc_not_inferior", "recall_not_inferior"],
     ),
     "single patient": (
         evaluate(single_patient()), None,

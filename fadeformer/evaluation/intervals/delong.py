@@ -18,10 +18,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 from scipy.special import expit, logit
-from scipy.stats import rankdata, t
+from scipy.stats import rankdata
 
 from fadeformer.evaluation.intervals.differences import PairedDifference, paired_difference
-from fadeformer.evaluation.intervals.proportions import wilson_interval
+from fadeformer.evaluation.intervals.proportions import score_interval, upper_quantile
 
 # Limit of the effective sample size area * (1 - area) / variance, in groups of the smaller class. It is about 3 for
 # normal scores and an AUC of 0.99, and beyond this limit the variance is small by chance.
@@ -99,20 +99,40 @@ def structural_components(truth: Truth, score: Floats) -> tuple[Floats, Floats]:
 
 
 def mean_auc_interval(estimates: AUCEstimates, curves: Sequence[int], confidence: float) -> tuple[float, float] | None:
-    """Compute a confidence interval of the mean of some AUCs, on the logit scale, so that it stays in [0, 1].
+    """Compute a confidence interval of the mean of some AUCs (`mean_auc_bounds`); None if the variance is undefined."""
+    if not np.isfinite(estimates.covariance[np.ix_(curves, curves)]).all():
+        return None
+    return mean_auc_bounds(estimates, curves, (1 - confidence) / 2)
 
-    At 0 or 1, where the variance is 0, a Wilson interval with the smaller number of groups as sample size is used. None
-    if the variance is undefined.
+
+def mean_auc_bounds(estimates: AUCEstimates, curves: Sequence[int], tail: float) -> tuple[float, float]:
+    """Compute confidence bounds of the mean of some AUCs, on the logit scale, so that they stay in [0, 1].
+
+    At 0 or 1, where the variance is 0, Wilson bounds with the smaller number of groups as sample size are used.
+
+    Args:
+        estimates: with a finite covariance of the curves.
+        curves: positions of the averaged AUCs.
+        tail: tail probability on each side, such as 0.025 for a 95 % interval.
     """
     area = float(estimates.areas[curves].mean())
-    covariance = _limited_covariance(estimates)[np.ix_(curves, curves)]
-    if not np.isfinite(covariance).all():
-        return None
     if area in (0.0, 1.0):
         min_groups = int(estimates.min_groups[curves].min())
-        return wilson_interval(round(area * min_groups), min_groups, confidence)
+        return score_interval(area, min_groups, upper_quantile(tail, math.inf))
+    variance, degrees = mean_auc_variance(estimates, curves)
+    return logit_bounds(area, variance, upper_quantile(tail, degrees))
+
+
+def mean_auc_variance(estimates: AUCEstimates, curves: Sequence[int]) -> tuple[float, float]:
+    """Return variance and degrees of freedom of the mean of some AUCs; variances near 1 have a lower limit."""
+    covariance = _limited_covariance(estimates)[np.ix_(curves, curves)]
     degrees = _satterthwaite(np.diag(covariance)[:, None], estimates.degrees_of_freedom[curves][:, None])[0]
-    half_width = t.ppf((1 + confidence) / 2, degrees) * math.sqrt(max(covariance.mean(), 0.0)) / (area * (1 - area))
+    return max(0.0, float(covariance.mean())), float(degrees)
+
+
+def logit_bounds(area: float, variance: float, quantile: float) -> tuple[float, float]:
+    """Compute the bounds of an AUC in (0, 1) on the logit scale, from its variance and a critical value."""
+    half_width = quantile * math.sqrt(variance) / (area * (1 - area))
     return float(expit(logit(area) - half_width)), float(expit(logit(area) + half_width))
 
 

@@ -4,7 +4,7 @@ from itertools import pairwise
 
 import pytest
 
-from fadeformer.promotion.spending import confidence_of_candidate
+from fadeformer.promotion.alpha_spending import confidence_of_candidate
 
 
 def test_first_candidate_pays_nothing():
