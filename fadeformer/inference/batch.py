@@ -30,6 +30,9 @@ from fadeformer.inference.inputs import InputImage
 from fadeformer.inference.ood import OODDetector
 from fadeformer.inference.operating_point import OperatingPoint
 
+Explain = Callable[[list[str], ImageArray, NDArray[np.int64]], None]
+ExtraColumns = Callable[[ImageArray, NDArray[np.float32]], Mapping[str, NDArray[Any]]]
+
 BATCH_SIZE = 32  # images per forward pass
 CHUNK_SIZE = 64 * BATCH_SIZE  # rows per yielded table
 PREFETCH_BATCHES = 2  # per thread, running or finished; a finished batch holds table rows only, no pixels
@@ -44,8 +47,8 @@ def predict_chunks(
     *,
     threads: int | None,
     start_row: int = 0,
-    explain: Callable[[list[str], ImageArray, NDArray[np.int64]], None] | None = None,
-    extra_columns: Callable[[ImageArray, NDArray[np.float32]], Mapping[str, NDArray[Any]]] | None = None,
+    explain: Explain | None = None,
+    extra_columns: ExtraColumns | None = None,
 ) -> Iterator[pd.DataFrame]:
     """Predict images in order and yield the results in chunks.
 
@@ -72,26 +75,7 @@ def predict_chunks(
             f"class name {clash.pop()!r} is reserved for a column; rename the class and train the model again"
         )
     threads = threads or os.cpu_count() or 1
-    model_lock = threading.Lock() if explain is not None or classifier.device.type != "cpu" else nullcontext()
-
-    def predict_batch(inputs: Sequence[InputImage]) -> pd.DataFrame:
-        pixels, errors = _decode_batch(inputs, **classifier.input_config)
-        is_readable = np.array([not error for error in errors])
-        scores, distances = np.full((len(inputs), len(point.classes)), np.nan), np.full(len(inputs), np.nan)
-        extra: Mapping[str, NDArray[Any]] = {}
-        if is_readable.any():
-            readable = pixels[is_readable]
-            with model_lock:
-                _, scores[is_readable], features = classifier.predict(readable)
-                if explain is not None:
-                    names = [image.name for image, ok in zip(inputs, is_readable, strict=True) if ok]
-                    explain(names, readable, _top_class(point, scores[is_readable]))
-            distances[is_readable] = detector.distance(features)
-            extra = extra_columns(readable, features) if extra_columns is not None else {}
-        rows = _build_rows(inputs, scores, distances, errors, point, detector.threshold)
-        columns = pd.DataFrame(dict(extra), index=np.flatnonzero(is_readable))
-        return rows.join(columns) if extra_columns is not None else rows
-
+    predict_batch = _BatchPredictor(classifier, detector, point, explain, extra_columns)
     starts = iter(range(start_row, len(images), BATCH_SIZE))
     pending: deque[Future[pd.DataFrame]] = deque()
     chunk: list[pd.DataFrame] = []
@@ -118,6 +102,50 @@ def predict_chunks(
                 future.cancel()
     if chunk:
         yield pd.concat(chunk, ignore_index=True)
+
+
+class _BatchPredictor:
+    """Predicts the rows of one batch; called by several threads at once.
+
+    Args:
+        classifier: trained classifier.
+        detector: its out-of-distribution detector.
+        point: operating point of the decisions.
+        explain: see `predict_chunks`.
+        extra_columns: see `predict_chunks`.
+    """
+
+    def __init__(
+        self,
+        classifier: Classifier,
+        detector: OODDetector,
+        point: OperatingPoint,
+        explain: Explain | None,
+        extra_columns: ExtraColumns | None,
+    ) -> None:
+        self.classifier, self.detector, self.point = classifier, detector, point
+        self.explain, self.extra_columns = explain, extra_columns
+        one_at_a_time = explain is not None or classifier.device.type != "cpu"
+        self.model_lock = threading.Lock() if one_at_a_time else nullcontext()
+
+    def __call__(self, inputs: Sequence[InputImage]) -> pd.DataFrame:
+        """Decode and predict a batch of images."""
+        pixels, errors = _decode_batch(inputs, **self.classifier.input_config)
+        is_readable = np.array([not error for error in errors])
+        scores, distances = np.full((len(inputs), len(self.point.classes)), np.nan), np.full(len(inputs), np.nan)
+        extra: Mapping[str, NDArray[Any]] = {}
+        if is_readable.any():
+            readable = pixels[is_readable]
+            with self.model_lock:
+                _, scores[is_readable], features = self.classifier.predict(readable)
+                if self.explain is not None:
+                    names = [image.name for image, ok in zip(inputs, is_readable, strict=True) if ok]
+                    self.explain(names, readable, _top_class(self.point, scores[is_readable]))
+            distances[is_readable] = self.detector.distance(features)
+            extra = self.extra_columns(readable, features) if self.extra_columns is not None else {}
+        rows = _build_rows(inputs, scores, distances, errors, self.point, self.detector.threshold)
+        columns = pd.DataFrame(dict(extra), index=np.flatnonzero(is_readable))
+        return rows.join(columns) if self.extra_columns is not None else rows
 
 
 def _decode_batch(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fadeformer.reporting import tables
+from fadeformer.reporting import subgroup_tables, tables
 from fadeformer.reporting.tables import ReportInputs, Table
 
 INTENDED_USE = (
@@ -54,20 +54,20 @@ def render_model_card(results: ReportInputs) -> str:
         " ".join(tables.limitations(results)),
         "",
         # last, as it is long with many classes, and a registry may truncate the card
-        *_optional_table("Comparisons of subgroups with the other images", tables.subgroup_comparisons(results)),
+        *_optional_table("Comparisons of subgroups with the other images", subgroup_tables.comparisons(results)),
     ]
     return "\n".join(lines)
 
 
 def _subgroup_section(results: ReportInputs) -> list[str]:
     if not results.subgroups:
-        return [tables.NO_SUBGROUPS, ""]
-    summary, findings = tables.subgroup_findings(results)
+        return [subgroup_tables.NO_SUBGROUPS, ""]
+    summary, findings = subgroup_tables.describe_findings(results)
     bullets = ["", *(f"- {sentence}" for sentence in findings)] if findings else []
     return [
         "## Subgroups of the test images",
         "",
-        *_markdown_table(tables.subgroups(results)),
+        *_markdown_table(subgroup_tables.metrics(results)),
         "",
         summary,
         *bullets,

@@ -14,7 +14,7 @@ from ruamel.yaml.nodes import ScalarNode, SequenceNode
 from ruamel.yaml.representer import RoundTripRepresenter
 
 from fadeformer.io.formatting import format_with_interval
-from fadeformer.reporting import rendering, tables
+from fadeformer.reporting import rendering, subgroup_tables, tables
 from fadeformer.reporting.model_card import INTENDED_USE
 from fadeformer.reporting.tables import ReportInputs
 
@@ -87,7 +87,7 @@ def render_report(
     stream, yaml = StringIO(), YAML()
     yaml.Representer = _ParamsRepresenter
     yaml.dump(results.model_metadata["params"], stream)
-    subgroup_summary, underperforming = tables.subgroup_findings(results) if results.subgroups else ("", [])
+    subgroup_summary, underperforming = subgroup_tables.describe_findings(results) if results.subgroups else ("", [])
     return rendering.load_template("report.html").render(
         title=f"{results.model_metadata['model']['backbone']} on {results.meta.dataset['name']}",
         note=results.meta.dataset["note"],
@@ -101,9 +101,9 @@ def render_report(
         operating_points=tables.operating_points(results),
         predictive_values_note=tables.PREDICTIVE_VALUES_NOTE,
         predictive_values=tables.predictive_values(results),
-        subgroups=tables.subgroups(results) if results.subgroups else None,
+        subgroups=subgroup_tables.metrics(results) if results.subgroups else None,
         subgroup_summary=subgroup_summary,
-        subgroup_comparisons=tables.subgroup_comparisons(results),
+        subgroup_comparisons=subgroup_tables.comparisons(results),
         underperforming=underperforming,
         comparable=tables.published(published, comparable=True),
         not_comparable=tables.published(published, comparable=False),
@@ -111,7 +111,7 @@ def render_report(
         explanations=explanations["sentences"],
         pointing=tables.pointing_game(explanations["pointing"]) if explanations["pointing"] else None,
         training=[embedded[name] for name in TRAINING_FIGURES],
-        no_subgroups=tables.NO_SUBGROUPS,
+        no_subgroups=subgroup_tables.NO_SUBGROUPS,
         has_many_classes=len(results.meta.classes) > MAX_PAIRED_CLASSES,
         figures=[embedded[name] for name in FIGURES if name not in TRAINING_FIGURES and name in embedded],
         gallery=embedded["gallery"],
@@ -149,13 +149,13 @@ def key_findings(
             sentence = f"{sentence[:-1]}; of the scores of all classes {error:.3f} on average."
         findings.append((GOOD if after <= before else PLAIN, sentence))
     if results.subgroups:
-        sentence, worse = tables.subgroup_findings(results)
+        sentence, worse = subgroup_tables.describe_findings(results)
         is_compared = any(group["comparisons"] for values in results.subgroups.values() for group in values.values())
         if worse:
             sentence = f"{len(worse)} subgroup metrics are significantly worse than on the other images."
         findings.append((BAD if worse else GOOD if is_compared else PLAIN, sentence))
     else:
-        findings.append((PLAIN, tables.NO_SUBGROUPS))
+        findings.append((PLAIN, subgroup_tables.NO_SUBGROUPS))
     findings.append(_compare_with_published(overall["auc"], bounds["auc"], published))
     if test["not_evaluated"]:
         names = ", ".join(test["not_evaluated"])

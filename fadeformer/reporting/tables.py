@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import pandas as pd
 
 from fadeformer.data.arrays import ArrayMetadata
-from fadeformer.evaluation.subgroup_comparisons import ALL_CLASSES
-from fadeformer.evaluation.subgroups import underperforming
 from fadeformer.inference import calibration
 from fadeformer.inference.calibration import Calibration
 from fadeformer.io.formatting import format_with_interval
@@ -31,9 +29,6 @@ CLASS_CALIBRATION_METRICS = {
     "class_calibration_error": "Calibration error (15 bins)", "calibration_slope": "Slope (ideal: 1)",
     "calibration_intercept": "Intercept (ideal: 0)",
 }  # fmt: skip
-SUBGROUP_METRICS = ("auc", "balanced_accuracy", "recall", "specificity", "calibration_error")
-NO_SUBGROUPS = "No subgroup analysis: the data set has no subgroup columns, or the analysis is switched off."
-TESTED_METRICS = {"auc": "AUC", "recall": "sensitivity", "specificity": "specificity"}
 PUBLISHED_METRICS = {"auc": "AUC", "accuracy": "Accuracy", "balanced_accuracy": "Balanced accuracy"}
 PREDICTIVE_VALUES = {
     "positive_predictive_value": "Positive predictive value", "negative_predictive_value": "Negative predictive value",
@@ -43,7 +38,6 @@ PREDICTIVE_VALUES_NOTE = (
     "Predictive values depend on the prevalence. Those of the operating points are at the case mix of the test set, as"
     " a random sample; evaluate.prevalence adds those at other prevalences."
 )
-UNDETECTABLE = "none: too few images"
 CHECKPOINT_RULES = {
     "loss": "lowest validation loss", "accuracy": "highest validation accuracy",
     "auc": "highest validation AUC",
@@ -199,67 +193,6 @@ def predictive_values(results: ReportInputs) -> Table | None:
     ]
     head = ("Rule on validation", "Positive", "Prevalence", *PREDICTIVE_VALUES.values())
     return Table(head, rows) if rows else None
-
-
-def subgroups(results: ReportInputs) -> Table:
-    """Return the table of metrics per subgroup."""
-    rows = [
-        (
-            column, value, f"{subgroup['images']:,}", f"{subgroup['groups']:,}",
-            *(
-                format_with_interval(subgroup["overall"][key], subgroup["intervals"]["overall"][key])
-                for key in SUBGROUP_METRICS
-            ),
-        )
-        for column, values in results.subgroups.items()
-        for value, subgroup in values.items()
-    ]  # fmt: skip
-    return Table(
-        ("", "Value", "Images", "Patients or lesions", *(METRIC_LABELS[key] for key in SUBGROUP_METRICS)), rows
-    )
-
-
-def subgroup_findings(results: ReportInputs) -> tuple[str, list[str]]:
-    """Summarize the subgroup tests in a sentence, and describe each subgroup that is significantly worse."""
-    tests = [row for _, _, row in _comparisons(results)]
-    findings = [
-        f"{row['column']} {row['subgroup']}: {TESTED_METRICS[row['metric']]} {_class_phrase(row['class'])}"
-        f" {row['value']:.3f}, other images {row['others']:.3f} (adjusted p {row['p']:.2g})"
-        for row in underperforming(results.subgroups)
-    ]
-    if not tests:
-        return "Too few patients to compare subgroups with the other images.", []
-    limits = [row["detectable_shortfall"] for row in tests if row["detectable_shortfall"] is not None]
-    power = f"smallest detectable shortfall: {min(limits):.2f} to {max(limits):.2f}" if limits else UNDETECTABLE
-    if limits and len(limits) < len(tests):
-        power += f", in {len(tests) - len(limits):,} {UNDETECTABLE}"
-    tested = f"{len(tests):,} comparisons of subgroups with the other images, corrected for multiple testing ({power}):"
-    return f"{tested} {'significantly worse are' if findings else 'none is significantly worse.'}", findings
-
-
-def subgroup_comparisons(results: ReportInputs) -> Table | None:
-    """Return the table of all comparisons of subgroups with the other images; None if there are none."""
-    rows: list[tuple[str, ...]] = [
-        (
-            column, value, f"{TESTED_METRICS[row['metric']]} {_class_phrase(row['class'])}", f"{row['value']:.3f}",
-            f"{row['others']:.3f}", f"{row['p']:.2g}",
-            UNDETECTABLE if row["detectable_shortfall"] is None else f"{row['detectable_shortfall']:.2f}",
-        )
-        for column, value, row in _comparisons(results)
-    ]  # fmt: skip
-    head = ("", "Value", "Metric", "Subgroup", "Other images", "Adjusted p", "Smallest detectable shortfall")
-    return Table(head, rows) if rows else None
-
-
-def _comparisons(results: ReportInputs) -> Iterator[tuple[str, str, Mapping[str, Any]]]:
-    for column, values in results.subgroups.items():
-        for value, subgroup in values.items():
-            for row in subgroup["comparisons"]:
-                yield column, value, row
-
-
-def _class_phrase(name: str) -> str:
-    return name if name == ALL_CLASSES else f"of {name}"
 
 
 def published(rows: pd.DataFrame, *, comparable: bool) -> Table:

@@ -11,7 +11,8 @@ from fadeformer.evaluation.operating_points import resolve_prevalences, select_o
 from fadeformer.evaluation.summary import confidence_intervals, summarize
 from fadeformer.io.formatting import format_with_interval
 from fadeformer.reporting.model_card import render_model_card
-from fadeformer.reporting.tables import NO_SUBGROUPS, ReportInputs, class_calibration
+from fadeformer.reporting.subgroup_tables import NO_SUBGROUPS
+from fadeformer.reporting.tables import ReportInputs, class_calibration
 from fadeformer.tasks import TASKS
 
 FADE = {"variant": "published", "after_blocks": ["last"], "num_heads": 4, "dropout": 0.1, "K": 3, "alpha": 0.5}

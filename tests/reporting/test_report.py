@@ -13,7 +13,7 @@ from fadeformer.data.arrays import ArrayMetadata
 from fadeformer.data.sources.medmnist import DATASETS
 from fadeformer.evaluation import predictions, published, subgroups, summary  # fmt: skip
 from fadeformer.evaluation.operating_points import resolve_prevalences, select_operating_points
-from fadeformer.reporting import rendering, report, tables
+from fadeformer.reporting import rendering, report, subgroup_tables
 from fadeformer.reporting.plots import base, uncertainty
 from fadeformer.reporting.tables import ReportInputs
 from fadeformer.tasks import TASKS
@@ -118,7 +118,7 @@ def test_key_findings_warn_of_chance_and_leakage():
     assert next(iter(findings.values())) == "bad"
     assert "not significantly better than chance" in next(iter(findings))
     assert findings["3 images are in two splits, so the metrics may be optimistic."] == "bad"
-    assert tables.NO_SUBGROUPS in findings
+    assert subgroup_tables.NO_SUBGROUPS in findings
     sentence = next(
         sentence for sentence in key_findings(build_inputs("chestmnist")) if sentence.startswith("Left out of means")
     )
@@ -150,9 +150,9 @@ def test_missing_subgroups_replace_table_and_figure(tmp_path):
     with_them = write_page(build_inputs("retinamnist"), tmp_path / "with").read_text()
     without = write_page(build_inputs("retinamnist", has_subgroups=False), tmp_path / "without").read_text()
     assert 'id="subgroup_forest"' in with_them
-    assert tables.NO_SUBGROUPS not in with_them
+    assert subgroup_tables.NO_SUBGROUPS not in with_them
     assert "subgroup_forest" not in re.sub(r"<style>.*</style>", "", without, flags=re.DOTALL)
-    assert f"<p>{tables.NO_SUBGROUPS}</p>" in without
+    assert f"<p>{subgroup_tables.NO_SUBGROUPS}</p>" in without
     assert "Patients or lesions" not in without
 
 
