@@ -63,7 +63,7 @@ class InputImage:
     def read_group(self) -> str | None:
         """Hash the patient of a DICOM file; None for files with an image suffix and if the patient is unknown.
 
-        The key of the hash is drawn anew in each process.
+        The key of the hash differs between processes.
         """
         if _has_image_suffix(self.member or self.path.name):
             return None

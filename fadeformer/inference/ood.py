@@ -46,7 +46,7 @@ class OODDetector:
         whiten: whitening matrix, which maps S to the identity, (features, directions).
         means: whitened class means, or the overall mean, (means, directions).
         threshold: distance above which an image is out-of-distribution; infinite if val has fewer than
-            `MIN_VAL_IMAGES` images, so that nothing is known about what is out-of-distribution.
+            `MIN_VAL_IMAGES` images, too few to choose one.
     """
 
     whiten: Floats

@@ -53,7 +53,7 @@ def render_model_card(results: ReportInputs) -> str:
         "",
         " ".join(tables.limitations(results)),
         "",
-        # last, as it is long with many classes, and a registry may truncate the card
+        # last, because the table is long with many classes, and a registry may truncate the card
         *_optional_table("Comparisons of subgroups with the other images", subgroup_tables.comparisons(results)),
     ]
     return "\n".join(lines)

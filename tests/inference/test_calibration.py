@@ -216,7 +216,7 @@ def test_class_without_training_images_is_not_corrected():
 
 @pytest.mark.parametrize("head", ["auto", "cumulative"])
 def test_grades_of_either_head_are_corrected(head):
-    """Cumulative heads have no offset per class of their own: the correction applies to the grades' probabilities."""
+    """Cumulative heads have no separate offset per class: the correction applies to the grades' probabilities."""
     task = TASKS["ordinal-regression"].with_head(head)
     random = np.random.default_rng(0)
     labels = random.choice(4, 2000, p=FREQUENCIES)[:, None]
