@@ -7,6 +7,7 @@ import os
 import select
 import signal
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple, NoReturn
@@ -37,6 +38,7 @@ def run(name: str, main: Callable[[], str | CommandResult]) -> None:
     atexit.register(gc.freeze)  # skip the final garbage collections, which take seconds with torch and MLflow
     for logger in ("prefect.flow_runs", "prefect.task_runs"):
         logging.getLogger(logger).addFilter(_drop_traceback)
+    warnings.showwarning = _print_warning
     signal.signal(signal.SIGTERM, _raise_terminated)
     try:
         result = main()
@@ -67,6 +69,11 @@ def run(name: str, main: Callable[[], str | CommandResult]) -> None:
 
 def _raise_terminated(number: int, frame: object) -> NoReturn:
     raise Terminated
+
+
+def _print_warning(message: Warning | str, *_: object, **__: object) -> None:
+    """Print a warning without the line of code that issued it, which says nothing to a user."""
+    print(f"warning: {message}", file=sys.stderr, flush=True)
 
 
 def _drop_traceback(record: logging.LogRecord) -> bool:

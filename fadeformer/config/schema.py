@@ -7,6 +7,7 @@ its entire configuration.
 from __future__ import annotations
 
 import itertools
+import warnings
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal, TypeVar, cast
@@ -32,6 +33,7 @@ Prevalences = Annotated[
 ]
 # YAML 1.1, which some editors write, parses off as false
 Severity = Annotated[Literal["stop", "warn", "off"], BeforeValidator(lambda value: "off" if value is False else value)]
+RENAMED_KEYS = {("evaluate", "bootstrap_draws"): "bootstrap_resamples"}  # former names that are still accepted
 ModelT = TypeVar("ModelT", bound=BaseModel)
 
 
@@ -324,7 +326,17 @@ def parse_params(values: Any, source: str) -> Params:
     Raises:
         UserError: lists every invalid key by its full path, with the closest valid key.
     """
-    return validate_model(values, Params, source)
+    return validate_model(_rename_former_keys(values, source), Params, source)
+
+
+def _rename_former_keys(values: Any, source: str) -> Any:
+    """Return the values with former key names replaced; warns about each of them."""
+    for (section, former), name in RENAMED_KEYS.items():
+        if isinstance(values, Mapping) and isinstance(values.get(section), Mapping) and former in values[section]:
+            warnings.warn(f"{source}: {section}.{former} is now called {section}.{name}; rename it", FutureWarning, 2)
+            rest = {key: value for key, value in values[section].items() if key != former}
+            values = {**values, section: {**rest, name: values[section][former]}}
+    return values
 
 
 def validate_model(values: Any, model: type[ModelT], source: str) -> ModelT:

@@ -13,6 +13,12 @@ from tests.conftest import ROOT
 DEFAULTS = schema.load_params(ROOT / "params.yaml").as_nested_dict()
 
 
+def test_former_key_names_are_accepted():
+    values = with_value("evaluate.bootstrap_draws", 100)
+    with pytest.warns(FutureWarning, match=r"p.yaml: evaluate.bootstrap_draws is now called .*bootstrap_resamples"):
+        assert schema.parse_params(values, "p.yaml").evaluate.bootstrap_resamples == 100
+
+
 def with_value(path: str, value: object) -> dict:
     values = copy.deepcopy(DEFAULTS)
     section = values
