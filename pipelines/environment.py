@@ -7,7 +7,8 @@ LOCAL_HOSTS = ("127.0.0.1", "localhost")
 
 
 def configure_environment() -> None:
-    """Set defaults for PyTorch, MLflow, Prefect and others. Existing values stay; child processes inherit all of them.
+    """Set defaults for PyTorch, MLflow, Prefect and others. Existing values stay, except that of Matplotlib's
+    backend, since figures are only written to files. Child processes inherit all of them.
 
     Every entry point calls it first: most of these tools read their variables when they are imported.
     """
@@ -32,6 +33,7 @@ def configure_environment() -> None:
     }
     for name, value in defaults.items():
         os.environ.setdefault(name, value)
+    os.environ["MPLBACKEND"] = "agg"  # a notebook passes on its own backend, which may not be installed here
     for name in ("NO_PROXY", "no_proxy"):  # temporary servers run on this machine; dict.fromkeys removes duplicates
         hosts = filter(None, os.environ.get(name, "").split(","))
         os.environ[name] = ",".join(dict.fromkeys([*hosts, *LOCAL_HOSTS]))
