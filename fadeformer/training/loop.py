@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from timm.layers.norm_act import convert_sync_batchnorm
 from timm.utils.distributed import distribute_bn
 from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
 from tqdm import tqdm
 
 from fadeformer.data.arrays import SplitArrays
@@ -113,7 +114,8 @@ class _Loop:
         self.model, self.optimizer = fabric.setup(state.model, state.optimizer)
         self.manager = checkpoints if fabric.global_rank == 0 else None
         self.weights = torch.tensor(class_weights, dtype=torch.float32, device=fabric.device)
-        self.steps_per_epoch = -(-len(train.labels) // recipe.batch_size)
+        self.has_batch_norm = any(isinstance(module, _BatchNorm) for module in state.model.modules())
+        self.steps_per_epoch = sampling.num_batches(len(train.labels), recipe.batch_size)
 
     def learning_rate(self, step: int) -> float:
         """Return the learning rate of a step: constant during the probe, then by schedule and plateau."""
@@ -156,7 +158,7 @@ class _Loop:
         labels = self.train.labels
         seed = sampling.derive_seed(self.seed, epoch, 0)
         batches = sampling.sample_batches(labels, self.task, recipe.sampling, recipe.batch_size, seed)
-        sampling.check_batch_size(batches, world_size, recipe.accumulate)
+        sampling.check_batch_size(batches, world_size, recipe.accumulate, has_batch_norm=self.has_batch_norm)
         local_batches = [rows[sampling.shard_slice(len(rows), rank, world_size)] for rows in batches]
         start = time.perf_counter() - state.train_seconds
         with _progress_bar(epoch, recipe.epochs, len(labels), state.num_seen, fabric) as bar:

@@ -28,6 +28,17 @@ def derive_seed(*numbers: int) -> int:
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
 
 
+def num_batches(count: int, batch_size: int) -> int:
+    """Return the number of batches of an epoch: as few as possible, without a batch of one image if `batch_size` > 1.
+
+    Args:
+        count: images of an epoch.
+        batch_size: maximum number of images in a batch, exceeded by one if `batch_size` is 2 and `count` is odd.
+    """
+    batches = -(-count // batch_size)
+    return batches - 1 if batch_size > 1 and 1 < count < 2 * batches else batches
+
+
 def sample_batches(
     labels: NDArray[np.int64], task: Task, sampling: Literal["weighted", "uniform"], batch_size: int, seed: int
 ) -> list[Rows]:
@@ -38,7 +49,7 @@ def sample_batches(
         task: classification task.
         sampling: weighted draws images with replacement by `sampling_weights`, exclusive classes thus equally often;
             uniform draws each image once.
-        batch_size: maximum number of images in a batch.
+        batch_size: maximum number of images in a batch; see `num_batches`.
         seed: seed of this epoch.
 
     Returns:
@@ -50,7 +61,7 @@ def sample_batches(
     else:
         weights = sampling_weights(labels, task)
         order = random.choice(count, size=count, replace=True, p=weights / weights.sum())
-    return np.array_split(order, -(-count // batch_size))
+    return np.array_split(order, num_batches(count, batch_size))
 
 
 def shard_slice(count: int, part: int, parts: int) -> slice:
@@ -64,13 +75,24 @@ def shard_slice(count: int, part: int, parts: int) -> slice:
     return slice(count * part // parts, count * (part + 1) // parts)
 
 
-def check_batch_size(batches: Sequence[Rows], devices: int, accumulate: int) -> None:
+def check_batch_size(batches: Sequence[Rows], devices: int, accumulate: int, *, has_batch_norm: bool) -> None:
     """Check that each part of a batch has at least two images, which batch normalization and mixup need.
 
+    Args:
+        batches: row numbers of the images of each batch.
+        devices: number of processes.
+        accumulate: micro-batches per step.
+        has_batch_norm: the model has batch normalization, so that undivided batches are checked, too.
+
     Raises:
-        UserError: a batch has too few images to be divided among devices and micro-batches.
+        UserError: a batch has one image, or too few images to be divided among devices and micro-batches.
     """
     smallest, parts = min(map(len, batches)), devices * accumulate
+    if has_batch_norm and smallest < 2:
+        raise UserError(
+            "params.yaml: train.batch_size gives batches of one image, but the model has batch normalization, which"
+            " needs two or more; raise train.batch_size, or use a model without it, such as a ViT"
+        )
     if parts > 1 and smallest < 2 * parts:
         raise UserError(
             f"a batch of {smallest} images is too small for {devices} device(s) and train.accumulate {accumulate};"

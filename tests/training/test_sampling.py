@@ -28,9 +28,11 @@ def test_uniform_batches_have_each_image_once(count, batch_size, seed):
     order = sampling.sample_batches(np.zeros((count, 1), np.int64), MULTI_CLASS, "uniform", batch_size, seed)
     assert sorted(np.concatenate(order).tolist()) == list(range(count))
     sizes = [len(rows) for rows in order]
-    assert len(sizes) == math.ceil(count / batch_size)
-    assert max(sizes) <= batch_size
+    odd_pairs = batch_size == 2 and count % 2 == 1 and count > 1
+    assert len(sizes) == math.ceil(count / batch_size) - odd_pairs == sampling.num_batches(count, batch_size)
+    assert max(sizes) <= batch_size + odd_pairs
     assert max(sizes) - min(sizes) <= 1
+    assert min(sizes) >= min(2, batch_size, count)
 
 
 @pytest.mark.parametrize("method", ["uniform", "weighted"])
@@ -85,14 +87,22 @@ def test_suggested_batch_size_can_be_divided(world, accumulate, batch_size, coun
         for part in range(accumulate)
     ]
     if world * accumulate == 1 or min(parts) >= 2:
-        sampling.check_batch_size(order, world, accumulate)
+        sampling.check_batch_size(order, world, accumulate, has_batch_norm=False)
         return
     with pytest.raises(UserError, match=rf"for {world} device\(s\) and train\.accumulate {accumulate}; raise") as error:
-        sampling.check_batch_size(order, world, accumulate)
+        sampling.check_batch_size(order, world, accumulate, has_batch_norm=False)
     larger = int(str(error.value).split("train.batch_size to ")[1].split()[0])
     assert larger > batch_size or count < larger
-    if count >= larger:
-        sampling.check_batch_size(sampling.sample_batches(labels, MULTI_CLASS, "uniform", larger, 0), world, accumulate)
+    if count >= max(larger, 2):
+        batches = sampling.sample_batches(labels, MULTI_CLASS, "uniform", larger, 0)
+        sampling.check_batch_size(batches, world, accumulate, has_batch_norm=True)
+
+
+def test_batch_norm_needs_two_images():
+    batches = sampling.sample_batches(np.zeros((5, 1), np.int64), MULTI_CLASS, "uniform", 1, 0)
+    sampling.check_batch_size(batches, 1, 1, has_batch_norm=False)
+    with pytest.raises(UserError, match="batches of one image, but the model has batch normalization"):
+        sampling.check_batch_size(batches, 1, 1, has_batch_norm=True)
 
 
 @pytest.fixture
