@@ -8,6 +8,7 @@ from importlib import import_module
 from pipelines import runner
 from pipelines.environment import configure_environment
 from pipelines.stages import STAGES
+from pipelines.tracking import locations
 
 
 def main() -> None:
@@ -21,7 +22,8 @@ def main() -> None:
 
 
 def load_and_run(name: str) -> str:
-    """Import the module of a stage and run it."""
+    """Import the module of a stage and run it, after a check of the settings that a later stage needs."""
+    locations.check_store()
     gc.disable()  # collections during the imports of torch, Prefect and MLflow take 1.5 s and free almost nothing
     try:
         module = import_module(f"pipelines.stages.{name}")

@@ -5,6 +5,9 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
+from urllib.parse import unquote
+
+from fadeformer.errors import UserError
 
 WORKSPACES = Path(".cache/runs")  # workspaces of deployment runs
 WORKSPACE_MARKER = Path(".cache/copy.json")  # in a workspace: the repository and commit it was cloned from
@@ -35,6 +38,27 @@ def tracking_uri() -> str:
     return remote_store_uri() or local_store_uri()
 
 
+def check_store() -> None:
+    """Check the settings of the store; stages call it before they compute anything.
+
+    Raises:
+        UserError: MLflow cannot use the project's path in the address of its database, or `MLFLOW_REGISTRY_URI` is
+            another store, which this pipeline does not support.
+    """
+    folder = project_folder()
+    if not remote_store_uri() and ("?" in str(folder) or unquote(str(folder)) != str(folder)):
+        raise UserError(
+            f"{folder}: MLflow cannot open a database in a folder with ? or a percent code such as %2F in its path;"
+            " rename or move the project's folder, or set MLFLOW_TRACKING_URI to a server"
+        )
+    registry = os.environ.get("MLFLOW_REGISTRY_URI")
+    if registry and registry != tracking_uri():
+        raise UserError(
+            f"MLFLOW_REGISTRY_URI is {_without_credentials(registry)}, but models are registered where their runs are,"
+            f" at {display_address()}; unset MLFLOW_REGISTRY_URI"
+        )
+
+
 def store_exists() -> bool:
     """Return True if a remote store is configured, or if a stage has already created the project's own."""
     return remote_store_uri() is not None or (project_folder() / "mlruns" / "mlflow.db").exists()
@@ -43,7 +67,11 @@ def store_exists() -> bool:
 def display_address() -> str:
     """Return the location of the store for messages, without credentials."""
     uri = remote_store_uri()
-    return re.sub("(?<=://)[^/]*@", "", uri).partition("?")[0].rstrip("/") if uri else str(project_folder() / "mlruns")
+    return _without_credentials(uri) if uri else str(project_folder() / "mlruns")
+
+
+def _without_credentials(uri: str) -> str:
+    return re.sub("(?<=://)[^/]*@", "", uri).partition("?")[0].rstrip("/")
 
 
 def ui_url() -> str | None:

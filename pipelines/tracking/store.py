@@ -95,35 +95,42 @@ def connect() -> str:
 
     Raises:
         MLflowUnreachable: The store cannot be reached.
-        UserError: It is not an MLflow store, or its experiment was deleted.
+        UserError: It is not an MLflow store, its experiment was deleted, or `locations.check_store` fails.
     """
+    locations.check_store()
     logging.getLogger("mlflow").setLevel(logging.WARNING)
     for name in ("mlflow.store", "urllib3"):
         logging.getLogger(name).setLevel(logging.CRITICAL)  # their errors are also raised
-    store, server = locations.project_folder() / "mlruns", locations.remote_store_uri()
+    server = locations.remote_store_uri()
     mlflow.set_tracking_uri(server or locations.local_store_uri())
-    try:
-        store.mkdir(exist_ok=True)
-        # Concurrent creation would break the database migration.
-        with FileLock(store / ".lock", timeout=LOCK_TIMEOUT):
-            if not server:
-                if not (store / "mlflow.db").exists():
-                    _create_database(store / "mlflow.db")
-                shutil.copyfile(relocate.__file__, store / "relocate.py")  # for moving that folder without the project
-            location = None if server else (store / "artifacts").as_uri()
-            experiment = mlflow.get_experiment_by_name(EXPERIMENT)
-            if experiment is None:
-                mlflow.create_experiment(EXPERIMENT, artifact_location=location)
-            elif location and experiment.artifact_location.startswith("file:"):
-                relocate.rewrite_artifact_uris(store / "mlflow.db", experiment.artifact_location, location)
-    except (OSError, sqlite3.Error, Timeout) as error:
-        raise MLflowUnreachable(error) from error
+    if not server:
+        _create_or_relocate_store(locations.project_folder() / "mlruns")
+    experiment = mlflow.get_experiment_by_name(EXPERIMENT)
     if experiment is not None and experiment.lifecycle_stage != "active":
         raise UserError(
             f"MLflow's experiment {EXPERIMENT} was deleted; restore it with `mlflow experiments restore"
             f" --experiment-id {experiment.experiment_id}`, or remove mlruns/mlflow.db to start with an empty store"
         )
     return str(mlflow.set_experiment(EXPERIMENT).experiment_id)
+
+
+def _create_or_relocate_store(store: Path) -> None:
+    """Create the project's own store with its experiment, or rewrite its artifact URIs if the folder was moved."""
+    try:
+        store.mkdir(exist_ok=True)
+        # Concurrent creation would break the database migration.
+        with FileLock(store / ".lock", timeout=LOCK_TIMEOUT):
+            if not (store / "mlflow.db").exists():
+                _create_database(store / "mlflow.db")
+            shutil.copyfile(relocate.__file__, store / "relocate.py")  # for moving that folder without the project
+            location = (store / "artifacts").as_uri()
+            experiment = mlflow.get_experiment_by_name(EXPERIMENT)
+            if experiment is None:
+                mlflow.create_experiment(EXPERIMENT, artifact_location=location)
+            elif experiment.artifact_location.startswith("file:"):
+                relocate.rewrite_artifact_uris(store / "mlflow.db", experiment.artifact_location, location)
+    except (OSError, sqlite3.Error, Timeout) as error:
+        raise MLflowUnreachable(error) from error
 
 
 def _create_database(database: Path) -> None:

@@ -321,6 +321,15 @@ def test_run_in_another_store_is_reported(store, empty_project, monkeypatch, tmp
     assert stored_points(other) == []
 
 
+def test_store_of_a_server_leaves_no_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:1")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    with pytest.raises(TransientError, match=r"MLflow at http://127.0.0.1:1 cannot be used"):
+        mlflow_store.connect()
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_moved_project_keeps_its_run(store, monkeypatch):
     run_id = start_journal(epochs=1).finalize()
     monkeypatch.chdir(shutil.copytree(Path.cwd(), store.parents[2] / f"{store.parents[1].name}-moved"))
