@@ -1,6 +1,7 @@
 """`python -m pipelines.config.check`: validate params.yaml before DVC removes any output.
 
-It also repairs DVC's own files if a kill has truncated them, since DVC cannot read them then.
+It also checks that the folder is a git repository, which DVC requires without saying how to get one, and repairs
+DVC's own files if a kill has truncated them, since DVC cannot read them then.
 """
 
 import subprocess
@@ -10,16 +11,27 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from fadeformer.config import schema
+from fadeformer.errors import UserError
 from pipelines import paths, runner
 
 DVC_LOCK, DVC_RWLOCK = Path("dvc.lock"), Path(".dvc/tmp/rwlock")
 
 
 def main() -> str:
-    """Repair DVC's files and check params.yaml."""
+    """Check the git repository, repair DVC's files and check params.yaml."""
+    check_repository()
     repair_dvc_files()
     config = schema.load_params(paths.PARAMS)
     return f"{paths.PARAMS} is valid: {config.dataset.name}, {config.model.backbone}, seed {config.seed}"
+
+
+def check_repository() -> None:
+    """Raise a UserError if the working directory is not the root of a git repository."""
+    if not Path(".git").exists():  # a file in a worktree
+        raise UserError(
+            "this folder is not a git repository (a ZIP download is none), but DVC needs one; clone the project, or run"
+            " git init && git add --all && git commit --message 'Import'"
+        )
 
 
 def repair_dvc_files() -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from fadeformer.errors import UserError
 from pipelines.config import check
 
 STAGES = """
@@ -66,3 +67,10 @@ def test_valid_and_conflicted_files_are_not_changed(tmp_path, monkeypatch, capsy
     assert (tmp_path / "dvc.lock").read_text() == lock
     assert (tmp_path / ".dvc/tmp/rwlock").read_text() == "{}"
     assert capsys.readouterr().out == ""
+
+
+def test_folder_without_git_is_refused(project):
+    check.check_repository()
+    (project / ".git").rename(project / "git")
+    with pytest.raises(UserError, match=r"not a git repository .* git init && git add --all && git commit"):
+        check.check_repository()
