@@ -7,8 +7,9 @@ LOCAL_HOSTS = ("127.0.0.1", "localhost")
 
 
 def configure_environment() -> None:
-    """Set defaults for PyTorch, MLflow, Prefect and others. Existing values stay, except that of Matplotlib's
-    backend, since figures are only written to files. Child processes inherit all of them.
+    """Set defaults for PyTorch, MLflow, Prefect and others. Existing values stay; child processes inherit all of them.
+
+    Matplotlib's backend is always set, since figures are only written to files.
 
     Every entry point calls it first: most of these tools read their variables when they are imported.
     """

@@ -19,6 +19,7 @@ from pipelines import runner
 from pipelines.environment import configure_environment
 
 STARTUP_TIMEOUT = 120  # seconds; the first start creates Prefect's database
+DATABASE_FILE = "temporary.db"  # in Prefect's home
 CLIENT_RETRIES = "2"  # per request; more would only delay a flow whose temporary server has died
 NO_UI_URL = ""  # stops Prefect from printing links to pages that are gone when the command exits
 FLUSH_TIMEOUT = 5.0  # seconds to send the last logs and events of flows
@@ -51,14 +52,27 @@ def _launch_server() -> Iterator[str]:
     from prefect.events.worker import EventsWorker
     from prefect.logging.handlers import APILogWorker
     from prefect.server.api.server import SubprocessASGIServer
-    from prefect.settings import PREFECT_API_URL, PREFECT_CLIENT_MAX_RETRIES, PREFECT_UI_URL, temporary_settings
+    from prefect.settings import (
+        PREFECT_API_URL,
+        PREFECT_CLIENT_MAX_RETRIES,
+        PREFECT_HOME,
+        PREFECT_SERVER_DATABASE_CONNECTION_URL,
+        PREFECT_UI_URL,
+        get_current_settings,
+        temporary_settings,
+    )  # fmt: skip
 
+    # Its own database, unless one is configured: two servers with one SQLite file fail with "database is locked".
+    configured = get_current_settings().server.database.model_fields_set & {"connection_url", "driver"}
+    url = f"sqlite+aiosqlite:///{PREFECT_HOME.value()}/{DATABASE_FILE}"
+    database = {} if configured else {PREFECT_SERVER_DATABASE_CONNECTION_URL: url}
     server = SubprocessASGIServer()
     # The server inherits the mask: it survives signals to the process group, so flows can report their final state.
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
     try:
         try:
-            server.start(timeout=STARTUP_TIMEOUT)
+            with temporary_settings(database):
+                server.start(timeout=STARTUP_TIMEOUT)
         except (RuntimeError, httpx.TransportError) as error:
             raise UserError(f"Prefect's temporary server did not start: {error}") from error
         finally:

@@ -57,6 +57,14 @@ def started(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, in_backgro
     return start
 
 
+def test_temporary_server_has_its_own_database(tmp_path, monkeypatch):
+    monkeypatch.setenv("PREFECT_HOME", str(tmp_path))
+    monkeypatch.delenv("PREFECT_API_URL", raising=False)
+    code = "from pipelines import server\nwith server.temporary_server(): pass"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True)
+    assert [path.name for path in tmp_path.glob("*.db")] == ["temporary.db"]
+
+
 def test_command_has_one_server_and_its_exit_status(started):
     process, descendants = started("-m", "pipelines.server", sys.executable, "dvc.py", seconds=0.1)
     assert len(descendants) == 3  # the server, DVC and its stage
