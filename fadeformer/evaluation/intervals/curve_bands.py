@@ -50,7 +50,7 @@ def compute_bands(predictions: Predictions, *, seed: int, confidence: float) -> 
             values = np.concatenate([chunk[index][kind] for chunk in chunks])
             bounds = [bootstrap.percentile_interval(column, len(strata), confidence) for column in values.T]
             defined = [(x, *bound) for x, bound in zip(CURVE_GRID, bounds, strict=True) if bound is not None]
-            rows = pd.DataFrame(defined, columns=["x", "low", "high"])
+            rows = pd.DataFrame(defined, columns=["x", "low", "high"], dtype=float)  # none for a very small test set
             tables.append(rows.assign(**{"class": predictions.classes[c], "curve": name}))
     return pd.concat(tables[1:] or tables, ignore_index=True)[["class", "curve", "x", "low", "high"]]
 
@@ -87,5 +87,6 @@ class _Curve:
 
 def read(path: Path) -> pd.DataFrame:
     """Read the table of `compute_bands` from a CSV file; class names such as 0 or NA stay text."""
-    na_values = dict.fromkeys(("x", "low", "high"), "")
-    return pd.read_csv(path, dtype={"class": str}, keep_default_na=False, na_values=na_values)
+    numbers = ("x", "low", "high")
+    types = {"class": str, "curve": str, **dict.fromkeys(numbers, float)}
+    return pd.read_csv(path, dtype=types, keep_default_na=False, na_values=dict.fromkeys(numbers, ""))

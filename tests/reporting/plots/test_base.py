@@ -94,6 +94,15 @@ def test_numeric_class_names_keep_their_bands(tmp_path):
         assert len(band.get_paths()[0].vertices) > 100
 
 
+def test_tiny_test_set_has_curves_without_bands(tmp_path):
+    p = random_predictions("binary-class", 2, 4, 0)
+    curve_bands.compute_bands(p, seed=0, confidence=0.95).to_csv(tmp_path / "bands.csv", index=False)
+    bands = curve_bands.read(tmp_path / "bands.csv")
+    assert bands.empty
+    metrics, bounds = summary.summarize(p), summary.confidence_intervals(p, n_resamples=100, seed=0, confidence=0.95)
+    assert curves.roc_curves(p, metrics, bounds, bands).axes
+
+
 @pytest.mark.parametrize("figure", [curves.roc_curves, curves.pr_curves])
 def test_absent_class_is_marked_not_evaluated(figure):
     p = random_predictions("multi-class", 3, 50, 0, absent=1)
