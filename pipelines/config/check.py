@@ -26,12 +26,15 @@ def main() -> str:
 
 
 def check_repository() -> None:
-    """Raise a UserError if the working directory is not the root of a git repository."""
+    """Raise a UserError if the working directory is not the root of a git repository, or git refuses to use it."""
     if not Path(".git").exists():  # a file in a worktree
         raise UserError(
             "this folder is not a git repository (a ZIP download is none), but DVC needs one; clone the project, or run"
             " git init && git add --all && git commit --message 'Import'"
         )
+    process = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    if process.returncode:  # for example if another user owns the folder, as with a volume of a container
+        raise UserError(f"git cannot use this repository: {process.stderr.strip()}")
 
 
 def repair_dvc_files() -> None:

@@ -69,8 +69,11 @@ def test_valid_and_conflicted_files_are_not_changed(tmp_path, monkeypatch, capsy
     assert capsys.readouterr().out == ""
 
 
-def test_folder_without_git_is_refused(project):
+def test_folder_without_usable_git_is_refused(project):
     check.check_repository()
+    (project / ".git/HEAD").unlink()
+    with pytest.raises(UserError, match="git cannot use this repository: fatal: "):
+        check.check_repository()
     (project / ".git").rename(project / "git")
     with pytest.raises(UserError, match=r"not a git repository .* git init && git add --all && git commit"):
         check.check_repository()
