@@ -38,4 +38,5 @@ def most_confident_errors(predictions: Predictions, count: int) -> pd.DataFrame:
         else:
             true, predicted = names[int(truth[row].argmax())], names[c]
         errors.append((row, predictions.frame["id"].iloc[row], c, true, predicted, float(confidence[row])))
-    return pd.DataFrame(errors, columns=list(COLUMNS))
+    table = pd.DataFrame(errors, columns=list(COLUMNS))
+    return table.astype({"row": np.int64, "class": np.int64, "score": np.float64})  # also if there are no errors

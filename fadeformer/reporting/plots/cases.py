@@ -31,7 +31,7 @@ def case_gallery(errors: pd.DataFrame, pixels: NDArray[np.uint8], maps: Mapping[
         maps: attribution maps by name, (images, side, side); negative values are evidence against the class.
     """
     if errors.empty:
-        figure = Figure(figsize=(4.8, 1.2), layout="constrained")
+        figure = Figure(figsize=(4.8, 1.2))
         figure.text(0.5, 0.5, "No errors on test", ha="center", va="center")
         return figure
     columns, panels_per_image = min(GALLERY_COLUMNS, max(3, len(errors))), 1 + len(maps)

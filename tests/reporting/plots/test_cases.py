@@ -110,7 +110,9 @@ def test_figure_labels_do_not_overlap(task, classes):
 
 
 def test_gallery_without_errors_says_so():
-    p = random_predictions("binary-class", 2, 20, 0)
-    errors = error_gallery.most_confident_errors(p, 12).iloc[:0]
-    figure = cases.case_gallery(errors, np.zeros((0, 28, 28, 1), np.uint8), {})
+    index = pd.DataFrame({"split": "test", "id": ["a", "b"], "group": None})
+    scores = np.array([[0.9, 0.1], [0.2, 0.8]])
+    p = predictions.build_predictions(index, np.array([[0], [1]]), scores, TASKS["binary-class"], ("x", "y"))
+    errors = error_gallery.most_confident_errors(p, 12)
+    figure = cases.case_gallery(errors, np.zeros((2, 28, 28, 1), np.uint8)[errors["row"].to_numpy()], {})
     assert figure.texts[0].get_text() == "No errors on test"
