@@ -1,7 +1,9 @@
 """Trained classifier: logits, calibrated scores and decisions of images.
 
 Evaluation, `fadeformer predict`, the served model, the exported graph and the explanations all use this class, so an
-image gets the same score everywhere. Inference is always float32, whatever precision training used.
+image gets the same score everywhere. Inference is always float32, whatever precision training used and whatever the
+calling process has set: autocast, and a reduced precision of float32 products (`torch.set_float32_matmul_precision`),
+would change scores in the third decimal place.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ from fadeformer.inference.model_files import ModelFiles
 from fadeformer.inference.operating_point import OperatingPoint
 from fadeformer.io.atomic import read_json
 from fadeformer.models.factory import create_model, features_and_logits, load_weights
+from fadeformer.models.fade_attention import disable_autocast
 from fadeformer.tasks import TASKS
 
 ImageArray = NDArray[np.uint8]
@@ -49,7 +52,7 @@ class ClassifierOutput(NamedTuple):
 class Classifier:
     """Network with its normalization, head, calibration and operating points.
 
-    On CUDA this disables TF32 for the whole process; cuDNN would otherwise use it in convolutions.
+    This disables TF32 and bfloat16 in products of float32 for the whole process.
 
     Args:
         metadata: content of `model.json`.
@@ -76,9 +79,8 @@ class Classifier:
         self.normalization = Normalization(**{name: tuple(values) for name, values in metadata["normalize"].items()})
         self.operating_points = points
         self.device = device or choose_device("cpu" if metadata["params"]["train"]["device"] == "cpu" else "auto")
-        if self.device.type == "cuda":
-            torch.backends.cudnn.allow_tf32 = False
-            torch.backends.cuda.matmul.allow_tf32 = False
+        torch.set_float32_matmul_precision("highest")
+        torch.backends.cudnn.allow_tf32 = False  # of convolutions, which use it by default
         self.model = create_model(**{**metadata["model"], "pretrained": False})
         load_weights(self.model, weights)
         self.model.to(self.device).eval()
@@ -103,7 +105,8 @@ class Classifier:
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Return features and logits of a batch, uint8 (images, side, side, channels) on the device."""
-        return features_and_logits(self.model, self.normalization(images))
+        with disable_autocast(self.device):
+            return features_and_logits(self.model, self.normalization(images))
 
     def predict(self, images: ImageArray, batch_size: int = BATCH_SIZE) -> ClassifierOutput:
         """Return scores and features of uint8 images of the input size, (images, side, side, channels)."""

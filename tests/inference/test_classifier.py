@@ -23,7 +23,7 @@ from fadeformer.models.factory import create_model, features_and_logits
 from fadeformer.tasks import TASKS
 from pipelines import paths
 from pipelines.cli import main
-from pipelines.registry import package
+from pipelines.registry import package, pyfunc_model
 from pipelines.serving import http
 from pipelines.stages import evaluate
 from tests.packages import FADE, KINDS, images, load, png, write_model
@@ -140,6 +140,20 @@ def test_all_interfaces_give_same_predictions(project, request, point):
         scores, decided = interface(point, classes, kind)
         np.testing.assert_allclose(scores, expected, atol=1e-5, rtol=0, err_msg=interface.__name__)
         assert decided == decisions, interface.__name__
+
+
+def test_reduced_precision_of_the_caller_changes_nothing(binary, monkeypatch):
+    """`predict` and the served model in one process, one of them called under autocast."""
+    monkeypatch.chdir(binary)
+    torch.set_float32_matmul_precision("medium")  # bfloat16 products on CPUs that have them, TF32 on GPUs
+    Image.fromarray(PIXELS[0]).save("a.png")
+    main.main(["predict", "a.png", "--model", "models", "--out", "a.parquet"])
+    served = pyfunc_model.PyfuncClassifier(load(binary), max_pixels=10_000, batch_size=8)
+    with torch.autocast("cpu", torch.bfloat16):
+        table = served.predict({"image": [Path("a.png").read_bytes()]})
+    score = pd.read_parquet("a.parquet")["malignant"][0]
+    assert table["probability.malignant"][0] == pytest.approx(score, abs=1e-5)
+    assert torch.get_float32_matmul_precision() == "highest"
 
 
 @pytest.fixture(scope="module")
