@@ -4,6 +4,10 @@ Nothing is written to disk, so path traversal is impossible. An archive with an 
 archive, a link, a wrong size, a decompression bomb) is still rejected, with the name of the member. The format is
 detected by the content, not by the file extension. One member is in memory at a time.
 
+A link in a folder may point into the folder, or to an object of a content-addressed store, which replaces tracked files
+by links: DVC's cache (`cache.type: symlink`) and git-annex. A shared folder thus cannot include other files of the
+reader's machine.
+
 Member names are normalized: parts joined by "/", without "." and repeated slashes. System files (`__MACOSX/`,
 `Thumbs.db`, names that start with a dot) are skipped.
 """
@@ -32,6 +36,8 @@ MAX_COMPRESSION_RATIO = 1000  # above this it is a decompression bomb; deflate c
 READ_ERRORS = (
     OSError, EOFError, ValueError, OverflowError, NotImplementedError, struct.error, zlib.error, zipfile.BadZipFile
 )  # fmt: skip
+# DVC: .../files/md5/HH/H*30 (DVC 3) or .../HH/H*30; git-annex: .../.git/annex/objects/XX/YY/KEY/KEY
+STORE_OBJECT = re.compile(r".*/[0-9a-f]{2}/[0-9a-f]{30}|.*/annex/objects/\w{2,3}/\w{2,3}/([^/]+)/\1")
 SYSTEM_FILES = {"__MACOSX", "@eaDir", "thumbs.db", "desktop.ini"}
 UNSUPPORTED_FORMATS = {
     b"BZh": "bzip2",
@@ -176,7 +182,7 @@ def _folder_member(path: Path, root: Path, file: Path) -> tuple[ArchiveMember, C
     except (OSError, RuntimeError) as error:  # RuntimeError: cyclic links
         problem = "is a broken symbolic link" if file.is_symlink() else "does not exist"
         raise _rejection(path, name, problem) from error
-    if not target.is_relative_to(root):
+    if not target.is_relative_to(root) and not STORE_OBJECT.fullmatch(target.as_posix()):
         raise _rejection(path, name, "is a symbolic link to a target outside the folder")
     status = target.stat()
     if not stat.S_ISREG(status.st_mode):

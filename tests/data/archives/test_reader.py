@@ -339,6 +339,29 @@ def test_symlink_out_of_the_folder_is_rejected(folder, target, message):
         reader.read_member(folder, "b.png")
 
 
+@pytest.mark.parametrize(
+    ("stored", "accepted"),
+    [
+        (f"cache/files/md5/0a/{'b' * 30}", True),  # DVC 3
+        (f"cache/0a/{'b' * 30}", True),  # DVC 2
+        (".git/annex/objects/3W/zz/MD5E-s1--ab.png/MD5E-s1--ab.png", True),
+        (f"cache/files/md5/0a/{'b' * 29}", False),
+        (f"cache/files/md5/0a/{'B' * 30}", False),
+        (".git/annex/objects/3W/zz/MD5E-s1--ab.png/other", False),
+    ],
+)
+def test_links_into_dvc_and_annex_are_followed(folder, stored, accepted):
+    target = folder.parent / stored
+    target.parent.mkdir(parents=True)
+    target.write_bytes(b"pixels")
+    (folder / "b.png").symlink_to(target)
+    if accepted:
+        assert dict(reader.iter_members(folder))["b.png"] == reader.read_member(folder, "b.png") == b"pixels"
+    else:
+        with pytest.raises(UserError, match="is a symbolic link to a target outside the folder"):
+            reader.list_members(folder)
+
+
 @pytest.mark.parametrize("name", ["../secret", "a/../../secret", "/etc/passwd", "..\\secret", ""])
 def test_read_member_rejects_path_traversal(folder, name):
     with pytest.raises(UserError, match=r"has \.\. in its path|absolute path|backslash|no file name"):
