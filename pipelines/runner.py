@@ -39,6 +39,8 @@ def run(name: str, main: Callable[[], str | CommandResult]) -> None:
     for logger in ("prefect.flow_runs", "prefect.task_runs"):
         logging.getLogger(logger).addFilter(_drop_traceback)
     warnings.showwarning = _print_warning
+    # A file is read, or reported by name as unreadable; these warnings name no file and may quote values of a patient.
+    warnings.filterwarnings("ignore", module=r"(pydicom|PIL|fadeformer\.data)\b")
     signal.signal(signal.SIGTERM, _raise_terminated)
     try:
         result = main()

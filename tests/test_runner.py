@@ -5,6 +5,7 @@ import re
 import signal
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -150,3 +151,15 @@ def test_first_failing_stage_stops_the_others(tmp_path):
     process = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert process.returncode == 1
     assert re.findall(r"^(\w+): params\.yaml: cannot be read", process.stderr, re.MULTILINE) == ["download"]
+
+
+def test_warnings_of_image_readers_are_not_printed(capsys):
+    def main() -> str:
+        for module in ("pydicom.valuerep", "PIL.TiffImagePlugin", "fadeformer.data.dicom.dicom_image", "elsewhere"):
+            warnings.warn_explicit(f"from {module}", UserWarning, f"{module}.py", 1, module=module)
+        return "done"
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        runner.run("download", main)
+    assert capsys.readouterr().err == "warning: from elsewhere\n"

@@ -20,7 +20,13 @@ from PIL.BmpImagePlugin import BmpImageFile
 from PIL.GifImagePlugin import GifImageFile
 from PIL.JpegImagePlugin import JpegImageFile
 from PIL.PngImagePlugin import PngImageFile
-from PIL.TiffImagePlugin import BITSPERSAMPLE, PHOTOMETRIC_INTERPRETATION, TiffImageFile
+from PIL.TiffImagePlugin import (
+    BITSPERSAMPLE,
+    PHOTOMETRIC_INTERPRETATION,
+    SAMPLESPERPIXEL,
+    ImageFileDirectory_v2,
+    TiffImageFile,
+)
 from PIL.WebPImagePlugin import WebPImageFile
 
 from fadeformer.errors import UnreadableImageError
@@ -58,6 +64,10 @@ EXIF_TRANSPOSES = {
     8: Image.Transpose.ROTATE_90,
 }
 EXIF_ORIENTATION = 0x0112  # EXIF tag
+# PNG chunks that are not needed for the pixels and that Pillow limits to 1 MiB; it reads an orientation from those two.
+PNG_METADATA = (b"tEXt", b"zTXt", b"iTXt", b"iCCP")
+PNG_ORIENTATION = (b"Raw profile type exif\0", b"XML:com.adobe.xmp\0")
+MAX_PNG_METADATA = 2**16  # bytes as stored, of a text with an orientation
 SUPPORTED_MODES = ("1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr")
 Aspect = Literal["squash", "crop", "pad"]
 
@@ -66,7 +76,8 @@ def decode_image(data: bytes, name: str, *, max_pixels: int = MAX_PIXELS) -> Ima
     """Decode a single-image file to Pillow mode L or RGB.
 
     Applies the EXIF orientation. Palette images become RGB. An opaque alpha channel is dropped, any other is composited
-    on black. Grayscale of more than 8 bits is scaled linearly from [0, 2**bits - 1] to [0, 255] and rounded to nearest;
+    on black. An alpha channel of zeros is dropped from a BMP, whose writers often leave the fourth byte empty; other
+    formats define it as invisible, and such a file is rejected. Grayscale of more than 8 bits is scaled linearly from [0, 2**bits - 1] to [0, 255] and rounded to nearest;
     of 16-bit color the high byte is kept.
 
     Args:
@@ -141,17 +152,40 @@ def _open_image(data: bytes, name: str) -> Iterator[ImageFile.ImageFile]:
         raise UnreadableImageError(name, next(reasons, "is not a JPEG, PNG, BMP, TIFF, GIF or WebP image"))
     try:
         if reader is PngImageFile:
+            data = _without_png_metadata(data)
             PngImageFile(BytesIO(data)).verify()  # checks the CRCs, which decoding ignores
         with reader(BytesIO(data)) as image:
             yield image
     except UnreadableImageError:
         raise
     except Exception as error:  # Pillow plugins raise arbitrary exceptions on corrupt files
-        raise UnreadableImageError(name, _error_reason(error)) from error
+        raise UnreadableImageError(name, _error_reason(error, data)) from error
 
 
-def _error_reason(error: Exception) -> str:
+def _without_png_metadata(data: bytes) -> bytes:
+    """Remove texts and the color profile of a PNG, of any length, except a short text that may hold an orientation."""
+    parts, start = [data[:8]], 8
+    while start + 8 <= len(data):
+        length, kind = struct.unpack_from(">I4s", data, start)
+        end = start + 12 + length
+        has_orientation = length <= MAX_PNG_METADATA and data.startswith(PNG_ORIENTATION, start + 8)
+        if kind not in PNG_METADATA or end > len(data) or has_orientation:
+            parts.append(data[start:end])
+        start = end
+    return b"".join([*parts, data[start:]])
+
+
+def _error_reason(error: Exception, data: bytes) -> str:
     text = str(error)
+    if "unknown pixel mode" in text or "unknown data organization" in text:
+        tags = ImageFileDirectory_v2(data[:8])
+        file = BytesIO(data)
+        file.seek(tags.next)
+        tags.load(file)
+        return (
+            f"is a TIFF with {tags.get(SAMPLESPERPIXEL, 1)} channels of {tags.get(BITSPERSAMPLE, (1,))[0]} bits (color"
+            f" space {tags.get(PHOTOMETRIC_INTERPRETATION)}); save the channels to use as grayscale, RGB or CMYK"
+        )
     if "not identified by this driver" in text:  # Pillow raises this for a readable header with invalid values
         return "its header has no valid width, height or color type; fetch it again"
     truncated = ("truncated", "Truncated", "cannot load this image")
@@ -185,7 +219,7 @@ def _convert_image(image: ImageFile.ImageFile, data: bytes, name: str, max_pixel
     if mode in SUPPORTED_MODES:
         if bits > 8 and key is not None:  # comparing only the high byte would make too many pixels transparent
             raise UnreadableImageError(name, "has a 16-bit transparent color; save it with 8 bits per channel")
-        return _composite_alpha(_correct_pillow_modes(image, transposed, data, bits))
+        return _composite_alpha(_correct_pillow_modes(image, transposed, data, bits), image, name)
     raise UnreadableImageError(
         name, f"has the unsupported pixel mode {mode!r}; convert it to 8 or 16-bit grayscale or RGB"
     )
@@ -223,13 +257,15 @@ def _correct_pillow_modes(image: ImageFile.ImageFile, transposed: Image.Image, d
     return transposed
 
 
-def _composite_alpha(image: Image.Image) -> Image.Image:
-    """Convert to mode L or RGB, compositing an alpha channel on black."""
+def _composite_alpha(image: Image.Image, source: ImageFile.ImageFile, name: str) -> Image.Image:
+    """Convert to mode L or RGB, compositing an alpha channel on black, as `decode_image` describes."""
     is_gray = image.mode in ("1", "L", "LA", "La")
     if "transparency" not in image.info and image.mode not in ("LA", "La", "PA", "RGBA", "RGBa"):
         return to_channels(image, 1 if is_gray else 3)
     samples = np.array(image.convert("LA" if is_gray else "RGBA"))
     color, alpha = samples[..., :-1], samples[..., -1:]
-    if (alpha != 255).any():
+    if not alpha.any() and not isinstance(source, BmpImageFile):
+        raise UnreadableImageError(name, "is fully transparent; save it without its alpha channel")
+    if alpha.any() and (alpha != 255).any():
         color = ((color.astype(np.uint16) * alpha + 127) // 255).astype(np.uint8)
     return Image.fromarray(color[..., 0] if is_gray else color)

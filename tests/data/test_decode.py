@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from PIL import Image, ImageOps
+from PIL.PngImagePlugin import PngInfo
 
 from fadeformer.data import decode
 from fadeformer.data.archives import reader
@@ -65,6 +66,30 @@ def tiff(width: int, height: int, bits: int, photometric: int, content: bytes, k
     return struct.pack("<2sHIH", b"II", 42, 8, len(tags)) + entries + bytes(4) + content
 
 
+def bmp_with_alpha(alpha: int) -> bytes:
+    """Write `RGB` as a 32-bit BMP with a V4 header, which declares an alpha channel."""
+    rows = np.dstack([RGB[::-1, :, ::-1], np.full((5, 7), alpha, np.uint8)]).tobytes()
+    masks = (0xFF0000, 0xFF00, 0xFF, 0xFF000000)
+    header = struct.pack("<IiiHH10I52x", 108, 7, 5, 1, 32, 3, len(rows), 0, 0, 0, 0, *masks)
+    return struct.pack("<2sIHHI", b"BM", 122 + len(rows), 0, 0, 122) + header + rows
+
+
+def png_with_text(**options: object) -> bytes:
+    text = PngInfo()
+    text.add_text("history", "x" * 2_000_000, zip=True)
+    return encode_image(RGB, pnginfo=text, **options)
+
+
+def four_channel_tiff() -> bytes:
+    """Write a TIFF of one pixel whose four channels are no colors."""
+    tags = {256: 1, 257: 1, 259: 1, 262: 1, 277: 4, 279: 4}
+    entries = {tag: struct.pack("<2HIHH", tag, 3, 1, value, 0) for tag, value in tags.items()}
+    entries[258] = struct.pack("<2HII", 258, 3, 4, 110)
+    entries[273] = struct.pack("<2HIHH", 273, 3, 1, 118, 0)
+    folder = b"".join(entries[tag] for tag in sorted(entries))
+    return struct.pack("<2sHIH", b"II", 42, 8, 8) + folder + bytes(4) + struct.pack("<4H", 8, 8, 8, 8) + b"1234"
+
+
 def without_adobe_marker(data: bytes) -> bytes:
     """Remove the Adobe marker segment from a JPEG."""
     start = data.index(b"\xff\xee")
@@ -93,6 +118,10 @@ DECODED = {
     "16-bit RGB PNG": (png(1, 1, 16, 2, b"\0\x12\xff\x34\xff\x56\xff"), np.uint8([[[0x12, 0x34, 0x56]]])),
     "grayscale BMP": (encode_image(GRAY, "BMP"), GRAY),
     "RGB BMP": (encode_image(RGB, "BMP"), RGB),
+    "BMP without alpha values": (bmp_with_alpha(0), RGB),
+    "opaque BMP": (bmp_with_alpha(255), RGB),
+    "PNG with a text of 2 MB": (png_with_text(), RGB),
+    "PNG with a color profile of 2 MB": (encode_image(RGB, icc_profile=bytes(2_000_000)), RGB),
     "GIF": (encode_image(GRAY, "GIF"), np.dstack([GRAY] * 3)),
     "grayscale TIFF": (encode_image(GRAY, "TIFF"), GRAY),
     "RGB TIFF": (encode_image(RGB, "TIFF", compression="tiff_lzw"), RGB),
@@ -136,6 +165,7 @@ def test_decoded_pixels_match_the_file(case):
         ),
         (png(3, 1, 4, 0, b"\0\x5f\x20", key=b"\0\x05"), [[0, 255, 34]]),
         (png(8, 1, 1, 0, b"\0\xf0", key=b"\0\x01"), [[0] * 8]),
+        (bmp_with_alpha(51), composite_on_black(RGB, np.uint8(51))),
         (png(2, 1, 16, 0, b"\0\x12\x34\x12\x35", key=b"\x12\x34"), [[0, 18]]),
     ],
 )
@@ -184,6 +214,18 @@ def test_exif_orientation_is_applied(kind, orientation):
     )
 
 
+def test_orientation_in_png_text_is_kept():
+    """ImageMagick and Photoshop store EXIF and XMP as texts."""
+    exif = Image.Exif()
+    exif[decode.EXIF_ORIENTATION] = 6
+    content, text = exif.tobytes(), PngInfo()
+    text.add_text("Raw profile type exif", f"\nexif\n{len(content):8}\n{content.hex()}\n", zip=True)
+    np.testing.assert_array_equal(pixels(encode_image(RGB, pnginfo=text)), np.rot90(RGB, -1))
+    text = PngInfo()
+    text.add_itxt("XML:com.adobe.xmp", '<x tiff:Orientation="3"/>')
+    np.testing.assert_array_equal(pixels(encode_image(RGB, pnginfo=text)), RGB[::-1, ::-1])
+
+
 def test_first_image_of_mpo_is_read():
     data = encode_image(SMOOTH, "MPO", save_all=True, append_images=[Image.fromarray(255 - SMOOTH)])
     np.testing.assert_array_equal(pixels(data), np.asarray(Image.open(io.BytesIO(data))))
@@ -222,6 +264,8 @@ INVALID = {
     "32-bit TIFF": (tiff(1, 1, 32, 1, bytes(4)), "has the unsupported pixel mode 'I'; convert it to 8 or 16-bit"),
     "signed TIFF": (tiff(1, 1, 16, 1, bytes(2), kind=2), "has the unsupported pixel mode 'I'"),
     "floating-point TIFF": (tiff(1, 1, 32, 1, bytes(4), kind=3), "has the unsupported pixel mode 'F'"),
+    "TIFF with four channels": (four_channel_tiff(), r"is a TIFF with 4 channels of 8 bits \(color space 1\); save the"),
+    "transparent PNG": (encode_image(np.dstack([RGB, 0 * GRAY])), "is fully transparent; save it without its alpha"),
     "LAB TIFF": (encode_image(RGB, "TIFF", "LAB"), "has the unsupported pixel mode 'LAB'"),
 }  # fmt: skip
 

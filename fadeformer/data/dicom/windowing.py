@@ -1,12 +1,13 @@
 """Convert stored values of grayscale DICOM images to 8 bits: modality transform, then the first VOI window or LUT.
 
 Implements DICOM PS3.3 C.11.2.1.2 (linear window) and C.11.2.1.3 (sigmoid, linear exact) with output range 0 to 255. A
-file with neither window nor LUT is min-max scaled over all frames together, so that brightness is comparable between
+file with neither LUT nor a window of finite numbers is min-max scaled over all frames together, so that brightness is comparable between
 frames.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -79,10 +80,14 @@ def _linear_window(values: FloatArray, center: float, width: float) -> FloatArra
 
 
 def _first_value(value: object) -> float | None:
-    """First value of a multi-valued element, as the default window; None if empty."""
+    """First value of a multi-valued element, as the default window; None if it is empty or no finite number."""
     if isinstance(value, Sequence) and not isinstance(value, str):
         value = value[0] if value else None
-    return None if value in (None, "") else float(str(value))
+    try:
+        number = float(str(value))
+    except ValueError:
+        return None
+    return number if math.isfinite(number) else None
 
 
 def _value_range(stored: Sequence[StoredArray], dataset: Dataset) -> tuple[float, float]:

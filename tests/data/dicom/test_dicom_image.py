@@ -151,6 +151,14 @@ def test_jpeg_lossless_and_jpeg_ls_decode_exactly():
     assert read(pydicom_file("JPGExtended.dcm")).frames.shape == (1, 1024, 256)  # 12-bit
 
 
+@pytest.mark.parametrize("center", [b"NaN ", b"inf ", b"none", b"-inf"])
+def test_window_without_finite_number_is_ignored(center):
+    data = make_dicom(np.arange(64, dtype=np.uint16).reshape(8, 8), WindowCenter="9999", WindowWidth="50")
+    assert data.count(b"9999") == 1
+    image = read(data.replace(b"9999", center))
+    assert (image.scaling, image.frames.min(), image.frames.max()) == ("range", 0, 255)
+
+
 @pytest.mark.parametrize("bits", [8, 12, 16])
 @pytest.mark.parametrize("syntax", [pydicom.uid.JPEGLosslessSV1, pydicom.uid.JPEGLSLossless])
 @pytest.mark.parametrize("signed", [False, True])
