@@ -29,6 +29,7 @@ from PIL.TiffImagePlugin import (
 )
 from PIL.WebPImagePlugin import WebPImageFile
 
+from fadeformer.data.image_formats import unsupported_format
 from fadeformer.errors import UnreadableImageError
 
 MAX_PIXELS = 89_478_485  # Pillow's own limit for one image, 256 MiB of RGB
@@ -44,15 +45,10 @@ READERS: dict[bytes, type[ImageFile.ImageFile]] = {
     b"GIF89a": GifImageFile,
     b"RIFF": WebPImageFile,
 }
-# Formats that are recognized but not supported: offset, magic bytes, message.
-UNSUPPORTED_FORMATS = (
-    (0, b"<", "is a web page or other text, not an image: the download may require a login"),
-    (0, b"version https://git-lfs", "is a git-lfs pointer, not an image; run `git lfs pull`"),
-    (0, b"%PDF", "is a PDF, not an image; export its images as PNG"),
-    (0, b"\xff\x4f\xff\x51", "is a JPEG 2000; convert it to PNG"),
-    (4, b"jP  ", "is a JPEG 2000; convert it to PNG"),
-    (4, b"ftyp", "is a HEIC or AVIF image, or a video; convert it to PNG"),
-    (128, b"DICM", "is a DICOM file, not a regular image"),
+OTHER_FILES = (  # start of a file that is no image, and message
+    (b"<", "is a web page or other text, not an image: the download may require a login"),
+    (b"version https://git-lfs", "is a git-lfs pointer, not an image; run `git lfs pull`"),
+    (b"%PDF", "is a PDF, not an image; export its images as PNG"),
 )
 EXIF_TRANSPOSES = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -64,6 +60,7 @@ EXIF_TRANSPOSES = {
     8: Image.Transpose.ROTATE_90,
 }
 EXIF_ORIENTATION = 0x0112  # EXIF tag
+NEW_SUBFILE_TYPE = 254  # TIFF tag; bit 0: a smaller version of another image in the file
 # PNG chunks that are not needed for the pixels and that Pillow limits to 1 MiB; it reads an orientation from those two.
 PNG_METADATA = (b"tEXt", b"zTXt", b"iTXt", b"iCCP")
 PNG_ORIENTATION = (b"Raw profile type exif\0", b"XML:com.adobe.xmp\0")
@@ -77,8 +74,8 @@ def decode_image(data: bytes, name: str, *, max_pixels: int = MAX_PIXELS) -> Ima
 
     Applies the EXIF orientation. Palette images become RGB. An opaque alpha channel is dropped, any other is composited
     on black. An alpha channel of zeros is dropped from a BMP, whose writers often leave the fourth byte empty; other
-    formats define it as invisible, and such a file is rejected. Grayscale of more than 8 bits is scaled linearly from [0, 2**bits - 1] to [0, 255] and rounded to nearest;
-    of 16-bit color the high byte is kept.
+    formats define it as invisible, and such a file is rejected. Grayscale of more than 8 bits is scaled linearly from
+    [0, 2**bits - 1] to [0, 255] and rounded to nearest; of 16-bit color the high byte is kept.
 
     Args:
         data: content of the file.
@@ -90,6 +87,8 @@ def decode_image(data: bytes, name: str, *, max_pixels: int = MAX_PIXELS) -> Ima
             frames.
     """
     with _open_image(data, name) as image:
+        if isinstance(image, TiffImageFile) and image.tag_v2.get(NEW_SUBFILE_TYPE, 0) & 1:
+            raise UnreadableImageError(name, "starts with a thumbnail, as camera raw files do; export it as PNG")
         count = getattr(image, "n_frames", 1)
         if count > 1:
             raise UnreadableImageError(name, f"has {count} frames or pages; save one of them as a single image")
@@ -146,10 +145,10 @@ def _open_image(data: bytes, name: str) -> Iterator[ImageFile.ImageFile]:
     reader = next((reader for magic, reader in READERS.items() if data.startswith(magic)), None)
     if reader is None:
         start = data.lstrip()
-        reasons = (
-            text for at, magic, text in UNSUPPORTED_FORMATS if (start if at == 0 else data)[at:].startswith(magic)
-        )
-        raise UnreadableImageError(name, next(reasons, "is not a JPEG, PNG, BMP, TIFF, GIF or WebP image"))
+        reason = next((text for magic, text in OTHER_FILES if start.startswith(magic)), unsupported_format(data))
+        if data[128:132] == b"DICM":
+            reason = "is a DICOM file, not a regular image"
+        raise UnreadableImageError(name, reason or "is not a JPEG, PNG, BMP, TIFF, GIF or WebP image")
     try:
         if reader is PngImageFile:
             data = _without_png_metadata(data)

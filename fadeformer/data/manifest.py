@@ -100,6 +100,9 @@ def build_manifest(
     example_rows = {int(row) for label in present.T for row in _evenly_spaced(np.flatnonzero(label))}
     infos: list[_ImageInfo | None] = [None] * len(table)
     problems: list[str | None] = ["no such file in the archive"] * len(table)
+    if "problem" in table:  # of files that the source could not read
+        stored = table.pop("problem")
+        problems = stored.astype(object).where(stored.notna(), problems[0]).tolist()
     for row, result in image_stream.map_images(
         table, folder, lambda row, image: _inspect_image(image, row in example_rows), desc=card.name
     ):

@@ -1,8 +1,8 @@
 """Collect the input images of a prediction from files, folders, zip archives and glob patterns.
 
-Accepts the image formats of `fadeformer.data.decode` and DICOM files, recognized by suffix or by the DICOM preamble.
-Other files in a folder or zip are skipped, as are DICOM files without an image. A file named explicitly is always
-listed; if it cannot be read, its row in the output holds the error.
+Accepts images and DICOM files, recognized by content or suffix (`fadeformer.data.image_formats`). Other files in a
+folder or zip are skipped, as are DICOM files without pixels. An image in a format that cannot be decoded and a file
+named explicitly are always listed; if a file cannot be read, its row in the output holds the error.
 """
 
 from __future__ import annotations
@@ -12,18 +12,17 @@ import secrets
 import stat
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from PIL import Image
 
 from fadeformer.data.archives import reader, tar_stream
 from fadeformer.data.decode import decode_image
 from fadeformer.data.dicom import dicom_image
+from fadeformer.data.image_formats import HEADER_BYTES, has_image_suffix, is_dicom, is_image
 from fadeformer.data.sources import labels_csv
-from fadeformer.data.sources.folder import DICOM_SUFFIXES, IMAGE_SUFFIXES, is_dicom
 from fadeformer.errors import UnreadableImageError, UserError
 
-HEADER_BYTES = 4096  # enough to recognize a DICOM file and its content
 ZIP_SIGNATURES = (b"PK\x03\x04", b"PK\x05\x06")
 SALT = secrets.token_bytes(32)  # the DICOM reader hashes patient ids with it; the hashes are never written
 
@@ -65,7 +64,7 @@ class InputImage:
 
         The key of the hash differs between processes.
         """
-        if _has_image_suffix(self.member or self.path.name):
+        if has_image_suffix(self.member or self.path.name):
             return None
         try:
             data = self._bytes()
@@ -109,7 +108,7 @@ def list_inputs(arguments: Iterable[str]) -> tuple[list[InputImage], int]:
             else:
                 images.setdefault(image.name, image)
     if not images:
-        raise UserError(f"{', '.join(map(str, paths))}: no image found ({', '.join(sorted(IMAGE_SUFFIXES))})")
+        raise UserError(f"{', '.join(map(str, paths))}: no image found (JPEG, PNG, BMP, TIFF, GIF, WebP or DICOM)")
     return [images[name] for name in sorted(images)], num_skipped
 
 
@@ -164,7 +163,7 @@ def _list_path(path: Path, *, is_single: bool) -> Iterator[InputImage | None]:
         for member in reader.list_members(path):
             file = path / member.name
             with file.open("rb") as stream:
-                header = b"" if _has_image_suffix(member.name) else stream.read(HEADER_BYTES)
+                header = b"" if has_image_suffix(member.name) else stream.read(HEADER_BYTES)
             image = InputImage(prefix + member.name, file, "", member.size, file.stat().st_mtime_ns)
             yield image if _is_image(member.name, header) else None
         return
@@ -176,7 +175,7 @@ def _list_path(path: Path, *, is_single: bool) -> Iterator[InputImage | None]:
     if header.startswith(ZIP_SIGNATURES):
         for member in reader.list_members(path):
             name = member.name
-            member_header = b"" if _has_image_suffix(name) else _read_member_header(path, name)
+            member_header = b"" if has_image_suffix(name) else _read_member_header(path, name)
             image = InputImage(prefix + name, path, name, member.size, status.st_mtime_ns)
             yield image if _is_image(name, member_header) else None
     elif header.startswith(tar_stream.GZIP_MAGIC) or (
@@ -189,12 +188,8 @@ def _list_path(path: Path, *, is_single: bool) -> Iterator[InputImage | None]:
         yield InputImage(path.name if is_single else path.as_posix(), path, "", status.st_size, status.st_mtime_ns)
 
 
-def _has_image_suffix(name: str) -> bool:
-    return PurePosixPath(name).suffix.lower() in IMAGE_SUFFIXES - DICOM_SUFFIXES
-
-
 def _is_image(name: str, header: bytes) -> bool:
-    return _has_image_suffix(name) or (is_dicom(name, header) and not dicom_image.is_non_image(header))
+    return is_image(name, header) or (is_dicom(name, header) and not dicom_image.is_non_image(header))
 
 
 def _read_member_header(archive: Path, member: str) -> bytes:

@@ -31,7 +31,7 @@ from pipelines.config import overrides
 from pipelines.stages import download, validate
 from tests.conftest import ROOT
 from tests.data.dicom.test_dicom_image import BLACK, make_dicom, pydicom_file
-from tests.data.test_decode import encode_image, png
+from tests.data.test_decode import encode_image, four_channel_tiff, png
 
 TABLE = ROOT / "docs/reference/bad_data.md"
 SCANS = Path("scans")
@@ -94,7 +94,12 @@ OTHER = make_dicom(BLACK, pydicom.uid.JPEGLosslessSV1, PixelData=encapsulate([JP
 VIDEO = make_dicom(BLACK, pydicom.uid.MPEG4HP41, PixelData=encapsulate([b"1234"]))
 one_file("a DICOM file with a wrong frame size", OTHER, "train/benign/x.dcm")
 one_file("a DICOM video", VIDEO, "train/benign/x.dcm")
-one_file("a PNG named as DICOM", PNG, "train/benign/x.dcm")
+one_file("a DICOM segmentation", pydicom_file("liver_1frame.dcm"), "train/benign/x.dcm")
+one_file("a HEIC image", b"\0\0\0\x18ftypheic" + bytes(40), "train/benign/x")
+one_file("a JPEG XL image", b"\0\0\0\x0cJXL \r\n\x87\n" + bytes(40), "train/benign/x.jxl")
+one_file("a NIfTI volume", bytes(344) + b"n+1\0" + bytes(40), "train/benign/x.nii")
+one_file("a TIFF with four channels that are no colors", four_channel_tiff(), "train/benign/x.tif")
+one_file("a fully transparent PNG", encode_image(np.zeros((40, 40, 4), np.uint8), "PNG"))
 one_file("an image outside the class folders", PNG, "x.png")
 one_file("an image in a subfolder of a class", PNG, "train/benign/left/x.png")
 one_file("a class only in train", PNG, "train/unclear/x.png")
@@ -372,10 +377,9 @@ def outcome(title: str) -> str:
     if checks:
         first, *following = lines[checks[0] : checks[0] + 2]
         quoted = [first, *(line for line in following if not line.startswith("- "))]
-    if output.startswith(f"{SCANS}: DICOM"):
-        quoted = lines[:2]
     text = ": ".join(quoted).removeprefix("- ").replace(str(Path.cwd()) + "/", "")
     text = re.sub(r"own-scans-[0-9a-f]{8}", "own-scans-...", text)
+    text = re.sub(r"dicom/[0-9a-f]{16}", "dicom/HASH", text)
     text = re.sub(r"(SHA256|MD5) is [0-9a-f]+", r"\1 is ...", text)
     return f"| {title} | {effect} | {text.replace('|', '&#124;')} |"
 

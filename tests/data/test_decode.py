@@ -264,7 +264,8 @@ INVALID = {
     "32-bit TIFF": (tiff(1, 1, 32, 1, bytes(4)), "has the unsupported pixel mode 'I'; convert it to 8 or 16-bit"),
     "signed TIFF": (tiff(1, 1, 16, 1, bytes(2), kind=2), "has the unsupported pixel mode 'I'"),
     "floating-point TIFF": (tiff(1, 1, 32, 1, bytes(4), kind=3), "has the unsupported pixel mode 'F'"),
-    "TIFF with four channels": (four_channel_tiff(), r"is a TIFF with 4 channels of 8 bits \(color space 1\); save the"),
+    "TIFF with four channels": (four_channel_tiff(), r"is a TIFF with 4 channels of 8 bits \(color space 1\); save"),
+    "camera raw file": (encode_image(RGB, "TIFF", tiffinfo={254: 1}), "starts with a thumbnail, as camera raw"),
     "transparent PNG": (encode_image(np.dstack([RGB, 0 * GRAY])), "is fully transparent; save it without its alpha"),
     "LAB TIFF": (encode_image(RGB, "TIFF", "LAB"), "has the unsupported pixel mode 'LAB'"),
 }  # fmt: skip

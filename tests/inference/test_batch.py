@@ -302,6 +302,21 @@ def test_reserved_class_name_is_rejected(images, tmp_path, capsys):
     assert "class name 'name' is reserved for a column" in message
 
 
+def test_files_with_pixels_are_never_left_out(trained, images, tmp_path, capsys):
+    """By content, whatever the name: read, or listed with the reason; other files are counted."""
+    Image.open(images / "00.png").save(images / "photo.JPG_large", "JPEG")
+    (images / "phone").write_bytes(b"\0\0\0\x18ftypheic" + bytes(40))
+    shutil.copy(get_testdata_file("liver_1frame.dcm"), images / "mask")
+    (images / "BMI").write_text("BMI,age\n" * 20)
+    assert predict(images, "--model", trained, "--out", tmp_path / "p.csv") == 3
+    assert "43 images, 2 of them unreadable" in (output := capsys.readouterr().out)
+    assert "2 other files skipped" in output
+    table = pd.read_csv(tmp_path / "p.csv", index_col="name")
+    assert table.loc["phone", "error"].startswith("is a HEIC or AVIF image, or a video")
+    assert table.loc["mask", "error"] == "is a segmentation (a mask), not an image; remove it"
+    assert table.loc["photo.JPG_large", CLASSES].notna().all()
+
+
 def test_usage_errors_are_one_message(trained, images, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
@@ -314,7 +329,7 @@ def test_usage_errors_are_one_message(trained, images, tmp_path, capsys, monkeyp
     for arguments, message in {
         ("gone.png", *to): "predict: gone.png: no such file or folder",
         ("images/*.jpg", *to): "predict: images/*.jpg: no file matches this pattern",
-        ("none", *to): "predict: none: no image found (.bmp, ",
+        ("none", *to): "predict: none: no image found (JPEG, ",
         ("packed.tar", *to): "predict: packed.tar: tar archives have no random access; unpack it",
         ("images", "--model", trained, "--out", "p.txt"): "predict: p.txt: must end in .csv or .parquet",
         ("images", "--model", trained, "--out", "gone/p.csv"): "predict: gone: no such folder; create it",

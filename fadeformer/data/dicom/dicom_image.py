@@ -44,9 +44,10 @@ NON_IMAGE_CLASSES = (  # prefixes of SOP class UIDs (PS3.6, table A-1)
     "1.2.840.10008.5.1.4.1.1.11.",  # presentation states
     "1.2.840.10008.5.1.4.1.1.104",  # encapsulated documents, such as PDF
     "1.2.840.10008.5.1.4.1.1.9.",  # waveforms
-    "1.2.840.10008.5.1.4.1.1.66",  # raw data, registrations, segmentations
+    "1.2.840.10008.5.1.4.1.1.66",  # raw data, registrations, surfaces
     "1.2.840.10008.5.1.4.1.1.481.3", "1.2.840.10008.5.1.4.1.1.481.5",  # radiotherapy structure sets and plans
 )  # fmt: skip
+MASK_CLASSES = ("1.2.840.10008.5.1.4.1.1.66.4", "1.2.840.10008.5.1.4.1.1.66.7")  # segmentations, which have pixels
 COLORS = ("Red", "Green", "Blue")
 PARSED_KEYWORDS = (
     *("PatientID", "StudyInstanceUID", "PatientSex", "PatientAge", "Modality", "ViewPosition", "Manufacturer"),
@@ -142,12 +143,19 @@ def read_group(data: bytes, *, salt: bytes) -> str | None:
 
 
 def is_non_image(data: bytes) -> bool:
-    """Whether the SOP class of a DICOM file is not an image, such as a DICOMDIR, report or plan."""
+    """Whether the SOP class of a DICOM file has no pixels, such as a DICOMDIR, report or plan.
+
+    A segmentation has pixels, but is a mask: it counts as an image, which `read_dicom` then rejects by name.
+    """
     try:
-        meta, _ = _read_file_meta(data)
+        sop_class = _sop_class(_read_file_meta(data)[0])
     except Exception:  # `read_dicom` will report the error
         return False
-    return str(meta.get("MediaStorageSOPClassUID", "")).startswith(NON_IMAGE_CLASSES)
+    return sop_class.startswith(NON_IMAGE_CLASSES) and sop_class not in MASK_CLASSES
+
+
+def _sop_class(meta: Dataset) -> str:
+    return str(meta.get("MediaStorageSOPClassUID", ""))
 
 
 class _UnsupportedError(Exception):
@@ -156,6 +164,8 @@ class _UnsupportedError(Exception):
 
 def _read_image(data: bytes, salt: bytes) -> DicomImage:
     dataset = _parse_dataset(data)
+    if _sop_class(dataset.file_meta) in MASK_CLASSES:
+        raise _UnsupportedError("is a segmentation (a mask), not an image; remove it")
     keyword = next((keyword for keyword in PIXEL_DATA_KEYWORDS if keyword in dataset), None)
     if keyword is None:
         raise _UnsupportedError("has no image, or is truncated before it; remove it or fetch it again")

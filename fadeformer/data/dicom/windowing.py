@@ -1,8 +1,8 @@
 """Convert stored values of grayscale DICOM images to 8 bits: modality transform, then the first VOI window or LUT.
 
 Implements DICOM PS3.3 C.11.2.1.2 (linear window) and C.11.2.1.3 (sigmoid, linear exact) with output range 0 to 255. A
-file with neither LUT nor a window of finite numbers is min-max scaled over all frames together, so that brightness is comparable between
-frames.
+file with neither LUT nor a window of finite numbers is min-max scaled over all frames together, so that brightness is
+comparable between frames.
 """
 
 from __future__ import annotations

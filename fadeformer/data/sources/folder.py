@@ -27,14 +27,13 @@ from tqdm import tqdm
 from fadeformer.data.archives import reader
 from fadeformer.data.dataset_card import DatasetCard, combined_digest, infer_task
 from fadeformer.data.dicom import dicom_image
+from fadeformer.data.image_formats import DICOM_SUFFIXES, TEXT_SUFFIXES, has_image_suffix, is_dicom, is_image
 from fadeformer.data.sources import labels_csv
 from fadeformer.data.sources.labels_csv import SPLIT_NAMES
 from fadeformer.data.sources.user_table import IMAGES_FILE, LABELS_FILE
 from fadeformer.errors import UnreadableImageError, UserError
 from fadeformer.io.atomic import atomic_write, check_free_space, checksum
 
-DICOM_SUFFIXES = {".dcm", ".dicom"}  # other files count as DICOM if they have the DICM magic bytes
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".gif", ".webp", *DICOM_SUFFIXES}
 SALT_BYTES = 32
 
 
@@ -49,17 +48,19 @@ def import_images(root: Path, classes: list[str] | None, task: str | None, salt:
         folder: destination folder.
 
     Raises:
-        UserError: `root` does not exist or has no images, its layout is not supported, or a DICOM file cannot be read.
+        UserError: `root` does not exist or has no images, or its layout is not supported.
     """
     root = root.expanduser()
     if not root.exists():
         raise UserError(f"{root}: no such file or folder; dataset.root must name your images")
     members = reader.list_members(root)
     check_free_space(folder, sum(member.size for member in members), "the copy of the images")
-    prefix, table_name = _find_layout([member.name for member in members])
-    rows, skipped = _write_zip(root, prefix, members, table_name, salt, folder / IMAGES_FILE)
+    names = _image_names(root, members)
+    prefix, table_name = _find_layout(members, names)
+    rows, skipped = _write_zip(root, prefix, names, salt, folder / IMAGES_FILE)
+    skipped = sorted([*skipped, *({member.name for member in members} - names - {table_name})])
     if rows.empty:
-        raise UserError(f"{root}: no image found ({', '.join(sorted(IMAGE_SUFFIXES))})")
+        raise UserError(f"{root}: no image found (JPEG, PNG, BMP, TIFF, GIF, WebP or DICOM)")
     if table_name is None:
         labels = labels_csv.labels_from_folders(root, rows, classes)
     else:
@@ -70,6 +71,11 @@ def import_images(root: Path, classes: list[str] | None, task: str | None, salt:
         labels.rows.to_csv(path, index=False)
     files = {name: checksum(folder / name, "sha256") for name in (IMAGES_FILE, LABELS_FILE)}
     note = f" {len(skipped):,} files are not images and were skipped, such as {skipped[0]}." if skipped else ""
+    if count := int(rows.get("problem", pd.Series(dtype=object)).notna().sum()):
+        note += (
+            f" DICOM files that cannot be read: {count:,}; `python -m pipelines.stages.download --names` prints the"
+            " name behind each hash."
+        )
     return DatasetCard(
         name="own-" + re.sub(r"[^\w.-]+", "-", re.sub(r"(?i)\.(zip|tar|tgz|tar\.gz)$", "", root.resolve().name)),
         file=IMAGES_FILE,
@@ -94,17 +100,34 @@ def iter_dicom_names(root: Path, salt: Path) -> Iterator[tuple[str, str]]:
         salt: file with the secret key.
     """
     root = root.expanduser()
-    prefix, _ = _find_layout([member.name for member in reader.list_members(root)])
-    for name, data in reader.iter_members(root):
+    members = reader.list_members(root)
+    names = _image_names(root, members)
+    prefix, _ = _find_layout(members, names)
+    for name, data in reader.iter_members(root, names.__contains__):
         if is_dicom(name, data) and not dicom_image.is_non_image(data):
             yield _pseudonym(name.removeprefix(prefix), _load_or_create_salt(salt)), name
 
 
-def _find_layout(names: list[str]) -> tuple[str, str | None]:
+def _image_names(root: Path, members: Sequence[reader.ArchiveMember]) -> set[str]:
+    """Return the names of all images, DICOM included; files without an image suffix are recognized by content."""
+    names, unknown = set(), set()
+    for name, size in members:
+        suffix = PurePosixPath(name).suffix.lower()
+        if has_image_suffix(name) or suffix in DICOM_SUFFIXES:
+            names.add(name)
+        elif suffix not in TEXT_SUFFIXES and size <= reader.MAX_MEMBER_BYTES:
+            unknown.add(name)
+    for name, data in reader.iter_members(root, unknown.__contains__) if unknown else ():
+        if is_image(name, data) or is_dicom(name, data):
+            names.add(name)
+    return names
+
+
+def _find_layout(members: Sequence[reader.ArchiveMember], images: set[str]) -> tuple[str, str | None]:
     """Return the common parent folder of all images, with a trailing slash, and the labels table in it, if any."""
-    images = [name for name in names if PurePosixPath(name).suffix.lower() in IMAGE_SUFFIXES]
+    names = [member.name for member in members]
     tables = [name for name in names if PurePosixPath(name).name.lower() == LABELS_FILE]
-    prefix = _common_prefix([*images, *tables] if images else names)
+    prefix = _common_prefix([*sorted(images), *tables] if images else names)
     return prefix, next((name for name in tables if name.removeprefix(prefix).lower() == LABELS_FILE), None)
 
 
@@ -119,24 +142,16 @@ def _common_prefix(names: list[str]) -> str:
         prefix += f"{folder}/"
 
 
-def _write_zip(
-    root: Path, prefix: str, members: Sequence[reader.ArchiveMember], table_name: str | None, salt: Path, path: Path
-) -> tuple[pd.DataFrame, list[str]]:
+def _write_zip(root: Path, prefix: str, names: set[str], salt: Path, path: Path) -> tuple[pd.DataFrame, list[str]]:
     """Write the images into one reproducible zip: the same images give the same bytes.
 
     Returns:
-        A table with one row per image, and the names of skipped files: those with neither an image suffix nor DICOM
-        magic bytes, and DICOM files without an image.
+        A table with one row per image, and the names of skipped files: DICOM files without pixels. A DICOM file that
+        cannot be read is not in the zip; its row has the reason in the column `problem`.
     """
     rows: list[dict[str, Any]] = []
     skipped = []
-    errors = []
     origins: dict[str, str] = {}
-    too_large = {  # skipped; a file of that size with an image suffix raises an error in the reader
-        member.name
-        for member in members
-        if member.size > reader.MAX_MEMBER_BYTES and PurePosixPath(member.name).suffix.lower() not in IMAGE_SUFFIXES
-    }
     with atomic_write(path) as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive:
 
         def add_image(member: str, data: bytes, relative_name: str, metadata: dict[str, Any]) -> None:
@@ -145,30 +160,23 @@ def _write_zip(
             archive.writestr(zipfile.ZipInfo(member), data)
             rows.append({"member": member, "origin": relative_name, **metadata})
 
-        files = reader.iter_members(root, lambda name: name != table_name and name not in too_large)
+        files = reader.iter_members(root, names.__contains__)
         for name, data in tqdm(files, desc=root.name, unit="file", disable=None):
             relative_name = name.removeprefix(prefix)
             if not is_dicom(name, data):
-                if PurePosixPath(name).suffix.lower() in IMAGE_SUFFIXES:
-                    add_image(relative_name, data, relative_name, {})
-                else:
-                    skipped.append(name)
+                add_image(relative_name, data, relative_name, {})
             elif dicom_image.is_non_image(data):
                 skipped.append(name)
             else:
+                key = _load_or_create_salt(salt)
                 try:
-                    for member, png, metadata in _dicom_frames(data, relative_name, _load_or_create_salt(salt)):
+                    for member, png, metadata in _dicom_frames(data, relative_name, key):
                         add_image(member, png, relative_name, metadata)
-                except UnreadableImageError as error:
-                    errors.append(str(error))
-    if errors:
-        raise UserError("\n".join([f"{root}: DICOM files that cannot be read: {len(errors):,}", *errors[:20]]))
-    return pd.DataFrame(rows), sorted([*skipped, *too_large])
-
-
-def is_dicom(name: str, data: bytes) -> bool:
-    """Return True if a file is DICOM, judged by its suffix or its magic bytes."""
-    return data[128:132] == b"DICM" or PurePosixPath(name).suffix.lower() in DICOM_SUFFIXES
+                except UnreadableImageError as error:  # data validation reports it
+                    problem = {"group": dicom_image.read_group(data, salt=key), "problem": error.reason}
+                    member = f"{_pseudonym(relative_name, key)}.png"
+                    rows.append({"member": member, "origin": relative_name, **problem})
+    return pd.DataFrame(rows), skipped
 
 
 def _dicom_frames(data: bytes, name: str, salt: bytes) -> Iterator[tuple[str, bytes, dict[str, Any]]]:

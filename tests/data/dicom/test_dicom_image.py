@@ -123,7 +123,7 @@ TEST_FILES = [
     "SC_rgb_jpeg_dcmtk.dcm", "SC_rgb_rle.dcm", "SC_rgb_rle_16bit_2frame.dcm", "SC_rgb_rle_32bit.dcm",
     "SC_rgb_small_odd.dcm", "SC_rgb_small_odd_jpeg.dcm", "SC_ybr_full_422_uncompressed.dcm", "6154", "17106", "6293",
     "15820", "examples_jpeg2k.dcm", "examples_overlay.dcm", "examples_palette.dcm", "examples_rgb_color.dcm",
-    "examples_ybr_color.dcm", "image_dfl.dcm", "liver_1frame.dcm", "rtdose.dcm", "rtdose_expb.dcm", "rtdose_rle.dcm",
+    "examples_ybr_color.dcm", "image_dfl.dcm", "rtdose.dcm", "rtdose_expb.dcm", "rtdose_rle.dcm",
 ]  # fmt: skip
 
 

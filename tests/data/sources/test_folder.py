@@ -155,9 +155,39 @@ def test_invalid_layout_raises_error(scans, fetch, names, table, message):
 
 
 def test_non_images_are_skipped_and_noted(scans, fetch):
-    card, folder = fetch(scans([*IN_CLASSES, "benign/readme.md", "LICENSE"]))
+    root = scans([*IN_CLASSES, "benign/readme.md", "LICENSE"])
+    for name in ("benign/readme.md", "LICENSE"):
+        (root / name).write_text("no image")
+    card, folder = fetch(root)
     assert len(user_table.image_table(card, folder)) == len(IN_CLASSES)
     assert "2 files are not images and were skipped, such as LICENSE" in card.note
+
+
+def test_images_are_recognized_by_content(scans, fetch, tmp_path):
+    """A class whose files have no usual suffix counts for the layout, too."""
+    names = [f"all/{label}/{i}{suffix}" for label, suffix in (("a", ".JPG_large"), ("b", "")) for i in range(12)]
+    root = scans([*names, "all/a/x.png"])
+    (root / "all/b/phone.HEIC").write_bytes(b"damaged")
+    (root / "all/b/phone").write_bytes(b"\0\0\0\x18ftypheic" + bytes(40))
+    (root / "all/b/Thumbs.db").write_bytes(b"\xd0\xcf\x11\xe0")
+    (root / "all/b/scan.dcm").write_bytes(pydicom_file("MR_truncated.dcm"))
+    card, folder = fetch(root)
+    assert card.classes == ("a", "b")
+    rows = build_default_manifest(card, folder, tmp_path / "splits").rows
+    assert len(rows) == 28
+    problems = rows.dropna(subset="problem").set_index("id")["problem"]
+    assert sorted(problems.str.extract("(HEIC or|is not a JPEG|truncated)")[0]) == [
+        "HEIC or",
+        "is not a JPEG",
+        "truncated",
+    ]
+    assert "DICOM files that cannot be read: 1" in card.note
+    assert not any("scan" in name for name in rows["id"])  # the name of a DICOM file may identify the patient
+
+
+def test_dicom_suffix_of_another_image_is_ignored(scans, fetch):
+    card, folder = fetch(scans([*IN_CLASSES, "benign/x.dcm"]))
+    assert "benign/x.dcm" in set(user_table.image_table(card, folder)["id"])
 
 
 def test_files_outside_image_folder_are_ignored(scans, fetch):
