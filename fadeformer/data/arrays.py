@@ -50,6 +50,14 @@ class ArrayMetadata:
     aspect: str
 
     @property
+    def input_config(self) -> dict[str, Any]:
+        """How an image file becomes the input of a model, stored with the model."""
+        return {
+            "image_size": self.image_size, "channels": self.channels, "aspect": self.aspect,
+            "pixel_range": self.dataset.get("pixel_range"),
+        }  # fmt: skip
+
+    @property
     def task(self) -> Task:
         """Classification task."""
         return TASKS[self.dataset["task"]]

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from fadeformer.data.decode import EIGHT_BITS, PixelRange
 from fadeformer.errors import UserError
 from fadeformer.io.atomic import read_json, write_json
 from fadeformer.tasks import TASKS, Task
@@ -32,6 +33,7 @@ class DatasetCard:
         note: caveat to report with every result, such as that the images are synthetic.
         layout: storage layout of images and labels: a key of `fadeformer.data.manifest.TABLE_READERS`.
         files: SHA-256 by file name, if there are several files.
+        pixel_range: stored values that become black and white in images of more than 8 bits.
         mirrors: whether a horizontal flip keeps the label; False if left and right are classes.
     """
 
@@ -48,6 +50,7 @@ class DatasetCard:
     layout: str = "npz"
     files: dict[str, str] = field(default_factory=dict)
     mirrors: bool = True
+    pixel_range: PixelRange = EIGHT_BITS
 
     @property
     def task_spec(self) -> Task:
@@ -92,7 +95,9 @@ def read_card(folder: Path) -> DatasetCard:
     """
     try:
         values = read_json(folder / CARD_FILE)
-        return DatasetCard(**{**values, "classes": tuple(values["classes"])})
+        return DatasetCard(
+            **{**values, "classes": tuple(values["classes"]), "pixel_range": PixelRange(*values["pixel_range"])}
+        )
     except OSError as error:
         raise UserError(f"{folder / CARD_FILE}: not found; run `dvc repro download` first") from error
     except (ValueError, TypeError, KeyError) as error:

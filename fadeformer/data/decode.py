@@ -8,10 +8,10 @@ that all threads share. Color profiles are not applied: public datasets and mode
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from io import BytesIO
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -69,18 +69,40 @@ SUPPORTED_MODES = ("1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX
 Aspect = Literal["squash", "crop", "pad"]
 
 
-def decode_image(data: bytes, name: str, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
+class PixelRange(NamedTuple):
+    """Stored values that become black and white in grayscale of more than 8 bits; the same for all images of a dataset.
+
+    Attributes:
+        low: value that becomes 0.
+        high: value that becomes 255.
+        clips: whether values outside the range are clipped; otherwise a file with such a value is unreadable, because
+            the range was detected on other images.
+    """
+
+    low: float
+    high: float
+    clips: bool = False
+
+
+EIGHT_BITS = PixelRange(0, 255)  # of a dataset without images of more than 8 bits
+
+
+def decode_image(
+    data: bytes, name: str, *, max_pixels: int = MAX_PIXELS, pixel_range: Sequence[Any] | None = None
+) -> Image.Image:
     """Decode a single-image file to Pillow mode L or RGB.
 
     Applies the EXIF orientation. Palette images become RGB. An opaque alpha channel is dropped, any other is composited
     on black. An alpha channel of zeros is dropped from a BMP, whose writers often leave the fourth byte empty; other
     formats define it as invisible, and such a file is rejected. Grayscale of more than 8 bits is scaled linearly from
-    [0, 2**bits - 1] to [0, 255] and rounded to nearest; of 16-bit color the high byte is kept.
+    the pixel range to [0, 255] and rounded to nearest; of 16-bit color the high byte is kept, which is correct only for
+    the range [0, 65535]. Signed, 32-bit and floating-point grayscale needs a range that clips.
 
     Args:
         data: content of the file.
         name: file name for error messages.
         max_pixels: maximum number of pixels.
+        pixel_range: fields of a `PixelRange`; None for the bit depth of the file, from 0 to 2**bits - 1.
 
     Raises:
         UnreadableImageError: the file is empty, truncated, corrupt, too large, not a supported image, or has several
@@ -92,7 +114,33 @@ def decode_image(data: bytes, name: str, *, max_pixels: int = MAX_PIXELS) -> Ima
         count = getattr(image, "n_frames", 1)
         if count > 1:
             raise UnreadableImageError(name, f"has {count} frames or pages; save one of them as a single image")
-        return _convert_image(image, data, name, max_pixels)
+        return _convert_image(image, data, name, max_pixels, PixelRange(*pixel_range) if pixel_range else None)
+
+
+def max_stored_value(data: bytes) -> int:
+    """Return the largest value that an image of more than 8 bits stores, or its declared maximum from 9 to 15 bits.
+
+    For color, whose low bytes Pillow does not read, an upper bound. Returns 255 for images of 8 bits and for files that
+    cannot be read or that need a pixel range.
+    """
+    is_png = data.startswith(b"\x89PNG") and data[24:25] == b"\x10"
+    if not is_png and not data.startswith((b"II", b"MM")):
+        return 255
+    try:
+        with _open_image(data, "") as image:
+            bits = _bits_per_sample(image, data)
+            if bits <= 8 or image.width * image.height > MAX_PIXELS:
+                return 255
+            if image.mode.startswith("I;16"):
+                values = np.asarray(image)
+                visible = values[values != image.info.get("transparency", -1)]
+                return int(visible.max(initial=255)) if bits == 16 else 2**bits - 1
+            if image.mode in SUPPORTED_MODES:
+                colors = np.asarray(image)[..., : 4 if image.mode == "CMYK" else 3]
+                return int(colors.max()) * 256 + 255
+    except UnreadableImageError:  # data validation reports it
+        return 255
+    return 255
 
 
 def to_channels(image: Image.Image, channels: int) -> Image.Image:
@@ -195,7 +243,9 @@ def _error_reason(error: Exception, data: bytes) -> str:
     return f"is corrupt or of an unsupported type ({text}); fetch it again, or convert it to PNG"
 
 
-def _convert_image(image: ImageFile.ImageFile, data: bytes, name: str, max_pixels: int) -> Image.Image:
+def _convert_image(
+    image: ImageFile.ImageFile, data: bytes, name: str, max_pixels: int, pixel_range: PixelRange | None
+) -> Image.Image:
     """Convert an opened image to mode L or RGB as `decode_image` describes."""
     if image.width * image.height > max_pixels:
         raise UnreadableImageError(
@@ -209,12 +259,21 @@ def _convert_image(image: ImageFile.ImageFile, data: bytes, name: str, max_pixel
     orientation = image.getexif().get(EXIF_ORIENTATION)  # after load(), which already transposes a TIFF
     if orientation in EXIF_TRANSPOSES:
         transposed = image.transpose(EXIF_TRANSPOSES[orientation])
-    if mode.startswith("I;16"):
+    if mode.startswith("I;16") or (mode in ("I", "F") and pixel_range is not None and pixel_range.clips):
         values = np.asarray(transposed)
-        pixels = _scale_to_8_bits(values, 2**bits - 1, is_inverted=_is_white_zero(image))
-        if key is not None:
-            pixels[values == key] = 0
+        is_visible = np.full(values.shape, True) if key is None else values != key
+        pixels = _scale_to_8_bits(
+            values, is_visible, name, pixel_range or PixelRange(0, 2**bits - 1), is_inverted=_is_white_zero(image)
+        )
         return Image.fromarray(pixels)
+    if mode in ("I", "F"):
+        raise UnreadableImageError(
+            name, "has signed, 32-bit or floating-point pixels; set dataset.pixel_range to [minimum, maximum]"
+        )
+    if mode in SUPPORTED_MODES and bits > 8 and pixel_range not in (None, *((0, 65535, clips) for clips in (0, 1))):
+        raise UnreadableImageError(
+            name, f"has {bits}-bit color, which needs the pixel range 0 to 65,535; save it with 8 bits per channel"
+        )
     if mode in SUPPORTED_MODES:
         if bits > 8 and key is not None:  # comparing only the high byte would make too many pixels transparent
             raise UnreadableImageError(name, "has a 16-bit transparent color; save it with 8 bits per channel")
@@ -238,11 +297,23 @@ def _is_white_zero(image: ImageFile.ImageFile) -> bool:
     return isinstance(image, TiffImageFile) and image.tag_v2.get(PHOTOMETRIC_INTERPRETATION) == 0
 
 
-def _scale_to_8_bits(values: NDArray[np.uint16], max_value: int, *, is_inverted: bool) -> NDArray[np.uint8]:
-    """Scale 9 to 16-bit grayscale to 8 bits, rounded to nearest."""
-    wide = values.astype(np.int64)
-    wide = np.minimum(max_value - wide if is_inverted else wide, max_value)
-    return ((2 * 255 * wide + max_value) // (2 * max_value)).astype(np.uint8)
+def _scale_to_8_bits(
+    values: NDArray[Any], is_visible: NDArray[np.bool_], name: str, pixel_range: PixelRange, *, is_inverted: bool
+) -> NDArray[np.uint8]:
+    """Scale grayscale of more than 8 bits to 8 bits, rounded to nearest; invisible pixels become black."""
+    low, high, clips = pixel_range
+    if not np.isfinite(values).all():
+        raise UnreadableImageError(name, "has pixels that are NaN or infinite; save it without them")
+    visible = values[is_visible]
+    if visible.size and not clips and (visible.min() < low or visible.max() > high):
+        raise UnreadableImageError(
+            name,
+            f"has values from {visible.min():,} to {visible.max():,}, but the data set {low:,} to {high:,}"
+            " (dataset.pixel_range); save it with the bit depth of the data set",
+        )
+    units = np.clip((values.astype(np.float64) - low) / (high - low), 0, 1)
+    pixels = np.floor((1 - units if is_inverted else units) * 255 + 0.5).astype(np.uint8)
+    return np.where(is_visible, pixels, np.uint8(0))
 
 
 def _correct_pillow_modes(image: ImageFile.ImageFile, transposed: Image.Image, data: bytes, bits: int) -> Image.Image:

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import pandas as pd
@@ -39,6 +39,7 @@ def map_images(
     *,
     desc: str,
     threads: int | None = None,
+    pixel_range: Sequence[Any] | None = None,
 ) -> Iterator[tuple[int, Result | UnreadableImageError]]:
     """Apply a function to every image in a thread pool.
 
@@ -48,6 +49,7 @@ def map_images(
         work: function of a row position and its decoded image (Pillow mode L or RGB).
         desc: label of the progress bar.
         threads: number of threads; None for one per core.
+        pixel_range: of images of more than 8 bits, see `decode_image`.
 
     Yields:
         Row position and result of `work`, or the exception if the image cannot be decoded; in archive order.
@@ -64,7 +66,7 @@ def map_images(
         tqdm(total=len(table), desc=desc, unit="image", disable=None) as progress,
     ):
         while batch := list(islice(stored, IMAGES_PER_JOB)):
-            futures.append(pool.submit(_process_job, work, batch))
+            futures.append(pool.submit(_process_job, work, batch, pixel_range))
             if len(futures) >= JOBS_PER_THREAD * threads:
                 yield from (results := futures.popleft().result())
                 progress.update(len(results))
@@ -74,14 +76,18 @@ def map_images(
 
 
 def _process_job(
-    work: Callable[[int, Image.Image], Result], batch: list[tuple[int, bytes | Pixels, str]]
+    work: Callable[[int, Image.Image], Result],
+    batch: list[tuple[int, bytes | Pixels, str]],
+    pixel_range: Sequence[Any] | None,
 ) -> list[tuple[int, Result | UnreadableImageError]]:
     results: list[tuple[int, Result | UnreadableImageError]] = []
     for row, image, name in batch:
         try:
-            results.append(
-                (row, work(row, decode_image(image, name) if isinstance(image, bytes) else Image.fromarray(image)))
-            )
+            if isinstance(image, bytes):
+                decoded = decode_image(image, name, pixel_range=pixel_range)
+            else:
+                decoded = Image.fromarray(image)
+            results.append((row, work(row, decoded)))
         except UnreadableImageError as error:
             results.append((row, error))
     return results

@@ -104,7 +104,11 @@ def build_manifest(
         stored = table.pop("problem")
         problems = stored.astype(object).where(stored.notna(), problems[0]).tolist()
     for row, result in image_stream.map_images(
-        table, folder, lambda row, image: _inspect_image(image, row in example_rows), desc=card.name
+        table,
+        folder,
+        lambda row, image: _inspect_image(image, row in example_rows),
+        desc=card.name,
+        pixel_range=card.pixel_range,
     ):
         infos[row], problems[row] = (result, None) if isinstance(result, _ImageInfo) else (None, str(result))
     contents = {name: [None if info is None else getattr(info, name) for info in infos] for name in CONTENT_COLUMNS}

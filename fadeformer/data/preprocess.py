@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from math import prod
 from pathlib import Path
@@ -93,7 +93,14 @@ def write_arrays(
         def work(_: int, image: Image.Image) -> NDArray[np.uint8]:
             return image_to_array(image, image_size, channels, aspect)
 
-        results = image_stream.map_images(manifest.iloc[remaining], source, work, desc="arrays", threads=threads)
+        results = image_stream.map_images(
+            manifest.iloc[remaining],
+            source,
+            work,
+            desc="arrays",
+            threads=threads,
+            pixel_range=dataset.get("pixel_range"),
+        )
         for number, (position, pixels) in enumerate(results, start=1):
             row = remaining[position]
             if isinstance(pixels, UnreadableImageError):
@@ -120,7 +127,14 @@ def write_arrays(
 
 
 def decode_to_memmap(
-    manifest: pd.DataFrame, source: Path, path: Path, *, image_size: int, channels: int, aspect: Aspect
+    manifest: pd.DataFrame,
+    source: Path,
+    path: Path,
+    *,
+    image_size: int,
+    channels: int,
+    aspect: Aspect,
+    pixel_range: Sequence[Any] | None = None,
 ) -> NDArray[np.uint8]:
     """Decode all images of a manifest into one memory-mapped array (images, side, side, channels).
 
@@ -131,6 +145,7 @@ def decode_to_memmap(
         image_size: image side in the array, pixels.
         channels: 1 (grayscale) or 3 (RGB).
         aspect: treatment of images that are not square.
+        pixel_range: of images of more than 8 bits, see `fadeformer.data.decode.decode_image`.
 
     Raises:
         UserError: an image cannot be decoded.
@@ -140,7 +155,7 @@ def decode_to_memmap(
     def work(_: int, image: Image.Image) -> NDArray[np.uint8]:
         return image_to_array(image, image_size, channels, aspect)
 
-    for position, pixels in image_stream.map_images(manifest, source, work, desc="arrays", threads=None):
+    for position, pixels in image_stream.map_images(manifest, source, work, desc="arrays", pixel_range=pixel_range):
         if isinstance(pixels, UnreadableImageError):
             raise pixels
         arrays[position] = pixels

@@ -149,14 +149,18 @@ class _BatchPredictor:
 
 
 def _decode_batch(
-    inputs: Sequence[InputImage], image_size: int, channels: int, aspect: Aspect
+    inputs: Sequence[InputImage],
+    image_size: int,
+    channels: int,
+    aspect: Aspect,
+    pixel_range: Sequence[Any] | None = None,
 ) -> tuple[ImageArray, list[str]]:
     """Decode as in training: (images, side, side, channels), and one error message per image, empty if readable."""
     pixels = np.zeros((len(inputs), image_size, image_size, channels), np.uint8)
     errors = []
     for row, image in enumerate(inputs):
         try:
-            pixels[row] = image_to_array(image.read(), image_size, channels, aspect)
+            pixels[row] = image_to_array(image.read(pixel_range), image_size, channels, aspect)
             errors.append("")
         except UnreadableImageError as error:
             errors.append(error.reason)

@@ -75,7 +75,7 @@ class Classifier:
         task = TASKS[metadata["task"]].with_head(metadata["head"])
         self.task = task.with_decision_weights(self.calibration.decision_weights)
         self.classes: tuple[str, ...] = tuple(metadata["classes"])
-        self.input_config: dict[str, Any] = metadata["input"]  # image_size, channels and aspect
+        self.input_config: dict[str, Any] = metadata["input"]  # image_size, channels, aspect, pixel_range
         self.normalization = Normalization(**{name: tuple(values) for name, values in metadata["normalize"].items()})
         self.operating_points = points
         self.device = device or choose_device("cpu" if metadata["params"]["train"]["device"] == "cpu" else "auto")

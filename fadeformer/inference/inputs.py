@@ -13,6 +13,7 @@ import stat
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
@@ -45,15 +46,18 @@ class InputImage:
     size: int
     mtime_ns: int
 
-    def read(self) -> Image.Image:
+    def read(self, pixel_range: Sequence[Any] | None = None) -> Image.Image:
         """Decode to a Pillow image of mode L or RGB; DICOM with the window of the file.
+
+        Args:
+            pixel_range: of images of more than 8 bits, see `decode_image`.
 
         Raises:
             UnreadableImageError: the image cannot be read or has several frames.
         """
         data = self._bytes()
         if not is_dicom(self.member or self.path.name, data):
-            return decode_image(data, self.name)
+            return decode_image(data, self.name, pixel_range=pixel_range)
         frames = dicom_image.read_dicom(data, self.name, salt=SALT).frames
         if len(frames) > 1:
             raise UnreadableImageError(self.name, f"has {len(frames)} frames, expected 1; export the frame to predict")

@@ -21,7 +21,13 @@ ImageArray = NDArray[np.uint8]
 
 
 def prepare_images(
-    images: Any, *, image_size: int, channels: int, aspect: Aspect, max_pixels: int = MAX_PIXELS
+    images: Any,
+    *,
+    image_size: int,
+    channels: int,
+    aspect: Aspect,
+    pixel_range: Sequence[Any] | None = None,
+    max_pixels: int = MAX_PIXELS,
 ) -> ImageArray:
     """Decode and resize images to a uint8 array, (images, side, side, channels).
 
@@ -32,6 +38,7 @@ def prepare_images(
         image_size: side of the model input, pixels.
         channels: 1 (grayscale) or 3 (RGB).
         aspect: how a non-square image becomes square.
+        pixel_range: of files of more than 8 bits, see `fadeformer.data.decode.decode_image`.
         max_pixels: limit per image; a file whose header states more is rejected before decoding.
 
     Raises:
@@ -50,17 +57,17 @@ def prepare_images(
         if batch.shape[1:] == (image_size, image_size, channels):
             return batch
         images = batch
-    decoded = (_to_image(image, f"image {index}", max_pixels) for index, image in enumerate(images))
+    decoded = (_to_image(image, f"image {index}", max_pixels, pixel_range) for index, image in enumerate(images))
     return np.stack([image_to_array(image, image_size, channels, aspect) for image in decoded])
 
 
-def _to_image(image: Any, name: str, max_pixels: int) -> Image.Image:
+def _to_image(image: Any, name: str, max_pixels: int, pixel_range: Sequence[Any] | None) -> Image.Image:
     if isinstance(image, np.ndarray) and image.ndim == 0:  # MLflow wraps some JSON values
         image = image.item()
     if isinstance(image, str):
         image = _decode_base64(image, name)
     if isinstance(image, (bytes, bytearray, memoryview)):
-        return decode_image(bytes(image), name, max_pixels=max_pixels)
+        return decode_image(bytes(image), name, max_pixels=max_pixels, pixel_range=pixel_range)
     if isinstance(image, (np.ndarray, Sequence)):
         return _image_from_array(image, name, max_pixels)
     raise UnreadableImageError(name, "is neither file bytes, nor base64 text, nor an array of pixels")

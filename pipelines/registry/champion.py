@@ -75,7 +75,7 @@ def _predict(version: ModelVersion, name: str, data: Path, test: Predictions) ->
 def _load_test_images(input_config: dict[str, object], folder: Path) -> tuple[NDArray[np.uint8], pd.DataFrame]:
     """Return the test images in the champion's input format, decoded again if necessary, and their rows."""
     meta, split = arrays.read_metadata(paths.PROCESSED), arrays.load_split(paths.PROCESSED, "test")
-    if input_config == {"image_size": meta.image_size, "channels": meta.channels, "aspect": meta.aspect}:
+    if input_config == meta.input_config:
         return split.images, split.index
     rows = pd.read_parquet(paths.MANIFEST)
     rows = rows[rows["split"] == "test"].reset_index(drop=True)

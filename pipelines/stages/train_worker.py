@@ -114,7 +114,7 @@ def run(folder: Path | None) -> None:
                 "model": model_args, "task": meta.task.name, "head": config.model.head, "classes": list(meta.classes),
                 "normalize": asdict(normalization), "precision": precision, "weights": weights_info,
                 "params": recorded,
-                "input": {"image_size": meta.image_size, "channels": meta.channels, "aspect": meta.aspect},
+                "input": meta.input_config,
                 "dataset": meta.dataset["name"],
             },
         )  # fmt: skip

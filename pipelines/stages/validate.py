@@ -267,8 +267,8 @@ def _failure_reason(check: str, row: Any) -> str:
 def _low_contrast_warning(rows: pd.DataFrame) -> str:
     count = int((rows["contrast"] < LOW_CONTRAST).sum())
     return (
-        f"{count:,} images have almost no contrast: 16-bit grayscale is scaled from its full range; if your images use"
-        " a small part of it, rescale them first"
+        f"{count:,} images have almost no contrast: if your images of more than 8 bits use a small part of their"
+        " range, set dataset.pixel_range"
         if count
         else ""
     )

@@ -179,6 +179,41 @@ def test_all_16_bit_values_are_rounded_to_nearest():
     np.testing.assert_array_equal(pixels(encode_image(values)), np.round(values / 257))
 
 
+@pytest.mark.parametrize("bits", [9, 10, 12, 14, 16])
+@pytest.mark.parametrize("kind", ["PNG", "TIFF"])
+def test_pixel_range_scales_more_than_8_bits(bits, kind):
+    values = RANDOM.integers(0, 2**bits, (5, 7)).astype(np.uint16)
+    values[0, :2] = 0, 2**bits - 1
+    data = encode_image(values, kind)
+    assert decode.max_stored_value(data) == max(256, 2**bits - 1)
+    scaled = pixels(data, pixel_range=[0, 2**bits - 1, False])
+    np.testing.assert_array_equal(scaled, np.floor(values / (2**bits - 1) * 255 + 0.5))
+    with pytest.raises(
+        UnreadableImageError, match=r"has values from 0 to .*, but the data set 0 to 255 \(dataset.pixel"
+    ):
+        pixels(data, pixel_range=decode.EIGHT_BITS)
+    clipped = pixels(data, pixel_range=(100, 200, True))
+    np.testing.assert_array_equal(clipped, np.floor(np.clip((values - 100.0) / 100, 0, 1) * 255 + 0.5))
+
+
+@pytest.mark.parametrize(("dtype", "kind"), [(np.int16, 2), (np.int32, 2), (np.float32, 3)])
+def test_signed_and_float_pixels_need_a_clipping_range(dtype, kind):
+    values = np.array([[-1000, 0, 500, 2000]], dtype)
+    data = tiff(4, 1, values.itemsize * 8, 1, values.tobytes(), kind)
+    assert pixels(data, pixel_range=(-1000, 1000, True)).tolist() == [[0, 128, 191, 255]]
+    for pixel_range in (None, (0, 4095, False)):
+        with pytest.raises(UnreadableImageError, match="signed, 32-bit or floating-point pixels; set dataset"):
+            pixels(data, pixel_range=pixel_range)
+
+
+def test_16_bit_color_needs_the_full_range():
+    data = png(1, 1, 16, 2, b"\0\x0f\xff\x34\xff\x06\xff")
+    assert decode.max_stored_value(data) == 0x34FF
+    assert pixels(data, pixel_range=(0, 65535, False)).tolist() == [[[0x0F, 0x34, 0x06]]]
+    with pytest.raises(UnreadableImageError, match="has 16-bit color, which needs the pixel range 0 to 65,535"):
+        pixels(data, pixel_range=(0, 0x3FFF, False))
+
+
 def test_jpeg_pixels_match_pillow():
     for data, mode in (
         (encode_image(SMOOTH[..., 0], "JPEG"), "L"),
@@ -261,9 +296,9 @@ INVALID = {
     "truncated GIF": (encode_image(SMOOTH, "GIF")[:-99], "is truncated; fetch it again"),
     "truncated WebP": (encode_image(SMOOTH, "WEBP")[:-99], "is corrupt or of an unsupported type"),
     "RIFF that is not WebP": (b"RIFF\0\0\0\0WAVEfmt ", "is corrupt or of an unsupported type"),
-    "32-bit TIFF": (tiff(1, 1, 32, 1, bytes(4)), "has the unsupported pixel mode 'I'; convert it to 8 or 16-bit"),
-    "signed TIFF": (tiff(1, 1, 16, 1, bytes(2), kind=2), "has the unsupported pixel mode 'I'"),
-    "floating-point TIFF": (tiff(1, 1, 32, 1, bytes(4), kind=3), "has the unsupported pixel mode 'F'"),
+    "32-bit TIFF": (tiff(1, 1, 32, 1, bytes(4)), "has signed, 32-bit or floating-point pixels; set dataset.pixel"),
+    "signed TIFF": (tiff(1, 1, 16, 1, bytes(2), kind=2), "has signed, 32-bit or floating-point pixels"),
+    "floating-point TIFF": (tiff(1, 1, 32, 1, bytes(4), kind=3), "has signed, 32-bit or floating-point pixels"),
     "TIFF with four channels": (four_channel_tiff(), r"is a TIFF with 4 channels of 8 bits \(color space 1\); save"),
     "camera raw file": (encode_image(RGB, "TIFF", tiffinfo={254: 1}), "starts with a thumbnail, as camera raw"),
     "transparent PNG": (encode_image(np.dstack([RGB, 0 * GRAY])), "is fully transparent; save it without its alpha"),

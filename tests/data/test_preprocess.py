@@ -107,11 +107,11 @@ def test_interrupted_preprocessing_resumes(tmp_path, monkeypatch):
     monkeypatch.setattr(preprocess, "PROGRESS_INTERVAL", 6)
     decode, decoded = image_stream.decode_image, []
 
-    def failing(data, name):
+    def failing(data, name, **options):
         decoded.append(name)
         if len(decoded) == 25:
             raise KeyboardInterrupt
-        return decode(data, name)
+        return decode(data, name, **options)
 
     monkeypatch.setattr(image_stream, "decode_image", failing)
     with pytest.raises(KeyboardInterrupt):
@@ -131,9 +131,9 @@ import pandas as pd
 from fadeformer.data import image_stream, preprocess
 preprocess.PROGRESS_INTERVAL = 5
 decode = image_stream.decode_image
-def slow(data, name):
+def slow(data, name, **options):
     time.sleep(0.05)
-    return decode(data, name)
+    return decode(data, name, **options)
 image_stream.decode_image = slow
 folder = Path(sys.argv[1])
 (folder / "resumed").mkdir()

@@ -10,7 +10,7 @@ from PIL import Image
 
 from fadeformer.data.decode import decode_image, image_to_array
 from fadeformer.errors import UserError
-from fadeformer.inference import pixels
+from fadeformer.inference import inputs, pixels
 from tests.packages import images, png
 
 prepare_images = partial(pixels.prepare_images, image_size=16, channels=3, aspect="pad", max_pixels=10_000)
@@ -31,6 +31,19 @@ def test_bytes_base64_and_arrays_agree():
         [bytearray(files[0]), expected[1], expected[2].tolist()],
     ):
         np.testing.assert_array_equal(prepare_images(payload), expected)
+
+
+def test_file_of_12_bits_is_scaled_as_in_predict(tmp_path):
+    values = np.linspace(0, 4095, 256).astype(np.uint16).reshape(16, 16)
+    path = tmp_path / "a.png"
+    Image.fromarray(values).save(path)
+    pixel_range = [0, 4095, False]  # as in model.json
+    served = prepare_images([path.read_bytes()], pixel_range=pixel_range)[0]
+    (image,), _ = inputs.list_inputs([str(path)])
+    np.testing.assert_array_equal(served, image_to_array(image.read(pixel_range), 16, 3, "pad"))
+    assert (served.min(), served.max()) == (0, 255)
+    with pytest.raises(UserError, match="image 0: has values from 0 to 4,095, but the data set 0 to 255"):
+        prepare_images([path.read_bytes()], pixel_range=[0, 255, False])
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "I;16"])

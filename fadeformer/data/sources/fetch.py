@@ -10,6 +10,7 @@ import contextlib
 import csv
 import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ import numpy as np
 from fadeformer.data import dataset_card
 from fadeformer.data.archives.reader import list_members
 from fadeformer.data.dataset_card import SPLITS, DatasetCard
+from fadeformer.data.decode import PixelRange
 from fadeformer.data.download import download, lockfile
 from fadeformer.data.download.download import RemoteFile, RemoteFileNotFoundError
 from fadeformer.data.sources import chestxray14, folder, isic2019, medmnist, npz
@@ -40,6 +42,7 @@ def fetch_dataset(
     archives: Sequence[int],
     root: str,
     classes: list[str] | None,
+    pixel_range: str | list[float],
     images: int,
     task: str | None,
     seed: int,
@@ -61,6 +64,7 @@ def fetch_dataset(
         archives: numbers of the image archives to fetch, 1 to 12 (chestxray14).
         root: path of the user's files (npz, folder).
         classes: class names, if any (npz, folder).
+        pixel_range: [minimum, maximum] of images of more than 8 bits; "auto" to detect it (folder), or 8 bits.
         images: number of images (phantom).
         task: a key of `fadeformer.tasks.TASKS`, None for multi-class (phantom); ordinal-regression if the classes are
             ordered grades (npz, folder).
@@ -78,7 +82,7 @@ def fetch_dataset(
     elif name == "npz":
         card = npz.import_archive(Path(root), classes, task, destination)
     elif name == "folder":
-        card = folder.import_images(Path(root), classes, task, salt, destination)
+        card = folder.import_images(Path(root), classes, task, salt, destination, detects_range=pixel_range == "auto")
     elif name == "isic2019":
         remote = [RemoteFile(f"{isic2019.BASE_URL}/{file}", file) for file in isic2019.FILES]
         files = _fetch_files(remote, edition, mirror, downloads, lock, destination)
@@ -97,6 +101,8 @@ def fetch_dataset(
             [remote_archive], "published", mirror, downloads, lock, destination, mismatch_hint=mismatch
         )
         card = medmnist.build_card(name, size, files[remote_archive.name])
+    if not isinstance(pixel_range, str):
+        card = replace(card, pixel_range=PixelRange(pixel_range[0], pixel_range[1], clips=True))
     dataset_card.write_card(card, destination)
     return card
 

@@ -14,6 +14,7 @@ import hashlib
 import io
 import re
 import secrets
+import statistics
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -26,6 +27,7 @@ from tqdm import tqdm
 
 from fadeformer.data.archives import reader
 from fadeformer.data.dataset_card import DatasetCard, combined_digest, infer_task
+from fadeformer.data.decode import EIGHT_BITS, PixelRange, max_stored_value
 from fadeformer.data.dicom import dicom_image
 from fadeformer.data.image_formats import DICOM_SUFFIXES, TEXT_SUFFIXES, has_image_suffix, is_dicom, is_image
 from fadeformer.data.sources import labels_csv
@@ -35,9 +37,12 @@ from fadeformer.errors import UnreadableImageError, UserError
 from fadeformer.io.atomic import atomic_write, check_free_space, checksum
 
 SALT_BYTES = 32
+MAX_RANGE_RATIO = 8  # of the brightest image to the median one, 3 bits
 
 
-def import_images(root: Path, classes: list[str] | None, task: str | None, salt: Path, folder: Path) -> DatasetCard:
+def import_images(
+    root: Path, classes: list[str] | None, task: str | None, salt: Path, folder: Path, *, detects_range: bool = True
+) -> DatasetCard:
     """Import a user's images into `folder` and return the dataset card.
 
     Args:
@@ -46,6 +51,7 @@ def import_images(root: Path, classes: list[str] | None, task: str | None, salt:
         task: ordinal-regression if the classes are ordered grades; None to infer the task from the labels.
         salt: file with the secret key for hashing patient ids; it is created if it does not exist.
         folder: destination folder.
+        detects_range: detect the pixel range of images of more than 8 bits.
 
     Raises:
         UserError: `root` does not exist or has no images, or its layout is not supported.
@@ -57,7 +63,7 @@ def import_images(root: Path, classes: list[str] | None, task: str | None, salt:
     check_free_space(folder, sum(member.size for member in members), "the copy of the images")
     names = _image_names(root, members)
     prefix, table_name = _find_layout(members, names)
-    rows, skipped = _write_zip(root, prefix, names, salt, folder / IMAGES_FILE)
+    rows, skipped, maxima = _write_zip(root, prefix, names, salt, folder / IMAGES_FILE)
     skipped = sorted([*skipped, *({member.name for member in members} - names - {table_name})])
     if rows.empty:
         raise UserError(f"{root}: no image found (JPEG, PNG, BMP, TIFF, GIF, WebP or DICOM)")
@@ -69,8 +75,11 @@ def import_images(root: Path, classes: list[str] | None, task: str | None, salt:
         labels = labels_csv.labels_from_csv(root, name.removeprefix(prefix), data, rows, classes, hash_group)
     with atomic_write(folder / LABELS_FILE) as path:
         labels.rows.to_csv(path, index=False)
+    pixel_range = _detect_pixel_range(root, maxima) if detects_range else EIGHT_BITS
     files = {name: checksum(folder / name, "sha256") for name in (IMAGES_FILE, LABELS_FILE)}
     note = f" {len(skipped):,} files are not images and were skipped, such as {skipped[0]}." if skipped else ""
+    if maxima:
+        note += f" {len(maxima):,} of {len(rows):,} images have more than 8 bits, with values up to {max(maxima):,}."
     if count := int(rows.get("problem", pd.Series(dtype=object)).notna().sum()):
         note += (
             f" DICOM files that cannot be read: {count:,}; `python -m pipelines.stages.download --names` prints the"
@@ -88,6 +97,7 @@ def import_images(root: Path, classes: list[str] | None, task: str | None, salt:
         license="the user's own",
         note=f"The user's own images, not a published set.{note}{labels.note}",
         layout="user_table",
+        pixel_range=pixel_range,
         files=files,
     )
 
@@ -142,15 +152,19 @@ def _common_prefix(names: list[str]) -> str:
         prefix += f"{folder}/"
 
 
-def _write_zip(root: Path, prefix: str, names: set[str], salt: Path, path: Path) -> tuple[pd.DataFrame, list[str]]:
+def _write_zip(
+    root: Path, prefix: str, names: set[str], salt: Path, path: Path
+) -> tuple[pd.DataFrame, list[str], list[int]]:
     """Write the images into one reproducible zip: the same images give the same bytes.
 
     Returns:
-        A table with one row per image, and the names of skipped files: DICOM files without pixels. A DICOM file that
-        cannot be read is not in the zip; its row has the reason in the column `problem`.
+        A table with one row per image, the names of skipped files (DICOM files without pixels), and the largest value
+        of each image of more than 8 bits. A DICOM file that cannot be read is not in the zip; its row has the reason in
+        the column `problem`.
     """
     rows: list[dict[str, Any]] = []
     skipped = []
+    maxima: list[int] = []
     origins: dict[str, str] = {}
     with atomic_write(path) as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive:
 
@@ -165,6 +179,8 @@ def _write_zip(root: Path, prefix: str, names: set[str], salt: Path, path: Path)
             relative_name = name.removeprefix(prefix)
             if not is_dicom(name, data):
                 add_image(relative_name, data, relative_name, {})
+                if (value := max_stored_value(data)) > 255:
+                    maxima.append(value)
             elif dicom_image.is_non_image(data):
                 skipped.append(name)
             else:
@@ -176,7 +192,25 @@ def _write_zip(root: Path, prefix: str, names: set[str], salt: Path, path: Path)
                     problem = {"group": dicom_image.read_group(data, salt=key), "problem": error.reason}
                     member = f"{_pseudonym(relative_name, key)}.png"
                     rows.append({"member": member, "origin": relative_name, **problem})
-    return pd.DataFrame(rows), skipped
+    return pd.DataFrame(rows), skipped, maxima
+
+
+def _detect_pixel_range(root: Path, maxima: Sequence[int]) -> PixelRange:
+    """Return the range of the bits that the images of more than 8 bits use, from their largest values.
+
+    Raises:
+        UserError: most of them use a small part of the range of the brightest one, and would become nearly black.
+    """
+    if not maxima:
+        return EIGHT_BITS
+    high, typical = (2 ** int(value).bit_length() - 1 for value in (max(maxima), statistics.median(maxima)))
+    if typical < high / MAX_RANGE_RATIO:
+        raise UserError(
+            f"{root}: images of more than 8 bits have values up to {max(maxima):,}, but half of them only up to"
+            f" {int(statistics.median(maxima)):,}; set dataset.pixel_range to [0, {typical}], which clips higher"
+            f" values, or to [0, {high}]"
+        )
+    return PixelRange(0, high)
 
 
 def _dicom_frames(data: bytes, name: str, salt: bytes) -> Iterator[tuple[str, bytes, dict[str, Any]]]:

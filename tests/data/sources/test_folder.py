@@ -185,6 +185,35 @@ def test_images_are_recognized_by_content(scans, fetch, tmp_path):
     assert not any("scan" in name for name in rows["id"])  # the name of a DICOM file may identify the patient
 
 
+def write_deep(root: Path, names: list[str], maxima: list[int]) -> None:
+    """Write 16-bit grayscale PNGs with these largest values."""
+    for seed, (name, maximum) in enumerate(zip(names, maxima, strict=True)):
+        values = np.random.default_rng(seed).integers(0, maximum + 1, (24, 24)).astype(np.uint16)
+        values[3, 4] = maximum
+        Image.fromarray(values).save(root / name, "PNG")
+
+
+@pytest.mark.parametrize("bits", [10, 12, 14, 16])
+def test_bits_in_use_define_the_pixel_range(scans, fetch, tmp_path, bits):
+    """Also in a set that has images of 8 bits."""
+    root = scans(IN_CLASSES)
+    write_deep(root, IN_CLASSES[:40], [2**bits - 1 - n for n in range(40)])
+    card, folder = fetch(root)
+    assert card.pixel_range == (0, 2**bits - 1, False)
+    assert f"40 of 60 images have more than 8 bits, with values up to {2**bits - 1:,}." in card.note
+    rows = build_default_manifest(card, folder, tmp_path / "splits").rows
+    assert rows["brightness"].min() > 60
+    assert rows["problem"].isna().all()
+
+
+def test_a_bright_outlier_stops_the_import(scans, fetch):
+    root = scans(IN_CLASSES)
+    write_deep(root, IN_CLASSES, [4000] * 59 + [65535])
+    with pytest.raises(UserError, match=r"up to 65,535, but half of them only up to 4,000; set .* \[0, 4095\]"):
+        fetch(root)
+    assert fetch(root, pixel_range=[0, 4095])[0].pixel_range == (0, 4095, True)
+
+
 def test_dicom_suffix_of_another_image_is_ignored(scans, fetch):
     card, folder = fetch(scans([*IN_CLASSES, "benign/x.dcm"]))
     assert "benign/x.dcm" in set(user_table.image_table(card, folder)["id"])

@@ -54,6 +54,7 @@ def fetch(tmp_path):
     defaults = {
         "root": "",
         "classes": None,
+        "pixel_range": "auto",
         "images": 0,
         "task": None,
         "seed": 0,
