@@ -211,9 +211,9 @@ SLOW = """
 import time
 from fadeformer.inference import batch, inputs
 batch.CHUNK_SIZE, read = 2 * batch.BATCH_SIZE, inputs.InputImage.read
-def slow_read(self):
+def slow_read(self, *options):
     time.sleep(0.01)
-    return read(self)
+    return read(self, *options)
 inputs.InputImage.read = slow_read
 from pipelines.cli import main
 main.main()
@@ -243,7 +243,8 @@ def test_resume_after_kill_gives_identical_file(trained, tmp_path, ending, monke
     assert not (parts / "000004.parquet").exists()
     assert not out.exists()
     read = []
-    monkeypatch.setattr(InputImage, "read", lambda self, before=InputImage.read: read.append(self.name) or before(self))
+    before = InputImage.read
+    monkeypatch.setattr(InputImage, "read", lambda self, *options: read.append(self.name) or before(self, *options))
     capsys.readouterr()
     assert predict(folder, *words, "--out", out) == 3
     assert "rows; resuming" in capsys.readouterr().out
