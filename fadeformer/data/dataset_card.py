@@ -14,6 +14,8 @@ from fadeformer.tasks import TASKS, Task
 
 SPLITS = ("train", "val", "test")
 CARD_FILE = "dataset.json"
+# columns of the table of `fadeformer predict`, which has one more for each class
+RESERVED_CLASS_NAMES = ("name", "decision", "ood_distance", "is_ood", "error")
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,15 @@ def infer_task(multi_label: bool, classes: int, requested: str | None, source: P
     if requested in (None, inferred) or (requested in single and not multi_label):
         return "ordinal-regression" if requested == "ordinal-regression" else inferred
     raise UserError(f"dataset.task is {requested}, but the labels in {source} are {inferred}; set it to null")
+
+
+def check_class_names(card: DatasetCard) -> None:
+    """Raise a UserError if a class has the name of another column of a prediction table."""
+    if clash := next((name for name in card.classes if name in RESERVED_CLASS_NAMES), None):
+        raise UserError(
+            f"the class name {clash!r} is reserved for a column of predictions, as are"
+            f" {', '.join(name for name in RESERVED_CLASS_NAMES if name != clash)}; rename the class"
+        )
 
 
 def combined_digest(files: Mapping[str, str]) -> str:

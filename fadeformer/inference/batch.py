@@ -23,6 +23,7 @@ import torch
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from fadeformer.data.dataset_card import RESERVED_CLASS_NAMES
 from fadeformer.data.decode import Aspect, image_to_array
 from fadeformer.errors import UnreadableImageError, UserError
 from fadeformer.inference.classifier import Classifier, Floats, ImageArray
@@ -36,7 +37,6 @@ ExtraColumns = Callable[[ImageArray, NDArray[np.float32]], Mapping[str, NDArray[
 BATCH_SIZE = 32  # images per forward pass
 CHUNK_SIZE = 64 * BATCH_SIZE  # rows per yielded table
 PREFETCH_BATCHES = 2  # per thread, running or finished; a finished batch holds table rows only, no pixels
-RESERVED_COLUMNS = ("name", "decision", "ood_distance", "is_ood", "error")  # may not be class names
 
 
 def predict_chunks(
@@ -70,7 +70,7 @@ def predict_chunks(
     Raises:
         UserError: a class has the name of a reserved column.
     """
-    if clash := set(RESERVED_COLUMNS) & set(point.classes):
+    if clash := set(RESERVED_CLASS_NAMES) & set(point.classes):
         raise UserError(
             f"class name {clash.pop()!r} is reserved for a column; rename the class and train the model again"
         )

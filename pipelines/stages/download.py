@@ -7,6 +7,7 @@ from fadeformer.config import schema
 from fadeformer.data.sources import fetch
 from fadeformer.data.sources.folder import iter_dicom_names
 from fadeformer.io.atomic import atomic_folder
+from fadeformer.tasks import ORDINAL
 from pipelines import paths, runner
 from pipelines.environment import configure_environment
 from pipelines.tracking import locations
@@ -23,7 +24,10 @@ def main() -> str:
             salt=paths.HASH_SALT,
             destination=folder,
         )
-    return f"{card.file}, {card.task}, {len(card.classes)} classes, sha256 {card.sha256[:16]}. {card.note}".strip()
+    order = f" ({' < '.join(card.classes)})" if card.task == ORDINAL else ""
+    return (
+        f"{card.file}, {card.task}, {len(card.classes)} classes{order}, sha256 {card.sha256[:16]}. {card.note}".strip()
+    )
 
 
 def list_hashed_names() -> str:

@@ -243,7 +243,7 @@ def _():
 
 @case("labels.csv that is not UTF-8")
 def _():
-    (SCANS / "labels.csv").write_bytes("path,label\nä.png,a\n".encode("utf-16"))
+    (SCANS / "labels.csv").write_bytes("path,label\nä.png,a\n".encode("latin-1"))
 
 
 @case("findings with an ordinal `dataset.task`")

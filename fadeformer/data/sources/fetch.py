@@ -75,7 +75,8 @@ def fetch_dataset(
         destination: an empty folder.
 
     Raises:
-        UserError: a file is missing, cannot be downloaded, is damaged, or has another checksum or layout than expected.
+        UserError: a file is missing, cannot be downloaded, is damaged, or has another checksum or layout than expected,
+            or a class name is reserved.
     """
     if name == "phantom":
         card = _generate_phantom(images, size, task or "multi-class", seed, destination)
@@ -103,6 +104,7 @@ def fetch_dataset(
         card = medmnist.build_card(name, size, files[remote_archive.name])
     if not isinstance(pixel_range, str):
         card = replace(card, pixel_range=PixelRange(pixel_range[0], pixel_range[1], clips=True))
+    dataset_card.check_class_names(card)
     dataset_card.write_card(card, destination)
     return card
 

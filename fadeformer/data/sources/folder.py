@@ -35,6 +35,7 @@ from fadeformer.data.sources.labels_csv import SPLIT_NAMES
 from fadeformer.data.sources.user_table import IMAGES_FILE, LABELS_FILE
 from fadeformer.errors import UnreadableImageError, UserError
 from fadeformer.io.atomic import atomic_write, check_free_space, checksum
+from fadeformer.tasks import ORDINAL
 
 SALT_BYTES = 32
 MAX_RANGE_RATIO = 8  # of the brightest image to the median one, 3 bits
@@ -68,11 +69,13 @@ def import_images(
     if rows.empty:
         raise UserError(f"{root}: no image found (JPEG, PNG, BMP, TIFF, GIF, WebP or DICOM)")
     if table_name is None:
-        labels = labels_csv.labels_from_folders(root, rows, classes)
+        labels = labels_csv.labels_from_folders(root, rows, classes, task == ORDINAL)
     else:
         ((name, data),) = reader.iter_members(root, lambda name: name == table_name)
         hash_group = _patient_hasher(salt) if "group" in rows else None
-        labels = labels_csv.labels_from_csv(root, name.removeprefix(prefix), data, rows, classes, hash_group)
+        labels = labels_csv.labels_from_csv(
+            root, name.removeprefix(prefix), data, rows, classes, hash_group, task == ORDINAL
+        )
     with atomic_write(folder / LABELS_FILE) as path:
         labels.rows.to_csv(path, index=False)
     pixel_range = _detect_pixel_range(root, maxima) if detects_range else EIGHT_BITS

@@ -6,8 +6,6 @@ and any columns that define subgroups (age, sex, center).
 
 from __future__ import annotations
 
-import csv
-import io
 import re
 import unicodedata
 from collections.abc import Callable
@@ -16,6 +14,7 @@ from typing import NamedTuple
 
 import pandas as pd
 
+from fadeformer.data.sources.csv_text import parse_rows
 from fadeformer.data.sources.user_table import IMAGES_FILE, LABELS_FILE, RESERVED_COLUMNS, UNPARSED_LABEL
 from fadeformer.data.splits import TRAIN_VAL
 from fadeformer.errors import UserError
@@ -33,7 +32,8 @@ GROUP_COLUMNS = (
     "lesionid",
     "lesion",
 )  # used if there is no column `group`
-MISSING_VALUES = ("", "na", "n/a", "nan", "null")
+MISSING_VALUES = ("", "na", "n/a", "nan", "null", "none")
+NUMBER = re.compile(r"[+-]?\d+(\.\d+)?")
 IDENTIFYING_COLUMN = re.compile(
     "(patients?|subjects?|first|last|full)?(name|id)|patients?|(patients?)?(birth.*|dateofbirth|dob|address|phone.*)|surname|mrn|ssn"
     "|accession.*|medicalrecord.*|otherpatientids?"
@@ -56,16 +56,17 @@ class LabelTable(NamedTuple):
     note: str
 
 
-def labels_from_folders(root: Path, rows: pd.DataFrame, classes: list[str] | None) -> LabelTable:
+def labels_from_folders(root: Path, rows: pd.DataFrame, classes: list[str] | None, ordered: bool = False) -> LabelTable:
     """Derive labels, and splits if there are split folders, from the folder names.
 
     Args:
         root: the user's folder or archive, for messages.
         rows: `origin` (path of the image file), `member` (its name in the zip) and any metadata from the file.
         classes: class names in label order; None for the folder names.
+        ordered: whether the classes are grades: names that are not numbers then have to be in `classes`.
 
     Raises:
-        UserError: an image is not in a class folder, or there are fewer than two classes.
+        UserError: an image is not in a class folder, there are fewer than two classes, or their order is not known.
     """
     split = _splits_from_folders(root, rows)
     depth = 2 if split.isna().all() else 3
@@ -77,7 +78,7 @@ def labels_from_folders(root: Path, rows: pd.DataFrame, classes: list[str] | Non
             f"{root}: {misplaced} is not in a class folder; put images in CLASS/ or train|val|test/CLASS/, or write a"
             f" {LABELS_FILE} with the columns path and label"
         )
-    names = classes or _infer_classes(root, label)
+    names = classes or _infer_classes(root, label, ordered)
     unknown = sorted(set(label) - set(names))
     if unknown:
         raise UserError(f"{root}: the folder {unknown[0]} is none of dataset.classes: {', '.join(names)}")
@@ -94,6 +95,7 @@ def labels_from_csv(
     rows: pd.DataFrame,
     classes: list[str] | None,
     hash_group: Callable[[str], str] | None,
+    ordered: bool = False,
 ) -> LabelTable:
     """Read labels, groups, splits and metadata from labels.csv; all frames of a file share its row.
 
@@ -104,9 +106,11 @@ def labels_from_csv(
         rows: as for `labels_from_folders`.
         classes: class names in label order, or the finding columns; None to use the labels themselves.
         hash_group: pseudonymizes a group, since it may identify a patient; None to keep groups unchanged.
+        ordered: as for `labels_from_folders`.
 
     Raises:
-        UserError: the table cannot be parsed, or its paths are not those of the images.
+        UserError: the table cannot be parsed, its paths are not those of the images, or the order of grades is not
+            known.
     """
     table = parse_labels_csv(root, name, data)
     origin = rows["origin"].map(normalize_path)
@@ -121,7 +125,7 @@ def labels_from_csv(
     names, labels = (
         _encode_findings(root, name, metadata, classes)
         if multi_label
-        else _encode_classes(root, metadata["label"], classes)
+        else _encode_classes(root, metadata["label"], classes, ordered)
     )
     normalized = _normalize_columns(metadata)
     group_column = find_group_column(metadata)
@@ -180,30 +184,28 @@ def parse_labels_csv(root: Path, name: str, data: bytes) -> pd.DataFrame:
     Raises:
         UserError: the file cannot be parsed or has no column path, or a path is missing or duplicated.
     """
-    try:
-        reader = csv.reader(io.StringIO(data.decode("utf-8-sig"), newline=""), strict=True)
-        lines = [(reader.line_num, row) for row in reader if any(cell.strip() for cell in row)]
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"{root}: {name} cannot be read as a table ({error}); save it as CSV in UTF-8") from error
+    lines = parse_rows(data, f"{root}: {name}", COLUMNS)
     if not lines:
         raise UserError(f"{root}: {name} is empty; write a line with path and label, and one for each image")
-    header = [cell.strip() for cell in lines[0][1]]
-    header = [cell.lower() if cell.lower() in COLUMNS else cell for cell in header]
+    header = [cell.lower() if cell.lower() in COLUMNS else cell for cell in lines[0][1]]
     if "path" not in header:
         raise UserError(f"{root}: {name} has the columns {', '.join(header)}; it needs path")
     duplicate = next((cell for i, cell in enumerate(header) if cell and cell in header[:i]), None)
     if duplicate:
         raise UserError(f"{root}: {name} has two columns {duplicate}")
     for number, row in lines[1:]:
-        if len(row) != len(header) and any(cell.strip() for cell in row[len(header) :]):
+        if any(row[len(header) :]):
             raise UserError(
                 f"{root}: {name}, line {number} has {len(row)} fields, but there are {len(header)} columns; put text"
-                " with a comma in quotes"
+                " with a separator in quotes"
             )
-    cells = [([cell.strip() for cell in row] + [""] * len(header))[: len(header)] for _, row in lines[1:]]
-    values = [[None if cell.lower() in MISSING_VALUES else cell for cell in row] for row in cells]
-    table = pd.DataFrame(values, columns=header, dtype=object)
+    cells = [(row + [""] * len(header))[: len(header)] for _, row in lines[1:]]
+    table = pd.DataFrame(cells, columns=header, dtype=object)
     table = table.drop(columns="", errors="ignore")  # unnamed column of row numbers, as R writes it
+    for column in table:
+        missing = ("",) if column in ("path", "label") else MISSING_VALUES  # NA or null may be the name of a class
+        values = [None if cell.lower() in missing else cell for cell in table[column]]
+        table[column] = pd.Series(values, dtype=object)
     for (number, _), path in zip(lines[1:], table["path"], strict=True):
         if path is None:
             raise UserError(f"{root}: {name}, line {number}: the path is missing")
@@ -218,16 +220,34 @@ def normalize_path(path: str) -> str:
     return unicodedata.normalize("NFC", str(PurePosixPath(path)))
 
 
-def _infer_classes(root: Path, labels: pd.Series) -> list[str]:
-    """Return the sorted class names; numeric names are sorted by value."""
-    names = sorted(labels.dropna().unique(), key=lambda name: (len(name), name) if name.isdigit() else (0, name))
+def _infer_classes(root: Path, labels: pd.Series, ordered: bool) -> list[str]:
+    """Return the sorted class names; numeric names are sorted by value.
+
+    Raises:
+        UserError: there are fewer than two classes, two of them are hardly different, or their order is not known.
+    """
+    names = sorted(labels.dropna().unique())
+    numbers = [name for name in names if NUMBER.fullmatch(name)]
+    others = [name for name in names if name not in numbers]
+    names = sorted(numbers, key=float) + others
+    if ordered and others:
+        raise UserError(
+            f"{root}: the order of the grades {', '.join(names)} is not known; list them from the lowest to the highest"
+            " in dataset.classes"
+        )
+    if numbers and others and all(name.lower() in MISSING_VALUES for name in others):
+        raise UserError(
+            f"{root}: the label {others[0]} may be a class or a missing label, as the other labels are numbers; leave"
+            " the cell empty, or list all classes in dataset.classes"
+        )
     canonical: dict[str, str] = {}
     for name in names:
-        previous = canonical.setdefault(" ".join(name.split()).casefold(), name)
+        key = str(float(name)) if name in numbers else " ".join(name.split()).casefold()
+        previous = canonical.setdefault(key, name)
         if previous != name:
             raise UserError(
-                f"{root}: the classes {previous} and {name} differ only in case or spaces; use one name, or names that"
-                " differ more"
+                f"{root}: the classes {previous} and {name} differ only in case, spaces or leading zeros; use one name,"
+                " or names that differ more"
             )
     if len(names) < 2:
         reason = f"all images have the label {names[0]}" if names else "no image has a label"
@@ -235,10 +255,12 @@ def _infer_classes(root: Path, labels: pd.Series) -> list[str]:
     return names
 
 
-def _encode_classes(root: Path, label: pd.Series, classes: list[str] | None) -> tuple[list[str], dict[str, pd.Series]]:
+def _encode_classes(
+    root: Path, label: pd.Series, classes: list[str] | None, ordered: bool
+) -> tuple[list[str], dict[str, pd.Series]]:
     """Return the class names and each image's class index; null for an unknown label."""
     label = _integers_as_text(label)
-    names = classes or _infer_classes(root, label)
+    names = classes or _infer_classes(root, label, ordered)
     by_name = label.map({name: i for i, name in enumerate(names)}).astype("Int64")
     if any(name.isdigit() for name in names):
         return names, {"label": by_name}
@@ -246,8 +268,10 @@ def _encode_classes(root: Path, label: pd.Series, classes: list[str] | None) -> 
 
 
 def _integers_as_text(values: pd.Series) -> pd.Series:
-    """Return the values unchanged, or if all are integers, in integer notation: 1.0 becomes 1."""
+    """Return the values unchanged, or if all are integers and some have a decimal point, as integers: 1.0 becomes 1."""
     numbers = pd.to_numeric(values, errors="coerce")
+    if not values.str.contains(".", regex=False).any():
+        return values
     if (numbers.notna() != values.notna()).any() or (numbers.dropna() % 1 != 0).any() or (numbers.abs() > 2**53).any():
         return values
     return numbers.astype("Int64").astype("string").astype(object).where(values.notna(), None)

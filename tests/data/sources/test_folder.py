@@ -127,7 +127,7 @@ def test_classes_select_finding_columns(scans, fetch):
         ([*IN_SPLITS, "other/a/0.png"], None, "other/a/0.png is in none of the folders train, val and test"),
         (["train/a/b/0.png", "train/c/0.png"], None, "train/a/b/0.png is not in a class folder"),
         (["0.png", "1.png"], "path,label,split\n1.png,b,\n0.png,a,dev\n", "unknown split 'dev' of 0.png"),
-        (["0.png"], "path;label\n0.png;a\n", "has the columns path;label; it needs path"),
+        (["0.png"], "path|label\n0.png|a\n", r"has the columns path\|label; it needs path"),
         (["0.png"], "path,label,Label\n0.png,a,b\n", "has two columns label"),
         (["0.png"], "path,label\n0.png,a,lower left\n", "line 2 has 3 fields, but there are 2 columns; put text with"),
         (["0.png"], 'path,label\n"0.png,a\n', "labels.csv cannot be read as a table"),
@@ -138,20 +138,50 @@ def test_classes_select_finding_columns(scans, fetch):
         ),
         (
             ["0.png", "1.png"],
-            "path,label\n0.png,\n1.png,NA\n",
+            "path,label\n0.png,\n1.png, \n",
             "no image has a label; there must be at least two classes",
         ),
         (
             ["0.png", "1.png"],
             "path,label\n0.png,Benign\n1.png,benign\n",
-            "the classes Benign and benign differ only in case or spaces",
+            "the classes Benign and benign differ only in case, spaces or leading zeros",
         ),
+        (["0.png", "1.png"], "path,label\n0.png,1\n1.png,01\n", "the classes 01 and 1 differ only in"),
+        (["0.png", "1.png"], "path,label\n0.png,1\n1.png,NA\n", "the label NA may be a class or a missing label"),
+        (["name/0.png", "other/1.png"], None, "the class name 'name' is reserved for a column of predictions"),
         (["train/0.png", "x.png"], "path,label\ntrain/0.png,a\nx.png,b\n", "x.png is in none of the folders train"),
     ],
 )
 def test_invalid_layout_raises_error(scans, fetch, names, table, message):
     with pytest.raises(UserError, match=message):
         fetch(scans(names, table))
+
+
+@pytest.mark.parametrize("names", [["9", "01", "02", "10"], ["10.5", "9.75", "-1"]])
+@pytest.mark.parametrize("with_table", [False, True])
+def test_numeric_grades_are_ordered_by_value(scans, fetch, names, with_table):
+    paths = [f"{name}/{i}.png" for name in names for i in range(3)]
+    table = "\n".join(["path,label", *(f"{path},{path.partition('/')[0]}" for path in paths)]) if with_table else None
+    card, _ = fetch(scans(paths, table), task="ordinal-regression")
+    assert list(card.classes) == sorted(names, key=float)
+
+
+def test_order_of_named_grades_is_asked(scans, fetch):
+    root = scans([f"{name}/{i}.png" for name in ("low", "medium", "high") for i in range(3)])
+    with pytest.raises(UserError, match=r"the order of the grades high, low, medium is not known; .* dataset.classes"):
+        fetch(root, task="ordinal-regression")
+    card, _ = fetch(root, task="ordinal-regression", classes=["low", "medium", "high"])
+    assert card.classes == ("low", "medium", "high")
+
+
+@pytest.mark.parametrize("with_table", [False, True])
+def test_missing_value_words_are_class_names(scans, fetch, with_table):
+    names = ["NA", "None", "nan", "null", "n/a"] if with_table else ["NA", "None", "nan", "null"]
+    paths = [f"{number if with_table else name}/{i}.png" for number, name in enumerate(names) for i in range(3)]
+    lines = [f"{path},{names[i // 3]}" for i, path in enumerate(paths)]
+    card, folder = fetch(scans(paths, "\n".join(["path,label", *lines]) if with_table else None))
+    assert card.classes == tuple(sorted(names))
+    assert user_table.image_table(card, folder)["label"].notna().all()
 
 
 def test_non_images_are_skipped_and_noted(scans, fetch):
