@@ -11,7 +11,7 @@ from mlflow import MlflowClient
 from mlflow.entities import Param, RunTag
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID, MLFLOW_RUN_NAME, MLFLOW_SOURCE_NAME
 
-from pipelines.tracking.runs import TRIAL_TAG, add_mlflow_tags, find_or_create_run
+from pipelines.tracking.runs import TRIAL_TAG, add_mlflow_tags, escape_name, find_or_create_run
 from pipelines.tracking.store import connect, translate_mlflow_errors
 
 SWEEP_TAG = "fadeformer.sweep"  # MLflow tag with the name of the sweep
@@ -32,7 +32,9 @@ def start_sweep_run(name: str, identity: str, params: Mapping[str, str]) -> str:
     tags = add_mlflow_tags({MLFLOW_RUN_NAME: name, MLFLOW_SOURCE_NAME: "fadeformer sweep"})
     run_id = find_or_create_run(connect(), identity, time.time_ns() // 10**6, tags)
     client = MlflowClient()
-    client.log_batch(run_id, params=[Param(*item) for item in params.items()], tags=[RunTag(SWEEP_TAG, name)])
+    client.log_batch(
+        run_id, params=[Param(escape_name(key), value) for key, value in params.items()], tags=[RunTag(SWEEP_TAG, name)]
+    )
     client.update_run(run_id, "RUNNING")
     return run_id
 

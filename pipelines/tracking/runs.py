@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import json
 import os
+import posixpath
+import re
 import subprocess
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -126,7 +128,7 @@ def log_provenance(run_id: str, params: Mapping[str, Any], tags: Mapping[str, st
     client = MlflowClient()
     client.log_batch(
         run_id,
-        params=[Param(name, str(value)) for name, value in params.items()],
+        params=[Param(escape_name(name), str(value)) for name, value in params.items()],
         tags=[RunTag(name, value) for name, value in tags.items()],
     )
     source = json.dumps({"tags": {"stage": "download", "file": card["file"], "sha256": card["sha256"]}})
@@ -144,7 +146,7 @@ def log_epochs(run_id: str, rows: Sequence[Mapping[str, Any]]) -> None:
     """Log rows of a history: `epoch`, `time` in milliseconds since 1970, and metrics; missing values are skipped."""
     for row in rows:  # one call per epoch, which MLflow stores atomically
         points = [
-            (sanitize_metric_name(name), float(value), row["time"], row["epoch"])
+            (escape_name(name), float(value), row["time"], row["epoch"])
             for name, value in row.items()
             if name not in ("epoch", "time") and pd.notna(value)
         ]
@@ -173,7 +175,7 @@ def flatten_metrics(metrics: Mapping[str, Any]) -> dict[str, float]:
     """Return the finite numbers of a nested dictionary by dotted names that MLflow allows."""
     values = pd.json_normalize(dict(metrics)).iloc[0].to_dict() if metrics else {}
     return {
-        sanitize_metric_name(str(name)): float(value)
+        escape_name(str(name)): float(value)
         for name, value in values.items()
         if isinstance(value, (int, float)) and not isinstance(value, bool) and np.isfinite(value)
     }
@@ -229,6 +231,12 @@ def _dvc_tags() -> dict[str, str]:
     return {"dvc.lock": checksum(lock, "md5"), "dvc.data": outs.get("data/processed", "")}
 
 
-def sanitize_metric_name(name: str) -> str:
-    """Replace the characters of a metric's name that MLflow does not allow by spaces."""
-    return "".join(c if c.isalnum() or c in "_-./ " else " " for c in name)
+def escape_name(name: str) -> str:
+    """Escape the characters of a metric's or parameter's name that MLflow does not allow, such as `<` to `_x003C_`.
+
+    The escapes are those of Office Open XML (ECMA-376 part 1, 22.9.2.19, ST_Xstring). No two names become equal: an
+    underscore that would start an escape is escaped, too.
+    """
+    is_path = posixpath.normpath(name) == name and not name.startswith(("/", ".."))  # MLflow refuses other paths
+    refused = r"_(?=x[0-9A-F]{4,6}_)|[^\w./ -]" + ("" if is_path else "|/")
+    return re.sub(refused, lambda match: f"_x{ord(match[0]):04X}_", name)

@@ -26,5 +26,5 @@ def test_list_without_header_has_one_column():
 
 
 def test_other_encoding_raises_error():
-    with pytest.raises(UserError, match="^x.csv, line 2 is not text in UTF-8, but perhaps in Windows-1252 .* as CSV"):
+    with pytest.raises(UserError, match=r"^x.csv, line 2 is not text in UTF-8, but perhaps in Windows-1252 .* as CSV"):
         parse_rows("path;label\nü.png;a".encode("windows-1252"), "x.csv", COLUMNS)
