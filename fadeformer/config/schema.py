@@ -7,6 +7,7 @@ its entire configuration.
 from __future__ import annotations
 
 import itertools
+import re
 import warnings
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
@@ -73,9 +74,25 @@ class SplitParams(ConfigModel):
     """Assignment of images to train, val and test."""
 
     adopted: Annotated[str, Field(min_length=1)]
+    exclude: Annotated[str, Field(min_length=1)]
+    group_from: str | None
     resplit: bool
     fractions: Annotated[list[Annotated[Number, Field(gt=0, lt=1)]], Field(min_length=3, max_length=3)]
     seed: Annotated[int, Field(ge=0)]
+
+    @field_validator("group_from")
+    @classmethod
+    def _check_group_from(cls, value: str | None) -> str | None:
+        try:
+            groups = 1 if value is None else re.compile(value).groups
+        except re.error as error:
+            raise ValueError(f"split.group_from is {value!r}, which is not a regular expression: {error}") from error
+        if groups != 1:
+            raise ValueError(
+                f"split.group_from is {value!r}; put the part of the file name that is the patient in parentheses, such"
+                r" as '^(person\d+)_', and use (?:...) for other parentheses"
+            )
+        return value
 
     @model_validator(mode="after")
     def _check_fractions(self) -> SplitParams:
@@ -97,6 +114,7 @@ class SeverityParams(ConfigModel):
     image_in_two_splits: Severity
     near_duplicate_in_two_splits: Severity
     group_in_two_splits: Severity
+    patients_in_file_names: Severity
     same_image_two_labels: Severity
     near_duplicate_two_labels: Severity
     label_out_of_range: Severity

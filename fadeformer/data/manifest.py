@@ -19,7 +19,7 @@ import pandas as pd
 from numpy.typing import NDArray
 from PIL import Image
 
-from fadeformer.data import image_stream, near_duplicates, splits
+from fadeformer.data import exclusions, file_names, image_stream, near_duplicates, splits
 from fadeformer.data.dataset_card import SPLITS, DatasetCard
 from fadeformer.data.decode import resize_to_square, to_channels
 from fadeformer.data.sources import chestxray14, isic2019, npz, user_table
@@ -46,7 +46,10 @@ class Manifest:
         thumbnails: grayscale thumbnail per row; None if the image is unreadable, blank or too small.
         examples: a few images of each class or finding, (side, side, 3), by id.
         split: name of the split: `published`, or the name of the split file.
-        is_published_split: whether the split is that of the source, neither adopted from a file nor computed again.
+        is_published_split: whether the split is that of the source, neither adopted from a file nor computed again,
+            and without excluded images.
+        excluded: number of images that `split.exclude` left out.
+        name_pattern: pattern of patients in the file names of images without a group, if any are in two splits.
     """
 
     rows: pd.DataFrame
@@ -55,6 +58,8 @@ class Manifest:
     examples: dict[str, NDArray[np.uint8]]
     split: str
     is_published_split: bool = True
+    excluded: int = 0
+    name_pattern: file_names.NamePattern | None = None
 
 
 class _ImageInfo(NamedTuple):
@@ -78,6 +83,8 @@ def build_manifest(
     seed: int,
     split_file: Path | None,
     split_folder: Path,
+    exclude: Path | None = None,
+    group_from: str | None = None,
 ) -> Manifest:
     """Decode every image once and build the manifest.
 
@@ -90,11 +97,19 @@ def build_manifest(
         seed: random seed of a new split.
         split_file: CSV of an existing split to use instead; None for none.
         split_folder: cache folder of new splits; a split with the same inputs is read from there.
+        exclude: list of images to leave out; None for none.
+        group_from: pattern of the group in the names of files without a known group; None for none.
 
     Raises:
-        UserError: an archive or a table is corrupt, or the split file does not match the dataset.
+        UserError: an archive or a table is corrupt, the split file or the list does not match the dataset, or the
+            pattern matches no file name.
     """
     table = TABLE_READERS[card.layout](card, folder)
+    num_images = len(table)
+    if exclude is not None:
+        table = table[~exclusions.read_excluded(exclude, table["id"])].reset_index(drop=True)
+    if group_from is not None:
+        table["group"] = _fill_groups(table, group_from)
     columns = card.task_spec.label_columns(len(card.classes))
     present = splits.label_indicators(table[columns], len(card.classes), card.task_spec.multi_label)
     example_rows = {int(row) for label in present.T for row in _evenly_spaced(np.flatnonzero(label))}
@@ -129,6 +144,10 @@ def build_manifest(
                     split_folder / name, rows["id"], splits.complete(rows, present, cluster, fractions, seed)
                 )
             rows["split"] = splits.read_split_file(split_folder / name, rows["id"])
+    if exclude is not None:
+        name += (
+            f", without {num_images - len(table):,} images ({exclude.name}, SHA-256 {checksum(exclude, 'sha256')[:8]})"
+        )
     order = np.argsort(pd.Categorical(rows["split"], categories=list(SPLITS)).codes, kind="stable").tolist()
     rows = rows.iloc[order].reset_index(drop=True)
     rows.insert(rows.columns.get_loc("split") + 1, "index", rows.groupby("split").cumcount())
@@ -139,7 +158,28 @@ def build_manifest(
         for name, info in zip(table["id"], infos, strict=True)
         if info and info.example is not None
     }
-    return Manifest(rows, pairs, thumbnails, examples, name, split_file is None and not resplit)
+    return Manifest(
+        rows, pairs, thumbnails, examples, name,
+        is_published_split=split_file is None and not resplit and exclude is None,
+        excluded=num_images - len(table),
+        name_pattern=_find_name_pattern(rows, columns) if group_from is None else None,
+    )  # fmt: skip
+
+
+def _fill_groups(table: pd.DataFrame, pattern: str) -> pd.Series:
+    """Return the group of each image; where the source knows none, the one in the file name."""
+    unknown = table["group"].isna()
+    groups = table["group"].astype("string")
+    if unknown.any():
+        groups[unknown] = file_names.groups_from_names(table.loc[unknown, "member"], pattern)
+    return groups
+
+
+def _find_name_pattern(rows: pd.DataFrame, label_columns: Sequence[str]) -> file_names.NamePattern | None:
+    """Search the names of the images without a group for patients in two splits."""
+    unknown = rows[rows["group"].isna()]
+    labels = unknown[list(label_columns)].astype("string").fillna("").agg(",".join, axis=1)
+    return file_names.find_pattern(unknown["member"], labels, unknown["split"]) if len(unknown) else None
 
 
 def _evenly_spaced(positions: NDArray[np.int64]) -> NDArray[np.int64]:

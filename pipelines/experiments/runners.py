@@ -227,6 +227,7 @@ def untracked_inputs(values: Mapping[str, Any]) -> list[str]:
     names = [
         *images,
         values["split"]["adopted"],
+        values["split"]["exclude"],
         values["model"]["weights"],
         str(paths.DATASET_LOCK),
         str(paths.HASH_SALT),

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pandas as pd
 
 from fadeformer.config import schema
 from fadeformer.config.schema import Params
-from fadeformer.data import dataset_card, manifest, splits
+from fadeformer.data import dataset_card, exclusions, manifest, splits
 from fadeformer.data.dataset_card import SPLITS, DatasetCard
 from fadeformer.data.manifest import LEAKAGE_CHECKS, Manifest
 from fadeformer.data.sources.user_table import UNPARSED_LABEL
@@ -18,7 +19,7 @@ from fadeformer.errors import UserError
 from fadeformer.io.atomic import atomic_folder, atomic_write, write_json
 from pipelines import paths, runner
 from pipelines.environment import configure_environment
-from pipelines.validation import page, suite
+from pipelines.validation import page, remedies, suite
 
 MAX_LINES = 20  # per check in a message; offending_rows.csv has all rows
 MAX_NAMES = 3  # images per group and split in a message
@@ -39,15 +40,7 @@ def main() -> str:
     leaks = crossing["sha256"].nunique()
     near = manifest.cross_split_near_duplicates(data.rows, data.near_duplicates)
     with atomic_folder(paths.VALIDATION) as folder:
-        checks = suite.validate_manifest(
-            data,
-            card,
-            severity=config.validate_.severity.model_dump(),
-            allowed_duplicates=allowed,
-            min_per_class=config.validate_.min_per_class,
-            max_label_shift=config.validate_.max_label_shift,
-            folder=folder / "data_docs",
-        )
+        checks = _run_checks(data, card, config, folder / "data_docs")
         text = page.render_validation_page(card, data, checks, "data_docs/index.html")
         (folder / "index.html").write_text(text, encoding="utf-8")
         offending = pd.concat([data.rows.head(0), *(check.rows for check in checks)], ignore_index=True)
@@ -59,7 +52,10 @@ def main() -> str:
     blocking = [check for check in checks if check.is_blocking]
     warnings = [check for check in checks if not check.passed and not check.is_blocking]
     if warnings:
-        print("\n".join(["validate: WARNING", *_describe_checks(warnings, data, card)]))
+        lines = [
+            f"  remedy for {name}: {remedies.remedy(name, data)}" for name in dict.fromkeys(c.name for c in warnings)
+        ]
+        print("\n".join(["validate: WARNING", *_describe_checks(warnings, data, card), *lines]))
     if blocking:
         raise UserError(_failure_message(blocking, data, card, leaks, allowed))
     usable = manifest.is_usable(data.rows, card)
@@ -73,7 +69,11 @@ def main() -> str:
         rows.attrs["split"] = data.split  # pandas writes attrs into the file
         rows.to_parquet(path, index=False)
     for message in (
-        manifest.describe_ungrouped(rows),
+        f"{data.excluded:,} images are excluded by split.exclude"
+        if config.split.exclude != str(paths.NO_EXCLUSION)
+        else "",
+        _describe_unmatched_names(rows, config.split.group_from),
+        manifest.describe_ungrouped(rows) if config.split.group_from is None else "",
         manifest.describe_uncompared(data),
         _low_contrast_warning(rows),
     ):
@@ -100,8 +100,9 @@ def propose_split() -> str:
     before = rows["split"].to_numpy(dtype=object)
     after = splits.repair(before, present, cluster)
     moved = before != after
+    uncured = _describe_uncured(data, card, config)
     if not moved.any():
-        return "no image, near-duplicate or group is in two splits; there is nothing to propose"
+        return "\n".join(["no image, near-duplicate or group is in two splits; there is nothing to propose", *uncured])
     path = paths.ADOPTED_SPLITS / f"proposed-{splits.content_digest(rows['id'], after)}.csv"
     splits.write_split_file(path, rows["id"], after)
     moves = rows[moved].groupby(["split", after[moved]]).size()
@@ -118,7 +119,48 @@ def propose_split() -> str:
         *[f"    {number} from {source} to {target}" for (source, target), number in moves.items()],
         *(["these classes have too few groups for three splits:", *lost] if lost else []),
         f"to adopt it, set split.adopted: {path}",
+        *uncured,
     ])  # fmt: skip
+
+
+def _run_checks(data: Manifest, card: DatasetCard, config: Params, folder: Path) -> list[suite.Check]:
+    """Run the checks with the settings of params.yaml, and write Data Docs to a folder."""
+    return suite.validate_manifest(
+        data,
+        card,
+        severity=config.validate_.severity.model_dump(),
+        allowed_duplicates=config.validate_.max_cross_split_duplicates,
+        min_per_class=config.validate_.min_per_class,
+        max_label_shift=config.validate_.max_label_shift,
+        folder=folder,
+    )
+
+
+def _describe_uncured(data: Manifest, card: DatasetCard, config: Params) -> list[str]:
+    """Describe the failed checks that a new split does not correct, and write the list of images to leave out."""
+    with TemporaryDirectory() as folder:
+        checks = _run_checks(data, card, config, Path(folder))
+    failed = [check for check in checks if check.is_blocking and check.name not in LEAKAGE_CHECKS]
+    lines = ["a new split does not correct:"] if failed else []
+    for check in failed:
+        lines += [*_describe_checks([check], data, card), f"    remedy: {remedies.remedy(check.name, data)}"]
+    rows = [check.rows for check in failed if check.name in remedies.EXCLUDABLE_CHECKS]
+    if rows:
+        listed = pd.concat(rows)
+        path = paths.EXCLUDED / f"proposed-{splits.content_digest(listed['id'], listed['expectation'].to_numpy())}.csv"
+        exclusions.write_excluded(path, listed)
+        lines.append(f"to leave these {listed['id'].nunique():,} images out, set split.exclude: {path}")
+    return lines
+
+
+def _describe_unmatched_names(rows: pd.DataFrame, pattern: str | None) -> str:
+    if pattern is None:
+        return ""
+    known = rows["group"].notna()
+    return (
+        f"split.group_from: {int(known.sum()):,} images of {rows['group'].nunique():,} patients or originals;"
+        f" {int((~known).sum()):,} file names do not match, and each of these images is its own group"
+    )
 
 
 def build_manifest(card: DatasetCard, config: Params) -> Manifest:
@@ -138,6 +180,8 @@ def build_manifest(card: DatasetCard, config: Params) -> Manifest:
         seed=config.split.seed,
         split_file=None if adopted == paths.NO_SPLIT else adopted,
         split_folder=paths.SPLITS,
+        exclude=None if config.split.exclude == str(paths.NO_EXCLUSION) else Path(config.split.exclude),
+        group_from=config.split.group_from,
     )
 
 
@@ -147,6 +191,7 @@ def _summary(data: Manifest, checks: list[suite.Check], leaks: int, allowed: int
         "images": len(data.rows),
         "images_of_split": {split: int((data.rows["split"] == split).sum()) for split in SPLITS},
         "split": data.split,
+        "excluded_images": data.excluded,
         "cross_split_duplicates": {"count": leaks, "allowed": allowed},
         "near_duplicates": {"pairs": len(data.near_duplicates), "in_two_splits": near},
         "images_without_group": int(data.rows["group"].isna().sum()),
@@ -174,12 +219,10 @@ def _failure_message(blocking: list[suite.Check], data: Manifest, card: DatasetC
             f"{leaks} images are in two splits; remove them, or allow them in params.yaml with"
             f" validate.max_cross_split_duplicates: {leaks}"
         )
+    lines += [f"remedy for {name}: {remedies.remedy(name, data)}" for name in dict.fromkeys(c.name for c in blocking)]
     leakage_keys = [f"validate.severity.{check.name}: warn" for check in blocking if check.name in LEAKAGE_CHECKS]
     if leakage_keys:
-        lines.append(
-            "`python -m pipelines.stages.validate --fix` proposes a split without leakage; to continue with this one,"
-            f" set {' and '.join(leakage_keys)}"
-        )
+        lines.append(f"to continue with this split, set {' and '.join(leakage_keys)}")
     lines.append(f"report: {paths.VALIDATION / 'index.html'}, all rows: {paths.VALIDATION / 'offending_rows.csv'}")
     return "\n".join(lines)
 
@@ -205,6 +248,8 @@ def _offending_items(check: suite.Check, data: Manifest, card: DatasetCard) -> l
         return _describe_pairs(
             manifest.conflicting_near_duplicates(data.rows, data.near_duplicates, card), data.rows, card
         )
+    if check.name == "patients_in_file_names" and data.name_pattern is not None:
+        return data.name_pattern.examples
     if check.name == "group_in_two_splits":
         return _describe_groups(check.rows, "group", card)
     if check.name in ("image_in_two_splits", "same_image_two_labels"):
@@ -278,6 +323,8 @@ if __name__ == "__main__":
     configure_environment()
     parser = argparse.ArgumentParser(prog="python -m pipelines.stages.validate", description=__doc__)
     parser.add_argument(
-        "--fix", action="store_true", help="write a proposed split without leakage; nothing else is changed"
+        "--fix",
+        action="store_true",
+        help="write a proposed split without leakage, and a list of images that no split corrects",
     )
     runner.run("validate", propose_split if parser.parse_args().fix else main)

@@ -33,6 +33,7 @@ def add_derived_columns(data: Manifest, card: DatasetCard) -> pd.DataFrame:
     return rows.assign(
         leaked=rows.index.isin(last.index),
         near_leaked=rows["id"].isin({*near["first"], *near["second"]}),
+        stem_in_two_splits=rows.index.isin(_crossing_stems(data)),
         splits_of_group=rows.groupby("group")["split"].transform("nunique"),
         near_other_label=rows["id"].isin({*conflicting["first"], *conflicting["second"]}),
         used_in=used_in,
@@ -44,6 +45,13 @@ def add_derived_columns(data: Manifest, card: DatasetCard) -> pd.DataFrame:
         collides=names.isin(colliding),
         label_shift=used_in.map(label_shift(rows[used_in.notna()], card)).astype(float),
     )
+
+
+def _crossing_stems(data: Manifest) -> pd.Index:
+    """Return the rows whose file name has the stem of an image in another split."""
+    if data.name_pattern is None:
+        return pd.Index([])
+    return data.name_pattern.is_in_two_splits[lambda mask: mask].index
 
 
 def label_shift(rows: pd.DataFrame, card: DatasetCard) -> dict[str, float]:

@@ -25,6 +25,7 @@ from fadeformer.data.manifest import (
 )
 from fadeformer.evaluation.intervals import expected_precision
 from fadeformer.reporting import rendering
+from pipelines.validation.remedies import remedy
 from pipelines.validation.suite import Check
 
 MAX_PAIRS = 40  # pairs of images side by side
@@ -69,7 +70,8 @@ def render_validation_page(card: DatasetCard, data: Manifest, checks: Sequence[C
         card=card,
         checks=checks,
         counts=_class_counts(card, data.rows),
-        excluded=_unusable_summary(card, data.rows),
+        unusable=_unusable_summary(card, data.rows),
+        num_excluded=data.excluded,
         split=data.split,
         without_group=describe_ungrouped(data.rows).capitalize(),
         precision=_precision_table(card, data.rows),
@@ -79,6 +81,7 @@ def render_validation_page(card: DatasetCard, data: Manifest, checks: Sequence[C
         crossing=_cross_split_pairs(card, data),
         conflicting=_label_conflict_pairs(card, data),
         offending=[(check.description, *_row_table(card, check.rows)) for check in checks if len(check.rows)],
+        remedies={check.name: remedy(check.name, data) for check in checks if not check.passed},
         data_docs=data_docs,
     )
 

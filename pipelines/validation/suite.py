@@ -78,7 +78,7 @@ def validate_manifest(
     table = columns.add_derived_columns(data, card)
     counts = card.counts or {}
     if counts and not data.is_published_split:
-        counts = {"all": counts.get("all", sum(counts.values()))}
+        counts = {"all": counts.get("all", sum(counts.values())) - data.excluded}
     for name, expectation, settings in _build_expectations(
         table, card, counts, allowed_duplicates, min_per_class, max_label_shift
     ):
@@ -156,6 +156,9 @@ def _leakage_expectations(table: pd.DataFrame, allowed_duplicates: int) -> Itera
     if table["group"].notna().any():  # without known groups the check would pass trivially
         description = "no group (patient, lesion, slide) is in two splits"
         yield _between("group_in_two_splits", "splits_of_group", description, max_value=1)
+    if table["stem_in_two_splits"].any():
+        description = "no patient is in two splits by the file names"
+        yield _in_set("patients_in_file_names", "stem_in_two_splits", [False], description)
     description = "exact duplicates have the same label"
     yield _between("same_image_two_labels", "labels_of_image", description, max_value=1)
     description = "near-duplicates have the same label"
@@ -223,6 +226,8 @@ def _to_check(result: Any, data: Manifest, card: DatasetCard, severity: Mapping[
     missing = result.result.get("partial_missing_list")
     if missing and name == "split_missing":
         description += f": missing {', '.join(str(value) for value in missing)}"
+    if name == "patients_in_file_names" and data.name_pattern is not None:
+        description += f", but {data.name_pattern.stems:,} of {data.name_pattern.pattern} are"
     ids = {entry["id"] for entry in result.result.get("unexpected_index_list") or []}
     offending_rows = rows[rows["id"].isin(ids)]
     column = config.kwargs["column"]

@@ -82,7 +82,7 @@ def test_valid_data_pass_with_self_contained_page(raw):
     assert "expectations passed for 110 images" in validate.main()
     assert len(pd.read_parquet(paths.MANIFEST)) == 110
     text = (paths.VALIDATION / "index.html").read_text()
-    assert "own-scans: all 18 expectations passed" in text
+    assert "own-scans: all 19 expectations passed" in text
     assert not re.findall(r"(?:src|href)=['\"]?(?:https?:)?//", text)
     for label, name in enumerate(card.classes):
         counts = [str(sum(i % 3 == label for i in range(count))) for count in COUNTS.values()]
@@ -125,7 +125,7 @@ def test_allowed_duplicates_pass_with_a_warning(raw, archive, capsys, allowed, p
 
 def test_missing_groups_are_reported(raw, capsys):
     raw(train_groups=np.arange(60))
-    assert "all 19" in page_text()
+    assert "all 20" in page_text()
     assert "validate: 50 of 110 images have no known group (patient, lesion)" in capsys.readouterr().out
     raw()
     assert "No image has a known group" in page_text()
@@ -202,7 +202,7 @@ def test_proposed_split_has_no_leakage(scenes, monkeypatch):
     assert not paths.MANIFEST.exists()
     (proposed,) = paths.ADOPTED_SPLITS.glob("proposed-*.csv")
     assert message.startswith(str(proposed))
-    assert message.endswith(f"split.adopted: {proposed}")
+    assert f"to adopt it, set split.adopted: {proposed}\n" in message
     overrides.apply_overrides(paths.PARAMS, {"split": {"adopted": str(proposed)}})
     overrides.apply_overrides(paths.PARAMS, {"validate": {"severity": {"same_image_two_labels": "warn"}}})
     assert "expectations passed for 110 images" in validate.main()
@@ -211,7 +211,8 @@ def test_proposed_split_has_no_leakage(scenes, monkeypatch):
         assert split[f"{prefix}/{one}"] == split[f"{prefix}/{other}"]
     assert abs(split.value_counts() - pd.Series(COUNTS)).max() <= 1
     before = proposed.read_bytes()
-    assert validate.propose_split() == "no image, near-duplicate or group is in two splits; there is nothing to propose"
+    message = "no image, near-duplicate or group is in two splits; there is nothing to propose"
+    assert validate.propose_split() == message
     assert proposed.read_bytes() == before
 
 
@@ -291,7 +292,7 @@ def test_severity_decides_the_outcome(scenes, capsys, severity, outcome):
     assert report["passed"]
     assert report["near_duplicates"] == {"pairs": 1, "in_two_splits": 1}
     page_of = (paths.VALIDATION / "index.html").read_text()
-    assert ("1 of 18 expectations failed: warnings only" in page_of) == (outcome == "warned")
+    assert ("1 of 19 expectations failed: warnings only" in page_of) == (outcome == "warned")
 
 
 def test_label_shift_and_small_classes_warn(raw, capsys):
@@ -299,7 +300,7 @@ def test_label_shift_and_small_classes_warn(raw, capsys):
     validate.main()
     printed = capsys.readouterr().out
     assert re.search(r"labels of test diverge by no more than 0.05 bits from those of train, but by 0\.1\d\d", printed)
-    assert "images in each split" not in printed
+    assert "every class has 5 or more images in each split\n    test has 3 of class 1\n" in printed
     overrides.apply_overrides(paths.PARAMS, {"validate": {"min_per_class": 7}})
     validate.main()
     printed = capsys.readouterr().out
@@ -313,7 +314,7 @@ def test_finding_without_positives_is_reported(raw, capsys):
     raw(**labels)
     validate.main()
     printed = capsys.readouterr().out
-    assert "test has 1 or more images with class 2 (it has 0)" in printed
+    assert "test has 5 or more images with class 2 (it has 0)" in printed
     assert "without class 2" not in printed
     overrides.apply_overrides(paths.PARAMS, {"validate": {"min_per_class": 16}})
     validate.main()

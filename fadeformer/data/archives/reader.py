@@ -245,7 +245,7 @@ def _checked_name(path: Path, raw: str, *, is_folder: bool = False) -> str:
     name = str(PurePosixPath(raw))
     if "\\" in raw:
         raise _rejection(path, raw, "has a backslash in its name")
-    if raw.startswith("/") or re.match(r"[A-Za-z]:", raw):
+    if raw.startswith("/") or re.match(r"[A-Za-z]:/", raw):
         raise _rejection(path, raw, "has an absolute path")
     if ".." in PurePosixPath(raw).parts:
         raise _rejection(path, raw, "has .. in its path")

@@ -31,15 +31,7 @@ def parse_rows(data: bytes, name: str, columns: tuple[str, ...]) -> list[tuple[i
     Raises:
         UserError: the file is in another encoding, or a quoted cell has no end.
     """
-    encoding = next((name for mark, name in ENCODINGS.items() if data.startswith(mark)), "utf-8")
-    try:
-        text = data.decode(encoding)
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise UserError(
-            f"{name}, line {line} is not text in UTF-8, but perhaps in Windows-1252 (byte"
-            f" 0x{data[error.start]:02x}); save the table as CSV in UTF-8"
-        ) from error
+    text = decode_text(data, name)
     first, _, rest = text.partition("\n")
     separator, skipped = _find_separator(first, columns), 0
     if match := EXCEL_SEPARATOR.fullmatch(first):
@@ -50,6 +42,19 @@ def parse_rows(data: bytes, name: str, columns: tuple[str, ...]) -> list[tuple[i
     except csv.Error as error:
         raise UserError(f"{name} cannot be read as a table ({error}); save it as CSV in UTF-8") from error
     return [(line, cells) for line, cells in rows if any(cells)]
+
+
+def decode_text(data: bytes, name: str) -> str:
+    """Decode UTF-8, or UTF-16 with a byte order mark; raises UserError for another encoding."""
+    encoding = next((encoding for mark, encoding in ENCODINGS.items() if data.startswith(mark)), "utf-8")
+    try:
+        return data.decode(encoding)
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise UserError(
+            f"{name}, line {line} is not text in UTF-8, but perhaps in Windows-1252 (byte"
+            f" 0x{data[error.start]:02x}); save the table as CSV in UTF-8"
+        ) from error
 
 
 def _find_separator(header: str, columns: tuple[str, ...]) -> str:
