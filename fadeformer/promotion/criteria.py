@@ -69,6 +69,7 @@ class Challenger:
         initial_weights: name of the file of its initial weights; None if it has none.
         initial_images: content hashes of the images that the initial weights were trained on; None if not recorded.
         rollback_reason: why this model was rolled back before; None if it was not.
+        data_warnings: checks of data validation that failed as warnings, in words.
     """
 
     test: Predictions
@@ -81,6 +82,7 @@ class Challenger:
     initial_weights: str | None = None
     initial_images: frozenset[str] | None = field(default=None, repr=False)
     rollback_reason: str | None = None
+    data_warnings: Sequence[str] = ()
 
     @property
     def paid_confidence(self) -> float:

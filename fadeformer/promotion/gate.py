@@ -89,6 +89,8 @@ def decide(
 
 def _check_data(challenger: Challenger) -> Check:
     details = "passed" if challenger.is_data_valid else "failed"
+    if warnings := challenger.data_warnings:
+        details += f", with warnings: {'. '.join(warnings)}"
     return Check("data_gate", "data validation passed", status_of(challenger.is_data_valid), details)
 
 

@@ -41,6 +41,7 @@ def render_promotion_page(decision: Mapping[str, Any], entries: Sequence[Mapping
         reason=decision["reason"],
         forced=decision["forced"],
         candidate=decision["candidate"],
+        data_warnings=decision["data_warnings"],
         checks=Table(
             head,
             [(check["requirement"], STATUS_LABELS[check["status"]], check["details"]) for check in decision["checks"]],

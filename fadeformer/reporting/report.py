@@ -162,6 +162,7 @@ def key_findings(
         findings.append((BAD, f"Left out of means, fewer than two patients with or without it: {names}."))
     if count := meta.cross_split_duplicates:
         findings.append((BAD, f"{count} images are in two splits, so the metrics may be optimistic."))
+    findings += [(BAD, f"Data validation warned of {warning}.") for warning in results.data_warnings]
     return findings
 
 

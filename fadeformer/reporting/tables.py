@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,6 +55,7 @@ class ReportInputs:
         intervals: confidence intervals on test, from `fadeformer.evaluation.summary.confidence_intervals`.
         operating_points: content of `reports/operating_points.json`: `targets`, `confidence` and `points`.
         subgroups: results on test, from `fadeformer.evaluation.subgroups.evaluate_subgroups`.
+        data_warnings: result of `data_warnings`.
     """
 
     meta: ArrayMetadata
@@ -63,6 +64,7 @@ class ReportInputs:
     intervals: Mapping[str, Any]
     operating_points: Mapping[str, Any]
     subgroups: Mapping[str, Any]
+    data_warnings: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -228,6 +230,20 @@ def pointing_game(results: Mapping[str, Any]) -> Table:
     return Table(("Finding", "Cases", "Chance level", *(method["name"] for method in methods)), rows)
 
 
+def data_warnings(validation: Mapping[str, Any]) -> list[str]:
+    """List the checks of data validation that failed as warnings: a sentence part for each check.
+
+    Args:
+        validation: content of `reports/validation/validation.json`.
+    """
+    failed: dict[str, list[str]] = {}
+    for entry in validation["expectations"]:
+        if not entry["passed"] and entry["severity"] == "warn":
+            images = f" ({entry['rows']:,} images)" if entry["rows"] else ""
+            failed.setdefault(entry["check"], []).append(f"{entry['description']}{images}")
+    return [f"{check}, not met: {'; '.join(descriptions)}" for check, descriptions in failed.items()]
+
+
 def limitations(results: ReportInputs) -> list[str]:
     """List the limitations of the results in sentences that may contain Markdown."""
     meta, test, groups = results.meta, results.summary["test"], results.intervals["groups"]
@@ -253,6 +269,7 @@ def limitations(results: ReportInputs) -> list[str]:
             f"**{meta.cross_split_duplicates} images are in two splits**, as allowed by"
             " validate.max_cross_split_duplicates: the metrics may be optimistic."
         )
+    sentences += [f"**Data validation warned** of {warning}." for warning in results.data_warnings]
     return sentences
 
 

@@ -31,7 +31,7 @@ from fadeformer.inference.classifier import Classifier
 from fadeformer.io.atomic import atomic_folder, atomic_write, read_json, write_json
 from fadeformer.reporting import report
 from fadeformer.reporting.model_card import render_model_card
-from fadeformer.reporting.tables import ReportInputs
+from fadeformer.reporting.tables import ReportInputs, data_warnings
 from pipelines import paths
 from pipelines.server import temporary_server
 from pipelines.stages import evaluate_figures
@@ -86,6 +86,7 @@ def load_report_inputs(summaries: dict[str, Any]) -> ReportInputs:
         intervals=read_json(paths.INTERVALS)["test"],
         operating_points=read_json(paths.OPERATING_POINTS),
         subgroups=read_json(paths.SUBGROUPS)["test"],
+        data_warnings=data_warnings(read_json(paths.VALIDATION_RESULT)),
     )
 
 

@@ -21,6 +21,7 @@ from fadeformer.promotion.comparison import Opponent
 from fadeformer.promotion.criteria import Challenger, PromotionCriteria
 from fadeformer.promotion.decision import Decision
 from fadeformer.reporting import promotion_page
+from fadeformer.reporting.tables import data_warnings
 from pipelines import paths
 from pipelines.registry import ledger, package, tables, versions
 from pipelines.registry.champion import load_opponent
@@ -83,14 +84,15 @@ def roll_back(name: str, to: str | None, reason: str) -> str:
 
 
 def _load_challenger(test: Predictions, candidate: int, revoked: str | None) -> Challenger:
-    weights = read_json(paths.ARCHITECTURE)["weights"]
+    weights, validation = read_json(paths.ARCHITECTURE)["weights"], read_json(paths.VALIDATION_RESULT)
     return Challenger(
         test=test,
         confidence=read_json(paths.INTERVALS)["confidence"],
         subgroups=read_json(paths.SUBGROUPS)["test"],
         age_bands=read_json(paths.RESULTS)["config"]["evaluate"]["age_bands"],
         operating_points=read_json(paths.OPERATING_POINTS)["points"],
-        is_data_valid=read_json(paths.VALIDATION_RESULT)["passed"],
+        is_data_valid=validation["passed"],
+        data_warnings=data_warnings(validation),
         candidate=candidate,
         initial_weights=None if weights is None else weights["file"],
         initial_images=training_images.read_initial(paths.TRAINING_IMAGES),
@@ -108,6 +110,7 @@ def _data_summary(meta: ArrayMetadata, test: Predictions) -> dict[str, Any]:
         "name": meta.dataset["name"], "sha256": meta.dataset["sha256"], "split": meta.split, "images": meta.counts,
         "test_images": test.fingerprint(), "test_content": test.content_fingerprint(),
         "cross_split_duplicates": meta.cross_split_duplicates,
+        "warnings": data_warnings(read_json(paths.VALIDATION_RESULT)),
     }  # fmt: skip
 
 
@@ -123,6 +126,7 @@ def _write_reports(name: str, decision: Decision, entry: dict[str, Any], meta: A
         "counts": decision.counts, "candidate": entry["candidate"],
         "auc": decision.auc, "champion_auc": decision.champion_auc,
         "cross_split_duplicates": meta.cross_split_duplicates,
+        "data_warnings": entry["data"]["warnings"],
         "ledger_entry": entry["number"],
         **decision.to_dict(),
     }  # fmt: skip

@@ -73,6 +73,13 @@ def auc_difference(first: Predictions, second: Predictions):
     return Pair(first, second, 20).auc_difference(CLASSES, 0.95)
 
 
+def test_data_check_names_failed_warnings():
+    challenger = replace(GOOD_CHALLENGER, data_warnings=["label_shift, not met: x", "blank_image, not met: y"])
+    check = get_check(gate.decide(challenger, None, MINIMAL), "data_gate")
+    assert check.status == "passed"
+    assert check.details == "passed, with warnings: label_shift, not met: x. blank_image, not met: y"
+
+
 def test_decision_lists_checks_with_details():
     criteria = replace(
         MINIMAL, min_auc=0.8, min_class_auc=0.8, min_subgroup_auc=0.8, max_ece=0.3, min_sensitivity=0.6

@@ -2,6 +2,7 @@
 
 import itertools
 import re
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,7 +14,7 @@ from fadeformer.data.arrays import ArrayMetadata
 from fadeformer.data.sources.medmnist import DATASETS
 from fadeformer.evaluation import predictions, published, subgroups, summary  # fmt: skip
 from fadeformer.evaluation.operating_points import resolve_prevalences, select_operating_points
-from fadeformer.reporting import rendering, report, subgroup_tables
+from fadeformer.reporting import rendering, report, subgroup_tables, tables
 from fadeformer.reporting.plots import base, uncertainty
 from fadeformer.reporting.tables import ReportInputs
 from fadeformer.tasks import TASKS
@@ -111,6 +112,33 @@ def test_key_findings_cover_all_results():
     assert any("none is significantly worse" in sentence for sentence in sentences)
     (comparison,) = [sentence for sentence in sentences if "Comparable published AUCs" in sentence]
     assert findings[comparison] == "good"  # better than every published method
+
+
+VALIDATION = {
+    "expectations": [
+        {"check": check, "severity": severity, "description": text, "passed": passed, "rows": rows}
+        for check, severity, text, passed, rows in [
+            ("same_image_two_labels", "warn", "exact duplicates have the same label", False, 4),
+            ("class_too_small", "warn", "val has 5 or more images with RBC", False, 0),
+            ("class_too_small", "warn", "test has 5 or more images with RBC", False, 0),
+            ("label_shift", "warn", "the labels are alike", True, 0),
+        ]
+    ]
+}
+
+
+def test_failed_warnings_are_in_findings_and_limitations():
+    inputs = build_inputs("breastmnist")
+    warnings = tables.data_warnings(VALIDATION)
+    assert warnings == [
+        "same_image_two_labels, not met: exact duplicates have the same label (4 images)",
+        "class_too_small, not met: val has 5 or more images with RBC; test has 5 or more images with RBC",
+    ]
+    inputs.results = replace(inputs.results, data_warnings=warnings)
+    findings = key_findings(inputs)
+    for warning in warnings:
+        assert findings[f"Data validation warned of {warning}."] == report.BAD
+        assert f"**Data validation warned** of {warning}." in tables.limitations(inputs.results)
 
 
 def test_key_findings_warn_of_chance_and_leakage():
