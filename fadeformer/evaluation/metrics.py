@@ -20,14 +20,37 @@ from fadeformer.tasks import MIN_SCORE, TASKS, Task, one_versus_rest
 Labels = NDArray[np.int64]
 Scores = NDArray[np.float64]
 MIN_AVERAGED_IMAGES = 2  # with, and without, a class that is in the mean AUC
+MIN_SELECTING_IMAGES = 5  # with, and without, a class that counts in the selection of the epoch
 MAX_CURVE_POINTS = 400  # per curve; keeps the tables small
 
 
-def auc(labels: Labels, scores: Scores, task: Task) -> float | None:
+def selecting_classes(labels: Labels, classes: int, task: Task) -> NDArray[np.bool_]:
+    """Return the classes that count in the selection of the epoch: mask, (classes,).
+
+    The metrics of a finding with one or two positives or negatives jump between epochs. Classes with fewer than
+    `MIN_SELECTING_IMAGES` of either are left out, unless all are.
+
+    Args:
+        labels: of val, (images, labels).
+        classes: number of classes or findings.
+        task: classification task.
+    """
+    positives = one_versus_rest(labels, classes, task).sum(axis=0)
+    counts = np.minimum(positives, len(labels) - positives) >= MIN_SELECTING_IMAGES
+    return np.asarray(counts | ~counts.any())
+
+
+def auc(labels: Labels, scores: Scores, task: Task, averaged: NDArray[np.bool_] | None = None) -> float | None:
     """Compute the macro-averaged ROC AUC, one class against the rest or over findings; in [0, 1].
 
     In binary tasks it is the AUC of the last class. Classes with fewer than two positives or negatives are left out;
     None if there is no other.
+
+    Args:
+        labels: (images, labels).
+        scores: (images, classes).
+        task: classification task.
+        averaged: mask of the classes that may be averaged, (classes,); None for all.
     """
     truth, rows = one_versus_rest(labels, scores.shape[1], task), np.arange(len(scores))
     unit_weights = np.ones((1, len(scores)))
@@ -35,7 +58,7 @@ def auc(labels: Labels, scores: Scores, task: Task) -> float | None:
     aucs = [
         RankedScores(truth[:, c], scores[:, c], rows).auc_and_ap(unit_weights)[0]
         for c in classes
-        if min(truth[:, c].sum(), (~truth[:, c]).sum()) >= MIN_AVERAGED_IMAGES
+        if min(truth[:, c].sum(), (~truth[:, c]).sum()) >= MIN_AVERAGED_IMAGES and (averaged is None or averaged[c])
     ]
     return float(np.mean(aucs)) if aucs else None
 

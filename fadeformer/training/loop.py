@@ -27,7 +27,7 @@ from tqdm import tqdm
 from fadeformer.data.arrays import SplitArrays
 from fadeformer.data.normalization import Normalization
 from fadeformer.errors import StageInterrupted, UserError
-from fadeformer.evaluation.metrics import accuracy, auc, log_loss
+from fadeformer.evaluation.metrics import accuracy, auc, log_loss, selecting_classes
 from fadeformer.models.factory import newly_initialized_modules, set_probe_mode
 from fadeformer.tasks import Task
 from fadeformer.training import sampling
@@ -116,6 +116,7 @@ class _Loop:
         self.weights = torch.tensor(class_weights, dtype=torch.float32, device=fabric.device)
         self.has_batch_norm = any(isinstance(module, _BatchNorm) for module in state.model.modules())
         self.steps_per_epoch = sampling.num_batches(len(train.labels), recipe.batch_size)
+        self.selecting = selecting_classes(val.labels, len(class_weights), task)
 
     def learning_rate(self, step: int) -> float:
         """Return the learning rate of a step: constant during the probe, then by schedule and plateau."""
@@ -250,9 +251,11 @@ class _Loop:
             suspect_rows = np.flatnonzero(~np.isfinite(logits).all(axis=1))
             problem = f"outputs on val are not finite after epoch {epoch}"
             raise _divergence_error(problem, val, suspect_rows, self.learning_rate(state.step - 1), self.checkpoints)
-        scores = task.probabilities(logits)
-        val_loss, val_auc = log_loss(val.labels, scores, task), auc(val.labels, scores, task)
-        val_accuracy = accuracy(val.labels, scores, task)
+        labels, scores = val.labels, task.probabilities(logits)
+        val_auc = auc(labels, scores, task, self.selecting)
+        if task.multi_label:  # findings with too few images do not select the epoch
+            labels, scores = labels[:, self.selecting], scores[:, self.selecting]
+        val_loss, val_accuracy = log_loss(labels, scores, task), accuracy(labels, scores, task)
         seconds = state.train_seconds, state.device_seconds, time.perf_counter() - start
         result = EpochResult(
             epoch, state.loss_sum / state.num_seen, state.num_correct / state.num_seen, val_loss, val_accuracy, val_auc,

@@ -19,10 +19,12 @@ from pipelines.environment import configure_environment
 if __name__ == "__main__":  # on other machines torchrun starts this module, and timm reads HF_HOME at import
     configure_environment()
 
+import numpy as np
 import pandas as pd
 import timm
 import torch
 from lightning_fabric import Fabric
+from numpy.typing import NDArray
 from torch import nn
 from torch.utils import deterministic
 
@@ -32,6 +34,7 @@ from fadeformer.data import arrays
 from fadeformer.data.arrays import ArrayMetadata
 from fadeformer.data.normalization import IMAGENET, Normalization
 from fadeformer.errors import StageInterrupted, UserError
+from fadeformer.evaluation import metrics
 from fadeformer.inference.forward import choose_device, choose_precision
 from fadeformer.io.atomic import checksum, write_json
 from fadeformer.models.factory import create_model, load_weights
@@ -126,6 +129,8 @@ def run(folder: Path | None) -> None:
             journal.add_epoch(asdict(result))
         journal.flush()
     class_weights = resolve_class_weights(config.train.class_weights, meta, task, train.labels)
+    if journal is not None:
+        print(_describe_selection(val.labels, meta, task), end="")
     with catch_stop_signals() as pending_signal:
         for result in loop.fit(
             state, train, val, task=task, recipe=recipe, class_weights=class_weights,
@@ -233,6 +238,19 @@ def _load_last_checkpoint(state: TrainingState, checkpoints: CheckpointManager |
         state.load_state_dict(checkpoint)
         if checkpoints is not None:
             print(f"resumed after epoch {state.epoch}, batch {state.batch} of the next epoch, step {state.step}")
+
+
+def _describe_selection(labels: NDArray[np.int64], meta: ArrayMetadata, task: Task) -> str:
+    """Name the classes with too few images in val to select the epoch; empty if there are none."""
+    counts = metrics.selecting_classes(labels, len(meta.classes), task)
+    names = [name for name, is_counted in zip(meta.classes, counts, strict=True) if not is_counted]
+    if not names:
+        return ""
+    left_out_of = "the metrics on val" if task.multi_label else "the AUC on val"
+    return (
+        f"left out of {left_out_of} that select the epoch, fewer than {metrics.MIN_SELECTING_IMAGES} images with or"
+        f" without it: {', '.join(names)}\n"
+    )
 
 
 def _report_epoch(result: EpochResult, recipe: Recipe, journal: Journal) -> None:

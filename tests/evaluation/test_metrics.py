@@ -197,3 +197,20 @@ def test_gallery_and_confusion_matrix_use_decision_weights():
     counts = sk.confusion_matrix(p.labels[:, 0], task.decide(p.scores)[:, 0])
     texts = [text.get_text().split("\n")[0] for text in base.confusion_matrix(weighted).axes[0].texts]
     assert texts == [str(count) for count in counts.ravel()]
+
+
+@pytest.mark.parametrize(
+    ("positives", "expected"),
+    [([10, 4, 26, 5], [True, False, False, True]), ([2, 1, 30, 0], [True] * 4)],
+)
+def test_rare_findings_do_not_count_in_selection(positives, expected):
+    labels = (np.arange(30)[:, None] < positives).astype(np.int64)
+    task = TASKS["multi-label, binary-class"]
+    assert metrics.selecting_classes(labels, 4, task).tolist() == expected
+
+
+def test_gallery_without_errors_has_integer_rows():
+    p = random_predictions("multi-class", 3, 20, 0)
+    right = p.frame.assign(**{f"score_{c}": (p.labels[:, 0] == c).astype(float) for c in range(3)})
+    errors = error_gallery.most_confident_errors(Predictions(right, p.task, p.classes), 20)
+    assert np.arange(5)[errors["row"].to_numpy()].size == 0

@@ -295,6 +295,19 @@ def test_best_epoch_maximizes_monitored_metric(monitor):
     assert state.best_epoch == 1 + values.index(max(values))
 
 
+@pytest.mark.parametrize("monitor", ["loss", "auc"])
+def test_rare_findings_do_not_select_the_epoch(monitor):
+    train, val = random_split(30, 3, multi_label=True), random_split(30, 3, multi_label=True, seed=1)
+    val.labels[:, 2] = 1
+    val.labels[:2, 2] = 0  # two negatives
+    swapped = SplitArrays(val.images, val.labels.copy(), val.index)
+    swapped.labels[[0, 1, 2, 3], 2] = [1, 1, 0, 0]
+    options = {"epochs": 4, "monitor": monitor, "learning_rate": 3e-5}
+    first, second = (train_model(train, split, "multi-label, binary-class", **options) for split in (val, swapped))
+    assert first[0].best_epoch == second[0].best_epoch
+    assert without_costs(first[1]) == without_costs(second[1])
+
+
 def test_probe_epochs_freeze_backbone():
     train = random_split(20, 3)
     recipe = replace(RECIPE, epochs=2, probe_epochs=1, weight_decay=0.1)
