@@ -61,6 +61,7 @@ class DatasetParams(ConfigModel):
 
     @model_validator(mode="after")
     def _check_size_and_classes(self) -> DatasetParams:
+        _refuse_home("dataset.root", self.root)
         if self.classes is not None and len(set(self.classes)) < len(self.classes):
             raise ValueError("dataset.classes has a duplicate name")
         if self.pixel_range != "auto" and self.pixel_range[0] >= self.pixel_range[1]:
@@ -96,6 +97,8 @@ class SplitParams(ConfigModel):
 
     @model_validator(mode="after")
     def _check_fractions(self) -> SplitParams:
+        _refuse_home("split.adopted", self.adopted)
+        _refuse_home("split.exclude", self.exclude)
         if abs(sum(self.fractions) - 1) > 1e-6:
             raise ValueError(f"split.fractions is {self.fractions}; the fractions of train, val and test must sum to 1")
         return self
@@ -180,6 +183,7 @@ class ModelParams(ConfigModel):
 
     @model_validator(mode="after")
     def _check_weights_path(self) -> ModelParams:
+        _refuse_home("model.weights", self.weights)
         if PurePosixPath(self.weights).parts[:1] == ("models",):
             raise ValueError(
                 f"model.weights is {self.weights}, but training recreates models/; copy the file elsewhere, such as to"
@@ -316,6 +320,12 @@ class Params(ConfigModel):
     def as_flat_dict(self) -> dict[str, Any]:
         """Convert to one flat dictionary with dotted keys such as `train.learning_rate`."""
         return _flatten(self.as_nested_dict(), "")
+
+
+def _refuse_home(key: str, value: str) -> None:
+    """Refuse a path with ~, which DVC takes literally where the file is a dependency."""
+    if value.startswith("~"):
+        raise ValueError(f"{key} is {value}, but DVC does not expand ~; write {Path(value).expanduser()}")
 
 
 def load_params(path: Path) -> Params:

@@ -19,6 +19,7 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
 from fadeformer.data.dataset_card import SPLITS
+from fadeformer.data.sources.csv_text import parse_rows
 from fadeformer.errors import UserError
 from fadeformer.io.atomic import atomic_write
 
@@ -235,22 +236,29 @@ def read_split_file(path: Path, ids: pd.Series) -> NDArray[np.object_]:
         UserError: the file is not such a table, or does not assign every image to train, val or test.
     """
     try:
-        table = pd.read_csv(path, dtype=str, keep_default_na=False)
-    except (OSError, UnicodeDecodeError, pd.errors.ParserError, pd.errors.EmptyDataError) as error:
+        data = path.read_bytes()
+    except OSError as error:
         raise UserError(
             f"{path}: cannot be read as a split ({error}); a CSV with the columns id and split is expected"
         ) from error
-    if not {"id", "split"} <= set(table.columns):
-        raise UserError(f"{path}: has the columns {', '.join(table.columns)}; expected: id and split")
+    (_, header), *lines = parse_rows(data, str(path), ("id", "split")) or [(0, [""])]
+    if not {"id", "split"} <= set(header):
+        raise UserError(f"{path}: has the columns {', '.join(header)}; expected: id and split")
+    table = pd.DataFrame(
+        [(row + [""] * len(header))[: len(header)] for _, row in lines],
+        columns=header,
+        index=[line for line, _ in lines],
+        dtype=object,
+    )
     invalid = table[~table["split"].isin(SPLITS)]
     if len(invalid):
         raise UserError(
-            f"{path}: line {invalid.index[0] + 2} has split {invalid['split'].iloc[0]!r}; expected: train, val or test"
+            f"{path}: line {invalid.index[0]} has split {invalid['split'].iloc[0]!r}; expected: train, val or test"
         )
     duplicates = table[table["id"].duplicated()]
     if len(duplicates):
         raise UserError(f"{path}: duplicate id {duplicates['id'].iloc[0]}")
-    split = table.set_index("id")["split"].reindex(ids.to_numpy())
+    split = table.set_index("id")["split"].reindex(ids.map(str.strip).to_numpy())
     if split.isna().any():
         first = split.index[split.isna()][0]
         raise UserError(f"{path}: {int(split.isna().sum()):,} images have no split in it, such as {first}")

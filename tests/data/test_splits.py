@@ -153,6 +153,11 @@ def test_split_file_is_read_in_id_order(tmp_path):
     assert splits.read_split_file(tmp_path / "split.csv", pd.Series(["c", "a"])).tolist() == ["test", "train"]
 
 
+def test_split_file_with_semicolons_is_read(tmp_path):
+    (tmp_path / "split.csv").write_text("sep=;\nid;split\na;train\nb;test\n")
+    assert splits.read_split_file(tmp_path / "split.csv", pd.Series(["b", "a"])).tolist() == ["test", "train"]
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -161,8 +166,8 @@ def test_split_file_is_read_in_id_order(tmp_path):
         ("id,split\na,train\nb,\n", "line 3 has split ''"),
         ("id,split\na,train\nb,val\na,test\n", "duplicate id a"),
         ("name,part\na,train\n", "has the columns name, part; expected: id and split"),
-        ("", "cannot be read as a split"),
-        ('id,split\n"a,train\n', "cannot be read as a split"),
+        ("", "expected: id and split"),
+        ('id,split\n"a,train\n', "cannot be read as a table"),
     ],
 )
 def test_invalid_split_file_raises_user_error(tmp_path, text, message):
