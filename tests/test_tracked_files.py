@@ -66,3 +66,20 @@ def test_forbidden_text_is_found(line):
 )
 def test_allowed_text_is_not_reported(line):
     assert find_forbidden({Path("a.txt"): line}) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "is_ignored"),
+    [
+        ("data/own/scans/a/0.png", True),
+        ("data/own/scans.dvc", False),
+        ("data/own/.gitignore", False),
+        ("data/own/hospital/scans.dvc", False),
+        ("data/weights/model.pth", True),
+        ("data/weights/model.pth.dvc", False),
+        ("data/adopted/proposed-1.csv", True),
+        ("data/excluded/proposed-1.csv", True),
+    ],
+)
+def test_git_ignores_own_data_but_not_dvc_files(name, is_ignored):
+    assert subprocess.run(["git", "check-ignore", "-q", name], cwd=ROOT, check=False).returncode == (not is_ignored)

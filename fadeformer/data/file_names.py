@@ -3,7 +3,7 @@ r"""Patients in file names: `person12_virus_30.png` and `person12_virus_31.png` 
 A file name is cut into tokens at its separators (`_`, `-`, `.`, spaces, brackets). Its first tokens are the stem of a
 patient or an original if many names share them and differ in what follows. Not a stem: a counter, a part that all
 names share, the name of a class, a year or a date. Names of several kinds (`person12_virus_30`, `IM-0115-0001`) are
-told apart by the letters of their first token.
+distinguished by the letters of their first token.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ MAX_EXAMPLES = 3
 
 
 class NamePattern(NamedTuple):
-    """A regular expression that finds a patient or original in file names, and what it finds in two splits.
+    """A regular expression that finds a patient or original in file names, and its images in two splits.
 
     Attributes:
         pattern: with one group, for `split.group_from`.
@@ -48,7 +48,7 @@ class NamePattern(NamedTuple):
 
 
 def groups_from_names(names: pd.Series, pattern: str) -> pd.Series:
-    """Return the group in each file name: what the only group of a regular expression matches; null without a match.
+    """Return the group in each file name, matched by the only group of a regular expression; null without a match.
 
     Args:
         names: paths of the images. The pattern is searched in the file name, or if it has a `/`, in the path.
@@ -72,7 +72,7 @@ def find_pattern(names: pd.Series, labels: pd.Series, splits: pd.Series) -> Name
 
     Args:
         names: paths of the images.
-        labels: their labels, as any text: a token that only tells the class is no patient.
+        labels: their labels, as any text: a token that is one per class is no patient.
         splits: their splits.
 
     Returns:
@@ -131,18 +131,18 @@ def _prefix_of_kind(bodies: pd.Series, tokens: pd.Series, stems: pd.Series, labe
     fallback, previous = None, 1
     for count in range(1, int(tokens.map(len).max()) + 1):
         keys = tokens.map(lambda parts, count=count: tuple(parts[:count]) if len(parts) >= count else None)
-        found = keys.nunique()
+        num_keys = keys.nunique()
         last = tokens.map(lambda parts, count=count: parts[count - 1] if len(parts) >= count else None).dropna()
-        tells_class = keys.groupby(labels).nunique().max() <= 1
-        if found <= previous or tells_class or last.map(lambda token: DATE.fullmatch(token) is not None).all():
-            previous = max(previous, found)
+        is_class = keys.groupby(labels).nunique().max() <= 1
+        if num_keys <= previous or is_class or last.map(lambda token: DATE.fullmatch(token) is not None).all():
+            previous = max(previous, num_keys)
             continue
-        previous = found
+        previous = num_keys
         if not _is_shared(keys, stems):
             continue
-        if found >= MIN_STEMS:
+        if num_keys >= MIN_STEMS:
             return _prefix_pattern(bodies, tokens, count)
-        if found >= MIN_NUMBERED_STEMS and last.str.contains(r"\d").all():
+        if num_keys >= MIN_NUMBERED_STEMS and last.str.contains(r"\d").all():
             fallback = _prefix_pattern(bodies, tokens, count)
     return fallback
 
@@ -158,7 +158,7 @@ def _prefix_pattern(bodies: pd.Series, tokens: pd.Series, count: int) -> str:
     parts = []
     for position in range(count):
         if position:
-            between = separators.map(lambda found, i=position - 1: found[i] if len(found) > i else None)
+            between = separators.map(lambda parts, i=position - 1: parts[i] if len(parts) > i else None)
             parts.append(re.escape(between.dropna().iloc[0]) if len(set(between.dropna())) == 1 else SEPARATOR)
         parts.append(_token_pattern([row[position] for row in tokens if len(row) > position]))
     return "".join(parts)
