@@ -79,17 +79,21 @@ def find_pattern(names: pd.Series, labels: pd.Series, splits: pd.Series) -> Name
         None if the names have no such pattern, or no stem is in two splits.
     """
     stems = names.map(lambda name: PurePosixPath(name).stem).astype(object)
-    for mark in (*COPY_MARKS, None):
-        if pattern := _build_pattern(stems, labels, mark):
-            files = names.map(lambda name: PurePosixPath(name).name).astype(object)
-            groups = files.str.extract(pattern, expand=False)
-            crosses = splits.groupby(groups).transform("nunique").fillna(0) > 1
-            if crosses.any():
-                crossing = pd.DataFrame({"group": groups, "split": splits, "name": names})[crosses]
-                first = crossing.drop_duplicates(["group", "split"]).groupby("group", sort=False)["name"]
-                examples = [f"{group}: {', '.join(paths.head(2))}" for group, paths in list(first)[:MAX_EXAMPLES]]
-                return NamePattern(pattern, crosses, groups[crosses].nunique(), examples)
-    return None
+    marked = [pattern for mark in COPY_MARKS if (pattern := _build_pattern(stems, labels, mark))]
+    patterns = marked or [pattern for pattern in [_build_pattern(stems, labels, None)] if pattern]
+    files = names.map(lambda name: PurePosixPath(name).name).astype(object)
+    candidates = [(pattern, files.str.extract(pattern, expand=False)) for pattern in patterns]
+    if not candidates:
+        return None
+    # of aug_17_0 and aug_0_17, the number of the copy has fewer values than that of the original
+    pattern, groups = max(candidates, key=lambda candidate: candidate[1].nunique())
+    crosses = splits.groupby(groups).transform("nunique").fillna(0) > 1
+    if not crosses.any():
+        return None
+    crossing = pd.DataFrame({"group": groups, "split": splits, "name": names})[crosses]
+    first = crossing.drop_duplicates(["group", "split"]).groupby("group", sort=False)["name"]
+    examples = [f"{group}: {', '.join(paths.head(2))}" for group, paths in list(first)[:MAX_EXAMPLES]]
+    return NamePattern(pattern, crosses, groups[crosses].nunique(), examples)
 
 
 def _build_pattern(stems: pd.Series, labels: pd.Series, mark: str | None) -> str | None:

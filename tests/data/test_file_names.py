@@ -52,6 +52,10 @@ PATIENTS = {
         [f"aug_{copy}_img{p}_{RANDOM.randrange(9999)}.png" for p in range(30) for copy in range(8)],
         lambda name: name.split("_")[2],
     ),
+    "copies after the original": (
+        [f"aug_{p}_{copy}_{RANDOM.randrange(9999)}.png" for p in range(30) for copy in range(12)],
+        lambda name: name.split("_")[1],
+    ),
     "letter at the end": ([f"scan{p}_{i}.png" for p in range(40) for i in "abc"], lambda name: name.split("_")[0]),
     "few patients": (
         [f"patient{p}_slice_{i:03}.png" for p in range(5) for i in range(40)], lambda name: name.split("_")[0]
