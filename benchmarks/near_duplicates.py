@@ -1,21 +1,25 @@
-"""Recall and false positives of near-duplicate detection on altered copies of real images.
+"""Recall, false positives and cost of near-duplicate detection.
 
     python benchmarks/near_duplicates.py FOLDER [--images 200]
+    python benchmarks/near_duplicates.py --synthetic 100000
 
 FOLDER contains `isic2019/ISIC_2019_Training_Input.zip`, `chestxray14/images_001.tar.gz`, `mednist/mednist.zip` and
 `medmnist/retinamnist.npz`; missing files are skipped. A sample of each dataset is altered, and the copies are searched
-among all images by `fadeformer.data.near_duplicates`.
+among all images by `fadeformer.data.near_duplicates`. With `--synthetic`, it prints the time and peak memory for that
+many synthetic images, of which one in a thousand has a copy that is turned by a right angle.
 """
 
 from __future__ import annotations
 
 import argparse
 import io
+import resource
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageEnhance
+from PIL import Image, ImageEnhance, ImageOps
 
 from fadeformer.config import schema
 from fadeformer.data import near_duplicates
@@ -50,6 +54,16 @@ COPIES: dict[str, Callable[[Image.Image], Image.Image]] = {
     "twice the size": lambda x: x.resize((2 * x.width, 2 * x.height), Image.Resampling.BICUBIC),
     "half the size": lambda x: x.resize((x.width // 2, x.height // 2), Image.Resampling.BILINEAR),
     "mirrored": lambda x: x.transpose(Image.Transpose.FLIP_LEFT_RIGHT),
+    "quarter turn": lambda x: x.transpose(Image.Transpose.ROTATE_90),
+    "rotated by 5 degrees": lambda x: x.rotate(5, Image.Resampling.BILINEAR),
+    "rotated by 15 degrees": lambda x: x.rotate(15, Image.Resampling.BILINEAR),
+    "shifted by a tenth": lambda x: x.transform(
+        x.size, Image.Transform.AFFINE, (1, 0, 0.1 * x.width, 0, 1, -0.1 * x.height)
+    ),
+    "cropped by a tenth": lambda x: x.resize(
+        x.size, Image.Resampling.BILINEAR, (0.05 * x.width, 0.05 * x.height, 0.95 * x.width, 0.95 * x.height)
+    ),
+    "inverted": ImageOps.invert,
 }
 
 
@@ -75,12 +89,38 @@ def recall(
     return float(np.mean([(i, i + len(originals)) in detected for i in range(len(originals))]))
 
 
+def measure_cost(count: int, threshold: float) -> None:
+    """Print time and peak memory for synthetic images."""
+    random, images = np.random.default_rng(0), []
+    for number in range(count):
+        coarse = Image.fromarray(random.integers(0, 256, (8, 8), dtype=np.uint8))
+        pixels = np.asarray(coarse.resize((64, 64), Image.Resampling.BICUBIC)) + random.normal(0, 4, (64, 64))
+        is_copy = number % 1000 == 50
+        images.append(
+            images[-1].transpose(Image.Transpose.ROTATE_90)
+            if is_copy
+            else Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+        )
+    start = time.perf_counter()
+    signatures = [near_duplicates.compute_signature(image) for image in images]
+    middle = time.perf_counter()
+    pairs = near_duplicates.find_near_duplicates(signatures, threshold)
+    end, memory = time.perf_counter(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    print(f"{count:,} images: thumbnails {middle - start:.1f} s, search {end - middle:.1f} s, peak {memory:.2f} GiB,")
+    print(f"{len(pairs)} pairs found, {(count + 949) // 1000} copies made")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path)
+    parser.add_argument("folder", type=Path, nargs="?")
     parser.add_argument("--images", type=int, default=200)
+    parser.add_argument("--synthetic", type=int, metavar="COUNT")
     args = parser.parse_args()
     threshold = schema.load_params(ROOT / "params.yaml").validate_.near_duplicate_similarity
+    if args.synthetic:
+        measure_cost(args.synthetic, threshold)
+    if args.folder is None:
+        return
     columns = {}
     for name, file in DATASETS.items():
         if not (args.folder / file).exists():

@@ -9,6 +9,7 @@ from typing import Any
 import pandas as pd
 
 from fadeformer.data.arrays import ArrayMetadata
+from fadeformer.data.near_duplicates import SEARCHED_COPIES
 from fadeformer.inference import calibration
 from fadeformer.inference.calibration import Calibration
 from fadeformer.io.formatting import format_with_interval
@@ -269,6 +270,7 @@ def limitations(results: ReportInputs) -> list[str]:
             f"**{meta.cross_split_duplicates} images are in two splits**, as allowed by"
             " validate.max_cross_split_duplicates: the metrics may be optimistic."
         )
+    sentences.append(f"Copies of one image in two splits were searched for: {SEARCHED_COPIES}.")
     sentences += [f"**Data validation warned** of {warning}." for warning in results.data_warnings]
     return sentences
 

@@ -23,6 +23,7 @@ from fadeformer.data.manifest import (
     is_usable,
     label_names,
 )
+from fadeformer.data.near_duplicates import SEARCHED_COPIES
 from fadeformer.evaluation.intervals import expected_precision
 from fadeformer.reporting import rendering
 from pipelines.validation.remedies import remedy
@@ -74,6 +75,7 @@ def render_validation_page(card: DatasetCard, data: Manifest, checks: Sequence[C
         num_excluded=data.excluded,
         split=data.split,
         without_group=describe_ungrouped(data.rows).capitalize(),
+        searched_copies=SEARCHED_COPIES,
         precision=_precision_table(card, data.rows),
         sizes=_size_counts(data.rows),
         brightness=[_histogram(split, data.rows.loc[data.rows["split"] == split, "brightness"]) for split in SPLITS],

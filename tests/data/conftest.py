@@ -57,7 +57,7 @@ def scene(seed: int, side: int = 48) -> np.ndarray:
 def build_default_manifest(card: DatasetCard, folder: Path, split_folder: Path, **changes: object) -> Manifest:
     """Build the manifest with the settings of params.yaml."""
     settings = {
-        "near_duplicate_similarity": 0.975, "resplit": False, "fractions": [0.7, 0.1, 0.2], "seed": 0,
+        "near_duplicate_similarity": 0.98, "resplit": False, "fractions": [0.7, 0.1, 0.2], "seed": 0,
         "split_file": None, "split_folder": split_folder,
     }  # fmt: skip
     return manifest.build_manifest(card, folder, **{**settings, **changes})
