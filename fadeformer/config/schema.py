@@ -54,7 +54,7 @@ class DatasetParams(ConfigModel):
     archives: Annotated[list[Annotated[int, Field(ge=1, le=12)]], Field(min_length=1)]
     root: Annotated[str, Field(min_length=1)]
     classes: list[str] | None
-    pixel_range: Literal["auto"] | Annotated[list[Number], Field(min_length=2, max_length=2)]
+    pixel_range: Literal["ask", "auto"] | Annotated[list[Number], Field(min_length=2, max_length=2)]
     images: Annotated[int, Field(ge=200)]
     task: Literal["multi-class", "ordinal-regression", "multi-label, binary-class"] | None
     seed: Annotated[int, Field(ge=0)]
@@ -64,7 +64,7 @@ class DatasetParams(ConfigModel):
         _refuse_home("dataset.root", self.root)
         if self.classes is not None and len(set(self.classes)) < len(self.classes):
             raise ValueError("dataset.classes has a duplicate name")
-        if self.pixel_range != "auto" and self.pixel_range[0] >= self.pixel_range[1]:
+        if isinstance(self.pixel_range, list) and self.pixel_range[0] >= self.pixel_range[1]:
             raise ValueError(f"dataset.pixel_range is {self.pixel_range}; it must be [minimum, maximum]")
         if self.name.endswith("mnist") and self.size not in (28, 64, 128, 224):
             raise ValueError(f"dataset.size is {self.size}; {self.name} is published at 28, 64, 128 and 224 pixels")

@@ -12,6 +12,7 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
@@ -42,7 +43,7 @@ def fetch_dataset(
     archives: Sequence[int],
     root: str,
     classes: list[str] | None,
-    pixel_range: str | list[float],
+    pixel_range: Literal["ask", "auto"] | list[float],
     images: int,
     task: str | None,
     seed: int,
@@ -64,7 +65,8 @@ def fetch_dataset(
         archives: numbers of the image archives to fetch, 1 to 12 (chestxray14).
         root: path of the user's files (npz, folder).
         classes: class names, if any (npz, folder).
-        pixel_range: [minimum, maximum] of images of more than 8 bits; "auto" to detect it (folder), or 8 bits.
+        pixel_range: [minimum, maximum] of images of more than 8 bits; "auto" to detect it, or "ask" to stop if they use
+            fewer than 16 bits (folder); other sources have 8 bits.
         images: number of images (phantom).
         task: a key of `fadeformer.tasks.TASKS`, None for multi-class (phantom); ordinal-regression if the classes are
             ordered grades (npz, folder).
@@ -83,7 +85,8 @@ def fetch_dataset(
     elif name == "npz":
         card = npz.import_archive(Path(root), classes, task, destination)
     elif name == "folder":
-        card = folder.import_images(Path(root), classes, task, salt, destination, detects_range=pixel_range == "auto")
+        rule = None if isinstance(pixel_range, list) else pixel_range
+        card = folder.import_images(Path(root), classes, task, salt, destination, pixel_range=rule)
     elif name == "isic2019":
         remote = [RemoteFile(f"{isic2019.BASE_URL}/{file}", file) for file in isic2019.FILES]
         files = _fetch_files(remote, edition, mirror, downloads, lock, destination)

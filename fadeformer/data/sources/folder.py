@@ -19,7 +19,7 @@ import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, Literal
 
 import pandas as pd
 from PIL import Image
@@ -38,11 +38,18 @@ from fadeformer.io.atomic import atomic_write, check_free_space, checksum
 from fadeformer.tasks import ORDINAL
 
 SALT_BYTES = 32
+SIXTEEN_BITS = 65_535
 MAX_RANGE_RATIO = 8  # of the brightest image to the median one, 3 bits
 
 
 def import_images(
-    root: Path, classes: list[str] | None, task: str | None, salt: Path, folder: Path, *, detects_range: bool = True
+    root: Path,
+    classes: list[str] | None,
+    task: str | None,
+    salt: Path,
+    folder: Path,
+    *,
+    pixel_range: Literal["ask", "auto"] | None = "auto",
 ) -> DatasetCard:
     """Import a user's images into `folder` and return the dataset card.
 
@@ -52,7 +59,8 @@ def import_images(
         task: ordinal-regression if the classes are ordered grades; None to infer the task from the labels.
         salt: file with the secret key for hashing patient ids; it is created if it does not exist.
         folder: destination folder.
-        detects_range: detect the pixel range of images of more than 8 bits.
+        pixel_range: "auto" to detect the pixel range of images of more than 8 bits; "ask" to stop if it is not that of
+            16 bits; None to leave it to the caller.
 
     Raises:
         UserError: `root` does not exist or has no images, or its layout is not supported.
@@ -78,7 +86,7 @@ def import_images(
         )
     with atomic_write(folder / LABELS_FILE) as path:
         labels.rows.to_csv(path, index=False)
-    pixel_range = _detect_pixel_range(root, maxima) if detects_range else EIGHT_BITS
+    detected = _detect_pixel_range(root, maxima, asks=pixel_range == "ask") if pixel_range else EIGHT_BITS
     files = {name: checksum(folder / name, "sha256") for name in (IMAGES_FILE, LABELS_FILE)}
     note = f" {len(skipped):,} files are not images and were skipped, such as {skipped[0]}." if skipped else ""
     if maxima:
@@ -100,7 +108,7 @@ def import_images(
         license="the user's own",
         note=f"The user's own images, not a published set.{note}{labels.note}",
         layout="user_table",
-        pixel_range=pixel_range,
+        pixel_range=detected,
         files=files,
     )
 
@@ -198,11 +206,12 @@ def _write_zip(
     return pd.DataFrame(rows), skipped, maxima
 
 
-def _detect_pixel_range(root: Path, maxima: Sequence[int]) -> PixelRange:
+def _detect_pixel_range(root: Path, maxima: Sequence[int], *, asks: bool) -> PixelRange:
     """Return the range of the bits that the images of more than 8 bits use, from their largest values.
 
     Raises:
-        UserError: most of them use a small part of the range of the brightest one, and would become nearly black.
+        UserError: most of them use a small part of the range of the brightest one, and would become nearly black; or
+            `asks` is set, and they use fewer than 16 bits.
     """
     if not maxima:
         return EIGHT_BITS
@@ -212,6 +221,11 @@ def _detect_pixel_range(root: Path, maxima: Sequence[int]) -> PixelRange:
             f"{root}: images of more than 8 bits have values up to {max(maxima):,}, but half of them only up to"
             f" {int(statistics.median(maxima)):,}; set dataset.pixel_range to [0, {typical}], which clips higher"
             f" values, or to [0, {high}]"
+        )
+    if asks and high < SIXTEEN_BITS:
+        raise UserError(
+            f"{root}: images of more than 8 bits have values up to {max(maxima):,} only, of {SIXTEEN_BITS:,} in 16"
+            f" bits; set dataset.pixel_range to auto, which scales 0 to {high:,}, or to [minimum, maximum]"
         )
     return PixelRange(0, high)
 

@@ -228,12 +228,22 @@ def test_bits_in_use_define_the_pixel_range(scans, fetch, tmp_path, bits):
     """Also in a set that has images of 8 bits."""
     root = scans(IN_CLASSES)
     write_deep(root, IN_CLASSES[:40], [2**bits - 1 - n for n in range(40)])
-    card, folder = fetch(root)
+    card, folder = fetch(root, pixel_range="auto")
     assert card.pixel_range == (0, 2**bits - 1, False)
     assert f"40 of 60 images have more than 8 bits, with values up to {2**bits - 1:,}." in card.note
     rows = build_default_manifest(card, folder, tmp_path / "splits").rows
     assert rows["brightness"].min() > 60
     assert rows["problem"].isna().all()
+
+
+def test_fewer_than_16_bits_are_asked_about(scans, fetch):
+    root = scans(IN_CLASSES)
+    write_deep(root, IN_CLASSES, [3950] * 60)
+    message = r"values up to 3,950 only, of 65,535 .* set dataset.pixel_range to auto, which scales 0 to 4,095, or to"
+    with pytest.raises(UserError, match=message):
+        fetch(root, pixel_range="ask")
+    write_deep(root, IN_CLASSES, [65535] * 60)
+    assert fetch(root, pixel_range="ask")[0].pixel_range == (0, 65535, False)
 
 
 def test_a_bright_outlier_stops_the_import(scans, fetch):
