@@ -117,7 +117,7 @@ def test_card_states_fade_layers_and_weight_origin():
 
 def test_allowed_leakage_is_stated():
     assert "**8 images are in two splits**" in render_card("binary-class", leaks=8)
-    assert "two splits" not in render_card("binary-class")
+    assert "images are in two splits" not in render_card("binary-class")
 
 
 def test_unevaluated_classes_are_stated():

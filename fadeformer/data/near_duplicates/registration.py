@@ -39,6 +39,7 @@ MIN_OVERLAP = 0.55  # fraction of the thumbnail
 SCALES = 0.88, 1.14  # allowed change of size
 MAX_STRETCH = 1.05  # allowed ratio of the scales along two directions
 MAX_RESIDUAL = 1.9  # mean squared difference, in units of the detail that the blur removes nearby
+CERTAIN_SIMILARITY = 0.995  # above it the residual does not matter: smooth images have no detail, but noise of a JPEG
 RESIDUAL_FLOOR = 2.0  # gray levels; smaller differences are rounding
 RESIDUAL_CAP = 25.0  # of a single pixel, in the same units
 DETAIL_RADIUS = 1.5  # pixels, of the neighborhood of a pixel
@@ -150,7 +151,8 @@ def _copy_similarity(images: _Images, start: Transformation, blur: float, aspect
     transformation = _refine(smooth, start)
     fit = _Fit(smooth, transformation)
     is_copy = _is_plausible(transformation, aspects) & (fit.overlap >= MIN_OVERLAP)
-    return np.where(is_copy & (fit.residual(images) <= MAX_RESIDUAL), fit.r_squared, 0).astype(np.float32)
+    is_copy &= (fit.residual(images) <= MAX_RESIDUAL) | (fit.r_squared >= CERTAIN_SIMILARITY)
+    return np.where(is_copy, fit.r_squared, 0).astype(np.float32)
 
 
 def _initial_transformation(smooth: _Images, angle: Floats, reflected: NDArray[np.bool_]) -> Transformation:
