@@ -39,7 +39,6 @@ ALL_CORES = {
 # Overrides of params.yaml that make all stages fast.
 SMALL_PARAMS = {
     "dataset": {"images": 200, "size": 16},
-    "validate": {"min_per_class": 1},  # some classes have fewer than 5 of the few images in val
     "train": {"epochs": 6, "batch_size": 32, "device": "cpu"},
     "evaluate": {"figure_dpi": 50},
     "promote": {

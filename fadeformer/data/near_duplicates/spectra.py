@@ -20,7 +20,7 @@ PADDED_SIDE = 64  # zero padding before the Fourier transform, for interpolation
 ANGLES = 32  # over half a turn; the magnitude of a real image repeats after it
 RADII = np.geomspace(1.2, 11, 10)  # cycles per image
 HARMONICS = 7  # of the magnitude along the angle
-NOISE_FLOOR = 0.02  # added to the magnitude before the logarithm
+NOISE_FLOOR = 0.1  # added to the magnitude before the logarithm
 WINDOW_POWER = 3  # of the cosine window
 MARGIN = 3  # pixels of edge padding; maximum shift of the window
 
