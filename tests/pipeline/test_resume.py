@@ -129,7 +129,8 @@ def test_training_killed_in_the_first_step_can_resume(interrupted):
 
 
 @pytest.mark.usefixtures("interruptible", "own_server")
-@pytest.mark.parametrize(("number", "reached"), [(signal.SIGTERM, 7), (signal.SIGINT, 14)])
+# SIGINT reaches the training directly; SIGTERM takes up to two seconds through make and DVC.
+@pytest.mark.parametrize(("number", "reached"), [(signal.SIGINT, 4), (signal.SIGTERM, 9)])
 def test_signal_stops_make_repro_with_a_checkpoint(interrupted, number, reached):
     with running(interrupted, "make", "--assume-old", "install", "repro", **ALL_CORES) as process:
         wait_for_step(interrupted, process, reached)

@@ -268,13 +268,10 @@ def _encode_classes(
 
 
 def _integers_as_text(values: pd.Series) -> pd.Series:
-    """Return the values unchanged, or if all are integers and some have a decimal point, as integers: 1.0 becomes 1."""
-    numbers = pd.to_numeric(values, errors="coerce")
-    if not values.str.contains(".", regex=False).any():
+    """Return the values unchanged, or without the decimal point if all are integers: 1.0 becomes 1."""
+    if not values.dropna().str.fullmatch(r"-?(0|[1-9]\d*)(\.0+)?").all():  # 007 and 1e5 are names
         return values
-    if (numbers.notna() != values.notna()).any() or (numbers.dropna() % 1 != 0).any() or (numbers.abs() > 2**53).any():
-        return values
-    return numbers.astype("Int64").astype("string").astype(object).where(values.notna(), None)
+    return values.str.replace(r"\.0+$", "", regex=True).astype(object).where(values.notna(), None)
 
 
 def _encode_findings(

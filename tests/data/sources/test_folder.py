@@ -12,7 +12,7 @@ from PIL import Image
 
 from fadeformer.data import manifest
 from fadeformer.data.sources import folder as source
-from fadeformer.data.sources import user_table
+from fadeformer.data.sources import labels_csv, user_table
 from fadeformer.errors import UserError
 from tests.data.conftest import build_default_manifest
 from tests.data.dicom.test_dicom_image import make_dicom, pydicom_file
@@ -441,3 +441,16 @@ def test_real_mednist_sample(fetch, real_data, tmp_path):
     assert len(rows) == 1800
     assert rows["problem"].isna().all()
     assert pd.crosstab(rows["label"], rows["split"]).loc[:, "train"].between(205, 215).all()
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        (["1.0", "2", None], ["1", "2", None]),
+        (["007", "7", "1.0"], ["007", "7", "1.0"]),
+        (["1e5", "2.0"], ["1e5", "2.0"]),
+        (["1.5", "2.0"], ["1.5", "2.0"]),
+    ],
+)
+def test_names_that_look_like_numbers_stay_text(values, expected):
+    assert labels_csv._integers_as_text(pd.Series(values, dtype=object)).tolist() == expected
